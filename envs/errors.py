@@ -1,0 +1,98 @@
+"""Errors that end in a remedy: what came, what is allowed, what to do next."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+_SYSTEM_PACKAGES = {
+    "libGL.so": "libgl1",
+    "libEGL": "libegl1",
+    "eglQueryString": "libegl1",  # PyOpenGL's words for a missing libEGL
+    "glGetError": "libosmesa6",  # and for a missing libOSMesa
+    "libgthread": "libglib2.0-0",
+}
+
+
+class MissingExtraError(ValueError):
+    """An optional simulator, or a system library that it needs, is not installed."""
+
+
+class RenderingUnavailableError(RuntimeError):
+    """This machine (or this environment, as it was made) cannot draw a frame."""
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the closest of ``allowed``, or an empty string."""
+    candidates = list(allowed)
+    matches = difflib.get_close_matches(word, candidates, n=1, cutoff=0.4)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def choose(kind: str, word: str, allowed: Iterable[str]) -> str:
+    """Return ``word`` if it is one of ``allowed``.
+
+    Args:
+        kind: What the word names, as it should read in the message ("environment", "task").
+        word: What the caller asked for.
+        allowed: Every accepted word.
+
+    Raises:
+        ValueError: Naming what came, the nearest match and everything that is allowed.
+    """
+    options = sorted(allowed)
+    if word in options:
+        return word
+    listed = ", ".join(options) or "none"
+    raise ValueError(f"Unknown {kind} {word!r}.{nearest(word, options)} Allowed: {listed}.")
+
+
+def check_action(action: ArrayLike, size: int) -> None:
+    """Refuse an action that a physics engine would turn into nonsense without a word.
+
+    Raises:
+        ValueError: If ``action`` is not ``size`` finite numbers.
+    """
+    if np.shape(action) != (size,) or not np.isfinite(action).all():
+        raise ValueError(f"An action is {size} finite numbers, shape ({size},); got {action!r}.")
+
+
+def system_package(error: BaseException) -> str | None:
+    """Return the Debian package whose absence ``error`` complains about, if it is a known one."""
+    return next((package for sign, package in _SYSTEM_PACKAGES.items() if sign in str(error)), None)
+
+
+def import_extra(module: str, *, title: str, extra: str) -> ModuleType:
+    """Import an optional simulator.
+
+    Args:
+        module: Top-level module to import, such as ``"metaworld"``.
+        title: Its name as people write it, such as ``"Meta-World"``.
+        extra: The extra of this package that installs it.
+
+    Returns:
+        The imported module.
+
+    Raises:
+        MissingExtraError: With the command that installs the extra or the system library.
+    """
+    try:
+        return importlib.import_module(module)
+    # A missing libEGL surfaces as an AttributeError inside PyOpenGL, hence not only ImportError.
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        if "MUJOCO_GL" in str(error):
+            raise MissingExtraError(f"{title} cannot be imported ({error}); set it to egl, or unset it") from error
+        package = system_package(error)
+        if package is not None:
+            remedy = f"apt-get install {package}"
+            message = f"{title} needs the system library package {package}; run: {remedy} ({error})"
+            raise MissingExtraError(message) from error
+        remedy = f"pip install 'ddim-policy[{extra}]'"
+        absent = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == module
+        reason = "is not installed" if absent else f"cannot be imported ({error})"
+        raise MissingExtraError(f"{title} {reason}; run: {remedy}") from error

@@ -1,0 +1,228 @@
+"""Any registered Gymnasium environment with continuous actions, under this library's idea of success."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from envs.errors import import_extra, nearest
+from envs.rendering import rendering_errors, require_rgb_array
+
+
+class Outcome(NamedTuple):
+    """What one control step says about the episode."""
+
+    is_success: bool
+    score: float
+
+
+class Progress(NamedTuple):
+    """What is known of an episode after a control step."""
+
+    info: dict[str, Any]
+    terminated: bool
+    truncated: bool
+    total: float  # sum of rewards so far
+
+
+SuccessRule = Callable[[Progress], Outcome]
+
+
+class GymEnv(gymnasium.Wrapper[NDArray[np.float32], NDArray[np.float32], Any, Any]):
+    """A Gymnasium environment with a flat float32 observation and ``is_success`` and ``score`` in every info.
+
+    Resets are as reproducible as the wrapped environment's own ``reset(seed=...)``.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any], rule: SuccessRule, control_hz: float) -> None:
+        """Wrap ``env``.
+
+        Args:
+            env: Environment with Box observations and actions.
+            rule: How success is read, see `parse_success`.
+            control_hz: Control steps per second.
+        """
+        super().__init__(env)
+        self._rule = rule
+        self._return = 0.0
+        self.observation_space = spaces.Box(
+            env.observation_space.low.astype(np.float32),  # type: ignore[attr-defined]
+            env.observation_space.high.astype(np.float32),  # type: ignore[attr-defined]
+            dtype=np.float32,
+        )
+        self.metadata = {**env.metadata, "render_fps": control_hz}
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Start an episode.
+
+        Args:
+            seed: Seed of this episode, or None to go on with the environment's generator.
+            options: Passed on.
+
+        Returns:
+            The first observation, and info with ``is_success`` False and the current ``score``.
+        """
+        observation, info = self.env.reset(seed=seed, options=options)
+        self._return = 0.0
+        score = self._rule(Progress(info, False, False, 0.0)).score
+        return observation.astype(np.float32), {**info, "is_success": False, "score": score}
+
+    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Advance by one control step.
+
+        Args:
+            action: Within ``action_space``.
+
+        Returns:
+            Observation, reward, terminated, truncated and info.
+        """
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self._return += float(reward)
+        outcome = self._rule(Progress(info, bool(terminated), bool(truncated), self._return))
+        return (
+            observation.astype(np.float32),
+            float(reward),
+            bool(terminated),
+            bool(truncated),
+            {**info, **outcome._asdict()},
+        )
+
+    def render(self) -> Any:
+        """Draw a frame, (H, W, 3) uint8.
+
+        Raises:
+            RenderingUnavailableError: If this machine cannot render, or ``render_mode`` is None.
+        """
+        require_rgb_array(self.env.render_mode)
+        with rendering_errors():
+            return self.env.render()
+
+
+def make_gym(
+    id: str,
+    *,
+    render_mode: str | None = None,
+    kwargs: dict[str, Any] | None = None,
+    success: str = "info:is_success",
+    control_hz: float | None = None,
+) -> GymEnv:
+    """Make any registered environment with a Box (or Dict of Boxes) observation and a Box action.
+
+    Args:
+        id: Registered id; ``"module:Id"`` imports the module first.
+        render_mode: ``None`` or ``"rgb_array"``.
+        kwargs: Passed on to the environment.
+        success: How success is read, see `parse_success`.
+        control_hz: Control steps per second; by default 1 / ``env.dt`` or else ``metadata["render_fps"]``.
+
+    Raises:
+        MissingExtraError: If gymnasium-robotics is asked for and not installed.
+        ValueError: If the id is not registered, a space does not fit, the rule of success is malformed, or
+            the control rate is unknown.
+    """
+    rule = parse_success(success)
+    _require_registered(id)
+    try:
+        env: gymnasium.Env[Any, Any] = gymnasium.make(
+            id, render_mode=render_mode, disable_env_checker=True, **(kwargs or {})
+        )
+    except TypeError as error:
+        raise ValueError(f"{id} does not accept kwargs={kwargs!r}: {error}") from error
+    except (gymnasium.error.DependencyNotInstalled, gymnasium.error.Error) as error:
+        raise ValueError(f"{id} cannot be made: {error}") from error
+    if not isinstance(env.action_space, spaces.Box) or len(env.action_space.shape) != 1:
+        raise ValueError(
+            f"{id} has the action space {env.action_space}, but a diffusion policy denoises "
+            "continuous actions: it needs a flat Box."
+        )
+    if isinstance(env.observation_space, spaces.Dict):
+        env = gymnasium.wrappers.FlattenObservation(env)
+    if not isinstance(env.observation_space, spaces.Box) or len(env.observation_space.shape) != 1:
+        raise ValueError(
+            f"{id} has the observation space {env.observation_space}; "
+            "a flat Box, or a Dict that flattens to one, is needed."
+        )
+    return GymEnv(env, rule, control_hz or _control_hz(env, id))
+
+
+def parse_success(text: str) -> SuccessRule:
+    """Turn a description of success into a rule.
+
+    Args:
+        text: ``"info:KEY"`` (success is ``info[KEY]``; ``info:is_success`` also accepts the key ``success``),
+            ``"termination"`` (reaching a terminal state is success) or ``"return>=NUMBER"`` (the sum of
+            rewards, judged when the episode ends).
+
+    Returns:
+        The rule. Its score is the return so far / NUMBER, clipped to [0, 1], for a positive NUMBER, and
+        0 or 1 otherwise.
+
+    Raises:
+        ValueError: If the text is none of these.
+    """
+    if text == "termination":
+        return lambda progress: Outcome(progress.terminated, float(progress.terminated))
+    if match := re.fullmatch(r"info:(\w+)", text):
+        keys = ("is_success", "success") if match[1] == "is_success" else (match[1],)
+        return lambda progress: _outcome_from_info(progress.info, keys)
+    if match := re.fullmatch(r"return>=(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text):
+        threshold = float(match[1])
+        return lambda progress: _outcome_from_return(progress, threshold)
+    raise ValueError(
+        f"success={text!r} is not understood; allowed: 'info:KEY', 'termination' or 'return>=NUMBER', without spaces."
+    )
+
+
+def _outcome_from_info(info: dict[str, Any], keys: tuple[str, ...]) -> Outcome:
+    is_success = any(bool(info.get(key, False)) for key in keys)
+    return Outcome(is_success, float(is_success))
+
+
+def _outcome_from_return(progress: Progress, threshold: float) -> Outcome:
+    # Judged at the end only: a return can fall again, and one that must stay above -200 starts at 0.
+    is_success = (progress.terminated or progress.truncated) and progress.total >= threshold
+    score = min(max(progress.total / threshold, 0.0), 1.0) if threshold > 0 else float(is_success)
+    return Outcome(is_success, score)
+
+
+def _require_registered(id: str) -> None:
+    """Import the module of a ``module:Id`` and look the id up.
+
+    Raises:
+        MissingExtraError: If the module is gymnasium_robotics and not installed.
+        ValueError: If the module or the id does not exist.
+    """
+    module, _, name = id.rpartition(":")
+    if module == "gymnasium_robotics":
+        import_extra(module, title="gymnasium-robotics", extra="robotics")
+    elif module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"The module of {id!r} cannot be imported: {error}.") from error
+    try:
+        gymnasium.spec(name)
+    except gymnasium.error.Error as error:
+        raise ValueError(
+            f"{name!r} is not a registered Gymnasium id.{nearest(name, gymnasium.registry)} "
+            "Ids of other packages are written 'module:Id'."
+        ) from error
+
+
+def _control_hz(env: gymnasium.Env[Any, Any], id: str) -> float:
+    """Return the control rate: 1 / dt where the simulator tells it, else what its metadata claims."""
+    dt = getattr(env.unwrapped, "dt", None)
+    if isinstance(dt, int | float) and dt > 0:
+        return 1.0 / dt
+    if env.metadata.get("render_fps"):
+        return float(env.metadata["render_fps"])
+    raise ValueError(f"{id} does not say at which rate it is controlled; pass control_hz=...")

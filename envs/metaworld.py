@@ -1,0 +1,182 @@
+"""Meta-World's fifty manipulation tasks, with seeds that mean something, and their scripted experts."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.errors import check_action, choose, import_extra
+from envs.rendering import rendering_errors, require_rgb_array
+
+OBSERVATION_DIM = 39
+ACTION_DIM = 4
+MAX_REWARD = 10.0
+
+
+class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
+    """One Meta-World task with an observable goal, as in the MT1 benchmark.
+
+    Observation: (39,) float32: hand xyz, gripper opening, object poses (14 numbers), the same of the step
+    before, and the goal's xyz. Action: (4,) float32 in [-1, 1]: hand displacement (1 = 1 cm per control
+    step) and gripper effort.
+
+    Upstream ignores ``reset(seed=...)`` and cycles through 50 frozen goals. Here the seed makes the generator
+    that draws the goal and the initial poses from the task's own randomisation space, so there are as many
+    goals as seeds. Tests hold that nothing of earlier episodes leaks into an episode, in all 50 tasks.
+
+    ``info["is_success"]`` is the task's own criterion at that step; success does not terminate the episode,
+    and many tasks lose it again. ``info["score"]`` is ``clip(reward / 10, 0, 1)``, and 0 at reset, where no
+    reward exists yet. Truncated after 500 steps (80 Hz).
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 80}  # noqa: RUF012
+
+    def __init__(
+        self,
+        task: str = "pick-place-v3",
+        *,
+        render_mode: str | None = None,
+        camera: str = "corner2",
+        image_size: int = 256,
+    ) -> None:
+        """Build the task.
+
+        Args:
+            task: One of the 50 task names, such as ``"pick-place-v3"``.
+            render_mode: ``None`` or ``"rgb_array"``.
+            camera: Camera that `render` looks through.
+            image_size: Height and width of a frame, in pixels.
+
+        Raises:
+            MissingExtraError: If Meta-World, or a system library it needs, is not installed.
+            ValueError: If the task or the camera does not exist.
+        """
+        import_extra("metaworld", title="Meta-World", extra="metaworld")
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+        self.task = choose("Meta-World task", task, ALL_V3_ENVIRONMENTS)
+        self.render_mode = render_mode
+        self.image_size = image_size
+        self._simulator = _observable_task(ALL_V3_ENVIRONMENTS[task])
+        model = self._simulator.model
+        self.camera = choose("camera", camera, [model.camera(i).name for i in range(model.ncam)])
+        # Most of Meta-World's cameras hang upside down: the z component of their up vector is negative.
+        self._upside_down = bool(self._simulator.data.camera(camera).xmat[7] < -1e-6)
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (OBSERVATION_DIM,), np.float32)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
+        self._renderer: Any = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Start an episode; the same seed gives the same goal and initial state, bit for bit.
+
+        Args:
+            seed: Seed of this episode, or None to draw the next one from ``np_random``.
+            options: Ignored.
+
+        Returns:
+            The first observation and ``{"is_success": False, "score": 0.0}``.
+        """
+        super().reset(seed=seed)
+        self._simulator.np_random = self.np_random  # upstream draws from it and takes no seed
+        observation, _ = self._simulator.reset()
+        return observation.astype(np.float32), {"is_success": False, "score": 0.0}
+
+    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Advance by one control step (12.5 ms).
+
+        Args:
+            action: (4,) in [-1, 1].
+
+        Returns:
+            Observation, reward in [0, 10], terminated (never), truncated (at 500 steps) and info.
+
+        Raises:
+            ValueError: If the action is not four finite numbers, or the episode is over.
+        """
+        check_action(action, ACTION_DIM)
+        observation, reward, terminated, truncated, info = self._simulator.step(action)
+        info["is_success"] = bool(info["success"])
+        info["score"] = min(max(float(reward) / MAX_REWARD, 0.0), 1.0)
+        return observation.astype(np.float32), float(reward), terminated, truncated, info
+
+    def render(self) -> NDArray[np.uint8]:
+        """Draw the scene, (image_size, image_size, 3) uint8, upright.
+
+        Raises:
+            RenderingUnavailableError: If this machine cannot render, or ``render_mode`` is None.
+        """
+        require_rgb_array(self.render_mode)
+        with rendering_errors():
+            if self._renderer is None:
+                self._renderer = _fast_renderer(self._simulator.model, self.image_size)
+                # Closed before the interpreter tears OpenGL down, also where nobody calls close().
+                self._finalizer = weakref.finalize(self, self._renderer.close)
+            self._renderer.update_scene(self._simulator.data, camera=self.camera)
+            frame = self._renderer.render()
+        return np.ascontiguousarray(frame[::-1, ::-1]) if self._upside_down else frame
+
+    def close(self) -> None:
+        """Free the renderer."""
+        if self._renderer is not None:
+            self._finalizer()
+            self._renderer = None
+
+
+class MetaWorldExpert:
+    """Meta-World's scripted policy for one task, clipped to the action space."""
+
+    def __init__(self, task: str) -> None:
+        """Look the scripted policy up.
+
+        Args:
+            task: One of the 50 task names.
+        """
+        import_extra("metaworld", title="Meta-World", extra="metaworld")
+        from metaworld.policies import ENV_POLICY_MAP
+
+        policy_class: Any = ENV_POLICY_MAP[choose("Meta-World task", task, ENV_POLICY_MAP)]
+        self._policy = policy_class()
+
+    def __call__(self, observation: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Map an observation (39,) to an action (4,) float32 in [-1, 1]."""
+        with warnings.catch_warnings():
+            # "Constant(s) may be too high. Environments clip response": clipping is what happens here.
+            warnings.simplefilter("ignore")
+            action = self._policy.get_action(observation.astype(np.float64))
+        return np.clip(action, -1.0, 1.0).astype(np.float32)
+
+
+def _observable_task(task_class: Any) -> Any:
+    """Build a bare Meta-World task whose goal is part of the observation and is drawn by a generator."""
+    simulator = task_class()
+    simulator._partially_observable = False
+    del simulator.sawyer_observation_space  # a cached property that depends on the line above
+    simulator._set_task_called = True
+    simulator._freeze_rand_vec = False
+    simulator.seeded_rand_vec = True
+    return simulator
+
+
+def _fast_renderer(model: Any, image_size: int) -> Any:
+    """Build an offscreen renderer without what makes software rendering ten times slower."""
+    import mujoco
+
+    # A renderer that could not be built complains when it is collected, for want of these attributes.
+    for owner, name in (
+        (mujoco.Renderer, "_gl_context"),
+        (mujoco.Renderer, "_mjr_context"),
+        (mujoco.GLContext, "_context"),
+    ):
+        setattr(owner, name, getattr(owner, name, None))
+    model.vis.quality.offsamples = 0
+    renderer = mujoco.Renderer(model, image_size, image_size)
+    for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+        renderer.scene.flags[flag] = False
+    return renderer

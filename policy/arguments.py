@@ -1,0 +1,95 @@
+"""Checking arguments that arrive by name: from a command line, or from a checkpoint's JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+
+def unknown_name(what: str, name: str, allowed: Iterable[str]) -> ValueError:
+    """The error for a misspelt name: what came, the nearest allowed name, and all of them.
+
+    Args:
+        what: what the name stands for, such as `denoiser`.
+        name: what came.
+        allowed: what would have been accepted.
+
+    Returns:
+        The error, to be raised by the caller.
+    """
+    options = sorted(allowed)
+    nearest = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    return ValueError(f"unknown {what} {name!r}{hint}; allowed: {', '.join(options) or 'none'}")
+
+
+def check_arguments(where: str, target: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Check keyword arguments against a callable's signature and type hints, before calling it.
+
+    Args:
+        where: what the arguments belong to, for the message (`sampler`, say, so that it names `sampler.eta`).
+        target: a function or class with keyword arguments and type hints.
+        arguments: what would be passed.
+
+    Returns:
+        The arguments, converted to the hinted types where that loses nothing ("8" to 8).
+
+    Raises:
+        ValueError: an unknown name (with the nearest known one) or a value of the wrong type.
+    """
+    parameters = inspect.signature(target).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    function = getattr(target, "func", target)  # inside a functools.partial
+    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    checked = {}
+    for name, value in arguments.items():
+        if name not in parameters and not takes_any:
+            raise unknown_name(f"setting of {where}", name, parameters)
+        checked[name] = _check_type(f"{where}.{name}", hints.get(name, Any), value)
+    return checked
+
+
+def _check_type(name: str, hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):  # type: ignore[arg-type]
+            return value
+        raise ValueError(f"{name} should be settings of {hint.__name__}; got {value!r}")  # type: ignore[union-attr]
+    adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        expected = getattr(hint, "__name__", str(hint)).replace("typing.", "")
+        raise ValueError(f"{name} should be {expected}; got {value!r} ({problem[0].lower()}{problem[1:]})") from error
+
+
+def construct(what: str, registry: Mapping[str, Callable[..., T]], spec: Mapping[str, Any], **derived: Any) -> T:
+    """Build the thing a spec names, from a registry of allowed things.
+
+    Args:
+        what: the kind of thing, for messages.
+        registry: name to class or function.
+        spec: `{"name": ..., **settings}`.
+        **derived: arguments that follow from elsewhere and cannot be set in the spec.
+
+    Returns:
+        What the registered callable returns.
+
+    Raises:
+        ValueError: no or unknown name, an unknown or derived setting, a value of the wrong type.
+    """
+    settings = dict(spec)
+    name = settings.pop("name", None)
+    if name not in registry:
+        raise unknown_name(what, str(name), registry)
+    if clash := sorted(settings.keys() & derived.keys()):
+        raise ValueError(f"{what}.{clash[0]} follows from the rest of the configuration and cannot be set")
+    return registry[name](**check_arguments(what, registry[name], settings), **derived)

@@ -1,0 +1,137 @@
+"""A whole training run: from demonstrations to a checkpoint that acts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from policy.checkpoint import is_checkpoint, resume_training, save_checkpoint
+from policy.controller import check_execution_horizon
+from policy.data.demonstrations import Demonstrations
+from policy.device import check_device
+from policy.diffusion_policy import DiffusionPolicy, PolicyConfig
+from policy.evaluation import Env, check_spaces, run_in_process, summarize
+from policy.interrupt import stop_on_signal
+from policy.output import output_folder
+from policy.sampler import Sampler
+from policy.tracking import start_tracking
+from policy.training import TrainSettings, TrainState, prepare_run
+from policy.training import train as train_loop
+
+# Episodes rolled out while training, apart from those demonstrated (from 0) and those reported (from 100000).
+ROLLOUT_SEED = 50_000
+
+
+def clone_behaviour(
+    make_env: Callable[..., Env],
+    *,
+    dataset: Demonstrations,
+    env: dict[str, Any] | None = None,
+    encoder: dict[str, Any],
+    denoiser: dict[str, Any],
+    schedule: dict[str, Any],
+    sampler: Sampler,
+    train: TrainSettings,
+    tracker: dict[str, Any],
+    prediction_type: str = "sample",
+    obs_horizon: int = 2,
+    action_horizon: int = 8,
+    obs_size: int = 287,
+    execution_horizon: int = 8,
+    seed: int = 0,
+    num_envs: int = 8,
+    device: str = "cpu",
+    output_dir: Path | None = None,
+) -> None:
+    """Train a diffusion policy on demonstrations; the same command with the same output_dir goes on where it stopped.
+
+    Args:
+        make_env: makes an environment from the settings in `env`.
+        dataset: the demonstrations.
+        env: the environment they come from; a Minari dataset of `scripts/collect.py` brings its own.
+        encoder: `{"name": ..., **settings}`.
+        denoiser: `{"name": ..., **settings}`.
+        schedule: settings of `make_schedule`.
+        sampler: for the rollouts while training.
+        train: see `TrainSettings`.
+        tracker: `{"name": "wandb" or "none", ...}`.
+        prediction_type: `epsilon`, `sample` or `v_prediction`.
+        obs_horizon: observations looked back on.
+        action_horizon: actions in one chunk.
+        obs_size: width of the observation embedding.
+        execution_horizon: actions executed before the next plan.
+        seed: of the split, the weights and every training step.
+        num_envs: environments in the rollouts while training.
+        device: `cpu` or `cuda`.
+        output_dir: receives `checkpoint/`; by default a new folder under outputs/train.
+
+    Raises:
+        ValueError: settings that do not fit each other, the data or the environment, before training starts.
+    """
+    env = env or dataset.metadata.get("env")
+    config = PolicyConfig(
+        observation_shapes=dataset.observation_shapes,
+        action_dim=dataset.actions.shape[1],
+        obs_horizon=obs_horizon,
+        action_horizon=action_horizon,
+        obs_size=obs_size,
+        prediction_type=prediction_type,
+        encoder=encoder,
+        denoiser=denoiser,
+        schedule=schedule,
+    )
+    check_execution_horizon(execution_horizon, action_horizon)
+    run = prepare_run(config, dataset, train, seed=seed, device=check_device(device))
+    sampler.check(run.state.policy.schedule.num_steps)
+    if env:
+        with closing(make_env(**env)) as probe:
+            check_spaces(config, probe)
+    if train.rollout_every and not env:
+        raise ValueError("train.rollout_every needs an environment to roll out in: add env=...")
+
+    folder = output_folder(output_dir, "train")
+    checkpoint = folder / "checkpoint"
+    settings = {**vars(train), "seed": seed, "dataset": dataset.source, "episodes": dataset.num_episodes}
+    if is_checkpoint(checkpoint):
+        resume_training(checkpoint, run.state, settings)
+        print(f"going on at step {run.state.step} of {train.steps}: {checkpoint}")
+
+    parameters = sum(p.numel() for p in run.state.policy.parameters())
+    print(
+        f"{len(run.training)} training windows from {len(run.training.episodes)} episodes"
+        f" ({len(run.validation.episodes)} held out), {parameters / 1e6:.2f} M parameters"
+    )
+    tracking = start_tracking(folder=folder, config={"env": env, **settings, **vars(config)}, **tracker)
+    rollout = partial(_rollout, partial(make_env, **(env or {})), num_envs, train, sampler, execution_horizon)
+
+    def save(state: TrainState) -> None:
+        save_checkpoint(checkpoint, state, env=env, execution_horizon=execution_horizon, training=settings)
+
+    with stop_on_signal() as should_stop:
+        train_loop(run, train, seed=seed, tracker=tracking, save=save, rollout=rollout, should_stop=should_stop)
+    tracked = tracking.finish()
+    if run.state.step < train.steps:
+        print(f"stopped at step {run.state.step} and saved: the same command with output_dir={folder} goes on")
+    else:
+        print(f"checkpoint: {checkpoint}" + (f"   tracked: {tracked}" if tracked else ""))
+        print(f"next: python scripts/rollout.py checkpoint={checkpoint}")
+
+
+def _rollout(
+    make_env: Callable[[], Env],
+    num_envs: int,
+    settings: TrainSettings,
+    sampler: Sampler,
+    execution_horizon: int,
+    policy: DiffusionPolicy,
+) -> dict[str, float]:
+    seeds = range(ROLLOUT_SEED, ROLLOUT_SEED + settings.rollout_episodes)
+    simulators = [make_env() for _ in range(min(num_envs, len(seeds)))]
+    results = run_in_process(policy, simulators, seeds, sampler=sampler, execution_horizon=execution_horizon)
+    for simulator in simulators:
+        simulator.close()
+    summary = summarize(results)
+    return {key: summary[key] for key in ("success_rate", "score_mean", "return_mean")}

@@ -1,0 +1,51 @@
+"""Sinusoidal embedding of diffusion timesteps."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def sinusoidal_table(num_steps: int, width: int) -> Tensor:
+    """Embeddings of the timesteps 0..num_steps - 1 (Vaswani et al. 2017, sec. 3.5, with cosines after sines).
+
+    Args:
+        num_steps: T.
+        width: even width of one embedding.
+
+    Returns:
+        (num_steps, width) float32.
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float64) / half)
+    angles = torch.arange(num_steps, dtype=torch.float64)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+
+class TimestepEmbedding(nn.Module):
+    """A fixed table of sinusoids; it has no parameters and is not stored in checkpoints."""
+
+    table: Tensor
+
+    def __init__(self, num_steps: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("table", sinusoidal_table(num_steps, width), persistent=False)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """Look up (B,) int64 timesteps, giving (B, width)."""
+        return self.table[timestep]
+
+
+def check_sizes(**sizes: int) -> None:
+    """Refuse sizes that are not whole numbers of 1 or more.
+
+    Raises:
+        ValueError: naming the size.
+    """
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a whole number of 1 or more; got {size!r}")
+    if sizes.get("hidden_size", 2) % 2:
+        raise ValueError(f"hidden_size must be even, for sine and cosine pairs; got {sizes['hidden_size']}")

@@ -1,0 +1,230 @@
+"""The diffusion policy: observation history in, action chunk out. It knows nothing of environments or queues."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from policy.arguments import check_arguments, construct
+from policy.ddim import Generators, ddim_sample, randn_like
+from policy.denoisers import DENOISERS
+from policy.encoders import ENCODERS
+from policy.normalizer import Normalizer
+from policy.schedule import check_prediction_type, make_schedule
+
+Observations = Mapping[str, Tensor]
+
+
+class Batch(TypedDict):
+    """One training batch, in the data's units.
+
+    Keys:
+        observations: (B, obs_horizon, *shape) under each key.
+        actions: (B, action_horizon, action_dim).
+        mask: (B, action_horizon) bool, False where the chunk runs past the end of its episode.
+    """
+
+    observations: dict[str, Tensor]
+    actions: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """Everything that rebuilds a policy's network: plain data, stored as JSON in every checkpoint.
+
+    Attributes:
+        observation_shapes: shape of one observation under each key; follows from the data.
+        action_dim: width of one action; follows from the data.
+        obs_horizon: observations looked back on.
+        action_horizon: actions in one chunk; its first action belongs to the newest observation.
+        obs_size: width of the observation embedding.
+        prediction_type: what the denoiser is trained to predict: `epsilon`, `sample` or `v_prediction`.
+        encoder: `{"name": a key of ENCODERS, **settings}`.
+        denoiser: `{"name": a key of DENOISERS, **settings}`.
+        schedule: settings of `make_schedule`.
+    """
+
+    observation_shapes: dict[str, tuple[int, ...]]
+    action_dim: int
+    obs_horizon: int = 2
+    action_horizon: int = 8
+    obs_size: int = 287
+    prediction_type: str = "sample"
+    encoder: dict[str, Any] = field(default_factory=lambda: {"name": "state"})
+    denoiser: dict[str, Any] = field(default_factory=lambda: {"name": "modulated_mlp"})
+    schedule: dict[str, Any] = field(default_factory=lambda: {"num_steps": 100, "beta_schedule": "squaredcos_cap_v2"})
+
+    def __post_init__(self) -> None:
+        check_prediction_type(self.prediction_type)
+        for name in ("action_dim", "obs_horizon", "action_horizon", "obs_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}")
+        if not self.observation_shapes:
+            raise ValueError("a policy needs at least one observation key")
+
+
+class DiffusionPolicy(nn.Module):
+    """Encode the last observations into one embedding, denoise an action chunk with DDIM.
+
+    Args:
+        config: sizes and parts.
+
+    Raises:
+        ValueError: a part that does not exist, or settings it does not take.
+
+    Example:
+        >>> import torch
+        >>> from policy import DiffusionPolicy, PolicyConfig
+        >>> policy = DiffusionPolicy(PolicyConfig(observation_shapes={"state": (5,)}, action_dim=2))
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> policy.sample_actions({"state": torch.zeros(3, 2, 5)}, ddim_steps=4, generator=generator).shape
+        torch.Size([3, 8, 2])
+    """
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.schedule = make_schedule(**check_arguments("schedule", make_schedule, config.schedule))
+        self.observation_normalizers = nn.ModuleDict(
+            {key: Normalizer(shape) for key, shape in config.observation_shapes.items()}
+        )
+        self.action_normalizer = Normalizer((config.action_dim,))
+        self.encoder = construct(
+            "encoder",
+            ENCODERS,
+            config.encoder,
+            shapes=config.observation_shapes,
+            obs_horizon=config.obs_horizon,
+            obs_size=config.obs_size,
+        )
+        self.denoiser = construct(
+            "denoiser",
+            DENOISERS,
+            config.denoiser,
+            obs_size=config.obs_size,
+            action_dim=config.action_dim,
+            action_horizon=config.action_horizon,
+            num_steps=self.schedule.num_steps,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.action_normalizer.center.device
+
+    def embed(self, observations: Observations) -> Tensor:
+        """Normalise and encode an observation history.
+
+        Args:
+            observations: (B, obs_horizon, *shape) under each key, in the data's units.
+
+        Returns:
+            (B, obs_size) embedding.
+
+        Raises:
+            ValueError: missing or unknown keys, or shapes other than the configured ones.
+        """
+        expected = self.config.observation_shapes
+        if observations.keys() != expected.keys():
+            raise ValueError(f"observations must have the keys {sorted(expected)}; got {sorted(observations)}")
+        for key, value in observations.items():
+            if tuple(value.shape[1:]) != (self.config.obs_horizon, *expected[key]):
+                raise ValueError(
+                    f"observation {key!r} must have shape (B, {self.config.obs_horizon}, "
+                    f"{', '.join(map(str, expected[key]))}); got {tuple(value.shape)}"
+                )
+        normalized = {
+            key: self.observation_normalizers[key].normalize(value.to(self.device, torch.float32))  # type: ignore[operator]
+            for key, value in observations.items()
+        }
+        return self.encoder(normalized)
+
+    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
+        """Mean squared error of the denoiser on one batch, padding left out (DDPM, eq. 14).
+
+        Args:
+            batch: see `Batch`.
+            generator: source of timesteps and noise, on the CPU.
+
+        Returns:
+            () loss.
+        """
+        x_0 = self.action_normalizer.normalize(batch["actions"].to(self.device, torch.float32))
+        timestep = torch.randint(self.schedule.num_steps, (len(x_0),), generator=generator)
+        noise = torch.randn(x_0.shape, generator=generator).to(self.device)
+        x_t = self.schedule.add_noise(x_0, noise, timestep)
+        target = self.schedule.target(x_0, noise, timestep, self.config.prediction_type)
+        predicted = self.denoiser(x_t, timestep.to(self.device), self.embed(batch["observations"]))
+        error = (predicted - target).square().mean(dim=2)
+        mask = batch["mask"].to(error)
+        return (error * mask).sum() / mask.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def sample_actions(
+        self,
+        observations: Observations,
+        *,
+        ddim_steps: int = 8,
+        eta: float = 0.0,
+        spacing: str = "trailing",
+        clip: float | None = 1.0,
+        generator: Generators | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Sample one action chunk per row.
+
+        Args:
+            observations: (B, obs_horizon, *shape) under each key, in the data's units.
+            ddim_steps: denoising steps K, within 1..num_steps.
+            eta: 0 deterministic given the noise, 1 DDPM.
+            spacing: timestep spacing, see `ddim_timesteps`.
+            clip: bound on the normalised estimate of the clean chunk, or None.
+            generator: source of the initial noise (unless given) and of the steps' noise: one, or one per row.
+            noise: (B, action_horizon, action_dim) standard normal starting point.
+
+        Returns:
+            (B, action_horizon, action_dim) float32 in the data's units; the first action is for the newest observation.
+
+        Raises:
+            ValueError: see `embed` and `ddim_sample`, or noise of another shape.
+        """
+        embedding = self.embed(observations)
+        shape = (len(embedding), self.config.action_horizon, self.config.action_dim)
+        if noise is None:
+            on = generator.device if isinstance(generator, torch.Generator) else "cpu"
+            noise = randn_like(torch.empty(shape, device=on), generator)
+        if tuple(noise.shape) != shape:
+            raise ValueError(f"noise must have shape {shape}; got {tuple(noise.shape)}")
+        chunk = ddim_sample(
+            self.denoiser,
+            embedding,
+            noise.to(self.device),
+            schedule=self.schedule,
+            ddim_steps=ddim_steps,
+            eta=eta,
+            spacing=spacing,
+            prediction_type=self.config.prediction_type,
+            clip=clip,
+            generator=generator,
+        )
+        return self.action_normalizer.unnormalize(chunk)
+
+
+def config_to_json(config: PolicyConfig) -> dict[str, Any]:
+    """A policy's configuration as plain JSON data."""
+    return dataclasses.asdict(config)
+
+
+def config_from_json(data: Mapping[str, Any]) -> PolicyConfig:
+    """A policy's configuration from JSON data, every key and type checked.
+
+    Raises:
+        ValueError: an unknown key or a value of the wrong type.
+    """
+    return PolicyConfig(**check_arguments("policy", PolicyConfig, data))

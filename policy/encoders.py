@@ -1,0 +1,64 @@
+"""From an observation history to one embedding (287 wide by default)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class StateEncoder(nn.Module):
+    """An MLP over the flattened history of all state vectors.
+
+    Args:
+        shapes: shape of one observation under each key, without batch and time.
+        obs_horizon: observations looked back on.
+        obs_size: width of the embedding.
+        hidden_size: width of the hidden layer.
+        noise: standard deviation of the Gaussian noise added to the normalised observations while training: states
+            near the demonstrated ones should lead to the same actions.
+        dropout: dropped share of the hidden layer while training.
+
+    Raises:
+        ValueError: an observation that is not a vector (an image, for instance).
+    """
+
+    def __init__(
+        self,
+        *,
+        shapes: Mapping[str, tuple[int, ...]],
+        obs_horizon: int,
+        obs_size: int = 287,
+        hidden_size: int = 256,
+        noise: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for key, shape in shapes.items():
+            if len(shape) != 1:
+                raise ValueError(f"the state encoder takes vectors; observation {key!r} has shape {tuple(shape)}")
+        self.keys = sorted(shapes)
+        self.noise = noise
+        width = obs_horizon * sum(shape[0] for shape in shapes.values())
+        self.layers = nn.Sequential(
+            nn.Linear(width, hidden_size), nn.SiLU(), nn.Dropout(dropout), nn.Linear(hidden_size, obs_size)
+        )
+
+    def forward(self, observations: Mapping[str, Tensor]) -> Tensor:
+        """Embed normalised observations.
+
+        Args:
+            observations: (B, obs_horizon, D) under each key.
+
+        Returns:
+            (B, obs_size).
+        """
+        x = torch.cat([observations[key].flatten(1) for key in self.keys], dim=1)
+        if self.training and self.noise > 0:
+            x = x + self.noise * torch.randn_like(x)
+        return self.layers(x)
+
+
+# Checkpoints name an encoder by its key here, never by an import path.
+ENCODERS: dict[str, type[nn.Module]] = {"state": StateEncoder}

@@ -1,0 +1,284 @@
+"""Rollouts in a simulator, what they are summed up to, and how long a chunk takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from policy.controller import RecedingHorizonController
+from policy.diffusion_policy import DiffusionPolicy, PolicyConfig
+from policy.sampler import Sampler
+from policy.statistics import wilson_interval
+
+Env = gymnasium.Env[Any, Any]
+MakeEnv = Callable[[], Env]
+
+# Rows of one planning call in rollouts, always: see RecedingHorizonController.plan_batch.
+PLAN_BATCH = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeResult:
+    """One episode.
+
+    Attributes:
+        seed: its initial state, goal and noise.
+        success: whether it succeeded at any step (which ends it).
+        score: best progress over the episode, in [0, 1], as the environment defines it.
+        return_: sum of rewards (`return` in files).
+        steps: control steps taken.
+    """
+
+    seed: int
+    success: bool
+    score: float
+    return_: float
+    steps: int
+
+    def row(self) -> dict[str, Any]:
+        """As written to `episodes.json`."""
+        return {
+            "seed": self.seed,
+            "success": self.success,
+            "score": self.score,
+            "return": self.return_,
+            "steps": self.steps,
+        }
+
+
+OnEpisode = Callable[[EpisodeResult], object]
+
+
+@dataclass
+class _Running:
+    seed: int
+    observation: Any
+    score: float
+    return_: float = 0.0
+    steps: int = 0
+
+
+def check_spaces(config: PolicyConfig, env: Env) -> None:
+    """Refuse an environment whose spaces do not fit the policy.
+
+    Args:
+        config: of the policy.
+        env: gives the spaces.
+
+    Raises:
+        ValueError: naming both sides.
+    """
+    space = env.observation_space
+    spaces = space.spaces if isinstance(space, gymnasium.spaces.Dict) else {"state": space}
+    shapes = {key: tuple(part.shape or ()) for key, part in spaces.items()}
+    wanted = {key: tuple(shape) for key, shape in config.observation_shapes.items()}
+    if shapes != wanted:
+        raise ValueError(
+            f"the environment's observations {_describe(shapes)} do not fit the policy's {_describe(wanted)}:"
+            " choose the env= that the demonstrations came from"
+        )
+    if env.action_space.shape != (config.action_dim,):
+        raise ValueError(
+            f"the environment's actions have shape {env.action_space.shape}, the policy's ({config.action_dim},):"
+            " choose the env= that the demonstrations came from"
+        )
+
+
+def _describe(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{key} {shape}" for key, shape in sorted(shapes.items()))
+
+
+def run_episodes(
+    controller: RecedingHorizonController, envs: Sequence[Env], next_seed: Callable[[], int | None]
+) -> Iterator[EpisodeResult]:
+    """Run episodes in several environments at once; a finished one starts on the next seed.
+
+    Args:
+        controller: one slot per environment is used.
+        envs: identical environments with `info["is_success"]` and `info["score"]`.
+        next_seed: gives the next episode's seed, or None when there are no more.
+
+    Yields:
+        Results, as episodes end: at success, or when the environment ends them.
+    """
+    running: dict[int, _Running] = {}
+
+    def start(slot: int) -> None:
+        running.pop(slot, None)
+        if (seed := next_seed()) is not None:
+            observation, info = envs[slot].reset(seed=seed)
+            controller.reset(seed, slot)
+            running[slot] = _Running(seed, observation, float(info["score"]))
+
+    for slot in range(len(envs)):
+        start(slot)
+    while running:
+        actions = controller.act_many({slot: episode.observation for slot, episode in running.items()})
+        for slot, action in actions.items():
+            episode = running[slot]
+            over, success = _step(envs[slot], episode, action)
+            if over:
+                yield EpisodeResult(
+                    seed=episode.seed,
+                    success=success,
+                    score=episode.score,
+                    return_=episode.return_,
+                    steps=episode.steps,
+                )
+                start(slot)
+
+
+def _step(env: Env, episode: _Running, action: NDArray[np.float32]) -> tuple[bool, bool]:
+    space = env.action_space
+    assert isinstance(space, gymnasium.spaces.Box)
+    episode.observation, reward, terminated, truncated, info = env.step(np.clip(action, space.low, space.high))
+    episode.return_ += float(reward)
+    episode.score = max(episode.score, float(info["score"]))
+    episode.steps += 1
+    success = bool(info["is_success"])
+    return success or terminated or truncated, success
+
+
+def run_in_process(
+    policy: DiffusionPolicy,
+    envs: Sequence[Env],
+    seeds: Sequence[int],
+    *,
+    sampler: Sampler,
+    execution_horizon: int,
+    on_episode: OnEpisode = lambda result: None,
+) -> list[EpisodeResult]:
+    """Run one episode per seed, in this process, on one thread.
+
+    Args:
+        policy: what acts.
+        envs: identical environments, all used at once.
+        seeds: distinct episode seeds.
+        sampler: how chunks are sampled.
+        execution_horizon: actions executed before the next plan.
+        on_episode: called with each result as it comes.
+
+    Returns:
+        One result per seed, in the order of `seeds`.
+    """
+    controller = RecedingHorizonController(
+        policy=policy, sampler=sampler, execution_horizon=execution_horizon, plan_batch=PLAN_BATCH
+    )
+    remaining = iter(seeds)
+    results = {}
+    with torch_threads(1):
+        for result in run_episodes(controller, envs, lambda: next(remaining, None)):
+            results[result.seed] = result
+            on_episode(result)
+    return [results[seed] for seed in seeds]
+
+
+def record_episode(
+    controller: RecedingHorizonController, env: Env, seed: int
+) -> tuple[EpisodeResult, list[NDArray[np.uint8]]]:
+    """Run one episode and keep its pictures.
+
+    Args:
+        controller: slot 0 is used.
+        env: with `render_mode="rgb_array"`.
+        seed: of the episode.
+
+    Returns:
+        The result, and (H, W, 3) uint8 frames, the initial one included.
+    """
+    observation, info = env.reset(seed=seed)
+    controller.reset(seed)
+    episode = _Running(seed, observation, float(info["score"]))
+    frames = [_frame(env)]
+    over = success = False
+    while not over:
+        over, success = _step(env, episode, controller.act(episode.observation))
+        frames.append(_frame(env))
+    result = EpisodeResult(
+        seed=seed, success=success, score=episode.score, return_=episode.return_, steps=episode.steps
+    )
+    return result, frames
+
+
+def _frame(env: Env) -> NDArray[np.uint8]:
+    frame = env.render()
+    assert isinstance(frame, np.ndarray)
+    return frame
+
+
+def summarize(results: Sequence[EpisodeResult]) -> dict[str, Any]:
+    """Success rate with its 95 % Wilson interval, and means.
+
+    Args:
+        results: one or more.
+
+    Returns:
+        JSON data: `episodes successes success_rate success_low success_high score_mean return_mean steps_mean`.
+    """
+    successes = sum(result.success for result in results)
+    low, high = wilson_interval(successes, len(results))
+    return {
+        "episodes": len(results),
+        "successes": successes,
+        "success_rate": successes / len(results),
+        "success_low": low,
+        "success_high": high,
+        "score_mean": float(np.mean([result.score for result in results])),
+        "return_mean": float(np.mean([result.return_ for result in results])),
+        "steps_mean": float(np.mean([result.steps for result in results])),
+    }
+
+
+def format_summary(summary: Mapping[str, Any]) -> str:
+    """The summary of a rollout in one line, for people."""
+    return (
+        f"success {summary['success_rate']:.0%} ({summary['successes']} of {summary['episodes']},"
+        f" 95 % {summary['success_low']:.0%} to {summary['success_high']:.0%}),"
+        f" score {summary['score_mean']:.3f}, return {summary['return_mean']:.1f},"
+        f" {summary['steps_mean']:.0f} control steps"
+    )
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Run with so many threads: small networks run no faster on more, and workers share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def chunk_latency(policy: DiffusionPolicy, sampler: Sampler, repeats: int = 30) -> dict[str, float]:
+    """How long one robot waits for one chunk: batch 1, one thread.
+
+    Args:
+        policy: as it will act.
+        sampler: how it samples.
+        repeats: timed calls, after three untimed ones.
+
+    Returns:
+        `latency_ms_median` and `latency_ms_p90`, in milliseconds.
+    """
+    config = policy.config
+    observations = {key: torch.zeros(1, config.obs_horizon, *shape) for key, shape in config.observation_shapes.items()}
+    settings = asdict(sampler)
+    noise = torch.zeros(1, config.action_horizon, config.action_dim)
+    generator = [torch.Generator().manual_seed(0)]
+    times = []
+    with torch_threads(1):
+        for _ in range(repeats + 3):
+            begin = time.perf_counter()
+            policy.sample_actions(observations, noise=noise, generator=generator, **settings).cpu()
+            times.append(1e3 * (time.perf_counter() - begin))
+    median, p90 = np.percentile(times[3:], [50, 90])
+    return {"latency_ms_median": float(median), "latency_ms_p90": float(p90)}

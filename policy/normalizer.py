@@ -1,0 +1,68 @@
+"""Affine maps between the units of a dataset and [-1, 1]."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+# A dimension whose range is below this share of its magnitude is noise around a constant, not a signal.
+CONSTANT_RANGE = 1e-4
+
+
+class Normalizer(nn.Module):
+    """Maps each dimension's fitted range onto [-1, 1], and back.
+
+    Clipping in the sampler relies on this bounded range. A constant or near-constant dimension (its range is below 1e-4
+    of its largest magnitude) normalises to 0 whatever comes, and un-normalises to its constant: it carries no
+    information, and dividing by its range would turn rounding errors into full-scale signals.
+
+    The statistics are buffers: they are saved with the weights, and a checkpoint without them does not load.
+
+    Args:
+        shape: shape of one observation or action, without batch and time.
+    """
+
+    center: Tensor
+    half_range: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(shape))
+        self.register_buffer("half_range", torch.ones(shape))
+
+    def fit(self, low: ArrayLike, high: ArrayLike) -> None:
+        """Set the range from the smallest and largest training values.
+
+        Args:
+            low: smallest value of each dimension, in the data's units.
+            high: largest value of each dimension.
+
+        Raises:
+            ValueError: wrong shapes, low > high, or a value that is not finite.
+        """
+        low_, high_ = np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
+        shape = tuple(self.center.shape)
+        if low_.shape != shape or high_.shape != shape:
+            raise ValueError(f"limits must have shape {shape}; got {low_.shape} and {high_.shape}")
+        if not (np.isfinite(low_) & np.isfinite(high_) & (low_ <= high_)).all():
+            raise ValueError("limits must be finite with low <= high in every dimension")
+        half_range = (high_ - low_) / 2
+        constant = 2 * half_range <= CONSTANT_RANGE * np.maximum(np.abs(low_), np.abs(high_))
+        self.center.copy_(torch.as_tensor((low_ + high_) / 2))
+        self.half_range.copy_(torch.as_tensor(np.where(constant, 0.0, half_range)))
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """(..., *shape) in the data's units to (..., *shape) in [-1, 1] for values inside the fitted range."""
+        constant = self.half_range == 0
+        return torch.where(constant, 0.0, (x - self.center) / torch.where(constant, 1.0, self.half_range))
+
+    def unnormalize(self, x: Tensor) -> Tensor:
+        """The inverse of `normalize`: (..., *shape) in [-1, 1] back to the data's units."""
+        return x * self.half_range + self.center
+
+
+def limits(values: NDArray[np.generic]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Smallest and largest value of each dimension of (N, ...) data, in float64."""
+    return values.min(axis=0).astype(np.float64), values.max(axis=0).astype(np.float64)

@@ -1,0 +1,231 @@
+"""The forward diffusion process: noise levels, and conversions between what a network may predict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+BetaSchedule = Literal["linear", "squaredcos_cap_v2"]
+PredictionType = Literal["epsilon", "sample", "v_prediction"]
+
+PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
+
+# ᾱ at the last timestep above which a standard normal is a poor stand-in for the fully noised data.
+MAX_FINAL_ALPHA_CUMPROD = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """Noise levels of the forward process q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I).
+
+    All levels are computed in float64 from the betas, and cast to the dtype of the data only where they
+    meet it: a float32 cumulative product over 1000 timesteps loses digits where √(1 - ᾱ) is small.
+
+    Attributes:
+        betas: (num_steps,) float64, each in (0, 1).
+        alphas_cumprod: (num_steps,) float64, ᾱ_t, derived from the betas.
+    """
+
+    betas: Tensor
+    alphas_cumprod: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        betas = self.betas
+        if betas.ndim != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas < 1)).all()):
+            raise ValueError(f"betas must be a non-empty vector with every value inside (0, 1); got {betas}")
+        object.__setattr__(self, "betas", betas.detach().to("cpu", torch.float64))
+        object.__setattr__(self, "alphas_cumprod", torch.cumprod(1.0 - self.betas, dim=0))
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of timesteps; timesteps run from 0 (least noise) to T - 1."""
+        return len(self.betas)
+
+    @property
+    def alphas(self) -> Tensor:
+        """(num_steps,) float64, 1 - betas."""
+        return 1.0 - self.betas
+
+    @property
+    def sqrt_alphas_cumprod(self) -> Tensor:
+        """(num_steps,) float64, the signal's factor √ᾱ."""
+        return self.alphas_cumprod.sqrt()
+
+    @property
+    def sqrt_one_minus_alphas_cumprod(self) -> Tensor:
+        """(num_steps,) float64, the noise's factor √(1 - ᾱ)."""
+        return (1.0 - self.alphas_cumprod).sqrt()
+
+    def signal_and_noise(self, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ and √(1 - ᾱ) at a timestep, shaped to broadcast against `like`.
+
+        Args:
+            timestep: an int, or (B,) int64 with one timestep per row of `like`; -1 is the clean end, ᾱ = 1.
+            like: (B, ...) the tensor they will multiply; gives dtype and device.
+
+        Returns:
+            Two tensors, each () or (B, 1, ..., 1), of `like`'s dtype and device.
+
+        Raises:
+            ValueError: a timestep outside -1..num_steps - 1.
+        """
+        index = torch.as_tensor(timestep, dtype=torch.int64, device="cpu")
+        if bool(((index < -1) | (index >= self.num_steps)).any()):
+            raise ValueError(f"timestep must be within -1..{self.num_steps - 1}; got {timestep}")
+        alpha_cumprod = torch.where(index < 0, 1.0, self.alphas_cumprod[index])
+        shape = (*index.shape, *([1] * (like.ndim - 1))) if index.ndim else ()
+        signal = alpha_cumprod.sqrt().reshape(shape).to(like)
+        noise = (1.0 - alpha_cumprod).sqrt().reshape(shape).to(like)
+        return signal, noise
+
+    def add_noise(self, x_0: Tensor, noise: Tensor, timestep: Tensor | int) -> Tensor:
+        """Draw x_t from q(x_t | x_0): √ᾱ_t x_0 + √(1 - ᾱ_t) ε (DDPM, Ho et al. 2020, eq. 4).
+
+        Args:
+            x_0: (B, ...) clean data.
+            noise: (B, ...) ε, standard normal.
+            timestep: an int or (B,) int64.
+
+        Returns:
+            (B, ...) noised data.
+        """
+        signal, sigma = self.signal_and_noise(timestep, x_0)
+        return signal * x_0 + sigma * noise
+
+    def target(self, x_0: Tensor, noise: Tensor, timestep: Tensor | int, prediction_type: str) -> Tensor:
+        """What the network should predict for this noised example.
+
+        Args:
+            x_0: (B, ...) clean data.
+            noise: (B, ...) the ε that was added.
+            timestep: an int or (B,) int64.
+            prediction_type: `epsilon`, `sample` or `v_prediction` (v = √ᾱ ε - √(1 - ᾱ) x_0, Salimans and Ho 2022).
+
+        Returns:
+            (B, ...) the regression target.
+        """
+        check_prediction_type(prediction_type)
+        if prediction_type == "epsilon":
+            return noise
+        if prediction_type == "sample":
+            return x_0
+        signal, sigma = self.signal_and_noise(timestep, x_0)
+        return signal * noise - sigma * x_0
+
+    def to_sample(self, predicted: Tensor, x_t: Tensor, timestep: Tensor | int, prediction_type: str) -> Tensor:
+        """Turn a network's output into its estimate of x_0, whatever it was trained to predict.
+
+        Args:
+            predicted: (B, ...) network output.
+            x_t: (B, ...) the noised data it was given.
+            timestep: an int or (B,) int64.
+            prediction_type: `epsilon`, `sample` or `v_prediction`.
+
+        Returns:
+            (B, ...) the estimate of x_0.
+        """
+        check_prediction_type(prediction_type)
+        if prediction_type == "sample":
+            return predicted
+        signal, sigma = self.signal_and_noise(timestep, x_t)
+        if prediction_type == "epsilon":
+            return (x_t - sigma * predicted) / signal
+        return signal * x_t - sigma * predicted
+
+    def to_epsilon(self, x_0: Tensor, x_t: Tensor, timestep: Tensor | int) -> Tensor:
+        """The ε that leads from x_0 to x_t: (x_t - √ᾱ_t x_0) / √(1 - ᾱ_t).
+
+        Args:
+            x_0: (B, ...) clean data, or an estimate of it.
+            x_t: (B, ...) noised data.
+            timestep: an int or (B,) int64, 0 or more.
+
+        Returns:
+            (B, ...) the implied noise.
+        """
+        signal, sigma = self.signal_and_noise(timestep, x_t)
+        return (x_t - signal * x_0) / sigma
+
+
+def check_prediction_type(prediction_type: str) -> None:
+    """Refuse anything but the three prediction types.
+
+    Raises:
+        ValueError: naming the allowed values.
+    """
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}")
+
+
+def _linear_betas(num_steps: int, beta_start: float, beta_end: float) -> Tensor:
+    # The endpoints 1e-4..0.02 belong to T = 1000. With fewer timesteps the same endpoints leave a strong signal
+    # at T (ᾱ_T = 0.36 at T = 100), so that sampling would start from a distribution the network never saw.
+    # Scaling both by 1000 / T keeps the sum of the betas, and with it ᾱ_T, about the same (Improved DDPM, sec. 3.2).
+    scale = 1000 / num_steps
+    return torch.linspace(scale * beta_start, scale * beta_end, num_steps, dtype=torch.float64).clamp(max=0.999)
+
+
+def _squared_cosine_betas(num_steps: int, beta_start: float, beta_end: float) -> Tensor:
+    # Improved DDPM (Nichol and Dhariwal 2021), eq. 17, with their cap of 0.999. It has no endpoints to set.
+    def signal(fraction: Tensor) -> Tensor:
+        return torch.cos((fraction + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    edges = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    return (1.0 - signal(edges[1:]) / signal(edges[:-1])).clamp(max=0.999)
+
+
+_BETAS: dict[str, Callable[[int, float, float], Tensor]] = {
+    "linear": _linear_betas,
+    "squaredcos_cap_v2": _squared_cosine_betas,
+}
+
+
+def make_schedule(
+    *,
+    num_steps: int = 1000,
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+    beta_schedule: str = "linear",
+) -> NoiseSchedule:
+    """Precompute a noise schedule.
+
+    The linear endpoints are given for 1000 timesteps and scaled by 1000 / `num_steps` (each beta at most 0.999), so
+    that fewer timesteps still end in almost pure noise; at 1000 they are used as they are.
+
+    Args:
+        num_steps: T, the number of timesteps, 1 or more.
+        beta_start: first beta of the linear schedule, at T = 1000.
+        beta_end: last beta of the linear schedule, at T = 1000.
+        beta_schedule: `linear` (DDPM) or `squaredcos_cap_v2` (Improved DDPM, eq. 17; it ignores the endpoints).
+
+    Returns:
+        The schedule, in float64.
+
+    Raises:
+        ValueError: an unknown `beta_schedule`, endpoints that are not 0 < start <= end < 1, or a schedule whose
+            final ᾱ exceeds 0.01: sampling starts from a standard normal, which would not be where it ended.
+
+    Example:
+        >>> schedule = make_schedule(num_steps=100, beta_schedule="squaredcos_cap_v2")
+        >>> schedule.num_steps, schedule.alphas_cumprod[-1].item() < 1e-4
+        (100, True)
+    """
+    if beta_schedule not in _BETAS:
+        raise ValueError(f"beta_schedule must be one of {', '.join(_BETAS)}; got {beta_schedule!r}")
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps must be a whole number of 1 or more; got {num_steps!r}")
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1; got {beta_start} and {beta_end}")
+    schedule = NoiseSchedule(_BETAS[beta_schedule](num_steps, beta_start, beta_end))
+    final = schedule.alphas_cumprod[-1].item()
+    if final > MAX_FINAL_ALPHA_CUMPROD:
+        raise ValueError(
+            f"this schedule ends at ᾱ = {final:.3f}, but sampling starts from pure noise and needs"
+            f" {MAX_FINAL_ALPHA_CUMPROD} or less: raise beta_end (now {beta_end}) or num_steps (now {num_steps})"
+        )
+    return schedule

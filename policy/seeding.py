@@ -1,0 +1,23 @@
+"""One way to derive independent random streams from seeds."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+def derive_seed(*keys: int) -> int:
+    """A 64-bit seed from whole numbers, well mixed also for small ones.
+
+    Args:
+        *keys: non-negative, such as (run seed, step) or (episode seed, plan).
+
+    Returns:
+        A seed for torch.
+    """
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
+
+
+def derive_generator(*keys: int) -> torch.Generator:
+    """A CPU generator seeded by `derive_seed`."""
+    return torch.Generator().manual_seed(derive_seed(*keys))

@@ -1,0 +1,101 @@
+"""Experiment tracking: the only module that imports wandb."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Run(Protocol):
+    """One tracked run."""
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Record metrics of a training step."""
+
+    def log_table(self, name: str, rows: list[dict[str, Any]], image: Path | None = None) -> None:
+        """Record a table, and a picture of it."""
+
+    def finish(self) -> str:
+        """Close the run; says where it is, or nothing."""
+
+
+class NoTracker:
+    """Records nothing."""
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Does nothing."""
+
+    def log_table(self, name: str, rows: list[dict[str, Any]], image: Path | None = None) -> None:
+        """Does nothing."""
+
+    def finish(self) -> str:
+        """Has nothing to say."""
+        return ""
+
+
+class WandbTracker:
+    """A Weights & Biases run, offline unless asked otherwise: no account, no network.
+
+    Args:
+        folder: the run's files go to `folder/wandb`.
+        config: what the run was made with.
+        project: W&B project.
+        mode: `offline` or `online`.
+
+    Raises:
+        ValueError: another mode.
+    """
+
+    def __init__(self, *, folder: Path, config: Mapping[str, Any], project: str, mode: str) -> None:
+        if mode not in ("offline", "online"):
+            raise ValueError(f"tracker.mode must be offline or online; got {mode!r} (tracker=none switches it off)")
+        import wandb  # 1.6 s: only runs that are tracked pay for it
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=project,
+            dir=folder,
+            mode="online" if mode == "online" else "offline",
+            config=dict(config),
+            settings=wandb.Settings(silent=True),
+        )
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Record metrics of a training step."""
+        self._run.log(metrics, step=step)
+
+    def log_table(self, name: str, rows: list[dict[str, Any]], image: Path | None = None) -> None:
+        """Record rows with equal keys as a table, and a picture of it."""
+        table = self._wandb.Table(columns=[*rows[0]], data=[[*row.values()] for row in rows])
+        picture = {f"{name}_plot": self._wandb.Image(str(image))} if image else {}
+        self._run.log({name: table, **picture})
+
+    def finish(self) -> str:
+        """Close the run; gives its folder."""
+        folder = str(Path(self._run.dir).parent)
+        self._run.finish()
+        return folder
+
+
+def start_tracking(*, name: str, folder: Path, config: Mapping[str, Any], mode: str = "offline") -> Run:
+    """Open a run.
+
+    Args:
+        name: `wandb` or `none`.
+        folder: where its files go.
+        config: what the run was made with, JSON data.
+        mode: of W&B: `offline` or `online`.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: another name or mode.
+    """
+    if name == "none":
+        return NoTracker()
+    if name == "wandb":
+        return WandbTracker(folder=folder, config=config, project="ddim-policy", mode=mode)
+    raise ValueError(f"tracker must be wandb or none; got {name!r}")

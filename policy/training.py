@@ -1,0 +1,313 @@
+"""Behaviour cloning: the training loop, its optimiser and its weight average."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from policy.data.demonstrations import Demonstrations
+from policy.data.windows import Windows, split_episodes
+from policy.diffusion_policy import DiffusionPolicy, PolicyConfig
+from policy.normalizer import Normalizer, limits
+from policy.progress import progress
+from policy.seeding import derive_generator, derive_seed
+
+VALIDATION_WINDOWS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Settings of behaviour cloning.
+
+    Attributes:
+        steps: optimiser steps in all.
+        batch_size: windows in a step.
+        learning_rate: peak, reached after the warm-up, then decayed to zero along a cosine.
+        weight_decay: of AdamW, on weight matrices only.
+        warmup_steps: linear warm-up.
+        grad_clip: largest norm of the gradient.
+        ema_decay: largest decay of the weight average; early on it is (1 + n) / (10 + n) at update n.
+        val_fraction: share of episodes held out for the validation loss.
+        log_every: steps between log entries.
+        val_every: steps between validation losses.
+        save_every: steps between checkpoints.
+        rollout_every: steps between short rollouts; 0 for none.
+        rollout_episodes: episodes in each.
+    """
+
+    steps: int = 8_000
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_steps: int = 300
+    grad_clip: float = 1.0
+    ema_decay: float = 0.999
+    val_fraction: float = 0.04
+    log_every: int = 50
+    val_every: int = 500
+    save_every: int = 1_000
+    rollout_every: int = 0
+    rollout_episodes: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "val_every", "save_every", "rollout_episodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be 1 or more; got {getattr(self, name)}")
+        for name in ("learning_rate", "grad_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"train.{name} must be above 0; got {getattr(self, name)}")
+        for name in ("weight_decay", "warmup_steps", "rollout_every"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"train.{name} must be 0 or more; got {getattr(self, name)}")
+        for name in ("ema_decay", "val_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 0 and below 1; got {getattr(self, name)}")
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Everything a run needs to go on exactly where it stopped.
+
+    Attributes:
+        policy: the weights being optimised.
+        ema: their average, which is what acts and what checkpoints hold as the policy.
+        optimizer: AdamW over `policy`.
+        step: optimiser steps done, also the average's update count.
+        history: what was logged.
+    """
+
+    policy: DiffusionPolicy
+    ema: DiffusionPolicy
+    optimizer: torch.optim.AdamW
+    step: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+class Tracker(Protocol):
+    """Where metrics go besides the checkpoint."""
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Record metrics of a training step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training run, ready to start or to be resumed.
+
+    Attributes:
+        state: what changes.
+        training: windows of the training episodes.
+        validation: windows of the held-out episodes; may be empty.
+    """
+
+    state: TrainState
+    training: Windows
+    validation: Windows
+
+
+def prepare_run(
+    config: PolicyConfig, demonstrations: Demonstrations, settings: TrainSettings, *, seed: int, device: str
+) -> Run:
+    """Split the episodes, fit the normalisers on the training ones, and initialise the policy from the seed.
+
+    Args:
+        config: of the policy.
+        demonstrations: all episodes.
+        settings: for the split and the optimiser.
+        seed: of the split and of the initial weights.
+        device: where to train.
+
+    Returns:
+        The run at step 0.
+    """
+    torch.manual_seed(derive_seed(seed, 0))  # initialisers draw from the global generator
+    policy = DiffusionPolicy(config)
+    training, validation = (
+        Windows(demonstrations, episodes, obs_horizon=config.obs_horizon, action_horizon=config.action_horizon)
+        for episodes in split_episodes(demonstrations.num_episodes, settings.val_fraction, seed)
+    )
+    fit_normalizers(policy, training)
+    return Run(state=start_training(policy.to(device), settings), training=training, validation=validation)
+
+
+def start_training(policy: DiffusionPolicy, settings: TrainSettings) -> TrainState:
+    """A state at step 0, around a policy whose normalisers are fitted.
+
+    Args:
+        policy: it is trained in place.
+        settings: for the optimiser.
+
+    Returns:
+        The state.
+    """
+    matrices = [p for p in policy.parameters() if p.ndim > 1]
+    vectors = [p for p in policy.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        fused=True,
+    )
+    ema = copy.deepcopy(policy).eval().requires_grad_(False)
+    return TrainState(policy=policy, ema=ema, optimizer=optimizer)
+
+
+def fit_normalizers(policy: DiffusionPolicy, training: Windows) -> None:
+    """Fit the policy's normalisers on the training episodes, and on nothing else.
+
+    Args:
+        policy: its normalisers are set.
+        training: the training windows.
+    """
+    demonstrations = training.demonstrations
+    rows = np.concatenate(
+        [
+            np.arange(demonstrations.episode_starts[e], demonstrations.episode_ends[e], dtype=np.int64)
+            for e in training.episodes
+        ]
+    )
+    policy.action_normalizer.fit(*limits(demonstrations.actions[rows]))
+    for key, values in demonstrations.observations.items():
+        normalizer = policy.observation_normalizers[key]
+        assert isinstance(normalizer, Normalizer)
+        normalizer.fit(*limits(values[rows]))
+
+
+def learning_rate(step: int, settings: TrainSettings) -> float:
+    """Linear warm-up, then a cosine from the peak to zero at the last step."""
+    warmup = min(1.0, (step + 1) / (settings.warmup_steps + 1))
+    return settings.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+
+
+def update_ema(ema: DiffusionPolicy, policy: DiffusionPolicy, updates: int, max_decay: float) -> None:
+    """Move the weight average towards the weights.
+
+    Args:
+        ema: changed in place.
+        policy: the newest weights.
+        updates: how many updates came before this one.
+        max_decay: decay once warmed up; before, it is (1 + n) / (10 + n).
+    """
+    decay = min(max_decay, (1 + updates) / (10 + updates))
+    torch._foreach_lerp_(list(ema.parameters()), list(policy.parameters()), 1 - decay)
+
+
+def train(
+    run: Run,
+    settings: TrainSettings,
+    *,
+    seed: int,
+    tracker: Tracker,
+    save: Callable[[TrainState], None],
+    rollout: Callable[[DiffusionPolicy], dict[str, float]] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Train until `settings.steps`, from wherever the state is.
+
+    Step n draws its windows, timesteps, noise and dropout from (seed, n) alone, so that an interrupted and resumed
+    run is the same run.
+
+    Args:
+        run: its state is changed in place.
+        settings: see `TrainSettings`.
+        seed: of the whole run.
+        tracker: receives the metrics as they come.
+        save: called every `save_every` steps and at the end, also when stopped.
+        rollout: called with the averaged policy every `rollout_every` steps; gives metrics.
+        should_stop: asked after every step; True saves and returns.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    state, training, validation = run.state, run.training, run.validation
+    bar = progress(total=settings.steps, initial=state.step, desc="train", unit="step")
+    recent: list[torch.Tensor] = []
+    while state.step < settings.steps:
+        recent.append(_train_step(state, training, settings, seed))
+        state.step += 1
+        bar.update()
+        last = state.step == settings.steps
+        metrics: dict[str, float] = {}
+        if last or state.step % settings.log_every == 0:
+            metrics["train/loss"] = _finite_mean(recent, state.step)
+            metrics["train/learning_rate"] = learning_rate(state.step, settings)
+            recent.clear()
+            bar.set_postfix(loss=f"{metrics['train/loss']:.4f}", refresh=False)
+        if len(validation) and (last or state.step % settings.val_every == 0):
+            metrics["val/loss"] = validation_loss(state.ema, validation)
+        if rollout and settings.rollout_every and state.step % settings.rollout_every == 0:
+            metrics.update({f"rollout/{k}": v for k, v in rollout(state.ema).items()})
+        if metrics:
+            state.history.append({"step": state.step, **metrics})
+            tracker.log(metrics, state.step)
+        stopping = should_stop()
+        if last or stopping or state.step % settings.save_every == 0:
+            save(state)
+        if stopping:
+            break
+    bar.close()
+
+
+def _train_step(state: TrainState, training: Windows, settings: TrainSettings, seed: int) -> torch.Tensor:
+    torch.manual_seed(derive_seed(seed, 1, state.step))  # the source of dropout and observation noise
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(state.step, settings)
+    state.policy.train()
+    batch = training.gather(training.batch_at(state.step, settings.batch_size, seed))
+    loss = state.policy.loss(batch, derive_generator(seed, 2, state.step))
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(state.policy.parameters(), settings.grad_clip)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    update_ema(state.ema, state.policy, state.step, settings.ema_decay)
+    return loss.detach()
+
+
+def _finite_mean(losses: list[torch.Tensor], step: int) -> float:
+    mean = torch.stack(losses).mean().item()
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"the training loss became {mean} near step {step}: lower train.learning_rate")
+    return mean
+
+
+@torch.no_grad()
+def validation_loss(policy: DiffusionPolicy, validation: Windows) -> float:
+    """The loss over held-out episodes, with the same windows, timesteps and noise each time.
+
+    Args:
+        policy: in evaluation mode.
+        validation: held-out windows, one or more.
+
+    Returns:
+        Mean loss over up to 1024 windows spread evenly over the episodes.
+    """
+    count = min(VALIDATION_WINDOWS, len(validation))
+    windows = np.linspace(0, len(validation) - 1, count).round().astype(np.int64)
+    return policy.loss(validation.gather(windows), derive_generator(0)).item()
+
+
+def optimizer_tensors(state: TrainState) -> dict[str, torch.Tensor]:
+    """The optimiser's memory as named tensors, for a checkpoint."""
+    return {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, memory in state.optimizer.state_dict()["state"].items()
+        for name, value in memory.items()
+    }
+
+
+def restore_optimizer(state: TrainState, tensors: dict[str, torch.Tensor]) -> None:
+    """Put the optimiser's memory back, as `optimizer_tensors` gave it."""
+    memory: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        memory.setdefault(int(index), {})[name] = value
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": memory, "param_groups": groups})

@@ -1,0 +1,1 @@
+"""Console commands: wiring between configuration, environments and policies."""

@@ -1,0 +1,34 @@
+"""Collect demonstrations from a scripted expert."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import envs
+from policy.data import check_absent, dataset_name, write_minari
+from policy.progress import progress
+from scripts.command import command
+
+
+@command("collect", "python scripts/collect.py env=metaworld env.task=pick-place-v3 episodes=50")
+def main(
+    *,
+    env: dict[str, Any],
+    episodes: int = 50,
+    seed: int = 0,
+    noise: float = 0.0,
+    output_dir: Path = Path("outputs/demonstrations"),
+) -> None:
+    """Play a scripted expert and write its successful episodes as a Minari dataset (HDF5)."""
+    simulator, dataset_id = envs.make(**env), dataset_name(env)
+    check_absent(output_dir / dataset_id)
+    expert = partial(envs.make_expert, env["name"])
+    attempts = envs.collect_episodes(simulator, expert, episodes=episodes, seed=seed, noise=noise)
+    recorded = list(progress(attempts, total=episodes, desc="collect", unit="episode"))
+    path = write_minari(recorded, folder=output_dir, dataset_id=dataset_id, env=simulator, env_settings=env)
+    print(f"{episodes} demonstrations of {sum(map(len, recorded))} control steps in all: {path}")
+    print(f"next: python scripts/train.py dataset.path={path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""What turns a function with keyword arguments into a Hydra command with clear errors."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from policy.arguments import check_arguments
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+GROUPS = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in sorted(CONF.iterdir()) if list(p.glob("*.yaml"))}
+
+
+def command(config_name: str, example: str) -> Callable[[Callable[..., None]], Callable[[], None]]:
+    """Make a console command of a function: its keyword arguments are the command's settings.
+
+    A setting's default lives in the function's signature. Overrides follow Hydra's grammar; a setting that the
+    configuration files leave to its default can be overridden like any other.
+
+    Args:
+        config_name: of the primary file in conf/, which chooses the groups' defaults.
+        example: a command line for `--help`.
+
+    Returns:
+        A decorator that gives a `main()` without arguments.
+    """
+
+    def decorate(task: Callable[..., None]) -> Callable[[], None]:
+        def main() -> None:
+            if {"-h", "--help"} & set(sys.argv[1:]):
+                print(_help(task, config_name, example))
+                return
+            sys.argv[1:] = [_allow_defaulted(argument) for argument in sys.argv[1:]]
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed and lost
+            run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
+            with _refusals():
+                run(lambda config: _run(config, task, config_name))()
+
+        return main
+
+    return decorate
+
+
+def _allow_defaulted(argument: str) -> str:
+    # `++` sets a key whether or not a YAML file mentions it: unknown ones are refused against the signatures, later.
+    key = argument.split("=", 1)[0]
+    plain = "=" in argument and key.split("@")[0] not in GROUPS and key[0] not in "-+~" and not key.startswith("hydra")
+    return f"++{argument}" if plain else argument
+
+
+def _run(config: DictConfig, task: Callable[..., None], config_name: str) -> None:
+    with _refusals():  # inside Hydra, which would otherwise report the error in its own words as well
+        task(**_settings(config, task, config_name))
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Bad input ends in one sentence and exit code 2, without a traceback."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _settings(config: DictConfig, task: Callable[..., None], config_name: str) -> dict[str, Any]:
+    settings = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(settings, dict)
+    built = {str(key): _build(str(key), value) for key, value in settings.items()}
+    for name, parameter in inspect.signature(task).parameters.items():
+        if parameter.default is parameter.empty and built.get(name) is None:
+            options = f"; options: {', '.join(GROUPS[name])}" if name in GROUPS else ""
+            raise ValueError(f"{name} is missing: add {name}=...{options} (--help shows an example)")
+    return check_arguments(config_name, task, built)
+
+
+def _build(where: str, node: Any) -> Any:
+    """Build nodes with a `_target_`, from the inside out, each checked against its signature first."""
+    if not isinstance(node, dict):
+        return node
+    settings = {key: _build(f"{where}.{key}", value) for key, value in node.items()}
+    if "_target_" not in settings:
+        return settings
+    target = hydra.utils.get_object(settings.pop("_target_"))
+    partial = settings.pop("_partial_", False)
+    checked = check_arguments(where, target, settings)
+    if partial:
+        return functools.partial(target, **checked)
+    _require(where, target, checked)
+    return target(**checked)
+
+
+def _require(where: str, target: Callable[..., Any], settings: dict[str, Any]) -> None:
+    for name, parameter in inspect.signature(target).parameters.items():
+        if parameter.default is parameter.empty and name not in settings:
+            raise ValueError(f"{where}.{name} is missing: add {where}.{name}=...")
+
+
+def _help(task: Callable[..., None], config_name: str, example: str) -> str:
+    function = getattr(task, "func", task)
+    summary = (inspect.getdoc(function) or "").split("\n\n")[0]
+    hints, parameters = typing.get_type_hints(function), inspect.signature(task).parameters
+    lines = [summary, "", f"Example:\n  {example}", "", "Settings (NAME=VALUE):"]
+    for name, parameter in parameters.items():
+        if is_dataclass(hints[name]) and name in GROUPS:
+            nested = inspect.signature(hints[name]).parameters.values()
+            lines += [_help_line(f"{name}.{p.name}", p) for p in nested if p.default is not p.empty]
+        elif name not in GROUPS:
+            lines.append(_help_line(name, parameter))
+    chosen = [group for group in GROUPS if f"- {group}:" in (CONF / f"{config_name}.yaml").read_text()]
+    lines += ["", "Groups (GROUP=OPTION, and GROUP.setting=VALUE inside one):"]
+    return "\n".join(lines + [f"  {group:<24} {' | '.join(GROUPS[group])}" for group in chosen])
+
+
+def _help_line(name: str, parameter: inspect.Parameter) -> str:
+    default = "required" if parameter.default is parameter.empty else f"default {parameter.default}"
+    return f"  {name:<24} {parameter.annotation!s:<20} {default}"

@@ -1,0 +1,155 @@
+"""Any Gymnasium id: how success is read, and which environments are refused and why."""
+
+import sys
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+import envs
+from envs.gym_env import parse_success
+
+
+class Counter(gymnasium.Env):
+    """Counts its steps; terminates after three; pays 1 a step and reports what its options say."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 25}  # noqa: RUF012
+    observation_space = spaces.Dict({"count": spaces.Box(0, 9, (2,)), "bias": spaces.Box(0, 9, (1,))})
+    action_space = spaces.Box(-1, 1, (1,))
+
+    def __init__(self, render_mode=None, key="success", offset=0.0):
+        self.render_mode, self.key, self.offset, self.count = render_mode, key, offset, 0.0
+
+    def observe(self):
+        return {"count": np.full(2, self.count, np.float32), "bias": np.full(1, self.offset, np.float32)}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0.0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.count += 1
+        return self.observe(), 1.0, self.count >= 3, False, {self.key: float(self.count >= 2)}
+
+
+class Buttons(Counter):
+    """The same with a choice of two buttons."""
+
+    action_space = spaces.Discrete(2)
+
+
+gymnasium.register("envs_test/Counter-v0", entry_point=Counter)
+gymnasium.register("envs_test/Buttons-v0", entry_point=Buttons)
+
+
+def outcomes(**kwargs):
+    """Play three steps; return (is_success, score) per step."""
+    env = envs.make("gym", id="envs_test/Counter-v0", **kwargs)
+    env.reset(seed=0)
+    infos = [env.step(np.zeros(1, np.float32))[-1] for _ in range(3)]
+    return [(info["is_success"], info["score"]) for info in infos]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({}, [(False, 0.0), (True, 1.0), (True, 1.0)]),
+        ({"kwargs": {"key": "is_success"}}, [(False, 0.0), (True, 1.0), (True, 1.0)]),
+        ({"success": "info:won", "kwargs": {"key": "won"}}, [(False, 0.0), (True, 1.0), (True, 1.0)]),
+        ({"success": "termination"}, [(False, 0.0), (False, 0.0), (True, 1.0)]),
+        ({"success": "return>=2"}, [(False, 0.5), (False, 1.0), (True, 1.0)]),
+        ({"success": "return>=4"}, [(False, 0.25), (False, 0.5), (False, 0.75)]),
+        ({"success": "return>=-0.5e1"}, [(False, 0.0), (False, 0.0), (True, 1.0)]),
+    ],
+)
+def test_success_is_read_as_told(kwargs, expected):
+    assert outcomes(**kwargs) == expected
+
+
+@pytest.mark.parametrize("text", ["", "info:", "return>200", "return >= 2", "return>=many", "terminated"])
+def test_a_malformed_rule_is_refused(text):
+    with pytest.raises(ValueError, match=r"allowed: 'info:KEY', 'termination' or 'return>=NUMBER'"):
+        parse_success(text)
+
+
+def test_dict_observations_are_flattened_to_float32():
+    env = envs.make("gym", id="envs_test/Counter-v0", kwargs={"offset": 7.0})
+    observation, info = env.reset(seed=0)
+    assert env.observation_space.shape == (3,)
+    assert observation.dtype == env.observation_space.dtype == np.float32
+    np.testing.assert_array_equal(observation, [7.0, 0.0, 0.0])
+    assert (info["is_success"], info["score"]) == (False, 0.0)
+    assert env.metadata["render_fps"] == 25
+
+
+def test_a_return_starts_anew_with_each_episode():
+    env = envs.make("gym", id="envs_test/Counter-v0", success="return>=3")
+    for _ in range(2):
+        env.reset(seed=0)
+        assert env.step(np.zeros(1, np.float32))[-1]["score"] == pytest.approx(1 / 3)
+
+
+def test_pendulum_is_reproducible_and_knows_its_control_rate():
+    fresh = envs.make("gym", id="Pendulum-v1", success="return>=-200")
+    used = envs.make("gym", id="Pendulum-v1", success="return>=-200")
+    used.reset(seed=1)
+    used.step(np.ones(1, np.float32))
+    first, second = fresh.reset(seed=3)[0], used.reset(seed=3)[0]
+    np.testing.assert_array_equal(first, second)
+    assert first.dtype == np.float32
+    for _ in range(20):
+        action = np.array([0.7], np.float32)
+        np.testing.assert_array_equal(fresh.step(action)[0], used.step(action)[0])
+    assert fresh.metadata["render_fps"] == pytest.approx(20)  # dt = 0.05 s; its metadata says 30
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"id": "envs_test/Buttons-v0"}, ["Discrete(2)", "continuous actions"]),
+        ({"id": "Pendulun-v1"}, ["'Pendulun-v1'", "Did you mean 'Pendulum-v1'?"]),
+        ({"id": "Pendulum-v99"}, ["'Pendulum-v99'", "Did you mean 'Pendulum-v1'?"]),
+        ({"id": "no_such_module:Thing-v0"}, ["no_such_module"]),
+        ({"id": "envs_test/Counter-v0", "kwargs": {"ofset": 1}}, ["ofset"]),
+        ({"id": "envs_test/Counter-v0", "succes": "termination"}, ["Did you mean 'success'?"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_reason(kwargs, words):
+    with pytest.raises(ValueError) as error:
+        envs.make("gym", **kwargs)
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
+
+
+def test_module_ids_import_their_module(monkeypatch, tmp_path):
+    (tmp_path / "envs_test_plugin.py").write_text(
+        "import gymnasium\ngymnasium.register('envs_test/Late-v0', entry_point='envs.planar:PlanarEnv')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="Ids of other packages are written 'module:Id'"):
+        envs.make("gym", id="envs_test/Late-v0")
+    env = envs.make("gym", id="envs_test_plugin:envs_test/Late-v0")
+    assert env.reset(seed=0)[0].shape == (4,)
+
+
+def test_a_missing_robotics_extra_ends_in_the_install_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnasium_robotics", None)
+    with pytest.raises(envs.MissingExtraError, match=r"pip install 'ddim-policy\[robotics\]'$"):
+        envs.make("gym", id="gymnasium_robotics:FetchReach-v4")
+
+
+def test_fetch_reports_its_own_success():
+    pytest.importorskip("gymnasium_robotics", reason="pip install 'ddim-policy[robotics]'")
+    env = envs.make("gym", id="gymnasium_robotics:FetchReach-v4")
+    observation, _ = env.reset(seed=0)
+    assert env.observation_space.contains(observation)
+    assert env.metadata["render_fps"] == pytest.approx(25)
+    space = env.unwrapped.observation_space  # flattened in the order of the keys
+    assert list(space) == ["achieved_goal", "desired_goal", "observation"]
+    for _ in range(40):  # drive the hand to the goal
+        direction = np.clip(10 * (observation[3:6] - observation[:3]), -1, 1)
+        observation, *_, info = env.step(np.append(direction, 0.0).astype(np.float32))
+    assert info["is_success"] is True
+    assert info["score"] == 1.0

@@ -1,0 +1,222 @@
+"""Meta-World: seeds that mean something, an observable goal, the task's own success, upright frames."""
+
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import envs
+from envs.errors import import_extra
+from envs.rendering import rendering_errors
+
+pytest.importorskip("metaworld", reason="pip install 'ddim-policy[metaworld]'")
+from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+QUICK_TASKS = ["pick-place-v3", "door-open-v3", "box-close-v3"]
+
+
+def expert_rollout(env, seed, steps):
+    """Play the expert for some steps; return observations, rewards and successes."""
+    expert = envs.make_expert("metaworld", env, seed)
+    observation, _ = env.reset(seed=seed)
+    observations, rewards, successes = [observation], [], []
+    for _ in range(steps):
+        observation, reward, _, _, info = env.step(expert(observation))
+        observations.append(observation)
+        rewards.append(reward)
+        successes.append(info["is_success"])
+    return np.array(observations), np.array(rewards), np.array(successes)
+
+
+def assert_a_seed_means_one_episode(task):
+    fresh, used = envs.make("metaworld", task=task), envs.make("metaworld", task=task)
+    expert_rollout(used, seed=99, steps=150)
+    used.reset()
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        used.step(generator.uniform(-1, 1, 4).astype(np.float32))
+    expected = expert_rollout(fresh, seed=7, steps=100)
+    actual = expert_rollout(used, seed=7, steps=100)
+    for ours, theirs in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    goals = expected[0][:, 36:39]
+    assert np.abs(goals).max() > 0, "the goal must be observable"
+    assert (goals == goals[0]).all(), "the goal must be there from the first observation on"
+    assert not np.array_equal(fresh.reset(seed=8)[0], fresh.reset(seed=9)[0])
+
+
+SLOW_TASKS = sorted(set(ALL_V3_ENVIRONMENTS) - set(QUICK_TASKS))
+
+
+@pytest.mark.parametrize("task", QUICK_TASKS)
+def test_a_seed_means_one_episode_whatever_happened_before(task):
+    assert_a_seed_means_one_episode(task)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", SLOW_TASKS)
+def test_a_seed_means_one_episode_in_every_other_task(task):
+    assert_a_seed_means_one_episode(task)
+
+
+def test_every_seed_has_its_own_goal_inside_the_tasks_randomisation_space():
+    env = envs.make("metaworld", task="reach-v3")
+    goals = np.array([env.reset(seed=seed)[0][36:39] for seed in range(60)])
+    assert len(np.unique(goals, axis=0)) == 60  # upstream freezes 50
+    space = env._simulator.goal_space
+    assert (goals >= space.low - 1e-6).all()
+    assert (goals <= space.high + 1e-6).all()
+    assert (goals.std(axis=0) > 0.2 * (space.high - space.low)).all()
+
+
+def test_unseeded_resets_differ_and_follow_from_the_last_seed():
+    env = envs.make("metaworld", task="reach-v3")
+    env.reset(seed=1)
+    first, second = env.reset()[0], env.reset()[0]
+    env.reset(seed=1)
+    np.testing.assert_array_equal(env.reset()[0], first)
+    assert not np.array_equal(first, second)
+
+
+def assert_agrees_with_the_bare_task(task):
+    env = envs.make("metaworld", task=task)
+    ours = expert_rollout(env, seed=3, steps=80)
+    bare = ALL_V3_ENVIRONMENTS[task]()
+    bare._partially_observable = False
+    del bare.sawyer_observation_space
+    bare._set_task_called = True
+    bare._last_rand_vec = env._simulator._last_rand_vec  # a goal frozen as MT1 freezes it
+    observation, _ = bare.reset()
+    expert = envs.make_expert("metaworld", env, 3)
+    for step in range(80):
+        np.testing.assert_array_equal(observation.astype(np.float32), ours[0][step])
+        observation, reward, _, _, info = bare.step(expert(observation.astype(np.float32)))
+        assert reward == ours[1][step]
+        assert bool(info["success"]) == ours[2][step]
+
+
+@pytest.mark.parametrize("task", QUICK_TASKS)
+def test_agrees_with_the_bare_task_step_by_step(task):
+    assert_agrees_with_the_bare_task(task)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", SLOW_TASKS)
+def test_agrees_with_the_bare_task_step_by_step_in_every_other_task(task):
+    assert_agrees_with_the_bare_task(task)
+
+
+def test_info_spaces_and_truncation():
+    env = envs.make("metaworld", task="pick-place-v3")
+    observation, info = env.reset(seed=0)
+    assert info == {"is_success": False, "score": 0.0}
+    assert env.observation_space.contains(observation)
+    assert env.action_space.shape == (4,)
+    assert env.metadata["render_fps"] == round(1 / env._simulator.dt) == 80
+    expert = envs.make_expert("metaworld", env, 0)
+    seen_success = False
+    for step in range(1, 501):
+        observation, reward, terminated, truncated, info = env.step(expert(observation))
+        assert type(info["is_success"]) is bool
+        assert info["score"] == pytest.approx(min(max(reward / 10, 0), 1))
+        assert (terminated, truncated) == (False, step == 500)
+        seen_success |= info["is_success"]
+    assert seen_success
+
+
+def test_the_expert_stays_inside_the_action_space():
+    env = envs.make("metaworld", task="basketball-v3")
+    expert = envs.make_expert("metaworld", env, 0)
+    observation, _ = env.reset(seed=0)
+    for _ in range(60):
+        action = expert(observation)
+        assert env.action_space.contains(action)
+        observation, *_ = env.step(action)
+
+
+def test_costs_little_on_top_of_the_bare_task():
+    env = envs.make("metaworld", task="pick-place-v3")
+    action = np.zeros(4, np.float32)
+    ratios = []
+    for _ in range(9):
+        env.reset(seed=0)
+        start = time.perf_counter()
+        for _ in range(60):
+            env._simulator.step(action)
+        middle = time.perf_counter()
+        for _ in range(60):
+            env.step(action)
+        ratios.append((middle - start) / (time.perf_counter() - middle))
+    assert np.median(ratios) > 0.8  # measured 0.98; the slack is for a busy machine
+
+
+def test_an_unknown_task_or_camera_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="Did you mean 'pick-place-v3'"):
+        envs.make("metaworld", task="pick-place-v2")
+    with pytest.raises(ValueError, match="Did you mean 'corner2'"):
+        envs.make("metaworld", camera="korner2")
+
+
+def test_a_missing_extra_ends_in_the_install_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "metaworld", None)
+    with pytest.raises(envs.MissingExtraError, match=r"pip install 'ddim-policy\[metaworld\]'$"):
+        envs.make("metaworld")
+
+
+@pytest.mark.parametrize(
+    ("error", "package"),
+    [
+        (ImportError("libGL.so.1: cannot open shared object file"), "libgl1"),
+        (AttributeError("'NoneType' object has no attribute 'eglQueryString'"), "libegl1"),
+    ],
+)
+def test_a_missing_system_library_ends_in_its_debian_package(monkeypatch, error, package):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr("envs.errors.importlib.import_module", fail)
+    with pytest.raises(envs.MissingExtraError, match=f"apt-get install {package} "):
+        import_extra("metaworld", title="Meta-World", extra="metaworld")
+
+
+def test_a_failing_graphics_stack_ends_in_one_line_with_the_remedy():
+    with (
+        pytest.raises(envs.RenderingUnavailableError, match="install libegl1 and libgl1-mesa-dri") as error,
+        rendering_errors(),
+    ):
+        raise OSError("cannot open display\nmore text")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("camera", ["corner", "corner2"])
+def test_frames_are_upright(camera):
+    env = envs.make("metaworld", task="reach-v3", render_mode="rgb_array", camera=camera, image_size=128)
+    try:
+        envs.check_rendering(env)
+    except envs.RenderingUnavailableError as error:
+        pytest.skip(str(error))
+    frame = env.render()
+    assert frame.shape == (128, 128, 3)
+    assert frame.dtype == np.uint8
+    # Grey wall above, brown table and pale floor below: the top rows are darker and without colour.
+    top, bottom = frame[:10].astype(int), frame[-40:].astype(int)
+    assert np.ptp(top, axis=-1).mean() < np.ptp(bottom, axis=-1).mean()
+    # The hand is far above the table; lifting it must move red pixels up, which is to smaller row numbers.
+    rows = []
+    for lift in (-1.0, 1.0):
+        for _ in range(40):
+            env.step(np.array([0, 0, lift, 0], np.float32))
+        pixels = env.render().astype(int)
+        red = (pixels[..., 0] - pixels[..., 1:].max(axis=-1)) > 60
+        rows.append(np.argwhere(red)[:, 0].min())
+    assert rows[1] < rows[0]
+    env.close()
+
+
+@pytest.mark.parametrize("action", [np.full(4, np.nan), np.zeros(5), np.zeros((1, 4))])
+def test_an_action_that_is_not_four_finite_numbers_is_refused(action):
+    env = envs.make("metaworld")
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="An action is 4 finite numbers"):
+        env.step(action)

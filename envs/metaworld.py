@@ -84,8 +84,14 @@ class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
             The first observation and ``{"is_success": False, "score": 0.0}``.
         """
         super().reset(seed=seed)
-        self._simulator.np_random = self.np_random  # upstream draws from it and takes no seed
-        observation, _ = self._simulator.reset()
+        simulator = self._simulator
+        simulator.np_random = self.np_random
+        # As upstream makes its goals: draw one, freeze it, reset. Upstream's reset() builds the scene twice, and some
+        # tasks read in the second pass what the first has placed: both have to see the same draw.
+        simulator._freeze_rand_vec = False
+        simulator.reset_model()
+        simulator._freeze_rand_vec = True
+        observation, _ = simulator.reset()
         return observation.astype(np.float32), {"is_success": False, "score": 0.0}
 
     def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
@@ -159,7 +165,6 @@ def _observable_task(task_class: Any) -> Any:
     simulator._partially_observable = False
     del simulator.sawyer_observation_space  # a cached property that depends on the line above
     simulator._set_task_called = True
-    simulator._freeze_rand_vec = False
     simulator.seeded_rand_vec = True
     return simulator
 

@@ -125,8 +125,8 @@ def test_construct_builds_the_named_thing_from_settings_and_what_follows():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "nett"}, r"unknown thing 'nett' \(did you mean 'net'\?\); allowed: net"),
-        ({}, r"unknown thing 'None'; allowed: net"),
+        ({"name": "nett"}, r"unknown thing 'nett' \(did you mean 'net'\?\); allowed: net, part"),
+        ({}, r"unknown thing 'None'.*allowed: net, part"),
         ({"name": "net", "width": 3}, r"thing\.width follows from the rest of the configuration"),
         ({"name": "net", "dept": 3}, r"unknown setting of thing 'dept' \(did you mean 'depth'\?\)"),
         ({"name": "net", "depth": "deep"}, r"thing\.depth should be int; got 'deep'"),
@@ -135,7 +135,7 @@ def test_construct_builds_the_named_thing_from_settings_and_what_follows():
 )
 def test_construct_refuses_what_it_cannot_build(spec, message):
     with pytest.raises(ValueError, match=message):
-        construct("thing", {"net": Network}, spec, width=7)
+        construct("thing", {"net": Network, "part": Part}, spec, width=7)
 
 
 @pytest.mark.parametrize(

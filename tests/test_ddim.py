@@ -332,13 +332,9 @@ def compare_chain(schedule, oracle, *, ddim_steps, eta, spacing, prediction_type
     assert torch.equal(recorder.inputs[0], noise)
     steps = transitions(ddim_timesteps(schedule.num_steps, ddim_steps, spacing).tolist())
     compared = clipped = 0
-    for i, (x_prev, (timestep, prev_timestep)) in enumerate(
-        zip([*recorder.inputs[1:], actions], steps, strict=True)
-    ):
+    for i, (x_prev, (timestep, prev_timestep)) in enumerate(zip([*recorder.inputs[1:], actions], steps, strict=True)):
         z = torch.randn(SHAPE, generator=noises, dtype=torch.float64)
-        expected, x_0 = oracle.step(
-            recorder.inputs[i], recorder.outputs[i], timestep, prev_timestep, eta, z
-        )
+        expected, x_0 = oracle.step(recorder.inputs[i], recorder.outputs[i], timestep, prev_timestep, eta, z)
         error = difference(x_prev, expected)
         assert error < 1e-12, f"{ddim_steps=} {eta=} {clip=} {timestep=} {prev_timestep=}: {error}"
         compared += 1
@@ -469,7 +465,7 @@ def test_the_last_step_returns_the_clipped_x0_and_nothing_else(eta):
     schedule = make_schedule(num_steps=20)
     x_t, predicted = randn(*SHAPE), randn(*SHAPE, seed=1)
     for timestep in range(20):
-        x_0 = ((x_t - schedule.sqrt_one_minus_alphas_cumprod[timestep] * predicted)) / (
+        x_0 = (x_t - schedule.sqrt_one_minus_alphas_cumprod[timestep] * predicted) / (
             schedule.sqrt_alphas_cumprod[timestep]
         )
         step = ddim_step(x_t, predicted, timestep, -1, schedule, eta, noise=randn(*SHAPE, seed=2))
@@ -638,9 +634,7 @@ def test_at_eta_1_each_single_step_is_the_ddpm_posterior(num_steps):
 @pytest.mark.parametrize("clip", CLIPS)
 def test_at_eta_1_and_k_t_the_chain_is_diffusers_ddpm_chain(prediction_type, clip):
     schedule = make_schedule(num_steps=100)
-    scheduler = diffusers_scheduler(
-        DDPMScheduler, schedule, prediction_type, clip, variance_type="fixed_small"
-    )
+    scheduler = diffusers_scheduler(DDPMScheduler, schedule, prediction_type, clip, variance_type="fixed_small")
     scheduler.one = torch.ones((), dtype=torch.float64)
     recorder = Recorder()
     actions = ddim_sample(
@@ -675,9 +669,7 @@ class GaussianData:
         variance = level * self.std**2 + 1 - level
         epsilon = sigma * (x - signal * self.mean) / variance
         x_0 = self.mean + signal * self.std**2 * (x - signal * self.mean) / variance
-        return {"epsilon": epsilon, "sample": x_0, "v_prediction": signal * epsilon - sigma * x_0}[
-            self.prediction_type
-        ]
+        return {"epsilon": epsilon, "sample": x_0, "v_prediction": signal * epsilon - sigma * x_0}[self.prediction_type]
 
 
 def affine_map(levels, mean, std, eta):
@@ -689,9 +681,7 @@ def affine_map(levels, mean, std, eta):
     for level, level_prev in levels:
         marginal = level * std**2 + 1 - level
         sigma2 = eta**2 * (1 - level_prev) / (1 - level) * (1 - level / level_prev)
-        step = (
-            math.sqrt(level_prev * level) * std**2 + math.sqrt((1 - level_prev - sigma2) * (1 - level))
-        ) / marginal
+        step = (math.sqrt(level_prev * level) * std**2 + math.sqrt((1 - level_prev - sigma2) * (1 - level))) / marginal
         factor, variance = factor * step, variance * step**2 + sigma2
     return mean - factor * math.sqrt(levels[0][0]) * mean, factor, variance
 

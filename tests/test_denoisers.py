@@ -25,12 +25,16 @@ def batch(rows=6):
     return randn(rows, 4, 2), timesteps, randn(rows, 5, seed=1)
 
 
-def randomised(network, scale=0.2):
+def randomised(network, scale=0.5):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return network
+
+
+def silu(z):
+    return z / (1 + torch.exp(-z))
 
 
 def count(network):
@@ -89,7 +93,6 @@ def test_build_computes_the_documents_network():
     embedded = torch.cat([wave.sin(), wave.cos()], dim=1).float()
     observed = observations @ w["project_observation.weight"].T + w["project_observation.bias"]
     joined = torch.cat([noisy.reshape(6, 8), embedded, observed], dim=1)
-    silu = lambda z: z / (1 + torch.exp(-z))  # noqa: E731
     x = silu(joined @ w["enter.weight"].T + w["enter.bias"])
     for block in ("blocks.0", "blocks.1"):
         mean, variance = x.mean(1, keepdim=True), x.var(1, unbiased=False, keepdim=True)

@@ -1,0 +1,67 @@
+# `make help` lists what is here.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := outputs/demo
+DEMO_TASK := peg-insert-side-v3
+DEMO_DATA := $(DEMO)/demonstrations/metaworld-$(DEMO_TASK)-v0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types format clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.installed ## make the virtual environment in .venv, with all that demo and test need
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[metaworld,pusht,dev]'
+	@touch $@
+
+demo: $(DEMO)/sweep.json ## demonstrations, training, rollout and sweep on a Meta-World task, in 10 minutes
+	@echo
+	@echo "Made in $(DEMO):"
+	@echo "  demonstrations/  50 scripted demonstrations of $(DEMO_TASK) (Minari)"
+	@echo "  checkpoint/      the trained policy (safetensors and JSON)"
+	@echo "  episodes.json    50 episodes on goals it has not seen, and mp4 videos of the first ones where rendering works"
+	@echo "  sweep.png        success against ddim_steps; the figures are in sweep.csv and sweep.json"
+	@echo "  wandb/           the training run, offline"
+	@echo "Next:"
+	@echo "  look at $(DEMO)/sweep.png"
+	@echo "  . $(BIN)/activate"
+	@echo "  python scripts/rollout.py checkpoint=$(DEMO)/checkpoint sampler.ddim_steps=2 execution_horizon=4"
+	@echo "  python scripts/sweep.py checkpoint=$(DEMO)/checkpoint episodes=200 ddim_steps=[1,2,3,4,8]"
+	@echo "  python scripts/collect.py env=metaworld env.task=assembly-v3    (another task)"
+
+# Each stage is a file: an interrupted demo goes on where it stopped, a finished one is not repeated.
+$(DEMO_DATA): | $(VENV)/.installed
+	$(BIN)/python scripts/collect.py env=metaworld env.task=$(DEMO_TASK) episodes=50 output_dir=$(DEMO)/demonstrations
+
+$(DEMO)/trained: | $(DEMO_DATA)
+	$(BIN)/python scripts/train.py experiment=metaworld dataset.path=$(DEMO_DATA) output_dir=$(DEMO)
+	@touch $@
+
+$(DEMO)/episodes.json: | $(DEMO)/trained
+	$(BIN)/python scripts/rollout.py checkpoint=$(DEMO)/checkpoint episodes=50 video=2 output_dir=$(DEMO)
+
+$(DEMO)/sweep.json: | $(DEMO)/episodes.json
+	$(BIN)/python scripts/sweep.py checkpoint=$(DEMO)/checkpoint ddim_steps=[1,2,4,8,16,50] episodes=50 output_dir=$(DEMO)
+
+test: setup lint types ## linter, types and tests (`pytest -m slow` runs the long ones)
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+format: setup ## format the code
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+clean: ## remove the virtual environment and caches, not outputs
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

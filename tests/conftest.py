@@ -1,0 +1,65 @@
+"""Fixtures shared by the tests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from policy.data import Demonstrations
+
+# Small networks run no faster on two threads, and tests should not depend on how many there are.
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+# A sum's rounding depends on the number of threads: runs that are compared bit for bit use one.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture
+def demonstrations() -> Demonstrations:
+    """Five short episodes of a made-up task: the action points from the state to the origin."""
+    generator = np.random.default_rng(0)
+    ends = np.cumsum([7, 12, 3, 20, 9]).astype(np.int64)
+    states = generator.uniform(-1, 1, (ends[-1], 3)).astype(np.float32)
+    return Demonstrations(observations={"state": states}, actions=-states[:, :2], episode_ends=ends)
+
+
+@pytest.fixture(scope="session")
+def run_script():
+    """Run a script the way a user types it; gives the finished process."""
+
+    def run(name: str, *overrides: str, check: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, ROOT / "scripts" / f"{name}.py", *overrides],
+            capture_output=True,
+            text=True,
+            env=ENVIRONMENT,
+            cwd=ROOT,
+            timeout=300,
+        )
+        assert done.returncode == check, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def planar_run(run_script, tmp_path_factory) -> Path:
+    """Demonstrations and a briefly trained policy of the planar environment, made with the real commands."""
+    folder = tmp_path_factory.mktemp("planar")
+    run_script("collect", "env=planar", "episodes=40", f"output_dir={folder}")
+    run_script(
+        "train",
+        "experiment=planar",
+        f"dataset.path={folder}/planar-v0",
+        "train.steps=300",
+        "train.warmup_steps=20",
+        "train.rollout_every=300",
+        "train.rollout_episodes=2",
+        f"output_dir={folder}",
+    )
+    return folder

@@ -1,0 +1,327 @@
+"""Receding-horizon control: what is seen, when it plans, what it executes, and independence of its company."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from policy.controller import RecedingHorizonController, as_dict
+from policy.diffusion_policy import DiffusionPolicy, PolicyConfig
+from policy.sampler import Sampler
+from policy.seeding import derive_generator, derive_seed
+
+
+class FakePolicy:
+    """Action i of its n-th row ever planned is 100 n + i; remembers what it was asked."""
+
+    def __init__(self, obs_horizon=2, action_horizon=8):
+        self.config = SimpleNamespace(obs_horizon=obs_horizon, action_horizon=action_horizon)
+        self.schedule = SimpleNamespace(num_steps=100)
+        self.calls = []
+        self.rows = 0
+
+    def sample_actions(self, observations, *, generator, **sampler):
+        batch = len(next(iter(observations.values())))
+        draws = [torch.randn(1, generator=g).item() for g in generator]
+        self.calls.append(SimpleNamespace(observations=observations, draws=draws, sampler=sampler))
+        first = 100 * torch.arange(self.rows, self.rows + batch)
+        self.rows += batch
+        return (first[:, None] + torch.arange(self.config.action_horizon))[..., None].float()
+
+
+def vector(value):
+    return np.full(3, value, dtype=np.float32)
+
+
+def controller_of(policy, **changes):
+    return RecedingHorizonController(policy=policy, **changes)
+
+
+# --- one robot ---------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(execution_horizon=st.integers(1, 8), steps=st.integers(1, 40))
+def test_a_prefix_of_each_chunk_is_executed_and_then_replanned(execution_horizon, steps):
+    policy = FakePolicy()
+    controller = controller_of(policy, execution_horizon=execution_horizon)
+    controller.reset(seed=0)
+    actions = [controller.act(vector(step)) for step in range(steps)]
+    assert all(action.shape == (1,) for action in actions)
+    expected = [100 * (step // execution_horizon) + step % execution_horizon for step in range(steps)]
+    assert np.concatenate(actions).tolist() == expected
+    assert len(policy.calls) == -(-steps // execution_horizon)
+
+
+@settings(deadline=None, max_examples=60)
+@given(obs_horizon=st.integers(1, 5), execution_horizon=st.integers(1, 8), steps=st.integers(1, 20))
+def test_each_plan_sees_the_newest_observations_with_the_first_one_repeated(obs_horizon, execution_horizon, steps):
+    policy = FakePolicy(obs_horizon=obs_horizon)
+    controller = controller_of(policy, execution_horizon=execution_horizon)
+    controller.reset(seed=0)
+    for step in range(steps):
+        controller.act(vector(step))
+    for plan, call in enumerate(policy.calls):
+        now = plan * execution_horizon
+        seen = call.observations["state"]
+        assert seen.shape == (1, obs_horizon, 3)
+        assert seen[0, :, 0].tolist() == [max(0, now + i) for i in range(1 - obs_horizon, 1)]
+
+
+def test_observations_by_key_keep_their_keys_and_dtypes():
+    policy = FakePolicy()
+    controller = controller_of(policy)
+    controller.reset(seed=0)
+    controller.act({"image": np.full((2, 2), 7, np.uint8), "state": vector(1)})
+    assert set(policy.calls[0].observations) == {"image", "state"}
+    assert policy.calls[0].observations["image"].dtype == torch.uint8
+    assert policy.calls[0].observations["image"].shape == (1, 2, 2, 2)
+    plain, by_key = vector(0), {"state": vector(0)}
+    assert as_dict(plain)["state"] is plain
+    assert as_dict(by_key) == by_key
+
+
+def test_an_observation_buffer_that_is_reused_does_not_rewrite_the_past():
+    policy = FakePolicy(obs_horizon=3)
+    controller = controller_of(policy, execution_horizon=1)
+    controller.reset(seed=0)
+    buffer = vector(0)
+    for step in range(4):
+        buffer[:] = step
+        controller.act(buffer)
+    assert policy.calls[-1].observations["state"][0, :, 0].tolist() == [1, 2, 3]
+
+
+def test_changing_an_action_in_place_does_not_change_the_next_ones():
+    policy = FakePolicy()
+    controller = controller_of(policy)
+    controller.reset(seed=0)
+    actions = []
+    for step in range(10):
+        action = controller.act(vector(step))
+        actions.append(action.item())
+        action *= -1
+    assert actions == [0, 1, 2, 3, 4, 5, 6, 7, 100, 101]
+
+
+def test_reset_forgets_the_chunk_and_the_history():
+    policy = FakePolicy(obs_horizon=3)
+    controller = controller_of(policy, execution_horizon=5)
+    controller.reset(seed=0)
+    for step in range(7):
+        controller.act(vector(step))
+    assert len(policy.calls) == 2
+    controller.reset(seed=0)
+    assert controller.act(vector(50)).item() == 200
+    assert len(policy.calls) == 3
+    assert policy.calls[2].observations["state"][0, :, 0].tolist() == [50, 50, 50]
+    assert policy.calls[2].draws == policy.calls[0].draws
+
+
+def test_each_plan_draws_from_the_episodes_seed_and_the_plans_number_alone():
+    def draws(seed, plans=4):
+        policy = FakePolicy()
+        controller = controller_of(policy, execution_horizon=2)
+        controller.reset(seed=seed)
+        for step in range(2 * plans):
+            controller.act(vector(step))
+        return [call.draws[0] for call in policy.calls]
+
+    torch.manual_seed(0)
+    first = draws(5)
+    torch.manual_seed(1)
+    assert draws(5) == first
+    assert first == [torch.randn(1, generator=derive_generator(5, n)).item() for n in range(4)]
+    assert len(set(first + draws(6) + draws(0))) == 12
+
+
+def test_the_sampler_reaches_the_policy():
+    policy = FakePolicy()
+    sampler = Sampler(ddim_steps=3, eta=0.5, spacing="linspace", clip=None)
+    controller = controller_of(policy, sampler=sampler)
+    controller.reset(seed=0)
+    controller.act(vector(0))
+    assert policy.calls[0].sampler == {"ddim_steps": 3, "eta": 0.5, "spacing": "linspace", "clip": None}
+
+
+# --- several robots ----------------------------------------------------------------------------------------------
+
+
+def test_robots_that_need_a_chunk_are_planned_together_and_the_others_left_alone():
+    policy = FakePolicy()
+    controller = controller_of(policy, execution_horizon=4, plan_batch=8)
+    for slot in "abc":
+        controller.reset(seed=ord(slot), slot=slot)
+    controller.act_many({"a": vector(0)})
+    assert len(policy.calls) == 1
+    for step in range(1, 4):
+        controller.act_many({slot: vector(step) for slot in "abc"})
+    assert len(policy.calls) == 2  # b and c, at step 1
+    actions = controller.act_many({slot: vector(4) for slot in "abc"})
+    assert len(policy.calls) == 3  # a, at step 4
+    assert set(actions) == set("abc")
+    assert [round(actions[slot].item()) % 100 for slot in "abc"] == [0, 3, 3]
+
+
+@pytest.mark.parametrize(("robots", "plan_batch", "calls"), [(5, 1, 5), (5, 2, 3), (5, 8, 1), (8, 8, 1), (9, 8, 2)])
+def test_every_network_call_has_plan_batch_rows(robots, plan_batch, calls):
+    policy = FakePolicy()
+    controller = controller_of(policy, plan_batch=plan_batch)
+    for slot in range(robots):
+        controller.reset(seed=slot, slot=slot)
+    actions = controller.act_many({slot: vector(slot) for slot in range(robots)})
+    assert [len(call.draws) for call in policy.calls] == [plan_batch] * calls
+    rows = np.concatenate([call.observations["state"][:, 0, 0] for call in policy.calls])
+    draws = [draw for call in policy.calls for draw in call.draws]
+    for slot in range(robots):
+        row = round(actions[slot].item()) // 100
+        assert rows[row] == slot  # each robot acts on the chunk that was planned from what it saw
+        assert draws[row] == torch.randn(1, generator=derive_generator(slot, 0)).item()
+
+
+def real_policy(denoiser):
+    torch.manual_seed(0)
+    policy = DiffusionPolicy(
+        PolicyConfig(
+            observation_shapes={"state": (3,)},
+            action_dim=2,
+            denoiser={"name": denoiser, "hidden_size": 64, "num_layers": 2},
+        )
+    )
+    # A fresh denoiser puts out zeros, which would be the same in any company.
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return policy.eval()
+
+
+def run(controller, seeds, steps=13, late=0):
+    """Toy episodes that react to their actions, each starting `late` control steps after the one before it."""
+    state = {}
+    actions = {seed: [] for seed in seeds}
+    for step in range(steps + late * (len(seeds) - 1)):
+        for i, seed in enumerate(seeds):
+            if step == i * late:
+                controller.reset(seed=seed, slot=seed)
+                state[seed] = np.random.default_rng(seed).normal(size=3).astype(np.float32)
+        running = {seed: state[seed] for seed in seeds if seed in state and len(actions[seed]) < steps}
+        for seed, action in controller.act_many(running).items():
+            actions[seed].append(action)
+            state[seed] = np.float32(0.9) * state[seed] + np.float32(0.1) * np.array([*action, action[0]])
+    return {seed: np.stack(taken) for seed, taken in actions.items()}
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("plan_batch", [1, 8])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("denoiser", ["residual_mlp", "modulated_mlp"])
+def test_an_episode_is_the_same_to_the_bit_alone_and_among_others(denoiser, eta, plan_batch):
+    policy = real_policy(denoiser)
+
+    def controller():
+        sampler = Sampler(ddim_steps=4, eta=eta)
+        return controller_of(policy, sampler=sampler, execution_horizon=3, plan_batch=plan_batch)
+
+    seeds = list(range(11))
+    alone = {seed: run(controller(), [seed])[seed] for seed in seeds}
+    assert all(np.ptp(actions, axis=0).min() > 1e-3 for actions in alone.values())
+    assert not np.array_equal(alone[0], alone[1])
+    companies = [seeds, seeds[::-1], [3, 7], [7, 0, 3]]
+    for together in [run(controller(), company) for company in companies] + [run(controller(), seeds, late=2)]:
+        for seed, actions in together.items():
+            assert np.array_equal(actions, alone[seed]), seed
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_one_robots_interface_is_the_same_episode():
+    policy = real_policy("modulated_mlp")
+    observations = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
+    single = controller_of(policy, execution_horizon=4)
+    single.reset(seed=3)
+    many = controller_of(policy, execution_horizon=4)
+    many.reset(seed=3, slot="arm")
+    for observation in observations:
+        assert np.array_equal(single.act(observation), many.act_many({"arm": observation})["arm"])
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("execution_horizon", [0, -1, 9])
+def test_an_execution_horizon_outside_the_chunk_is_refused(execution_horizon):
+    with pytest.raises(ValueError, match=rf"execution_horizon must be within 1\.\.8; got {execution_horizon}"):
+        controller_of(FakePolicy(), execution_horizon=execution_horizon)
+
+
+def test_other_settings_out_of_range_are_refused():
+    with pytest.raises(ValueError, match=r"within 1\.\.100 .*got 101"):
+        controller_of(FakePolicy(), sampler=Sampler(ddim_steps=101))
+    with pytest.raises(ValueError, match="plan_batch must be 1 or more; got 0"):
+        controller_of(FakePolicy(), plan_batch=0)
+
+
+def test_acting_without_reset_is_refused_and_changes_nothing():
+    policy = FakePolicy(obs_horizon=3)
+    controller = controller_of(policy, execution_horizon=1)
+    with pytest.raises(ValueError, match="slot 0 has no episode: call reset"):
+        controller.act(vector(0))
+    controller.reset(seed=0, slot="a")
+    controller.act_many({"a": vector(0)})
+    with pytest.raises(ValueError, match="slot 'b' has no episode: call reset"):
+        controller.act_many({"a": vector(9), "b": vector(9)})
+    controller.act_many({"a": vector(1)})
+    assert policy.calls[-1].observations["state"][0, :, 0].tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(
+    ("observation", "message"),
+    [
+        ({"stat": vector(0)}, r"keys \['state'\]; got \['stat'\]"),
+        ({"state": vector(0), "image": vector(0)}, r"keys \['state'\]; got \['image', 'state'\]"),
+        (np.zeros(4, np.float32), r"'state' must have shape"),
+        (np.zeros((1, 3), np.float32), r"'state' must have shape"),
+    ],
+)
+def test_an_observation_that_does_not_fit_is_refused_by_name_at_any_step(observation, message, later):
+    controller = controller_of(real_policy("modulated_mlp"), execution_horizon=1)
+    controller.reset(seed=0)
+    if later:
+        controller.act(vector(0))
+    with pytest.raises(ValueError, match=message):
+        controller.act(observation)
+
+
+# --- seeds -------------------------------------------------------------------------------------------------------
+
+
+def test_derived_seeds_are_fixed_and_all_different():
+    seeds = {(a, b): derive_seed(a, b) for a in range(60) for b in range(60)}
+    assert len(set(seeds.values())) == 3600
+    assert all(0 <= seed < 2**64 for seed in seeds.values())
+    # Changing these would change every recorded figure.
+    assert derive_seed(0, 0) == np.random.SeedSequence((0, 0)).generate_state(1, np.uint64)[0]
+    assert seeds[0, 1] != seeds[1, 0]
+    assert derive_seed(1) != derive_seed(1, 1)
+
+
+def test_first_draws_of_neighbouring_seeds_are_uncorrelated():
+    draws = np.array([[torch.randn(1, generator=derive_generator(s, n)).item() for n in range(2)] for s in range(1500)])
+    assert abs(draws.mean()) < 5 / np.sqrt(draws.size)
+    assert abs(np.corrcoef(draws.T)[0, 1]) < 5 / np.sqrt(1500)
+    assert abs(np.corrcoef(draws[:-1, 0], draws[1:, 0])[0, 1]) < 5 / np.sqrt(1499)
+
+
+def test_negative_seeds_are_refused():
+    with pytest.raises(ValueError):
+        derive_generator(-1, 0)

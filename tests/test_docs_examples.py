@@ -1,0 +1,32 @@
+"""Every example in a docstring runs, and prints what it says."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import policy
+
+MODULES = ["policy", *(m.name for m in pkgutil.walk_packages(policy.__path__, "policy."))]
+# The ones a reader meets first; others are free to have examples too.
+WITH_EXAMPLES = {"policy.controller", "policy.ddim", "policy.diffusion_policy", "policy.schedule", "policy.statistics"}
+
+
+def examples_in(module):
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    return sum(len(test.examples) for test in finder.find(module))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_hold(name):
+    module = importlib.import_module(name)
+    result = doctest.testmod(module)
+    assert result.failed == 0
+    assert result.attempted == examples_in(module)
+
+
+def test_there_are_examples_to_run():
+    counts = {name: examples_in(importlib.import_module(name)) for name in MODULES}
+    assert {name for name in WITH_EXAMPLES if not counts[name]} == set()
+    assert sum(counts.values()) > 15

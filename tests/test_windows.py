@@ -1,0 +1,256 @@
+"""Training windows: inside their episodes, complete, and in an order without state."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from policy.data.demonstrations import Demonstrations
+from policy.data.windows import Windows, split_episodes
+
+
+def demonstrations(lengths):
+    """Observation and action of transition t in episode e both spell out (e, t)."""
+    rows = [(e, t) for e, length in enumerate(lengths) for t in range(length)]
+    names = np.array(rows, dtype=np.float32)
+    return Demonstrations(
+        observations={"state": names, "image": np.array(rows, dtype=np.uint8)[:, None, :] + 100},
+        actions=names + 1000,
+        episode_ends=np.cumsum(lengths),
+    )
+
+
+@st.composite
+def cases(draw):
+    lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+    episodes = draw(st.lists(st.sampled_from(range(len(lengths))), min_size=1, unique=True))
+    return lengths, sorted(episodes), draw(st.integers(1, 5)), draw(st.integers(1, 10))
+
+
+def windows_of(case):
+    lengths, episodes, obs_horizon, action_horizon = case
+    return Windows(demonstrations(lengths), np.array(episodes), obs_horizon=obs_horizon, action_horizon=action_horizon)
+
+
+def naive(case):
+    """Every window, transition by transition."""
+    lengths, episodes, obs_horizon, action_horizon = case
+    for e in episodes:
+        for t in range(lengths[e]):
+            past = [(e, max(0, t + i)) for i in range(1 - obs_horizon, 1)]
+            future = [(e, min(lengths[e] - 1, t + i)) for i in range(action_horizon)]
+            yield past, future, [t + i < lengths[e] for i in range(action_horizon)]
+
+
+@settings(deadline=None, max_examples=150)
+@given(case=cases())
+def test_windows_equal_a_plain_loop(case):
+    windows, reference = windows_of(case), list(naive(case))
+    assert len(windows) == len(reference) == sum(case[0][e] for e in case[1])
+    batch = windows.gather(np.arange(len(windows)))
+    assert batch["observations"]["state"].tolist() == [[list(o) for o in past] for past, _, _ in reference]
+    assert (batch["actions"] - 1000).tolist() == [[list(a) for a in future] for _, future, _ in reference]
+    assert batch["mask"].tolist() == [mask for _, _, mask in reference]
+    images = batch["observations"]["image"]
+    assert images.shape == (len(windows), case[2], 1, 2)
+    assert torch.equal(images[:, :, 0].float() - 100, batch["observations"]["state"])
+
+
+@settings(deadline=None, max_examples=100)
+@given(case=cases())
+def test_windows_stay_inside_their_episode_and_none_is_left_out(case):
+    lengths, episodes, _, action_horizon = case
+    windows = windows_of(case)
+    batch = windows.gather(np.arange(len(windows)))
+    seen, done = batch["observations"]["state"], batch["actions"] - 1000
+    episode = seen[:, -1, 0]
+    assert (seen[:, :, 0] == episode[:, None]).all()
+    assert (done[:, :, 0] == episode[:, None]).all()
+    # The first action belongs to the newest observation.
+    assert torch.equal(done[:, 0], seen[:, -1])
+    assert batch["mask"][:, 0].all()
+    assert {(int(e), int(t)) for e, t in seen[:, -1]} == {(e, t) for e in episodes for t in range(lengths[e])}
+    for e in episodes:
+        last = (episode == e) & (seen[:, -1, 1] == lengths[e] - 1)
+        assert batch["mask"][last].tolist() == [[True] + [False] * (action_horizon - 1)]
+    # Behind the end stands the last action, before the start the first observation.
+    ends = torch.tensor(lengths)[episode.long()] - 1
+    assert (done[:, :, 1] == torch.minimum(seen[:, -1:, 1] + torch.arange(action_horizon), ends[:, None])).all()
+
+
+@settings(deadline=None, max_examples=50)
+@given(case=cases(), seed=st.integers(0, 100))
+def test_a_window_is_the_same_in_any_batch(case, seed):
+    windows = windows_of(case)
+    everything = windows.gather(np.arange(len(windows)))
+    chosen = np.random.default_rng(seed).integers(len(windows), size=7)
+    batch = windows.gather(chosen)
+    assert torch.equal(batch["observations"]["state"], everything["observations"]["state"][chosen])
+    assert torch.equal(batch["actions"], everything["actions"][chosen])
+    assert torch.equal(batch["mask"], everything["mask"][chosen])
+
+
+def test_batches_keep_the_datas_dtypes_and_are_copies():
+    data = demonstrations([4, 3])
+    windows = Windows(data, np.array([0, 1]), obs_horizon=2, action_horizon=3)
+    batch = windows.gather(np.array([0, 5]))
+    assert batch["observations"]["image"].dtype == torch.uint8
+    assert batch["observations"]["state"].dtype == batch["actions"].dtype == torch.float32
+    assert batch["mask"].dtype == torch.bool
+    before = data.actions.copy()
+    batch["actions"].zero_()
+    assert np.array_equal(data.actions, before)
+
+
+# --- the order ---------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=100)
+@given(case=cases(), batch_size=st.integers(1, 12), seed=st.integers(0, 2**32), first_epoch=st.integers(0, 3))
+def test_an_epoch_visits_each_window_once_up_to_the_incomplete_batch(case, batch_size, seed, first_epoch):
+    windows = windows_of(case)
+    size = min(batch_size, len(windows))
+    steps = len(windows) // size
+    for epoch in (first_epoch, first_epoch + 1):
+        batches = [windows.batch_at(epoch * steps + i, batch_size, seed) for i in range(steps)]
+        assert all(len(batch) == size and batch.dtype == np.int64 for batch in batches)
+        visited = np.concatenate(batches)
+        assert len(set(visited.tolist())) == len(visited) == steps * size > len(windows) - size
+        assert set(visited.tolist()) <= set(range(len(windows)))
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    case=cases(), batch_size=st.integers(1, 12), seeds=st.tuples(st.integers(0, 9), st.integers(0, 9)), data=st.data()
+)
+def test_the_order_has_no_state(case, batch_size, seeds, data):
+    calls = [(step, seed) for step in range(12) for seed in seeds]
+    fresh = {call: windows_of(case).batch_at(call[0], batch_size, call[1]).tolist() for call in calls}
+    windows = windows_of(case)
+    for step, seed in data.draw(st.permutations(calls)):
+        assert windows.batch_at(step, batch_size, seed).tolist() == fresh[step, seed]
+
+
+def test_epochs_and_seeds_have_different_orders():
+    windows = windows_of(([50, 50], [0, 1], 2, 8))
+    orders = [
+        np.concatenate([windows.batch_at(4 * epoch + i, 25, seed) for i in range(4)]).tolist()
+        for epoch, seed in [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1)]
+    ]
+    assert all(sorted(order) == list(range(100)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 5
+    assert list(range(100)) not in orders
+
+
+def test_over_many_epochs_incomplete_batches_leave_no_window_out():
+    windows = windows_of(([7], [0], 1, 2))
+    visits = np.bincount(np.concatenate([windows.batch_at(step, 4, 0) for step in range(400)]), minlength=7)
+    assert visits.sum() == 1600
+    assert visits.min() > 0.8 * 1600 / 7
+
+
+def test_changing_a_batch_in_place_does_not_change_later_ones():
+    windows = windows_of(([9], [0], 1, 2))
+    expected = windows.batch_at(0, 4, 0).tolist()
+    windows.batch_at(0, 4, 0)[:] = 0
+    assert windows.batch_at(0, 4, 0).tolist() == expected
+
+
+# --- the split ---------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=200)
+@given(num_episodes=st.integers(1, 300), val_fraction=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 2**32))
+def test_the_split_is_disjoint_complete_and_repeatable(num_episodes, val_fraction, seed):
+    train, val = split_episodes(num_episodes, val_fraction, seed)
+    assert sorted([*train.tolist(), *val.tolist()]) == list(range(num_episodes))
+    assert train.tolist() == sorted(train.tolist())
+    assert val.tolist() == sorted(val.tolist())
+    assert len(train) >= 1
+    assert len(val) == min(round(num_episodes * val_fraction), num_episodes - 1)
+    again = split_episodes(num_episodes, val_fraction, seed)
+    assert np.array_equal(train, again[0])
+    assert np.array_equal(val, again[1])
+
+
+def test_the_seed_decides_the_split():
+    splits = {tuple(split_episodes(50, 0.2, seed)[1].tolist()) for seed in range(10)}
+    assert len(splits) == 10
+
+
+@pytest.mark.parametrize("val_fraction", [-0.1, 1.0, 1.5, float("nan")])
+def test_a_share_outside_0_to_1_is_refused(val_fraction):
+    with pytest.raises(ValueError, match="val_fraction must be at least 0 and below 1; got"):
+        split_episodes(10, val_fraction, 0)
+
+
+def test_training_and_validation_windows_share_no_transition():
+    data = demonstrations([5, 3, 8, 1, 6])
+    seen = []
+    for episodes in split_episodes(5, 0.4, seed=3):
+        windows = Windows(data, episodes, obs_horizon=3, action_horizon=8)
+        batch = windows.gather(np.arange(len(windows)))
+        rows = torch.cat([batch["observations"]["state"].flatten(0, 1), batch["actions"].flatten(0, 1) - 1000])
+        seen.append({tuple(row) for row in rows.tolist()})
+    assert seen[0].isdisjoint(seen[1])
+    assert len(seen[0] | seen[1]) == 23
+
+
+# --- demonstrations ----------------------------------------------------------------------------------------------
+
+
+def test_starts_follow_from_ends():
+    data = demonstrations([4, 1, 3])
+    assert data.num_episodes == 3
+    assert data.episode_starts.tolist() == [0, 4, 5]
+    assert data.observation_shapes == {"state": (2,), "image": (1, 2)}
+
+
+def test_the_first_episodes_are_kept_whole():
+    data = demonstrations([4, 1, 3])
+    some = data.first(2)
+    assert some.episode_ends.tolist() == [4, 5]
+    assert some.actions.tolist() == data.actions[:5].tolist()
+    assert some.observations["image"].tolist() == data.observations["image"][:5].tolist()
+    assert data.first(None) is data
+    for episodes in (0, 4, -1):
+        with pytest.raises(ValueError, match=f"has 3 episodes; max_episodes asks for {episodes}"):
+            data.first(episodes)
+
+
+@pytest.mark.parametrize("ends", [[], [0, 5], [3, 3, 5], [4, 3, 5], [3], [3, 6]])
+def test_ends_that_do_not_cut_the_transitions_into_episodes_are_refused(ends):
+    with pytest.raises(ValueError, match="memory: the ends of"):
+        Demonstrations(
+            observations={"state": np.zeros((5, 2))},
+            actions=np.zeros((5, 1), np.float32),
+            episode_ends=np.array(ends, dtype=np.int64),
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"actions": np.zeros(5, np.float32)}, r"actions must be \(transitions, width\); got shape \(5,\)"),
+        ({"observations": {"state": np.zeros((4, 2))}}, "observation 'state' has 4 rows, actions have 5"),
+    ],
+)
+def test_arrays_of_other_shapes_are_refused(changes, message):
+    arguments = {
+        "observations": {"state": np.zeros((5, 2))},
+        "actions": np.zeros((5, 1), np.float32),
+        "episode_ends": np.array([2, 5]),
+    }
+    with pytest.raises(ValueError, match=message):
+        Demonstrations(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("row", "place"), [(0, "episode 0, transition 0"), (4, "episode 1, transition 2")])
+@pytest.mark.parametrize("key", ["state", "actions"])
+def test_a_nan_is_refused_with_its_place(key, row, place, value):
+    observations, actions = {"state": np.zeros((5, 2))}, np.zeros((5, 1), np.float32)
+    {**observations, "actions": actions}[key][row, 0] = value
+    with pytest.raises(ValueError, match=f"'{key}' holds a NaN or infinity in {place}"):
+        Demonstrations(observations=observations, actions=actions, episode_ends=np.array([2, 5]))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -43,7 +44,8 @@ def command(config_name: str, example: str) -> Callable[[Callable[..., None]], C
             if {"-h", "--help"} & set(sys.argv[1:]):
                 print(_help(task, config_name, example))
                 return
-            sys.argv[1:] = [_allow_defaulted(argument) for argument in sys.argv[1:]]
+            with _refusals():
+                sys.argv[1:] = [_allow_defaulted(argument) for argument in sys.argv[1:]]
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed and lost
             run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
             with _refusals():
@@ -55,6 +57,12 @@ def command(config_name: str, example: str) -> Callable[[Callable[..., None]], C
 
 
 def _allow_defaulted(argument: str) -> str:
+    if not argument.startswith("-"):
+        try:
+            OverridesParser.create().parse_override(argument)
+        except HydraException as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"cannot read {argument!r} ({reason}): write NAME=VALUE, a list as [1,2]") from error
     # `++` sets a key whether or not a YAML file mentions it: unknown ones are refused against the signatures, later.
     key = argument.split("=", 1)[0]
     plain = "=" in argument and key.split("@")[0] not in GROUPS and key[0] not in "-+~" and not key.startswith("hydra")

@@ -17,8 +17,12 @@ from policy.seeding import derive_generator, derive_seed
 class FakePolicy:
     """Action i of its n-th row ever planned is 100 n + i; remembers what it was asked."""
 
-    def __init__(self, obs_horizon=2, action_horizon=8):
-        self.config = SimpleNamespace(obs_horizon=obs_horizon, action_horizon=action_horizon)
+    def __init__(self, obs_horizon=2, action_horizon=8, observation_shapes=None):
+        self.config = SimpleNamespace(
+            obs_horizon=obs_horizon,
+            action_horizon=action_horizon,
+            observation_shapes=observation_shapes or {"state": (3,)},
+        )
         self.schedule = SimpleNamespace(num_steps=100)
         self.calls = []
         self.rows = 0
@@ -72,7 +76,7 @@ def test_each_plan_sees_the_newest_observations_with_the_first_one_repeated(obs_
 
 
 def test_observations_by_key_keep_their_keys_and_dtypes():
-    policy = FakePolicy()
+    policy = FakePolicy(observation_shapes={"image": (2, 2), "state": (3,)})
     controller = controller_of(policy)
     controller.reset(seed=0)
     controller.act({"image": np.full((2, 2), 7, np.uint8), "state": vector(1)})
@@ -287,10 +291,10 @@ def test_acting_without_reset_is_refused_and_changes_nothing():
 @pytest.mark.parametrize(
     ("observation", "message"),
     [
-        ({"stat": vector(0)}, r"keys \['state'\]; got \['stat'\]"),
-        ({"state": vector(0), "image": vector(0)}, r"keys \['state'\]; got \['image', 'state'\]"),
-        (np.zeros(4, np.float32), r"'state' must have shape"),
-        (np.zeros((1, 3), np.float32), r"'state' must have shape"),
+        ({"stat": vector(0)}, r"\['state'\].*\['stat'\]"),
+        ({"state": vector(0), "image": vector(0)}, r"\['state'\].*\['image', 'state'\]"),
+        (np.zeros(4, np.float32), r"'state'.*shape"),
+        (np.zeros((1, 3), np.float32), r"'state'.*shape"),
     ],
 )
 def test_an_observation_that_does_not_fit_is_refused_by_name_at_any_step(observation, message, later):

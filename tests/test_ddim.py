@@ -8,6 +8,7 @@ import math
 import warnings
 from collections import Counter
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def check_grid(num_steps, ddim_steps, spacing):
     timesteps = timesteps.tolist()
     assert timesteps == exact_grid(num_steps, ddim_steps, spacing)
     assert len(timesteps) == ddim_steps
-    assert all(later < earlier for earlier, later in zip(timesteps, timesteps[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(timesteps))
     assert timesteps[0] < num_steps
     assert timesteps[-1] >= 0
     if spacing in ("trailing", "linspace"):

@@ -233,6 +233,7 @@ def test_the_table_is_neither_a_parameter_nor_in_the_checkpoint(denoiser):
 
 
 def test_denoisers_are_found_by_name():
-    assert DENOISERS == {"residual_mlp": ResidualMLP, "modulated_mlp": ModulatedMLP}
+    assert DENOISERS["residual_mlp"] is ResidualMLP
+    assert DENOISERS["modulated_mlp"] is ModulatedMLP
     assert all(issubclass(network, nn.Module) for network in DENOISERS.values())
     assert type(ddim.build(obs_size=3, action_dim=1)) is ResidualMLP

@@ -18,7 +18,7 @@ from envs.errors import MissingExtraError, RenderingUnavailableError, choose
 from envs.gym_env import make_gym
 from envs.metaworld import MetaWorldEnv
 from envs.planar import PlanarEnv
-from envs.pusht import PushTEnv, pusht_features
+from envs.pusht import PushTEnv, pusht_features, pusht_mirror
 from envs.rendering import check_rendering, prefer_headless_gl
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "make",
     "make_expert",
     "pusht_features",
+    "pusht_mirror",
 ]
 
 # Simulators are imported when an environment is built, so that this module loads without any of them.

@@ -15,6 +15,7 @@ from envs.rendering import rendering_errors, require_rgb_array
 MAX_STEPS = 300
 SUCCESS_COVERAGE = 0.95
 FEATURE_DIM = 22
+TABLE_SIZE = np.float32(512)
 
 # Corners of the T in the block's own frame, in pixels of the 512 x 512 table: the bar, then the stem,
 # in the order of gym-pusht's keypoints.
@@ -48,6 +49,31 @@ def pusht_features(state: ArrayLike) -> NDArray[np.float32]:
     features[..., 6::2] = state[..., 2:3] + cosine * _CORNERS[:, 0] - sine * _CORNERS[:, 1]
     features[..., 7::2] = state[..., 3:4] + sine * _CORNERS[:, 0] + cosine * _CORNERS[:, 1]
     return features
+
+
+def pusht_mirror(
+    observations: NDArray[np.float32], actions: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mirror Push-T episodes across the target's axis of symmetry, the table's diagonal x + y = 512.
+
+    The T, its target, the table and the finger are all symmetric under it, so the mirror image of a demonstration is
+    another valid demonstration. A point (x, y) goes to (512 - y, 512 - x), a block angle to a quarter turn less it.
+
+    Args:
+        observations: (..., 22) float32, as `pusht_features` gives them.
+        actions: (..., 2) float32, target positions in pixels.
+
+    Returns:
+        The mirror images of both, of the same shapes.
+    """
+    mirrored = np.empty_like(observations)
+    mirrored[..., [0, 2]] = TABLE_SIZE - observations[..., [1, 3]]
+    mirrored[..., [1, 3]] = TABLE_SIZE - observations[..., [0, 2]]
+    mirrored[..., [4, 5]] = observations[..., [5, 4]]
+    # Left and right corners change places, in each of the four pairs.
+    corners = observations[..., 6:].reshape(*observations.shape[:-1], 4, 2, 2)
+    mirrored[..., 6:] = (TABLE_SIZE - corners[..., ::-1, ::-1]).reshape(*observations.shape[:-1], 16)
+    return mirrored, TABLE_SIZE - actions[..., ::-1]
 
 
 class PushTEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):

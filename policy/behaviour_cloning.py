@@ -10,7 +10,7 @@ from typing import Any
 
 from policy.checkpoint import is_checkpoint, resume_training, save_checkpoint
 from policy.controller import check_execution_horizon
-from policy.data.demonstrations import Demonstrations
+from policy.data.demonstrations import Augment, Demonstrations
 from policy.device import check_device
 from policy.diffusion_policy import DiffusionPolicy, PolicyConfig
 from policy.evaluation import Env, check_spaces, run_in_process, summarize
@@ -36,6 +36,7 @@ def clone_behaviour(
     sampler: Sampler,
     train: TrainSettings,
     tracker: dict[str, Any],
+    augment: Augment | None = None,
     prediction_type: str = "sample",
     obs_horizon: int = 2,
     action_horizon: int = 8,
@@ -58,6 +59,7 @@ def clone_behaviour(
         sampler: for the rollouts while training.
         train: see `TrainSettings`.
         tracker: `{"name": "wandb" or "none", ...}`.
+        augment: a symmetry of the task, as a function of observations and actions; doubles the training episodes.
         prediction_type: `epsilon`, `sample` or `v_prediction`.
         obs_horizon: observations looked back on.
         action_horizon: actions in one chunk.
@@ -84,7 +86,7 @@ def clone_behaviour(
         schedule=schedule,
     )
     check_execution_horizon(execution_horizon, action_horizon)
-    run = prepare_run(config, dataset, train, seed=seed, device=check_device(device))
+    run = prepare_run(config, dataset, train, seed=seed, device=check_device(device), augment=augment)
     sampler.check(run.state.policy.schedule.num_steps)
     if env:
         with closing(make_env(**env)) as probe:
@@ -94,7 +96,13 @@ def clone_behaviour(
 
     folder = output_folder(output_dir, "train")
     checkpoint = folder / "checkpoint"
-    settings = {**vars(train), "seed": seed, "dataset": dataset.source, "episodes": dataset.num_episodes}
+    settings = {
+        **vars(train),
+        "seed": seed,
+        "dataset": dataset.source,
+        "episodes": dataset.num_episodes,
+        "augment": augment and getattr(augment, "func", augment).__name__,
+    }
     if is_checkpoint(checkpoint):
         resume_training(checkpoint, run.state, settings)
         print(f"going on at step {run.state.step} of {train.steps}: {checkpoint}")

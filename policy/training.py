@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from policy.data.demonstrations import Demonstrations
+from policy.data.demonstrations import Augment, Demonstrations
 from policy.data.windows import Windows, split_episodes
 from policy.diffusion_policy import DiffusionPolicy, PolicyConfig
 from policy.normalizer import Normalizer, limits
@@ -112,7 +112,13 @@ class Run:
 
 
 def prepare_run(
-    config: PolicyConfig, demonstrations: Demonstrations, settings: TrainSettings, *, seed: int, device: str
+    config: PolicyConfig,
+    demonstrations: Demonstrations,
+    settings: TrainSettings,
+    *,
+    seed: int,
+    device: str,
+    augment: Augment | None = None,
 ) -> Run:
     """Split the episodes, fit the normalisers on the training ones, and initialise the policy from the seed.
 
@@ -122,16 +128,20 @@ def prepare_run(
         settings: for the split and the optimiser.
         seed: of the split and of the initial weights.
         device: where to train.
+        augment: a symmetry of the task: training episodes are joined by their images, validation episodes are not.
 
     Returns:
         The run at step 0.
     """
     torch.manual_seed(derive_seed(seed, 0))  # initialisers draw from the global generator
     policy = DiffusionPolicy(config)
-    training, validation = (
-        Windows(demonstrations, episodes, obs_horizon=config.obs_horizon, action_horizon=config.action_horizon)
-        for episodes in split_episodes(demonstrations.num_episodes, settings.val_fraction, seed)
-    )
+    horizons = {"obs_horizon": config.obs_horizon, "action_horizon": config.action_horizon}
+    train_episodes, val_episodes = split_episodes(demonstrations.num_episodes, settings.val_fraction, seed)
+    validation = Windows(demonstrations, val_episodes, **horizons)
+    if augment is not None:
+        train_episodes = np.concatenate([train_episodes, train_episodes + demonstrations.num_episodes])
+        demonstrations = demonstrations.augmented(augment)
+    training = Windows(demonstrations, train_episodes, **horizons)
     fit_normalizers(policy, training)
     return Run(state=start_training(policy.to(device), settings), training=training, validation=validation)
 

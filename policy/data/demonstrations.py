@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+Augment = Callable[[Any, NDArray[np.float32]], tuple[Any, NDArray[np.float32]]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,6 +71,27 @@ class Demonstrations:
         """Shape of one observation under each key."""
         return {key: tuple(values.shape[1:]) for key, values in self.observations.items()}
 
+    def augmented(self, augment: Augment) -> Demonstrations:
+        """These episodes followed by their images under a symmetry of the task.
+
+        Episode e has its image at e + num_episodes.
+
+        Args:
+            augment: maps observations (an array, or arrays by key where there are several) and actions to images.
+
+        Returns:
+            Twice the episodes.
+        """
+        plain = set(self.observations) == {"state"}
+        observations, actions = augment(self.observations["state"] if plain else self.observations, self.actions)
+        images = {"state": observations} if plain else observations
+        return dataclasses.replace(
+            self,
+            observations={key: np.concatenate([values, images[key]]) for key, values in self.observations.items()},
+            actions=np.concatenate([self.actions, actions]),
+            episode_ends=np.concatenate([self.episode_ends, self.episode_ends + self.episode_ends[-1]]),
+        )
+
     def first(self, episodes: int | None) -> Demonstrations:
         """The first so many episodes; None keeps all.
 
@@ -78,10 +103,9 @@ class Demonstrations:
         if not 1 <= episodes <= self.num_episodes:
             raise ValueError(f"{self.source} has {self.num_episodes} episodes; max_episodes asks for {episodes}")
         end = int(self.episode_ends[episodes - 1])
-        return Demonstrations(
+        return dataclasses.replace(
+            self,
             observations={key: values[:end] for key, values in self.observations.items()},
             actions=self.actions[:end],
             episode_ends=self.episode_ends[:episodes],
-            source=self.source,
-            metadata=self.metadata,
         )

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from envs.errors import import_extra, nearest
 from envs.rendering import rendering_errors, require_rgb_array
 
+# Of an environment that does not say: common for robot arms, and only the speed of videos depends on it.
+DEFAULT_CONTROL_HZ = 10.0
+
 
 class Outcome(NamedTuple):
     """What one control step says about the episode."""
@@ -122,19 +125,19 @@ def make_gym(
         render_mode: ``None`` or ``"rgb_array"``.
         kwargs: Passed on to the environment.
         success: How success is read, see `parse_success`.
-        control_hz: Control steps per second; by default 1 / ``env.dt`` or else ``metadata["render_fps"]``.
+        control_hz: Control steps per second; by default 1 / ``env.dt``, or else
+            ``metadata["render_fps"]``, or else 10. Only videos depend on it.
 
     Raises:
         MissingExtraError: If gymnasium-robotics is asked for and not installed.
-        ValueError: If the id is not registered, a space does not fit, the rule of success is malformed, or
-            the control rate is unknown.
+        ValueError: If the id is not registered, a space does not fit, or the rule of success is malformed.
     """
     rule = parse_success(success)
     _require_registered(id)
     try:
-        env: gymnasium.Env[Any, Any] = gymnasium.make(
-            id, render_mode=render_mode, disable_env_checker=True, **(kwargs or {})
-        )
+        # An environment that draws nothing need not know the argument.
+        drawing: dict[str, Any] = {"render_mode": render_mode} if render_mode else {}
+        env: gymnasium.Env[Any, Any] = gymnasium.make(id, disable_env_checker=True, **drawing, **(kwargs or {}))
     except TypeError as error:
         raise ValueError(f"{id} does not accept kwargs={kwargs!r}: {error}") from error
     except (gymnasium.error.DependencyNotInstalled, gymnasium.error.Error) as error:
@@ -151,7 +154,7 @@ def make_gym(
             f"{id} has the observation space {env.observation_space}; "
             "a flat Box, or a Dict that flattens to one, is needed."
         )
-    return GymEnv(env, rule, control_hz or _control_hz(env, id))
+    return GymEnv(env, rule, control_hz or _control_hz(env))
 
 
 def parse_success(text: str) -> SuccessRule:
@@ -218,11 +221,11 @@ def _require_registered(id: str) -> None:
         ) from error
 
 
-def _control_hz(env: gymnasium.Env[Any, Any], id: str) -> float:
+def _control_hz(env: gymnasium.Env[Any, Any]) -> float:
     """Return the control rate: 1 / dt where the simulator tells it, else what its metadata claims."""
     dt = getattr(env.unwrapped, "dt", None)
     if isinstance(dt, int | float) and dt > 0:
         return 1.0 / dt
     if env.metadata.get("render_fps"):
         return float(env.metadata["render_fps"])
-    raise ValueError(f"{id} does not say at which rate it is controlled; pass control_hz=...")
+    return DEFAULT_CONTROL_HZ

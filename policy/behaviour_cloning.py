@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -118,8 +119,12 @@ def clone_behaviour(
     def save(state: TrainState) -> None:
         save_checkpoint(checkpoint, state, env=env, execution_horizon=execution_horizon, training=settings)
 
+    first_step, began = run.state.step, time.perf_counter()
     with stop_on_signal() as should_stop:
         train_loop(run, train, seed=seed, tracker=tracking, save=save, rollout=rollout, should_stop=should_stop)
+    seconds = time.perf_counter() - began
+    rate = (run.state.step - first_step) * min(train.batch_size, len(run.training)) / seconds
+    print(f"{run.state.step - first_step} steps in {seconds:.0f} s, {rate:.0f} transitions a second")
     tracked = tracking.finish()
     if run.state.step < train.steps:
         print(f"stopped at step {run.state.step} and saved: the same command with output_dir={folder} goes on")

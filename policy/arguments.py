@@ -87,7 +87,9 @@ def construct(what: str, registry: Mapping[str, Callable[..., T]], spec: Mapping
         ValueError: no or unknown name, an unknown or derived setting, a value of the wrong type.
     """
     settings = dict(spec)
-    name = settings.pop("name", None)
+    if "name" not in settings:
+        raise ValueError(f"{what}.name is missing: set it to one of {', '.join(sorted(registry))}")
+    name = settings.pop("name")
     if name not in registry:
         raise unknown_name(what, str(name), registry)
     if clash := sorted(settings.keys() & derived.keys()):

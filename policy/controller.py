@@ -109,14 +109,25 @@ class RecedingHorizonController:
         Raises:
             ValueError: a slot without `reset`, or an observation that does not fit the policy.
         """
-        for slot, observation in observations.items():
-            if slot not in self._episodes:
-                raise ValueError(f"slot {slot!r} has no episode: call reset(seed, slot) first")
-            self._episodes[slot].observe(as_dict(observation))
+        if missing := [slot for slot in observations if slot not in self._episodes]:
+            raise ValueError(f"slot {missing[0]!r} has no episode: call reset(seed, slot) first")
+        seen = {slot: self._checked(as_dict(observation)) for slot, observation in observations.items()}
+        for slot, observation in seen.items():
+            self._episodes[slot].observe(observation)
         waiting = [e for e in (self._episodes[slot] for slot in observations) if e.chunk is None]
         for start in range(0, len(waiting), self.plan_batch):
             self._plan(waiting[start : start + self.plan_batch])
         return {slot: self._next_action(self._episodes[slot]) for slot in observations}
+
+    def _checked(self, observation: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        expected = self.policy.config.observation_shapes
+        if observation.keys() != expected.keys():
+            raise ValueError(f"an observation must have the keys {sorted(expected)}; got {sorted(observation)}")
+        for key, value in observation.items():
+            if np.shape(value) != tuple(expected[key]):
+                raise ValueError(f"observation {key!r} must have shape {tuple(expected[key])}; got {np.shape(value)}")
+        # A copy: the caller may reuse its buffer, and the history must not change with it.
+        return {key: np.array(value) for key, value in observation.items()}
 
     def _next_action(self, episode: _Episode) -> NDArray[np.float32]:
         assert episode.chunk is not None

@@ -172,7 +172,7 @@ def ddim_timesteps(num_steps: int, ddim_steps: int, spacing: str = "trailing") -
 
     Example:
         >>> ddim_timesteps(100, 8).tolist()
-        [99, 87, 74, 62, 49, 37, 24, 12]
+        [99, 87, 74, 61, 49, 37, 24, 11]
         >>> ddim_timesteps(100, 8, "leading").tolist()
         [84, 72, 60, 48, 36, 24, 12, 0]
     """
@@ -187,6 +187,16 @@ def ddim_timesteps(num_steps: int, ddim_steps: int, spacing: str = "trailing") -
     if ddim_steps == 1:
         return torch.tensor([num_steps - 1])
     return (steps * (num_steps - 1) / (ddim_steps - 1)).round().long().flip(0)
+
+
+def check_generators(generator: Generators | None, rows: int) -> None:
+    """Refuse a sequence of generators that is not one per row.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    if isinstance(generator, Sequence) and len(generator) != rows:
+        raise ValueError(f"pass one generator per row: got {len(generator)} for a batch of {rows}")
 
 
 def _sigma(alpha_cumprod: Tensor, alpha_cumprod_prev: Tensor, eta: float) -> Tensor:
@@ -236,10 +246,12 @@ def ddim_step(
             f"timesteps must satisfy -1 <= prev_timestep < timestep <= {schedule.num_steps - 1};"
             f" got prev_timestep={prev_timestep}, timestep={timestep}"
         )
-    if clip is not None and clip <= 0:
+    if clip is not None and not clip > 0:
         raise ValueError(f"clip must be positive, or None for no clipping; got {clip!r}")
     if eta > 0 and noise is None:
         raise ValueError(f"eta={eta} adds noise at every step: pass noise of shape {tuple(x_t.shape)}, or eta=0")
+    if noise is not None and noise.shape != x_t.shape:
+        raise ValueError(f"noise must have shape {tuple(x_t.shape)}, like x_t; got {tuple(noise.shape)}")
     if predicted.shape != x_t.shape:
         raise ValueError(f"the network returned {tuple(predicted.shape)} for noisy actions {tuple(x_t.shape)}")
 
@@ -312,8 +324,7 @@ def ddim_sample(
     """
     check_eta(eta)
     timesteps = ddim_timesteps(schedule.num_steps, ddim_steps, spacing).tolist()
-    if isinstance(generator, Sequence) and len(generator) != len(noise):
-        raise ValueError(f"pass one generator per row: got {len(generator)} for a batch of {len(noise)}")
+    check_generators(generator, len(noise))
     x = noise
     for timestep, prev_timestep in zip(timesteps, [*timesteps[1:], -1], strict=True):
         batch_timestep = torch.full((len(x),), timestep, dtype=torch.int64, device=x.device)
@@ -342,7 +353,11 @@ def randn_like(x: Tensor, generator: Generators | None) -> Tensor:
 
     Returns:
         (B, ...) noise.
+
+    Raises:
+        ValueError: a number of generators other than B.
     """
+    check_generators(generator, len(x))
     if isinstance(generator, Sequence):
         rows = [torch.randn(x.shape[1:], generator=g, dtype=x.dtype, device=g.device) for g in generator]
         return torch.stack(rows).to(x.device)

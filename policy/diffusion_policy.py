@@ -154,7 +154,14 @@ class DiffusionPolicy(nn.Module):
 
         Returns:
             () loss.
+
+        Raises:
+            ValueError: see `embed`, or actions or a mask of another shape.
         """
+        shape = (len(batch["actions"]), self.config.action_horizon, self.config.action_dim)
+        for name, value, expected in (("actions", batch["actions"], shape), ("mask", batch["mask"], shape[:2])):
+            if tuple(value.shape) != expected:
+                raise ValueError(f"{name} must have shape {expected}; got {tuple(value.shape)}")
         x_0 = self.action_normalizer.normalize(batch["actions"].to(self.device, torch.float32))
         timestep = torch.randint(self.schedule.num_steps, (len(x_0),), generator=generator)
         noise = torch.randn(x_0.shape, generator=generator).to(self.device)

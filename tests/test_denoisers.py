@@ -37,6 +37,15 @@ def silu(z):
     return z / (1 + torch.exp(-z))
 
 
+def layer_norm(x):
+    return (x - x.mean(1, keepdim=True)) / torch.sqrt(x.var(1, unbiased=False, keepdim=True) + 1e-5)
+
+
+def waves(timestep, width=SMALL["hidden_size"]):
+    angles = timestep[:, None].double() / 10_000 ** (torch.arange(width // 2).double() / (width // 2))
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+
 def count(network):
     return sum(p.numel() for p in network.parameters())
 
@@ -88,19 +97,37 @@ def test_build_computes_the_documents_network():
     w = dict(network.named_parameters())
     # Written out from the document: flatten; sinusoidal timestep; linear on the observation; concatenate; linear,
     # SiLU; residual blocks of LayerNorm, linear to 4h, SiLU, linear back; linear to the chunk.
-    h = SMALL["hidden_size"]
-    wave = timestep[:, None].double() / 10_000 ** (torch.arange(h // 2).double() / (h // 2))
-    embedded = torch.cat([wave.sin(), wave.cos()], dim=1).float()
+    h, embedded = SMALL["hidden_size"], waves(timestep)
     observed = observations @ w["project_observation.weight"].T + w["project_observation.bias"]
     joined = torch.cat([noisy.reshape(6, 8), embedded, observed], dim=1)
     x = silu(joined @ w["enter.weight"].T + w["enter.bias"])
     for block in ("blocks.0", "blocks.1"):
-        mean, variance = x.mean(1, keepdim=True), x.var(1, unbiased=False, keepdim=True)
-        normed = (x - mean) / torch.sqrt(variance + 1e-5) * w[f"{block}.norm.weight"] + w[f"{block}.norm.bias"]
+        normed = layer_norm(x) * w[f"{block}.norm.weight"] + w[f"{block}.norm.bias"]
         inner = silu(normed @ w[f"{block}.expand.weight"].T + w[f"{block}.expand.bias"])
         assert inner.shape == (6, 4 * h)
         x = x + inner @ w[f"{block}.contract.weight"].T + w[f"{block}.contract.bias"]
     expected = (x @ w["leave.weight"].T + w["leave.bias"]).reshape(6, 4, 2)
+    assert torch.allclose(network(noisy, timestep, observations), expected, atol=1e-5)
+
+
+def test_the_modulated_network_is_steered_by_timestep_and_observation_in_every_block():
+    network = randomised(ModulatedMLP(**SMALL))
+    noisy, timestep, observations = batch()
+    w = dict(network.named_parameters())
+
+    def linear(name, x):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    # Peebles and Xie 2023, section 3.2: shift and scale after the norm, a gate before the residual sum.
+    embedded = linear("embed_timestep.3", silu(linear("embed_timestep.1", waves(timestep))))
+    condition = silu(embedded + linear("project_observation", observations))
+    x = linear("enter", noisy.reshape(6, 8))
+    for block in ("blocks.0", "blocks.1"):
+        scale, shift, gate = linear(f"{block}.modulate", condition).reshape(6, 3, 8).unbind(1)
+        inner = silu(linear(f"{block}.expand", layer_norm(x) * (1 + scale) + shift))
+        x = x + gate * linear(f"{block}.contract", inner)
+    x = layer_norm(x) * w["norm.weight"] + w["norm.bias"]
+    expected = linear("leave", x).reshape(6, 4, 2)
     assert torch.allclose(network(noisy, timestep, observations), expected, atol=1e-5)
 
 

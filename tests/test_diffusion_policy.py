@@ -312,6 +312,9 @@ def test_the_sampler_settings_reach_ddim():
     calls.clear()
     policy.sample_actions(observations(), ddim_steps=8, spacing="leading", noise=noise)
     assert calls[0] == [84] * 4
+    etas = [policy.sample_actions(observations(), eta=eta, noise=noise, generator=seeded(1)) for eta in (0.0, 0.3, 1.0)]
+    assert ((etas[0] - etas[1]).abs().amax(dim=(1, 2)) > 1e-3).all()
+    assert ((etas[1] - etas[2]).abs().amax(dim=(1, 2)) > 1e-3).all()
     narrow = policy.sample_actions(observations(), clip=0.1, noise=noise)
     centre = (LOW + HIGH) / 2
     assert ((narrow - centre).abs() <= 0.1001 * (HIGH - LOW) / 2).all()

@@ -86,11 +86,14 @@ def test_constant_and_near_constant_dimensions_become_0_and_come_back_as_their_c
         assert back[1].item() == y
 
 
-@pytest.mark.parametrize(("low", "high"), [(1.0, 1.001), (0.0, 1e-9), (-1e-6, 1e-6), (300.0, 300.1)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(1.0, 1.001), (1.0, 1.00015), (-2.0, -1.9997), (0.0, 1e-9), (-1e-6, 1e-6), (300.0, 300.1)]
+)
 def test_small_ranges_that_are_a_signal_keep_it(low, high):
     normalizer = fitted([low], [high])
     ends = normalizer.normalize(torch.tensor([[low], [high]]))
-    assert ends.flatten().tolist() == pytest.approx([-1, 1], abs=1e-3 * max(1, abs(low)))
+    rounding = 2e-7 * max(abs(low), abs(high)) / (high - low)
+    assert ends.flatten().tolist() == pytest.approx([-1, 1], abs=1e-6 + 2 * rounding)
 
 
 def test_a_fresh_normalizer_leaves_values_as_they_are():

@@ -134,6 +134,16 @@ def test_the_forward_process_agrees_with_adding_noise_one_timestep_at_a_time():
     assert x.std().item() == pytest.approx(sigma, rel=5 / math.sqrt(2 * 200_000))
 
 
+def test_timestep_minus_1_is_the_clean_end():
+    schedule = make_schedule(num_steps=20)
+    x_0, noise = randn(3, 2), randn(3, 2, seed=1)
+    assert torch.equal(schedule.add_noise(x_0, noise, -1), x_0)
+    mixed = schedule.add_noise(x_0, noise, torch.tensor([-1, 0, 19]))
+    assert torch.equal(mixed[0], x_0[0])
+    assert torch.equal(mixed[1:], schedule.add_noise(x_0[1:], noise[1:], torch.tensor([0, 19])))
+    assert not torch.allclose(mixed[2], x_0[2])
+
+
 def test_one_timestep_per_row_equals_each_row_on_its_own():
     schedule = make_schedule(num_steps=100)
     x_0, noise, t = randn(6, 4, 2), randn(6, 4, 2, seed=1), torch.tensor([0, 99, 3, 50, 50, 98])

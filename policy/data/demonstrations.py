@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-
 Augment = Callable[[Any, NDArray[np.float32]], tuple[Any, NDArray[np.float32]]]
 
 

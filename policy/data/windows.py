@@ -111,4 +111,4 @@ class Windows:
         if self._epoch_key != (seed, epoch):
             self._order = np.random.default_rng((seed, epoch)).permutation(len(self))
             self._epoch_key = (seed, epoch)
-        return self._order[position * size : (position + 1) * size]
+        return self._order[position * size : (position + 1) * size].copy()

@@ -8,7 +8,7 @@ from policy.denoisers.timestep import TimestepEmbedding, check_sizes
 
 
 class ModulatedBlock(nn.Module):
-    """x + gate * W₂ SiLU(W₁ (scale * LayerNorm(x) + shift)) (Peebles and Xie 2023, sec. 3.2)."""
+    """x + gate * W₂ SiLU(W₁ ((1 + scale) * LayerNorm(x) + shift)) (Peebles and Xie 2023, sec. 3.2)."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()

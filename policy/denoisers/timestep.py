@@ -35,7 +35,7 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, timestep: Tensor) -> Tensor:
         """Look up (B,) int64 timesteps, giving (B, width)."""
-        return self.table[timestep]
+        return nn.functional.embedding(timestep, self.table)
 
 
 def check_sizes(**sizes: int) -> None:

@@ -126,7 +126,7 @@ def test_construct_builds_the_named_thing_from_settings_and_what_follows():
     ("spec", "message"),
     [
         ({"name": "nett"}, r"unknown thing 'nett' \(did you mean 'net'\?\); allowed: net, part"),
-        ({}, r"unknown thing 'None'.*allowed: net, part"),
+        ({}, r"thing\.name is missing: set it to one of net, part"),
         ({"name": "net", "width": 3}, r"thing\.width follows from the rest of the configuration"),
         ({"name": "net", "dept": 3}, r"unknown setting of thing 'dept' \(did you mean 'depth'\?\)"),
         ({"name": "net", "depth": "deep"}, r"thing\.depth should be int; got 'deep'"),

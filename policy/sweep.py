@@ -137,19 +137,25 @@ def plot_rows(rows: Sequence[Row], path: Path, title: str) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, key, label in (
         (left, "ddim_steps", "ddim_steps"),
-        (right, "latency_ms_median", "latency of one chunk (ms, batch 1, one thread)"),
+        (right, "latency_ms_median", "ms a chunk (batch 1, one thread), at each ddim_steps"),
     ):
         x = [row[key] for row in rows]
-        axes.errorbar(x, success, yerr=[below, above], fmt="o-", capsize=4, color="#2563eb", ecolor="#93b4f5")
+        axes.errorbar(x, success, yerr=[below, above], fmt="o-", capsize=4, label="success, 95 % Wilson interval")
+        axes.plot(
+            x, [100 * row["score_mean"] for row in rows], "s--", color="0.6", ms=4, lw=1, label="mean score x 100"
+        )
         axes.set_xscale("log", base=2 if key == "ddim_steps" else 10)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.margins(x=0.1)
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
         for row, at, height in zip(rows, x, success, strict=True):
-            if key != "ddim_steps":
+            if axes is right:
                 axes.annotate(str(row["ddim_steps"]), (at, height), textcoords="offset points", xytext=(6, -12))
     left.set_xticks([row["ddim_steps"] for row in rows], [str(row["ddim_steps"]) for row in rows])
     left.minorticks_off()
     left.set_ylim(-3, 103)
-    left.set_ylabel("success (%), 95 % Wilson interval")
+    left.set_ylabel("success (%)")
+    left.legend(loc="lower right")
     figure.suptitle(f"{title}: {rows[0]['episodes']} episodes per point, the same in each")
     figure.savefig(path, dpi=150)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := outputs/demo
-DEMO_TASK := peg-insert-side-v3
+DEMO_TASK := pick-place-v3
 DEMO_DATA := $(DEMO)/demonstrations/metaworld-$(DEMO_TASK)-v0
 
 .DEFAULT_GOAL := help
@@ -29,10 +29,11 @@ demo: $(DEMO)/sweep.json ## demonstrations, training, rollout and sweep on a Met
 	@echo "  sweep.png        success against ddim_steps; the figures are in sweep.csv and sweep.json"
 	@echo "  wandb/           the training run, offline"
 	@echo "Next:"
-	@echo "  look at $(DEMO)/sweep.png"
+	@echo "  look at $(DEMO)/sweep.png: this policy predicts the noise, as DDPM does, and needs several steps"
 	@echo "  . $(BIN)/activate"
+	@echo "  python scripts/train.py experiment=metaworld dataset.path=$(DEMO_DATA) output_dir=outputs/sample"
+	@echo "  python scripts/sweep.py checkpoint=outputs/sample/checkpoint    (it predicts the actions: how few does it need?)"
 	@echo "  python scripts/rollout.py checkpoint=$(DEMO)/checkpoint sampler.ddim_steps=2 execution_horizon=4"
-	@echo "  python scripts/sweep.py checkpoint=$(DEMO)/checkpoint episodes=200 ddim_steps=[1,2,3,4,8]"
 	@echo "  python scripts/collect.py env=metaworld env.task=assembly-v3    (another task)"
 
 # Each stage is a file: an interrupted demo goes on where it stopped, a finished one is not repeated.
@@ -40,7 +41,7 @@ $(DEMO_DATA): | $(VENV)/.installed
 	$(BIN)/python scripts/collect.py env=metaworld env.task=$(DEMO_TASK) episodes=50 output_dir=$(DEMO)/demonstrations
 
 $(DEMO)/trained: | $(DEMO_DATA)
-	$(BIN)/python scripts/train.py experiment=metaworld dataset.path=$(DEMO_DATA) output_dir=$(DEMO)
+	$(BIN)/python scripts/train.py experiment=metaworld dataset.path=$(DEMO_DATA) prediction_type=epsilon train.steps=3000 output_dir=$(DEMO)
 	@touch $@
 
 $(DEMO)/episodes.json: | $(DEMO)/trained

@@ -14,7 +14,7 @@ from policy.controller import check_execution_horizon
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.device import check_device
 from policy.diffusion_policy import DiffusionPolicy, PolicyConfig
-from policy.evaluation import Env, check_spaces, run_in_process, summarize
+from policy.evaluation import Env, check_num_envs, check_spaces, run_in_process, summarize
 from policy.interrupt import stop_on_signal
 from policy.output import output_folder
 from policy.sampler import Sampler
@@ -87,13 +87,12 @@ def clone_behaviour(
         schedule=schedule,
     )
     check_execution_horizon(execution_horizon, action_horizon)
+    check_num_envs(num_envs)
     run = prepare_run(config, dataset, train, seed=seed, device=check_device(device), augment=augment)
     sampler.check(run.state.policy.schedule.num_steps)
     if env:
         with closing(make_env(**env)) as probe:
             check_spaces(config, probe)
-    if train.rollout_every and not env:
-        raise ValueError("train.rollout_every needs an environment to roll out in: add env=...")
 
     folder = output_folder(output_dir, "train")
     checkpoint = folder / "checkpoint"
@@ -113,8 +112,10 @@ def clone_behaviour(
         f"{len(run.training)} training windows from {len(run.training.episodes)} episodes"
         f" ({len(run.validation.episodes)} held out), {parameters / 1e6:.2f} M parameters"
     )
+    if env is None:
+        print("no environment is known, so there are no rollouts while training: env=... adds them")
     tracking = start_tracking(folder=folder, config={"env": env, **settings, **vars(config)}, **tracker)
-    rollout = partial(_rollout, partial(make_env, **(env or {})), num_envs, train, sampler, execution_horizon)
+    rollout = partial(_rollout, partial(make_env, **env), num_envs, train, sampler, execution_horizon) if env else None
 
     def save(state: TrainState) -> None:
         save_checkpoint(checkpoint, state, env=env, execution_horizon=execution_horizon, training=settings)

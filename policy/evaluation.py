@@ -92,6 +92,16 @@ def check_spaces(config: PolicyConfig, env: Env) -> None:
         )
 
 
+def check_num_envs(num_envs: int) -> None:
+    """Refuse to roll out in no environment.
+
+    Raises:
+        ValueError: below 1.
+    """
+    if num_envs < 1:
+        raise ValueError(f"num_envs must be 1 or more; got {num_envs}")
+
+
 def _describe(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{key} {shape}" for key, shape in sorted(shapes.items()))
 

@@ -16,6 +16,7 @@ from policy.evaluation import (
     PLAN_BATCH,
     Env,
     EpisodeResult,
+    check_num_envs,
     check_spaces,
     chunk_latency,
     format_summary,
@@ -48,9 +49,11 @@ def _prepare(
     env: dict[str, Any] | None,
     seed: int,
     episodes: int,
+    num_envs: int,
     execution_horizon: int | None,
     device: str,
 ) -> _Setting:
+    check_num_envs(num_envs)
     seeds = episode_seeds(seed, episodes)
     loaded = load_checkpoint(checkpoint, check_device(device))
     horizon = loaded.execution_horizon if execution_horizon is None else execution_horizon
@@ -101,7 +104,7 @@ def roll_out(
     Raises:
         ValueError: settings that do not fit, before any episode starts.
     """
-    setting = _prepare(make_env, checkpoint, env, seed, episodes, execution_horizon, device)
+    setting = _prepare(make_env, checkpoint, env, seed, episodes, num_envs, execution_horizon, device)
     policy = setting.checkpoint.policy
     sampler.check(policy.schedule.num_steps)
     if not 0 <= video <= episodes:
@@ -189,7 +192,7 @@ def sweep(
     Raises:
         ValueError: settings that do not fit, before any episode starts.
     """
-    setting = _prepare(make_env, checkpoint, env, seed, episodes, execution_horizon, device)
+    setting = _prepare(make_env, checkpoint, env, seed, episodes, num_envs, execution_horizon, device)
     policy = setting.checkpoint.policy
     check_cells(ddim_steps, policy.schedule.num_steps)
     folder = output_folder(output_dir, "sweep")

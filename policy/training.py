@@ -37,7 +37,7 @@ class TrainSettings:
         log_every: steps between log entries.
         val_every: steps between validation losses.
         save_every: steps between checkpoints.
-        rollout_every: steps between short rollouts; 0 for none.
+        rollout_every: steps between short rollouts, where the environment is known; 0 for none.
         rollout_episodes: episodes in each.
     """
 
@@ -52,7 +52,7 @@ class TrainSettings:
     log_every: int = 50
     val_every: int = 500
     save_every: int = 1_000
-    rollout_every: int = 0
+    rollout_every: int = 2_000
     rollout_episodes: int = 10
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from policy.evaluation import (
     EpisodeResult,
     MakeEnv,
     OnEpisode,
+    check_num_envs,
     run_episodes,
     run_in_process,
 )
@@ -45,8 +46,7 @@ class RolloutPool:
     """
 
     def __init__(self, policy: DiffusionPolicy, make_env: MakeEnv, num_envs: int) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be 1 or more; got {num_envs}")
+        check_num_envs(num_envs)
         self._policy = policy
         self._cleanup = ExitStack()
         self._processes: list[Any] = []

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from policy.checkpoint import is_checkpoint, resume_training, save_checkpoint
+from policy.checkpoint import check_env, is_checkpoint, resume_training, save_checkpoint
 from policy.controller import check_execution_horizon
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.device import check_device
@@ -74,7 +74,8 @@ def clone_behaviour(
     Raises:
         ValueError: settings that do not fit each other, the data or the environment, before training starts.
     """
-    env = env or dataset.metadata.get("env")
+    if not env and dataset.metadata.get("env"):
+        env = check_env(dataset.metadata["env"], dataset.source)
     config = PolicyConfig(
         observation_shapes=dataset.observation_shapes,
         action_dim=dataset.actions.shape[1],

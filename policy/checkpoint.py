@@ -110,12 +110,7 @@ def load_checkpoint(folder: Path | str, device: str = "cpu") -> Checkpoint:
         ValueError: no checkpoint there, a damaged one, or one written by a newer version.
     """
     path = _whole(Path(folder).expanduser())
-    config = _read_json(path / "config.json")
-    if config.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(
-            f"{path} has checkpoint schema {config.get('schema_version')!r}; this version reads {SCHEMA_VERSION}:"
-            " use the ddim-policy version that wrote it"
-        )
+    config = _read_config(path)
     try:
         policy = DiffusionPolicy(config_from_json(config["policy"]))
         _load_strictly(policy, _read_tensors(path / "policy.safetensors"), path)
@@ -128,6 +123,27 @@ def load_checkpoint(folder: Path | str, device: str = "cpu") -> Checkpoint:
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}/config.json is damaged (at {error}): use another checkpoint") from error
+
+
+def check_env(env: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """Refuse an environment that a file chose and that would import a module: code is the user's to choose.
+
+    Args:
+        env: as the file states it.
+        source: the file, for the message.
+
+    Returns:
+        `env` as a dictionary.
+
+    Raises:
+        ValueError: its id is of the form "module:Id".
+    """
+    if ":" in str(env.get("id", "")):
+        raise ValueError(
+            f"{source} asks for the environment {env['id']}, which would import a module of its choice:"
+            f" if you trust it, add env=gym env.id={env['id']}"
+        )
+    return dict(env)
 
 
 def choose_env(checkpoint: Checkpoint, override: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -147,14 +163,7 @@ def choose_env(checkpoint: Checkpoint, override: Mapping[str, Any] | None) -> di
         return dict(override)
     if checkpoint.env is None:
         raise ValueError(f"{checkpoint.path} names no environment: add env=...")
-    env = {**checkpoint.env, **(override or {})}
-    # "module:Id" imports that module: code that a file from a stranger must not choose.
-    if ":" in str(env.get("id", "")):
-        raise ValueError(
-            f"{checkpoint.path} asks for the environment {env['id']}, which would import a module of its choice:"
-            f" if you trust it, add env=gym env.id={env['id']}"
-        )
-    return env
+    return check_env({**checkpoint.env, **(override or {})}, checkpoint.path)
 
 
 def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]) -> None:
@@ -169,9 +178,9 @@ def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]
         ValueError: the checkpoint is missing, damaged, or of another configuration.
     """
     path = _whole(folder)
-    was = _read_json(path / "config.json")
+    was = _read_config(path)
     for part, now in (("policy", config_to_json(state.policy.config)), ("training", dict(training))):
-        before = {key: value for key, value in was.get(part, {}).items() if key != "step"}
+        before = {key: value for key, value in was[part].items() if key != "step"}
         if changed := sorted(key for key, value in _as_json(now).items() if before.get(key) != value):
             raise ValueError(
                 f"{path} was trained with other settings ({part}: {', '.join(changed)}): to go on, give the same"
@@ -181,9 +190,12 @@ def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]
     record = _read_json(path / "training.json")
     _load_strictly(state.ema, _read_tensors(path / "policy.safetensors"), path)
     _load_strictly(state.policy, _under("policy.", tensors), path)
-    restore_optimizer(state, _under("optimizer.", tensors))
-    state.step = int(record["step"])
-    state.history = list(record["history"])
+    try:
+        restore_optimizer(state, _under("optimizer.", tensors))
+        state.step = int(record["step"])
+        state.history = list(record["history"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): use another checkpoint") from error
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -235,6 +247,19 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{file} is damaged (not a JSON object): use another checkpoint")
     return data
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = _read_json(path / "config.json")
+    if config.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has checkpoint schema {config.get('schema_version')!r}; this version reads {SCHEMA_VERSION}:"
+            " use the ddim-policy version that wrote it"
+        )
+    for key, kinds in (("policy", dict), ("training", dict), ("env", (dict, type(None)))):
+        if key not in config or not isinstance(config[key], kinds):
+            raise ValueError(f"{path}/config.json is damaged (at {key!r}): use another checkpoint")
+    return config
 
 
 def _as_json(data: Mapping[str, Any]) -> dict[str, Any]:

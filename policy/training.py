@@ -197,6 +197,7 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
     return settings.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
 
 
+@torch.no_grad()
 def update_ema(ema: DiffusionPolicy, policy: DiffusionPolicy, updates: int, max_decay: float) -> None:
     """Move the weight average towards the weights.
 
@@ -260,6 +261,8 @@ def train(
             tracker.log(metrics, state.step)
         stopping = should_stop()
         if last or stopping or state.step % settings.save_every == 0:
+            if recent:
+                _finite_mean(recent, state.step)  # damaged weights must not replace a good checkpoint
             save(state)
         if stopping:
             break
@@ -314,7 +317,19 @@ def optimizer_tensors(state: TrainState) -> dict[str, torch.Tensor]:
 
 
 def restore_optimizer(state: TrainState, tensors: dict[str, torch.Tensor]) -> None:
-    """Put the optimiser's memory back, as `optimizer_tensors` gave it."""
+    """Put the optimiser's memory back, as `optimizer_tensors` gave it.
+
+    Raises:
+        ValueError: tensors of another optimiser: a parameter without memory, or memory of another shape.
+    """
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    expected = {
+        f"{index}.{name}": shape
+        for index, p in enumerate(parameters)
+        for name, shape in (("step", ()), ("exp_avg", p.shape), ("exp_avg_sq", p.shape))
+    }
+    if {key: tuple(value.shape) for key, value in tensors.items()} != {k: tuple(v) for k, v in expected.items()}:
+        raise ValueError("the optimiser's memory does not fit the weights")
     memory: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)

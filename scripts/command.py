@@ -80,7 +80,7 @@ def _refusals() -> Iterator[None]:
     """Bad input ends in one sentence and exit code 2, without a traceback."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

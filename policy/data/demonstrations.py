@@ -38,7 +38,7 @@ class Demonstrations:
         ends, total = self.episode_ends, len(self.actions)
         if self.actions.ndim != 2:
             raise ValueError(f"{self.source}: actions must be (transitions, width); got shape {self.actions.shape}")
-        if len(ends) == 0 or ends[0] <= 0 or (np.diff(ends) <= 0).any() or ends[-1] != total:
+        if ends.ndim != 1 or len(ends) == 0 or ends[0] <= 0 or (np.diff(ends) <= 0).any() or ends[-1] != total:
             raise ValueError(
                 f"{self.source}: the ends of {len(ends)} episodes do not cut its {total} transitions into episodes of"
                 " one transition or more; the file is damaged or was written partly"

@@ -140,11 +140,13 @@ def read_minari(*, path: Path, max_episodes: int | None = None) -> Demonstration
     path = Path(path).expanduser()
     if not (path / "data").is_dir():
         raise ValueError(f"no Minari dataset at {path}: set dataset.path to the folder that scripts/collect.py names")
+    _check_states_spaces(path)
     try:
-        dataset = _open(path)
+        dataset = minari.MinariDataset(path / "data")
         episodes = list(dataset.iterate_episodes())
-    except ValueError:
-        raise
+        env = json.loads(dataset.storage.metadata.get(ENV_KEY, "null"))
+        if not isinstance(env, (dict, type(None))):
+            raise TypeError(f"{ENV_KEY} is {env!r}")
     except Exception as error:  # h5py, JSON and Minari each bring their own errors for damaged files
         raise ValueError(f"{path} is damaged or incomplete ({error}): collect it again") from error
     if not episodes:
@@ -161,13 +163,17 @@ def read_minari(*, path: Path, max_episodes: int | None = None) -> Demonstration
         actions=np.concatenate([np.reshape(e.actions, (-1, width)) for e in episodes]).astype(np.float32),
         episode_ends=np.cumsum([len(e.actions) for e in episodes], dtype=np.int64),
         source=str(path),
-        metadata={"format": "minari", "env": json.loads(dataset.storage.metadata.get(ENV_KEY, "null"))},
+        metadata={"format": "minari", "env": env},
     ).first(max_episodes)
 
 
-def _open(path: Path) -> minari.MinariDataset:
-    metadata = json.loads((path / "data" / "metadata.json").read_text())
+def _check_states_spaces(path: Path) -> None:
+    try:
+        metadata = json.loads((path / "data" / "metadata.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error}): collect it again") from error
     # Without its spaces Minari would import and build the environment that the file names.
-    if "observation_space" not in metadata or "action_space" not in metadata:
+    if not isinstance(metadata, dict) or not all(
+        isinstance(metadata.get(key), str) for key in ("observation_space", "action_space")
+    ):
         raise ValueError(f"{path} does not state its observation and action spaces: write it again with Minari 0.5")
-    return minari.MinariDataset(path / "data")

@@ -71,7 +71,12 @@ def _open(path: Path) -> zarr.Group:
 def _array(root: zarr.Group, group: str, key: str, path: Path) -> Any:
     name = f"{group}/{key}"
     try:
-        return root[name][:]  # type: ignore[index]
+        node: Any = root[name]
+        # Older numcodecs unpickles with this codec, which runs whatever the file says.
+        codecs = (node.filters, node.compressors if hasattr(node, "compressors") else node.compressor)
+        if "pickle" in repr(codecs).lower() or node.dtype == object:
+            raise TypeError("it holds pickled objects")
+        return node[:]
     except KeyError as error:
         try:
             held = ", ".join(sorted(root[group].array_keys())) or "nothing"  # type: ignore[union-attr]

@@ -1,0 +1,272 @@
+"""Rollouts against an environment whose every outcome is known beforehand."""
+
+import dataclasses
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from policy import DiffusionPolicy, PolicyConfig, RecedingHorizonController, Sampler
+from policy.evaluation import (
+    EpisodeResult,
+    check_spaces,
+    chunk_latency,
+    format_summary,
+    record_episode,
+    run_episodes,
+    run_in_process,
+    summarize,
+    torch_threads,
+)
+
+CONFIG = PolicyConfig(
+    observation_shapes={"state": (3,)},
+    action_dim=2,
+    obs_size=12,
+    encoder={"name": "state", "hidden_size": 32},
+    denoiser={"name": "residual_mlp", "hidden_size": 32, "num_layers": 1},
+    schedule={"num_steps": 40, "beta_schedule": "squaredcos_cap_v2"},
+)
+
+
+class Counter(gymnasium.Env):
+    """Succeeds at step `2 + seed % 5`, but never for seeds divisible by 7: those are cut after 9 steps."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = gymnasium.spaces.Box(np.float32([-0.1, -1e3]), np.float32([0.2, 1e3]), (2,), np.float32)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+
+    def __init__(self, terminates: bool = False):
+        self.terminates = terminates
+        self.log: list[tuple[int, np.ndarray]] = []
+        self.seeds: list[int] = []
+        self.seed_, self.steps = -1, 0
+
+    def reset(self, *, seed=None, options=None):
+        assert seed is not None
+        self.seed_, self.steps = seed, 0
+        self.seeds.append(seed)
+        return self._observation(), {"is_success": False, "score": 0.05}
+
+    def step(self, action):
+        assert self.steps < 9
+        self.steps += 1
+        self.log.append((self.seed_, np.array(action)))
+        success = self.seed_ % 7 != 0 and self.steps == success_at(self.seed_)
+        info = {"is_success": success, "score": SCORES[self.steps % 3]}
+        ends = self.steps == 9
+        return self._observation(), float(self.steps), ends and self.terminates, ends and not self.terminates, info
+
+    def render(self):
+        return np.full((8, 8, 3), self.steps, np.uint8)
+
+    def _observation(self):
+        return np.array([self.seed_ / 10, self.steps, np.sin(self.seed_ + self.steps)], np.float32)
+
+
+SCORES = (0.1, 0.3, 0.2)  # of steps 3 6 9, 1 4 7 and 2 5 8: the best is not the last
+
+
+def success_at(seed):
+    return 2 + seed % 5
+
+
+def expected(seed):
+    success = seed % 7 != 0
+    steps = success_at(seed) if success else 9
+    return EpisodeResult(seed=seed, success=success, score=0.3, return_=steps * (steps + 1) / 2, steps=steps)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    torch.manual_seed(0)
+    policy = DiffusionPolicy(CONFIG).eval()
+    policy.action_normalizer.fit([-5.0, -5.0], [5.0, 5.0])
+    for parameter in policy.parameters():  # the last layer starts at zero, which would make all rows alike
+        parameter.data += 0.03 * torch.randn_like(parameter)
+    return policy
+
+
+def controller(policy, **settings):
+    settings = {"sampler": Sampler(ddim_steps=2, eta=0.5), "execution_horizon": 3, "plan_batch": 8, **settings}
+    return RecedingHorizonController(policy=policy, **settings)
+
+
+@pytest.mark.parametrize("num_envs", [1, 3, 20])
+@pytest.mark.parametrize("terminates", [False, True])
+def test_every_seed_runs_exactly_once_and_slots_refill(policy, num_envs, terminates):
+    seeds = list(range(100, 113))
+    envs = [Counter(terminates) for _ in range(num_envs)]
+    remaining = iter(seeds)
+    results = list(run_episodes(controller(policy), envs, lambda: next(remaining, None)))
+    assert sorted(result.seed for result in results) == seeds
+    assert sorted(seed for env in envs for seed in env.seeds) == seeds
+    assert sorted(results, key=lambda r: r.seed) == [expected(seed) for seed in seeds]
+    assert sum(expected(seed).steps for seed in seeds) == sum(len(env.log) for env in envs)  # success ends an episode
+    if num_envs == 3:
+        assert all(len(env.seeds) >= 3 for env in envs)
+
+
+def test_an_episode_acts_the_same_alone_or_among_others(policy):
+    def actions(num_envs):
+        envs = [Counter() for _ in range(num_envs)]
+        remaining = iter(range(13))
+        list(run_episodes(controller(policy), envs, lambda: next(remaining, None)))
+        seen = {seed: [a for s, a in env.log if s == seed] for env in envs for seed in env.seeds}
+        return {seed: np.stack(seen[seed]) for seed in range(13)}
+
+    alone, among = actions(1), actions(10)
+    for seed in range(13):
+        np.testing.assert_array_equal(alone[seed], among[seed])
+    assert not np.array_equal(alone[0], alone[7])
+
+
+@pytest.mark.parametrize(("width", "action_dim"), [(4, 2), (39, 4), (3, 1), (22, 2), (17, 7)])
+@pytest.mark.parametrize("denoiser", ["modulated_mlp", "residual_mlp"])
+def test_a_plan_does_not_depend_on_its_place_in_the_batch(width, action_dim, denoiser):
+    """At the default widths. (A layer 8 wide or less behind one not divisible by 4 rounds differently row by row.)"""
+    torch.manual_seed(0)
+    policy = DiffusionPolicy(
+        PolicyConfig(observation_shapes={"state": (width,)}, action_dim=action_dim, denoiser={"name": denoiser})
+    ).eval()
+    for parameter in policy.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    observations = torch.randn(8, width).numpy()
+    chunks = []
+    for place in range(8):
+        one = controller(policy, sampler=Sampler(ddim_steps=2, eta=1.0))
+        order = np.roll(np.arange(8), place)
+        for slot in order:
+            one.reset(int(slot), int(slot))
+        chunks.append(one.act_many({int(slot): observations[slot] for slot in order}))
+    for other in chunks[1:]:
+        for slot in range(8):
+            np.testing.assert_array_equal(other[slot], chunks[0][slot])
+
+
+def test_results_come_in_the_order_of_the_seeds(policy):
+    seeds, seen = [5, 3, 14, 1, 8], []
+    results = run_in_process(
+        policy,
+        [Counter(), Counter()],
+        seeds,
+        sampler=Sampler(ddim_steps=1),
+        execution_horizon=8,
+        on_episode=lambda result: seen.append(result.seed),
+    )
+    assert [result.seed for result in results] == seeds
+    assert sorted(seen) == sorted(seeds)
+    assert seen != seeds  # reported as they end
+    assert results == [expected(seed) for seed in seeds]
+
+
+def test_more_environments_than_seeds_and_no_seeds_at_all(policy):
+    assert run_in_process(policy, [Counter()] * 1, [], sampler=Sampler(), execution_horizon=8) == []
+    envs = [Counter() for _ in range(4)]
+    assert run_in_process(policy, envs, [1], sampler=Sampler(), execution_horizon=8) == [expected(1)]
+    assert [env.seeds for env in envs] == [[1], [], [], []]
+
+
+def test_actions_are_clipped_to_the_action_space_and_not_further(policy):
+    env = Counter()
+    results = run_in_process(policy, [env], [0, 7, 14], sampler=Sampler(ddim_steps=2), execution_horizon=8)
+    assert len(results) == 3
+    actions = np.stack([action for _, action in env.log])
+    low, high = env.action_space.low, env.action_space.high
+    assert (actions >= low).all()
+    assert (actions <= high).all()
+    assert (actions[:, 0] == low[0]).any() or (actions[:, 0] == high[0]).any()
+    assert np.abs(actions[:, 1]).max() > 1  # the second one is free
+
+
+def test_a_recorded_episode_is_the_same_episode(policy):
+    env, recorded = Counter(), Counter()
+    for seed in (3, 7, 8):
+        (result,) = run_in_process(policy, [env], [seed], sampler=Sampler(ddim_steps=2, eta=0.5), execution_horizon=3)
+        again, frames = record_episode(controller(policy), recorded, seed)
+        assert again == result == expected(seed)
+        assert [int(frame[0, 0, 0]) for frame in frames] == list(range(result.steps + 1))
+    assert len(env.log) == len(recorded.log)
+    for (_, one), (_, other) in zip(env.log, recorded.log, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_row_of_a_result_calls_its_return_return():
+    assert expected(3).row() == {"seed": 3, "success": True, "score": 0.3, "return": 15.0, "steps": 5}
+
+
+class Dictionary(Counter):
+    observation_space = gymnasium.spaces.Dict({"a": Counter.observation_space, "b": Counter.observation_space})
+
+
+def test_fitting_spaces_are_accepted():
+    check_spaces(CONFIG, Counter())
+    shapes = {"b": (3,), "a": (3,)}
+    check_spaces(dataclasses.replace(CONFIG, observation_shapes=shapes), Dictionary())
+
+
+@pytest.mark.parametrize(
+    ("change", "env", "message"),
+    [
+        ({"observation_shapes": {"state": (4,)}}, Counter(), r"observations state \(3,\) do not fit .* state \(4,\)"),
+        ({"observation_shapes": {"image": (3,)}}, Counter(), r"observations state \(3,\) do not fit .* image \(3,\)"),
+        ({}, Dictionary(), r"observations a \(3,\), b \(3,\) do not fit the policy's state \(3,\)"),
+        ({"action_dim": 3}, Counter(), r"actions have shape \(2,\), the policy's \(3,\): choose the env="),
+    ],
+)
+def test_spaces_that_do_not_fit_are_refused_naming_both_sides(change, env, message):
+    with pytest.raises(ValueError, match=message):
+        check_spaces(dataclasses.replace(CONFIG, **change), env)
+
+
+def test_a_chunk_takes_longer_with_more_denoising_steps(policy):
+    one, many = (chunk_latency(policy, Sampler(ddim_steps=steps), repeats=7) for steps in (1, 32))
+    for latency in (one, many):
+        assert 0 < latency["latency_ms_median"] <= latency["latency_ms_p90"]
+    assert many["latency_ms_median"] > 5 * one["latency_ms_median"]
+
+
+def test_latency_is_timed_over_so_many_calls(policy, monkeypatch):
+    calls, sample = [], policy.sample_actions
+    monkeypatch.setattr(policy, "sample_actions", lambda *a, **k: (calls.append((a, k)), sample(*a, **k))[1])
+    chunk_latency(policy, Sampler(ddim_steps=3, eta=0.5, spacing="linspace", clip=None), repeats=4)
+    assert len(calls) == 4 + 3
+    for (observations,), settings in calls:
+        assert observations["state"].shape == (1, 2, 3)  # one robot
+        assert {k: settings[k] for k in ("ddim_steps", "eta", "spacing", "clip")} == {
+            "ddim_steps": 3,
+            "eta": 0.5,
+            "spacing": "linspace",
+            "clip": None,
+        }
+
+
+def test_threads_are_put_back_also_after_an_error():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), torch_threads(before + 1):  # noqa: PT012
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+def test_summary_figures():
+    results = [
+        EpisodeResult(seed=i, success=i < 45, score=1.0 if i < 45 else 0.5, return_=float(i), steps=10 + i)
+        for i in range(50)
+    ]
+    summary = summarize(results)
+    low, high = summary.pop("success_low"), summary.pop("success_high")
+    assert summary == {
+        "episodes": 50,
+        "successes": 45,
+        "success_rate": 0.9,
+        "score_mean": pytest.approx(0.95),
+        "return_mean": 24.5,
+        "steps_mean": 34.5,
+    }
+    z, p, n = 1.959963984540054, 0.9, 50  # Wilson (1927), by hand
+    centre, half = (p + z * z / (2 * n)), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert (low, high) == pytest.approx(((centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)))
+    line = format_summary(summarize(results))
+    assert line == ("success 90% (45 of 50, 95 % 79% to 96%), score 0.950, return 24.5, 34 control steps")

@@ -1,5 +1,7 @@
 """Collect demonstrations from a scripted expert."""
 
+from __future__ import annotations
+
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -6,10 +6,8 @@ import functools
 import inspect
 import os
 import sys
-import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,21 +119,26 @@ def _require(where: str, target: Callable[..., Any], settings: dict[str, Any]) -
 
 
 def _help(task: Callable[..., None], config_name: str, example: str) -> str:
-    function = getattr(task, "func", task)
-    summary = (inspect.getdoc(function) or "").split("\n\n")[0]
-    hints, parameters = typing.get_type_hints(function), inspect.signature(task).parameters
+    summary = (inspect.getdoc(getattr(task, "func", task)) or "").split("\n\n")[0]
+    groups = [name for name in GROUPS if f"- {name}:" in (CONF / f"{config_name}.yaml").read_text()]
     lines = [summary, "", f"Example:\n  {example}", "", "Settings (NAME=VALUE):"]
-    for name, parameter in parameters.items():
-        if is_dataclass(hints[name]) and name in GROUPS:
-            nested = inspect.signature(hints[name]).parameters.values()
-            lines += [_help_line(f"{name}.{p.name}", p) for p in nested if p.default is not p.empty]
-        elif name not in GROUPS:
-            lines.append(_help_line(name, parameter))
-    chosen = [group for group in GROUPS if f"- {group}:" in (CONF / f"{config_name}.yaml").read_text()]
-    lines += ["", "Groups (GROUP=OPTION, and GROUP.setting=VALUE inside one):"]
-    return "\n".join(lines + [f"  {group:<24} {' | '.join(GROUPS[group])}" for group in chosen])
+    lines += [_help_line(name, p) for name, p in inspect.signature(task).parameters.items() if name not in groups]
+    lines += [_help_line(f"{group}.{name}", p) for group in groups for name, p in _group_settings(group).items()]
+    lines += [
+        "",
+        "Groups (GROUP=OPTION, and GROUP.setting=VALUE inside one; a wrong setting is refused with the right ones):",
+    ]
+    return "\n".join(lines + [f"  {group:<26} {' | '.join(GROUPS[group])}" for group in groups])
+
+
+def _group_settings(group: str) -> dict[str, inspect.Parameter]:
+    """The settings of all options of a group that name what they build."""
+    options = [OmegaConf.load(CONF / group / f"{option}.yaml") for option in GROUPS[group]]
+    paths = [option._target_ for option in options if isinstance(option, DictConfig) and "_target_" in option]
+    targets = [hydra.utils.get_object(path) for path in paths]
+    return {name: p for target in targets for name, p in inspect.signature(target).parameters.items()}
 
 
 def _help_line(name: str, parameter: inspect.Parameter) -> str:
     default = "required" if parameter.default is parameter.empty else f"default {parameter.default}"
-    return f"  {name:<24} {parameter.annotation!s:<20} {default}"
+    return f"  {name:<26} {parameter.annotation!s:<20} {default}"

@@ -282,14 +282,17 @@ class Spaces(gymnasium.Env):
 SETTINGS = {"name": "gym", "id": "Some-v0", "kwargs": {"x": 1, "names": ["a", "b"]}}
 
 
-@pytest.fixture
-def written(tmp_path) -> Path:
-    episodes = [
+def recorded():
+    return [
         Recorded(seed, e.observations, e.actions, e.rewards, e.terminations, e.truncations)
         for seed, e in enumerate(buffers())
     ]
+
+
+@pytest.fixture
+def written(tmp_path) -> Path:
     return write_minari(
-        episodes, folder=tmp_path / "root", dataset_id="gym-Some-v0-v0", env=Spaces(), env_settings=SETTINGS
+        recorded(), folder=tmp_path / "root", dataset_id="gym-Some-v0-v0", env=Spaces(), env_settings=SETTINGS
     )
 
 
@@ -413,3 +416,14 @@ def test_a_dataset_without_spaces_builds_no_environment(written, tmp_path, monke
         minari.MinariDataset(written / "data")
     assert (tmp_path / "ran").exists()
     sys.modules.pop("trap", None)
+
+
+def test_a_relative_folder_works_and_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_minari(recorded(), folder=Path("a/b"), dataset_id="kept-v0", env=Spaces(), env_settings={})
+    assert path == Path("a/b/kept-v0")
+    assert read_minari(path=path).num_episodes == 3
+    monkeypatch.setattr("policy.data.minari_format.json.dumps", lambda data: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_minari(recorded(), folder=Path("a/b"), dataset_id="lost-v0", env=Spaces(), env_settings={})
+    assert [entry.name for entry in Path("a/b").iterdir()] == ["kept-v0"]

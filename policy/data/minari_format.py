@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -71,7 +72,12 @@ def write_minari(
         )
         for episode in episodes
     ]
-    with _minari_root(Path(folder)), warnings.catch_warnings():
+    # Minari wants its root absolute. The dataset gets its name once it is whole: a half-written one is never found.
+    with (
+        tempfile.TemporaryDirectory(prefix=".writing-", dir=_made(path.parent)) as root,
+        _minari_root(Path(root).resolve()),
+        warnings.catch_warnings(),
+    ):
         # Minari misses an environment spec and contact details; env_settings say how to make the environment.
         warnings.simplefilter("ignore", UserWarning)
         dataset = minari.create_dataset_from_buffers(
@@ -86,8 +92,14 @@ def write_minari(
             description=f"{len(buffers)} demonstrations in {env_settings.get('name')}",
             data_format="hdf5",
         )
-    dataset.storage.update_metadata({ENV_KEY: json.dumps(dict(env_settings))})
+        dataset.storage.update_metadata({ENV_KEY: json.dumps(dict(env_settings))})
+        (Path(root) / dataset_id).rename(path)
     return path
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def dataset_name(env_settings: Mapping[str, Any]) -> str:

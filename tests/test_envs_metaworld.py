@@ -119,7 +119,8 @@ def test_info_spaces_and_truncation():
     for step in range(1, 501):
         observation, reward, terminated, truncated, info = env.step(expert(observation))
         assert type(info["is_success"]) is bool
-        assert info["score"] == pytest.approx(min(max(reward / 10, 0), 1))
+        expected = 1.0 if info["is_success"] else min(max(reward / 10, 0), 1)
+        assert info["score"] == pytest.approx(expected)
         assert (terminated, truncated) == (False, step == 500)
         seen_success |= info["is_success"]
     assert seen_success

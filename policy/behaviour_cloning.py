@@ -73,6 +73,7 @@ def clone_behaviour(
 
     Raises:
         ValueError: settings that do not fit each other, the data or the environment, before training starts.
+        KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after saving.
     """
     if not env and dataset.metadata.get("env"):
         env = check_env(dataset.metadata["env"], dataset.source)
@@ -130,9 +131,9 @@ def clone_behaviour(
     tracked = tracking.finish()
     if run.state.step < train.steps:
         print(f"stopped at step {run.state.step} and saved: the same command with output_dir={folder} goes on")
-    else:
-        print(f"checkpoint: {checkpoint}" + (f"   tracked: {tracked}" if tracked else ""))
-        print(f"next: python scripts/rollout.py checkpoint={checkpoint}")
+        raise KeyboardInterrupt  # what would come after a whole training must not start
+    print(f"checkpoint: {checkpoint}" + (f"   tracked: {tracked}" if tracked else ""))
+    print(f"next: python scripts/rollout.py checkpoint={checkpoint}")
 
 
 def _rollout(

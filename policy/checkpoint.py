@@ -86,6 +86,7 @@ def save_checkpoint(
     training_tensors |= {f"optimizer.{k}": v for k, v in optimizer_tensors(state).items()}
     save_file(_contiguous(training_tensors), new / "training.safetensors")
     for file in new.iterdir():
+        shutil.copymode(new / "config.json", file)  # safetensors makes its files readable to their owner only
         _sync(file)
     # A folder cannot be replaced in one step. Between these two renames only `old` is there: `_whole` finds it.
     shutil.rmtree(old, ignore_errors=True)

@@ -18,7 +18,7 @@ from policy.evaluation import Env, check_num_envs, check_spaces, run_in_process,
 from policy.interrupt import stop_on_signal
 from policy.output import output_folder
 from policy.sampler import Sampler
-from policy.tracking import start_tracking
+from policy.tracking import StartRun
 from policy.training import TrainSettings, TrainState, prepare_run
 from policy.training import train as train_loop
 
@@ -36,7 +36,7 @@ def clone_behaviour(
     schedule: dict[str, Any],
     sampler: Sampler,
     train: TrainSettings,
-    tracker: dict[str, Any],
+    tracker: StartRun,
     augment: Augment | None = None,
     prediction_type: str = "sample",
     obs_horizon: int = 2,
@@ -59,7 +59,7 @@ def clone_behaviour(
         schedule: settings of `make_schedule`.
         sampler: for the rollouts while training.
         train: see `TrainSettings`.
-        tracker: `{"name": "wandb" or "none", ...}`.
+        tracker: opens the tracked run.
         augment: a symmetry of the task, as a function of observations and actions; doubles the training episodes.
         prediction_type: `epsilon`, `sample` or `v_prediction`.
         obs_horizon: observations looked back on.
@@ -116,7 +116,7 @@ def clone_behaviour(
     )
     if env is None:
         print("no environment is known, so there are no rollouts while training: env=... adds them")
-    tracking = start_tracking(folder=folder, config={"env": env, **settings, **vars(config)}, **tracker)
+    tracking = tracker(folder=folder, config={"env": env, **settings, **vars(config)})
     rollout = partial(_rollout, partial(make_env, **env), num_envs, train, sampler, execution_horizon) if env else None
 
     def save(state: TrainState) -> None:

@@ -27,7 +27,7 @@ from policy.output import episode_seeds, output_folder, write_episodes
 from policy.progress import progress
 from policy.sampler import Sampler
 from policy.sweep import check_cells, format_table, plot_rows, run_sweep, write_rows
-from policy.tracking import start_tracking
+from policy.tracking import StartRun
 from policy.video import write_video
 from policy.workers import RolloutPool
 
@@ -83,7 +83,7 @@ def roll_out(
     env: dict[str, Any] | None = None,
     video: int = 0,
     output_dir: Path | None = None,
-    tracker: dict[str, Any],
+    tracker: StartRun,
 ) -> None:
     """Roll a checkpoint out: success with its interval, score, return, latency, and videos of the first episodes.
 
@@ -99,7 +99,7 @@ def roll_out(
         env: another environment than the checkpoint's, or some settings of it.
         video: how many of the first episodes to record as mp4.
         output_dir: receives `episodes.json` and the videos; by default a new folder under outputs/rollout.
-        tracker: `{"name": "wandb" or "none", ...}`.
+        tracker: opens the tracked run.
 
     Raises:
         ValueError: settings that do not fit, before any episode starts.
@@ -110,6 +110,7 @@ def roll_out(
     if not 0 <= video <= episodes:
         raise ValueError(f"video must be within 0..{episodes} (the episodes); got {video}")
     folder = output_folder(output_dir, "rollout")
+    tracking = tracker(folder=folder, config={"checkpoint": str(checkpoint), "env": setting.env})
 
     with (
         RolloutPool(policy, setting.make_env, min(num_envs, episodes)) as pool,
@@ -122,7 +123,6 @@ def roll_out(
             on_episode=lambda result: bar.update(),
         )
     summary = {**asdict(sampler), **summarize(results), **chunk_latency(policy, sampler)}
-    tracking = start_tracking(folder=folder, config={"checkpoint": str(checkpoint), "env": setting.env}, **tracker)
     tracking.log_table("rollout", [summary])
     tracking.finish()
     print(format_summary(summary))
@@ -171,7 +171,7 @@ def sweep(
     execution_horizon: int | None = None,
     env: dict[str, Any] | None = None,
     output_dir: Path | None = None,
-    tracker: dict[str, Any],
+    tracker: StartRun,
 ) -> None:
     """Sweep ddim_steps against success: a table, sweep.csv, sweep.json and sweep.png.
 
@@ -187,7 +187,7 @@ def sweep(
         execution_horizon: actions executed before the next plan; by default as in training.
         env: another environment than the checkpoint's, or some settings of it.
         output_dir: receives the files; by default a new folder under outputs/sweep.
-        tracker: `{"name": "wandb" or "none", ...}`.
+        tracker: opens the tracked run.
 
     Raises:
         ValueError: settings that do not fit, before any episode starts.
@@ -196,6 +196,7 @@ def sweep(
     policy = setting.checkpoint.policy
     check_cells(ddim_steps, policy.schedule.num_steps)
     folder = output_folder(output_dir, "sweep")
+    tracking = tracker(folder=folder, config={"checkpoint": str(checkpoint), "env": setting.env})
 
     def show(steps: int, result: EpisodeResult) -> None:
         bar.set_postfix(ddim_steps=steps, refresh=False)
@@ -219,7 +220,6 @@ def sweep(
             write_rows(rows, folder)  # an interrupted sweep keeps its finished cells
     picture = folder / "sweep.png"
     plot_rows(rows, picture, title=" ".join(str(value) for value in setting.env.values()))
-    tracking = start_tracking(folder=folder, config={"checkpoint": str(checkpoint), "env": setting.env}, **tracker)
     tracking.log_table("sweep", rows, picture)
     tracking.finish()
     print(format_table(rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 
 class Run(Protocol):
@@ -20,8 +20,25 @@ class Run(Protocol):
         """Close the run; says where it is, or nothing."""
 
 
+@runtime_checkable
+class StartRun(Protocol):
+    """Opens a run once its folder and configuration are known: `WandbTracker` or `NoTracker`, settings filled in."""
+
+    def __call__(self, *, folder: Path, config: Mapping[str, Any]) -> Run:
+        """Open the run."""
+        ...
+
+
 class NoTracker:
-    """Records nothing."""
+    """Records nothing.
+
+    Args:
+        folder: not used.
+        config: not used.
+    """
+
+    def __init__(self, *, folder: Path | None = None, config: Mapping[str, Any] | None = None) -> None:
+        pass
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Does nothing."""
@@ -42,14 +59,16 @@ class WandbTracker:
         config: what the run was made with.
         project: W&B project.
         mode: `offline` or `online`.
-
-    Raises:
-        ValueError: another mode.
     """
 
-    def __init__(self, *, folder: Path, config: Mapping[str, Any], project: str, mode: str) -> None:
-        if mode not in ("offline", "online"):
-            raise ValueError(f"tracker.mode must be offline or online; got {mode!r} (tracker=none switches it off)")
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        config: Mapping[str, Any],
+        project: str = "ddim-policy",
+        mode: Literal["offline", "online"] = "offline",
+    ) -> None:
         import wandb  # 1.6 s: only runs that are tracked pay for it
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +76,7 @@ class WandbTracker:
         self._run = wandb.init(
             project=project,
             dir=folder,
-            mode="online" if mode == "online" else "offline",
+            mode=mode,
             config=dict(config),
             settings=wandb.Settings(silent=True),
         )
@@ -77,25 +96,3 @@ class WandbTracker:
         folder = str(Path(self._run.dir).parent)
         self._run.finish()
         return folder
-
-
-def start_tracking(*, name: str, folder: Path, config: Mapping[str, Any], mode: str = "offline") -> Run:
-    """Open a run.
-
-    Args:
-        name: `wandb` or `none`.
-        folder: where its files go.
-        config: what the run was made with, JSON data.
-        mode: of W&B: `offline` or `online`.
-
-    Returns:
-        The run.
-
-    Raises:
-        ValueError: another name or mode.
-    """
-    if name == "none":
-        return NoTracker()
-    if name == "wandb":
-        return WandbTracker(folder=folder, config=config, project="ddim-policy", mode=mode)
-    raise ValueError(f"tracker must be wandb or none; got {name!r}")

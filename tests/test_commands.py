@@ -181,6 +181,8 @@ def bad_inputs(planar_run: Path, tmp_path: Path) -> dict[str, tuple[list[str], l
         "no environment": (["collect"], ["env is missing", "metaworld"]),
         "dataset there": (["collect", "env=planar", f"output_dir={planar_run}"], ["is there already"]),
         "prediction type": (["train", dataset, "prediction_type=noise"], ["epsilon, sample, v_prediction"]),
+        "tracker mode": (["sweep", checkpoint, "tracker=wandb", "tracker.mode=onlin"], ["tracker.mode", "'onlin'"]),
+        "tracker key": (["train", dataset, "tracker.projct=x"], ["projct", "'project'"]),
         "tracker": (["train", dataset, "tracker=mlflow"], ["tracker/mlflow", "wandb"]),
         "resume with other settings": (
             ["train", dataset, "experiment=planar", "train.steps=400", f"output_dir={planar_run}"],

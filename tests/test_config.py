@@ -14,7 +14,6 @@ import envs
 from policy import DiffusionPolicy, PolicyConfig
 from policy.denoisers import DENOISERS
 from policy.encoders import ENCODERS
-from policy.tracking import start_tracking
 from scripts.command import CONF, GROUPS, _build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,15 +107,15 @@ def test_an_experiment_gives_way_to_the_command_line(experiment):
     config = composed("train", f"experiment={experiment}", "++train.steps=7", "denoiser=residual_mlp", "tracker=none")
     assert config["train"]["steps"] == 7
     assert config["denoiser"]["name"] == "residual_mlp"
-    assert config["tracker"]["name"] == "none"
+    assert config["tracker"]["_target_"] == "policy.tracking.NoTracker"
 
 
 @pytest.mark.parametrize("option", GROUPS["tracker"])
-def test_every_tracker_is_known(option, tmp_path, monkeypatch):
-    opened = []
-    monkeypatch.setattr("policy.tracking.WandbTracker", lambda **settings: opened.append(settings))
-    start_tracking(folder=tmp_path, config={}, **composed("train", f"tracker={option}")["tracker"])
-    assert [settings["mode"] for settings in opened] == (["offline"] if option == "wandb" else [])
+def test_every_tracker_opens_a_run_and_none_uploads_unasked(option, tmp_path):
+    start = _build("tracker", composed("train", f"tracker={option}")["tracker"])
+    run = start(folder=tmp_path, config={})
+    run.finish()
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == (option == "wandb")
 
 
 @pytest.mark.parametrize("option", GROUPS["env"])
@@ -134,7 +133,7 @@ def target_of(file: Path):
     named = {"encoder": ENCODERS, "denoiser": DENOISERS, "env": envs.FAMILIES}
     if group in named:
         return named[group][settings["name"]]
-    return start_tracking if group == "tracker" else None
+    return None
 
 
 def repeated(settings: dict, target) -> set[str]:

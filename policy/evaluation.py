@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from policy.controller import RecedingHorizonController
 from policy.diffusion_policy import DiffusionPolicy, PolicyConfig
 from policy.sampler import Sampler
-from policy.statistics import wilson_interval
+from policy.statistics import bootstrap_interval, wilson_interval
 
 Env = gymnasium.Env[Any, Any]
 MakeEnv = Callable[[], Env]
@@ -225,23 +225,28 @@ def _frame(env: Env) -> NDArray[np.uint8]:
 
 
 def summarize(results: Sequence[EpisodeResult]) -> dict[str, Any]:
-    """Success rate with its 95 % Wilson interval, and means.
+    """Success rate with its 95 % Wilson interval, mean score with its 95 % bootstrap interval, and other means.
 
     Args:
         results: one or more.
 
     Returns:
-        JSON data: `episodes successes success_rate success_low success_high score_mean return_mean steps_mean`.
+        JSON data: `episodes successes success_rate success_low success_high score_mean score_low score_high return_mean
+        steps_mean`.
     """
     successes = sum(result.success for result in results)
     low, high = wilson_interval(successes, len(results))
+    scores = [result.score for result in results]
+    score_low, score_high = bootstrap_interval(scores)
     return {
         "episodes": len(results),
         "successes": successes,
         "success_rate": successes / len(results),
         "success_low": low,
         "success_high": high,
-        "score_mean": float(np.mean([result.score for result in results])),
+        "score_mean": float(np.mean(scores)),
+        "score_low": score_low,
+        "score_high": score_high,
         "return_mean": float(np.mean([result.return_ for result in results])),
         "steps_mean": float(np.mean([result.steps for result in results])),
     }
@@ -252,7 +257,8 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     return (
         f"success {summary['success_rate']:.0%} ({summary['successes']} of {summary['episodes']},"
         f" 95 % {summary['success_low']:.0%} to {summary['success_high']:.0%}),"
-        f" score {summary['score_mean']:.3f}, return {summary['return_mean']:.1f},"
+        f" score {summary['score_mean']:.3f} ({summary['score_low']:.3f} to {summary['score_high']:.3f}),"
+        f" return {summary['return_mean']:.1f},"
         f" {summary['steps_mean']:.0f} control steps"
     )
 

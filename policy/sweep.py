@@ -22,6 +22,8 @@ COLUMNS = {
     "success_low": ("95 % from", "{:.0%}"),
     "success_high": ("to", "{:.0%}"),
     "score_mean": ("score", "{:.3f}"),
+    "score_low": ("95 % from ", "{:.3f}"),
+    "score_high": ("to ", "{:.3f}"),
     "return_mean": ("return", "{:.1f}"),
     "steps_mean": ("steps", "{:.0f}"),
     "latency_ms_median": ("ms a chunk", "{:.1f}"),

@@ -257,6 +257,9 @@ def test_summary_figures():
     ]
     summary = summarize(results)
     low, high = summary.pop("success_low"), summary.pop("success_high")
+    score_low, score_high = summary.pop("score_low"), summary.pop("score_high")
+    margin = 1.96 * np.std([0.5] * 5 + [1.0] * 45) / np.sqrt(50)
+    assert (score_low, score_high) == pytest.approx((0.95 - margin, 0.95 + margin), abs=0.02)
     assert summary == {
         "episodes": 50,
         "successes": 45,
@@ -269,4 +272,7 @@ def test_summary_figures():
     centre, half = (p + z * z / (2 * n)), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     assert (low, high) == pytest.approx(((centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)))
     line = format_summary(summarize(results))
-    assert line == ("success 90% (45 of 50, 95 % 79% to 96%), score 0.950, return 24.5, 34 control steps")
+    assert line == (
+        f"success 90% (45 of 50, 95 % 79% to 96%), score 0.950 ({score_low:.3f} to {score_high:.3f}),"
+        " return 24.5, 34 control steps"
+    )

@@ -3,11 +3,12 @@
 import math
 from statistics import NormalDist
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.statistics import wilson_interval
+from policy.statistics import bootstrap_interval, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -69,3 +70,26 @@ def test_more_trials_and_less_confidence_narrow_it():
 def test_impossible_counts_are_refused(arguments):
     with pytest.raises(ValueError):
         wilson_interval(*arguments)
+
+
+def test_bootstrap_interval_of_a_mean_covers_it_about_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        low, high = bootstrap_interval(generator.beta(5, 1, 60).tolist())
+        covered += low <= 5 / 6 <= high
+    assert 0.88 <= covered / 200 <= 0.99  # 95 %, less a little for 60 skewed values
+
+
+def test_bootstrap_interval_is_repeatable_and_close_to_the_normal_one():
+    values = np.random.default_rng(1).normal(2.0, 1.0, 400)
+    low, high = bootstrap_interval(values.tolist())
+    assert (low, high) == bootstrap_interval(values.tolist())
+    margin = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - margin, abs=0.15 * margin)
+    assert high == pytest.approx(values.mean() + margin, abs=0.15 * margin)
+
+
+def test_bootstrap_interval_of_one_value_or_equal_ones_has_no_width():
+    assert bootstrap_interval([0.5]) == (0.5, 0.5)
+    assert bootstrap_interval([1.0] * 7) == (1.0, 1.0)

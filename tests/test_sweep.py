@@ -91,7 +91,7 @@ def test_the_table_is_markdown_with_the_rows_figures(swept):
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert all(line.startswith("| ") and line.endswith(" |") for line in lines)
     assert len({len(line) for line in lines}) == 1  # aligned
-    assert {len(row) for row in cells} == {9}
+    assert {len(row) for row in cells} == {11}
     assert all(set(cell) == {"-", ":"} and cell.endswith(":") and len(cell) >= 2 for cell in cells[1])
     assert len(lines) == 2 + len(rows)
     for row, printed in zip(rows, cells[2:], strict=True):
@@ -99,6 +99,7 @@ def test_the_table_is_markdown_with_the_rows_figures(swept):
         assert shown["ddim_steps"] == str(row["ddim_steps"])
         assert shown["success"] == f"{100 * row['success_rate']:.0f}%"
         assert float(shown["score"]) == pytest.approx(row["score_mean"], abs=5e-4)
+        assert printed[5:7] == [f"{row['score_low']:.3f}", f"{row['score_high']:.3f}"]
         assert float(shown["ms a chunk"]) == pytest.approx(row["latency_ms_median"], abs=0.051)
 
 

@@ -195,6 +195,10 @@ def sweep(
     setting = _prepare(make_env, checkpoint, env, seed, episodes, num_envs, execution_horizon, device)
     policy = setting.checkpoint.policy
     check_cells(ddim_steps, policy.schedule.num_steps)
+    if sampler.ddim_steps not in (Sampler().ddim_steps, *ddim_steps):
+        raise ValueError(
+            f"a sweep takes its steps from ddim_steps=[...]: sampler.ddim_steps={sampler.ddim_steps} is not one"
+        )
     folder = output_folder(output_dir, "sweep")
     tracking = tracker(folder=folder, config={"checkpoint": str(checkpoint), "env": setting.env})
 

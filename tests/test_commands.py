@@ -158,6 +158,7 @@ def bad_inputs(planar_run: Path, tmp_path: Path) -> dict[str, tuple[list[str], l
         "no steps": (["rollout", checkpoint, "sampler.ddim_steps=0"], ["ddim_steps", "0"]),
         "too many steps": (["rollout", checkpoint, "sampler.ddim_steps=101"], ["1..100", "101"]),
         "too many in a sweep": (["sweep", checkpoint, "ddim_steps=[1,101]"], ["1..100", "101"]),
+        "steps that no cell has": (["sweep", checkpoint, "sampler.ddim_steps=3"], ["ddim_steps=[...]", "3"]),
         "repeated cell": (["sweep", checkpoint, "ddim_steps=[2,2]"], ["repeat", "[2, 2]"]),
         "empty sweep": (["sweep", checkpoint, "ddim_steps=[]"], ["ddim_steps is empty"]),
         "fractional step": (["sweep", checkpoint, "ddim_steps=[1.5]"], ["ddim_steps", "1.5"]),

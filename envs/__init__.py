@@ -1,8 +1,9 @@
 """Environments with one idea of success and of reproducible resets.
 
-Every environment of `make` has a flat float32 observation, a Box action space, ``info["is_success"]``
-(bool) and ``info["score"]`` (in [0, 1]) at reset and at each step, the control rate in Hz in
-``metadata["render_fps"]``, and a ``reset(seed=s)`` that means the same episode whatever happened before.
+Every environment of `make` observes one array or a dict of arrays by key, each a float32 vector or a (height, width,
+channels) uint8 image, and acts by a float32 vector. It has ``info["is_success"]`` (bool) and ``info["score"]`` (in
+[0, 1]) at reset and at each step, the control rate in Hz in ``metadata["render_fps"]``, and a ``reset(seed=s)`` that
+means the same episode whatever happened before.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from envs.errors import MissingExtraError, RenderingUnavailableError, choose
 from envs.gym_env import make_gym
 from envs.metaworld import MetaWorldEnv
 from envs.planar import PlanarEnv
-from envs.pusht import PushTEnv, pusht_features, pusht_mirror
+from envs.pusht import PushTEnv
+from envs.pusht_geometry import (
+    pusht_agent_pos,
+    pusht_features,
+    pusht_keypoints,
+    pusht_mirror,
+    pusht_state_features,
+)
 from envs.rendering import check_rendering, prefer_headless_gl
 
 __all__ = [
@@ -30,8 +38,11 @@ __all__ = [
     "collect_episodes",
     "make",
     "make_expert",
+    "pusht_agent_pos",
     "pusht_features",
+    "pusht_keypoints",
     "pusht_mirror",
+    "pusht_state_features",
 ]
 
 # Simulators are imported when an environment is built, so that this module loads without any of them.
@@ -47,10 +58,14 @@ def make(name: str, *, render_mode: str | None = None, **kwargs: Any) -> gymnasi
     """Make an environment.
 
     Args:
-        name: ``"metaworld"`` (``task=``), ``"pusht"``, ``"planar"`` or ``"gym"`` (``id=``, ``kwargs=``,
-            ``success=``).
+        name: ``"metaworld"`` (``task=``), ``"pusht"`` (``observation=``), ``"planar"`` or ``"gym"`` (``id=``,
+            ``kwargs=``, ``observation_keys=``, ``success=``).
         render_mode: ``None`` or ``"rgb_array"``.
         **kwargs: Options of that environment, see its class.
+
+    Returns:
+        The environment. Its ``observation_space`` is a Box, or a Dict of Boxes, each (D,) float32 or (H, W, C) uint8;
+        its ``action_space`` is a Box (A,) float32, infinite where the simulator sets no bound.
 
     Raises:
         MissingExtraError: If its simulator, or a system library, is not installed.

@@ -1,22 +1,44 @@
-"""Any registered Gymnasium environment with continuous actions, under this library's idea of success."""
+"""Any registered Gymnasium environment with continuous actions, under this library's idea of success and of spaces."""
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
-from gymnasium import spaces
+from gymnasium.wrappers import TransformAction, TransformObservation
 from numpy.typing import NDArray
 
 from envs.errors import import_extra, nearest
 from envs.rendering import rendering_errors, require_rgb_array
+from envs.spaces import Observation, plain_actions, plain_observations
 
 # Of an environment that does not say: common for robot arms, and only the speed of videos depends on it.
 DEFAULT_CONTROL_HZ = 10.0
+
+
+class Package(NamedTuple):
+    """A package that registers its ids when it is imported."""
+
+    module: str
+    title: str
+    extra: str
+    ids: str  # pattern of how its ids start
+
+
+PACKAGES = (
+    Package(
+        "gymnasium_robotics",
+        "gymnasium-robotics",
+        "robotics",
+        r"(Fetch|HandReach|HandManipulate|AntMaze_|PointMaze_|AdroitHand|FrankaKitchen)",
+    ),
+    Package("gym_pusht", "Push-T (gym-pusht)", "pusht", r"gym_pusht/"),
+    Package("metaworld", "Meta-World", "metaworld", r"Meta-World/"),
+)
 
 
 class Outcome(NamedTuple):
@@ -38,33 +60,44 @@ class Progress(NamedTuple):
 SuccessRule = Callable[[Progress], Outcome]
 
 
-class GymEnv(gymnasium.Wrapper[NDArray[np.float32], NDArray[np.float32], Any, Any]):
-    """A Gymnasium environment with a flat float32 observation and ``is_success`` and ``score`` in every info.
+class GymEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
+    """A Gymnasium environment with plain spaces (`envs.spaces`), and ``is_success`` and ``score`` in every info.
 
     Resets are as reproducible as the wrapped environment's own ``reset(seed=...)``.
     """
 
-    def __init__(self, env: gymnasium.Env[Any, Any], rule: SuccessRule, control_hz: float) -> None:
+    def __init__(
+        self,
+        env: gymnasium.Env[Any, Any],
+        rule: SuccessRule,
+        *,
+        observation_keys: Sequence[str] | None = None,
+        image_size: int | None = None,
+        control_hz: float | None = None,
+    ) -> None:
         """Wrap ``env``.
 
         Args:
-            env: Environment with Box observations and actions.
+            env: The simulator.
             rule: How success is read, see `parse_success`.
-            control_hz: Control steps per second.
+            observation_keys: Those of a Dict observation to keep, by default all.
+            image_size: Height and width to which images are resized, by default none are.
+            control_hz: Control steps per second, by default what ``env`` tells.
+
+        Raises:
+            ValueError: If its spaces do not fit.
         """
-        super().__init__(env)
+        observations = plain_observations(env.observation_space, observation_keys, image_size)
+        actions = plain_actions(env.action_space)
+        observed = TransformObservation(env, observations.convert, observations.space)
+        super().__init__(TransformAction[Any, Any, Any](observed, actions.convert, actions.space))
         self._rule = rule
         self._return = 0.0
-        self.observation_space = spaces.Box(
-            env.observation_space.low.astype(np.float32),  # type: ignore[attr-defined]
-            env.observation_space.high.astype(np.float32),  # type: ignore[attr-defined]
-            dtype=np.float32,
-        )
-        self.metadata = {**env.metadata, "render_fps": control_hz}
+        self.metadata = {**env.metadata, "render_fps": control_hz or _control_hz(env)}
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    ) -> tuple[Observation, dict[str, Any]]:
         """Start an episode.
 
         Args:
@@ -73,31 +106,31 @@ class GymEnv(gymnasium.Wrapper[NDArray[np.float32], NDArray[np.float32], Any, An
 
         Returns:
             The first observation, and info with ``is_success`` False and the current ``score``.
+
+        Raises:
+            ValueError: If the simulator returns an observation of another shape than it declares.
         """
         observation, info = self.env.reset(seed=seed, options=options)
         self._return = 0.0
         score = self._rule(Progress(info, False, False, 0.0)).score
-        return observation.astype(np.float32), {**info, "is_success": False, "score": score}
+        return observation, {**info, "is_success": False, "score": score}
 
-    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Advance by one control step.
 
         Args:
-            action: Within ``action_space``.
+            action: Finite numbers (A,); the simulator gets them within its bounds, in its own shape and dtype.
 
         Returns:
             Observation, reward, terminated, truncated and info.
+
+        Raises:
+            ValueError: If the action is not A finite numbers, or an observation has another shape than declared.
         """
         observation, reward, terminated, truncated, info = self.env.step(action)
         self._return += float(reward)
         outcome = self._rule(Progress(info, bool(terminated), bool(truncated), self._return))
-        return (
-            observation.astype(np.float32),
-            float(reward),
-            bool(terminated),
-            bool(truncated),
-            {**info, **outcome._asdict()},
-        )
+        return observation, float(reward), bool(terminated), bool(truncated), {**info, **outcome._asdict()}
 
     def render(self) -> Any:
         """Draw a frame, (H, W, 3) uint8.
@@ -115,21 +148,27 @@ def make_gym(
     *,
     render_mode: str | None = None,
     kwargs: dict[str, Any] | None = None,
+    observation_keys: list[str] | None = None,
+    image_size: int | None = None,
     success: str = "info:is_success",
     control_hz: float | None = None,
 ) -> GymEnv:
-    """Make any registered environment with a Box (or Dict of Boxes) observation and a Box action.
+    """Make any registered environment with a Box action.
 
     Args:
-        id: Registered id; ``"module:Id"`` imports the module first.
+        id: Registered id. ``"module:Id"`` imports the module first; the ids of gymnasium-robotics, gym-pusht and
+            Meta-World need no module.
         render_mode: ``None`` or ``"rgb_array"``.
         kwargs: Passed on to the environment.
+        observation_keys: Those of a Dict observation to keep, by default all, see `envs.spaces.plain_observations`.
+        image_size: Height and width to which images are resized, as ``dataset.image_size`` does with those of
+            demonstrations; by default none are.
         success: How success is read, see `parse_success`.
         control_hz: Control steps per second; by default 1 / ``env.dt``, or else
             ``metadata["render_fps"]``, or else 10. Only videos depend on it.
 
     Raises:
-        MissingExtraError: If gymnasium-robotics is asked for and not installed.
+        MissingExtraError: If the id belongs to one of these packages and it is not installed.
         ValueError: If the id is not registered, a space does not fit, or the rule of success is malformed.
     """
     rule = parse_success(success)
@@ -142,19 +181,10 @@ def make_gym(
         raise ValueError(f"{id} does not accept kwargs={kwargs!r}: {error}") from error
     except (gymnasium.error.DependencyNotInstalled, gymnasium.error.Error) as error:
         raise ValueError(f"{id} cannot be made: {error}") from error
-    if not isinstance(env.action_space, spaces.Box) or len(env.action_space.shape) != 1:
-        raise ValueError(
-            f"{id} has the action space {env.action_space}, but a diffusion policy denoises "
-            "continuous actions: it needs a flat Box."
-        )
-    if isinstance(env.observation_space, spaces.Dict):
-        env = gymnasium.wrappers.FlattenObservation(env)
-    if not isinstance(env.observation_space, spaces.Box) or len(env.observation_space.shape) != 1:
-        raise ValueError(
-            f"{id} has the observation space {env.observation_space}; "
-            "a flat Box, or a Dict that flattens to one, is needed."
-        )
-    return GymEnv(env, rule, control_hz or _control_hz(env))
+    try:
+        return GymEnv(env, rule, observation_keys=observation_keys, image_size=image_size, control_hz=control_hz)
+    except ValueError as error:
+        raise ValueError(f"{id}: {error}") from error
 
 
 def parse_success(text: str) -> SuccessRule:
@@ -198,15 +228,18 @@ def _outcome_from_return(progress: Progress, threshold: float) -> Outcome:
 
 
 def _require_registered(id: str) -> None:
-    """Import the module of a ``module:Id`` and look the id up.
+    """Look an id up, after importing the module that registers it: the named one, or the one known for such ids.
 
     Raises:
-        MissingExtraError: If the module is gymnasium_robotics and not installed.
+        MissingExtraError: If a known package is needed and not installed.
         ValueError: If the module or the id does not exist.
     """
     module, _, name = id.rpartition(":")
-    if module == "gymnasium_robotics":
-        import_extra(module, title="gymnasium-robotics", extra="robotics")
+    if not module and name in gymnasium.registry:
+        return
+    package = next((p for p in PACKAGES if p.module == module or (not module and re.match(p.ids, name))), None)
+    if package is not None:
+        import_extra(package.module, title=package.title, extra=package.extra)
     elif module:
         try:
             importlib.import_module(module)

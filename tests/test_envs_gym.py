@@ -1,5 +1,6 @@
 """Any Gymnasium id: how success is read, and which environments are refused and why."""
 
+import subprocess
 import sys
 
 import gymnasium
@@ -74,12 +75,10 @@ def test_a_malformed_rule_is_refused(text):
         parse_success(text)
 
 
-def test_dict_observations_are_flattened_to_float32():
+def test_the_first_info_says_that_nothing_is_achieved_yet():
     env = envs.make("gym", id="envs_test/Counter-v0", kwargs={"offset": 7.0})
     observation, info = env.reset(seed=0)
-    assert env.observation_space.shape == (3,)
-    assert observation.dtype == env.observation_space.dtype == np.float32
-    np.testing.assert_array_equal(observation, [7.0, 0.0, 0.0])
+    assert {key: value.tolist() for key, value in observation.items()} == {"bias": [7.0], "count": [0.0, 0.0]}
     assert (info["is_success"], info["score"]) == (False, 0.0)
     assert env.metadata["render_fps"] == 25
 
@@ -105,9 +104,15 @@ def test_pendulum_is_reproducible_and_knows_its_control_rate():
     assert fresh.metadata["render_fps"] == pytest.approx(20)  # dt = 0.05 s; its metadata says 30
 
 
+def test_keys_are_chosen_by_option():
+    env = envs.make("gym", id="envs_test/Counter-v0", observation_keys=["count"])
+    assert list(env.reset(seed=0)[0]) == list(env.observation_space) == ["count"]
+
+
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
+        ({"id": "envs_test/Counter-v0", "observation_keys": ["cont"]}, ["'cont'", "Did you mean 'count'?"]),
         ({"id": "envs_test/Buttons-v0"}, ["Discrete(2)", "continuous actions"]),
         ({"id": "Pendulun-v1"}, ["'Pendulun-v1'", "Did you mean 'Pendulum-v1'?"]),
         ({"id": "Pendulum-v99"}, ["'Pendulum-v99'", "Did you mean 'Pendulum-v1'?"]),
@@ -134,10 +139,51 @@ def test_module_ids_import_their_module(monkeypatch, tmp_path):
     assert env.reset(seed=0)[0].shape == (4,)
 
 
-def test_a_missing_robotics_extra_ends_in_the_install_command(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gymnasium_robotics", None)
-    with pytest.raises(envs.MissingExtraError, match=r"pip install 'ddim-policy\[robotics\]'$"):
-        envs.make("gym", id="gymnasium_robotics:FetchReach-v4")
+@pytest.mark.parametrize(
+    ("id", "module", "extra"),
+    [
+        ("gymnasium_robotics:FetchReach-v4", "gymnasium_robotics", "robotics"),
+        ("FetchReach-v4", "gymnasium_robotics", "robotics"),
+        ("HandManipulateBlock-v1", "gymnasium_robotics", "robotics"),
+        ("PointMaze_Large-v3", "gymnasium_robotics", "robotics"),
+        ("AdroitHandPen-v1", "gymnasium_robotics", "robotics"),
+        ("FrankaKitchen-v1", "gymnasium_robotics", "robotics"),
+        ("gym_pusht/PushT-v0", "gym_pusht", "pusht"),
+        ("Meta-World/MT1", "metaworld", "metaworld"),
+    ],
+)
+def test_a_missing_extra_ends_in_the_install_command(monkeypatch, id, module, extra):
+    monkeypatch.delitem(gymnasium.registry, id, raising=False)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(envs.MissingExtraError, match=rf"pip install 'ddim-policy\[{extra}\]'$"):
+        envs.make("gym", id=id)
+
+
+@pytest.mark.parametrize(
+    ("id", "module", "extra"),
+    [
+        ("FetchReach-v4", "gymnasium_robotics", "robotics"),
+        ("gym_pusht/PushT-v0", "gym_pusht", "pusht"),
+        ("Meta-World/MT1", "metaworld", "metaworld"),
+    ],
+)
+def test_ids_of_known_packages_need_no_module(id, module, extra):
+    pytest.importorskip(module, reason=f"pip install 'ddim-policy[{extra}]'")
+    # In a fresh interpreter, where nothing has imported the package yet.
+    code = (
+        "import sys, gymnasium, envs\n"
+        f"assert {id!r} not in gymnasium.registry and {module!r} not in sys.modules\n"
+        f"kwargs = {{'env_name': 'reach-v3'}} if {id!r} == 'Meta-World/MT1' else None\n"
+        f"print('made', envs.make('gym', id={id!r}, kwargs=kwargs).unwrapped.spec.id)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.endswith(f"made {id}\n"), done.stderr
+
+
+def test_a_mistyped_id_of_a_known_package_is_named():
+    pytest.importorskip("gymnasium_robotics", reason="pip install 'ddim-policy[robotics]'")
+    with pytest.raises(ValueError, match=r"'FetchReech-v4' is not .* Did you mean 'FetchReach-v4'\?"):
+        envs.make("gym", id="FetchReech-v4")
 
 
 def test_fetch_reports_its_own_success():
@@ -146,10 +192,8 @@ def test_fetch_reports_its_own_success():
     observation, _ = env.reset(seed=0)
     assert env.observation_space.contains(observation)
     assert env.metadata["render_fps"] == pytest.approx(25)
-    space = env.unwrapped.observation_space  # flattened in the order of the keys
-    assert list(space) == ["achieved_goal", "desired_goal", "observation"]
     for _ in range(40):  # drive the hand to the goal
-        direction = np.clip(10 * (observation[3:6] - observation[:3]), -1, 1)
+        direction = np.clip(10 * (observation["desired_goal"] - observation["achieved_goal"]), -1, 1)
         observation, *_, info = env.step(np.append(direction, 0.0).astype(np.float32))
     assert info["is_success"] is True
     assert info["score"] == 1.0

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+from gymnasium.utils.env_checker import check_env
 
 import envs
 
@@ -177,11 +178,124 @@ def test_an_action_that_is_not_two_finite_numbers_is_refused(action):
         env.step(action)
 
 
-def test_mirror_commutes_with_the_features_and_with_the_physics() -> None:
-    def mirror_state(state: np.ndarray) -> np.ndarray:
-        x, y, bx, by, angle = state
-        return np.array([512 - y, 512 - x, 512 - by, 512 - bx, np.pi / 2 - angle])
+KINDS = ["features", "keypoints", "image"]
 
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_gymnasiums_own_checker_accepts_every_observation(kind):
+    env = envs.make("pusht", observation=kind)
+    check_env(env, skip_render_check=True, skip_close_check=True)
+    observation, _ = env.reset(seed=0)
+    assert env.observation_space.contains(observation)
+
+
+def test_an_unknown_observation_is_refused():
+    with pytest.raises(ValueError, match="Did you mean 'keypoints'"):
+        envs.make("pusht", observation="keypoint")
+
+
+def test_every_observation_is_of_the_same_physics():
+    features, keypoints, image = (envs.make("pusht", observation=kind) for kind in KINDS)
+    for state in random_states(5):
+        described, pointed, seen = (env.set_state(state)[0] for env in (features, keypoints, image))
+        for target in np.random.default_rng(1).uniform(100, 400, size=(10, 2)).astype(np.float32):
+            np.testing.assert_array_equal(pointed["agent_pos"], described[:2])
+            np.testing.assert_array_equal(seen["agent_pos"], described[:2])
+            pose = [*described[:4], np.arctan2(described[5], described[4])]
+            np.testing.assert_allclose(pointed["keypoint"], envs.pusht_keypoints(pose), atol=1e-3)
+            described, pointed, seen = (env.step(target)[0] for env in (features, keypoints, image))
+
+
+def test_the_picture_is_gym_pushts_own():
+    upstream, env = Upstream(obs_type="pixels_agent_pos"), envs.make("pusht", observation="image")
+    ours, theirs = env.reset(seed=5)[0], upstream.reset(seed=5)[0]
+    for target in np.random.default_rng(0).uniform(50, 450, size=(20, 2)).astype(np.float32):
+        np.testing.assert_array_equal(ours["image"], theirs["pixels"])
+        ours, theirs = env.step(target)[0], upstream.step(target.astype(np.float64))[0]
+
+
+# Rows of data/state and data/keypoint in the public demonstrations, pusht_cchi_v7_replay.zarr.zip.
+RECORDED = {
+    0: (
+        [222.0, 97.0, 222.994, 381.599, 3.008],
+        "201.814 293.595 283.592 374.652 162.809 391.093 219.86 356.247 220.575 258.004"
+        " 179.962 354.229 258.245 343.838 231.295 317.055 199.889 386.42",
+    ),
+    5000: (
+        [116.227, 133.867, 176.614, 236.508, 2.228],
+        "99.688 188.804 214.831 188.97 140.482 285.567 156.563 220.679 88.013 150.301"
+        " 126.768 247.29 175.142 184.871 137.147 184.766 163.569 256.178",
+    ),
+    12345: (
+        [263.844, 320.995, 319.407, 291.547, 0.311],
+        "300.718 380.113 261.703 271.781 377.831 308.834 311.343 315.786 268.484 404.19"
+        " 346.503 334.751 271.35 310.498 284.177 346.262 342.342 297.122",
+    ),
+    20000: (
+        [363.712, 356.498, 290.952, 270.904, 0.561],
+        "250.874 352.065 239.956 237.44 343.261 302.146 277.127 292.385 213.675 367.391"
+        " 306.482 319.48 239.696 277.34 243.249 315.168 311.786 281.995",
+    ),
+}
+RECORDED = {row: (state, [float(x) for x in points.split()]) for row, (state, points) in RECORDED.items()}
+
+# data/img at (row, column) of row 12345: table, target, block, finger, wall.
+SHADES = {
+    (10, 10): (255, 255, 255),
+    (44, 41): (144, 238, 144),
+    (58, 58): (143, 163, 184),
+    (60, 49): (78, 126, 255),
+    (1, 48): (233, 233, 233),
+}
+
+
+@pytest.mark.parametrize("row", RECORDED)
+def test_keypoints_are_those_of_the_demonstrations(row):
+    state, keypoints = RECORDED[row]
+    # The angle is rounded to 0.0005 rad here, and the furthest point is 124 pixels off the origin.
+    np.testing.assert_allclose(envs.pusht_keypoints(state), keypoints, atol=0.08)
+    observation, _ = envs.make("pusht", observation="keypoints").set_state(state)
+    np.testing.assert_allclose(observation["keypoint"], keypoints, atol=0.08)
+    np.testing.assert_allclose(observation["agent_pos"], state[:2], atol=1e-4)
+
+
+def test_the_picture_shows_what_the_demonstrations_show():
+    observation, _ = envs.make("pusht", observation="image").set_state(RECORDED[12345][0])
+    shades = {pixel: observation["image"][pixel].tolist() for pixel in SHADES}
+    assert shades == {pixel: pytest.approx(shade, abs=2) for pixel, shade in SHADES.items()}
+
+
+def test_demonstrations_become_what_the_environment_gives():
+    states = np.array([state for state, _ in RECORDED.values()], np.float32)
+    keypoints = np.array([points for _, points in RECORDED.values()], np.float32).reshape(-1, 9, 2)
+    pictures = np.zeros((4, 96, 96, 3), np.uint8)
+    features = envs.pusht_state_features({"state": states})
+    assert list(features) == ["state"]
+    np.testing.assert_array_equal(features["state"], envs.pusht_features(states))
+    changed = envs.pusht_agent_pos({"keypoint": keypoints, "state": states})
+    shown = envs.pusht_agent_pos({"image": pictures, "state": states})
+    for kind, given in {"keypoints": changed, "image": shown}.items():
+        space = envs.make("pusht", observation=kind).observation_space
+        assert space.contains({key: values[0] for key, values in given.items()})
+    np.testing.assert_array_equal(changed["keypoint"].reshape(4, 9, 2), keypoints)
+    np.testing.assert_array_equal(shown["agent_pos"], states[:, :2])
+
+
+@pytest.mark.parametrize("transform", [envs.pusht_state_features, envs.pusht_agent_pos])
+def test_a_transform_names_what_it_misses(transform):
+    with pytest.raises(ValueError, match=r"need the key 'state'.* got action, img"):
+        transform({"img": np.zeros(1), "action": np.zeros(1)})
+    with pytest.raises(ValueError, match=r"got shape \(3, 2\)"):
+        transform({"state": np.zeros((3, 2))})
+
+
+def mirror_state(state: np.ndarray) -> np.ndarray:
+    x, y, bx, by, angle = state
+    return np.array([512 - y, 512 - x, 512 - by, 512 - bx, np.pi / 2 - angle])
+
+
+def test_mirror_commutes_with_the_features_and_with_the_physics() -> None:
     generator = np.random.default_rng(0)
     env, mirrored_env = envs.make("pusht"), envs.make("pusht")
     for _ in range(5):
@@ -190,7 +304,8 @@ def test_mirror_commutes_with_the_features_and_with_the_physics() -> None:
         image, _ = mirrored_env.unwrapped.set_state(mirror_state(state))
         for _ in range(20):
             action = generator.uniform(100, 400, 2).astype(np.float32)
-            expected, mirrored_action = envs.pusht_mirror(features, action)
+            mirrored, mirrored_action = envs.pusht_mirror({"state": features}, action)
+            expected = mirrored["state"]
             # The contact solver visits contacts in an order of its own: images drift apart by fractions of a pixel.
             np.testing.assert_allclose(image, expected, atol=3.0)
             np.testing.assert_allclose(image[4:6], expected[4:6], atol=0.03)
@@ -198,4 +313,86 @@ def test_mirror_commutes_with_the_features_and_with_the_physics() -> None:
             features, reward, *_ = env.step(action)
             image, mirrored_reward, *_ = mirrored_env.step(mirrored_action)
             assert abs(reward - mirrored_reward) < 0.02
-    np.testing.assert_allclose(envs.pusht_mirror(*envs.pusht_mirror(features, action))[1], action, rtol=1e-6)
+    np.testing.assert_allclose(envs.pusht_mirror(*envs.pusht_mirror({}, action))[1], action, rtol=1e-6)
+
+
+def test_mirrored_keypoints_are_those_of_the_mirrored_state():
+    env, mirrored_env = (envs.make("pusht", observation="keypoints") for _ in range(2))
+    for state in random_states(20):
+        mirrored, _ = envs.pusht_mirror(env.set_state(state)[0], np.zeros(2, np.float32))
+        expected, _ = mirrored_env.set_state(mirror_state(state))
+        for key in ("keypoint", "agent_pos"):
+            assert mirrored[key].dtype == np.float32
+            np.testing.assert_allclose(mirrored[key], expected[key], atol=1e-3)
+
+
+def test_a_mirrored_picture_is_that_of_the_mirrored_state():
+    env, mirrored_env = (envs.make("pusht", observation="image") for _ in range(2))
+    for state in random_states(20):
+        observation, _ = env.set_state(state)
+        mirrored, _ = envs.pusht_mirror(observation, np.zeros(2, np.float32))
+        expected, _ = mirrored_env.set_state(mirror_state(state))
+        difference = np.abs(mirrored["image"].astype(float) - expected["image"])
+        # The table is 512 pixels wide, so a mirrored edge lies one of them off, a fifth of a pixel here.
+        assert difference.mean() < 1.0
+        assert np.abs(observation["image"].astype(float) - expected["image"]).mean() > 2.0
+        assert (difference.max(axis=-1) > 100).mean() < 0.01
+    again, _ = envs.pusht_mirror(mirrored, np.zeros(2, np.float32))
+    np.testing.assert_array_equal(again["image"], observation["image"])
+
+
+def test_mirror_takes_any_leading_axes():
+    states = random_states(6).reshape(2, 3, 5)
+    generator = np.random.default_rng(0)
+    observations = {
+        "state": envs.pusht_features(states),
+        "keypoint": envs.pusht_keypoints(states),
+        "agent_pos": states[..., :2].astype(np.float32),
+        "image": generator.integers(0, 255, (2, 3, 8, 8, 3), dtype=np.uint8),
+    }
+    actions = generator.uniform(0, 512, (2, 3, 4, 2)).astype(np.float32)
+    mirrored, mirrored_actions = envs.pusht_mirror(observations, actions)
+    assert mirrored.keys() == observations.keys()
+    assert mirrored_actions.shape == actions.shape
+    for index in np.ndindex(2, 3):
+        one = {key: value[index] for key, value in observations.items()}
+        alone, alone_actions = envs.pusht_mirror(one, actions[index])
+        np.testing.assert_array_equal(mirrored_actions[index], alone_actions)
+        for key, value in alone.items():
+            assert value.dtype == observations[key].dtype
+            np.testing.assert_allclose(mirrored[key][index], value, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("observations", "words"),
+    [
+        ({"img": np.zeros((96, 96, 3))}, "Did you mean 'image'"),
+        ({"state": np.zeros((4, 5))}, r"'state' to mirror is \(..., 22\); got shape \(4, 5\)"),
+        ({"keypoint": np.zeros((4, 9, 2))}, r"'keypoint' to mirror is \(..., 18\)"),
+        ({"agent_pos": np.zeros(3)}, r"'agent_pos' to mirror is \(..., 2\)"),
+        ({"image": np.zeros((96, 80, 3))}, "as high as wide"),
+        ({"image": np.zeros((96, 96))}, "as high as wide"),
+    ],
+)
+def test_mirror_refuses_what_it_does_not_know(observations, words):
+    with pytest.raises(ValueError, match=words):
+        envs.pusht_mirror(observations, np.zeros(2, np.float32))
+
+
+def recorded_points(path):
+    """Read the nine points in the block's own frame, and each row's largest residual, from the demonstrations' file."""
+    import zarr
+
+    root = zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r")
+    states, keypoints = (np.asarray(root[f"data/{key}"][:], np.float64) for key in ("state", "keypoint"))
+    cosine, sine = np.cos(states[:, 4:]), np.sin(states[:, 4:])
+    x, y = np.moveaxis(keypoints - states[:, None, 2:4], -1, 0)
+    local = np.stack([cosine * x + sine * y, cosine * y - sine * x], axis=-1)
+    points = np.median(local, axis=0)
+    return points, np.abs(local - points).max(axis=(1, 2))
+
+
+if __name__ == "__main__":
+    found, residuals = recorded_points(sys.argv[1])
+    print(np.array2string(found, precision=5, suppress_small=True, separator=", "))
+    print("residuals in pixels, quantiles 0.5, 0.9, 0.99, 1:", np.quantile(residuals, [0.5, 0.9, 0.99, 1]))

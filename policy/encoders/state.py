@@ -1,11 +1,12 @@
-"""From an observation history to one embedding (287 wide by default)."""
+"""An encoder for observations that are vectors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
+
+from policy.encoders.parts import final_mlp, join_vectors
 
 
 class StateEncoder(nn.Module):
@@ -37,13 +38,14 @@ class StateEncoder(nn.Module):
         super().__init__()
         for key, shape in shapes.items():
             if len(shape) != 1:
-                raise ValueError(f"the state encoder takes vectors; observation {key!r} has shape {tuple(shape)}")
+                raise ValueError(
+                    f"the state encoder takes vectors; observation {key!r} has shape {tuple(shape)}: "
+                    "choose encoder=image, or leave the key out with dataset.observation_keys=[...]"
+                )
         self.keys = sorted(shapes)
         self.noise = noise
         width = obs_horizon * sum(shape[0] for shape in shapes.values())
-        self.layers = nn.Sequential(
-            nn.Linear(width, hidden_size), nn.SiLU(), nn.Dropout(dropout), nn.Linear(hidden_size, obs_size)
-        )
+        self.layers = final_mlp(width, hidden_size, obs_size, dropout)
 
     def forward(self, observations: Mapping[str, Tensor]) -> Tensor:
         """Embed normalised observations.
@@ -54,11 +56,4 @@ class StateEncoder(nn.Module):
         Returns:
             (B, obs_size).
         """
-        x = torch.cat([observations[key].flatten(1) for key in self.keys], dim=1)
-        if self.training and self.noise > 0:
-            x = x + self.noise * torch.randn_like(x)
-        return self.layers(x)
-
-
-# Checkpoints name an encoder by its key here, never by an import path.
-ENCODERS: dict[str, type[nn.Module]] = {"state": StateEncoder}
+        return self.layers(join_vectors(observations, self.keys, self.noise if self.training else 0.0))

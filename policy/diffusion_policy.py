@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -39,7 +39,8 @@ class PolicyConfig:
     """Everything that rebuilds a policy's network: plain data, stored as JSON in every checkpoint.
 
     Attributes:
-        observation_shapes: shape of one observation under each key; follows from the data.
+        observation_shapes: shape of one observation under each key; follows from the data; rank 1 is a vector, rank 3
+            a uint8 image (height, width, channels).
         action_dim: width of one action; follows from the data.
         obs_horizon: observations looked back on.
         action_horizon: actions in one chunk; its first action belongs to the newest observation.
@@ -67,6 +68,16 @@ class PolicyConfig:
                 raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}")
         if not self.observation_shapes:
             raise ValueError("a policy needs at least one observation key")
+        for key, shape in self.observation_shapes.items():
+            if len(shape) not in (1, 3) or min(shape) < 1:
+                raise ValueError(
+                    f"observation {key!r} must be a vector or an image (height, width, channels); got shape {shape}"
+                )
+
+
+def is_image(shape: Sequence[int]) -> bool:
+    """Whether one observation of this shape is an image, (height, width, channels)."""
+    return len(shape) == 3
 
 
 class DiffusionPolicy(nn.Module):
@@ -92,7 +103,7 @@ class DiffusionPolicy(nn.Module):
         self.config = config
         self.schedule = make_schedule(**check_arguments("schedule", make_schedule, config.schedule))
         self.observation_normalizers = nn.ModuleDict(
-            {key: Normalizer(shape) for key, shape in config.observation_shapes.items()}
+            {key: Normalizer(shape) for key, shape in config.observation_shapes.items() if not is_image(shape)}
         )
         self.action_normalizer = Normalizer((config.action_dim,))
         self.encoder = construct(
@@ -139,11 +150,13 @@ class DiffusionPolicy(nn.Module):
                     f"observation {key!r} must have shape (B, {self.config.obs_horizon}, "
                     f"{', '.join(map(str, expected[key]))}); got {tuple(value.shape)}"
                 )
-        normalized = {
-            key: self.observation_normalizers[key].normalize(value.to(self.device, torch.float32))  # type: ignore[operator]
-            for key, value in observations.items()
-        }
-        return self.encoder(normalized)
+        return self.encoder({key: self._normalized(key, value) for key, value in observations.items()})
+
+    def _normalized(self, key: str, value: Tensor) -> Tensor:
+        on_device = value.to(self.device).to(torch.float32)  # bytes travel, floats do not
+        if key in self.observation_normalizers:
+            return self.observation_normalizers[key].normalize(on_device)  # type: ignore[operator]
+        return on_device / 127.5 - 1
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
         """Mean squared error of the denoiser on one batch, padding left out (DDPM, eq. 14).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
@@ -47,7 +49,9 @@ class Normalizer(nn.Module):
         if low_.shape != shape or high_.shape != shape:
             raise ValueError(f"limits must have shape {shape}; got {low_.shape} and {high_.shape}")
         if not (np.isfinite(low_) & np.isfinite(high_) & (low_ <= high_)).all():
-            raise ValueError("limits must be finite with low <= high in every dimension")
+            raise ValueError(
+                "limits must be finite with low <= high in every dimension; the data holds a NaN or infinity"
+            )
         half_range = (high_ - low_) / 2
         constant = 2 * half_range <= CONSTANT_RANGE * np.maximum(np.abs(low_), np.abs(high_))
         self.center.copy_(torch.as_tensor((low_ + high_) / 2))
@@ -63,6 +67,27 @@ class Normalizer(nn.Module):
         return x * self.half_range + self.center
 
 
-def limits(values: NDArray[np.generic]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Smallest and largest value of each dimension of (N, ...) data, in float64."""
-    return values.min(axis=0).astype(np.float64), values.max(axis=0).astype(np.float64)
+class Limits:
+    """Smallest and largest value of each dimension of data that comes in blocks.
+
+    Example:
+        >>> import numpy as np
+        >>> limits = Limits()
+        >>> limits.update(np.array([[1.0, 5.0], [3.0, 4.0]]))
+        >>> low, high = limits
+        >>> low.tolist(), high.tolist()
+        ([1.0, 4.0], [3.0, 5.0])
+    """
+
+    def __init__(self) -> None:
+        self._low: NDArray[np.float64] | float = np.inf
+        self._high: NDArray[np.float64] | float = -np.inf
+
+    def update(self, values: NDArray[np.generic]) -> None:
+        """Take a block (N, ...) into account."""
+        self._low = np.minimum(self._low, values.min(axis=0).astype(np.float64))
+        self._high = np.maximum(self._high, values.max(axis=0).astype(np.float64))
+
+    def __iter__(self) -> Iterator[NDArray[np.float64]]:
+        yield np.asarray(self._low)
+        yield np.asarray(self._high)

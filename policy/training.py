@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,12 +15,14 @@ import torch
 
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.data.windows import Windows, split_episodes
-from policy.diffusion_policy import DiffusionPolicy, PolicyConfig
-from policy.normalizer import Normalizer, limits
+from policy.diffusion_policy import Batch, DiffusionPolicy, PolicyConfig
+from policy.normalizer import Limits, Normalizer
 from policy.progress import progress
 from policy.seeding import derive_generator, derive_seed
 
 VALIDATION_WINDOWS = 1024
+# Batches gathered ahead of the trainer, so that it does not wait for page faults.
+BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,8 @@ class TrainSettings:
         warmup_steps: linear warm-up.
         grad_clip: largest norm of the gradient.
         ema_decay: largest decay of the weight average; early on it is (1 + n) / (10 + n) at update n.
-        val_fraction: share of episodes held out for the validation loss.
+        mask_padding: leave the actions repeated after an episode's end out of the loss.
+        val_fraction: share of episodes held out for the validation loss, where the data's file does not set some aside.
         log_every: steps between log entries.
         val_every: steps between validation losses.
         save_every: steps between checkpoints.
@@ -48,6 +53,7 @@ class TrainSettings:
     warmup_steps: int = 300
     grad_clip: float = 1.0
     ema_decay: float = 0.999
+    mask_padding: bool = True
     val_fraction: float = 0.04
     log_every: int = 50
     val_every: int = 500
@@ -128,20 +134,23 @@ def prepare_run(
         settings: for the split and the optimiser.
         seed: of the split and of the initial weights.
         device: where to train.
-        augment: a symmetry of the task: training episodes are joined by their images, validation episodes are not.
+        augment: a symmetry of the task: training windows are joined by their counterparts, validation windows are not.
 
     Returns:
         The run at step 0.
     """
     torch.manual_seed(derive_seed(seed, 0))  # initialisers draw from the global generator
     policy = DiffusionPolicy(config)
-    horizons = {"obs_horizon": config.obs_horizon, "action_horizon": config.action_horizon}
-    train_episodes, val_episodes = split_episodes(demonstrations.num_episodes, settings.val_fraction, seed)
-    validation = Windows(demonstrations, val_episodes, **horizons)
-    if augment is not None:
-        train_episodes = np.concatenate([train_episodes, train_episodes + demonstrations.num_episodes])
-        demonstrations = demonstrations.augmented(augment)
-    training = Windows(demonstrations, train_episodes, **horizons)
+    layout: dict[str, Any] = {
+        "obs_horizon": config.obs_horizon,
+        "action_horizon": config.action_horizon,
+        "mask_padding": settings.mask_padding,
+    }
+    train_episodes, val_episodes = split_episodes(
+        demonstrations.num_episodes, settings.val_fraction, seed, demonstrations.held_out
+    )
+    training = Windows(demonstrations, train_episodes, augment=augment, **layout)
+    validation = Windows(demonstrations, val_episodes, **layout)
     fit_normalizers(policy, training)
     return Run(state=start_training(policy.to(device), settings), training=training, validation=validation)
 
@@ -177,18 +186,15 @@ def fit_normalizers(policy: DiffusionPolicy, training: Windows) -> None:
         policy: its normalisers are set.
         training: the training windows.
     """
-    demonstrations = training.demonstrations
-    rows = np.concatenate(
-        [
-            np.arange(demonstrations.episode_starts[e], demonstrations.episode_ends[e], dtype=np.int64)
-            for e in training.episodes
-        ]
-    )
-    policy.action_normalizer.fit(*limits(demonstrations.actions[rows]))
-    for key, values in demonstrations.observations.items():
+    limits = {key: Limits() for key in ("actions", *policy.observation_normalizers)}
+    for observations, actions in training.blocks():
+        for key, found in limits.items():
+            found.update(actions if key == "actions" else observations[key])
+    policy.action_normalizer.fit(*limits.pop("actions"))
+    for key, found in limits.items():
         normalizer = policy.observation_normalizers[key]
         assert isinstance(normalizer, Normalizer)
-        normalizer.fit(*limits(values[rows]))
+        normalizer.fit(*found)
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
@@ -241,8 +247,8 @@ def train(
     state, training, validation = run.state, run.training, run.validation
     bar = progress(total=settings.steps, initial=state.step, desc="train", unit="step")
     recent: list[torch.Tensor] = []
-    while state.step < settings.steps:
-        recent.append(_train_step(state, training, settings, seed))
+    for batch in batches_ahead(training, range(state.step, settings.steps), settings.batch_size, seed):
+        recent.append(_train_step(state, batch, settings, seed))
         state.step += 1
         bar.update()
         last = state.step == settings.steps
@@ -269,12 +275,37 @@ def train(
     bar.close()
 
 
-def _train_step(state: TrainState, training: Windows, settings: TrainSettings, seed: int) -> torch.Tensor:
+def batches_ahead(training: Windows, steps: range, batch_size: int, seed: int) -> Iterator[Batch]:
+    """The batches of training steps, gathered by a thread ahead of whoever takes them.
+
+    Args:
+        training: the windows.
+        steps: whose batches.
+        batch_size: windows in each.
+        seed: of the run.
+
+    Yields:
+        One batch a step, see `Windows.batch_at`.
+    """
+
+    def gather(step: int) -> Batch:
+        return training.gather(training.batch_at(step, batch_size, seed))
+
+    waiting: deque[Future[Batch]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        for step in steps:
+            waiting.append(thread.submit(gather, step))
+            if len(waiting) > BATCHES_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _train_step(state: TrainState, batch: Batch, settings: TrainSettings, seed: int) -> torch.Tensor:
     torch.manual_seed(derive_seed(seed, 1, state.step))  # the source of dropout and observation noise
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, settings)
     state.policy.train()
-    batch = training.gather(training.batch_at(state.step, settings.batch_size, seed))
     loss = state.policy.loss(batch, derive_generator(seed, 2, state.step))
     loss.backward()
     torch.nn.utils.clip_grad_norm_(state.policy.parameters(), settings.grad_clip)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.normalizer import Normalizer, limits
+from policy.normalizer import Limits, Normalizer
 
 
 def fitted(low, high):
@@ -146,9 +146,22 @@ def test_limits_that_are_none_are_refused(low, high, message):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint8])
-def test_limits_are_the_extremes_of_each_dimension(dtype):
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_limits_are_the_extremes_of_each_dimension_over_all_blocks(dtype, cut):
     values = np.array([[1, 9], [5, 2], [3, 4]], dtype=dtype)
-    low, high = limits(values)
+    limits = Limits()
+    for block in (values[:cut], values[cut:]):
+        if len(block):
+            limits.update(block)
+    low, high = limits
     assert low.dtype == high.dtype == np.float64
     assert low.tolist() == [1, 2]
     assert high.tolist() == [5, 9]
+
+
+def test_a_nan_in_any_block_is_refused():
+    limits = Limits()
+    limits.update(np.array([[1.0], [np.nan]]))
+    limits.update(np.array([[2.0]]))
+    with pytest.raises(ValueError, match="holds a NaN or infinity"):
+        Normalizer((1,)).fit(*limits)

@@ -1,9 +1,11 @@
 """Training windows: inside their episodes, complete, and in an order without state."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from policy.data.demonstrations import Demonstrations
@@ -207,18 +209,6 @@ def test_starts_follow_from_ends():
     assert data.observation_shapes == {"state": (2,), "image": (1, 2)}
 
 
-def test_the_first_episodes_are_kept_whole():
-    data = demonstrations([4, 1, 3])
-    some = data.first(2)
-    assert some.episode_ends.tolist() == [4, 5]
-    assert some.actions.tolist() == data.actions[:5].tolist()
-    assert some.observations["image"].tolist() == data.observations["image"][:5].tolist()
-    assert data.first(None) is data
-    for episodes in (0, 4, -1):
-        with pytest.raises(ValueError, match=f"has 3 episodes; max_episodes asks for {episodes}"):
-            data.first(episodes)
-
-
 @pytest.mark.parametrize("ends", [[], [0, 5], [3, 3, 5], [4, 3, 5], [3], [3, 6]])
 def test_ends_that_do_not_cut_the_transitions_into_episodes_are_refused(ends):
     with pytest.raises(ValueError, match="memory: the ends of"):
@@ -246,11 +236,92 @@ def test_arrays_of_other_shapes_are_refused(changes, message):
         Demonstrations(**{**arguments, **changes})
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize(("row", "place"), [(0, "episode 0, transition 0"), (4, "episode 1, transition 2")])
-@pytest.mark.parametrize("key", ["state", "actions"])
-def test_a_nan_is_refused_with_its_place(key, row, place, value):
-    observations, actions = {"state": np.zeros((5, 2))}, np.zeros((5, 1), np.float32)
-    {**observations, "actions": actions}[key][row, 0] = value
-    with pytest.raises(ValueError, match=f"'{key}' holds a NaN or infinity in {place}"):
-        Demonstrations(observations=observations, actions=actions, episode_ends=np.array([2, 5]))
+def test_episodes_are_named_by_number_unless_the_file_names_them():
+    assert list(demonstrations([4, 1, 3]).episode_names) == ["0", "1", "2"]
+    assert demonstrations([4, 1, 3]).episode_lengths.tolist() == [4, 1, 3]
+
+
+# --- a symmetry of the task, padding, blocks ---------------------------------------------------------------------
+
+
+def negated(observations, actions):
+    return {key: (255 - v if v.dtype == np.uint8 else -v) for key, v in observations.items()}, -actions
+
+
+def with_symmetry(case, **settings):
+    lengths, episodes, obs_horizon, action_horizon = case
+    return Windows(
+        demonstrations(lengths),
+        np.array(episodes),
+        obs_horizon=obs_horizon,
+        action_horizon=action_horizon,
+        augment=negated,
+        **settings,
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=cases(), seed=st.integers(0, 99))
+def test_each_window_has_one_counterpart_under_a_symmetry(case, seed):
+    plain, doubled = windows_of(case), with_symmetry(case)
+    assert len(doubled) == 2 * len(plain)
+    order = np.random.default_rng(seed).permutation(len(doubled))
+    batch, originals = doubled.gather(order), plain.gather(order % len(plain))
+    flipped = torch.from_numpy(order >= len(plain))
+    sign = torch.where(flipped, -1.0, 1.0)[:, None, None]
+    assert torch.equal(batch["actions"], sign * originals["actions"])
+    assert torch.equal(batch["observations"]["state"], sign * originals["observations"]["state"])
+    images = originals["observations"]["image"]
+    assert torch.equal(batch["observations"]["image"], torch.where(flipped[:, None, None, None], 255 - images, images))
+    assert torch.equal(batch["mask"], originals["mask"])
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=cases())
+def test_the_mask_can_be_left_off(case):
+    lengths, episodes, obs_horizon, action_horizon = case
+    windows = Windows(
+        demonstrations(lengths),
+        np.array(episodes),
+        obs_horizon=obs_horizon,
+        action_horizon=action_horizon,
+        mask_padding=False,
+    )
+    everything = np.arange(len(windows))
+    assert bool(windows.gather(everything)["mask"].all())
+    assert torch.equal(windows.gather(everything)["actions"], windows_of(case).gather(everything)["actions"])
+
+
+@pytest.mark.parametrize("block_rows", [1, 3, 1000])
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases())
+def test_blocks_hold_each_transition_of_the_episodes_once(block_rows, case, monkeypatch):
+    monkeypatch.setattr("policy.data.windows.BLOCK_ROWS", block_rows)
+    blocks = list(windows_of(case).blocks())
+    assert max(len(actions) for _, actions in blocks) <= block_rows
+    rows = [tuple(row) for observations, _ in blocks for row in observations["state"].tolist()]
+    assert rows == [(e, t) for e in case[1] for t in range(case[0][e])]
+    assert [tuple(row) for _, actions in blocks for row in (actions - 1000).tolist()] == rows
+    doubled = [tuple(row) for observations, _ in with_symmetry(case).blocks() for row in observations["state"].tolist()]
+    assert sorted(doubled) == sorted([*rows, *((-e, -t) for e, t in rows)])
+
+
+def test_episodes_that_the_file_sets_aside_are_the_validation_episodes():
+    training, validation = split_episodes(6, 0.5, seed=0, held_out=[4, 1])
+    assert (training.tolist(), validation.tolist()) == ([0, 2, 3, 5], [1, 4])
+    with pytest.raises(ValueError, match="all 3 episodes are set aside"):
+        split_episodes(3, 0.5, seed=0, held_out=[0, 1, 2])
+
+
+def test_a_large_data_set_costs_memory_by_episode_not_by_window():
+    data = Demonstrations(
+        observations={"state": np.zeros((10_000_000, 2), np.float32)},
+        actions=np.zeros((10_000_000, 1), np.float32),
+        episode_ends=np.arange(1, 501) * 20_000,
+    )
+    tracemalloc.start()
+    windows = Windows(data, np.arange(500), obs_horizon=2, action_horizon=8)
+    windows.gather(np.array([0, 9_999_999]))
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+    assert len(windows) == 10_000_000

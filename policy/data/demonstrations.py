@@ -1,16 +1,17 @@
-"""Demonstrations in memory: episodes laid end to end, with nothing between them."""
+"""Demonstrations laid end to end, with nothing between them; the arrays may be mapped from disk."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Augment = Callable[[Any, NDArray[np.float32]], tuple[Any, NDArray[np.float32]]]
+Arrays = Mapping[str, NDArray[Any]]
+# A symmetry of the task: maps observations by key (..., *shape) and actions (..., action_dim) to their counterparts.
+Augment = Callable[[Arrays, NDArray[np.float32]], tuple[Arrays, NDArray[np.float32]]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,18 +22,25 @@ class Demonstrations:
     action is not part of it.
 
     Attributes:
-        observations: (N, *shape) under each key; the key of a plain vector is `state`.
+        observations: (N, *shape) under each key: float32 vectors, or uint8 images (height, width, channels). The key of
+            a plain vector is `state`, of a plain image `image`.
         actions: (N, action_dim) float32.
         episode_ends: (E,) int64, exclusive end of each episode in the N transitions.
+        episode_names: what the file calls each episode; by default its number.
+        held_out: numbers of the episodes that the file sets aside for validation.
         source: where they came from, for messages.
-        metadata: what the file says of itself (the environment, say), JSON data.
+        metadata: what the file says of itself (`env`, `rate_hz`), JSON data.
+        skipped: episodes left out as bad, name to reason.
     """
 
-    observations: Mapping[str, NDArray[Any]]
+    observations: Arrays
     actions: NDArray[np.float32]
     episode_ends: NDArray[np.int64]
+    episode_names: Sequence[str] = ()
+    held_out: Sequence[int] = ()
     source: str = "memory"
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         ends, total = self.episode_ends, len(self.actions)
@@ -46,14 +54,11 @@ class Demonstrations:
         for key, values in self.observations.items():
             if len(values) != total:
                 raise ValueError(f"{self.source}: observation {key!r} has {len(values)} rows, actions have {total}")
-        for key, values in {**self.observations, "actions": self.actions}.items():
-            if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
-                row = int(np.argwhere(~np.isfinite(values))[0][0])
-                episode = int(np.searchsorted(ends, row, side="right"))
-                raise ValueError(
-                    f"{self.source}: {key!r} holds a NaN or infinity in episode {episode}, transition"
-                    f" {row - int(self.episode_starts[episode])}; repair or remove that episode"
-                )
+        # NumPy would copy a whole array that is not contiguous each time a batch is taken from it.
+        object.__setattr__(self, "observations", {k: np.ascontiguousarray(v) for k, v in self.observations.items()})
+        object.__setattr__(self, "actions", np.ascontiguousarray(self.actions))
+        if not self.episode_names:
+            object.__setattr__(self, "episode_names", [str(number) for number in range(len(ends))])
 
     @property
     def num_episodes(self) -> int:
@@ -66,45 +71,11 @@ class Demonstrations:
         return np.concatenate([np.zeros(1, np.int64), self.episode_ends[:-1]])
 
     @property
+    def episode_lengths(self) -> NDArray[np.int64]:
+        """(E,) int64, transitions of each episode."""
+        return np.diff(self.episode_ends, prepend=0)
+
+    @property
     def observation_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of one observation under each key."""
         return {key: tuple(values.shape[1:]) for key, values in self.observations.items()}
-
-    def augmented(self, augment: Augment) -> Demonstrations:
-        """These episodes followed by their images under a symmetry of the task.
-
-        Episode e has its image at e + num_episodes.
-
-        Args:
-            augment: maps observations (an array, or arrays by key where there are several) and actions to images.
-
-        Returns:
-            Twice the episodes.
-        """
-        plain = set(self.observations) == {"state"}
-        observations, actions = augment(self.observations["state"] if plain else self.observations, self.actions)
-        images = {"state": observations} if plain else observations
-        return dataclasses.replace(
-            self,
-            observations={key: np.concatenate([values, images[key]]) for key, values in self.observations.items()},
-            actions=np.concatenate([self.actions, actions]),
-            episode_ends=np.concatenate([self.episode_ends, self.episode_ends + self.episode_ends[-1]]),
-        )
-
-    def first(self, episodes: int | None) -> Demonstrations:
-        """The first so many episodes; None keeps all.
-
-        Raises:
-            ValueError: fewer than 1, or more than there are.
-        """
-        if episodes is None:
-            return self
-        if not 1 <= episodes <= self.num_episodes:
-            raise ValueError(f"{self.source} has {self.num_episodes} episodes; max_episodes asks for {episodes}")
-        end = int(self.episode_ends[episodes - 1])
-        return dataclasses.replace(
-            self,
-            observations={key: values[:end] for key, values in self.observations.items()},
-            actions=self.actions[:end],
-            episode_ends=self.episode_ends[:episodes],
-        )

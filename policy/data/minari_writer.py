@@ -1,4 +1,4 @@
-"""Minari datasets: the format `scripts/collect.py` writes, and one of those training reads."""
+"""Writes Minari datasets, the format of `scripts/collect.py`."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from typing import Any, Protocol
 
 import gymnasium
 import minari
-import numpy as np
-from gymnasium.spaces.utils import flatten_space
 from minari.data_collector import EpisodeBuffer
 from numpy.typing import NDArray
 
-from policy.data.demonstrations import Demonstrations
-
 # Under this key of the dataset's own metadata stands the environment it was collected in, as keyword data.
 ENV_KEY = "ddim_policy_env"
+
+
+# (T + 1, ...), or such arrays by key where the observation space is a Dict.
+Observations = NDArray[Any] | Mapping[str, "Observations"]
 
 
 class RecordedEpisode(Protocol):
     """One episode as a demonstrator recorded it."""
 
     seed: int
-    observations: NDArray[Any]
+    observations: Observations
     actions: NDArray[Any]
     rewards: NDArray[Any]
     terminations: NDArray[Any]
@@ -44,7 +44,7 @@ def write_minari(
     env: gymnasium.Env[Any, Any],
     env_settings: Mapping[str, Any],
 ) -> Path:
-    """Write episodes as a Minari dataset (HDF5).
+    """Write episodes as a Minari dataset (HDF5), pictures without loss.
 
     Args:
         episodes: what was recorded; observations hold one row more than actions.
@@ -64,7 +64,7 @@ def write_minari(
     buffers = [
         EpisodeBuffer(
             seed=episode.seed,
-            observations=episode.observations,
+            observations=_as_dicts(episode.observations),
             actions=episode.actions,
             rewards=episode.rewards,
             terminations=episode.terminations,
@@ -91,10 +91,19 @@ def write_minari(
             code_permalink="none",
             description=f"{len(buffers)} demonstrations in {env_settings.get('name')}",
             data_format="hdf5",
+            # A policy acts on pictures without JPEG's traces, so it learns from such.
+            jpeg_encoding=False,
         )
         dataset.storage.update_metadata({ENV_KEY: json.dumps(dict(env_settings))})
         (Path(root) / dataset_id).rename(path)
     return path
+
+
+def _as_dicts(observations: Any) -> Any:
+    # Minari knows no other mapping.
+    if not isinstance(observations, Mapping):
+        return observations
+    return {key: _as_dicts(values) for key, values in observations.items()}
 
 
 def _made(folder: Path) -> Path:
@@ -134,58 +143,3 @@ def _minari_root(folder: Path) -> Iterator[None]:
             del os.environ["MINARI_DATASETS_PATH"]
         else:
             os.environ["MINARI_DATASETS_PATH"] = before
-
-
-def read_minari(*, path: Path, max_episodes: int | None = None) -> Demonstrations:
-    """Read a Minari dataset from its folder.
-
-    Args:
-        path: the dataset's folder, the one that holds `data/`.
-        max_episodes: only the first so many episodes.
-
-    Returns:
-        The episodes; a flat observation stands under the key `state`.
-
-    Raises:
-        ValueError: the folder is missing, damaged or not a Minari dataset, or its spaces cannot be used.
-    """
-    path = Path(path).expanduser()
-    if not (path / "data").is_dir():
-        raise ValueError(f"no Minari dataset at {path}: set dataset.path to the folder that scripts/collect.py names")
-    _check_states_spaces(path)
-    try:
-        dataset = minari.MinariDataset(path / "data")
-        episodes = list(dataset.iterate_episodes())
-        env = json.loads(dataset.storage.metadata.get(ENV_KEY, "null"))
-        if not isinstance(env, (dict, type(None))):
-            raise TypeError(f"{ENV_KEY} is {env!r}")
-    except Exception as error:  # h5py, JSON and Minari each bring their own errors for damaged files
-        raise ValueError(f"{path} is damaged or incomplete ({error}): collect it again") from error
-    if not episodes:
-        raise ValueError(f"{path} holds no episodes: collect it again")
-    space = dataset.observation_space
-    if not (isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1):
-        raise ValueError(f"{path}: observations must be vectors; this dataset has {space}")
-    if not isinstance(dataset.action_space, gymnasium.spaces.Box):
-        raise ValueError(f"{path}: actions must be continuous (Box); this dataset has {dataset.action_space}")
-    width = flatten_space(dataset.action_space).shape[0]  # type: ignore[index]
-    return Demonstrations(
-        # An episode's last observation was seen after its last action.
-        observations={"state": np.concatenate([e.observations[: len(e.actions)] for e in episodes]).astype(np.float32)},
-        actions=np.concatenate([np.reshape(e.actions, (-1, width)) for e in episodes]).astype(np.float32),
-        episode_ends=np.cumsum([len(e.actions) for e in episodes], dtype=np.int64),
-        source=str(path),
-        metadata={"format": "minari", "env": env},
-    ).first(max_episodes)
-
-
-def _check_states_spaces(path: Path) -> None:
-    try:
-        metadata = json.loads((path / "data" / "metadata.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or incomplete ({error}): collect it again") from error
-    # Without its spaces Minari would import and build the environment that the file names.
-    if not isinstance(metadata, dict) or not all(
-        isinstance(metadata.get(key), str) for key in ("observation_space", "action_space")
-    ):
-        raise ValueError(f"{path} does not state its observation and action spaces: write it again with Minari 0.5")

@@ -1,87 +1,348 @@
-"""Reader for the Diffusion Policy zarr replay buffer: `data/<key>` end to end, `meta/episode_ends` exclusive."""
+"""The Diffusion Policy zarr replay buffer: `data/<key>` end to end, `meta/episode_ends` exclusive.
+
+zarr decodes; what it would pass over in silence is checked before: chunks that are not there (it reads them as the fill
+value) and chunks cut short (Blosc decodes what lies behind them in memory).
+"""
 
 from __future__ import annotations
 
+import math
+import re
+import warnings
 import zipfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from itertools import pairwise, product
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from policy.data.demonstrations import Demonstrations
+from policy.data.episode import Episode, EpisodeReader, Request
 
-Transform = Callable[[NDArray[Any]], NDArray[Any]]
+ENDS = "meta/episode_ends"
+METADATA_FILES = (".zarray", "zarr.json")  # of an array, in format 2 and 3
+CHUNK_NAME = re.compile(r"(c[./])?\d+([./]\d+)*")
+# Rows of chunks are decoded together up to so many bytes; a single one may take LARGEST, what is declared larger is
+# damaged or cannot be read in order.
+BLOCK_BYTES = 64 * 2**20
+LARGEST = 4 * 2**30
 
 
-def read_zarr_replay(
-    *,
-    path: Path,
-    observation_key: str = "state",
-    action_key: str = "action",
-    max_episodes: int | None = None,
-    transform: Transform | None = None,
-) -> Demonstrations:
-    """Read a replay buffer, a folder or a `.zarr.zip`.
+class ZarrReplayReader:
+    """Reads episodes in order; each chunk is decoded once."""
+
+    def __init__(
+        self,
+        arrays: Mapping[str, _Rows],
+        bounds: Sequence[tuple[int, int]],
+        keys: Mapping[str, str],
+        action_key: str,
+        opened: ExitStack,
+    ) -> None:
+        self.names = [str(number) for number in range(len(bounds))]
+        self.held_out: list[str] = []
+        self.metadata = {"format": "zarr"}
+        self._bounds = dict(zip(self.names, bounds, strict=True))
+        self._arrays = arrays
+        self._keys = keys
+        self._action_key = action_key
+        self._opened = opened
+
+    def read(self, name: str) -> Episode:
+        """See `EpisodeReader`."""
+        start, end = self._bounds[name]
+        return Episode(
+            observations={key: self._arrays[k].read(start, end) for key, k in self._keys.items()},
+            actions=self._arrays[self._action_key].read(start, end),
+        )
+
+    def close(self) -> None:
+        """See `EpisodeReader`."""
+        self._opened.close()
+
+
+def open_zarr_replay(path: Path, files: Mapping[str, Path], request: Request) -> EpisodeReader:
+    """Open a replay buffer of zarr format 2 or 3, a folder or a `.zarr.zip`; it may lie within the folder or zip.
 
     Args:
         path: the store.
-        observation_key: which array under `data/` holds the observations.
-        action_key: which array under `data/` holds the actions.
-        max_episodes: only the first so many episodes.
-        transform: maps the stored observations (N, ...) to those the environment gives, where they differ.
+        files: of the store.
+        request: by default `state` is observed, and the actions are under `action`; keys may be nested (`obs/image`).
 
     Returns:
-        The episodes, observations under the key `state`.
+        Its reader.
 
     Raises:
-        ValueError: the file is missing, damaged or not a replay buffer, or a key is not in it.
+        ValueError: not a replay buffer, a key is not in it, or the ends do not cut the arrays into episodes.
     """
-    path = Path(path).expanduser()
-    root = _open(path)
-    ends = np.asarray(_array(root, "meta", "episode_ends", path), dtype=np.int64)
-    observations = np.asarray(_array(root, "data", observation_key, path))
-    actions = np.asarray(_array(root, "data", action_key, path), dtype=np.float32)
-    if transform is not None:
-        observations = transform(observations)
-    if observations.dtype == np.float64:
-        observations = observations.astype(np.float32)
-    return Demonstrations(
-        observations={"state": observations},
-        actions=actions,
-        episode_ends=ends,
-        source=str(path),
-        metadata={"format": "zarr_replay"},
-    ).first(max_episodes)
+    if request.subset is not None:
+        raise ValueError(f"a zarr replay buffer names no subsets; got dataset.subset={request.subset!r}")
+    with ExitStack() as stack:
+        store = _Store(path, files, stack)
+        available = store.arrays("data")
+        keys = request.observations(available, ["state"])
+        action_key = request.action(available, "action")
+        arrays = {key: _Rows(store, f"data/{key}") for key in (*keys.values(), action_key)}
+        bounds = _read_bounds(store, arrays.values())
+        return ZarrReplayReader(arrays, bounds, keys, action_key, stack.pop_all())
 
 
-def _open(path: Path) -> zarr.Group:
-    if not path.exists():
-        raise ValueError(f"no dataset at {path}: set dataset.path to a zarr replay buffer (a folder or a .zarr.zip)")
-    try:
-        # Both stores only read here: nothing is unpickled or extracted.
-        store = zarr.storage.ZipStore(path, mode="r") if path.is_file() else str(path)
-        return zarr.open_group(store, mode="r")
-    except (zipfile.BadZipFile, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not a readable zarr replay buffer ({error}): fetch it again") from error
+def _read_bounds(store: _Store, arrays: Iterable[_Rows]) -> list[tuple[int, int]]:
+    """First row and exclusive last row of each episode."""
+    rows = _Rows(store, ENDS)
+    if rows.array.ndim != 1 or rows.array.dtype.kind not in "iu":
+        raise ValueError(f"{ENDS!r} must hold whole numbers, (episodes,); got {rows.array.dtype} {rows.array.shape}")
+    for array in arrays:
+        # Every episode has a transition or more: more ends than rows would be read in vain.
+        if not 0 < len(rows) <= len(array):
+            raise ValueError(f"{ENDS!r} names {len(rows)} episodes, {array.name!r} has {len(array)} rows")
+    bounds = list(pairwise([0, *rows.read(0, len(rows)).tolist()]))
+    for number, (start, end) in enumerate(bounds):
+        if end <= start:
+            raise ValueError(f"{ENDS!r} ends episode {number} at {end}, which must be more than its start, {start}")
+    for array in arrays:
+        if len(array) != bounds[-1][1]:
+            raise ValueError(
+                f"{ENDS!r} ends the last episode at {bounds[-1][1]}, {array.name!r} has {len(array)} rows: the file is"
+                " damaged or was written partly"
+            )
+    return bounds
 
 
-def _array(root: zarr.Group, group: str, key: str, path: Path) -> Any:
-    name = f"{group}/{key}"
-    try:
-        node: Any = root[name]
-        # Older numcodecs unpickles with this codec, which runs whatever the file says.
-        codecs = (node.filters, node.compressors if hasattr(node, "compressors") else node.compressor)
-        if "pickle" in repr(codecs).lower() or node.dtype == object:
-            raise TypeError("it holds pickled objects")
-        return node[:]
-    except KeyError as error:
+class _Store:
+    """The files of a replay buffer by their names in it, in a folder or in a zip; nothing else is opened.
+
+    Attributes:
+        path: of the folder or zip, for messages.
+        root: where the buffer lies within, "" or a name that ends with a slash.
+    """
+
+    def __init__(self, path: Path, files: Mapping[str, Path], stack: ExitStack) -> None:
+        self.path = path
+        if not path.is_file():
+            self._files: dict[str, Callable[[], bytes]] = {name: file.read_bytes for name, file in files.items()}
+            self._zarr: Any = str(path)
+        else:
+            try:
+                archive = stack.enter_context(zipfile.ZipFile(path))
+            except Exception as error:  # zipfile raises many for damaged directories
+                raise ValueError(f"not a folder and not a whole zip ({error}): fetch it again") from error
+            names = [name for name in archive.namelist() if not name.endswith("/")]
+            if unsafe := [name for name in names if name.startswith("/") or ".." in name.split("/")]:
+                raise ValueError(f"the zip names a file outside itself, {unsafe[0]!r}: it is not what zarr writes")
+            self._files = {name: partial(archive.read, name) for name in names}
+            self._zarr = zarr.storage.ZipStore(path, mode="r")
+            stack.callback(self._close)
+        self.root = self._find_root()
+
+    def _close(self) -> None:
+        with suppress(AttributeError):  # zarr 3 opens a zip with its first array, and cannot close it before that
+            self._zarr.close()
+
+    def _find_root(self) -> str:
+        suffixes = tuple(f"/{ENDS}/{file}" for file in METADATA_FILES)
+        found = {f"/{name}".rsplit(ENDS, 1)[0][1:] for name in self._files if f"/{name}".endswith(suffixes)}
+        if not found:
+            raise ValueError(f"not a zarr replay buffer: there is no array {ENDS!r}")
+        if len(found) > 1:
+            raise ValueError(f"it holds {len(found)} replay buffers, take one of them: {', '.join(sorted(found))}")
+        return found.pop()
+
+    def arrays(self, group: str) -> list[str]:
+        """Names of all arrays in a group and in the groups within."""
+        start, files = f"{self.root}{group}/", tuple(f"/{file}" for file in METADATA_FILES)
+        folders = {name.rpartition("/")[0] for name in self._files if name.endswith(files)}
+        nodes = {folder.removeprefix(start) for folder in folders if folder.startswith(start)}
+        # Groups of format 3 have a zarr.json too.
+        return sorted(nodes - {str(parent) for node in nodes for parent in PurePosixPath(node).parents})
+
+    def array(self, name: str) -> Any:
+        """An array of zarr, not read yet."""
+        return zarr.open_array(self._zarr, path=self.root + name, mode="r")
+
+    def __contains__(self, name: str) -> bool:
+        return self.root + name in self._files
+
+    def count_chunks(self, array: str) -> int:
+        """How many chunks of an array are there."""
+        start = f"{self.root}{array}/"
+        return sum(name.startswith(start) and bool(CHUNK_NAME.fullmatch(name, len(start))) for name in self._files)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file."""
+        return self._files[self.root + name]()
+
+
+class _Rows:
+    """The rows of an array, read from its start to its end.
+
+    A chunk is one file of the array here, also where format 3 shards it. A row of chunks is all chunks that hold the
+    same rows: zarr cuts wide arrays along their columns too.
+
+    Attributes:
+        name: of the array in the store.
+        array: of zarr.
+    """
+
+    def __init__(self, store: _Store, name: str) -> None:
+        self.name = name
+        self._store = store
         try:
-            held = ", ".join(sorted(root[group].array_keys())) or "nothing"  # type: ignore[union-attr]
-        except KeyError:
-            held = "nothing"
-        raise ValueError(f"{path} has no array {name!r}; {group}/ holds: {held}") from error
-    except Exception as error:  # every codec brings its own errors for damaged chunks
-        raise ValueError(f"{path}: array {name!r} is damaged ({error}): fetch the file again") from error
+            self.array = array = store.array(name)
+            self._shape, self._chunk = array.shape, getattr(array, "shards", None) or array.chunks
+            # One compressor in zarr 2, any number in zarr 3.
+            compressors = array.compressors if hasattr(array, "compressors") else (array.compressor,)
+            self._has_filters = bool(array.filters) or len(compressors) > 1
+            self._is_blosc = bool(compressors) and type(compressors[-1]).__name__ in ("Blosc", "BloscCodec")
+            self._is_blosc &= self._chunk == array.chunks  # a shard has an index behind its compressed parts
+            # Older numcodecs unpickles with this codec, which runs whatever the file says.
+            is_pickled = array.dtype.kind == "O" or "pickle" in repr((array.filters, compressors)).lower()
+        except Exception as error:  # damaged metadata makes zarr raise anything
+            raise ValueError(f"array {name!r} cannot be opened ({error})") from error
+        if is_pickled:
+            raise ValueError(f"array {name!r} holds pickled objects or text, which are never opened")
+        if array.dtype.kind not in "biuf" or not self._shape or min(self._shape) < 0 or min(self._chunk) < 1:
+            raise ValueError(f"array {name!r} must hold rows of numbers; it holds {array.dtype} {self._shape}")
+        self._grid = [-(-n // c) for n, c in zip(self._shape, self._chunk, strict=True)]
+        self._chunk_bytes = array.dtype.itemsize * math.prod(self._chunk)
+        self._check_size()
+        self._start = 0
+        self._values: NDArray[Any] = np.empty(0)
+        self._damaged: dict[int, str] = {}
+        # First and last row of chunks of the newest gap in each column of chunks; was it left out when writing?
+        self._gaps: dict[tuple[int, ...], tuple[int, int, bool]] = {}
+        self._warned = False
+
+    def _check_size(self) -> None:
+        """Refuse what would fill the memory, or would be searched for chunks in vain."""
+        row_bytes = self.array.dtype.itemsize * math.prod(self._shape[1:])
+        decoded = row_bytes * min(self._chunk[0], self._shape[0])  # a row of chunks
+        if max(decoded, self._chunk_bytes) > LARGEST:
+            raise ValueError(
+                f"array {self.name!r} of shape {self._shape} has chunks of {self._chunk}, which take more than"
+                f" {LARGEST / 2**30:g} GiB of memory: write it again with fewer rows in a chunk"
+            )
+        stored, declared = self._store.count_chunks(self.name), math.prod(self._grid)
+        if declared > 1000 * stored:  # some may be left out, see `_check_left_out`, but that is far from all
+            raise ValueError(f"array {self.name!r} is not whole: {stored} of its {declared} chunks are there")
+        self._together = max(1, BLOCK_BYTES // max(1, decoded))
+
+    def __len__(self) -> int:
+        return int(self._shape[0])
+
+    def read(self, start: int, end: int) -> NDArray[Any]:
+        """Rows `start` to `end`, exclusive.
+
+        Raises:
+            ValueError: a chunk of them is damaged or missing.
+        """
+        pieces = []
+        while start < end:
+            if not self._start <= start < self._start + len(self._values):
+                self._load(start // self._chunk[0])
+            piece = self._values[start - self._start : end - self._start]
+            start += len(piece)
+            # A copy, so that the rows around it are not kept while the next are decoded.
+            pieces.append(piece if start == end else piece.copy())
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _load(self, first: int) -> None:
+        """Decode a row of chunks, and what fits into memory after it."""
+        if first in self._damaged:
+            raise ValueError(self._damaged[first])
+        self._values = np.empty(0)  # first, so that memory never holds two of them
+        self._start = first * self._chunk[0]
+        try:
+            self._values = self._decode(first, min(first + self._together, self._grid[0]))
+        except ValueError as error:
+            if self._together == 1:
+                self._damaged[first] = str(error)
+                raise
+            self._together = 1  # from here on one by one, so that only those episodes fail that are damaged
+            self._load(first)
+
+    def _decode(self, first: int, last: int) -> NDArray[Any]:
+        for chunk in self._chunks(first, last):
+            self._check_stored(chunk)
+        try:
+            return np.asarray(self.array[first * self._chunk[0] : last * self._chunk[0]])
+        except Exception as error:  # every codec brings its own: look which chunk it is
+            for chunk in self._chunks(first, last):
+                self._decode_alone(chunk)
+            raise ValueError(f"array {self.name!r} cannot be decoded ({error})") from error
+
+    def _chunks(self, first: int, last: int) -> Iterator[tuple[int, ...]]:
+        return product(range(first, last), *map(range, self._grid[1:]))
+
+    def _decode_alone(self, chunk: tuple[int, ...]) -> None:
+        try:
+            self.array[self._region(chunk)]
+        except Exception as error:
+            raise ValueError(f"chunk {self._file(chunk)!r} is damaged ({error})") from error
+
+    def _check_stored(self, chunk: tuple[int, ...]) -> None:
+        file = self._file(chunk)
+        if file not in self._store:
+            self._check_left_out(chunk, file)
+        elif self._is_blosc:
+            try:
+                content = self._store.read(file)
+            except Exception as error:  # of the zip, or of the disk
+                raise ValueError(f"chunk {file!r} cannot be read ({error})") from error
+            # Blosc's header states both sizes; zarr does not compare them with those of the file and of the chunk.
+            decoded, size = (int.from_bytes(content[at : at + 4], "little") for at in (4, 12))
+            if size != len(content) or (not self._has_filters and decoded != self._chunk_bytes):
+                raise ValueError(f"chunk {file!r} is damaged: it is cut short or was changed")
+
+    def _check_left_out(self, chunk: tuple[int, ...], file: str) -> None:
+        """Refuse a lost chunk, but not one that was never written because it holds nothing but the fill value.
+
+        The file does not tell them apart. zarr 3 leaves out what is all fill value, and there the rows beside what is
+        left out mostly hold it too; beside lost chunks they hold data. Columns without any chunk are left out ones if
+        there are several rows of chunks: no copy that breaks off loses just those.
+        """
+        row, *columns = chunk
+        first, last, is_left_out = self._gaps.get(tuple(columns), (-1, -1, False))
+        if not first <= row <= last:
+            first, last = row, row
+            while first > 0 and self._file((first - 1, *columns)) not in self._store:
+                first -= 1
+            while last < self._grid[0] - 1 and self._file((last + 1, *columns)) not in self._store:
+                last += 1
+            size = self._chunk[0]
+            beside = [row for row in (first * size - 1, (last + 1) * size) if 0 <= row < len(self)]
+            is_left_out = all(self._is_fill(row, chunk) for row in beside) if beside else self._grid[0] > 1
+            self._gaps[tuple(columns)] = first, last, is_left_out
+        if not is_left_out:
+            raise ValueError(
+                f"chunk {file!r} is missing: copy the dataset again; if its values really are all"
+                f" {self.array.fill_value}, write the array again with write_empty_chunks=True"
+            )
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self._store.path}: chunk {file!r} is not stored; it is read as {self.array.fill_value}, as zarr"
+                " leaves out such chunks, and the values beside it agree",
+                stacklevel=2,
+            )
+
+    def _is_fill(self, row: int, chunk: tuple[int, ...]) -> bool:
+        """Whether a row holds nothing but the fill value in the columns of a chunk."""
+        try:
+            return bool((self.array[(row, *self._region(chunk)[1:])] == self.array.fill_value).all())
+        except Exception:  # its own chunk is damaged
+            return False
+
+    def _region(self, chunk: tuple[int, ...]) -> tuple[slice, ...]:
+        return tuple(
+            slice(i * size, min((i + 1) * size, n)) for i, size, n in zip(chunk, self._chunk, self._shape, strict=True)
+        )
+
+    def _file(self, chunk: tuple[int, ...]) -> str:
+        if hasattr(self.array, "metadata"):
+            return f"{self.name}/{self.array.metadata.encode_chunk_key(chunk)}"
+        return f"{self.name}/{self.array._chunk_key(chunk).rsplit(self.name + '/', 1)[1]}"  # zarr 2

@@ -1,0 +1,210 @@
+"""Demonstrations as plain arrays on disk, mapped into memory instead of copied.
+
+Public formats compress, split and nest their arrays, so that one training window costs a decompression or a seek in a
+video. They are read once, in order, and laid end to end in a folder of the cache; training maps that.
+
+<cache_dir>/<name>-<fingerprint>/
+  index.json     shapes, dtypes, episodes, and a checksum of these
+  <n>.bin        the n-th array of the index, row after row
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policy.data.demonstrations import Demonstrations
+from policy.data.episode import Episode, EpisodeChecker
+
+INDEX = "index.json"
+BUILDING = ".building-"
+LEFTOVER_SECONDS = 24 * 3600
+
+
+def default_cache_dir() -> Path:
+    """Where converted demonstrations are kept: `ddim-policy` in the user's cache folder ($XDG_CACHE_HOME)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddim-policy"
+
+
+def open_cached(folder: Path) -> Demonstrations | None:
+    """Map demonstrations that were converted before.
+
+    Args:
+        folder: of `write_cached`.
+
+    Returns:
+        The demonstrations, or None where they are missing or not whole.
+    """
+    try:
+        content = json.loads((folder / INDEX).read_text())
+        index = content["index"]
+        if content["sha256"] != _checksum(index):
+            return None
+        files = (folder / f"{number}.bin" for number in range(len(index["columns"])))
+        arrays = {column["key"]: _map(file, column) for file, column in zip(files, index["columns"], strict=True)}
+        return Demonstrations(
+            actions=arrays.pop("actions"),
+            observations=arrays,
+            episode_ends=np.cumsum(index["lengths"], dtype=np.int64),
+            **{name: index[name] for name in ("episode_names", "held_out", "source", "metadata", "skipped")},
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _checksum(index: Any) -> str:
+    return hashlib.sha256(json.dumps(index).encode()).hexdigest()
+
+
+def _map(file: Path, column: Mapping[str, Any]) -> NDArray[Any]:
+    shape, dtype = tuple(column["shape"]), np.dtype(column["dtype"])
+    if file.stat().st_size != dtype.itemsize * math.prod(shape):
+        raise ValueError(f"{file} is not whole")
+    # A plain array over the mapping: the memmap class costs time at every index.
+    return np.asarray(np.memmap(file, dtype, mode="r", shape=shape))
+
+
+def write_cached(
+    folder: Path,
+    episodes: Iterator[tuple[str, Callable[[], Episode]]],
+    *,
+    source: str,
+    metadata: Mapping[str, Any],
+    held_out: Sequence[str],
+    skip_bad: bool,
+    max_episodes: int | None,
+) -> None:
+    """Check episodes one by one and write them end to end; only one is in memory at a time.
+
+    Args:
+        folder: appears once it is whole, so that an interrupted conversion leaves nothing that could be taken for one.
+        episodes: name of each, and what reads it.
+        source: the dataset, for messages.
+        metadata: JSON data.
+        held_out: names of the episodes set aside for validation.
+        skip_bad: leave bad episodes out, instead of refusing the dataset.
+        max_episodes: stop after so many good ones.
+
+    Raises:
+        ValueError: a bad episode, no episode left, a name given twice, a full disk or one that cannot be written to.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder.parent)
+        if open_cached(folder) is None:  # now, as by the end it may be what another process made
+            shutil.rmtree(folder, ignore_errors=True)
+        building = Path(tempfile.mkdtemp(prefix=BUILDING, dir=folder.parent))
+        try:
+            written = _write_arrays(building, episodes, source, skip_bad, max_episodes)
+            aside = set(held_out)
+            index = {
+                "columns": written.columns,
+                "lengths": written.lengths,
+                "episode_names": written.names,
+                "held_out": [number for number, name in enumerate(written.names) if name in aside],
+                "source": source,
+                "metadata": dict(metadata),
+                "skipped": written.skipped,
+            }
+            (building / INDEX).write_text(json.dumps({"sha256": _checksum(index), "index": index}))
+            _put_in_place(building, folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ValueError(
+                f"the disk is full: {source} does not fit into {folder.parent}; set dataset.cache_dir to a larger disk,"
+                " or take less with dataset.max_episodes, dataset.observation_keys or dataset.image_size"
+            ) from error
+        raise ValueError(
+            f"cannot write into {folder.parent} ({error}): set dataset.cache_dir to a folder you may write to"
+        ) from error
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Remove what killed processes left of their conversions, a day after they last wrote to it."""
+    for building in parent.glob(f"{BUILDING}*"):
+        with suppress(OSError):  # another process removes or finishes it right now
+            newest = max(entry.stat().st_mtime for entry in (building, *building.iterdir()))
+            if time.time() - newest > LEFTOVER_SECONDS:
+                shutil.rmtree(building, ignore_errors=True)
+
+
+def _put_in_place(building: Path, folder: Path) -> None:
+    try:
+        building.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster: its result is the same
+            raise
+
+
+@dataclass
+class _Written:
+    names: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    columns: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _write_arrays(
+    building: Path,
+    episodes: Iterator[tuple[str, Callable[[], Episode]]],
+    source: str,
+    skip_bad: bool,
+    max_episodes: int | None,
+) -> _Written:
+    checker = EpisodeChecker()
+    written = _Written()
+    files: dict[str, IO[bytes]] = {}
+    seen: set[str] = set()
+    with ExitStack() as stack:
+        for name, read in episodes:
+            if name in seen:
+                raise ValueError(f"{source} names two episodes {name!r}: it is damaged")
+            seen.add(name)
+            try:
+                episode = checker.check(read())
+            except (ValueError, OSError) as error:
+                if not skip_bad:
+                    raise bad_episode(source, name, error) from error
+                written.skipped[name] = str(error)
+                continue
+            arrays = {**episode.observations, "actions": episode.actions}
+            if not files:
+                files = {key: stack.enter_context((building / f"{n}.bin").open("wb")) for n, key in enumerate(arrays)}
+                written.columns = [
+                    {"key": key, "dtype": values.dtype.str, "shape": values.shape[1:]} for key, values in arrays.items()
+                ]
+            for key, values in arrays.items():
+                files[key].write(np.ascontiguousarray(values).data)
+            written.names.append(name)
+            written.lengths.append(len(episode.actions))
+            if len(written.names) == max_episodes:
+                break
+    if not written.names:
+        detail = f": {next(iter(written.skipped.values()))}" if written.skipped else ""
+        raise ValueError(f"{source} holds no usable episode ({len(written.skipped)} bad ones{detail})")
+    for column in written.columns:
+        column["shape"] = [sum(written.lengths), *column["shape"]]
+    return written
+
+
+def bad_episode(source: str, name: str, reason: object) -> ValueError:
+    """The error for an episode that must not be trained on."""
+    return ValueError(
+        f"{source}: episode {name}: {reason}; repair it, or leave bad episodes out with dataset.on_bad_episode=skip"
+    )

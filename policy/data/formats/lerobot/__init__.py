@@ -1,0 +1,187 @@
+"""LeRobot datasets of version 3.0, and of 2.1 and 2.0, which hold each episode in files of its own.
+
+The `lerobot` package is not needed: it wants other versions of torch than this library does.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policy.data.episode import Episode, EpisodeReader, Request
+from policy.data.formats.lerobot.episodes import EpisodeEntry, choose_episodes, read_episodes, read_tasks
+from policy.data.formats.lerobot.info import INFO, Feature, Info, read_info
+from policy.data.formats.lerobot.pictures import decode_pictures
+from policy.data.formats.lerobot.tables import TableFile, numbers, whole_numbers
+from policy.data.formats.lerobot.video import VideoFile
+
+PREFIX = "observation."
+# Columns of every data file that say where each row belongs.
+PLACES = ("episode_index", "frame_index", "index")
+
+
+class LeRobotReader:
+    """Reads episodes in the order of the episode table, so that each data and video file is gone through about once."""
+
+    def __init__(
+        self,
+        files: Mapping[str, Path],
+        info: Info,
+        entries: Mapping[str, EpisodeEntry],
+        held_out: Sequence[str],
+        keys: Mapping[str, str],
+        action_key: str,
+    ) -> None:
+        self.names = list(entries)
+        self.held_out = list(held_out)
+        self.metadata = {
+            "format": "lerobot",
+            "version": info.version,
+            "rate_hz": info.fps,
+            "robot_type": info.robot_type,
+            "tasks": read_tasks(files, info),
+        }
+        self._files = files
+        self._info = info
+        self._entries = entries
+        self._keys = keys
+        self._action_key = action_key
+        stored = (key for key in (*keys.values(), action_key) if not info.features[key].is_video)
+        self._columns = [*dict.fromkeys((*PLACES, *stored))]
+        self._table: TableFile | None = None
+        self._videos: dict[str, VideoFile] = {}
+
+    def read(self, name: str) -> Episode:
+        """See `EpisodeReader`."""
+        entry = self._entries[name]
+        entry.check()
+        table = self._open_table(entry.data_file)
+        start = 0 if entry.first_index is None else entry.first_index - table.first_index
+        stop = table.num_rows if entry.first_index is None else start + entry.length
+        rows = table.rows(start, stop)
+        _check_places(entry, {key: whole_numbers(rows.column(key)) for key in PLACES})
+        return Episode(
+            observations={seen: self._values(key, entry, rows) for seen, key in self._keys.items()},
+            actions=self._values(self._action_key, entry, rows),
+        )
+
+    def close(self) -> None:
+        """See `EpisodeReader`."""
+        if self._table is not None:
+            self._table.close()
+        for video in self._videos.values():
+            video.close()
+
+    def _values(self, key: str, entry: EpisodeEntry, rows: Any) -> NDArray[Any]:
+        feature = self._info.features[key]
+        try:
+            if feature.is_video:
+                return self._read_video(feature, entry)
+            if feature.is_image:
+                return decode_pictures(rows.column(key).to_pylist(), feature, self._files)
+            return numbers(rows.column(key), feature.width)
+        except ValueError as error:
+            raise ValueError(f"{key!r}: {error}") from error
+
+    def _read_video(self, feature: Feature, entry: EpisodeEntry) -> NDArray[np.uint8]:
+        span = entry.videos[feature.key]
+        video = self._videos.get(feature.key)
+        if video is None or video.name != span.file:
+            file = self._file(span.file)
+            if video is not None:
+                self._videos.pop(feature.key).close()
+            video = self._videos[feature.key] = VideoFile(span.file, file)
+        return video.read(span.start, self._info.fps, entry.length, feature, alone=span.alone)
+
+    def _open_table(self, name: str) -> TableFile:
+        if self._table is None or self._table.name != name:
+            file = self._file(name)
+            if self._table is not None:
+                self._table.close()
+            self._table = None
+            self._table = TableFile(name, file, self._columns)
+        return self._table
+
+    def _file(self, name: str) -> Path:
+        if name not in self._files:
+            raise ValueError(f"there is no file {name} in the dataset's folder")
+        return self._files[name]
+
+
+def open_lerobot(path: Path, files: Mapping[str, Path], request: Request) -> EpisodeReader:
+    """Open a LeRobot dataset.
+
+    Args:
+        path: its folder, for messages.
+        files: of the folder.
+        request: by default all pictures and numbers under `observation.` are observed, and the actions are `action`.
+            Its subset is one of the file's splits; without one, `train` and a validation split are read.
+
+    Returns:
+        Its reader.
+
+    Raises:
+        ValueError: not a LeRobot dataset, of another version, or what was asked for is not in it.
+    """
+    if INFO not in files:
+        raise ValueError(
+            f"there is no file {INFO}: dataset.path should be the folder of a LeRobot dataset, which holds it"
+        )
+    info = read_info(files[INFO])
+    for key in _wanted(request):
+        _check_usable(info, key)
+    usable = [key for key, feature in info.features.items() if feature.is_usable]
+    keys = request.observations(usable, [key for key in usable if key.startswith(PREFIX)], PREFIX)
+    action_key = request.action([key for key in usable if info.features[key].is_numeric], "action")
+    for key in (*keys.values(), action_key):
+        info.features[key].check_shape()
+    videos = [key for key in dict.fromkeys(keys.values()) if info.features[key].is_video]
+    if videos and not info.video_path:
+        raise ValueError(f"{INFO} has no video_path, which should say where the frames of {videos[0]!r} are")
+    for template in (info.data_path, info.video_path):
+        if posixpath.normpath(template).split("/")[0] in ("", ".."):
+            raise ValueError(f"{INFO}: {template!r} leaves the dataset's folder, and nothing outside it is opened")
+    entries = {str(entry.number): entry for entry in read_episodes(files, info, videos)}
+    chosen, held_out = choose_episodes(info.splits, [entry.number for entry in entries.values()], request.subset)
+    return LeRobotReader(
+        files, info, {str(n): entries[str(n)] for n in chosen}, [str(n) for n in held_out], keys, action_key
+    )
+
+
+def _wanted(request: Request) -> list[str]:
+    keys = request.observation_keys or []
+    return [
+        *(keys.values() if isinstance(keys, Mapping) else keys),
+        *([request.action_key] if request.action_key else []),
+    ]
+
+
+def _check_usable(info: Info, key: str) -> None:
+    feature = info.features.get(key) or info.features.get(PREFIX + key)
+    if feature is not None and not feature.is_usable:
+        raise ValueError(f"feature {feature.key!r} holds {feature.kind}; a policy takes numbers and colour pictures")
+
+
+def _check_places(entry: EpisodeEntry, places: Mapping[str, NDArray[Any]]) -> None:
+    """The rows must be those of the episode, from its first to its last: nothing else ties them to it."""
+    length = len(places["index"])
+    if length != entry.length:
+        raise ValueError(f"{entry.data_file} has {length} rows, the episode table says {entry.length}")
+    first = places["index"][0] if entry.first_index is None else entry.first_index
+    expected = {
+        "episode_index": np.full(length, entry.number),
+        "frame_index": np.arange(length),
+        "index": first + np.arange(length),
+    }
+    for key, values in places.items():
+        wrong = np.flatnonzero(values != expected[key])
+        if len(wrong):
+            raise ValueError(
+                f"{entry.data_file} disagrees with the episode table: {key!r} is {values[wrong[0]]} at transition"
+                f" {wrong[0]}, expected {expected[key][wrong[0]]}"
+            )

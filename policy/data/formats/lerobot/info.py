@@ -1,0 +1,206 @@
+"""What `meta/info.json` says of a LeRobot dataset."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+INFO = "meta/info.json"
+# Until 2.1 each episode has its own files; 2.0 differs from it in its statistics only, which are not read.
+ONE_FILE_PER_EPISODE = ("v2.0", "v2.1")
+VERSIONS = (*ONE_FILE_PER_EPISODE, "v3.0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """One column of the dataset.
+
+    Attributes:
+        key: its name, such as `observation.state`.
+        dtype: of NumPy, or `video`, `image`, `string`.
+        shape: of one transition's value, unchecked.
+        is_depth: pictures of distances, which are no colours.
+    """
+
+    key: str
+    dtype: str
+    shape: Any
+    is_depth: bool
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether its values are numbers."""
+        return re.fullmatch(r"bool|u?int\d+|float\d+", self.dtype) is not None
+
+    @property
+    def is_video(self) -> bool:
+        """Whether its values are frames of video files."""
+        return self.dtype == "video"
+
+    @property
+    def is_image(self) -> bool:
+        """Whether its values are pictures in the data files."""
+        return self.dtype == "image"
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether a policy can take it."""
+        return self.is_numeric or ((self.is_video or self.is_image) and not self.is_depth)
+
+    @property
+    def kind(self) -> str:
+        """What it holds, for messages."""
+        return "pictures of depth" if self.is_depth else f"values of dtype {self.dtype!r}"
+
+    @property
+    def width(self) -> int:
+        """How many numbers one value is."""
+        return math.prod(self.shape)
+
+    def check_shape(self) -> None:
+        """Refuse a shape that is none.
+
+        Raises:
+            ValueError: it is not a list of sizes.
+        """
+        is_list = isinstance(self.shape, list) and len(self.shape) <= 8
+        if not is_list or not all(is_count(size) and 0 < size < 10**9 for size in self.shape):
+            raise ValueError(
+                f"{INFO}: the shape of feature {self.key!r} must be a list of sizes; got {self.shape!r:.80}"
+            )
+
+    def check_picture(self, shape: tuple[int, ...]) -> None:
+        """Compare a picture with the shape; writers disagree about the order of height, width and channels.
+
+        Raises:
+            ValueError: another size.
+        """
+        if sorted(shape) != sorted(self.shape):
+            raise ValueError(f"a picture has shape {shape}; {INFO} says {tuple(self.shape)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """What is needed of `meta/info.json`, checked.
+
+    Attributes:
+        version: of the format.
+        fps: transitions a second.
+        features: by key.
+        data_path: template of the data files' names.
+        video_path: template of the video files' names.
+        chunk_size: episodes in a folder, until 2.1.
+        total_episodes: how many there are, where it says so.
+        splits: name of a subset to what the file says of it, such as `0:40`.
+        robot_type: where it says so.
+    """
+
+    version: str
+    fps: float
+    features: Mapping[str, Feature]
+    data_path: str
+    video_path: str
+    chunk_size: int
+    total_episodes: int | None
+    splits: Mapping[str, Any] = field(default_factory=dict)
+    robot_type: str | None = None
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number of 0 or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def parse_json(name: str, text: bytes) -> dict[str, Any]:
+    """A JSON object.
+
+    Args:
+        name: where it stands, for messages.
+        text: UTF-8.
+
+    Raises:
+        ValueError: not JSON, or not an object.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON ({error}): fetch it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a JSON object; got {value!s:.80}")
+    return value
+
+
+def read_info(file: Path) -> Info:
+    """Read and check `meta/info.json`.
+
+    Raises:
+        ValueError: not JSON, a version that is not read, or a value that cannot be; names it.
+    """
+    raw = parse_json(INFO, file.read_bytes())
+    version = raw.get("codebase_version")
+    if version not in VERSIONS:
+        raise ValueError(
+            f"{INFO}: LeRobot datasets of the versions {', '.join(VERSIONS)} are read; codebase_version is"
+            f" {version!r:.80}: convert it with the convert_dataset scripts of the lerobot package"
+        )
+    _require(raw, "fps", "a number above 0", lambda v: isinstance(v, (int, float)) and 0 < v < 1e6)
+    _require(raw, "data_path", "a template of file names", lambda v: isinstance(v, str))
+    features = raw.get("features")
+    if not isinstance(features, dict) or not all(
+        isinstance(feature, dict) and isinstance(feature.get("dtype"), str) for feature in features.values()
+    ):
+        raise ValueError(f"{INFO}: features must state a dtype for each key; got {features!s:.80}")
+    optional = {"video_path": "", "chunks_size": 1000, "splits": {}, **{k: v for k, v in raw.items() if v is not None}}
+    _require(optional, "video_path", "a template of file names", lambda v: isinstance(v, str))
+    _require(optional, "chunks_size", "1 or more", lambda v: is_count(v) and v > 0)
+    _require(optional, "splits", "a JSON object", lambda v: isinstance(v, dict))
+    if "total_episodes" in optional:
+        _require(optional, "total_episodes", "a whole number", is_count)
+    robot = raw.get("robot_type")
+    return Info(
+        version=version,
+        fps=raw["fps"],
+        features={key: _feature(key, feature) for key, feature in features.items()},
+        data_path=raw["data_path"],
+        video_path=optional["video_path"],
+        chunk_size=optional["chunks_size"],
+        total_episodes=optional.get("total_episodes"),
+        splits=optional["splits"],
+        robot_type=robot if isinstance(robot, str) else None,
+    )
+
+
+def fill_template(template: str, **values: Any) -> str:
+    """A file's name from its template.
+
+    Python's own format would do more for the writer of a template than fill in numbers.
+
+    >>> fill_template("data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet", chunk_index=0, file_index=12)
+    'data/chunk-000/file-012.parquet'
+
+    Raises:
+        ValueError: a field that the dataset's version does not have.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        if match[1] not in values:
+            raise ValueError(f"{INFO}: {template!r} has an unknown field {match[0]}; known: {', '.join(values)}")
+        return str(values[match[1]]).zfill(int(match[2] or 0))
+
+    return re.sub(r"\{([^{}:]*)(?::0(\d\d?)d)?[^{}]*\}", fill, template)
+
+
+def _require(raw: Mapping[str, Any], key: str, what: str, fits: Any) -> None:
+    if not fits(raw.get(key)) or isinstance(raw.get(key), bool):
+        raise ValueError(f"{INFO}: {key} must be {what}; got {raw.get(key)!s:.80}")
+
+
+def _feature(key: str, raw: Mapping[str, Any]) -> Feature:
+    details = raw.get("info") or raw.get("video_info")
+    is_depth = isinstance(details, dict) and bool(details.get("video.is_depth_map") or details.get("is_depth_map"))
+    return Feature(key=key, dtype=raw["dtype"], shape=raw.get("shape"), is_depth=is_depth)

@@ -1,0 +1,164 @@
+"""Parquet files, read a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+
+class TableFile:
+    """A data file, of which only the newest row groups are in memory: it may hold pictures of many episodes."""
+
+    def __init__(self, name: str, file: Path, columns: Sequence[str]) -> None:
+        self.name = name
+        self._columns = list(columns)
+        with _readable(name):
+            self._file = pq.ParquetFile(file)
+            available = self._file.schema_arrow.names
+            groups = [self._file.metadata.row_group(n).num_rows for n in range(self._file.metadata.num_row_groups)]
+            if not groups:
+                raise ValueError(f"{name} has no rows")
+        self._ends = np.cumsum(groups, dtype=np.int64)
+        self._start = 0
+        self._rows: pa.Table | None = None
+        for column in columns:
+            if available.count(column) != 1:
+                self.close()
+                raise ValueError(f"{name} has no column {column!r}; it has {', '.join(available)}")
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows there are."""
+        return int(self._ends[-1])
+
+    @cached_property
+    def first_index(self) -> int:
+        """The first value of `index`: the number of the first row in the whole dataset.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        with _readable(self.name):
+            column = self._file.read_row_group(int(np.argmax(self._ends > 0)), ["index"]).column("index")
+        if not len(column):
+            raise ValueError(f"{self.name} has no rows")
+        return int(whole_numbers(column)[0])
+
+    def rows(self, start: int, stop: int) -> pa.Table:
+        """Some rows.
+
+        Raises:
+            ValueError: the file is damaged or does not have them.
+        """
+        if not 0 <= start <= stop <= self.num_rows:
+            raise ValueError(f"{self.name} has {self.num_rows} rows; rows {start} to {stop} are not there")
+        if self._rows is None or not (self._start <= start and stop <= self._start + self._rows.num_rows):
+            first, last = (int(n) for n in np.searchsorted(self._ends, [start, max(start, stop - 1)], side="right"))
+            self._rows = None  # frees it before more is read
+            with _readable(self.name):
+                rows = self._file.read_row_groups([*range(first, min(last + 1, len(self._ends)))], self._columns)
+            self._start = int(self._ends[first - 1]) if first else 0
+            if self._start + rows.num_rows < stop:
+                raise ValueError(f"{self.name} is damaged (a row group has fewer rows than it should)")
+            self._rows = rows
+        return self._rows.slice(start - self._start, stop - start)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_columns(name: str, file: Path, columns: Sequence[str], optional: bool = False) -> dict[str, list[Any]]:
+    """Columns of a small file.
+
+    Args:
+        name: of the file, for messages.
+        file: to read.
+        columns: which ones.
+        optional: take those of them that are there.
+
+    Raises:
+        ValueError: the file is damaged or has no such column.
+    """
+    with _readable(name, ": fetch it again"), pq.ParquetFile(file) as opened:
+        available = opened.schema_arrow.names
+        found = [column for column in columns if available.count(column) == 1]
+        table = opened.read(found)
+        values = {column: table.column(column).to_pylist() for column in found}
+    if not optional and len(found) < len(columns):
+        missing = next(column for column in columns if column not in found)
+        raise ValueError(f"{name} has no column {missing!r}")
+    return values
+
+
+def numbers(column: pa.ChunkedArray, width: int) -> NDArray[Any]:
+    """A column as an array.
+
+    Args:
+        column: T numbers or, also nested, lists of them.
+        width: how many numbers each value should be.
+
+    Returns:
+        (T, width).
+
+    Raises:
+        ValueError: missing values, other things than numbers, or another width.
+    """
+    with _readable("its column"):
+        values = column.combine_chunks()
+        if isinstance(values, pa.ExtensionArray):  # matrices, where the datasets package is imported
+            values = values.storage
+        while pa.types.is_list(values.type) or pa.types.is_large_list(values.type) or _is_fixed(values.type):
+            sizes = pc.unique(pc.list_value_length(values)).to_pylist()
+            if None in sizes:
+                raise ValueError("a value is missing (null)")
+            if len(sizes) > 1:
+                raise ValueError(f"its values are of different lengths, such as {sizes[0]} and {sizes[1]}")
+            values = values.flatten()
+        if not (
+            pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_boolean(values.type)
+        ):
+            raise ValueError(f"its values are of type {values.type}, not numbers")
+        if values.null_count:
+            raise ValueError("a value is missing (null)")
+        flat = values.to_numpy(zero_copy_only=False)
+    if len(flat) != len(column) * width:
+        raise ValueError(
+            f"{len(flat) / max(1, len(column)):g} numbers are stored for each transition; expected {width}"
+        )
+    return flat.reshape(len(column), width)
+
+
+def whole_numbers(column: pa.ChunkedArray) -> NDArray[Any]:
+    """A column of whole numbers, (T,).
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    values = numbers(column, 1)[:, 0]
+    if values.dtype.kind not in "iu":
+        raise ValueError(f"its values are of type {values.dtype}, not whole numbers")
+    return values
+
+
+def _is_fixed(kind: pa.DataType) -> bool:
+    return pa.types.is_fixed_size_list(kind)
+
+
+@contextmanager
+def _readable(name: str, advice: str = "") -> Iterator[None]:
+    """Errors of Arrow as one that names the file, and what to do where not only one episode suffers."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, KeyError, TypeError, OverflowError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{name} is damaged ({reason:.200}){advice}") from error

@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,7 @@ def command(config_name: str, example: str) -> Callable[[Callable[..., None]], C
                 return
             with _refusals():
                 sys.argv[1:] = [_allow_defaulted(argument) for argument in sys.argv[1:]]
+            warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
             sys.path.append(os.getcwd())  # so that env.id=my_env:MyEnv-v0 finds my_env.py where the user is
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed and lost
             run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)

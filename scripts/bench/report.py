@@ -1,0 +1,69 @@
+"""What every benchmark writes: the machine, the versions, a table, and its rows as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path("outputs/bench")
+
+
+def machine(*packages: str) -> str:
+    """One line that says where figures come from."""
+    names = ("torch", "numpy", *packages)
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    return (
+        f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} torch threads,"
+        f" Python {platform.python_version()}, {versions}"
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def write_report(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Print the rows as a table and write them to `outputs/bench/<name>.json`.
+
+    Args:
+        name: of the benchmark.
+        rows: JSON data; a row may lack columns that others have.
+
+    Returns:
+        The file.
+    """
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    for number, line in enumerate(cells):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+        if number == 0:
+            print("| " + " | ".join("-" * width for width in widths) + " |")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path = FOLDER / f"{name}.json"
+    path.write_text(json.dumps(list(rows), indent=2))
+    print(f"rows: {path}")
+    return path
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return (
+        f"{value:,.4g}"
+        if isinstance(value, float) and abs(value) < 1000
+        else f"{value:,.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )

@@ -197,8 +197,25 @@ def test_training_fits_a_few_chunks(denoiser):
 def test_the_modulated_blocks_start_as_the_identity_and_the_output_as_zero():
     network = ModulatedMLP(**SMALL)
     x, condition = randn(3, 8), randn(3, 8, seed=1)
-    assert all(torch.equal(block(x, condition), x) for block in network.blocks)
+    assert all(torch.equal(block(x, *block.modulation(condition)), x) for block in network.blocks)
     assert torch.equal(network(*batch()), torch.zeros(6, 4, 2))
+
+
+@BOTH
+def test_many_timesteps_can_be_conditioned_at_once(denoiser):
+    network = randomised(denoiser(**SMALL)).double()
+    noisy, _, observations = batch()
+    noisy, observations = noisy.double(), observations.double()
+    timesteps = torch.tensor([19, 7, 0])
+    at_once = network.conditions(network.embed_timestep(timesteps)[:, None], observations)
+    outputs = []
+    for k, timestep in enumerate(timesteps):
+        parts = [condition[k] for condition in at_once]
+        assert all(len(part) == len(noisy) for part in parts)
+        outputs.append(network.denoise(noisy, parts))
+        expected = network(noisy, timestep.expand(len(noisy)), observations)
+        assert torch.allclose(outputs[-1], expected, rtol=0, atol=1e-10)
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-3
 
 
 @BOTH

@@ -1,14 +1,30 @@
-"""Success rates with their uncertainty, against published intervals."""
+"""Figures with their uncertainty: against published ones, exact enumeration and seeded simulation."""
 
 import math
+import time
 from statistics import NormalDist
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy.optimize import minimize_scalar
+from scipy.special import ndtri
+from scipy.stats import binom, binomtest, permutation_test
 
-from policy.statistics import bootstrap_interval, wilson_interval
+from policy.statistics import (
+    bootstrap_interval,
+    compare_means,
+    compare_success,
+    episodes_needed,
+    holm,
+    mcnemar_test,
+    non_inferiority_test,
+    paired_interval,
+    recommend,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -93,3 +109,546 @@ def test_bootstrap_interval_is_repeatable_and_close_to_the_normal_one():
 def test_bootstrap_interval_of_one_value_or_equal_ones_has_no_width():
     assert bootstrap_interval([0.5]) == (0.5, 0.5)
     assert bootstrap_interval([1.0] * 7) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(50, 50), (49, 50), (0, 20), (7, 10), (1, 1)])
+def test_bounded_bootstrap_of_successes_is_the_exact_interval(successes, trials):
+    exact = binomtest(successes, trials).proportion_ci(method="exact")
+    low, high = bootstrap_interval([1.0] * successes + [0.0] * (trials - successes), bounds=(0, 1))
+    assert (low, high) == pytest.approx((exact.low, exact.high), abs=0.1 * (exact.high - exact.low))
+
+
+def test_bounded_bootstrap_covers_where_rare_failures_are_missed():
+    generator = np.random.default_rng(0)
+    plain = bounded = 0
+    for _ in range(200):
+        values = (generator.random(50) < 0.98).astype(float)  # all are 1 in 36 % of the samples
+        for bounds in (None, (0, 1)):
+            low, high = bootstrap_interval(values, bounds=bounds)
+            if bounds:
+                bounded += low <= 0.98 <= high
+            else:
+                plain += low <= 0.98 <= high
+    assert bounded / 200 >= 0.95
+    assert plain / 200 < 0.75  # the reason for bounds
+
+
+@pytest.mark.parametrize("bounds", [None, (0, 1)])
+def test_bootstrap_interval_ignores_the_order_and_mirrors_with_the_values(bounds):
+    values = np.random.default_rng(3).beta(4, 1, 80)
+    low, high = bootstrap_interval(values, bounds=bounds)
+    assert bootstrap_interval(values[::-1], bounds=bounds) == (low, high)
+    assert bootstrap_interval(1 - values, bounds=bounds) == pytest.approx((1 - high, 1 - low), abs=0.1 * (high - low))
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "says"),
+    [
+        ([], {}, "one or more"),
+        ([1.0, math.nan], {}, "NaN"),
+        ([0.5, 1.5], {"bounds": (0, 1)}, r"within the bounds \(0, 1\); got 0.5 to 1.5"),
+        ([0.5], {"confidence": 1.0}, "confidence must be above 0 and below 1"),
+    ],
+)
+def test_bootstrap_interval_refuses(values, options, says):
+    with pytest.raises(ValueError, match=says):
+        bootstrap_interval(values, **options)
+
+
+# --- two cells on the same episodes
+
+
+# Bentur et al. 2009 and Cavo et al. 2012, the examples of Fagerland, Lydersen and Laake (2014, Stat. Med. 33, and their
+# book, chapter 8), figures as printed by the tests of their R package `contingencytables`.
+BENTUR, CAVO = (1, 7, 21), (6, 16, 161)
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "episodes", "confidence", "low", "high", "digits"),
+    [
+        (*BENTUR, 0.95, -0.517, -0.026, 3),
+        (*CAVO, 0.95, -0.1240, -0.0054, 4),
+        (28, 25, 618, 0.90, -0.0148, 0.0247, 4),  # R package PropCIs, scoreci.mp(25, 28, 618, 0.9)
+    ],
+)
+def test_published_paired_intervals(wins, losses, episodes, confidence, low, high, digits):
+    interval = paired_interval(wins, losses, episodes, confidence)
+    assert np.round(interval, digits) == pytest.approx((low, high), abs=1e-9)
+
+
+def numerical_score(wins, losses, episodes, difference):
+    """Tango's statistic with the restricted maximum of the likelihood found numerically, not by its formula."""
+    neither = episodes - wins - losses
+
+    def cost(lost):
+        chances = (lost + difference, lost, 1 - 2 * lost - difference)
+        counts = (wins, losses, neither)
+        return -sum(count * math.log(max(chance, 1e-300)) for count, chance in zip(counts, chances, strict=True))
+
+    least, most = max(0, -difference), (1 - difference) / 2
+    lost = minimize_scalar(cost, bounds=(least, most), method="bounded", options={"xatol": 1e-12}).x
+    lost = min((lost, least, most), key=cost)  # the search stops short of the ends
+    deviation = math.sqrt(episodes * (2 * lost + difference - difference**2))
+    return (wins - losses - episodes * difference) / deviation
+
+
+TABLES = st.integers(1, 300).flatmap(
+    lambda n: st.integers(0, n).flatmap(lambda w: st.tuples(st.just(w), st.integers(0, n - w), st.just(n)))
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(table=TABLES, confidence=st.floats(0.5, 0.999))
+def test_the_ends_are_where_the_paired_score_test_just_rejects(table, confidence):
+    wins, losses, episodes = table
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    low, high = paired_interval(wins, losses, episodes, confidence)
+    assert -1 <= low <= (wins - losses) / episodes + 1e-12
+    assert (wins - losses) / episodes - 1e-12 <= high <= 1
+    for end, sign in ((float(low), 1), (float(high), -1)):
+        if abs(end) < 1 - 1e-6 and abs(end) > 1e-6:
+            assert sign * numerical_score(wins, losses, episodes, end) == pytest.approx(z, rel=1e-3)
+
+
+@settings(deadline=None, max_examples=50)
+@given(table=TABLES)
+def test_exchanging_the_cells_mirrors_everything(table):
+    wins, losses, episodes = table
+    low, high = paired_interval(wins, losses, episodes)
+    assert paired_interval(losses, wins, episodes) == (-high, -low)
+    assert mcnemar_test(wins, losses) == mcnemar_test(losses, wins)
+
+
+def table_probabilities(episodes, win_rate, loss_rate):
+    """All (wins, losses) that are not practically impossible, and their probabilities."""
+    wins, losses = np.meshgrid(np.arange(episodes + 1), np.arange(episodes + 1), indexing="ij")
+    possible = wins + losses <= episodes
+    wins, losses = wins[possible], losses[possible]
+    share = min(1, win_rate / (1 - loss_rate)) if loss_rate < 1 else 0
+    chance = binom.pmf(losses, episodes, loss_rate) * binom.pmf(wins, episodes - losses, share)
+    likely = chance > 1e-11
+    return wins[likely], losses[likely], chance[likely]
+
+
+def rates_of(first, second, correlation):
+    """Rates of discordant episodes of two cells with these success rates."""
+    both = first * second + correlation * math.sqrt(first * (1 - first) * second * (1 - second))
+    both = min(max(both, first + second - 1), first, second)
+    return first - both, second - both
+
+
+def least_coverage(episodes, rates=(0.05, 0.5, 0.71, 0.95, 1.0), drops=(0.0, 0.05, 0.2)):
+    least = 1.0
+    for first in rates:
+        for second in {max(first - drop, 0) for drop in drops}:
+            for correlation in (0.0, 0.5, 0.9):
+                win_rate, loss_rate = rates_of(first, second, correlation)
+                wins, losses, chance = table_probabilities(episodes, win_rate, loss_rate)
+                low, high = paired_interval(wins, losses, episodes)
+                covered = (low <= win_rate - loss_rate + 1e-12) & (win_rate - loss_rate - 1e-12 <= high)
+                least = min(least, chance[covered].sum())
+    return least
+
+
+@pytest.mark.parametrize("episodes", [10, 50])
+def test_paired_intervals_cover_as_often_as_they_say(episodes):
+    assert least_coverage(episodes) >= 0.94  # exact, no simulation: every table that can come
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("episodes", [20, 100, 200, 500])
+def test_paired_intervals_cover_as_often_as_they_say_in_longer_sweeps(episodes):
+    assert least_coverage(episodes) >= 0.94
+
+
+def test_published_mcnemar_tests():
+    assert mcnemar_test(*CAVO[:2]) == pytest.approx(0.052479, abs=5e-7)
+    assert mcnemar_test(*BENTUR[:2]) == pytest.approx(0.0703125)
+    assert mcnemar_test(0, 0) == 1
+
+
+@settings(deadline=None, max_examples=100)
+@given(wins=st.integers(0, 200), losses=st.integers(0, 200))
+def test_mcnemar_is_the_binomial_test_of_the_discordant_episodes(wins, losses):
+    expected = binomtest(wins, wins + losses).pvalue if wins + losses else 1
+    assert mcnemar_test(wins, losses) == pytest.approx(expected, rel=1e-9)
+
+
+def test_mcnemar_and_holm_agree_with_statsmodels():
+    tables = pytest.importorskip("statsmodels.stats.contingency_tables")
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    for wins, losses in ((6, 16), (1, 7), (0, 3), (40, 20)):
+        assert mcnemar_test(wins, losses) == pytest.approx(tables.mcnemar([[50, wins], [losses, 9]], exact=True).pvalue)
+    p = np.random.default_rng(0).random(30) ** 4
+    assert holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1])
+
+
+def test_holm_of_an_example():
+    # Holm 1979: 0.01 x 4, 0.005 x 5, then 0.03 x 3, 0.04 x 2 and never less than one before.
+    assert holm([0.01, 0.04, 0.03, 0.005, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.025, 0.5])
+    assert holm([0.02, 0.03], most_true=1) == pytest.approx([0.02, 0.03])
+
+
+@settings(deadline=None, max_examples=100)
+@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=30), most_true=st.integers(1, 30))
+def test_holm_keeps_the_order_lowers_nothing_and_stays_below_bonferroni(p, most_true):
+    adjusted = holm(p)
+    order = np.argsort(p, kind="stable")
+    assert np.all(np.diff(adjusted[order]) >= 0)
+    assert np.all(adjusted >= p)
+    assert np.all(adjusted <= np.minimum(1, len(p) * np.array(p)).max())
+    assert np.all(adjusted <= 1)
+    assert np.all(holm(p, most_true=most_true) <= adjusted)
+
+
+def test_scores_are_compared_pair_by_pair():
+    generator = np.random.default_rng(0)
+    easy = generator.random(60)
+    values = np.clip(np.stack([easy, easy + 0.03 + generator.normal(0, 0.05, 60), generator.random(60)]), 0, 1)
+    for bounds in (None, (0, 1)):
+        same, paired, other = compare_means(values, 0, bounds=bounds)
+        assert (same.difference, same.low, same.high, same.p_value) == (0, 0, 0, 1)
+        assert paired.difference == pytest.approx(values[1].mean() - values[0].mean())
+        assert paired.low <= paired.difference <= paired.high
+        for cell, row in ((paired, values[1]), (other, values[2])):
+            library = permutation_test(
+                (row, values[0]),
+                lambda a, b, axis: np.mean(a, axis) - np.mean(b, axis),
+                permutation_type="samples",
+                n_resamples=9999,
+                rng=np.random.default_rng(1),
+            ).pvalue
+            assert cell.p_value == pytest.approx(library, abs=0.02)
+            assert cell.p_value <= cell.adjusted_p_value <= 3 * cell.p_value + 1e-12
+    _, paired, other = compare_means(values, 0)
+    assert paired.high - paired.low < 0.5 * (other.high - other.low)  # what the pairing is for
+    narrow, wide = (compare_means(values, 0, bounds=b)[1] for b in (None, (0, 1)))
+    assert wide.low < narrow.low < narrow.high < wide.high
+
+
+def test_score_differences_cover_as_often_as_they_say():
+    generator = np.random.default_rng(0)
+    covered = np.zeros(2)
+    for _ in range(150):
+        easy = generator.random(50)
+        values = np.stack([easy**0.5, easy**0.5 * (generator.random(50) < 0.9)])  # mean difference -2/3 x 0.1
+        for i, bounds in enumerate((None, (0, 1))):
+            cell = compare_means(values, 0, bounds=bounds)[1]
+            covered[i] += cell.low <= -0.2 / 3 <= cell.high
+    assert covered[0] / 150 >= 0.86  # the percentile bootstrap of 5 rare failures among 50 falls short
+    assert covered[1] / 150 >= 0.94
+
+
+def test_success_compared_with_a_reference():
+    solved = np.zeros((3, 161), dtype=bool)
+    solved[0, :65] = True  # Cavo et al.: 59 both, 6 the first alone, 16 the second alone
+    solved[1, :59] = solved[1, 65:81] = True
+    first, reference, _ = compare_success(solved, 1)
+    assert first.difference == pytest.approx(-10 / 161)
+    assert (round(first.low, 4), round(first.high, 4)) == (-0.1240, -0.0054)
+    assert first.p_value == pytest.approx(0.052479, abs=5e-7)
+    assert first.adjusted_p_value == pytest.approx(0.052479, abs=5e-7)  # the two others are smaller: Holm's last step
+    assert (reference.difference, reference.low, reference.high, reference.adjusted_p_value) == (0, 0, 0, 1)
+
+
+# --- not worse by a margin
+
+
+def test_non_inferiority_test_is_the_exact_one_of_every_table():
+    episodes, margin = 12, 0.1
+    wins, losses = (a.ravel() for a in np.meshgrid(np.arange(13), np.arange(13)))
+    wins, losses = wins[wins + losses <= 12], losses[wins + losses <= 12]
+    score = np.array([numerical_score(w, x, episodes, -margin) for w, x in zip(wins, losses, strict=True)])
+    rates = np.linspace(0, (1 - margin) / 2, 400)[:, None]
+    chance = binom.pmf(losses, episodes, rates + margin) * binom.pmf(
+        wins, episodes - losses, np.minimum(rates / (1 - margin - rates), 1)
+    )
+    exact = np.array([(chance * (score >= s - 1e-6)).sum(1).max() for s in score])
+    asymptotic = 1 - np.array([NormalDist().cdf(s) for s in score])
+    assert non_inferiority_test(wins, losses, episodes, margin) == pytest.approx(
+        np.maximum(exact, asymptotic), abs=2e-3
+    )
+
+
+def greatest_error(episodes, margin, alpha):
+    """Probability of rejecting a difference of -margin, or less, at the worst rate of discordant episodes."""
+    wins, losses = np.meshgrid(np.arange(episodes + 1), np.arange(episodes + 1), indexing="ij")
+    possible = wins + losses <= episodes
+    p = np.ones(wins.shape)
+    near = possible & (wins - losses > -margin * episodes)
+    p[near] = non_inferiority_test(wins[near], losses[near], episodes, margin)
+    error = 0.0
+    for difference in (margin, margin + 0.02):
+        for rate in np.linspace(0, (1 - difference) / 2, 60):
+            w, x, chance = table_probabilities(episodes, rate, rate + difference)
+            error = max(error, chance[p[w, x] <= alpha].sum())
+    return error
+
+
+@pytest.mark.parametrize(("episodes", "margin"), [(10, 0.1), (29, 0.05), (52, 0.05)])
+@pytest.mark.parametrize("alpha", [0.05, 0.05 / 7])
+def test_a_cell_worse_by_the_margin_seldom_passes(episodes, margin, alpha):
+    # Tango's own test is wrong in 6.9 % at 52 episodes: the reason for the exact one.
+    assert greatest_error(episodes, margin, alpha) <= alpha * 1.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("episodes", [20, 50, 75, 100])
+@pytest.mark.parametrize("alpha", [0.05, 0.05 / 23])
+def test_a_cell_worse_by_the_margin_seldom_passes_in_longer_sweeps(episodes, alpha):
+    assert greatest_error(episodes, 0.05, alpha) <= alpha * 1.01
+
+
+def outcomes(rates, episodes, correlation, generator):
+    """(K, N) successes: a normal difficulty that all cells share, and luck of their own."""
+    shared, own = generator.standard_normal((1, episodes)), generator.standard_normal((len(rates), episodes))
+    ability = math.sqrt(correlation) * shared + math.sqrt(1 - correlation) * own
+    return ability < ndtri(np.array(rates))[:, None]
+
+
+# What is wrong to recommend comes first: cheaper and exactly the margin worse than the best.
+TRUTHS = {
+    "two cells": [0.66, 0.71],
+    "one is perfect": [0.95, 1.0],
+    "one good enough of four": [0.45, 0.45, 0.45, 0.5],
+    "four of eight": [0.9] * 4 + [0.95] * 4,
+    "one of twenty-four": [0.9] * 23 + [0.95],
+}
+
+
+def wrong_recommendations(rates, episodes, correlation, repeats):
+    generator = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(repeats):
+        cell = recommend(outcomes(rates, episodes, correlation, generator), range(len(rates))).cell
+        wrong += cell is not None and rates[cell] <= max(rates) - 0.05 + 1e-9
+    return wrong / repeats
+
+
+def within(rate, repeats):
+    """The most that chance explains: three standard errors above."""
+    return rate + 3 * math.sqrt(rate * (1 - rate) / repeats)
+
+
+@pytest.mark.parametrize("rates", TRUTHS.values(), ids=TRUTHS)
+def test_wrong_recommendations_are_rare(rates):
+    assert wrong_recommendations(rates, 200, 0.7, 150) <= within(0.05, 150)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("episodes", [50, 200, 500])
+@pytest.mark.parametrize("correlation", [0.0, 0.9])
+@pytest.mark.parametrize("rates", TRUTHS.values(), ids=TRUTHS)
+def test_wrong_recommendations_are_rare_everywhere(rates, correlation, episodes):
+    assert wrong_recommendations(rates, episodes, correlation, 1000) <= within(0.05, 1000)
+
+
+def decided(rates, episodes, correlation, repeats):
+    """How often the first undecided answers are decided by as many more episodes as they ask for."""
+    generator = np.random.default_rng(0)
+    some = cheapest = undecided = 0
+    for _ in range(repeats):
+        before = outcomes(rates, episodes, correlation, generator)
+        answer = recommend(before, range(len(rates)))
+        if answer.cell is None:
+            undecided += 1
+            for more in {answer.more_episodes, answer.cells[0].more_episodes}:
+                after = outcomes(rates, more, correlation, generator)
+                again = recommend(np.hstack([before, after]), range(len(rates)))
+                some += more == answer.more_episodes and again.cell is not None
+                cheapest += more == answer.cells[0].more_episodes and again.cells[0].verdict == "not worse"
+    assert undecided > repeats / 10
+    return some / undecided, cheapest / undecided
+
+
+@pytest.mark.parametrize(("cells", "rate"), [(2, 0.71), (8, 0.95)])
+def test_as_many_more_episodes_as_asked_for_decide(cells, rate):
+    some, cheapest = decided([rate] * cells, 50, 0.7, 80)
+    assert some >= 0.8
+    assert cheapest >= 0.65  # asked for: 0.8, of the normal approximation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cells", [2, 4, 8])
+@pytest.mark.parametrize("rate", [0.5, 0.71, 0.95])
+@pytest.mark.parametrize("correlation", [0.3, 0.9])
+def test_as_many_more_episodes_as_asked_for_decide_everywhere(cells, rate, correlation):
+    some, cheapest = decided([rate] * cells, 50, correlation, 200)
+    assert some >= 0.8
+    assert cheapest >= 0.62
+
+
+def test_more_episodes_are_needed_for_more_discord_a_worse_start_and_a_smaller_margin():
+    assert np.all(np.diff(episodes_needed(np.arange(0, 25), np.arange(0, 25), 50, 0.05)) > 0)
+    assert np.all(np.diff(episodes_needed(np.arange(20, 5, -1), np.arange(5, 20), 50, 0.05)) >= 0)
+    assert episodes_needed(5, 5, 50, 0.02) > episodes_needed(5, 5, 50, 0.05) > episodes_needed(5, 5, 50, 0.1) > 0
+    assert episodes_needed(5, 5, 50, 0.05, alpha=0.01) > episodes_needed(5, 5, 50, 0.05)
+    assert episodes_needed(5, 5, 50, 0.05, power=0.9) > episodes_needed(5, 5, 50, 0.05)
+    assert episodes_needed(10, 10, 5000, 0.05) == 0
+    # From nothing it is the textbook figure (Nam 1997): (z_alpha + z_power)^2 discordant / margin^2, about.
+    assert 60 + episodes_needed(6, 6, 60, 0.05) == pytest.approx((1.645 + 0.842) ** 2 * (13 / 62) / 0.05**2, rel=0.08)
+
+
+# --- the recommendation
+
+
+def row(successes, episodes=200):
+    return np.arange(episodes) < successes
+
+
+def test_the_cheapest_cell_that_is_not_worse_is_recommended():
+    answer = recommend([row(150), row(189), row(190), row(188)], cost=[1, 8, 50, 16])
+    assert (answer.cell, answer.best) == (1, 2)
+    assert [cell.verdict for cell in answer.cells] == ["worse", "not worse", "not worse", "not worse"]
+    assert answer.cells[0].difference == pytest.approx(-0.2)
+    assert answer.cells[1].low > -0.05
+    assert answer.more_episodes == 0
+    assert answer.sentence == "the cheapest cell that is not worse than the best by 5 points (95 % sure)"
+
+
+def test_cost_can_be_a_tuple_and_equal_costs_go_by_success():
+    success = [row(189), row(190), row(190), row(188)]
+    assert recommend(success, cost=[(8, 3.0), (8, 2.0), (50, 9.0), (8, 2.5)]).cell == 1
+    assert recommend(success, cost=[8, 8, 50, 8]).cell == 1
+
+
+def test_the_cheapest_is_the_best():
+    answer = recommend([row(190), row(180), row(120)], cost=[2, 8, 50])
+    assert (answer.cell, answer.best, answer.sentence) == (0, 0, "the cheapest cell is also the best")
+
+
+def test_few_episodes_give_no_recommendation_even_of_the_best_seen():
+    answer = recommend([row(9, 10), row(8, 10)], cost=[2, 8])
+    assert (answer.cell, answer.best) == (None, 0)
+    assert answer.more_episodes == min(cell.more_episodes for cell in answer.cells) > 10
+    assert answer.sentence.startswith("not enough episodes: about ")
+    assert answer.sentence.endswith(" more would decide (the cheapest cell is the best so far)")
+
+
+def test_a_cheaper_cell_that_is_still_open_is_mentioned():
+    answer = recommend([row(184), row(190), row(100)], cost=[8, 50, 1])
+    assert answer.cell == 1
+    assert [cell.verdict for cell in answer.cells] == ["open", "not worse", "worse"]
+    assert answer.more_episodes == answer.cells[0].more_episodes > 0
+    assert "of cheaper ones, not enough episodes: about " in answer.sentence
+
+
+def test_one_cell_has_nothing_to_be_worse_than():
+    answer = recommend([row(3, 10)], cost=[8])
+    assert (answer.cell, answer.best, answer.more_episodes) == (0, 0, 0)
+    assert "one cell only" in answer.sentence
+
+
+@pytest.mark.parametrize("solved", [True, False])
+def test_all_or_none_solved(solved):
+    many = recommend(np.full((3, 300), solved), cost=[2, 8, 50])
+    assert (many.cell, many.best) == (0, 0)
+    for episodes in (1, 20):
+        few = recommend(np.full((3, episodes), solved), cost=[2, 8, 50])
+        assert few.cell is None
+        assert 20 < few.more_episodes < 2000
+
+
+SWEEPS = hnp.arrays(bool, st.tuples(st.integers(1, 5), st.integers(1, 80)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(success=SWEEPS, margin=st.floats(0.01, 0.6), seed=st.integers(0, 9))
+def test_of_any_sweep(success, margin, seed):
+    cost = np.random.default_rng(seed).permutation(len(success))
+    answer = recommend(success, cost, margin=margin)
+    for cell in answer.cells:
+        assert -1 <= cell.low <= cell.difference + 1e-9
+        assert cell.difference - 1e-9 <= cell.high <= 1
+        assert (cell.verdict == "not worse") == (cell.p_value <= 1 - answer.confidence)
+        assert (cell.more_episodes > 0) == (cell.verdict == "open")
+    assert answer.cells[answer.best].difference == 0
+    if answer.cell is None:
+        assert answer.more_episodes > 0
+    else:
+        assert answer.cells[answer.cell].low >= -margin - 1e-9
+    # Neither the order of the episodes nor that of the cells matters.
+    generator = np.random.default_rng(seed)
+    assert recommend(generator.permutation(success, axis=1), cost, margin=margin) == answer
+    order = generator.permutation(len(success))
+    again = recommend(success[order], cost[order], margin=margin)
+    assert [again.cells[i] for i in np.argsort(order)] == list(answer.cells)
+    assert (None if again.cell is None else order[again.cell]) == answer.cell
+
+
+@settings(deadline=None, max_examples=15)
+@given(success=SWEEPS)
+def test_comparisons_of_any_sweep(success):
+    for bounds in ("success", None, (0, 1)):
+        for reference in {0, len(success) - 1}:
+            cells = (
+                compare_success(success, reference)
+                if bounds == "success"
+                else compare_means(success, reference, bounds=bounds)
+            )
+            for cell in cells:
+                assert -1 <= cell.low <= cell.high <= 1
+                assert 0 < cell.p_value <= cell.adjusted_p_value <= 1
+    first, last = compare_success(success, 0)[-1], compare_success(success, len(success) - 1)[0]
+    assert (first.low, first.high, first.p_value) == (-last.high, -last.low, last.p_value)
+    first, last = compare_means(success, 0)[-1], compare_means(success, len(success) - 1)[0]
+    assert (first.p_value, first.adjusted_p_value) == (last.p_value, last.adjusted_p_value)
+
+
+BAD = {
+    "lengths that disagree": (([[1, 0], [1]], [1, 2]), {}, r"same episodes in every cell; got \[2, 1\] episodes"),
+    "no cells": (([], []), {}, "one or more of each"),
+    "no episodes": (([[], []], [1, 2]), {}, "one or more of each"),
+    "one axis": (([True, False], [1, 2]), {}, "cells x episodes"),
+    "NaN": (([[1, math.nan], [1, 0]], [1, 2]), {}, "finite numbers"),
+    "None": (([[True, None], [True, False]], [1, 2]), {}, "finite numbers"),
+    "scores": (([[0.5, 1], [1, 0]], [1, 2]), {}, "true or false"),
+    "margin 0": (([[1], [0]], [1, 2]), {"margin": 0}, "margin must be above 0 and below 1; got 0"),
+    "margin in points": (([[1], [0]], [1, 2]), {"margin": 5}, "margin must be above 0 and below 1; got 5"),
+    "margin NaN": (([[1], [0]], [1, 2]), {"margin": math.nan}, "margin must be"),
+    "confidence": (([[1], [0]], [1, 2]), {"confidence": 0.05}, "confidence must be above 0.5 and below 1"),
+    "a cost short": (([[1], [0]], [1]), {}, "one entry per cell; got 1 for 2 cells"),
+    "cost NaN": (([[1], [0]], [1, math.nan]), {}, "cost must be finite"),
+    "uneven costs": (([[1], [0]], [(1, 2.0), (2,)]), {}, "tuples of the same length"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "options", "says"), BAD.values(), ids=BAD)
+def test_recommend_refuses(arguments, options, says):
+    with pytest.raises(ValueError, match=says):
+        recommend(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: compare_success([[1, 0], [0, 1]], 2),
+        lambda: compare_means([[1, 0], [0, math.inf]], 0),
+        lambda: compare_means([[1, 0], [0, 2]], 0, bounds=(0, 1)),
+        lambda: compare_means([[1, 0], [0]], 0),
+        lambda: compare_means([[1, 0], [0, 1]], 0, 1.5),
+        lambda: paired_interval(3, 3, 5),
+        lambda: paired_interval(-1, 3, 5),
+        lambda: paired_interval(0, 0, 0),
+        lambda: non_inferiority_test(1, 1, 10, 0),
+        lambda: non_inferiority_test(6, 6, 10, 0.1),
+        lambda: mcnemar_test(-1, 2),
+        lambda: episodes_needed(1, 1, 10, 1.0),
+        lambda: holm([]),
+        lambda: holm([0.5, math.nan]),
+    ],
+)
+def test_the_rest_refuses_too(call):
+    with pytest.raises(ValueError, match=r"must be|must lie|must have"):
+        call()
+
+
+def test_a_large_sweep_takes_no_time():
+    generator = np.random.default_rng(0)
+    success, scores = outcomes([0.7] * 24, 500, 0.5, generator), generator.random((24, 500))
+    begin = time.perf_counter()
+    recommend(success, range(24))
+    compare_success(success, 0)
+    compare_means(scores, 0)
+    compare_means(scores, 0, bounds=(0, 1))
+    assert time.perf_counter() - begin < 2  # a quarter of a second on one slow core; room for a busy one

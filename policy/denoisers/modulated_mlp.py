@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from policy.denoisers.timestep import TimestepEmbedding, check_sizes
@@ -21,10 +23,14 @@ class ModulatedBlock(nn.Module):
         nn.init.zeros_(self.modulate.weight)
         nn.init.zeros_(self.modulate.bias)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """(B, width) and its (B, width) condition to (B, width)."""
-        scale, shift, gate = self.modulate(condition).chunk(3, dim=1)
-        h = self.norm(x) * (1 + scale) + shift
+    def modulation(self, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., width) to 1 + scale, shift and gate, each (..., width)."""
+        scale, shift, gate = self.modulate(condition).chunk(3, dim=-1)
+        return 1 + scale, shift, gate
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
+        """(B, width) and its `modulation` to (B, width)."""
+        h = self.norm(x) * scale + shift
         h = nn.functional.silu(self.expand(h))
         return x + gate * self.contract(self.dropout(h))
 
@@ -91,8 +97,32 @@ class ModulatedMLP(nn.Module):
         Returns:
             (B, action_horizon, action_dim).
         """
-        condition = nn.functional.silu(self.embed_timestep(timestep) + self.project_observation(obs_embedding))
+        return self.denoise(noisy_actions, self.conditions(self.embed_timestep(timestep), obs_embedding))
+
+    def conditions(self, embedded_timestep: Tensor, obs_embedding: Tensor) -> tuple[Tensor, ...]:
+        """All that the network does with timestep and observation: it needs no actions, so many timesteps go at once.
+
+        Args:
+            embedded_timestep: (..., B or 1, hidden_size) from `embed_timestep`.
+            obs_embedding: (B, obs_size).
+
+        Returns:
+            Three tensors (..., B, hidden_size) for each block in turn: see `ModulatedBlock.modulation`.
+        """
+        condition = nn.functional.silu(embedded_timestep + self.project_observation(obs_embedding))
+        return tuple(part for block in self.blocks for part in block.modulation(condition))  # type: ignore[operator]
+
+    def denoise(self, noisy_actions: Tensor, conditions: Sequence[Tensor]) -> Tensor:
+        """What is left to do at each timestep.
+
+        Args:
+            noisy_actions: (B, action_horizon, action_dim).
+            conditions: three tensors (B, hidden_size) for each block, see `conditions`.
+
+        Returns:
+            (B, action_horizon, action_dim).
+        """
         x = self.enter(noisy_actions.flatten(1))
-        for block in self.blocks:
-            x = block(x, condition)
+        for number, block in enumerate(self.blocks):
+            x = block(x, *conditions[3 * number : 3 * number + 3])
         return self.leave(self.norm(x)).unflatten(1, noisy_actions.shape[1:])

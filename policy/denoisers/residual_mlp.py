@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -85,3 +87,36 @@ class ResidualMLP(nn.Module):
         ]
         x = nn.functional.silu(self.enter(torch.cat(parts, dim=1)))
         return self.leave(self.blocks(x)).unflatten(1, noisy_actions.shape[1:])
+
+    def conditions(self, embedded_timestep: Tensor, obs_embedding: Tensor) -> tuple[Tensor, ...]:
+        """The share of timestep and observation in the entry layer: it needs no actions, so many timesteps go at once.
+
+        Args:
+            embedded_timestep: (..., B or 1, hidden_size) from `embed_timestep`.
+            obs_embedding: (B, obs_size).
+
+        Returns:
+            One tensor (..., B, hidden_size).
+        """
+        _, for_timestep, for_observation = self._entry_weights()
+        observed = nn.functional.linear(self.project_observation(obs_embedding), for_observation)
+        return (nn.functional.linear(embedded_timestep, for_timestep, self.enter.bias) + observed,)
+
+    def denoise(self, noisy_actions: Tensor, conditions: Sequence[Tensor]) -> Tensor:
+        """What is left to do at each timestep; equals `forward` up to rounding, as the entry's sum is taken in parts.
+
+        Args:
+            noisy_actions: (B, action_horizon, action_dim).
+            conditions: one tensor (B, hidden_size), see `conditions`.
+
+        Returns:
+            (B, action_horizon, action_dim).
+        """
+        (condition,) = conditions
+        for_actions, _, _ = self._entry_weights()
+        x = nn.functional.silu(nn.functional.linear(noisy_actions.flatten(1), for_actions) + condition)
+        return self.leave(self.blocks(x)).unflatten(1, noisy_actions.shape[1:])
+
+    def _entry_weights(self) -> tuple[Tensor, ...]:
+        width = self.project_observation.out_features
+        return self.enter.weight.split((self.enter.in_features - 2 * width, width, width), dim=1)

@@ -1,0 +1,7 @@
+"""Sampling compiled into one program, behind one name, and exported for programs that have no torch."""
+
+from __future__ import annotations
+
+from policy.inference.backends import BACKENDS, SamplerProgram, compile_sampler
+
+__all__ = ["BACKENDS", "SamplerProgram", "compile_sampler"]

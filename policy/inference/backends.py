@@ -1,0 +1,276 @@
+"""One call that samples chunks, whatever runs it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from policy.arguments import unknown_name
+from policy.ddim import Generators, ddim_step, ddim_timesteps, randn_like
+from policy.diffusion_policy import DiffusionPolicy, Observations, PolicyConfig, is_image
+from policy.inference.onnx_graph import build_model, observation_input, require
+from policy.inference.program import Program
+from policy.sampler import Sampler
+
+Run = Callable[[Observations, Tensor, Tensor | None], Tensor]
+WEIGHTS = ("float32", "int8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerProgram:
+    """A policy's sampling with its settings fixed.
+
+    Attributes:
+        config: of the policy.
+        sampler: the settings.
+        backend: what runs it.
+        run: (observations, noise, step_noise) to actions, everything on `device` and checked.
+        device: where it runs.
+    """
+
+    config: PolicyConfig
+    sampler: Sampler
+    backend: str
+    run: Run
+    device: torch.device
+
+    def __call__(
+        self,
+        observations: Mapping[str, Tensor | NDArray[Any]],
+        noise: Tensor | NDArray[np.float32],
+        step_noise: Tensor | NDArray[np.float32] | None = None,
+    ) -> Tensor:
+        """Sample one chunk per row.
+
+        Args:
+            observations: (B, obs_horizon, *shape) under each key, in the data's units; images uint8.
+            noise: (B, action_horizon, action_dim) standard normal starting point.
+            step_noise: (ddim_steps, B, action_horizon, action_dim) standard normal, for eta > 0.
+
+        Returns:
+            (B, action_horizon, action_dim) float32 in the data's units, as `DiffusionPolicy.sample_actions` gives.
+
+        Raises:
+            ValueError: missing or unknown keys, wrong shapes, an image that is not uint8, or step noise that is missing
+                or not used.
+        """
+        start = torch.as_tensor(noise, dtype=torch.float32)
+        added = None if step_noise is None else torch.as_tensor(step_noise, dtype=torch.float32)
+        seen = {key: torch.as_tensor(value) for key, value in observations.items()}
+        self._check(seen, start, added)
+        on_device = {
+            key: value.to(self.device, torch.uint8 if is_image(self.config.observation_shapes[key]) else torch.float32)
+            for key, value in seen.items()
+        }
+        with torch.no_grad():
+            return self.run(on_device, start.to(self.device), None if added is None else added.to(self.device))
+
+    def sample_actions(
+        self, observations: Mapping[str, Tensor | NDArray[Any]], *, generator: Generators | None = None
+    ) -> Tensor:
+        """Sample one chunk per row with noise drawn as `DiffusionPolicy.sample_actions` draws it.
+
+        Args:
+            observations: see `__call__`.
+            generator: source of all noise: one, or one per row.
+
+        Returns:
+            (B, action_horizon, action_dim) float32 in the data's units.
+
+        Raises:
+            ValueError: see `__call__`, or other than B generators.
+        """
+        rows = len(next(iter(observations.values()), ()))
+        on = generator.device if isinstance(generator, torch.Generator) else "cpu"
+        like = torch.empty((rows, self.config.action_horizon, self.config.action_dim), device=on)
+        noise = randn_like(like, generator)
+        if self.sampler.eta == 0:
+            return self(observations, noise)
+        step_noise = [randn_like(like, generator) for _ in range(self.sampler.ddim_steps)]
+        return self(observations, noise, torch.stack(step_noise))
+
+    def _check(self, observations: Observations, noise: Tensor, step_noise: Tensor | None) -> None:
+        expected = self.config.observation_shapes
+        if observations.keys() != expected.keys():
+            raise ValueError(f"observations must have the keys {sorted(expected)}; got {sorted(observations)}")
+        for key, value in observations.items():
+            if tuple(value.shape) != (len(noise), self.config.obs_horizon, *expected[key]):
+                raise ValueError(
+                    f"observation {key!r} must have shape ({len(noise)}, {self.config.obs_horizon}, "
+                    f"{', '.join(map(str, expected[key]))}); got {tuple(value.shape)}"
+                )
+            if is_image(expected[key]) and value.dtype != torch.uint8:
+                raise ValueError(f"observation {key!r} is an image and must be uint8; got {value.dtype}")
+        chunk = (len(noise), self.config.action_horizon, self.config.action_dim)
+        if tuple(noise.shape) != chunk:
+            raise ValueError(f"noise must have shape {chunk}; got {tuple(noise.shape)}")
+        wanted = (self.sampler.ddim_steps, *chunk) if self.sampler.eta > 0 else None
+        got = None if step_noise is None else tuple(step_noise.shape)
+        if got != wanted:
+            raise ValueError(f"eta={self.sampler.eta} needs step_noise of shape {wanted}; got {got}")
+
+
+def compile_sampler(
+    policy: DiffusionPolicy, sampler: Sampler, *, backend: str = "eager", weights: str = "float32"
+) -> SamplerProgram:
+    """Fix a policy's weights and sampler settings, and compile the sampling.
+
+    Args:
+        policy: as it should act; it is copied, and later changes to it have no effect.
+        sampler: the settings.
+        backend: `eager` takes the steps of `sample_actions` and is the reference for the others; `compile` is
+            torch.compile (slow at the first call, and needs a C++ compiler on a CPU); `onnx` is one graph in ONNX
+            Runtime, on the CPU, on one thread; `cuda_graph` records all steps, once for each batch size.
+        weights: `float32`, or `int8` for the matrices of `onnx`.
+
+    Returns:
+        The program.
+
+    Raises:
+        ValueError: an unknown name, a backend that this machine cannot run, narrower weights for a backend other than
+            `onnx`, or more denoising steps than the schedule has timesteps.
+
+    Example:
+        >>> import torch
+        >>> from policy import DiffusionPolicy, PolicyConfig, Sampler
+        >>> policy = DiffusionPolicy(PolicyConfig(observation_shapes={"state": (5,)}, action_dim=2)).eval()
+        >>> program = compile_sampler(policy, Sampler(ddim_steps=4), backend="eager")
+        >>> program({"state": torch.zeros(3, 2, 5)}, noise=torch.zeros(3, 8, 2)).shape
+        torch.Size([3, 8, 2])
+    """
+    if backend not in BACKENDS:
+        raise unknown_name("backend", backend, BACKENDS)
+    check_weights(weights, backend)
+    sampler.check(policy.schedule.num_steps)
+    frozen = copy.deepcopy(policy).eval().requires_grad_(False)
+    run, device = BACKENDS[backend](frozen, sampler, weights)
+    return SamplerProgram(config=policy.config, sampler=sampler, backend=backend, run=run, device=device)
+
+
+def check_weights(weights: str, backend: str = "onnx") -> None:
+    """Refuse weights that a backend does not have.
+
+    Raises:
+        ValueError: an unknown name, or narrower weights for a backend other than `onnx`.
+    """
+    if weights not in WEIGHTS:
+        raise unknown_name("weights", weights, WEIGHTS)
+    if weights != "float32" and backend != "onnx":
+        raise ValueError(f"weights={weights} needs backend=onnx; got backend={backend}")
+
+
+def _eager(policy: DiffusionPolicy, sampler: Sampler, weights: str) -> tuple[Run, torch.device]:
+    timesteps = ddim_timesteps(policy.schedule.num_steps, sampler.ddim_steps, sampler.spacing).tolist()
+
+    def run(observations: Observations, noise: Tensor, step_noise: Tensor | None) -> Tensor:
+        embedding = policy.embed(observations)
+        x = noise
+        for k, (timestep, prev_timestep) in enumerate(zip(timesteps, [*timesteps[1:], -1], strict=True)):
+            x = ddim_step(
+                x,
+                policy.denoiser(x, torch.full((len(x),), timestep, device=x.device), embedding),
+                timestep,
+                prev_timestep,
+                policy.schedule,
+                sampler.eta,
+                prediction_type=policy.config.prediction_type,
+                clip=sampler.clip,
+                noise=None if step_noise is None else step_noise[k],
+            )
+        return policy.action_normalizer.unnormalize(x)
+
+    return run, policy.device
+
+
+def _compile(policy: DiffusionPolicy, sampler: Sampler, weights: str) -> tuple[Run, torch.device]:
+    compilers = (os.environ.get("CXX"), "g++", "clang++")
+    if policy.device.type == "cpu" and not any(name and shutil.which(name) for name in compilers):
+        raise ValueError("backend=compile needs a C++ compiler (g++ or clang++): install one, or use backend=onnx")
+    return torch.compile(Program(policy, sampler).eval()), policy.device
+
+
+def _onnx(policy: DiffusionPolicy, sampler: Sampler, weights: str) -> tuple[Run, torch.device]:
+    model = build_model(Program(policy.cpu(), sampler), weights)
+    return OnnxRun(model), torch.device("cpu")
+
+
+class OnnxRun:
+    """A model in ONNX Runtime, on one thread; it can be sent to another process.
+
+    Args:
+        model: the bytes that `build_model` gives.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        onnxruntime = require("onnxruntime")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self.model = model
+        self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    def __reduce__(self) -> tuple[type[OnnxRun], tuple[bytes]]:
+        return OnnxRun, (self.model,)
+
+    def __call__(self, observations: Observations, noise: Tensor, step_noise: Tensor | None) -> Tensor:
+        """Checked inputs on the CPU to (B, action_horizon, action_dim)."""
+        feeds = {observation_input(key): value.numpy() for key, value in observations.items()}
+        feeds["noise"] = noise.numpy()
+        if step_noise is not None:
+            feeds["step_noise"] = step_noise.numpy()
+        return torch.from_numpy(self.session.run(None, feeds)[0])
+
+
+def _cuda_graph(policy: DiffusionPolicy, sampler: Sampler, weights: str) -> tuple[Run, torch.device]:
+    if policy.device.type != "cuda":
+        raise ValueError(
+            f"backend=cuda_graph needs a policy on a GPU; this one is on {policy.device}: use backend=onnx"
+        )
+    program = Program(policy, sampler).eval()
+    captured: dict[int, tuple[list[Tensor], torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def run(observations: Observations, noise: Tensor, step_noise: Tensor | None) -> Tensor:
+        keys = sorted(observations)
+
+        def inputs() -> list[Tensor]:
+            return [*(observations[key] for key in keys), noise, *([] if step_noise is None else [step_noise])]
+
+        if len(noise) not in captured:
+            held = [value.clone() for value in inputs()]
+            captured[len(noise)] = (held, *_captured(program, keys, held))
+        held, graph, actions = captured[len(noise)]
+        for place, value in zip(held, inputs(), strict=True):
+            place.copy_(value)
+        graph.replay()
+        return actions.clone()
+
+    return run, policy.device
+
+
+def _captured(program: Program, keys: list[str], held: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    observations, (noise, *rest) = dict(zip(keys, held, strict=False)), held[len(keys) :]
+    step_noise = rest[0] if rest else None
+    # A side stream: libraries set up their workspaces in the first calls, which must not be recorded.
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            program(observations, noise, step_noise)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actions = program(observations, noise, step_noise)
+    return graph, actions
+
+
+Build = Callable[[DiffusionPolicy, Sampler, str], tuple[Run, torch.device]]
+BACKENDS: dict[str, Build] = {"eager": _eager, "compile": _compile, "onnx": _onnx, "cuda_graph": _cuda_graph}

@@ -1,0 +1,96 @@
+"""Matrices of an ONNX model as 8-bit integers, for a quarter of the memory to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Weights that share a scale: large blocks run faster, small ones round less. At 128 both are near their best.
+BLOCK_SIZES = (128, 64, 32)
+SMALLEST_OUTPUT = 64
+# The runtime rounds activations to 8 bits too, with one scale a block, and multiplies integers.
+ACCURACY_LEVEL = 4
+ZERO_POINT = 128
+
+
+def quantized(weight: NDArray[np.float32], block_size: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Round a matrix to 8 bits, symmetrically, one scale for each block of a row.
+
+    Args:
+        weight: (outputs, inputs).
+        block_size: divides the number of inputs.
+
+    Returns:
+        (outputs, blocks, block_size) values with zero at 128, and their (outputs, blocks) scales.
+
+    Example:
+        >>> values, scales = quantized(np.array([[0.0, 1.0, -0.5, 2.0]], np.float32), block_size=2)
+        >>> ((values.astype(int) - 128) * scales[..., None]).reshape(4).round(2).tolist()
+        [0.0, 1.0, -0.5, 2.0]
+    """
+    blocks = weight.reshape(len(weight), -1, block_size)
+    scales = np.abs(blocks).max(axis=2) / 127
+    steps = np.where(scales == 0, 1, scales)[..., None]
+    return (np.rint(blocks / steps) + ZERO_POINT).astype(np.uint8), scales.astype(np.float32)
+
+
+def narrow(onnx: Any, model: Any) -> None:
+    """Replace the matrix products of an ONNX model by ones with 8-bit weights, in place.
+
+    Args:
+        onnx: the package.
+        model: with weights as initializers, each beside the nodes that use it.
+    """
+    for graph in _graphs(model.graph):
+        _narrow_graph(onnx, graph)
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+
+
+def _graphs(graph: Any) -> Iterator[Any]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _graphs(attribute.g)
+
+
+def _narrow_graph(onnx: Any, graph: Any) -> None:
+    helper, numpy_helper = onnx.helper, onnx.numpy_helper
+    initializers = {value.name: value for value in graph.initializer}
+    replaced: dict[str, list[Any]] = {}
+    for node in graph.node:
+        if node.op_type not in ("Gemm", "MatMul") or len(getattr(initializers.get(node.input[1]), "dims", ())) != 2:
+            continue
+        name = node.input[1]
+        stored = numpy_helper.to_array(initializers[name])
+        transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+        weight = stored if transposed else stored.T  # (outputs, inputs)
+        outputs, inputs = weight.shape
+        block_size = next((size for size in BLOCK_SIZES if inputs % size == 0), None)
+        if block_size is None or outputs < SMALLEST_OUTPUT:
+            continue
+        values, scales = quantized(weight, block_size)
+        replaced[name] = [
+            numpy_helper.from_array(values, f"{name}.values"),
+            numpy_helper.from_array(scales, f"{name}.scales"),
+        ]
+        bias = ["", "", node.input[2]] if node.op_type == "Gemm" else []
+        node.CopyFrom(
+            helper.make_node(
+                "MatMulNBits",
+                [node.input[0], f"{name}.values", f"{name}.scales", *bias],
+                list(node.output),
+                domain="com.microsoft",
+                K=inputs,
+                N=outputs,
+                bits=8,
+                block_size=block_size,
+                accuracy_level=ACCURACY_LEVEL,
+            )
+        )
+    kept = [value for value in graph.initializer if value.name not in replaced]
+    del graph.initializer[:]
+    graph.initializer.extend([*kept, *(value for values in replaced.values() for value in values)])

@@ -1,0 +1,186 @@
+"""A sampling program as one ONNX graph: normalise and encode, a Scan over the steps, un-normalise.
+
+The two halves of the program are traced once each, and joined here around a Scan, whose body is one step. So the file
+and the time to make it do not grow with ddim_steps, and each weight is there, and is packed by the runtime, once:
+unrolled steps would each pack their own copy, and read K times as much memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from policy.diffusion_policy import is_image
+from policy.inference.int8 import narrow
+from policy.inference.program import Program
+
+OPSET = 18
+IR_VERSION = 9  # of ONNX 1.14 (2023): readable by runtimes that are newer than that
+# Two rows: a traced size of 1 would be taken for a constant.
+TRACED_ROWS = 2
+
+
+def require(package: str) -> Any:
+    """Import an optional package.
+
+    Args:
+        package: `onnx`, `onnxscript` or `onnxruntime`.
+
+    Returns:
+        The package.
+
+    Raises:
+        ValueError: it is not installed, with the command that does so.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(f"backend=onnx needs the package {package}: pip install 'ddim-policy[export]'") from error
+
+
+def observation_input(key: str) -> str:
+    """The graph's input for the observation under `key`; the others are `noise` and, for eta > 0, `step_noise`."""
+    return f"observations.{key}"
+
+
+def build_model(program: Program, weights: str = "float32") -> bytes:
+    """Write a program as an ONNX model.
+
+    Args:
+        program: on the CPU, in evaluation mode.
+        weights: `float32`, or `int8` for the matrices.
+
+    Returns:
+        The model's bytes. Inputs, batch size free: `observations.<key>` (B, obs_horizon, *shape) float32, or uint8 for
+        an image, `noise` (B, action_horizon, action_dim) and, for eta > 0, `step_noise` (K, B, action_horizon,
+        action_dim); output: `actions` (B, action_horizon, action_dim), in the data's units.
+
+    Raises:
+        ValueError: a package is not installed.
+    """
+    onnx = require("onnx")
+    require("onnxscript")  # the tracer's own need
+    prepare, step = _traced(program)
+    model = _joined(onnx, program, prepare, step)
+    if weights == "int8":
+        narrow(onnx, model)
+    return bytes(model.SerializeToString())
+
+
+def _traced(program: Program) -> tuple[Any, Any]:
+    config, sampler = program.policy.config, program.sampler
+    observations = {
+        key: torch.zeros(
+            TRACED_ROWS, config.obs_horizon, *shape, dtype=torch.uint8 if is_image(shape) else torch.float32
+        )
+        for key, shape in config.observation_shapes.items()
+    }
+    batch, steps = torch.export.Dim("batch"), torch.export.Dim("steps")
+    embedded = program.embedded_timesteps[:1].expand(TRACED_ROWS, -1, -1)
+    with torch.no_grad():
+        conditions = [condition[0] for condition in program.prepare(observations, embedded)]
+    names = [f"condition_{i}" for i in range(len(conditions))]
+    prepare = _trace(
+        program.prepare,
+        (observations, embedded),
+        inputs=[*map(observation_input, observations), "embedded_timesteps"],
+        outputs=names,
+        dynamic=({key: {0: batch} for key in observations}, {0: steps}),
+    )
+    x = torch.zeros(TRACED_ROWS, config.action_horizon, config.action_dim)
+    noisy = sampler.eta > 0
+    # As in a Scan's body: first what is carried on, then one row of everything that is scanned.
+    step = _trace(
+        program.step,
+        (x, program.coefficients[0], conditions, x.clone() if noisy else None),
+        inputs=["x", "coefficients", *names, *(["added"] if noisy else [])],
+        outputs=["x_next"],
+        dynamic=({0: batch}, None, [{0: batch} for _ in names], {0: batch} if noisy else None),
+    )
+    return prepare, step
+
+
+def _trace(
+    module: nn.Module, arguments: tuple[Any, ...], *, inputs: list[str], outputs: list[str], dynamic: tuple[Any, ...]
+) -> Any:
+    with _quiet():
+        traced = torch.onnx.export(
+            module.eval(),
+            arguments,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=dynamic,
+            verbose=False,
+        )
+    assert traced is not None
+    return traced.model_proto.graph
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of packages that are not needed here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _joined(onnx: Any, program: Program, prepare: Any, step: Any) -> Any:
+    helper, numpy_helper = onnx.helper, onnx.numpy_helper
+    config, normalizer = program.policy.config, program.policy.action_normalizer
+    chunk = ["batch", config.action_horizon, config.action_dim]
+    noise = [helper.make_tensor_value_info("noise", onnx.TensorProto.FLOAT, chunk)]
+    scanned = ["step_coefficients", *(value.name for value in prepare.output)]
+    if program.sampler.eta > 0:
+        steps = [program.sampler.ddim_steps, *chunk]
+        noise.append(helper.make_tensor_value_info("step_noise", onnx.TensorProto.FLOAT, steps))
+        scanned.append("step_noise")
+    nodes = [
+        *prepare.node,
+        helper.make_node(
+            "Scan", ["noise", *scanned], ["normalized"], body=_under("step.", step), num_scan_inputs=len(scanned)
+        ),
+        helper.make_node("Mul", ["normalized", "actions.half_range"], ["centred"]),
+        helper.make_node("Add", ["centred", "actions.center"], ["actions"]),
+    ]
+    constants = {
+        "embedded_timesteps": program.embedded_timesteps,
+        "step_coefficients": program.coefficients,
+        "actions.half_range": normalizer.half_range,
+        "actions.center": normalizer.center,
+    }
+    graph = helper.make_graph(
+        nodes,
+        "sampler",
+        [value for value in prepare.input if value.name != "embedded_timesteps"] + noise,
+        [helper.make_tensor_value_info("actions", onnx.TensorProto.FLOAT, chunk)],
+        [*prepare.initializer, *(numpy_helper.from_array(value.numpy(), name) for name, value in constants.items())],
+    )
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="ddim-policy"
+    )
+
+
+def _under(prefix: str, graph: Any) -> Any:
+    """The graph with all its names prefixed: a Scan's body shares its names with what is around it."""
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [name and prefix + name for name in names]
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        value.name = prefix + value.name
+    del graph.value_info[:]
+    graph.name = "step"
+    return graph

@@ -14,7 +14,7 @@ from policy.controller import check_execution_horizon
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.device import check_device
 from policy.diffusion_policy import DiffusionPolicy, PolicyConfig
-from policy.evaluation import Env, check_num_envs, check_spaces, run_in_process, summarize
+from policy.evaluation import Cell, Env, check_num_envs, check_spaces, run_in_process, summarize
 from policy.interrupt import stop_on_signal
 from policy.output import output_folder
 from policy.sampler import Sampler
@@ -146,8 +146,9 @@ def _rollout(
 ) -> dict[str, float]:
     seeds = range(ROLLOUT_SEED, ROLLOUT_SEED + settings.rollout_episodes)
     simulators = [make_env() for _ in range(min(num_envs, len(seeds)))]
-    results = run_in_process(policy, simulators, seeds, sampler=sampler, execution_horizon=execution_horizon)
+    cell = Cell(sampler=sampler, execution_horizon=execution_horizon)
+    results = [result for _, result in run_in_process([policy], simulators, [cell], [(0, seed) for seed in seeds])]
     for simulator in simulators:
         simulator.close()
-    summary = summarize(results)
+    summary = summarize(sorted(results, key=lambda result: result.seed))
     return {key: summary[key] for key in ("success_rate", "score_mean", "return_mean")}

@@ -9,6 +9,7 @@ checkpoint/
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -39,6 +40,7 @@ class Checkpoint:
         execution_horizon: what it was evaluated with while training.
         training: how it was trained: JSON data.
         path: the folder.
+        digest: of the weights, wherever they lie.
     """
 
     policy: DiffusionPolicy
@@ -46,6 +48,7 @@ class Checkpoint:
     execution_horizon: int
     training: dict[str, Any]
     path: Path
+    digest: str
 
 
 def save_checkpoint(
@@ -121,6 +124,7 @@ def load_checkpoint(folder: Path | str, device: str = "cpu") -> Checkpoint:
             execution_horizon=int(config["execution_horizon"]),
             training=config["training"],
             path=path,
+            digest=hashlib.sha256((path / "policy.safetensors").read_bytes()).hexdigest()[:16],
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}/config.json is damaged (at {error}): use another checkpoint") from error

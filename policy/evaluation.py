@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from policy.controller import RecedingHorizonController
+from policy.controller import RecedingHorizonController, plain_key
 from policy.diffusion_policy import DiffusionPolicy, PolicyConfig
 from policy.sampler import Sampler
 from policy.statistics import bootstrap_interval, wilson_interval
@@ -35,6 +35,7 @@ class EpisodeResult:
         score: best progress over the episode, in [0, 1], as the environment defines it.
         return_: sum of rewards (`return` in files).
         steps: control steps taken.
+        attempts: 1, or more where its process failed and it was run again, with the same seed.
     """
 
     seed: int
@@ -42,6 +43,7 @@ class EpisodeResult:
     score: float
     return_: float
     steps: int
+    attempts: int = 1
 
     def row(self) -> dict[str, Any]:
         """As written to `episodes.json`."""
@@ -51,15 +53,43 @@ class EpisodeResult:
             "score": self.score,
             "return": self.return_,
             "steps": self.steps,
+            "attempts": self.attempts,
         }
 
+    @staticmethod
+    def from_row(row: Mapping[str, Any]) -> EpisodeResult:
+        """The inverse of `row`.
 
-OnEpisode = Callable[[EpisodeResult], object]
+        Raises:
+            KeyError: a value is missing.
+        """
+        values = {name: row[name] for name in ("seed", "success", "score", "steps", "attempts")}
+        return EpisodeResult(return_=row["return"], **values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One way to act: what a sweep compares with others on the same episodes.
+
+    Attributes:
+        policy: which of the policies at hand, by number.
+        sampler: how chunks are sampled.
+        execution_horizon: actions executed before the next plan.
+    """
+
+    sampler: Sampler
+    execution_horizon: int
+    policy: int = 0
+
+
+# Number of a cell, and the episode's seed.
+Task = tuple[int, int]
 
 
 @dataclass
 class _Running:
-    seed: int
+    task: Task
+    controller: RecedingHorizonController
     observation: Any
     score: float
     return_: float = 0.0
@@ -77,7 +107,7 @@ def check_spaces(config: PolicyConfig, env: Env) -> None:
         ValueError: naming both sides.
     """
     space = env.observation_space
-    spaces = space.spaces if isinstance(space, gymnasium.spaces.Dict) else {"state": space}
+    spaces = space.spaces if isinstance(space, gymnasium.spaces.Dict) else {plain_key(space.shape or ()): space}
     shapes = {key: tuple(part.shape or ()) for key, part in spaces.items()}
     wanted = {key: tuple(shape) for key, shape in config.observation_shapes.items()}
     if shapes != wanted:
@@ -107,14 +137,17 @@ def _describe(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def run_episodes(
-    controller: RecedingHorizonController, envs: Sequence[Env], next_seed: Callable[[], int | None]
-) -> Iterator[EpisodeResult]:
-    """Run episodes in several environments at once; a finished one starts on the next seed.
+    controllers: Sequence[RecedingHorizonController], envs: Sequence[Env], next_task: Callable[[], Task | None]
+) -> Iterator[tuple[Task, EpisodeResult]]:
+    """Run episodes in several environments at once; a finished one starts on the next task.
+
+    Each environment runs on its own to the end of its chunk. Then all wait for a plan at the same time, and one network
+    call serves them all.
 
     Args:
-        controller: one slot per environment is used.
+        controllers: one a cell; each uses one slot an environment.
         envs: identical environments with `info["is_success"]` and `info["score"]`.
-        next_seed: gives the next episode's seed, or None when there are no more.
+        next_task: gives the next task, or None when there are no more.
 
     Yields:
         Results, as episodes end: at success, or when the environment ends them.
@@ -123,27 +156,42 @@ def run_episodes(
 
     def start(slot: int) -> None:
         running.pop(slot, None)
-        if (seed := next_seed()) is not None:
+        if (task := next_task()) is not None:
+            cell, seed = task
             observation, info = envs[slot].reset(seed=seed)
-            controller.reset(seed, slot)
-            running[slot] = _Running(seed, observation, float(info["score"]))
+            controllers[cell].reset(seed, slot)
+            controllers[cell].observe(observation, slot)
+            running[slot] = _Running(task, controllers[cell], observation, float(info["score"]))
 
     for slot in range(len(envs)):
         start(slot)
     while running:
-        actions = controller.act_many({slot: episode.observation for slot, episode in running.items()})
-        for slot, action in actions.items():
-            episode = running[slot]
-            over, success = _step(envs[slot], episode, action)
-            if over:
-                yield EpisodeResult(
-                    seed=episode.seed,
-                    success=success,
-                    score=episode.score,
-                    return_=episode.return_,
-                    steps=episode.steps,
-                )
+        for controller in controllers:
+            controller.plan([slot for slot, episode in running.items() if episode.controller is controller])
+        for slot, episode in list(running.items()):
+            if (success := _execute_chunk(envs[slot], episode, slot)) is not None:
+                yield episode.task, _result(episode, success)
                 start(slot)
+
+
+def _execute_chunk(env: Env, episode: _Running, slot: int) -> bool | None:
+    """Act until the next plan is due; gives whether the episode succeeded once it is over."""
+    while True:
+        over, success = _step(env, episode, episode.controller.next_action(slot))
+        if over:
+            return success
+        if episode.controller.observe(episode.observation, slot):
+            return None
+
+
+def _result(episode: _Running, success: bool) -> EpisodeResult:
+    return EpisodeResult(
+        seed=episode.task[1],
+        success=success,
+        score=episode.score,
+        return_=episode.return_,
+        steps=episode.steps,
+    )
 
 
 def _step(env: Env, episode: _Running, action: NDArray[np.float32]) -> tuple[bool, bool]:
@@ -157,38 +205,36 @@ def _step(env: Env, episode: _Running, action: NDArray[np.float32]) -> tuple[boo
     return success or terminated or truncated, success
 
 
+def controllers_of(policies: Sequence[DiffusionPolicy], cells: Sequence[Cell]) -> list[RecedingHorizonController]:
+    """One controller a cell, planning in batches of the size that all rollouts use."""
+    return [
+        RecedingHorizonController(
+            policy=policies[cell.policy],
+            sampler=cell.sampler,
+            execution_horizon=cell.execution_horizon,
+            plan_batch=PLAN_BATCH,
+        )
+        for cell in cells
+    ]
+
+
 def run_in_process(
-    policy: DiffusionPolicy,
-    envs: Sequence[Env],
-    seeds: Sequence[int],
-    *,
-    sampler: Sampler,
-    execution_horizon: int,
-    on_episode: OnEpisode = lambda result: None,
-) -> list[EpisodeResult]:
-    """Run one episode per seed, in this process, on one thread.
+    policies: Sequence[DiffusionPolicy], envs: Sequence[Env], cells: Sequence[Cell], tasks: Iterable[Task]
+) -> Iterator[tuple[Task, EpisodeResult]]:
+    """Run tasks in this process, on one thread.
 
     Args:
-        policy: what acts.
+        policies: what acts.
         envs: identical environments, all used at once.
-        seeds: distinct episode seeds.
-        sampler: how chunks are sampled.
-        execution_horizon: actions executed before the next plan.
-        on_episode: called with each result as it comes.
+        cells: what the tasks refer to.
+        tasks: distinct ones.
 
-    Returns:
-        One result per seed, in the order of `seeds`.
+    Yields:
+        Each task with its result, as they come.
     """
-    controller = RecedingHorizonController(
-        policy=policy, sampler=sampler, execution_horizon=execution_horizon, plan_batch=PLAN_BATCH
-    )
-    remaining = iter(seeds)
-    results = {}
+    remaining = iter(tasks)
     with torch_threads(1):
-        for result in run_episodes(controller, envs, lambda: next(remaining, None)):
-            results[result.seed] = result
-            on_episode(result)
-    return [results[seed] for seed in seeds]
+        yield from run_episodes(controllers_of(policies, cells), envs, lambda: next(remaining, None))
 
 
 def record_episode(
@@ -206,16 +252,13 @@ def record_episode(
     """
     observation, info = env.reset(seed=seed)
     controller.reset(seed)
-    episode = _Running(seed, observation, float(info["score"]))
+    episode = _Running((0, seed), controller, observation, float(info["score"]))
     frames = [_frame(env)]
     over = success = False
     while not over:
         over, success = _step(env, episode, controller.act(episode.observation))
         frames.append(_frame(env))
-    result = EpisodeResult(
-        seed=seed, success=success, score=episode.score, return_=episode.return_, steps=episode.steps
-    )
-    return result, frames
+    return _result(episode, success), frames
 
 
 def _frame(env: Env) -> NDArray[np.uint8]:
@@ -237,7 +280,7 @@ def summarize(results: Sequence[EpisodeResult]) -> dict[str, Any]:
     successes = sum(result.success for result in results)
     low, high = wilson_interval(successes, len(results))
     scores = [result.score for result in results]
-    score_low, score_high = bootstrap_interval(scores)
+    score_low, score_high = bootstrap_interval(scores, bounds=(0, 1))
     return {
         "episodes": len(results),
         "successes": successes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -13,8 +13,10 @@ class Run(Protocol):
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Record metrics of a training step."""
 
-    def log_table(self, name: str, rows: list[dict[str, Any]], image: Path | None = None) -> None:
-        """Record a table, and a picture of it."""
+    def log_table(
+        self, name: str, rows: list[dict[str, Any]], image: Path | None = None, videos: Sequence[Path] = ()
+    ) -> None:
+        """Record a table, a picture of it, and videos."""
 
     def finish(self) -> str:
         """Close the run; says where it is, or nothing."""
@@ -43,7 +45,9 @@ class NoTracker:
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Does nothing."""
 
-    def log_table(self, name: str, rows: list[dict[str, Any]], image: Path | None = None) -> None:
+    def log_table(
+        self, name: str, rows: list[dict[str, Any]], image: Path | None = None, videos: Sequence[Path] = ()
+    ) -> None:
         """Does nothing."""
 
     def finish(self) -> str:
@@ -85,11 +89,14 @@ class WandbTracker:
         """Record metrics of a training step."""
         self._run.log(metrics, step=step)
 
-    def log_table(self, name: str, rows: list[dict[str, Any]], image: Path | None = None) -> None:
-        """Record rows with equal keys as a table, and a picture of it."""
+    def log_table(
+        self, name: str, rows: list[dict[str, Any]], image: Path | None = None, videos: Sequence[Path] = ()
+    ) -> None:
+        """Record rows with equal keys as a table, a picture of it, and mp4 videos."""
         table = self._wandb.Table(columns=[*rows[0]], data=[[*row.values()] for row in rows])
-        picture = {f"{name}_plot": self._wandb.Image(str(image))} if image else {}
-        self._run.log({name: table, **picture})
+        media: dict[str, Any] = {f"{name}_plot": self._wandb.Image(str(image))} if image else {}
+        media |= {f"{name}_video/{file.stem}": self._wandb.Video(str(file), format="mp4") for file in videos}
+        self._run.log({name: table, **media})
 
     def finish(self) -> str:
         """Close the run; gives its folder."""

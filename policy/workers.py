@@ -1,135 +1,203 @@
-"""Rollouts in several processes: each has its own environments, its own copy of the policy, and one thread."""
+"""Rollouts in several processes: each has its own environments, its own copy of the policies, and one thread."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import queue
 import signal
+import threading
+import time
 import traceback
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from functools import partial
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from policy.controller import RecedingHorizonController
 from policy.diffusion_policy import DiffusionPolicy
 from policy.evaluation import (
-    PLAN_BATCH,
+    Cell,
     Env,
     EpisodeResult,
     MakeEnv,
-    OnEpisode,
+    Task,
     check_num_envs,
+    controllers_of,
     run_episodes,
     run_in_process,
 )
-from policy.sampler import Sampler
+
+MAX_ATTEMPTS = 3
+
+
+class WorkerError(RuntimeError):
+    """Episodes failed again and again."""
+
+
+@dataclass
+class _Worker:
+    """The parent's side of a process."""
+
+    process: Any
+    connection: Connection
+    num_envs: int
+    asking: int = 0  # environments that will still ask for a task
+    assigned: set[Task] = field(default_factory=set)
+    heard: float = field(default_factory=time.monotonic)
+
+    def give(self, cells: Sequence[Cell]) -> None:
+        """Begin a run."""
+        self.asking = self.num_envs
+        self.heard = time.monotonic()
+        self._send(cells)
+
+    def answer(self, task: Task | None) -> None:
+        """Give a free environment its next task, or none."""
+        if task is None:
+            self.asking -= 1
+        else:
+            self.assigned.add(task)
+        self._send(task)
+
+    def _send(self, message: Any) -> None:
+        with suppress(OSError):  # a process that has ended is noticed when it is next read from
+            self.connection.send(message)
 
 
 class RolloutPool:
     """Runs episodes on all cores and gives each its seed's own result, however many run at once.
 
     With one environment, or on one core, everything runs in this process. Otherwise each core gets a spawned process
-    with its share of the environments; a free environment takes the next seed that none has taken.
+    with its share of the environments; a free environment takes the next task. A process that crashes, raises or hangs
+    is replaced. Its unfinished episodes are run again with the same seeds, last and each alone in a process: one that
+    always fails holds up no other, and is known by its seed.
 
     Args:
-        policy: what acts.
+        policies: what acts.
         make_env: makes one environment; picklable.
         num_envs: environments in all.
+        workers: processes; by default one a core.
+        patience: seconds without a word from a process after which it counts as hanging.
 
     Raises:
         ValueError: `num_envs` below 1.
     """
 
-    def __init__(self, policy: DiffusionPolicy, make_env: MakeEnv, num_envs: int) -> None:
+    def __init__(
+        self,
+        policies: Sequence[DiffusionPolicy],
+        make_env: MakeEnv,
+        num_envs: int,
+        *,
+        workers: int | None = None,
+        patience: float = 600.0,
+    ) -> None:
         check_num_envs(num_envs)
-        self._policy = policy
+        self._policies = policies
+        self._make_env = make_env
+        self._patience = patience
         self._cleanup = ExitStack()
-        self._processes: list[Any] = []
-        self._jobs: list[Any] = []
+        self._workers: list[_Worker] = []
         self._envs: list[Env] = []
         # A GPU is shared by batching in one process, cores by processes.
-        workers = min(num_envs, available_cores()) if policy.device.type == "cpu" else 1
-        if workers == 1:
+        count = min(num_envs, workers or available_cores()) if policies[0].device.type == "cpu" else 1
+        if count == 1:
             self._envs = [make_env() for _ in range(num_envs)]
             for env in self._envs:
                 self._cleanup.callback(env.close)
             return
-        context = multiprocessing.get_context("spawn")
-        self._taken = context.Value("q", 0)
-        self._results = context.Queue()
         self._cleanup.callback(self._stop)
-        for index in range(workers):
-            share = num_envs // workers + (index < num_envs % workers)
-            jobs = context.SimpleQueue()
-            process = context.Process(
-                target=_serve, args=(policy, make_env, share, jobs, self._taken, self._results), daemon=True
-            )
-            process.start()
-            self._processes.append(process)
-            self._jobs.append(jobs)
+        for index in range(count):
+            self._workers.append(self._started(num_envs // count + (index < num_envs % count)))
 
-    def run(
-        self, seeds: Sequence[int], *, sampler: Sampler, execution_horizon: int, on_episode: OnEpisode
-    ) -> list[EpisodeResult]:
-        """Run one episode per seed.
+    def run(self, cells: Sequence[Cell], tasks: Sequence[Task]) -> Iterator[tuple[Task, EpisodeResult]]:
+        """Run one episode per task.
 
         Args:
-            seeds: distinct episode seeds.
-            sampler: how chunks are sampled.
-            execution_horizon: actions executed before the next plan.
-            on_episode: called with each result as it comes, in any order.
+            cells: what the tasks refer to.
+            tasks: distinct ones.
 
-        Returns:
-            One result per seed, in the order of `seeds`.
+        Yields:
+            Each task with its result, as they come, in any order.
 
         Raises:
-            RuntimeError: a worker failed.
+            WorkerError: an episode failed three times, or processes fail again and again before they finish any.
         """
-        if not self._processes:
-            return run_in_process(
-                self._policy,
-                self._envs,
-                seeds,
-                sampler=sampler,
-                execution_horizon=execution_horizon,
-                on_episode=on_episode,
-            )
-        results: dict[int, EpisodeResult] = {}
-        for result in self._run_in_workers(seeds, sampler, execution_horizon):
-            results[result.seed] = result
-            on_episode(result)
-        return [results[seed] for seed in seeds]
+        if not self._workers:
+            yield from run_in_process(self._policies, self._envs, cells, tasks)
+            return
+        fresh, suspects, unfinished = deque(tasks), deque[Task](), set(tasks)
+        attempts, fruitless = Counter[Task](), 0
+        for worker in list(self._workers):
+            if worker.asking:  # an earlier run was left before its end
+                self._replace(worker, cells)
+            else:
+                worker.give(cells)
+        # Also until every environment has been told that there is no more: then all processes wait for the next run.
+        while unfinished or any(worker.asking for worker in self._workers):
+            for worker, message in self._messages():
+                match message:
+                    case "next":
+                        queue = fresh or (deque() if worker.assigned else suspects)
+                        worker.answer(queue.popleft() if queue else None)
+                    case (task, EpisodeResult() as result):
+                        worker.assigned.discard(task)
+                        unfinished.discard(task)
+                        fruitless = 0
+                        yield task, replace(result, attempts=1 + attempts[task])
+                    case _Fault() as fault:
+                        attempts.update(worker.assigned)
+                        fruitless += 1
+                        hopeless = [seed for cell, seed in worker.assigned if attempts[cell, seed] == MAX_ATTEMPTS]
+                        if hopeless:
+                            reason = f"failed {MAX_ATTEMPTS} times: {fault.reason}"
+                            raise WorkerError(f"the episode with seed {hopeless[0]} {reason}")
+                        if fruitless == MAX_ATTEMPTS * len(self._workers):
+                            raise WorkerError(f"rollout processes failed {fruitless} times in a row: {fault.reason}")
+                        suspects.extend(sorted(worker.assigned))
+                        self._replace(worker, cells)
 
-    def _run_in_workers(
-        self, seeds: Sequence[int], sampler: Sampler, execution_horizon: int
-    ) -> Iterator[EpisodeResult]:
-        self._taken.value = 0  # every worker is idle here
-        for jobs in self._jobs:
-            jobs.put((list(seeds), sampler, execution_horizon))
-        waiting_for = len(seeds) + len(self._processes)
-        while waiting_for:
-            try:
-                kind, value = self._results.get(timeout=1.0)
-            except queue.Empty:
-                if dead := [p for p in self._processes if not p.is_alive()]:
-                    raise RuntimeError(f"a rollout worker ended with exit code {dead[0].exitcode}") from None
-                continue
-            if kind == "error":
-                raise RuntimeError(f"a rollout worker failed:\n{value}")
-            waiting_for -= 1
-            if kind == "episode":
-                yield value
+    def _messages(self) -> Iterator[tuple[_Worker, Any]]:
+        """Whatever the processes have to say by now; a fault is the last that is heard of one."""
+        ready = wait([worker.connection for worker in self._workers], timeout=1.0)
+        now = time.monotonic()  # what the caller does between two messages is no silence of the others
+        for worker in list(self._workers):
+            if worker.connection in ready:
+                worker.heard = time.monotonic()
+                try:
+                    yield worker, worker.connection.recv()
+                except (EOFError, OSError):
+                    worker.process.join(1)
+                    yield worker, _Fault(f"its process ended with exit code {worker.process.exitcode}")
+            elif worker.asking and now - worker.heard > self._patience:
+                yield worker, _Fault(f"its process said nothing for {self._patience:.0f} s")
+
+    def _started(self, num_envs: int) -> _Worker:
+        context = multiprocessing.get_context("spawn")
+        connection, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(self._policies, self._make_env, num_envs, theirs), daemon=True)
+        process.start()
+        theirs.close()  # so that the process's end is seen at once
+        return _Worker(process, connection, num_envs)
+
+    def _replace(self, worker: _Worker, cells: Sequence[Cell]) -> None:
+        worker.process.kill()
+        worker.process.join()
+        worker.connection.close()
+        fresh = self._started(worker.num_envs)
+        self._workers[self._workers.index(worker)] = fresh
+        fresh.give(cells)
 
     def _stop(self) -> None:
-        for process in self._processes:
-            process.terminate()
-        for process in self._processes:
-            process.join()
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+            worker.connection.close()
 
     def __enter__(self) -> RolloutPool:
         return self
@@ -140,31 +208,42 @@ class RolloutPool:
         self._cleanup.close()
 
 
+@dataclass(frozen=True)
+class _Fault:
+    """Why a process can do no more."""
+
+    reason: str
+
+
 def available_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _serve(policy: DiffusionPolicy, make_env: MakeEnv, num_envs: int, jobs: Any, taken: Any, results: Any) -> None:
+def _serve(policies: Sequence[DiffusionPolicy], make_env: MakeEnv, num_envs: int, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # two processes with two spinning threads each would crawl
+
+    def next_task() -> Task | None:
+        connection.send("next")
+        task: Task | None = connection.recv()
+        return task
+
     try:
         envs = [make_env() for _ in range(num_envs)]
         while True:
-            seeds, sampler, execution_horizon = jobs.get()
-            controller = RecedingHorizonController(
-                policy=policy, sampler=sampler, execution_horizon=execution_horizon, plan_batch=PLAN_BATCH
-            )
-            for result in run_episodes(controller, envs, partial(_take, seeds, taken)):
-                results.put(("episode", result))
-            results.put(("idle", None))
-    except Exception:
-        results.put(("error", traceback.format_exc()))
+            cells = connection.recv()
+            for result in run_episodes(controllers_of(policies, cells), envs, next_task):
+                connection.send(result)
+    except Exception as error:
+        traceback.print_exc()
+        connection.send(_Fault(f"{type(error).__name__}: {error}"))
 
 
-def _take(seeds: Sequence[int], taken: Any) -> int | None:
-    """The next seed that no worker has taken yet."""
-    with taken.get_lock():
-        index = taken.value
-        taken.value += 1
-    return seeds[index] if index < len(seeds) else None
+def _end_with_parent() -> None:
+    """A parent that was killed cannot stop its processes: they must not run on without it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

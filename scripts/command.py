@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from policy.arguments import check_arguments
+from policy.workers import WorkerError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in sorted(CONF.iterdir()) if list(p.glob("*.yaml"))}
@@ -72,7 +75,12 @@ def _allow_defaulted(argument: str) -> str:
 
 def _run(config: DictConfig, task: Callable[..., None], config_name: str) -> None:
     with _refusals():  # inside Hydra, which would otherwise report the error in its own words as well
-        task(**_settings(config, task, config_name))
+        settings = _settings(config, task, config_name)
+        hydra_config = HydraConfig.get()
+        if hydra_config.mode is RunMode.MULTIRUN and "output_dir" in inspect.signature(task).parameters:
+            # Jobs that run side by side must not write into one folder.
+            settings.setdefault("output_dir", Path(hydra_config.runtime.output_dir))
+        task(**settings)
 
 
 @contextmanager
@@ -83,6 +91,9 @@ def _refusals() -> Iterator[None]:
     except (HydraException, OmegaConfBaseException, ValueError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except WorkerError as error:
+        print(f"error: {' '.join(str(error).split())}; what has finished is on disk", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,10 @@ from policy.data import Demonstrations
 
 # Small networks run no faster on two threads, and tests should not depend on how many there are.
 torch.set_num_threads(1)
+
+# Converted demonstrations of the tests are gone with the tests.
+_CACHE = tempfile.TemporaryDirectory(prefix="ddim-policy-cache-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 ROOT = Path(__file__).resolve().parents[1]
 # A sum's rounding depends on the number of threads: runs that are compared bit for bit use one.

@@ -17,7 +17,7 @@ from policy.encoders import ENCODERS
 from scripts.command import CONF, GROUPS, _build
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("collect", "train", "rollout", "sweep")
+COMMANDS = ("collect", "inspect", "train", "rollout", "sweep", "export")
 OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options]
 FILES = sorted(p.relative_to(CONF) for p in CONF.rglob("*.yaml"))
 
@@ -54,13 +54,15 @@ def test_every_option_composes_and_is_what_it_is_called(group, option):
     assert {k: v for k, v in config.items() if k != "_target_"} == {
         k: v for k, v in settings_of(Path(group, f"{option}.yaml")).items() if k != "_target_"
     }
-    if "name" in config:
+    if group == "env":
+        assert config["name"] in envs.FAMILIES  # several options may belong to one family
+    elif "name" in config:
         assert config["name"] == option
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_unknown_option_does_not_compose(command):
-    group = "env"
+    group = {"inspect": "dataset", "export": "sampler"}.get(command, "env")
     with pytest.raises(MissingConfigException):
         composed(command, f"{group}=nowhere")
 
@@ -68,7 +70,8 @@ def test_an_unknown_option_does_not_compose(command):
 def policy_of(config):
     return DiffusionPolicy(
         PolicyConfig(
-            observation_shapes={"state": (5,)},
+            observation_shapes={"state": (5,)}
+            | ({"image": (16, 16, 3)} if config["encoder"]["name"] == "image" else {}),
             action_dim=2,
             **{part: _build(part, config[part]) for part in ("encoder", "denoiser", "schedule")},
         )
@@ -94,7 +97,8 @@ def test_every_experiment_composes_with_training_and_builds(experiment):
     policy = policy_of(config)
     assert sum(p.numel() for p in policy.parameters()) > 0
     _build("sampler", config["sampler"]).check(policy.schedule.num_steps)
-    assert _build("train", config["train"]).steps == config["train"]["steps"]
+    settings = {k: v for k, v in config["train"].items() if k != "_target_"}
+    assert {name: getattr(_build("train", config["train"]), name) for name in settings} == settings
     for key in ("transform",):
         if key in config["dataset"]:
             assert callable(_build(key, config["dataset"][key]))
@@ -177,7 +181,9 @@ def test_no_experiment_repeats_a_default_of_the_code(file):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_primary_file_only_chooses_groups(command):
-    assert settings_of(Path(f"{command}.yaml")) == {}
+    # An inspection lists bad episodes, where training refuses them.
+    allowed = {"dataset": {"on_bad_episode": "skip"}} if command == "inspect" else {}
+    assert settings_of(Path(f"{command}.yaml")) == allowed
 
 
 def test_the_schedule_of_the_code_is_the_one_that_training_chooses():

@@ -258,6 +258,54 @@ def test_one_robots_interface_is_the_same_episode():
         assert np.array_equal(single.act(observation), many.act_many({"arm": observation})["arm"])
 
 
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_acting_in_parts_is_the_same_episode_to_the_bit(eta):
+    """`observe`, `plan` and `next_action`, each slot running ahead to the end of its chunk, as rollouts do."""
+    policy = real_policy("modulated_mlp")
+
+    def controller():
+        return controller_of(policy, sampler=Sampler(ddim_steps=4, eta=eta), execution_horizon=3, plan_batch=8)
+
+    seeds, steps = [4, 9, 2], 13
+    whole, parts = run(controller(), seeds, steps), controller()
+    state = {seed: np.random.default_rng(seed).normal(size=3).astype(np.float32) for seed in seeds}
+    actions = {seed: [] for seed in seeds}
+    for seed in seeds:
+        parts.reset(seed, slot=seed)
+        assert parts.observe(state[seed], slot=seed)  # nothing is planned yet
+    while any(len(taken) < steps for taken in actions.values()):
+        parts.plan(seeds)
+        for seed in seeds:
+            due = False
+            while not due:
+                action = parts.next_action(seed)
+                actions[seed].append(action)
+                state[seed] = np.float32(0.9) * state[seed] + np.float32(0.1) * np.array([*action, action[0]])
+                due = parts.observe(state[seed], slot=seed)
+                assert due == (len(actions[seed]) % 3 == 0)
+    for seed in seeds:
+        assert np.array_equal(np.stack(actions[seed])[:steps], whole[seed])
+
+
+def test_planning_leaves_chunks_alone_that_are_not_used_up():
+    policy = FakePolicy()
+    controller = controller_of(policy, execution_horizon=2, plan_batch=8)
+    for slot in "ab":
+        controller.reset(seed=0, slot=slot)
+        controller.observe(vector(0), slot)
+    controller.plan("a")
+    assert controller.next_action("a").item() == 0
+    controller.observe(vector(1), "a")
+    controller.plan("ab")
+    assert len(policy.calls) == 2
+    assert [round(controller.next_action(slot).item()) % 100 for slot in "ab"] == [1, 0]
+    controller.plan([])
+    assert len(policy.calls) == 2
+    with pytest.raises(ValueError, match="slot 'c' has no episode: call reset"):
+        controller.observe(vector(0), "c")
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 

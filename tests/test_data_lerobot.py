@@ -504,7 +504,7 @@ def test_one_bad_episode(read, damage, v30, v21):
     with pytest.raises(ValueError, match=message) as error:
         read(path)
     assert str(error.value).startswith(f"{path}: episode 1: ")
-    with pytest.warns(UserWarning, match="1 bad episode"):
+    with pytest.warns(UserWarning, match="1 of [0-9]+ episodes are bad and left out"):
         kept = read(path, on_bad_episode="skip")
     assert kept.episode_names == ["0"]
     assert list(kept.skipped) == ["1"]

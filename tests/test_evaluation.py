@@ -1,6 +1,9 @@
 """Rollouts against an environment whose every outcome is known beforehand."""
 
 import dataclasses
+import heapq
+import itertools
+import json
 
 import gymnasium
 import numpy as np
@@ -9,6 +12,7 @@ import torch
 
 from policy import DiffusionPolicy, PolicyConfig, RecedingHorizonController, Sampler
 from policy.evaluation import (
+    Cell,
     EpisodeResult,
     check_spaces,
     chunk_latency,
@@ -93,26 +97,37 @@ def controller(policy, **settings):
     return RecedingHorizonController(policy=policy, **settings)
 
 
+def one_by_one(tasks):
+    remaining = iter(tasks)
+    return lambda: next(remaining, None)
+
+
+def roll(policy, envs, seeds, *, execution_horizon=8, **sampler):
+    """Results in the order in which the episodes end."""
+    cell = Cell(sampler=Sampler(**sampler), execution_horizon=execution_horizon)
+    return [result for _, result in run_in_process([policy], envs, [cell], [(0, seed) for seed in seeds])]
+
+
 @pytest.mark.parametrize("num_envs", [1, 3, 20])
 @pytest.mark.parametrize("terminates", [False, True])
-def test_every_seed_runs_exactly_once_and_slots_refill(policy, num_envs, terminates):
-    seeds = list(range(100, 113))
+def test_every_task_runs_exactly_once_and_slots_refill(policy, num_envs, terminates):
+    tasks = [(cell, seed) for cell in range(2) for seed in range(100, 113)]
     envs = [Counter(terminates) for _ in range(num_envs)]
-    remaining = iter(seeds)
-    results = list(run_episodes(controller(policy), envs, lambda: next(remaining, None)))
-    assert sorted(result.seed for result in results) == seeds
-    assert sorted(seed for env in envs for seed in env.seeds) == seeds
-    assert sorted(results, key=lambda r: r.seed) == [expected(seed) for seed in seeds]
-    assert sum(expected(seed).steps for seed in seeds) == sum(len(env.log) for env in envs)  # success ends an episode
+    controllers = [controller(policy), controller(policy, execution_horizon=8)]
+    results = list(run_episodes(controllers, envs, one_by_one(tasks)))
+    assert sorted(results, key=lambda r: r[0]) == [((cell, seed), expected(seed)) for cell, seed in tasks]
+    assert sorted(seed for env in envs for seed in env.seeds) == sorted(seed for _, seed in tasks)
+    assert sum(expected(seed).steps for _, seed in tasks) == sum(
+        len(env.log) for env in envs
+    )  # success ends an episode
     if num_envs == 3:
-        assert all(len(env.seeds) >= 3 for env in envs)
+        assert all(len(env.seeds) >= 6 for env in envs)
 
 
 def test_an_episode_acts_the_same_alone_or_among_others(policy):
     def actions(num_envs):
         envs = [Counter() for _ in range(num_envs)]
-        remaining = iter(range(13))
-        list(run_episodes(controller(policy), envs, lambda: next(remaining, None)))
+        list(run_episodes([controller(policy)], envs, one_by_one((0, seed) for seed in range(13))))
         seen = {seed: [a for s, a in env.log if s == seed] for env in envs for seed in env.seeds}
         return {seed: np.stack(seen[seed]) for seed in range(13)}
 
@@ -120,6 +135,78 @@ def test_an_episode_acts_the_same_alone_or_among_others(policy):
     for seed in range(13):
         np.testing.assert_array_equal(alone[seed], among[seed])
     assert not np.array_equal(alone[0], alone[7])
+
+
+def test_each_cell_acts_with_its_own_settings(policy):
+    """Two cells of the same sweep, in the same environments, and each alone."""
+    cells = [
+        Cell(sampler=Sampler(ddim_steps=1), execution_horizon=8),
+        Cell(sampler=Sampler(ddim_steps=4, eta=1.0), execution_horizon=2),
+    ]
+
+    def actions(chosen):
+        env = Counter()
+        tasks = [(number, seed) for seed in (7, 14) for number in range(len(chosen))]
+        done = dict(run_in_process([policy], [env], chosen, tasks))
+        assert list(done) == tasks
+        taken = iter(env.log)
+        return {task: np.stack([action for _, action in itertools.islice(taken, done[task].steps)]) for task in tasks}
+
+    together = actions(cells)
+    for number, cell in enumerate(cells):
+        for (_, seed), alone in actions([cell]).items():
+            np.testing.assert_array_equal(together[number, seed], alone)
+    assert not np.array_equal(together[0, 7], together[1, 7])
+
+
+class Lasting(Counter):
+    """Ends after `seed % 1000` control steps."""
+
+    def step(self, action):
+        self.steps += 1
+        info = {"is_success": False, "score": 0.0}
+        return self._observation(), 0.0, False, self.steps == self.seed_ % 1000, info
+
+
+def planning_calls(policy, num_envs, seeds, execution_horizon=4):
+    calls, sample = [], policy.sample_actions
+    envs = [Lasting() for _ in range(num_envs)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "sample_actions", lambda o, **k: (calls.append(len(o["state"])), sample(o, **k))[1])
+        results = roll(policy, envs, seeds, execution_horizon=execution_horizon, ddim_steps=1)
+    assert sorted(result.seed for result in results) == sorted(seeds)
+    assert all(result.steps == result.seed % 1000 for result in results)
+    assert set(calls) == {8}
+    return len(calls)
+
+
+def chunks_of(seed, execution_horizon=4):
+    return -(-(seed % 1000) // execution_horizon)
+
+
+@pytest.mark.parametrize(("num_envs", "calls"), [(1, 24), (2, 12), (8, 3), (16, 6)])
+def test_all_environments_plan_in_one_network_call(policy, num_envs, calls):
+    """Eight episodes of three chunks each; sixteen of them where there are sixteen environments, in calls of eight."""
+    seeds = [12 + 1000 * i for i in range(max(8, num_envs))]
+    assert planning_calls(policy, num_envs, seeds) == calls
+
+
+def test_environments_at_different_places_of_their_episodes_still_plan_together(policy):
+    """Ends in the middle of a chunk, at different times: as many calls as the busiest of eight slots has chunks."""
+    seeds = [1000 * i + 1 + 7 * i % 23 for i in range(40)]
+    free = [0] * 8
+    for seed in seeds:  # a free slot takes the next task
+        heapq.heapreplace(free, free[0] + chunks_of(seed))
+    assert planning_calls(policy, 8, seeds) == max(free)
+
+
+def test_one_long_episode_does_not_hold_up_the_others(policy):
+    long, short = [200], [1000 * i + 4 for i in range(1, 101)]
+    assert planning_calls(policy, 3, long + short) == 50  # all the short ones run beside it
+    envs = [Lasting() for _ in range(3)]
+    ended = [result.seed for result in roll(policy, envs, long + short, ddim_steps=1, execution_horizon=4)]
+    assert 200 in ended[-3:]  # with the last two of them
+    assert [len(env.seeds) for env in envs] == [1, 50, 50]
 
 
 @pytest.mark.parametrize(("width", "action_dim"), [(4, 2), (39, 4), (3, 1), (22, 2), (17, 7)])
@@ -145,33 +232,22 @@ def test_a_plan_does_not_depend_on_its_place_in_the_batch(width, action_dim, den
             np.testing.assert_array_equal(other[slot], chunks[0][slot])
 
 
-def test_results_come_in_the_order_of_the_seeds(policy):
-    seeds, seen = [5, 3, 14, 1, 8], []
-    results = run_in_process(
-        policy,
-        [Counter(), Counter()],
-        seeds,
-        sampler=Sampler(ddim_steps=1),
-        execution_horizon=8,
-        on_episode=lambda result: seen.append(result.seed),
-    )
-    assert [result.seed for result in results] == seeds
-    assert sorted(seen) == sorted(seeds)
-    assert seen != seeds  # reported as they end
-    assert results == [expected(seed) for seed in seeds]
+def test_results_come_as_episodes_end(policy):
+    seeds = [5, 3, 14, 1, 8]  # 2, 5, 9, 3 and 5 control steps
+    results = roll(policy, [Counter(), Counter()], seeds, ddim_steps=1, execution_horizon=1)
+    assert results == [expected(seed) for seed in (5, 3, 1, 14, 8)]
 
 
 def test_more_environments_than_seeds_and_no_seeds_at_all(policy):
-    assert run_in_process(policy, [Counter()] * 1, [], sampler=Sampler(), execution_horizon=8) == []
+    assert roll(policy, [Counter()], []) == []
     envs = [Counter() for _ in range(4)]
-    assert run_in_process(policy, envs, [1], sampler=Sampler(), execution_horizon=8) == [expected(1)]
+    assert roll(policy, envs, [1]) == [expected(1)]
     assert [env.seeds for env in envs] == [[1], [], [], []]
 
 
 def test_actions_are_clipped_to_the_action_space_and_not_further(policy):
     env = Counter()
-    results = run_in_process(policy, [env], [0, 7, 14], sampler=Sampler(ddim_steps=2), execution_horizon=8)
-    assert len(results) == 3
+    assert len(roll(policy, [env], [0, 7, 14], ddim_steps=2)) == 3
     actions = np.stack([action for _, action in env.log])
     low, high = env.action_space.low, env.action_space.high
     assert (actions >= low).all()
@@ -183,7 +259,7 @@ def test_actions_are_clipped_to_the_action_space_and_not_further(policy):
 def test_a_recorded_episode_is_the_same_episode(policy):
     env, recorded = Counter(), Counter()
     for seed in (3, 7, 8):
-        (result,) = run_in_process(policy, [env], [seed], sampler=Sampler(ddim_steps=2, eta=0.5), execution_horizon=3)
+        (result,) = roll(policy, [env], [seed], ddim_steps=2, eta=0.5, execution_horizon=3)
         again, frames = record_episode(controller(policy), recorded, seed)
         assert again == result == expected(seed)
         assert [int(frame[0, 0, 0]) for frame in frames] == list(range(result.steps + 1))
@@ -192,8 +268,14 @@ def test_a_recorded_episode_is_the_same_episode(policy):
         np.testing.assert_array_equal(one, other)
 
 
-def test_the_row_of_a_result_calls_its_return_return():
-    assert expected(3).row() == {"seed": 3, "success": True, "score": 0.3, "return": 15.0, "steps": 5}
+def test_the_row_of_a_result_calls_its_return_return_and_gives_the_result_back():
+    row = {"seed": 3, "success": True, "score": 0.3, "return": 15.0, "steps": 5, "attempts": 1}
+    assert expected(3).row() == row
+    again = EpisodeResult(seed=3, success=False, score=1 / 3, return_=-1e-17, steps=5, attempts=3)
+    assert EpisodeResult.from_row(json.loads(json.dumps(again.row()))) == again
+    for name in row:
+        with pytest.raises(KeyError, match=name):
+            EpisodeResult.from_row({key: value for key, value in row.items() if key != name})
 
 
 class Dictionary(Counter):
@@ -258,8 +340,12 @@ def test_summary_figures():
     summary = summarize(results)
     low, high = summary.pop("success_low"), summary.pop("success_high")
     score_low, score_high = summary.pop("score_low"), summary.pop("score_high")
-    margin = 1.96 * np.std([0.5] * 5 + [1.0] * 45) / np.sqrt(50)
-    assert (score_low, score_high) == pytest.approx((0.95 - margin, 0.95 + margin), abs=0.02)
+    # One more observation at either bound, weights drawn uniformly (Learned-Miller and Thomas 2019), by hand.
+    draw = np.random.default_rng(0).dirichlet
+    lower = draw([1, 5, 45], 200_000) @ [0.0, 0.5, 1.0]
+    upper = draw([5, 46], 200_000) @ [0.5, 1.0]
+    by_hand = (np.quantile(lower, 0.025), np.quantile(upper, 0.975))
+    assert (score_low, score_high) == pytest.approx(by_hand, abs=0.005)
     assert summary == {
         "episodes": 50,
         "successes": 45,

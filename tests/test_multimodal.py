@@ -8,7 +8,7 @@ from envs import collect_episodes
 from envs.planar import PlanarEnv, PlanarExpert
 from policy import PolicyConfig, Sampler, TrainSettings
 from policy.data import Demonstrations
-from policy.evaluation import run_in_process
+from policy.evaluation import Cell, run_in_process
 from policy.tracking import NoTracker
 from policy.training import prepare_run, train
 
@@ -60,10 +60,10 @@ class Watched(PlanarEnv):
 
 def roll(policy):
     env = Watched()
-    results = run_in_process(
-        policy, [env], range(5000, 5000 + EPISODES), sampler=Sampler(ddim_steps=8), execution_horizon=16
-    )
-    return float(np.mean([result.success for result in results])), env.sides
+    cell = Cell(sampler=Sampler(ddim_steps=8), execution_horizon=16)
+    tasks = [(0, seed) for seed in range(5000, 5000 + EPISODES)]
+    results = run_in_process([policy], [env], [cell], tasks)
+    return float(np.mean([result.success for _, result in results])), env.sides
 
 
 class MeanOfSamples:

@@ -37,7 +37,7 @@ def test_own_environment_and_own_demonstrations_train_and_sweep(tmp_path):
         command = [*binaries.get(program, [str(Path(sys.executable).parent / program)]), *arguments]
         done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-    rows = json.loads(next(tmp_path.glob("outputs/sweep/*/sweep.json")).read_text())
+    rows = json.loads(next(tmp_path.glob("outputs/sweep/*/sweep.json")).read_text())["cells"]
     assert [row["ddim_steps"] for row in rows] == [1, 2, 8]
     assert max(row["success_rate"] for row in rows) > 0.5
 

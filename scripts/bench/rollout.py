@@ -1,0 +1,135 @@
+"""How fast episodes roll out, against the raw environment alone on every core.
+
+The raw environment replays the very actions that the policy took, so that both simulate the same physics. The policy
+has the preset's size and random weights: its actions differ from a trained one's, its cost does not.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+import envs
+from policy import DiffusionPolicy, PolicyConfig, Sampler
+from policy.evaluation import Cell, Env, controllers_of, torch_threads
+from policy.workers import RolloutPool, available_cores
+from scripts.bench.report import machine, write_report
+
+PRESETS: dict[str, tuple[dict[str, Any], int]] = {
+    "pusht_state": ({"name": "pusht"}, 96),
+    "metaworld": ({"name": "metaworld", "task": "pick-place-v3"}, 64),
+}
+DDIM_STEPS = 8
+NUM_ENVS = (1, 8, 16, 32)
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Run the benchmark."""
+    print(machine("gymnasium"))
+    rows = [row for preset, (env, episodes) in PRESETS.items() for row in _rows(preset, env, episodes)]
+    write_report("rollout", rows)
+
+
+def _rows(preset: str, env: dict[str, Any], episodes: int) -> list[Row]:
+    simulator = envs.make(**env)
+    policy = _policy(simulator)
+    cell = Cell(sampler=Sampler(ddim_steps=DDIM_STEPS), execution_horizon=8)
+    raw, share = _raw_and_share(policy, simulator, cell, range(4))
+    cores = available_cores()
+    rows = []
+    for num_envs in NUM_ENVS:
+        rate = _pool_rate(policy, env, cell, num_envs, episodes)
+        rows.append(
+            {
+                "preset": preset,
+                "num_envs": num_envs,
+                "ddim_steps": DDIM_STEPS,
+                "steps_per_s": rate,
+                "raw_steps_per_s": raw,
+                "cores": cores,
+                "fraction": rate / (raw * cores),
+                "policy_share": share,
+            }
+        )
+    return rows
+
+
+def _policy(env: Env) -> DiffusionPolicy:
+    assert env.observation_space.shape is not None
+    assert env.action_space.shape is not None
+    torch.manual_seed(0)
+    config = PolicyConfig(
+        observation_shapes={"state": env.observation_space.shape}, action_dim=env.action_space.shape[0]
+    )
+    policy = DiffusionPolicy(config).eval().requires_grad_(False)
+    space: Any = env.action_space
+    policy.action_normalizer.fit(space.low, space.high)
+    for parameter in policy.denoiser.parameters():  # its zeros would stand still
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return policy
+
+
+def _raw_and_share(policy: DiffusionPolicy, env: Env, cell: Cell, seeds: Sequence[int]) -> tuple[float, float]:
+    """Steps a second of the environment alone, and the share of a rollout that the policy takes in 8 slots."""
+    controller = controllers_of([policy], [cell])[0]
+    space: Any = env.action_space
+    played: list[list[np.ndarray[Any, Any]]] = []
+    with torch_threads(1):
+        for seed in seeds:
+            observation, _ = env.reset(seed=seed)
+            controller.reset(seed)
+            actions, over = [], False
+            while not over:
+                actions.append(np.clip(controller.act(observation), space.low, space.high))
+                observation, _, terminated, truncated, info = env.step(actions[-1])
+                over = bool(terminated or truncated or info["is_success"])
+            played.append(actions)
+        raw = _replay(env, seeds, played)
+        planning = _planning_seconds(policy, cell, observation)
+    stepping = cell.execution_horizon / raw
+    return raw, planning / (planning + stepping)
+
+
+def _replay(env: Env, seeds: Sequence[int], played: Sequence[Sequence[Any]]) -> float:
+    seconds = 0.0
+    for seed, actions in zip(seeds, played, strict=True):
+        env.reset(seed=seed)
+        begin = time.perf_counter()
+        for action in actions:
+            env.step(action)
+        seconds += time.perf_counter() - begin
+    return sum(map(len, played)) / seconds
+
+
+def _planning_seconds(policy: DiffusionPolicy, cell: Cell, observation: Any) -> float:
+    """Seconds that planning takes per chunk, in a batch as rollouts plan it."""
+    controller = controllers_of([policy], [cell])[0]
+    slots, times = range(controller.plan_batch), []
+    for repeat in range(20):
+        for slot in slots:
+            controller.reset(repeat, slot)
+            controller.observe(observation, slot)
+        begin = time.perf_counter()
+        controller.plan(slots)
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times)) / len(slots)
+
+
+def _pool_rate(policy: DiffusionPolicy, env: dict[str, Any], cell: Cell, num_envs: int, episodes: int) -> float:
+    with RolloutPool([policy], partial(envs.make, **env), num_envs) as pool:
+        list(pool.run([cell], [(0, seed) for seed in range(num_envs)]))  # the processes have started
+        begin = time.perf_counter()
+        steps = sum(result.steps for _, result in pool.run([cell], [(0, seed) for seed in range(episodes)]))
+        return steps / (time.perf_counter() - begin)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

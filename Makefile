@@ -7,7 +7,7 @@ DEMO_TASK := pick-place-v3
 DEMO_DATA := $(DEMO)/demonstrations/metaworld-$(DEMO_TASK)-v0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types format bench-data clean
+.PHONY: help setup demo test lint types format bench-data bench-latency bench-rollout clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -17,7 +17,7 @@ setup: $(VENV)/.installed ## make the virtual environment in .venv, with all tha
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[metaworld,pusht,robotics,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[export,launchers,metaworld,pusht,robotics,dev]'
 	@touch $@
 
 demo: $(DEMO)/sweep.json ## demonstrations, training, rollout and sweep on a Meta-World task, in 4 minutes on two cores
@@ -66,6 +66,12 @@ format: setup ## format the code
 
 bench-data: setup ## size and speed of demonstrations and windows, beside a PyTorch DataLoader (writes 4 GB)
 	$(BIN)/python -m scripts.bench.data
+
+bench-latency: setup ## a chunk's median and p99 beside the machine's floor and the reference's U-Net
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.bench.latency
+
+bench-rollout: setup ## environment steps a second beside the raw environment on every core
+	$(BIN)/python -m scripts.bench.rollout
 
 clean: ## remove the virtual environment and caches, not outputs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -146,7 +146,7 @@ def _rollout(
 ) -> dict[str, float]:
     seeds = range(ROLLOUT_SEED, ROLLOUT_SEED + settings.rollout_episodes)
     simulators = [make_env() for _ in range(min(num_envs, len(seeds)))]
-    cell = Cell(sampler=sampler, execution_horizon=execution_horizon)
+    cell = Cell(sampler=sampler, execution_horizon=execution_horizon, backend="fused")
     results = [result for _, result in run_in_process([policy], simulators, [cell], [(0, seed) for seed in seeds])]
     for simulator in simulators:
         simulator.close()

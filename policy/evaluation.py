@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from policy.controller import RecedingHorizonController, plain_key
-from policy.diffusion_policy import DiffusionPolicy, PolicyConfig
+from policy.diffusion_policy import DiffusionPolicy, PolicyConfig, is_image
+from policy.inference import SamplerProgram, compile_sampler
 from policy.sampler import Sampler
 from policy.statistics import bootstrap_interval, wilson_interval
 
@@ -22,7 +23,7 @@ Env = gymnasium.Env[Any, Any]
 MakeEnv = Callable[[], Env]
 
 # Rows of one planning call in rollouts, always: see RecedingHorizonController.plan_batch.
-PLAN_BATCH = 8
+PLAN_BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +76,15 @@ class Cell:
         policy: which of the policies at hand, by number.
         sampler: how chunks are sampled.
         execution_horizon: actions executed before the next plan.
+        backend: what samples, see `compile_sampler`.
+        weights: of the backend.
     """
 
     sampler: Sampler
     execution_horizon: int
     policy: int = 0
+    backend: str = "eager"
+    weights: str = "float32"
 
 
 # Number of a cell, and the episode's seed.
@@ -213,9 +218,17 @@ def controllers_of(policies: Sequence[DiffusionPolicy], cells: Sequence[Cell]) -
             sampler=cell.sampler,
             execution_horizon=cell.execution_horizon,
             plan_batch=PLAN_BATCH,
+            program=program_of(policies[cell.policy], cell),
         )
         for cell in cells
     ]
+
+
+def program_of(policy: DiffusionPolicy, cell: Cell) -> SamplerProgram | None:
+    """The compiled sampling of a cell; None where the policy itself samples."""
+    if cell.backend == "eager":
+        return None
+    return compile_sampler(policy, cell.sampler, backend=cell.backend, weights=cell.weights)
 
 
 def run_in_process(
@@ -317,26 +330,35 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def chunk_latency(policy: DiffusionPolicy, sampler: Sampler, repeats: int = 30) -> dict[str, float]:
+def chunk_latency(
+    policy: DiffusionPolicy, sampler: Sampler, repeats: int = 30, *, program: SamplerProgram | None = None
+) -> dict[str, float]:
     """How long one robot waits for one chunk: batch 1, one thread.
 
     Args:
         policy: as it will act.
         sampler: how it samples.
         repeats: timed calls at least; as many as fit into half a second, after a fifth of a second untimed.
+        program: what samples instead of the policy itself.
 
     Returns:
         `latency_ms_median` and `latency_ms_p90`, in milliseconds.
     """
     config = policy.config
-    observations = {key: torch.zeros(1, config.obs_horizon, *shape) for key, shape in config.observation_shapes.items()}
+    observations = {
+        key: torch.zeros(1, config.obs_horizon, *shape, dtype=torch.uint8 if is_image(shape) else torch.float32)
+        for key, shape in config.observation_shapes.items()
+    }
     settings = asdict(sampler)
     noise = torch.zeros(1, config.action_horizon, config.action_dim)
     generator = [torch.Generator().manual_seed(0)]
 
     def timed_call() -> float:
         begin = time.perf_counter()
-        policy.sample_actions(observations, noise=noise, generator=generator, **settings).cpu()
+        if program is None:
+            policy.sample_actions(observations, noise=noise, generator=generator, **settings).cpu()
+        else:
+            program.sample_actions(observations, generator=generator).cpu()
         return time.perf_counter() - begin
 
     times: list[float] = []

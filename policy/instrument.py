@@ -42,11 +42,13 @@ def sweep(
     ddim_steps: int | list[int] = [1, 2, 4, 8, 16, 50],  # noqa: B006  (never changed)
     episodes: int = 50,
     seed: int = 100_000,
-    num_envs: int = 16,
+    num_envs: int = 32,
     workers: int | None = None,
     device: str = "cpu",
     sampler: dict[str, Any] | None = None,
     execution_horizon: int | list[int] | None = None,
+    backend: str | list[str] = "fused",
+    weights: str | list[str] = "float32",
     env: dict[str, Any] | None = None,
     margin: float = 0.05,
     videos: int | None = None,
@@ -67,6 +69,8 @@ def sweep(
         device: `cpu` or `cuda`.
         sampler: the other sampler settings; a list makes an axis.
         execution_horizon: actions executed before the next plan, by default as in training; a list makes an axis.
+        backend: what samples: `eager`, `fused`, `compile`, `onnx` or `cuda_graph`; a list makes an axis.
+        weights: `float32`, or `int8` with `backend=onnx`; a list makes an axis.
         env: another environment than the checkpoint's, or some settings of it.
         margin: a loss of success, as a share, that is small enough not to matter in the recommendation.
         videos: episodes to record side by side for the report; by default 2.
@@ -97,6 +101,8 @@ def sweep(
         ddim_steps=ddim_steps,
         sampler=sampler or {},
         execution_horizon=execution_horizon,
+        backend=backend,
+        weights=weights,
     )
     if videos is not None and not 0 <= videos <= episodes:
         raise ValueError(f"videos must be within 0..{episodes} (the episodes); got {videos}")

@@ -20,6 +20,7 @@ from policy.evaluation import (
     chunk_latency,
     controllers_of,
     format_summary,
+    program_of,
     record_episode,
     summarize,
 )
@@ -95,9 +96,11 @@ def roll_out(
     checkpoint: Path,
     episodes: int = 50,
     seed: int = 100_000,
-    num_envs: int = 16,
+    num_envs: int = 32,
     device: str = "cpu",
     sampler: Sampler,
+    backend: str = "fused",
+    weights: str = "float32",
     execution_horizon: int | None = None,
     env: dict[str, Any] | None = None,
     video: int = 0,
@@ -114,6 +117,8 @@ def roll_out(
         num_envs: environments at once; no result depends on it.
         device: `cpu` or `cuda`.
         sampler: how chunks are sampled.
+        backend: what samples: `eager`, `fused`, `compile`, `onnx` or `cuda_graph`.
+        weights: `float32`, or `int8` with `backend=onnx`.
         execution_horizon: actions executed before the next plan; by default as in training.
         env: another environment than the checkpoint's, or some settings of it.
         video: how many of the first episodes to record as mp4.
@@ -129,7 +134,8 @@ def roll_out(
     sampler.check(policy.schedule.num_steps)
     horizon = loaded.execution_horizon if execution_horizon is None else execution_horizon
     check_execution_horizon(horizon, policy.config.action_horizon)
-    cell = Cell(sampler=sampler, execution_horizon=horizon)
+    cell = Cell(sampler=sampler, execution_horizon=horizon, backend=backend, weights=weights)
+    program = program_of(policy, cell)  # refused here, before any work
     if not 0 <= video <= episodes:
         raise ValueError(f"video must be within 0..{episodes} (the episodes); got {video}")
     folder = output_folder(output_dir, "rollout")
@@ -144,7 +150,7 @@ def roll_out(
             by_seed[episode_seed] = result
             bar.update()
     results = [by_seed[episode_seed] for episode_seed in setting.seeds]
-    summary = {**asdict(sampler), **summarize(results), **chunk_latency(policy, sampler)}
+    summary = {**asdict(sampler), **summarize(results), **chunk_latency(policy, sampler, program=program)}
     tracking.log_table("rollout", [summary])
     tracking.finish()
     print(format_summary(summary))

@@ -11,14 +11,15 @@ from typing import Any
 from policy.arguments import check_arguments, unknown_name
 from policy.checkpoint import Checkpoint
 from policy.controller import check_execution_horizon
-from policy.evaluation import Cell, EpisodeResult, chunk_latency, summarize
+from policy.evaluation import Cell, EpisodeResult, chunk_latency, program_of, summarize
+from policy.inference import check_backend
 from policy.ledger import cell_id
 from policy.sampler import Sampler
 
 Row = dict[str, Any]
 
 # What may differ between cells, in the order of the table's first columns.
-AXES = ("checkpoint", *(field.name for field in dataclasses.fields(Sampler)), "execution_horizon")
+AXES = ("checkpoint", *(field.name for field in dataclasses.fields(Sampler)), "execution_horizon", "backend", "weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class SweepCell:
             "checkpoint": str(self.checkpoint.path),
             **settings,
             "execution_horizon": self.cell.execution_horizon,
+            "backend": self.cell.backend,
+            "weights": self.cell.weights,
         }
 
     @property
@@ -58,6 +61,8 @@ def make_cells(
     ddim_steps: int | Sequence[int],
     sampler: Mapping[str, Any],
     execution_horizon: int | Sequence[int] | None,
+    backend: str | Sequence[str] = "eager",
+    weights: str | Sequence[str] = "float32",
 ) -> list[SweepCell]:
     """Every combination of the settings; a list of values makes an axis.
 
@@ -67,6 +72,8 @@ def make_cells(
         ddim_steps: denoising steps.
         sampler: the other sampler settings, by name.
         execution_horizon: actions executed before the next plan; None takes each checkpoint's own.
+        backend: what samples, see `compile_sampler`.
+        weights: of the backend.
 
     Returns:
         The cells, `ddim_steps` changing fastest.
@@ -82,6 +89,8 @@ def make_cells(
     if unknown := [name for name in sampler if name not in names]:
         raise unknown_name("setting of sampler", unknown[0], names)
     axes = {
+        "backend": axis_values("backend", backend),
+        "weights": axis_values("weights", weights),
         "execution_horizon": axis_values("execution_horizon", execution_horizon),
         **{name: axis_values(f"sampler.{name}", values) for name, values in sampler.items()},
         "ddim_steps": axis_values("ddim_steps", ddim_steps),
@@ -91,12 +100,14 @@ def make_cells(
         config, schedule = checkpoint.policy.config, checkpoint.policy.schedule
         for values in itertools.product(*axes.values()):
             settings = dict(zip(axes, values, strict=True))
+            running = {name: settings.pop(name) for name in ("backend", "weights")}
+            check_backend(**running)
             horizon = settings.pop("execution_horizon")
             horizon = checkpoint.execution_horizon if horizon is None else horizon
             check_execution_horizon(horizon, config.action_horizon)
             chosen = Sampler(**check_arguments("sampler", Sampler, settings))
             chosen.check(schedule.num_steps)
-            cell = Cell(policy=index, sampler=chosen, execution_horizon=horizon)
+            cell = Cell(policy=index, sampler=chosen, execution_horizon=horizon, **running)
             cells.append(SweepCell(cell=cell, checkpoint=checkpoint, env=env))
     seen: dict[str, SweepCell] = {}
     for one in cells:
@@ -129,7 +140,8 @@ def row_of(cell: SweepCell, results: Sequence[EpisodeResult]) -> Row:
     Returns:
         The row.
     """
-    latency = chunk_latency(cell.checkpoint.policy, cell.cell.sampler)
+    policy = cell.checkpoint.policy
+    latency = chunk_latency(policy, cell.cell.sampler, program=program_of(policy, cell.cell))
     return {
         **cell.axes,
         **summarize(results),
@@ -141,4 +153,4 @@ def row_of(cell: SweepCell, results: Sequence[EpisodeResult]) -> Row:
 
 def varying(rows: Sequence[Row]) -> list[str]:
     """The axes besides `ddim_steps` along which the rows differ."""
-    return [axis for axis in AXES if axis != "ddim_steps" and len({row[axis] for row in rows}) > 1]
+    return [axis for axis in AXES if axis != "ddim_steps" and len({row.get(axis) for row in rows}) > 1]

@@ -253,7 +253,7 @@ def test_arrays_of_any_float_type_do():
     assert torch.equal(program(arrays, noise.numpy()), program(observations, noise))
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("onnx", marks=needs_onnx)])
+@pytest.mark.parametrize("backend", ["eager", "fused", pytest.param("onnx", marks=needs_onnx)])
 def test_inputs_that_do_not_fit_are_refused_in_a_sentence(backend):
     policy = make_policy(shapes=IMAGES)
     plain = compile_sampler(policy, Sampler(ddim_steps=2), backend=backend)
@@ -292,7 +292,7 @@ def test_what_cannot_run_is_refused_before_it_does(monkeypatch):
     monkeypatch.setattr(backends_module.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler .*: install one, or use backend=onnx"):
         compile_sampler(policy, sampler, backend="compile")
-    assert set(BACKENDS) == {"eager", "compile", "onnx", "cuda_graph"}
+    assert set(BACKENDS) == {"eager", "fused", "compile", "onnx", "cuda_graph"}
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):

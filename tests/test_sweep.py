@@ -87,6 +87,7 @@ def test_a_single_value_makes_a_single_cell_with_the_checkpoints_own_horizon(che
 def test_settings_say_the_weights_and_axes_their_folder(checkpoints):
     (cell,) = cells_of(checkpoints[:1], sampler={"eta": 1}, env={"name": "planar", "image_size": 64})
     shared = {"ddim_steps": 4, "eta": 1.0, "spacing": "trailing", "clip": 1.0, "execution_horizon": 5}
+    shared |= {"backend": "eager", "weights": "float32"}
     assert cell.axes == {"checkpoint": "runs/a", **shared}
     assert cell.settings == {
         "checkpoint": "weights of a",
@@ -174,7 +175,7 @@ def test_latency_is_that_of_the_cells_sampler_and_policy(swept, monkeypatch):
     cells, results = swept
     seen = []
     monkeypatch.setattr(
-        sweep, "chunk_latency", lambda *arguments: seen.append(arguments) or {"latency_ms_median": 20.0}
+        sweep, "chunk_latency", lambda *arguments, program: seen.append(arguments) or {"latency_ms_median": 20.0}
     )
     assert row_of(cells[1], results[1])["control_rate_hz"] == 250.0  # five control steps in every 20 ms
     assert seen == [(cells[1].checkpoint.policy, cells[1].cell.sampler)]

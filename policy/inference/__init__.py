@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from policy.inference.backends import BACKENDS, SamplerProgram, compile_sampler
+from policy.inference.backends import BACKENDS, SamplerProgram, check_backend, compile_sampler
 
-__all__ = ["BACKENDS", "SamplerProgram", "compile_sampler"]
+__all__ = ["BACKENDS", "SamplerProgram", "check_backend", "compile_sampler"]

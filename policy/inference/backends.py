@@ -127,8 +127,9 @@ def compile_sampler(
     Args:
         policy: as it should act; it is copied, and later changes to it have no effect.
         sampler: the settings.
-        backend: `eager` takes the steps of `sample_actions` and is the reference for the others; `compile` is
-            torch.compile (slow at the first call, and needs a C++ compiler on a CPU); `onnx` is one graph in ONNX
+        backend: `eager` takes the steps of `sample_actions` and is the reference for the others; `fused` conditions all
+            steps at once (see `policy.inference.program`) and is as plain otherwise; `compile` is that through
+            torch.compile (slow at the first call, needs a C++ compiler on a CPU); `onnx` is one graph in ONNX
             Runtime, on the CPU, on one thread; `cuda_graph` records all steps, once for each batch size.
         weights: `float32`, or `int8` for the matrices of `onnx`.
 
@@ -147,13 +148,22 @@ def compile_sampler(
         >>> program({"state": torch.zeros(3, 2, 5)}, noise=torch.zeros(3, 8, 2)).shape
         torch.Size([3, 8, 2])
     """
-    if backend not in BACKENDS:
-        raise unknown_name("backend", backend, BACKENDS)
-    check_weights(weights, backend)
+    check_backend(backend, weights)
     sampler.check(policy.schedule.num_steps)
     frozen = copy.deepcopy(policy).eval().requires_grad_(False)
     run, device = BACKENDS[backend](frozen, sampler, weights)
     return SamplerProgram(config=policy.config, sampler=sampler, backend=backend, run=run, device=device)
+
+
+def check_backend(backend: str, weights: str) -> None:
+    """Refuse what no backend is called, and weights that it does not have.
+
+    Raises:
+        ValueError: naming the nearest one.
+    """
+    if backend not in BACKENDS:
+        raise unknown_name("backend", backend, BACKENDS)
+    check_weights(weights, backend)
 
 
 def check_weights(weights: str, backend: str = "onnx") -> None:
@@ -189,6 +199,10 @@ def _eager(policy: DiffusionPolicy, sampler: Sampler, weights: str) -> tuple[Run
         return policy.action_normalizer.unnormalize(x)
 
     return run, policy.device
+
+
+def _fused(policy: DiffusionPolicy, sampler: Sampler, weights: str) -> tuple[Run, torch.device]:
+    return Program(policy, sampler).eval(), policy.device
 
 
 def _compile(policy: DiffusionPolicy, sampler: Sampler, weights: str) -> tuple[Run, torch.device]:
@@ -273,4 +287,10 @@ def _captured(program: Program, keys: list[str], held: list[Tensor]) -> tuple[to
 
 
 Build = Callable[[DiffusionPolicy, Sampler, str], tuple[Run, torch.device]]
-BACKENDS: dict[str, Build] = {"eager": _eager, "compile": _compile, "onnx": _onnx, "cuda_graph": _cuda_graph}
+BACKENDS: dict[str, Build] = {
+    "eager": _eager,
+    "fused": _fused,
+    "compile": _compile,
+    "onnx": _onnx,
+    "cuda_graph": _cuda_graph,
+}

@@ -40,7 +40,7 @@ def main() -> None:
 def _rows(preset: str, env: dict[str, Any], episodes: int) -> list[Row]:
     simulator = envs.make(**env)
     policy = _policy(simulator)
-    cell = Cell(sampler=Sampler(ddim_steps=DDIM_STEPS), execution_horizon=8)
+    cell = Cell(sampler=Sampler(ddim_steps=DDIM_STEPS), execution_horizon=8, backend="fused")
     raw, share = _raw_and_share(policy, simulator, cell, range(4))
     cores = available_cores()
     rows = []

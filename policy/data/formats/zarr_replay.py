@@ -28,7 +28,7 @@ METADATA_FILES = (".zarray", "zarr.json")  # of an array, in format 2 and 3
 CHUNK_NAME = re.compile(r"(c[./])?\d+([./]\d+)*")
 # Rows of chunks are decoded together up to so many bytes; a single one may take LARGEST, what is declared larger is
 # damaged or cannot be read in order.
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 16 * 2**20
 LARGEST = 4 * 2**30
 
 

@@ -141,15 +141,7 @@ class DiffusionPolicy(nn.Module):
         Raises:
             ValueError: missing or unknown keys, or shapes other than the configured ones.
         """
-        expected = self.config.observation_shapes
-        if observations.keys() != expected.keys():
-            raise ValueError(f"observations must have the keys {sorted(expected)}; got {sorted(observations)}")
-        for key, value in observations.items():
-            if tuple(value.shape[1:]) != (self.config.obs_horizon, *expected[key]):
-                raise ValueError(
-                    f"observation {key!r} must have shape (B, {self.config.obs_horizon}, "
-                    f"{', '.join(map(str, expected[key]))}); got {tuple(value.shape)}"
-                )
+        check_observations(self.config, observations)
         return self.encoder({key: self._normalized(key, value) for key, value in observations.items()})
 
     def _normalized(self, key: str, value: Tensor) -> Tensor:
@@ -234,6 +226,28 @@ class DiffusionPolicy(nn.Module):
             generator=generator,
         )
         return self.action_normalizer.unnormalize(chunk)
+
+
+def check_observations(config: PolicyConfig, observations: Observations, rows: int | None = None) -> None:
+    """Refuse an observation history that is not what a policy was made for.
+
+    Args:
+        config: of the policy.
+        observations: (B, obs_horizon, *shape) under each key.
+        rows: B, where it is known.
+
+    Raises:
+        ValueError: missing or unknown keys, or other shapes.
+    """
+    expected = config.observation_shapes
+    if observations.keys() != expected.keys():
+        raise ValueError(f"observations must have the keys {sorted(expected)}; got {sorted(observations)}")
+    for key, value in observations.items():
+        history = (config.obs_horizon, *expected[key])
+        # A traced program must not ask for the batch size: it would hold for that one alone.
+        if tuple(value.shape[1:]) != history or (rows is not None and len(value) != rows):
+            wanted = ", ".join(map(str, ("B" if rows is None else rows, *history)))
+            raise ValueError(f"observation {key!r} must have shape ({wanted}); got {tuple(value.shape)}")
 
 
 def config_to_json(config: PolicyConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from policy.sampler import Sampler
 from policy.statistics import bootstrap_interval, wilson_interval
 
 Env = gymnasium.Env[Any, Any]
-MakeEnv = Callable[[], Env]
+MakeEnv = Callable[..., Env]
 
 # Rows of one planning call in rollouts, always: see RecedingHorizonController.plan_batch.
 PLAN_BATCH = 16

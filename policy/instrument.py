@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from policy.evaluation import Env, EpisodeResult, controllers_of, record_episode
+from policy.evaluation import Env, EpisodeResult, controllers_of
 from policy.ledger import Ledger
 from policy.output import output_folder
 from policy.progress import progress
@@ -19,7 +18,7 @@ from policy.statistics import Recommendation, compare_success, recommend
 from policy.sweep import Row, SweepCell, axis_values, make_cells, row_of, varying
 from policy.sweep_files import format_table, plot_rows, write_files
 from policy.tracking import Run, StartRun
-from policy.video import write_video
+from policy.video import record_videos
 from policy.workers import RolloutPool
 
 LEDGER = "episodes.jsonl"
@@ -298,22 +297,21 @@ def _recorded(
 ) -> list[Clip]:
     """Run episodes again with pictures; where nothing can be drawn, say so in one line."""
     controllers = controllers_of([c.policy for c in setting.checkpoints], [cells[number].cell for number in chosen])
+    takes = [
+        (number, controller, seed) for seed in seeds for number, controller in zip(chosen, controllers, strict=True)
+    ]
     folder.mkdir(exist_ok=True)
+
+    def file_of(take: int, result: EpisodeResult) -> Path:
+        return folder / f"{rows[takes[take][0]]['cell']}_{result.seed}.mp4"
+
     clips = []
     try:
-        with (
-            closing(setting.make_env(render_mode="rgb_array")) as env,
-            progress(total=len(seeds) * len(chosen), desc="video", unit="episode") as bar,
-        ):
-            for seed in seeds:
-                for number, controller in zip(chosen, controllers, strict=True):
-                    result, frames = record_episode(controller, env, seed)
-                    file = folder / f"{rows[number]['cell']}_{seed}.mp4"
-                    write_video(file, frames, fps=round(env.metadata["render_fps"]))
-                    outcome = "success" if result.success else f"failure, score {result.score:.2f}"
-                    caption = f"{label_of(rows, rows[number])}: {outcome} after {result.steps} steps"
-                    clips.append(Clip(seed=seed, caption=caption, file=file))
-                    bar.update()
+        videos = record_videos(setting.make_env, [(controller, seed) for _, controller, seed in takes], file_of)
+        for (number, *_), (result, file) in zip(takes, videos, strict=True):
+            outcome = "success" if result.success else f"failure, score {result.score:.2f}"
+            caption = f"{label_of(rows, rows[number])}: {outcome} after {result.steps} steps"
+            clips.append(Clip(seed=result.seed, caption=caption, file=file))
     except (RuntimeError, ValueError) as error:  # an environment need not know how to draw
         print(f"no video: {error}")
     return clips

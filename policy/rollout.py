@@ -15,20 +15,20 @@ from policy.device import check_device
 from policy.evaluation import (
     Cell,
     Env,
+    EpisodeResult,
     check_num_envs,
     check_spaces,
     chunk_latency,
     controllers_of,
     format_summary,
     program_of,
-    record_episode,
     summarize,
 )
 from policy.output import episode_seeds, output_folder, write_episodes
 from policy.progress import progress
 from policy.sampler import Sampler
 from policy.tracking import StartRun
-from policy.video import write_video
+from policy.video import record_videos
 from policy.workers import RolloutPool
 
 
@@ -168,16 +168,12 @@ def _record(
     controller: RecedingHorizonController, make_env: Callable[..., Env], seeds: Sequence[int], folder: Path
 ) -> None:
     """Replay episodes with pictures; where nothing can be drawn, say so in one line."""
+
+    def file_of(number: int, result: EpisodeResult) -> Path:
+        return folder / f"episode_{result.seed}_{'success' if result.success else 'failure'}.mp4"
+
     try:
-        with (
-            closing(make_env(render_mode="rgb_array")) as env,
-            progress(total=len(seeds), desc="video", unit="episode") as bar,
-        ):
-            for seed in seeds:
-                result, frames = record_episode(controller, env, seed)
-                file = folder / f"episode_{seed}_{'success' if result.success else 'failure'}.mp4"
-                write_video(file, frames, fps=round(env.metadata["render_fps"]))
-                bar.update()
-                print(f"video: {file}")
+        for _, file in record_videos(make_env, [(controller, seed) for seed in seeds], file_of):
+            print(f"video: {file}")
     except RuntimeError as error:
         print(f"no video: {error}")

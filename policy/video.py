@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import av
 import numpy as np
 from numpy.typing import NDArray
+
+from policy.controller import RecedingHorizonController
+from policy.evaluation import EpisodeResult, MakeEnv, record_episode
+from policy.progress import progress
 
 
 def write_video(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int) -> None:
@@ -26,3 +31,33 @@ def write_video(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int) -> No
             cropped = np.ascontiguousarray(frame[:height, :width])
             container.mux(stream.encode(av.VideoFrame.from_ndarray(cropped, format="rgb24")))
         container.mux(stream.encode())
+
+
+def record_videos(
+    make_env: MakeEnv,
+    takes: Sequence[tuple[RecedingHorizonController, int]],
+    file_of: Callable[[int, EpisodeResult], Path],
+) -> Iterator[tuple[EpisodeResult, Path]]:
+    """Run episodes with pictures and write each as a video.
+
+    Args:
+        make_env: takes `render_mode`.
+        takes: controller and seed of each.
+        file_of: where the video of a take goes, given its number and its result.
+
+    Yields:
+        The result and the file of each.
+
+    Raises:
+        RuntimeError: nothing can be drawn here.
+    """
+    with (
+        closing(make_env(render_mode="rgb_array")) as env,
+        progress(total=len(takes), desc="video", unit="episode") as bar,
+    ):
+        for number, (controller, seed) in enumerate(takes):
+            result, frames = record_episode(controller, env, seed)
+            file = file_of(number, result)
+            write_video(file, frames, fps=round(env.metadata["render_fps"]))
+            bar.update()
+            yield result, file

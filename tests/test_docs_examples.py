@@ -10,7 +10,15 @@ import policy
 
 MODULES = ["policy", *(m.name for m in pkgutil.walk_packages(policy.__path__, "policy."))]
 # The ones a reader meets first; others are free to have examples too.
-WITH_EXAMPLES = {"policy.controller", "policy.ddim", "policy.diffusion_policy", "policy.schedule", "policy.statistics"}
+WITH_EXAMPLES = {
+    "policy.controller",
+    "policy.ddim",
+    "policy.diffusion_policy",
+    "policy.schedule",
+    "policy.statistics.intervals",
+    "policy.statistics.paired",
+    "policy.statistics.recommendation",
+}
 
 
 def examples_in(module):

@@ -17,7 +17,7 @@ from policy.inference import compile_sampler
 from policy.inference import export as export_module
 from policy.inference.export import TOLERANCE, export_policy
 from policy.training import TrainState
-from tests.conftest import ROOT
+from tests.conftest import ROOT, randomize
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
@@ -47,11 +47,7 @@ def checkpoint(tmp_path_factory):
         denoiser={"name": "modulated_mlp", "hidden_size": 32, "num_layers": 2},
     )
     policy = DiffusionPolicy(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            scale = 1 / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 0.3
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    randomize(policy)
     policy.action_normalizer.fit([-3, 10], [5, 11])
     state = TrainState(policy=policy, ema=policy, optimizer=torch.optim.AdamW(policy.parameters()))
     folder = tmp_path_factory.mktemp("checkpoint") / "checkpoint"

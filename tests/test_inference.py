@@ -18,6 +18,7 @@ from policy.inference.int8 import quantized
 from policy.inference.program import Program
 from policy.inference.steps import step_coefficients
 from policy.schedule import PREDICTION_TYPES, make_schedule
+from tests.conftest import randomize
 
 # In normalised units, where actions lie within -1..1; larger ones (no clipping) are compared relative to their size.
 TOLERANCE = 1e-4
@@ -42,12 +43,8 @@ def make_policy(denoiser="modulated_mlp", prediction_type="sample", shapes=VECTO
         denoiser={"name": denoiser, "hidden_size": hidden_size, "num_layers": 2, "dropout": 0.1},
     )
     policy = DiffusionPolicy(config)
-    generator = torch.Generator().manual_seed(0)
+    randomize(policy)
     with torch.no_grad():
-        # The gates and the output start at zero: without this every program that returns zeros would pass.
-        for parameter in policy.parameters():
-            scale = 1 / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 0.3
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
         for key, shape in shapes.items():
             if len(shape) == 1:
                 policy.observation_normalizers[key].fit(np.full(shape, -2.0), np.linspace(1, 3, shape[0]))

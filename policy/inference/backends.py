@@ -16,7 +16,7 @@ from torch import Tensor
 
 from policy.arguments import unknown_name
 from policy.ddim import Generators, ddim_step, ddim_timesteps, randn_like
-from policy.diffusion_policy import DiffusionPolicy, Observations, PolicyConfig, is_image
+from policy.diffusion_policy import DiffusionPolicy, Observations, PolicyConfig, check_observations, is_image
 from policy.inference.onnx_graph import build_model, observation_input, require
 from policy.inference.program import Program
 from policy.sampler import Sampler
@@ -99,16 +99,9 @@ class SamplerProgram:
         return self(observations, noise, torch.stack(step_noise))
 
     def _check(self, observations: Observations, noise: Tensor, step_noise: Tensor | None) -> None:
-        expected = self.config.observation_shapes
-        if observations.keys() != expected.keys():
-            raise ValueError(f"observations must have the keys {sorted(expected)}; got {sorted(observations)}")
+        check_observations(self.config, observations, rows=len(noise))
         for key, value in observations.items():
-            if tuple(value.shape) != (len(noise), self.config.obs_horizon, *expected[key]):
-                raise ValueError(
-                    f"observation {key!r} must have shape ({len(noise)}, {self.config.obs_horizon}, "
-                    f"{', '.join(map(str, expected[key]))}); got {tuple(value.shape)}"
-                )
-            if is_image(expected[key]) and value.dtype != torch.uint8:
+            if is_image(self.config.observation_shapes[key]) and value.dtype != torch.uint8:
                 raise ValueError(f"observation {key!r} is an image and must be uint8; got {value.dtype}")
         chunk = (len(noise), self.config.action_horizon, self.config.action_dim)
         if tuple(noise.shape) != chunk:

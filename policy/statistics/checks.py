@@ -1,0 +1,42 @@
+"""Checks that the statistics share: what came, and what is allowed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+def cells_by_episodes(values: Any, name: str, kind: type) -> Array:
+    """Check and convert an array of cells times episodes."""
+    try:
+        matrix = np.asarray(values)
+        lengths = None
+    except ValueError:
+        lengths = [np.size(row) for row in values]
+    if lengths is not None:
+        raise ValueError(
+            f"{name} must have the same episodes in every cell; got {lengths} episodes: use those that all cells ran"
+        )
+    if matrix.ndim != 2 or not matrix.size:
+        raise ValueError(f"{name} must be cells x episodes, one or more of each; got shape {matrix.shape}")
+    if matrix.dtype == object or not np.all(np.isfinite(matrix.astype(float))):
+        raise ValueError(f"{name} must be finite numbers; got NaN, infinity or something else: leave such episodes out")
+    if kind is bool and not np.all((matrix == 0) | (matrix == 1)):
+        raise ValueError(f"{name} must be true or false (1 or 0); got {matrix.min()} to {matrix.max()}")
+    return matrix.astype(kind)
+
+
+def check_bounds(values: Array, bounds: tuple[float, float]) -> None:
+    """Refuse values outside the bounds that they are said to have."""
+    if not bounds[0] <= values.min() <= values.max() <= bounds[1]:
+        raise ValueError(f"values must lie within the bounds {bounds}; got {values.min():g} to {values.max():g}")
+
+
+def check_fraction(name: str, value: float, above: float = 0) -> None:
+    """Refuse what is no fraction within (above, 1)."""
+    if not above < value < 1:
+        raise ValueError(f"{name} must be above {above:g} and below 1; got {value}")

@@ -2,57 +2,52 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
-import torch
+from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from policy.diffusion_policy import DiffusionPolicy, is_image
-from policy.inference import SamplerProgram
+from policy.diffusion_policy import DiffusionPolicy
+from policy.execution import ControllerSettings, Timeline
+from policy.inference import SamplerProgram, compile_sampler
+from policy.planning import History, Observation, PlanRequest, checked_observation, sample_plans
 from policy.sampler import Sampler
-from policy.seeding import derive_generator
 
 Slot = TypeVar("Slot", bound=Hashable)
-Observation = NDArray[Any] | Mapping[str, NDArray[Any]]
 
 
 @dataclass
 class _Episode:
-    """One robot's running episode: what it has seen, and how far it is in its chunk."""
+    """One robot's running episode: what it has seen, and how far it is."""
 
     seed: int
-    history: deque[dict[str, NDArray[Any]]]
-    chunk: NDArray[np.float32] | None = None
-    cursor: int = 0
-    plans: int = 0
-
-    def observe(self, observation: dict[str, NDArray[Any]]) -> None:
-        # The first observation stands in for the ones before it, as in training.
-        missing = (self.history.maxlen or 1) if not self.history else 1
-        self.history.extend([observation] * missing)
+    history: History
+    timeline: Timeline
 
 
 @dataclass(kw_only=True)
 class RecedingHorizonController:
-    """Drives one robot, or many at once, with a policy.
+    """Drives one robot, or many at once, with a policy, in simulated time: it waits for a plan without a step passing.
 
     The observation history and the place in the current chunk live here, one per slot; the policy keeps none. Plan n
     of an episode draws its noise from (episode seed, n) alone, so that an episode runs the same whatever else runs.
+    `RealTimeController` drives one robot against the clock.
 
     Attributes:
         policy: gives the chunks.
         sampler: how they are sampled.
-        execution_horizon: actions executed before the next plan, 1..action_horizon.
-        plan_batch: rows in one network call. Rows are padded up to it, because a matrix product's rounding depends on
-            its number of rows: with a fixed number an episode's actions are the same alone or among others.
-        program: the policy's sampling, compiled for `sampler`; None samples with the policy itself.
+        execution_horizon: actions executed before the next plan is begun, 1..action_horizon.
+        settings: what happens while a plan is made, and how long that takes.
+        plan_batch: rows in one network call, see `sample_plans`.
+        program: the policy's sampling, compiled for `sampler`; by default as `sample_actions` samples.
+        action_space: actions are clipped to it; None leaves them as they are.
 
     Raises:
-        ValueError: `execution_horizon` or `sampler.ddim_steps` out of range, or a program of another sampler.
+        ValueError: `execution_horizon`, `settings.delay_steps` or `sampler.ddim_steps` out of range, or a program of
+            another sampler.
 
     Example:
         >>> import numpy as np
@@ -67,17 +62,17 @@ class RecedingHorizonController:
     policy: DiffusionPolicy
     sampler: Sampler = field(default_factory=Sampler)
     execution_horizon: int = 8
+    settings: ControllerSettings = field(default_factory=ControllerSettings)
     plan_batch: int = 1
     program: SamplerProgram | None = None
+    action_space: Box | None = None
     _episodes: dict[Hashable, _Episode] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.sampler.check(self.policy.schedule.num_steps)
-        check_execution_horizon(self.execution_horizon, self.policy.config.action_horizon)
+        self.settings.check(self.execution_horizon, self.policy.config.action_horizon)
         if self.plan_batch < 1:
             raise ValueError(f"plan_batch must be 1 or more; got {self.plan_batch}")
-        if self.program is not None and self.program.sampler != self.sampler:
-            raise ValueError(f"the program was compiled for {self.program.sampler}; the controller has {self.sampler}")
+        self._program = program_for(self.policy, self.sampler, self.program)
 
     def reset(self, seed: int, slot: Hashable = 0) -> None:
         """Begin an episode.
@@ -86,7 +81,9 @@ class RecedingHorizonController:
             seed: of the episode; 0 or more.
             slot: which robot.
         """
-        self._episodes[slot] = _Episode(seed, deque(maxlen=self.policy.config.obs_horizon))
+        config = self.policy.config
+        timeline = Timeline(self.settings, self.execution_horizon, config.action_horizon, config.action_dim)
+        self._episodes[slot] = _Episode(seed, History(config), timeline)
 
     def act(self, observation: Observation) -> NDArray[np.float32]:
         """The next action of the robot in slot 0.
@@ -98,12 +95,13 @@ class RecedingHorizonController:
             (action_dim,) action in the data's units.
 
         Raises:
-            ValueError: `reset` was not called, or an observation that does not fit the policy.
+            ValueError: `reset` was not called, or an observation that does not fit the policy or is not finite; the
+                controller is then as it was before.
         """
         return self.act_many({0: observation})[0]
 
     def act_many(self, observations: Mapping[Slot, Observation]) -> dict[Slot, NDArray[np.float32]]:
-        """The next action of several robots, planned together where their chunks are used up.
+        """The next action of several robots, planned together where a plan is due.
 
         Args:
             observations: the newest observation of each slot.
@@ -112,11 +110,12 @@ class RecedingHorizonController:
             (action_dim,) action of each slot.
 
         Raises:
-            ValueError: a slot without `reset`, or an observation that does not fit the policy.
+            ValueError: see `act`; no slot has then taken its observation in.
         """
-        checked = {slot: self._checked(slot, observation) for slot, observation in observations.items()}
-        for slot, observation in checked.items():
-            self._episodes[slot].observe(observation)
+        histories = {slot: self._episode(slot).history for slot in observations}
+        checked = {slot: checked_observation(self.policy.config, seen) for slot, seen in observations.items()}
+        for slot, by_key in checked.items():
+            histories[slot].add(by_key)
         self.plan(observations)
         return {slot: self.next_action(slot) for slot in observations}
 
@@ -131,75 +130,71 @@ class RecedingHorizonController:
             Whether `plan` must come before `next_action`.
 
         Raises:
-            ValueError: see `act_many`.
+            ValueError: see `act`.
         """
-        checked = self._checked(slot, observation)
-        episode = self._episodes[slot]
-        episode.observe(checked)
-        return episode.chunk is None
+        episode = self._episode(slot)
+        episode.history.add(checked_observation(self.policy.config, observation))
+        return episode.timeline.due(self.settings.delay_steps)
 
     def plan(self, slots: Iterable[Hashable]) -> None:
-        """Sample a chunk for those of the slots whose last one is used up."""
-        waiting = [episode for episode in (self._episodes[slot] for slot in slots) if episode.chunk is None]
-        for start in range(0, len(waiting), self.plan_batch):
-            self._plan(waiting[start : start + self.plan_batch])
+        """Sample a chunk for those of the slots that are due one."""
+        delay = self.settings.delay_steps
+        waiting = [e for e in (self._episodes[slot] for slot in slots) if e.timeline.due(delay)]
+        requests = [request_of(e.seed, e.history, e.timeline, self.sampler, delay) for e in waiting]
+        for episode, chunk in zip(waiting, sample_plans(self._program, requests, self.plan_batch), strict=True):
+            episode.timeline.deliver(chunk, delay)
 
     def next_action(self, slot: Hashable = 0) -> NDArray[np.float32]:
-        """(action_dim,) next action of a slot whose chunk is planned."""
-        episode = self._episodes[slot]
-        assert episode.chunk is not None, "plan() comes first"
-        action = episode.chunk[episode.cursor]
-        episode.cursor += 1
-        if episode.cursor == self.execution_horizon:
-            episode.chunk, episode.cursor = None, 0
-        return action
+        """(action_dim,) next action of a slot for which no plan is due."""
+        return clipped(self._episodes[slot].timeline.next_action(), self.action_space)
 
-    def _checked(self, slot: Hashable, observation: Observation) -> dict[str, NDArray[Any]]:
+    def late_steps(self, slot: Hashable = 0) -> int:
+        """Control steps of a slot's episode for which there was no action of a plan."""
+        return self._episodes[slot].timeline.late_steps
+
+    def _episode(self, slot: Hashable) -> _Episode:
         if slot not in self._episodes:
             raise ValueError(f"slot {slot!r} has no episode: call reset(seed, slot) first")
-        by_key, expected = as_dict(observation), self.policy.config.observation_shapes
-        if by_key.keys() != expected.keys():
-            raise ValueError(f"an observation must have the keys {sorted(expected)}; got {sorted(by_key)}")
-        for key, value in by_key.items():
-            if np.shape(value) != tuple(expected[key]):
-                raise ValueError(f"observation {key!r} must have shape {tuple(expected[key])}; got {np.shape(value)}")
-        # A copy: the caller may reuse its buffer, and the history must not change with it.
-        return {key: np.array(value) for key, value in by_key.items()}
-
-    def _plan(self, episodes: list[_Episode]) -> None:
-        padding = [episodes[-1]] * (self.plan_batch - len(episodes))
-        rows = [*episodes, *padding]
-        observations = {
-            key: torch.from_numpy(np.stack([np.stack([seen[key] for seen in e.history]) for e in rows]))
-            for key in rows[0].history[-1]
-        }
-        generators = [derive_generator(e.seed, e.plans) for e in rows]
-        if self.program is None:
-            chunks = self.policy.sample_actions(observations, generator=generators, **asdict(self.sampler))
-        else:
-            chunks = self.program.sample_actions(observations, generator=generators)
-        for episode, chunk in zip(episodes, chunks.cpu().numpy(), strict=False):
-            episode.chunk = chunk
-            episode.plans += 1
+        return self._episodes[slot]
 
 
-def plain_key(shape: Sequence[int]) -> str:
-    """The key under which an observation without keys stands: `image` for a picture, else `state`."""
-    return "image" if is_image(shape) else "state"
-
-
-def as_dict(observation: Observation) -> dict[str, NDArray[Any]]:
-    """An observation as arrays by key."""
-    if isinstance(observation, Mapping):
-        return dict(observation)
-    return {plain_key(np.shape(observation)): observation}
-
-
-def check_execution_horizon(execution_horizon: int, action_horizon: int) -> None:
-    """Refuse to execute more actions than a chunk has.
+def program_for(policy: DiffusionPolicy, sampler: Sampler, program: SamplerProgram | None) -> SamplerProgram:
+    """The program given, or the policy's own sampling as one.
 
     Raises:
-        ValueError: outside 1..action_horizon.
+        ValueError: more denoising steps than the schedule has timesteps, or a program of another sampler.
     """
-    if not 1 <= execution_horizon <= action_horizon:
-        raise ValueError(f"execution_horizon must be within 1..{action_horizon}; got {execution_horizon}")
+    sampler.check(policy.schedule.num_steps)
+    if program is None:
+        return compile_sampler(policy, sampler)
+    if program.sampler != sampler:
+        raise ValueError(f"the program was compiled for {program.sampler}; the controller has {sampler}")
+    return program
+
+
+def request_of(seed: int, history: History, timeline: Timeline, sampler: Sampler, delay_steps: int) -> PlanRequest:
+    """Begin an episode's next plan.
+
+    Args:
+        seed: of the episode.
+        history: what it has seen.
+        timeline: where it is.
+        sampler: whether plans begin from the last chunk.
+        delay_steps: control steps that the plan will take.
+
+    Returns:
+        What to sample; the last chunk is part of it only where it is used.
+    """
+    number = timeline.plans
+    before = timeline.begin(delay_steps)
+    if before is None or (sampler.warm_start is None and not before[1].any()):
+        return PlanRequest(seed=seed, number=number, observations=history.stacked())
+    previous, keep = before
+    return PlanRequest(seed=seed, number=number, observations=history.stacked(), previous=previous, keep=keep)
+
+
+def clipped(action: NDArray[np.float32], action_space: Box | None) -> NDArray[np.float32]:
+    """An action within its space."""
+    if action_space is None:
+        return action
+    return np.clip(action, action_space.low, action_space.high).astype(np.float32)

@@ -216,11 +216,16 @@ def ddim_step(
     prediction_type: str = "epsilon",
     clip: float | None = 1.0,
     noise: Tensor | None = None,
+    known: Tensor | None = None,
+    keep: Tensor | float = 0.0,
 ) -> Tensor:
     """One reverse step from `timestep` to `prev_timestep` (DDIM, eq. 12 and 16).
 
     x_prev = √ᾱ_prev x̂_0 + √(1 - ᾱ_prev - σ²) ε̂ + σ z, where x̂_0 is the clipped estimate and ε̂ is re-derived from it,
     so that the three terms agree on one x_0. With `clip=None` ε̂ is what the network implied.
+
+    Inpainting: where `keep` is 1, x̂_0 is what is known; so that part of x_prev is the known data under the noise that
+    x_t holds, and the network sees it as it saw data in training (the replacement of Lugmayr et al. 2022, for DDIM).
 
     Args:
         x_t: (B, ...) noised data at `timestep`.
@@ -232,6 +237,8 @@ def ddim_step(
         prediction_type: what `predicted` is: `epsilon`, `sample` or `v_prediction`.
         clip: bound on |x̂_0|, or None to leave it as it is.
         noise: (B, ...) standard normal z; needed when eta > 0.
+        known: (B, ...) clean data that is given, or None.
+        keep: how much of `known` takes the place of x̂_0, in [0, 1], broadcast over x_t.
 
     Returns:
         (B, ...) data at `prev_timestep`.
@@ -258,6 +265,8 @@ def ddim_step(
     x_0 = schedule.to_sample(predicted, x_t, timestep, prediction_type)
     if clip is not None:
         x_0 = x_0.clamp(-clip, clip)
+    if known is not None:
+        x_0 = keep * known + (1 - keep) * x_0
     epsilon = schedule.to_epsilon(x_0, x_t, timestep)
 
     # Scalars stay in float64 until they meet the data.
@@ -286,6 +295,8 @@ def ddim_sample(
     prediction_type: str = "epsilon",
     clip: float | None = 1.0,
     generator: Generators | None = None,
+    known: Tensor | None = None,
+    keep: Tensor | float = 0.0,
 ) -> Tensor:
     """Sample chunks by the reverse process, in exactly `ddim_steps` network calls (DDIM, sec. 4.2).
 
@@ -304,6 +315,8 @@ def ddim_sample(
         generator: source of the noise added at each step when eta > 0, on the noise's device: one for the batch, or one
             per row, so that a row's result does not depend on what else is in the batch. None draws from
             torch's global generator.
+        known: (B, H, A) actions that are given, such as those already committed to, or None; see `ddim_step`.
+        keep: how much of `known` to keep, in [0, 1], broadcast over (B, H, A): 1 fixes an action, 0 leaves it free.
 
     Returns:
         (B, H, A) sampled chunks.
@@ -340,6 +353,8 @@ def ddim_sample(
             prediction_type=prediction_type,
             clip=clip,
             noise=step_noise,
+            known=known,
+            keep=keep,
         )
     return x
 

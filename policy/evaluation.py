@@ -5,17 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
 import torch
+from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from policy.controller import RecedingHorizonController, plain_key
+from policy.controller import RecedingHorizonController
 from policy.diffusion_policy import DiffusionPolicy, PolicyConfig, is_image
+from policy.execution import ControllerSettings
 from policy.inference import SamplerProgram, compile_sampler
+from policy.planning import Observation, plain_key
 from policy.sampler import Sampler
 from policy.statistics import bootstrap_interval, wilson_interval
 
@@ -36,6 +39,7 @@ class EpisodeResult:
         score: best progress over the episode, in [0, 1], as the environment defines it.
         return_: sum of rewards (`return` in files).
         steps: control steps taken.
+        late_steps: those for which there was no action of a plan, see `ControllerSettings`.
         attempts: 1, or more where its process failed and it was run again, with the same seed.
     """
 
@@ -44,6 +48,7 @@ class EpisodeResult:
     score: float
     return_: float
     steps: int
+    late_steps: int = 0
     attempts: int = 1
 
     def row(self) -> dict[str, Any]:
@@ -54,18 +59,19 @@ class EpisodeResult:
             "score": self.score,
             "return": self.return_,
             "steps": self.steps,
+            "late_steps": self.late_steps,
             "attempts": self.attempts,
         }
 
     @staticmethod
     def from_row(row: Mapping[str, Any]) -> EpisodeResult:
-        """The inverse of `row`.
+        """The inverse of `row`; rows of before delays were simulated have no `late_steps`.
 
         Raises:
             KeyError: a value is missing.
         """
         values = {name: row[name] for name in ("seed", "success", "score", "steps", "attempts")}
-        return EpisodeResult(return_=row["return"], **values)
+        return EpisodeResult(return_=row["return"], late_steps=row.get("late_steps", 0), **values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +82,14 @@ class Cell:
         policy: which of the policies at hand, by number.
         sampler: how chunks are sampled.
         execution_horizon: actions executed before the next plan.
+        controller: what happens while a plan is made.
         backend: what samples, see `compile_sampler`.
         weights: of the backend.
     """
 
     sampler: Sampler
     execution_horizon: int
+    controller: ControllerSettings = field(default_factory=ControllerSettings)
     policy: int = 0
     backend: str = "eager"
     weights: str = "float32"
@@ -91,14 +99,34 @@ class Cell:
 Task = tuple[int, int]
 
 
-@dataclass
-class _Running:
-    task: Task
-    controller: RecedingHorizonController
+class Controller(Protocol):
+    """Drives one robot."""
+
+    def reset(self, seed: int) -> None:
+        """Begin an episode."""
+
+    def act(self, observation: Observation) -> NDArray[np.float32]:
+        """The next action."""
+        ...
+
+    def late_steps(self) -> int:
+        """Control steps without an action of a plan."""
+        ...
+
+
+@dataclass(kw_only=True)
+class _Progress:
+    seed: int
     observation: Any
     score: float
     return_: float = 0.0
     steps: int = 0
+
+
+@dataclass(kw_only=True)
+class _Running(_Progress):
+    task: Task
+    controller: RecedingHorizonController
 
 
 def check_spaces(config: PolicyConfig, env: Env) -> None:
@@ -166,7 +194,13 @@ def run_episodes(
             observation, info = envs[slot].reset(seed=seed)
             controllers[cell].reset(seed, slot)
             controllers[cell].observe(observation, slot)
-            running[slot] = _Running(task, controllers[cell], observation, float(info["score"]))
+            running[slot] = _Running(
+                task=task,
+                controller=controllers[cell],
+                seed=seed,
+                observation=observation,
+                score=float(info["score"]),
+            )
 
     for slot in range(len(envs)):
         start(slot)
@@ -175,7 +209,7 @@ def run_episodes(
             controller.plan([slot for slot, episode in running.items() if episode.controller is controller])
         for slot, episode in list(running.items()):
             if (success := _execute_chunk(envs[slot], episode, slot)) is not None:
-                yield episode.task, _result(episode, success)
+                yield episode.task, _result(episode, success, episode.controller.late_steps(slot))
                 start(slot)
 
 
@@ -189,20 +223,19 @@ def _execute_chunk(env: Env, episode: _Running, slot: int) -> bool | None:
             return None
 
 
-def _result(episode: _Running, success: bool) -> EpisodeResult:
+def _result(episode: _Progress, success: bool, late_steps: int) -> EpisodeResult:
     return EpisodeResult(
-        seed=episode.task[1],
+        seed=episode.seed,
         success=success,
         score=episode.score,
         return_=episode.return_,
         steps=episode.steps,
+        late_steps=late_steps,
     )
 
 
-def _step(env: Env, episode: _Running, action: NDArray[np.float32]) -> tuple[bool, bool]:
-    space = env.action_space
-    assert isinstance(space, gymnasium.spaces.Box)
-    episode.observation, reward, terminated, truncated, info = env.step(np.clip(action, space.low, space.high))
+def _step(env: Env, episode: _Progress, action: NDArray[np.float32]) -> tuple[bool, bool]:
+    episode.observation, reward, terminated, truncated, info = env.step(action)
     episode.return_ += float(reward)
     episode.score = max(episode.score, float(info["score"]))
     episode.steps += 1
@@ -210,24 +243,27 @@ def _step(env: Env, episode: _Running, action: NDArray[np.float32]) -> tuple[boo
     return success or terminated or truncated, success
 
 
-def controllers_of(policies: Sequence[DiffusionPolicy], cells: Sequence[Cell]) -> list[RecedingHorizonController]:
-    """One controller a cell, planning in batches of the size that all rollouts use."""
+def controllers_of(
+    policies: Sequence[DiffusionPolicy], cells: Sequence[Cell], env: Env
+) -> list[RecedingHorizonController]:
+    """One controller a cell, planning in batches of the size that all rollouts use, for environments like `env`."""
+    assert isinstance(env.action_space, Box)
     return [
         RecedingHorizonController(
             policy=policies[cell.policy],
             sampler=cell.sampler,
             execution_horizon=cell.execution_horizon,
+            settings=cell.controller,
             plan_batch=PLAN_BATCH,
             program=program_of(policies[cell.policy], cell),
+            action_space=env.action_space,
         )
         for cell in cells
     ]
 
 
-def program_of(policy: DiffusionPolicy, cell: Cell) -> SamplerProgram | None:
-    """The compiled sampling of a cell; None where the policy itself samples."""
-    if cell.backend == "eager":
-        return None
+def program_of(policy: DiffusionPolicy, cell: Cell) -> SamplerProgram:
+    """The compiled sampling of a cell."""
     return compile_sampler(policy, cell.sampler, backend=cell.backend, weights=cell.weights)
 
 
@@ -247,31 +283,46 @@ def run_in_process(
     """
     remaining = iter(tasks)
     with torch_threads(1):
-        yield from run_episodes(controllers_of(policies, cells), envs, lambda: next(remaining, None))
+        yield from run_episodes(controllers_of(policies, cells, envs[0]), envs, lambda: next(remaining, None))
 
 
-def record_episode(
-    controller: RecedingHorizonController, env: Env, seed: int
-) -> tuple[EpisodeResult, list[NDArray[np.uint8]]]:
+def play_episode(controller: Controller, env: Env, seed: int, watch: Callable[[], None]) -> EpisodeResult:
+    """Run one episode in one environment.
+
+    Args:
+        controller: drives it.
+        env: as for `run_episodes`.
+        seed: of the episode.
+        watch: called after the reset and after every control step.
+
+    Returns:
+        The result.
+    """
+    observation, info = env.reset(seed=seed)
+    controller.reset(seed)
+    episode = _Progress(seed=seed, observation=observation, score=float(info["score"]))
+    watch()
+    over = success = False
+    while not over:
+        over, success = _step(env, episode, controller.act(episode.observation))
+        watch()
+    return _result(episode, success, controller.late_steps())
+
+
+def record_episode(controller: Controller, env: Env, seed: int) -> tuple[EpisodeResult, list[NDArray[np.uint8]]]:
     """Run one episode and keep its pictures.
 
     Args:
-        controller: slot 0 is used.
+        controller: drives it.
         env: with `render_mode="rgb_array"`.
         seed: of the episode.
 
     Returns:
         The result, and (H, W, 3) uint8 frames, the initial one included.
     """
-    observation, info = env.reset(seed=seed)
-    controller.reset(seed)
-    episode = _Running((0, seed), controller, observation, float(info["score"]))
-    frames = [_frame(env)]
-    over = success = False
-    while not over:
-        over, success = _step(env, episode, controller.act(episode.observation))
-        frames.append(_frame(env))
-    return _result(episode, success), frames
+    frames: list[NDArray[np.uint8]] = []
+    result = play_episode(controller, env, seed, lambda: frames.append(_frame(env)))
+    return result, frames
 
 
 def _frame(env: Env) -> NDArray[np.uint8]:
@@ -288,7 +339,7 @@ def summarize(results: Sequence[EpisodeResult]) -> dict[str, Any]:
 
     Returns:
         JSON data: `episodes successes success_rate success_low success_high score_mean score_low score_high return_mean
-        steps_mean`.
+        steps_mean late_steps_mean`.
     """
     successes = sum(result.success for result in results)
     low, high = wilson_interval(successes, len(results))
@@ -305,6 +356,7 @@ def summarize(results: Sequence[EpisodeResult]) -> dict[str, Any]:
         "score_high": score_high,
         "return_mean": float(np.mean([result.return_ for result in results])),
         "steps_mean": float(np.mean([result.steps for result in results])),
+        "late_steps_mean": float(np.mean([result.late_steps for result in results])),
     }
 
 
@@ -330,35 +382,27 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def chunk_latency(
-    policy: DiffusionPolicy, sampler: Sampler, repeats: int = 30, *, program: SamplerProgram | None = None
-) -> dict[str, float]:
+def chunk_latency(program: SamplerProgram, repeats: int = 30) -> dict[str, float]:
     """How long one robot waits for one chunk: batch 1, one thread.
 
     Args:
-        policy: as it will act.
-        sampler: how it samples.
+        program: the policy's sampling; with `sampler.warm_start` a chunk after the first is timed.
         repeats: timed calls at least; as many as fit into half a second, after a fifth of a second untimed.
-        program: what samples instead of the policy itself.
 
     Returns:
         `latency_ms_median` and `latency_ms_p90`, in milliseconds.
     """
-    config = policy.config
+    config = program.config
     observations = {
         key: torch.zeros(1, config.obs_horizon, *shape, dtype=torch.uint8 if is_image(shape) else torch.float32)
         for key, shape in config.observation_shapes.items()
     }
-    settings = asdict(sampler)
-    noise = torch.zeros(1, config.action_horizon, config.action_dim)
+    previous = None if program.sampler.warm_start is None else torch.zeros(1, config.action_horizon, config.action_dim)
     generator = [torch.Generator().manual_seed(0)]
 
     def timed_call() -> float:
         begin = time.perf_counter()
-        if program is None:
-            policy.sample_actions(observations, noise=noise, generator=generator, **settings).cpu()
-        else:
-            program.sample_actions(observations, generator=generator).cpu()
+        program.sample_actions(observations, generator=generator, previous=previous).cpu()
         return time.perf_counter() - begin
 
     times: list[float] = []

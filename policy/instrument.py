@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def sweep(
     workers: int | None = None,
     device: str = "cpu",
     sampler: dict[str, Any] | None = None,
+    controller: dict[str, Any] | None = None,
     execution_horizon: int | list[int] | None = None,
     backend: str | list[str] = "fused",
     weights: str | list[str] = "float32",
@@ -67,6 +69,7 @@ def sweep(
         workers: processes; by default one a core.
         device: `cpu` or `cuda`.
         sampler: the other sampler settings; a list makes an axis.
+        controller: what happens while a plan is made, see `ControllerSettings`; a list makes an axis.
         execution_horizon: actions executed before the next plan, by default as in training; a list makes an axis.
         backend: what samples: `eager`, `fused`, `compile`, `onnx` or `cuda_graph`; a list makes an axis.
         weights: `float32`, or `int8` with `backend=onnx`; a list makes an axis.
@@ -99,6 +102,7 @@ def sweep(
         setting.env,
         ddim_steps=ddim_steps,
         sampler=sampler or {},
+        controller=controller or {},
         execution_horizon=execution_horizon,
         backend=backend,
         weights=weights,
@@ -296,7 +300,9 @@ def _recorded(
     folder: Path,
 ) -> list[Clip]:
     """Run episodes again with pictures; where nothing can be drawn, say so in one line."""
-    controllers = controllers_of([c.policy for c in setting.checkpoints], [cells[number].cell for number in chosen])
+    policies, shown = [c.policy for c in setting.checkpoints], [cells[number].cell for number in chosen]
+    with closing(setting.make_env()) as probe:
+        controllers = controllers_of(policies, shown, probe)
     takes = [
         (number, controller, seed) for seed in seeds for number, controller in zip(chosen, controllers, strict=True)
     ]

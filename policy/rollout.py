@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -9,9 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gymnasium.spaces import Box
+
 from policy.checkpoint import Checkpoint, choose_env, load_checkpoint
-from policy.controller import RecedingHorizonController, check_execution_horizon
+from policy.controller import RecedingHorizonController
 from policy.device import check_device
+from policy.diffusion_policy import DiffusionPolicy
 from policy.evaluation import (
     Cell,
     Env,
@@ -21,11 +25,16 @@ from policy.evaluation import (
     chunk_latency,
     controllers_of,
     format_summary,
+    play_episode,
     program_of,
     summarize,
+    torch_threads,
 )
+from policy.execution import ControllerSettings
+from policy.inference import SamplerProgram
 from policy.output import episode_seeds, output_folder, write_episodes
 from policy.progress import progress
+from policy.real_time import Pace, RealTimeController, format_timing, summarize_timing
 from policy.sampler import Sampler
 from policy.tracking import StartRun
 from policy.video import record_videos
@@ -102,6 +111,8 @@ def roll_out(
     backend: str = "fused",
     weights: str = "float32",
     execution_horizon: int | None = None,
+    controller: ControllerSettings,
+    control_rate: float | None = None,
     env: dict[str, Any] | None = None,
     video: int = 0,
     output_dir: Path | None = None,
@@ -120,6 +131,8 @@ def roll_out(
         backend: what samples: `eager`, `fused`, `compile`, `onnx` or `cuda_graph`.
         weights: `float32`, or `int8` with `backend=onnx`.
         execution_horizon: actions executed before the next plan; by default as in training.
+        controller: what happens while a plan is made.
+        control_rate: control steps a second against the clock, in one environment; by default as fast as possible.
         env: another environment than the checkpoint's, or some settings of it.
         video: how many of the first episodes to record as mp4.
         output_dir: receives `episodes.json` and the videos; by default a new folder under outputs/rollout.
@@ -133,24 +146,20 @@ def roll_out(
     policy = loaded.policy
     sampler.check(policy.schedule.num_steps)
     horizon = loaded.execution_horizon if execution_horizon is None else execution_horizon
-    check_execution_horizon(horizon, policy.config.action_horizon)
-    cell = Cell(sampler=sampler, execution_horizon=horizon, backend=backend, weights=weights)
+    controller.check(horizon, policy.config.action_horizon)
+    cell = Cell(sampler=sampler, execution_horizon=horizon, controller=controller, backend=backend, weights=weights)
     program = program_of(policy, cell)  # refused here, before any work
     if not 0 <= video <= episodes:
         raise ValueError(f"video must be within 0..{episodes} (the episodes); got {video}")
+    driver = None if control_rate is None else _real_time_controller(policy, cell, program, control_rate, setting)
     folder = output_folder(output_dir, "rollout")
     tracking = tracker(folder=folder, config={"checkpoint": str(checkpoint), "env": setting.env})
 
-    with (
-        RolloutPool([policy], setting.make_env, min(num_envs, episodes)) as pool,
-        progress(total=episodes, desc="rollout", unit="episode") as bar,
-    ):
-        by_seed = {}
-        for (_, episode_seed), result in pool.run([cell], [(0, episode_seed) for episode_seed in setting.seeds]):
-            by_seed[episode_seed] = result
-            bar.update()
-    results = [by_seed[episode_seed] for episode_seed in setting.seeds]
-    summary = {**asdict(sampler), **summarize(results), **chunk_latency(policy, sampler, program=program)}
+    if driver is None or control_rate is None:
+        results = _as_fast_as_possible(policy, cell, setting, num_envs)
+    else:
+        results = _against_the_clock(driver, control_rate, setting, folder)
+    summary = {**asdict(sampler), **asdict(controller), **summarize(results), **chunk_latency(program)}
     tracking.log_table("rollout", [summary])
     tracking.finish()
     print(format_summary(summary))
@@ -160,8 +169,64 @@ def roll_out(
     )
     print(f"episodes: {write_episodes(results, folder)}")
     if video:
-        _record(controllers_of([policy], [cell])[0], setting.make_env, setting.seeds[:video], folder)
+        with closing(setting.make_env()) as probe:
+            simulated = controllers_of([policy], [cell], probe)[0]
+        _record(simulated, setting.make_env, setting.seeds[:video], folder)
     print(f"next: python scripts/sweep.py checkpoint={checkpoint}")
+
+
+def _as_fast_as_possible(policy: DiffusionPolicy, cell: Cell, setting: Setting, num_envs: int) -> list[EpisodeResult]:
+    """All episodes, in simulated time, in the order of their seeds."""
+    tasks, by_seed = [(0, seed) for seed in setting.seeds], {}
+    with (
+        RolloutPool([policy], setting.make_env, min(num_envs, len(tasks))) as pool,
+        progress(total=len(tasks), desc="rollout", unit="episode") as bar,
+    ):
+        for (_, seed), result in pool.run([cell], tasks):
+            by_seed[seed] = result
+            bar.update()
+    return [by_seed[seed] for seed in setting.seeds]
+
+
+def _real_time_controller(
+    policy: DiffusionPolicy, cell: Cell, program: SamplerProgram, control_rate: float, setting: Setting
+) -> RealTimeController:
+    with closing(setting.make_env()) as probe, torch_threads(1):
+        assert isinstance(probe.action_space, Box)
+        return RealTimeController(
+            policy,
+            control_rate=control_rate,
+            sampler=cell.sampler,
+            execution_horizon=cell.execution_horizon,
+            settings=cell.controller,
+            program=program,
+            action_space=probe.action_space,
+        )
+
+
+def _against_the_clock(
+    controller: RealTimeController, control_rate: float, setting: Setting, folder: Path
+) -> list[EpisodeResult]:
+    """All episodes, one after the other at the control rate; says how the deadlines were kept."""
+    results, timings, overruns = [], [], 0
+    with (
+        controller,
+        torch_threads(1),
+        closing(setting.make_env()) as simulator,
+        progress(total=len(setting.seeds), desc=f"rollout at {control_rate:g} Hz", unit="episode") as bar,
+    ):
+        for seed in setting.seeds:
+            pace = Pace(control_rate)
+            results.append(play_episode(controller, simulator, seed, pace))
+            timings.append(controller.timing)
+            overruns += max(0, pace.overruns - 1)  # the first is the reset
+            bar.update()
+    summary = summarize_timing(timings, control_rate, overruns)
+    file = folder / "real_time.json"
+    file.write_text(json.dumps(summary, indent=1))
+    print(format_timing(summary))
+    print(f"timing: {file}")
+    return results
 
 
 def _record(

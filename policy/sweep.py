@@ -10,8 +10,8 @@ from typing import Any
 
 from policy.arguments import check_arguments, unknown_name
 from policy.checkpoint import Checkpoint
-from policy.controller import check_execution_horizon
 from policy.evaluation import Cell, EpisodeResult, chunk_latency, program_of, summarize
+from policy.execution import ControllerSettings
 from policy.inference import check_backend
 from policy.ledger import cell_id
 from policy.sampler import Sampler
@@ -19,7 +19,9 @@ from policy.sampler import Sampler
 Row = dict[str, Any]
 
 # What may differ between cells, in the order of the table's first columns.
-AXES = ("checkpoint", *(field.name for field in dataclasses.fields(Sampler)), "execution_horizon", "backend", "weights")
+SAMPLER_AXES = tuple(field.name for field in dataclasses.fields(Sampler))
+CONTROLLER_AXES = tuple(field.name for field in dataclasses.fields(ControllerSettings))
+AXES = ("checkpoint", *SAMPLER_AXES, "execution_horizon", *CONTROLLER_AXES, "backend", "weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +41,11 @@ class SweepCell:
     @property
     def axes(self) -> Row:
         """The values that tell it from other cells."""
-        settings = dataclasses.asdict(self.cell.sampler)
         return {
             "checkpoint": str(self.checkpoint.path),
-            **settings,
+            **dataclasses.asdict(self.cell.sampler),
             "execution_horizon": self.cell.execution_horizon,
+            **dataclasses.asdict(self.cell.controller),
             "backend": self.cell.backend,
             "weights": self.cell.weights,
         }
@@ -60,6 +62,7 @@ def make_cells(
     *,
     ddim_steps: int | Sequence[int],
     sampler: Mapping[str, Any],
+    controller: Mapping[str, Any],
     execution_horizon: int | Sequence[int] | None,
     backend: str | Sequence[str] = "eager",
     weights: str | Sequence[str] = "float32",
@@ -71,6 +74,7 @@ def make_cells(
         env: settings of the environment.
         ddim_steps: denoising steps.
         sampler: the other sampler settings, by name.
+        controller: settings of `ControllerSettings`, by name.
         execution_horizon: actions executed before the next plan; None takes each checkpoint's own.
         backend: what samples, see `compile_sampler`.
         weights: of the backend.
@@ -85,35 +89,42 @@ def make_cells(
         raise ValueError(
             f"a sweep takes its steps from ddim_steps=[...]; got sampler.ddim_steps={sampler['ddim_steps']}"
         )
-    names = [field.name for field in dataclasses.fields(Sampler)]
-    if unknown := [name for name in sampler if name not in names]:
-        raise unknown_name("setting of sampler", unknown[0], names)
+    for group, given, known in (("sampler", sampler, SAMPLER_AXES), ("controller", controller, CONTROLLER_AXES)):
+        if unknown := [name for name in given if name not in known]:
+            raise unknown_name(f"setting of {group}", unknown[0], known)
     axes = {
         "backend": axis_values("backend", backend),
         "weights": axis_values("weights", weights),
         "execution_horizon": axis_values("execution_horizon", execution_horizon),
+        **{name: axis_values(f"controller.{name}", values) for name, values in controller.items()},
         **{name: axis_values(f"sampler.{name}", values) for name, values in sampler.items()},
         "ddim_steps": axis_values("ddim_steps", ddim_steps),
     }
-    cells = []
-    for index, checkpoint in enumerate(checkpoints):
-        config, schedule = checkpoint.policy.config, checkpoint.policy.schedule
-        for values in itertools.product(*axes.values()):
-            settings = dict(zip(axes, values, strict=True))
-            running = {name: settings.pop(name) for name in ("backend", "weights")}
-            check_backend(**running)
-            horizon = settings.pop("execution_horizon")
-            horizon = checkpoint.execution_horizon if horizon is None else horizon
-            check_execution_horizon(horizon, config.action_horizon)
-            chosen = Sampler(**check_arguments("sampler", Sampler, settings))
-            chosen.check(schedule.num_steps)
-            cell = Cell(policy=index, sampler=chosen, execution_horizon=horizon, **running)
-            cells.append(SweepCell(cell=cell, checkpoint=checkpoint, env=env))
+    combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    cells = [
+        SweepCell(cell=_cell(number, checkpoint, settings), checkpoint=checkpoint, env=env)
+        for number, checkpoint in enumerate(checkpoints)
+        for settings in combinations
+    ]
     seen: dict[str, SweepCell] = {}
     for one in cells:
         if (twin := seen.setdefault(cell_id(one.settings), one)) is not one:
             raise ValueError(f"{twin.axes} and {one.axes} are the same cell: give each value and each policy once")
     return cells
+
+
+def _cell(number: int, checkpoint: Checkpoint, settings: Row) -> Cell:
+    """One combination of the axes, everything in it checked."""
+    chosen = Sampler(**check_arguments("sampler", Sampler, {k: v for k, v in settings.items() if k in SAMPLER_AXES}))
+    chosen.check(checkpoint.policy.schedule.num_steps)
+    given = {name: value for name, value in settings.items() if name in CONTROLLER_AXES}
+    controller = ControllerSettings(**check_arguments("controller", ControllerSettings, given))
+    horizon = settings["execution_horizon"]
+    horizon = checkpoint.execution_horizon if horizon is None else horizon
+    controller.check(horizon, checkpoint.policy.config.action_horizon)
+    backend = {name: settings[name] for name in ("backend", "weights")}
+    check_backend(**backend)
+    return Cell(policy=number, sampler=chosen, execution_horizon=horizon, controller=controller, **backend)
 
 
 def axis_values(name: str, given: Any) -> list[Any]:
@@ -140,8 +151,7 @@ def row_of(cell: SweepCell, results: Sequence[EpisodeResult]) -> Row:
     Returns:
         The row.
     """
-    policy = cell.checkpoint.policy
-    latency = chunk_latency(policy, cell.cell.sampler, program=program_of(policy, cell.cell))
+    latency = chunk_latency(program_of(cell.checkpoint.policy, cell.cell))
     return {
         **cell.axes,
         **summarize(results),

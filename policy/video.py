@@ -10,8 +10,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from policy.controller import RecedingHorizonController
-from policy.evaluation import EpisodeResult, MakeEnv, record_episode
+from policy.evaluation import Controller, EpisodeResult, MakeEnv, record_episode
 from policy.progress import progress
 
 
@@ -35,7 +34,7 @@ def write_video(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int) -> No
 
 def record_videos(
     make_env: MakeEnv,
-    takes: Sequence[tuple[RecedingHorizonController, int]],
+    takes: Sequence[tuple[Controller, int]],
     file_of: Callable[[int, EpisodeResult], Path],
 ) -> Iterator[tuple[EpisodeResult, Path]]:
     """Run episodes with pictures and write each as a video.

@@ -1,39 +1,53 @@
 """Receding-horizon control: what is seen, when it plans, what it executes, and independence of its company."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.controller import RecedingHorizonController, as_dict
+from policy.controller import RecedingHorizonController
 from policy.diffusion_policy import DiffusionPolicy, PolicyConfig
+from policy.execution import ControllerSettings, kept
+from policy.inference import compile_sampler
+from policy.planning import as_dict
 from policy.sampler import Sampler
 from policy.seeding import derive_generator, derive_seed
 
 
 class FakePolicy:
-    """Action i of its n-th row ever planned is 100 n + i; remembers what it was asked."""
+    """What a controller asks of a policy; its sampling is `FakeProgram`'s."""
 
     def __init__(self, obs_horizon=2, action_horizon=8, observation_shapes=None):
         self.config = SimpleNamespace(
             obs_horizon=obs_horizon,
             action_horizon=action_horizon,
+            action_dim=1,
             observation_shapes=observation_shapes or {"state": (3,)},
         )
         self.schedule = SimpleNamespace(num_steps=100)
         self.calls = []
         self.rows = 0
 
-    def sample_actions(self, observations, *, generator, **sampler):
+
+class FakeProgram:
+    """Action i of its n-th row ever planned is 100 n + i; remembers what it was asked."""
+
+    def __init__(self, policy, sampler):
+        self.policy, self.sampler = policy, sampler
+
+    def sample_actions(self, observations, *, generator, previous=None, keep=None):
+        policy = self.policy
         batch = len(next(iter(observations.values())))
         draws = [torch.randn(1, generator=g).item() for g in generator]
-        self.calls.append(SimpleNamespace(observations=observations, draws=draws, sampler=sampler))
-        first = 100 * torch.arange(self.rows, self.rows + batch)
-        self.rows += batch
-        return (first[:, None] + torch.arange(self.config.action_horizon))[..., None].float()
+        policy.calls.append(SimpleNamespace(observations=observations, draws=draws, previous=previous, keep=keep))
+        first = 100 * torch.arange(policy.rows, policy.rows + batch)
+        policy.rows += batch
+        return (first[:, None] + torch.arange(policy.config.action_horizon))[..., None].float()
 
 
 def vector(value):
@@ -41,6 +55,8 @@ def vector(value):
 
 
 def controller_of(policy, **changes):
+    if isinstance(policy, FakePolicy):
+        changes["program"] = FakeProgram(policy, changes.get("sampler", Sampler()))
     return RecedingHorizonController(policy=policy, **changes)
 
 
@@ -143,12 +159,162 @@ def test_each_plan_draws_from_the_episodes_seed_and_the_plans_number_alone():
 
 
 def test_the_sampler_reaches_the_policy():
-    policy = FakePolicy()
-    sampler = Sampler(ddim_steps=3, eta=0.5, spacing="linspace", clip=None)
+    policy, sampler = real_policy("modulated_mlp"), Sampler(ddim_steps=3, eta=0.5, spacing="linspace", clip=None)
     controller = controller_of(policy, sampler=sampler)
+    controller.reset(seed=4)
+    history = {"state": torch.zeros(1, 2, 3)}
+    settings = {"ddim_steps": 3, "eta": 0.5, "spacing": "linspace", "clip": None}
+    chunk = policy.sample_actions(history, generator=[derive_generator(4, 0)], **settings)
+    assert np.array_equal(controller.act(vector(0)), chunk[0, 0].numpy())
+    with pytest.raises(ValueError, match=r"compiled for Sampler.*the controller has"):
+        controller_of(policy, sampler=Sampler(), program=compile_sampler(policy, sampler))
+
+
+def test_actions_are_clipped_to_the_action_space():
+    space = Box(np.array([-0.1], np.float32), np.array([2.5], np.float32))
+    controller = controller_of(FakePolicy(), action_space=space)
     controller.reset(seed=0)
-    controller.act(vector(0))
-    assert policy.calls[0].sampler == {"ddim_steps": 3, "eta": 0.5, "spacing": "linspace", "clip": None}
+    assert [controller.act(vector(0)).item() for _ in range(5)] == [0, 1, 2, 2.5, 2.5]
+
+
+# --- plans that take time ----------------------------------------------------------------------------------------
+
+
+def played(mode, delay_steps, execution_horizon, steps, late="hold", sampler=None):
+    """Actions as (plan, place in its chunk) or None where they belong to no plan, and the calls."""
+    policy = FakePolicy()
+    settings_ = ControllerSettings(mode=mode, delay_steps=delay_steps, late=late)
+    controller = controller_of(
+        policy, settings=settings_, execution_horizon=execution_horizon, sampler=sampler or Sampler()
+    )
+    controller.reset(seed=0)
+    actions, late_before = [], 0
+    for step in range(steps):
+        value = controller.act(vector(step)).item()
+        is_late = controller.late_steps() > late_before
+        late_before = controller.late_steps()
+        actions.append((value,) if is_late else divmod(round(value), 100))
+    return actions, policy.calls
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    mode=st.sampled_from(["synchronous", "asynchronous", "continuous"]),
+    delay_steps=st.integers(0, 7),
+    execution_horizon=st.integers(1, 8),
+    steps=st.integers(1, 50),
+)
+def test_an_action_is_executed_at_the_control_step_it_was_planned_for(mode, delay_steps, execution_horizon, steps):
+    actions, calls = played(mode, delay_steps, execution_horizon, steps)
+    begun = [round(call.observations["state"][0, -1, 0].item()) for call in calls]  # the step it last saw
+    waited = 0
+    for step, action in enumerate(actions):
+        if len(action) == 1:
+            waited += 1
+            continue
+        plan, place = action
+        if mode == "synchronous":
+            assert place == step - begun[plan] - (delay_steps if plan else 0)
+            assert place < execution_horizon
+        else:
+            assert place == step - begun[plan]
+            assert place >= (delay_steps if plan else 0)
+        assert all(
+            begun[later] + delay_steps > step for later in range(plan + 1, len(begun))
+        )  # the newest that is there
+    if mode == "synchronous":
+        assert waited == sum(min(delay_steps, steps - first) for first in begun[1:])
+    elif 2 * delay_steps <= 8:
+        assert waited == 0  # never out of actions
+    if delay_steps == 0:
+        assert actions == [divmod(step, execution_horizon) for step in range(steps)]
+
+
+def test_a_late_plan_is_answered_by_holding_or_by_zeros_and_counted():
+    held, _ = played("synchronous", 2, 3, 9)
+    assert held == [(0, 0), (0, 1), (0, 2), (2.0,), (2.0,), (1, 0), (1, 1), (1, 2), (102.0,)]
+    zeros, _ = played("synchronous", 2, 3, 9, late="zero")
+    assert zeros == [(0, 0), (0, 1), (0, 2), (0.0,), (0.0,), (1, 0), (1, 1), (1, 2), (0.0,)]
+    running_dry, _ = played("asynchronous", 6, 8, 11)
+    assert running_dry[8:] == [
+        (1, 6),
+        (1, 7),
+        (107.0,),
+    ]  # begun at 2, there at 8, used up at 9; the next is there at 14
+
+
+def test_continuity_keeps_what_is_executed_meanwhile_and_less_and_less_of_the_rest():
+    _, calls = played("continuous", 2, 4, 12)
+    assert calls[0].previous is None
+    assert calls[1].previous[0, :, 0].tolist() == [4, 5, 6, 7, 7, 7, 7, 7]  # shifted by 4 control steps
+    assert calls[1].keep[0].tolist() == pytest.approx([1, 1, 2 / 3, 1 / 3, 0, 0, 0, 0])
+    assert calls[2].previous[0, :, 0].tolist() == [104, 105, 106, 107, 107, 107, 107, 107]
+    _, calls = played("asynchronous", 2, 4, 12)
+    assert all(call.previous is None for call in calls)
+
+
+def test_a_warm_start_hands_on_the_last_chunk_in_every_mode():
+    for mode in ("synchronous", "asynchronous"):
+        _, calls = played(mode, 0, 4, 12, sampler=Sampler(warm_start=0.5))
+        assert calls[0].previous is None
+        assert calls[1].previous[0, :, 0].tolist() == [4, 5, 6, 7, 7, 7, 7, 7]
+        assert not calls[1].keep.any()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_at_the_seam_a_continuous_plan_agrees_with_what_was_executed():
+    policy = real_policy("modulated_mlp")
+    policy.action_normalizer.fit([-2, -2], [2, 2])
+    jumps = {}
+    for mode in ("asynchronous", "continuous"):
+        controller = controller_of(
+            policy,
+            execution_horizon=4,
+            settings=ControllerSettings(mode=mode, delay_steps=2),
+            sampler=Sampler(ddim_steps=8),
+        )
+        chunks = []
+        program = controller._program
+        sample = program.sample_actions
+
+        def recording(*given, sample=sample, chunks=chunks, **named):
+            chunks.append(sample(*given, **named))
+            return chunks[-1]
+
+        object.__setattr__(program, "sample_actions", recording)
+        run(controller, [5], steps=30)
+        # Plan n + 1 is begun 4 steps after plan n: its first two actions are for the steps of the last one's 4 and 5.
+        pairs = list(itertools.pairwise(chunks))
+        jumps[mode] = max((after[0, :2] - before[0, 4:6]).abs().max().item() for before, after in pairs)
+    assert jumps["continuous"] < 1e-5 < 0.01 < jumps["asynchronous"]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("mode", ["asynchronous", "continuous"])
+@pytest.mark.parametrize("warm_start", [None, 0.5])
+def test_with_delay_an_episode_is_the_same_to_the_bit_alone_and_among_others(mode, warm_start):
+    policy = real_policy("modulated_mlp")
+
+    def controller():
+        sampler = Sampler(ddim_steps=4, eta=0.5, warm_start=warm_start)
+        delayed = ControllerSettings(mode=mode, delay_steps=2)
+        return controller_of(policy, sampler=sampler, execution_horizon=3, plan_batch=8, settings=delayed)
+
+    seeds = list(range(6))
+    alone = {seed: run(controller(), [seed])[seed] for seed in seeds}
+    for together in (run(controller(), seeds[::-1]), run(controller(), seeds, late=2)):
+        for seed, actions in together.items():
+            assert np.array_equal(actions, alone[seed]), seed
+
+
+def test_kept_weights_fall_from_one_to_zero():
+    for overlap in range(9):
+        for committed in range(9):
+            weights = kept(overlap, committed, 8)
+            assert weights[: min(overlap, committed)].tolist() == [1] * min(overlap, committed)
+            assert not weights[overlap:].any()
+            assert (np.diff(weights) <= 0).all()
+            assert ((weights[committed:overlap] > 0) & (weights[committed:overlap] < 1)).all()
 
 
 # --- several robots ----------------------------------------------------------------------------------------------
@@ -343,6 +509,8 @@ def test_acting_without_reset_is_refused_and_changes_nothing():
         ({"state": vector(0), "image": vector(0)}, r"\['state'\].*\['image', 'state'\]"),
         (np.zeros(4, np.float32), r"'state'.*shape"),
         (np.zeros((1, 3), np.float32), r"'state'.*shape"),
+        (np.array([0, np.nan, 0], np.float32), r"'state' must hold finite numbers; got nan at \[1\]"),
+        (np.array([0, 0, -np.inf], np.float32), r"'state' must hold finite numbers; got -inf at \[2\]"),
     ],
 )
 def test_an_observation_that_does_not_fit_is_refused_by_name_at_any_step(observation, message, later):
@@ -352,6 +520,36 @@ def test_an_observation_that_does_not_fit_is_refused_by_name_at_any_step(observa
         controller.act(vector(0))
     with pytest.raises(ValueError, match=message):
         controller.act(observation)
+
+
+def test_a_refused_observation_leaves_no_trace():
+    policy = real_policy("modulated_mlp")
+
+    def actions(broken_at):
+        controller = controller_of(policy, execution_horizon=2)
+        controller.reset(seed=0)
+        taken = []
+        for step in range(7):
+            if step in broken_at:
+                with pytest.raises(ValueError, match="finite"):
+                    controller.act(vector(np.nan))
+            taken.append(controller.act(vector(step)))
+        return np.stack(taken)
+
+    assert np.array_equal(actions(broken_at=()), actions(broken_at=(0, 1, 4)))
+
+
+def test_a_delay_that_no_chunk_outlasts_and_unknown_names_are_refused():
+    for mode in ("asynchronous", "continuous"):
+        with pytest.raises(ValueError, match=r"controller.delay_steps must be below the 8 actions of a chunk.*got 8"):
+            controller_of(FakePolicy(), settings=ControllerSettings(mode=mode, delay_steps=8))
+    controller_of(FakePolicy(), settings=ControllerSettings(delay_steps=8))  # it just waits
+    with pytest.raises(ValueError, match=r"controller.delay_steps must be 0 or more; got -1"):
+        ControllerSettings(delay_steps=-1)
+    with pytest.raises(ValueError, match=r"unknown controller.mode 'continous' \(did you mean 'continuous'\?\)"):
+        ControllerSettings(mode="continous")
+    with pytest.raises(ValueError, match=r"unknown controller.late 'stop'"):
+        ControllerSettings(late="stop")
 
 
 # --- seeds -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from policy import DiffusionPolicy, PolicyConfig, RecedingHorizonController, Sampler
+from policy import ControllerSettings, DiffusionPolicy, PolicyConfig, RecedingHorizonController, Sampler
 from policy.evaluation import (
     PLAN_BATCH,
     Cell,
@@ -24,6 +24,7 @@ from policy.evaluation import (
     summarize,
     torch_threads,
 )
+from policy.inference import SamplerProgram, compile_sampler
 
 CONFIG = PolicyConfig(
     observation_shapes={"state": (3,)},
@@ -170,10 +171,15 @@ class Lasting(Counter):
 
 
 def planning_calls(policy, num_envs, seeds, execution_horizon=4):
-    calls, sample = [], policy.sample_actions
+    calls, sample = [], SamplerProgram.sample_actions
     envs = [Lasting() for _ in range(num_envs)]
+
+    def counted(program, observations, **named):
+        calls.append(len(observations["state"]))
+        return sample(program, observations, **named)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy, "sample_actions", lambda o, **k: (calls.append(len(o["state"])), sample(o, **k))[1])
+        patch.setattr(SamplerProgram, "sample_actions", counted)
         results = roll(policy, envs, seeds, execution_horizon=execution_horizon, ddim_steps=1)
     assert sorted(result.seed for result in results) == sorted(seeds)
     assert all(result.steps == result.seed % 1000 for result in results)
@@ -257,11 +263,32 @@ def test_actions_are_clipped_to_the_action_space_and_not_further(policy):
     assert np.abs(actions[:, 1]).max() > 1  # the second one is free
 
 
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_a_delayed_cell_counts_its_late_steps_and_does_not_depend_on_its_company(policy, num_envs):
+    waiting = ControllerSettings(delay_steps=2)
+    cells = [
+        Cell(sampler=Sampler(ddim_steps=1), execution_horizon=3, controller=waiting),
+        Cell(
+            sampler=Sampler(ddim_steps=1),
+            execution_horizon=3,
+            controller=ControllerSettings(mode="continuous", delay_steps=2),
+        ),
+    ]
+    envs = [Counter() for _ in range(num_envs)]
+    done = dict(
+        run_in_process([policy], envs, cells, [(number, seed) for seed in (7, 5, 14, 1) for number in range(2)])
+    )
+    # Three steps of a plan, two of waiting: 0 1 2 . . 5 6 7 . for the nine of seeds 7 and 14.
+    assert {seed: done[0, seed].late_steps for seed in (7, 5, 14, 1)} == {7: 3, 5: 0, 14: 3, 1: 0}
+    assert not any(done[1, seed].late_steps for seed in (7, 5, 14, 1))
+    assert sum(len(env.log) for env in envs) == sum(result.steps for result in done.values())
+
+
 def test_a_recorded_episode_is_the_same_episode(policy):
     env, recorded = Counter(), Counter()
     for seed in (3, 7, 8):
         (result,) = roll(policy, [env], [seed], ddim_steps=2, eta=0.5, execution_horizon=3)
-        again, frames = record_episode(controller(policy), recorded, seed)
+        again, frames = record_episode(controller(policy, action_space=recorded.action_space), recorded, seed)
         assert again == result == expected(seed)
         assert [int(frame[0, 0, 0]) for frame in frames] == list(range(result.steps + 1))
     assert len(env.log) == len(recorded.log)
@@ -270,11 +297,11 @@ def test_a_recorded_episode_is_the_same_episode(policy):
 
 
 def test_the_row_of_a_result_calls_its_return_return_and_gives_the_result_back():
-    row = {"seed": 3, "success": True, "score": 0.3, "return": 15.0, "steps": 5, "attempts": 1}
+    row = {"seed": 3, "success": True, "score": 0.3, "return": 15.0, "steps": 5, "late_steps": 0, "attempts": 1}
     assert expected(3).row() == row
-    again = EpisodeResult(seed=3, success=False, score=1 / 3, return_=-1e-17, steps=5, attempts=3)
+    again = EpisodeResult(seed=3, success=False, score=1 / 3, return_=-1e-17, steps=5, late_steps=2, attempts=3)
     assert EpisodeResult.from_row(json.loads(json.dumps(again.row()))) == again
-    for name in row:
+    for name in row.keys() - {"late_steps"}:
         with pytest.raises(KeyError, match=name):
             EpisodeResult.from_row({key: value for key, value in row.items() if key != name})
 
@@ -304,25 +331,26 @@ def test_spaces_that_do_not_fit_are_refused_naming_both_sides(change, env, messa
 
 
 def test_a_chunk_takes_longer_with_more_denoising_steps(policy):
-    one, many = (chunk_latency(policy, Sampler(ddim_steps=steps), repeats=7) for steps in (1, 32))
+    programs = [compile_sampler(policy, Sampler(ddim_steps=steps)) for steps in (1, 32)]
+    one, many = (chunk_latency(program, repeats=7) for program in programs)
     for latency in (one, many):
         assert 0 < latency["latency_ms_median"] <= latency["latency_ms_p90"]
     assert many["latency_ms_median"] > 5 * one["latency_ms_median"]
 
 
-def test_latency_is_timed_over_so_many_calls(policy, monkeypatch):
-    calls, sample = [], policy.sample_actions
-    monkeypatch.setattr(policy, "sample_actions", lambda *a, **k: (calls.append((a, k)), sample(*a, **k))[1])
-    chunk_latency(policy, Sampler(ddim_steps=3, eta=0.5, spacing="linspace", clip=None), repeats=4)
+@pytest.mark.parametrize("warm_start", [None, 0.5])
+def test_latency_is_timed_over_so_many_calls_of_one_robot(policy, warm_start):
+    calls, program = [], compile_sampler(policy, Sampler(ddim_steps=3, eta=0.5, warm_start=warm_start))
+    runs = {name: getattr(program, name) for name in ("run", "warm_run")}
+
+    def counted(name):
+        return lambda *given: (calls.append((name, given)), runs[name](*given))[1]
+
+    chunk_latency(dataclasses.replace(program, **{name: counted(name) for name in runs}), repeats=4)
     assert len(calls) > 4  # and some untimed before them
-    for (observations,), settings in calls:
-        assert observations["state"].shape == (1, 2, 3)  # one robot
-        assert {k: settings[k] for k in ("ddim_steps", "eta", "spacing", "clip")} == {
-            "ddim_steps": 3,
-            "eta": 0.5,
-            "spacing": "linspace",
-            "clip": None,
-        }
+    for name, (observations, *_) in calls:
+        assert observations["state"].shape == (1, 2, 3)
+        assert name == ("run" if warm_start is None else "warm_run")
 
 
 def test_threads_are_put_back_also_after_an_error():
@@ -354,6 +382,7 @@ def test_summary_figures():
         "score_mean": pytest.approx(0.95),
         "return_mean": 24.5,
         "steps_mean": 34.5,
+        "late_steps_mean": 0.0,
     }
     z, p, n = 1.959963984540054, 0.9, 50  # Wilson (1927), by hand
     centre, half = (p + z * z / (2 * n)), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))

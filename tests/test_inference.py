@@ -12,10 +12,10 @@ import torch
 
 from policy import DiffusionPolicy, PolicyConfig, Sampler
 from policy.ddim import SPACINGS, ddim_step, ddim_timesteps
+from policy.denoisers import DENOISERS
 from policy.inference import BACKENDS, compile_sampler, onnx_graph
 from policy.inference import backends as backends_module
 from policy.inference.int8 import quantized
-from policy.inference.program import Program
 from policy.inference.steps import step_coefficients
 from policy.schedule import PREDICTION_TYPES, make_schedule
 from tests.conftest import randomize
@@ -33,14 +33,22 @@ VECTORS = {"state": (5,), "goal": (3,)}
 IMAGES = {"state": (5,), "camera.front": (16, 20, 3)}
 
 
-def make_policy(denoiser="modulated_mlp", prediction_type="sample", shapes=VECTORS, hidden_size=32):
+DENOISER_SIZES = {
+    "modulated_mlp": {"hidden_size": 32, "num_layers": 2},
+    "residual_mlp": {"hidden_size": 32, "num_layers": 2},
+    "unet": {"widths": [16, 32], "timestep_size": 32},
+    "transformer": {"hidden_size": 32, "num_layers": 2},
+}
+
+
+def make_policy(denoiser="modulated_mlp", prediction_type="sample", shapes=VECTORS, **sizes):
     config = PolicyConfig(
         observation_shapes=shapes,
         action_dim=2,
         obs_size=24,
         prediction_type=prediction_type,
         encoder={"name": "image"} if shapes is IMAGES else {"name": "state"},
-        denoiser={"name": denoiser, "hidden_size": hidden_size, "num_layers": 2, "dropout": 0.1},
+        denoiser={"name": denoiser, "dropout": 0.1, **DENOISER_SIZES[denoiser], **sizes},
     )
     policy = DiffusionPolicy(config)
     randomize(policy)
@@ -80,8 +88,9 @@ def difference(policy, actions, expected):
 def test_the_coefficients_are_ddim_steps_written_as_two_sums(prediction_type, eta, clip):
     schedule = make_schedule(num_steps=50, beta_schedule="linear")
     for spacing, ddim_steps in itertools.product(SPACINGS, (1, 3, 50)):
-        table = step_coefficients(schedule, Sampler(ddim_steps=ddim_steps, eta=eta, spacing=spacing), prediction_type)
-        timesteps = ddim_timesteps(50, ddim_steps, spacing).tolist()
+        timesteps = ddim_timesteps(50, ddim_steps, spacing)
+        table = step_coefficients(schedule, timesteps, eta, prediction_type)
+        timesteps = timesteps.tolist()
         x, predicted, z = torch.randn(3, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         for row, t, previous in zip(table, timesteps, [*timesteps[1:], -1], strict=True):
             clean = row[0] * x + row[1] * predicted
@@ -103,7 +112,8 @@ def test_the_eager_program_is_sample_actions_bit_for_bit(eta, each_row):
         seeded = [torch.Generator().manual_seed(seed) for seed in range(3)]
         return seeded if each_row else seeded[0]
 
-    expected = policy.sample_actions(observations, generator=generator(), **dataclasses.asdict(sampler))
+    settings = {name: value for name, value in dataclasses.asdict(sampler).items() if name != "warm_start"}
+    expected = policy.sample_actions(observations, generator=generator(), **settings)
     program = compile_sampler(policy, sampler)
     assert program.backend == "eager"
     assert torch.equal(program.sample_actions(observations, generator=generator()), expected)
@@ -115,18 +125,81 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("denoiser", ["modulated_mlp", "residual_mlp"])
+@pytest.mark.parametrize("denoiser", DENOISERS)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_conditioning_all_steps_at_once_changes_nothing(denoiser, prediction_type):
     policy = make_policy(denoiser, prediction_type)
-    moved = 0
-    for sampler in SETTINGS:
+    settings, moved = SETTINGS[:: 1 if denoiser.endswith("mlp") else 4], 0
+    for sampler in settings:
         observations, noise, step_noise = inputs(policy, sampler)
         expected = compile_sampler(policy, sampler)(observations, noise, step_noise)
-        actions = Program(policy, sampler)(observations, noise, step_noise)
+        actions = compile_sampler(policy, sampler, backend="fused")(observations, noise, step_noise)
         assert difference(policy, actions, expected) < TOLERANCE, sampler
         moved += difference(policy, actions, policy.action_normalizer.unnormalize(noise)) > 0.1
-    assert moved > 0.9 * len(SETTINGS)  # almost everywhere: noise that the clipping leaves as it is is possible
+    assert moved > 0.9 * len(settings)  # almost everywhere: noise that the clipping leaves as it is is possible
+
+
+def continuing(policy, rows=3):
+    """A previous chunk in the data's units, and how much of it to keep: all of its beginning, some, nothing."""
+    generator = torch.Generator().manual_seed(2)
+    known = 2 * torch.rand(rows, policy.config.action_horizon, policy.config.action_dim, generator=generator) - 1
+    keep = torch.tensor([1, 1, 1, 0.6, 0.2, 0, 0, 0]).expand(rows, -1)
+    return {"previous": policy.action_normalizer.unnormalize(known), "keep": keep}
+
+
+@pytest.mark.parametrize("backend", ["eager", "fused", pytest.param("onnx", marks=needs_onnx)])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("warm_start", [None, 0.4])
+def test_every_backend_continues_a_chunk_as_ddim_step_does(backend, prediction_type, warm_start):
+    policy = make_policy(prediction_type=prediction_type)
+    sampler = Sampler(ddim_steps=4, eta=0.5, warm_start=warm_start)
+    observations, noise, step_noise = inputs(policy, sampler)
+    before = continuing(policy)
+    # Said again with the parts that have tests of their own.
+    known, keep = policy.action_normalizer.normalize(before["previous"]), before["keep"][..., None]
+    timesteps = ddim_timesteps(100, 4) if warm_start is None else ddim_timesteps(40, 4)
+    x = noise if warm_start is None else policy.schedule.add_noise(known, noise, timesteps[:1].expand(3))
+    for k, (t, landing) in enumerate(zip(timesteps.tolist(), [*timesteps.tolist()[1:], -1], strict=True)):
+        predicted = policy.denoiser(x, torch.full((3,), t), policy.embed(observations))
+        clean = policy.schedule.to_sample(predicted, x, t, prediction_type).clamp(-1, 1)
+        clean = torch.lerp(clean, known, keep)
+        x = ddim_step(x, clean, t, landing, policy.schedule, 0.5, prediction_type="sample", noise=step_noise[k])
+    program = compile_sampler(policy, sampler, backend=backend)
+    actions = program(observations, noise, step_noise, **before)
+    assert difference(policy, actions, policy.action_normalizer.unnormalize(x)) < TOLERANCE
+    assert torch.allclose(actions[:, :3], before["previous"][:, :3], atol=1e-4)
+    assert difference(policy, actions, program(observations, noise, step_noise)) > 0.05
+
+
+def test_what_is_kept_is_seen_by_the_network_as_data_under_its_own_noise():
+    policy, sampler = make_policy(), Sampler(ddim_steps=5, warm_start=0.5)
+    observations, noise, _ = inputs(policy, sampler)
+    before, seen = continuing(policy), []
+    program = compile_sampler(policy, sampler)
+    known = policy.action_normalizer.normalize(before["previous"])
+    denoiser = next(cell.cell_contents for cell in program.warm_run.__closure__ if hasattr(cell.cell_contents, "embed"))
+    denoiser.denoiser.register_forward_pre_hook(lambda module, given: seen.append(given[:2]))
+    program(observations, noise, **before)
+    assert [timestep[0].item() for _, timestep in seen] == ddim_timesteps(50, 5).tolist()
+    for x, timestep in seen:
+        assert torch.allclose(x[:, :3], policy.schedule.add_noise(known, noise, timestep)[:, :3], atol=1e-5)
+
+
+def test_a_previous_chunk_that_cannot_be_used_is_refused():
+    policy, sampler = make_policy(), Sampler(ddim_steps=2)
+    observations, noise, _ = inputs(policy, sampler)
+    program, before = compile_sampler(policy, sampler), continuing(policy)
+    with pytest.raises(ValueError, match=r"previous must have shape \(3, 8, 2\); got \(3, 7, 2\)"):
+        program(observations, noise, previous=before["previous"][:, 1:])
+    with pytest.raises(ValueError, match=r"keep must have shape \(3, 8\); got \(3, 8, 2\)"):
+        program(observations, noise, previous=before["previous"], keep=torch.zeros(3, 8, 2))
+    with pytest.raises(ValueError, match="keep says .* pass previous="):
+        program(observations, noise, keep=before["keep"])
+    with pytest.raises(ValueError, match=r"warm_start=0.05 leaves 5 of 100 timesteps, fewer than ddim_steps=8"):
+        compile_sampler(policy, Sampler(warm_start=0.05))
+    for wrong in (0, -0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="warm_start must be above 0"):
+            Sampler(warm_start=wrong)
 
 
 ONNX_CASES = [
@@ -135,6 +208,8 @@ ONNX_CASES = [
     ("residual_mlp", "v_prediction", VECTORS, Sampler(ddim_steps=2, clip=None, spacing="linspace")),
     ("modulated_mlp", "v_prediction", IMAGES, Sampler(ddim_steps=3, eta=1.0)),
     ("residual_mlp", "sample", VECTORS, Sampler(ddim_steps=1)),
+    ("unet", "v_prediction", VECTORS, Sampler(ddim_steps=8)),
+    ("transformer", "sample", VECTORS, Sampler(ddim_steps=3, eta=1.0)),
 ]
 
 
@@ -153,7 +228,7 @@ def test_onnx_gives_the_eager_actions_at_any_batch_size(denoiser, prediction_typ
 
 @pytest.mark.slow  # minutes of tracing
 @needs_onnx
-@pytest.mark.parametrize("denoiser", ["modulated_mlp", "residual_mlp"])
+@pytest.mark.parametrize("denoiser", DENOISERS)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_onnx_gives_the_eager_actions_under_many_settings(denoiser, prediction_type):
     policy = make_policy(denoiser, prediction_type)
@@ -181,8 +256,9 @@ def test_an_onnx_program_can_be_sent_to_another_process():
 
 
 @needs_onnx
-def test_int8_weights_are_smaller_and_come_close():
-    policy, sampler = make_policy(hidden_size=128), Sampler(ddim_steps=4)
+@pytest.mark.parametrize("denoiser", ["modulated_mlp", "transformer"])  # networks of matrices alone
+def test_int8_weights_are_smaller_and_come_close(denoiser):
+    policy, sampler = make_policy(denoiser, hidden_size=128), Sampler(ddim_steps=4)
     observations, noise, _ = inputs(policy, sampler)
     exact = compile_sampler(policy, sampler, backend="onnx")
     narrow = compile_sampler(policy, sampler, backend="onnx", weights="int8")
@@ -205,8 +281,9 @@ def test_quantized_weights_are_off_by_half_a_step_at_most(block_size):
 @pytest.mark.slow  # compiles for minutes
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 @pytest.mark.parametrize("sampler", [Sampler(ddim_steps=2), Sampler(ddim_steps=3, eta=1.0, clip=None)])
-def test_torch_compile_gives_the_eager_actions(sampler):
-    policy = make_policy()
+@pytest.mark.parametrize("denoiser", DENOISERS)
+def test_torch_compile_gives_the_eager_actions(denoiser, sampler):
+    policy = make_policy(denoiser)
     program = compile_sampler(policy, sampler, backend="compile")
     for rows in (1, 7):
         given = inputs(policy, sampler, rows)

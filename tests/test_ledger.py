@@ -86,6 +86,7 @@ def test_every_result_is_on_disk_as_soon_as_it_was_added(file):
             "score": st.floats(0, 1),
             "return_": st.floats(allow_nan=False),
             "steps": st.integers(1, 10**6),
+            "late_steps": st.integers(0, 10**6),
             "attempts": st.integers(1, 3),
         }
     )

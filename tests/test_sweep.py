@@ -55,9 +55,14 @@ def checkpoints():
     return [make_checkpoint("a"), make_checkpoint("b", num_steps=10, execution_horizon=8, seed=1)]
 
 
-def cells_of(checkpoints, *, ddim_steps=4, sampler=None, execution_horizon=None, env=ENV):
+def cells_of(checkpoints, *, ddim_steps=4, sampler=None, controller=None, execution_horizon=None, env=ENV):
     return make_cells(
-        checkpoints, env, ddim_steps=ddim_steps, sampler=sampler or {}, execution_horizon=execution_horizon
+        checkpoints,
+        env,
+        ddim_steps=ddim_steps,
+        sampler=sampler or {},
+        controller=controller or {},
+        execution_horizon=execution_horizon,
     )
 
 
@@ -87,7 +92,8 @@ def test_a_single_value_makes_a_single_cell_with_the_checkpoints_own_horizon(che
 def test_settings_say_the_weights_and_axes_their_folder(checkpoints):
     (cell,) = cells_of(checkpoints[:1], sampler={"eta": 1}, env={"name": "planar", "image_size": 64})
     shared = {"ddim_steps": 4, "eta": 1.0, "spacing": "trailing", "clip": 1.0, "execution_horizon": 5}
-    shared |= {"backend": "eager", "weights": "float32"}
+    shared |= {"backend": "eager", "weights": "float32", "warm_start": None}
+    shared |= {"mode": "synchronous", "delay_steps": 0, "late": "hold"}
     assert cell.axes == {"checkpoint": "runs/a", **shared}
     assert cell.settings == {
         "checkpoint": "weights of a",
@@ -174,11 +180,9 @@ def test_a_row_holds_settings_figures_and_latency(swept, rows):
 def test_latency_is_that_of_the_cells_sampler_and_policy(swept, monkeypatch):
     cells, results = swept
     seen = []
-    monkeypatch.setattr(
-        sweep, "chunk_latency", lambda *arguments, program: seen.append(arguments) or {"latency_ms_median": 20.0}
-    )
+    monkeypatch.setattr(sweep, "chunk_latency", lambda program: seen.append(program) or {"latency_ms_median": 20.0})
     assert row_of(cells[1], results[1])["control_rate_hz"] == 250.0  # five control steps in every 20 ms
-    assert seen == [(cells[1].checkpoint.policy, cells[1].cell.sampler)]
+    assert [(p.config, p.sampler) for p in seen] == [(cells[1].checkpoint.policy.config, cells[1].cell.sampler)]
 
 
 def row(ddim_steps, successes=3, episodes=4, **changes):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class ExportedPolicy:

@@ -27,14 +27,16 @@ from policy.inference.onnx_graph import observation_input
 from policy.output import output_folder
 from policy.sampler import Sampler
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FORMATS = ("onnx",)
 # Largest difference to the eager actions, in normalised units (a dimension's range is 2 wide), with float32 weights.
 TOLERANCE = 1e-4
 NOTE = (
     "Feed every input of `inputs` to the model; the batch size is free. Observations are histories, oldest first, in"
     " the units of the demonstrations; noise is standard normal, drawn anew for each chunk. The first action is for the"
-    " newest observation: execute `execution_horizon` actions, then plan again. docs/examples/run_exported_policy.py"
+    " newest observation: execute `execution_horizon` actions, then plan again. To continue a chunk that is being"
+    " executed, give it as `previous`, shifted to the newest observation, and set `keep` to 1 for the actions that are"
+    " executed anyway; zeros in both plan afresh. docs/examples/run_exported_policy.py"
     " of ddim-policy does so with numpy and onnxruntime alone."
 )
 
@@ -62,6 +64,11 @@ def export_policy(
     if format not in FORMATS:
         raise unknown_name("format", format, FORMATS)
     check_weights(weights)
+    if sampler.warm_start is not None:
+        raise ValueError(
+            f"an exported model begins from noise; got sampler.warm_start={sampler.warm_start}: leave it out, and use"
+            " `previous` and `keep` of the exported model to continue a chunk"
+        )
     loaded = load_checkpoint(checkpoint)
     sampler.check(loaded.policy.schedule.num_steps)
     program = compile_sampler(loaded.policy, sampler, backend="onnx", weights=weights)
@@ -94,6 +101,8 @@ def example_input(program: SamplerProgram) -> dict[str, np.ndarray[Any, Any]]:
             else generator.random(history, dtype=np.float32)
         )
     example["noise"] = generator.standard_normal(chunk, dtype=np.float32)
+    example["previous"] = np.zeros(chunk, dtype=np.float32)
+    example["keep"] = np.zeros(chunk[:2], dtype=np.float32)
     if program.sampler.eta > 0:
         example["step_noise"] = generator.standard_normal((program.sampler.ddim_steps, *chunk), dtype=np.float32)
     return example
@@ -102,7 +111,10 @@ def example_input(program: SamplerProgram) -> dict[str, np.ndarray[Any, Any]]:
 def run_on(program: SamplerProgram, example: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     """(B, action_horizon, action_dim) actions of a program for inputs under an exported model's names."""
     observations = {key: example[observation_input(key)] for key in program.config.observation_shapes}
-    return program(observations, example["noise"], example.get("step_noise")).cpu().numpy()
+    chunk = program(
+        observations, example["noise"], example.get("step_noise"), previous=example["previous"], keep=example["keep"]
+    )
+    return chunk.cpu().numpy()
 
 
 def _difference(

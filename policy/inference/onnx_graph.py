@@ -11,7 +11,7 @@ import contextlib
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -59,8 +59,9 @@ def build_model(program: Program, weights: str = "float32") -> bytes:
 
     Returns:
         The model's bytes. Inputs, batch size free: `observations.<key>` (B, obs_horizon, *shape) float32, or uint8 for
-        an image, `noise` (B, action_horizon, action_dim) and, for eta > 0, `step_noise` (K, B, action_horizon,
-        action_dim); output: `actions` (B, action_horizon, action_dim), in the data's units.
+        an image, `noise` and `previous` (B, action_horizon, action_dim), `keep` (B, action_horizon) and, for eta > 0,
+        `step_noise` (K, B, action_horizon, action_dim); output: `actions` (B, action_horizon, action_dim).
+        Observations, `previous` and `actions` are in the data's units; see `SamplerProgram` for what they mean.
 
     Raises:
         ValueError: a package is not installed.
@@ -84,25 +85,40 @@ def _traced(program: Program) -> tuple[Any, Any]:
     }
     batch, steps = torch.export.Dim("batch"), torch.export.Dim("steps")
     embedded = program.embedded_timesteps[:1].expand(TRACED_ROWS, -1, -1)
+    x = torch.zeros(TRACED_ROWS, config.action_horizon, config.action_dim)
     with torch.no_grad():
-        conditions = [condition[0] for condition in program.prepare(observations, embedded)]
+        _, _, *conditions = program.prepare(observations, embedded, x, x)
     names = [f"condition_{i}" for i in range(len(conditions))]
     prepare = _trace(
         program.prepare,
-        (observations, embedded),
-        inputs=[*map(observation_input, observations), "embedded_timesteps"],
-        outputs=names,
-        dynamic=({key: {0: batch} for key in observations}, {0: steps}),
+        (observations, embedded, x, x.clone()),
+        inputs=[*map(observation_input, observations), "embedded_timesteps", "noise", "previous"],
+        outputs=["start", "known", *names],
+        dynamic=({key: {0: batch} for key in observations}, {0: steps}, {0: batch}, {0: batch}),
     )
-    x = torch.zeros(TRACED_ROWS, config.action_horizon, config.action_dim)
     noisy = sampler.eta > 0
-    # As in a Scan's body: first what is carried on, then one row of everything that is scanned.
+    # As in a Scan's body: first what is carried on, then one row of everything that is scanned. `known` and `keep`
+    # are the same in all steps, and come from outside of the body.
     step = _trace(
         program.step,
-        (x, program.coefficients[0], conditions, x.clone() if noisy else None),
-        inputs=["x", "coefficients", *names, *(["added"] if noisy else [])],
+        (
+            x,
+            x.clone(),
+            x[..., 0].clone(),
+            program.coefficients[0],
+            [condition[0] for condition in conditions],
+            x.clone() if noisy else None,
+        ),
+        inputs=["x", "known", "keep", "coefficients", *names, *(["added"] if noisy else [])],
         outputs=["x_next"],
-        dynamic=({0: batch}, None, [{0: batch} for _ in names], {0: batch} if noisy else None),
+        dynamic=(
+            {0: batch},
+            {0: batch},
+            {0: batch},
+            None,
+            [{0: batch} for _ in names],
+            {0: batch} if noisy else None,
+        ),
     )
     return prepare, step
 
@@ -142,16 +158,20 @@ def _joined(onnx: Any, program: Program, prepare: Any, step: Any) -> Any:
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
     config, normalizer = program.policy.config, program.policy.action_normalizer
     chunk = ["batch", config.action_horizon, config.action_dim]
-    noise = [helper.make_tensor_value_info("noise", onnx.TensorProto.FLOAT, chunk)]
-    scanned = ["step_coefficients", *(value.name for value in prepare.output)]
+    more = [helper.make_tensor_value_info("keep", onnx.TensorProto.FLOAT, chunk[:2])]
+    scanned = ["step_coefficients", *(value.name for value in prepare.output if value.name not in ("start", "known"))]
     if program.sampler.eta > 0:
         steps = [program.sampler.ddim_steps, *chunk]
-        noise.append(helper.make_tensor_value_info("step_noise", onnx.TensorProto.FLOAT, steps))
+        more.append(helper.make_tensor_value_info("step_noise", onnx.TensorProto.FLOAT, steps))
         scanned.append("step_noise")
     nodes = [
         *prepare.node,
         helper.make_node(
-            "Scan", ["noise", *scanned], ["normalized"], body=_under("step.", step), num_scan_inputs=len(scanned)
+            "Scan",
+            ["start", *scanned],
+            ["normalized"],
+            body=_under("step.", step, outer=("known", "keep")),
+            num_scan_inputs=len(scanned),
         ),
         helper.make_node("Mul", ["normalized", "actions.half_range"], ["centred"]),
         helper.make_node("Add", ["centred", "actions.center"], ["actions"]),
@@ -165,7 +185,7 @@ def _joined(onnx: Any, program: Program, prepare: Any, step: Any) -> Any:
     graph = helper.make_graph(
         nodes,
         "sampler",
-        [value for value in prepare.input if value.name != "embedded_timesteps"] + noise,
+        [value for value in prepare.input if value.name != "embedded_timesteps"] + more,
         [helper.make_tensor_value_info("actions", onnx.TensorProto.FLOAT, chunk)],
         [*prepare.initializer, *(numpy_helper.from_array(value.numpy(), name) for name, value in constants.items())],
     )
@@ -174,11 +194,14 @@ def _joined(onnx: Any, program: Program, prepare: Any, step: Any) -> Any:
     )
 
 
-def _under(prefix: str, graph: Any) -> Any:
-    """The graph with all its names prefixed: a Scan's body shares its names with what is around it."""
+def _under(prefix: str, graph: Any, outer: Collection[str]) -> Any:
+    """The graph with its names prefixed, as a Scan's body shares them with what is around it; `outer` ones stay."""
+    inputs = [value for value in graph.input if value.name not in outer]
+    del graph.input[:]
+    graph.input.extend(inputs)
     for node in graph.node:
         for names in (node.input, node.output):
-            names[:] = [name and prefix + name for name in names]
+            names[:] = [name if name in outer else name and prefix + name for name in names]
     for value in (*graph.input, *graph.output, *graph.initializer):
         value.name = prefix + value.name
     del graph.value_info[:]

@@ -12,22 +12,41 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from policy.ddim import ddim_timesteps
 from policy.diffusion_policy import DiffusionPolicy
-from policy.inference.steps import FROM_PREDICTED, FROM_X, TO_CLEAN, TO_NOISE, TO_X, step_coefficients
+from policy.inference.steps import FROM_PREDICTED, FROM_X, TO_CLEAN, TO_NOISE, TO_X, Course, step_coefficients
 from policy.sampler import Sampler
 
 
 class Prepare(nn.Module):
-    """All that happens before the first step: normalise, encode, condition all steps."""
+    """All that happens before the first step: normalise, encode, condition all steps, begin.
 
-    def __init__(self, policy: DiffusionPolicy) -> None:
+    Args:
+        policy: gives normalisers, encoder and denoiser.
+        course: where sampling begins.
+    """
+
+    def __init__(self, policy: DiffusionPolicy, course: Course) -> None:
         super().__init__()
-        self.policy = policy
+        self.policy, self.signal, self.noise = policy, course.signal, course.noise
 
-    def forward(self, observations: Mapping[str, Tensor], embedded_timesteps: Tensor) -> tuple[Tensor, ...]:
-        """Observations (B, obs_horizon, *shape) and (K, 1, width) to the denoiser's conditions, each (K, B, ...)."""
-        return self.policy.denoiser.conditions(embedded_timesteps, self.policy.embed(observations))  # type: ignore[operator]
+    def forward(
+        self, observations: Mapping[str, Tensor], embedded_timesteps: Tensor, noise: Tensor, previous: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Prepare all steps.
+
+        Args:
+            observations: (B, obs_horizon, *shape) under each key.
+            embedded_timesteps: (K, 1, width).
+            noise: (B, action_horizon, action_dim).
+            previous: (B, action_horizon, action_dim) in the data's units.
+
+        Returns:
+            The starting point and the normalised previous chunk, each (B, action_horizon, action_dim), then the
+            denoiser's conditions, each (K, B, ...).
+        """
+        known = self.policy.action_normalizer.normalize(previous)
+        conditions = self.policy.denoiser.conditions(embedded_timesteps, self.policy.embed(observations))
+        return self.signal * known + self.noise * noise, known, *conditions
 
 
 class Step(nn.Module):
@@ -44,12 +63,20 @@ class Step(nn.Module):
         self.predicts_clean = policy.config.prediction_type == "sample"
 
     def forward(
-        self, x: Tensor, coefficients: Tensor, conditions: Sequence[Tensor], noise: Tensor | None = None
+        self,
+        x: Tensor,
+        known: Tensor,
+        keep: Tensor,
+        coefficients: Tensor,
+        conditions: Sequence[Tensor],
+        noise: Tensor | None = None,
     ) -> Tensor:
         """One step.
 
         Args:
             x: (B, action_horizon, action_dim) at this timestep.
+            known: (B, action_horizon, action_dim) normalised, what to keep.
+            keep: (B, action_horizon) how much of it, in [0, 1].
             coefficients: (5,) of this step, see `step_coefficients`.
             conditions: each (B, ...), see `Prepare`.
             noise: (B, action_horizon, action_dim), None for eta = 0.
@@ -57,11 +84,13 @@ class Step(nn.Module):
         Returns:
             (B, action_horizon, action_dim) at the next one.
         """
-        clean = self.denoiser.denoise(x, conditions)  # type: ignore[operator]
+        clean = self.denoiser.denoise(x, conditions)
         if not self.predicts_clean:
             clean = coefficients[FROM_X] * x + coefficients[FROM_PREDICTED] * clean
         if self.clip is not None:
             clean = clean.clamp(-self.clip, self.clip)
+        kept = keep[..., None]
+        clean = kept * known + (1 - kept) * clean
         moved = coefficients[TO_X] * x + coefficients[TO_CLEAN] * clean
         return moved if noise is None else moved + coefficients[TO_NOISE] * noise
 
@@ -72,40 +101,44 @@ class Program(nn.Module):
     Args:
         policy: in evaluation mode.
         sampler: the settings.
-
-    Raises:
-        ValueError: more denoising steps than the schedule has timesteps.
+        course: of its timesteps.
     """
 
     embedded_timesteps: Tensor
     coefficients: Tensor
 
-    def __init__(self, policy: DiffusionPolicy, sampler: Sampler) -> None:
+    def __init__(self, policy: DiffusionPolicy, sampler: Sampler, course: Course) -> None:
         super().__init__()
         self.policy, self.sampler = policy, sampler
-        self.prepare, self.step = Prepare(policy), Step(policy, sampler.clip)
-        device = policy.device
-        timesteps = ddim_timesteps(policy.schedule.num_steps, sampler.ddim_steps, sampler.spacing).to(device)
+        self.prepare, self.step = Prepare(policy, course), Step(policy, sampler.clip)
         with torch.no_grad():
-            embedded = policy.denoiser.embed_timestep(timesteps)[:, None]  # type: ignore[operator]
-        coefficients = step_coefficients(policy.schedule, sampler, policy.config.prediction_type)
+            embedded = policy.denoiser.embed_timestep(course.timesteps.to(policy.device))[:, None]
+        coefficients = step_coefficients(policy.schedule, course.timesteps, sampler.eta, policy.config.prediction_type)
         self.register_buffer("embedded_timesteps", embedded, persistent=False)
-        self.register_buffer("coefficients", coefficients.to(device, torch.float32), persistent=False)
+        self.register_buffer("coefficients", coefficients.to(policy.device, torch.float32), persistent=False)
 
-    def forward(self, observations: Mapping[str, Tensor], noise: Tensor, step_noise: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        observations: Mapping[str, Tensor],
+        noise: Tensor,
+        step_noise: Tensor | None,
+        previous: Tensor,
+        keep: Tensor,
+    ) -> Tensor:
         """Sample one chunk per row.
 
         Args:
             observations: (B, obs_horizon, *shape) under each key, in the data's units.
-            noise: (B, action_horizon, action_dim) standard normal starting point.
+            noise: (B, action_horizon, action_dim) standard normal.
             step_noise: (K, B, action_horizon, action_dim) standard normal; None for eta = 0.
+            previous: (B, action_horizon, action_dim) in the data's units, the chunk before, shifted to now.
+            keep: (B, action_horizon) how much of it to keep, in [0, 1].
 
         Returns:
             (B, action_horizon, action_dim) in the data's units.
         """
-        steps = zip(*self.prepare(observations, self.embedded_timesteps), strict=True)
-        x = noise
-        for k, conditions in enumerate(steps):
+        x, known, *conditions = self.prepare(observations, self.embedded_timesteps, noise, previous)
+        for k, condition in enumerate(zip(*conditions, strict=True)):
             added = None if step_noise is None else step_noise[k]
-            x = self.step(x, self.coefficients[k], conditions, added)
+            x = self.step(x, known, keep, self.coefficients[k], condition, added)
         return self.policy.action_normalizer.unnormalize(x)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from policy.ddim import ddim_timesteps
 from policy.sampler import Sampler
 from policy.schedule import NoiseSchedule
 
@@ -13,7 +14,42 @@ from policy.schedule import NoiseSchedule
 FROM_X, FROM_PREDICTED, TO_X, TO_CLEAN, TO_NOISE = range(5)
 
 
-def step_coefficients(schedule: NoiseSchedule, sampler: Sampler, prediction_type: str) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """Where sampling begins, and the timesteps it visits.
+
+    Attributes:
+        timesteps: (ddim_steps,) int64, strictly decreasing; the last step lands on the clean end.
+        signal: share of the previous chunk in the starting point, √ᾱ of the first timestep; 0 begins from noise alone.
+        noise: share of noise in the starting point, √(1 - ᾱ); 1 begins from noise alone.
+    """
+
+    timesteps: Tensor
+    signal: float = 0.0
+    noise: float = 1.0
+
+
+def cold_course(schedule: NoiseSchedule, sampler: Sampler) -> Course:
+    """From noise.
+
+    Raises:
+        ValueError: more denoising steps than the schedule has timesteps.
+    """
+    return Course(timesteps=sampler.timesteps(schedule.num_steps))
+
+
+def warm_course(schedule: NoiseSchedule, sampler: Sampler) -> Course:
+    """From the previous chunk, noised to `sampler.warm_start` of the schedule.
+
+    Raises:
+        ValueError: more denoising steps than that share has timesteps.
+    """
+    timesteps = sampler.warm_timesteps(schedule.num_steps)
+    alpha_cumprod = schedule.alphas_cumprod[timesteps[0]].item()
+    return Course(timesteps=timesteps, signal=alpha_cumprod**0.5, noise=(1 - alpha_cumprod) ** 0.5)
+
+
+def step_coefficients(schedule: NoiseSchedule, timesteps: Tensor, eta: float, prediction_type: str) -> Tensor:
     """Each step of `ddim_sample` as two sums of products.
 
         x̂_0 = clip(FROM_X x_t + FROM_PREDICTED network output)
@@ -23,21 +59,18 @@ def step_coefficients(schedule: NoiseSchedule, sampler: Sampler, prediction_type
 
     Args:
         schedule: of the policy.
-        sampler: which timesteps, and eta.
+        timesteps: (ddim_steps,) int64 that are visited, strictly decreasing; the last step lands on the clean end.
+        eta: 0 deterministic, 1 DDPM.
         prediction_type: what the network predicts.
 
     Returns:
         (ddim_steps, 5) float64, in the order of the steps.
-
-    Raises:
-        ValueError: more denoising steps than the schedule has timesteps.
     """
-    timesteps = ddim_timesteps(schedule.num_steps, sampler.ddim_steps, sampler.spacing)
     alpha_cumprod = schedule.alphas_cumprod[timesteps]
     alpha_cumprod_prev = torch.cat([alpha_cumprod[1:], torch.ones(1, dtype=torch.float64)])
     signal, noise = alpha_cumprod.sqrt(), (1 - alpha_cumprod).sqrt()
     variance = (1 - alpha_cumprod_prev) / (1 - alpha_cumprod) * (1 - alpha_cumprod / alpha_cumprod_prev)
-    sigma = sampler.eta * variance.sqrt()
+    sigma = eta * variance.sqrt()
     direction = (1 - alpha_cumprod_prev - sigma**2).clamp(min=0).sqrt()
     from_x, from_predicted = {
         "sample": (torch.zeros_like(signal), torch.ones_like(signal)),

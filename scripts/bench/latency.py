@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from policy.evaluation import torch_threads
 from policy.inference import compile_sampler
 from policy.inference.backends import OnnxRun
 from policy.inference.program import Program
+from policy.inference.steps import cold_course
 from policy.progress import progress
 from scripts.bench.report import machine, write_report
 
@@ -73,18 +73,18 @@ def alternatives() -> None:
     with torch_threads(1), torch.no_grad():
         policy, sampler = randomised(DiffusionPolicy(PolicyConfig(**PRESETS["pusht"]))), Sampler(ddim_steps=8)
         calls, _ = _programs(policy, sampler)
-        program = Program(policy, sampler).eval().requires_grad_(False)
-        observations, noise = {"state": torch.randn(1, 2, 20)}, torch.randn(1, 8, 2)
+        program = Program(policy, sampler, cold_course(policy.schedule, sampler)).eval().requires_grad_(False)
+        given = ({"state": torch.randn(1, 2, 20)}, torch.randn(1, 8, 2), None, torch.zeros(1, 8, 2), torch.zeros(1, 8))
         compiled = torch.compile(program)
-        exported = torch.export.export(program, (observations, noise, None))
+        exported = torch.export.export(program, given)
         with tempfile.TemporaryDirectory() as folder:
             package = aoti_compile_and_package(exported, package_path=f"{folder}/program.pt2")
             ahead = aoti_load_package(package)
         step, _, _ = weight_matrices(policy)
         calls |= {
-            "program, eager": lambda: program(observations, noise, None),
-            "program, torch.compile": lambda: compiled(observations, noise, None),
-            "program, AOTInductor": lambda: ahead(observations, noise, None),
+            "program, eager": lambda: program(*given),
+            "program, torch.compile": lambda: compiled(*given),
+            "program, AOTInductor": lambda: ahead(*given),
             "bare products of the steps, float32": _products(step * 8),
             "bare products of the steps, bfloat16": _products([weight.bfloat16() for weight in step] * 8),
         }
@@ -149,7 +149,7 @@ def _programs(policy: DiffusionPolicy, sampler: Sampler) -> tuple[dict[str, Call
     }
     noise = torch.randn(1, config.action_horizon, config.action_dim, generator=generator)
     calls: dict[str, Call] = {
-        "sample_actions": lambda: policy.sample_actions(observations, noise=noise, **asdict(sampler))
+        "sample_actions": lambda: policy.sample_actions(observations, noise=noise, ddim_steps=sampler.ddim_steps)
     }
     first_call = {}
     for name, settings in {"onnx": {}, "onnx int8": {"weights": "int8"}}.items():
@@ -157,7 +157,7 @@ def _programs(policy: DiffusionPolicy, sampler: Sampler) -> tuple[dict[str, Call
         # What a robot waits for: the model's file is at hand, the runtime loads it and samples its first chunk.
         assert isinstance(program.run, OnnxRun)
         begin = time.perf_counter()
-        OnnxRun(program.run.model)(observations, noise, None)
+        OnnxRun(program.run.model)(observations, noise, None, torch.zeros_like(noise), torch.zeros(noise.shape[:2]))
         first_call[name] = 1e3 * (time.perf_counter() - begin)
         calls[name] = lambda program=program: program(observations, noise)  # type: ignore[misc]
     return calls, first_call
@@ -212,7 +212,7 @@ def in_turns(calls: Mapping[str, Call], seconds: float, least: int) -> dict[str,
 def weight_matrices(policy: DiffusionPolicy) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The matrices that every step needs, those needed once for a chunk, and all that a plain network call needs."""
     denoiser = policy.denoiser
-    embedding = {id(p) for p in denoiser.embed_timestep.parameters()}  # type: ignore[union-attr]
+    embedding = {id(p) for p in denoiser.embed_timestep.parameters()}
     once, step, plain = encoder_matrices(policy), list[Tensor](), list[Tensor]()
     for name, weight in denoiser.named_parameters():
         if weight.ndim != 2:

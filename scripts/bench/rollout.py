@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import envs
-from policy import DiffusionPolicy, PolicyConfig, Sampler
+from policy import DiffusionPolicy, PolicyConfig, RecedingHorizonController, Sampler
 from policy.evaluation import Cell, Env, controllers_of, torch_threads
 from policy.workers import RolloutPool, available_cores
 from scripts.bench.report import machine, write_report
@@ -78,8 +78,7 @@ def _policy(env: Env) -> DiffusionPolicy:
 
 def _raw_and_share(policy: DiffusionPolicy, env: Env, cell: Cell, seeds: Sequence[int]) -> tuple[float, float]:
     """Steps a second of the environment alone, and the share of a rollout that the policy takes in 8 slots."""
-    controller = controllers_of([policy], [cell])[0]
-    space: Any = env.action_space
+    controller = controllers_of([policy], [cell], env)[0]
     played: list[list[np.ndarray[Any, Any]]] = []
     with torch_threads(1):
         for seed in seeds:
@@ -87,12 +86,12 @@ def _raw_and_share(policy: DiffusionPolicy, env: Env, cell: Cell, seeds: Sequenc
             controller.reset(seed)
             actions, over = [], False
             while not over:
-                actions.append(np.clip(controller.act(observation), space.low, space.high))
+                actions.append(controller.act(observation))
                 observation, _, terminated, truncated, info = env.step(actions[-1])
                 over = bool(terminated or truncated or info["is_success"])
             played.append(actions)
         raw = _replay(env, seeds, played)
-        planning = _planning_seconds(policy, cell, observation)
+        planning = _planning_seconds(controller, observation)
     stepping = cell.execution_horizon / raw
     return raw, planning / (planning + stepping)
 
@@ -108,9 +107,8 @@ def _replay(env: Env, seeds: Sequence[int], played: Sequence[Sequence[Any]]) -> 
     return sum(map(len, played)) / seconds
 
 
-def _planning_seconds(policy: DiffusionPolicy, cell: Cell, observation: Any) -> float:
+def _planning_seconds(controller: RecedingHorizonController, observation: Any) -> float:
     """Seconds that planning takes per chunk, in a batch as rollouts plan it."""
-    controller = controllers_of([policy], [cell])[0]
     slots, times = range(controller.plan_batch), []
     for repeat in range(20):
         for slot in slots:

@@ -6,11 +6,11 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from policy.controller import check_execution_horizon
 from policy.data.demonstrations import Demonstrations
 from policy.data.inspection.figures import inspect_dataset, spread
 from policy.data.inspection.picture import plot_episodes
 from policy.data.inspection.text import format_inspection
+from policy.execution import check_execution_horizon
 from policy.output import output_folder
 
 

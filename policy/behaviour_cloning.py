@@ -9,14 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from policy.checkpoint import check_env, is_checkpoint, resume_training, save_checkpoint
-from policy.controller import check_execution_horizon
+from policy.checkpoint import check_env, is_checkpoint, keep_checkpoint, resume_training, save_checkpoint
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.device import check_device
 from policy.diffusion_policy import DiffusionPolicy, PolicyConfig
 from policy.evaluation import Cell, Env, check_num_envs, check_spaces, run_in_process, summarize
+from policy.execution import check_execution_horizon
 from policy.interrupt import stop_on_signal
 from policy.output import output_folder
+from policy.run_lock import only_process
 from policy.sampler import Sampler
 from policy.tracking import StartRun
 from policy.training import TrainSettings, TrainState, prepare_run
@@ -39,6 +40,8 @@ def clone_behaviour(
     tracker: StartRun,
     augment: Augment | None = None,
     prediction_type: str = "sample",
+    loss_weighting: str = "none",
+    min_snr_gamma: float = 5.0,
     obs_horizon: int = 2,
     action_horizon: int = 8,
     obs_size: int = 287,
@@ -62,6 +65,8 @@ def clone_behaviour(
         tracker: opens the tracked run.
         augment: a symmetry of the task, as a function of observations and actions; doubles the training episodes.
         prediction_type: `epsilon`, `sample` or `v_prediction`.
+        loss_weighting: what errors count for at each timestep, `none` or `min_snr`; see `policy.schedule.loss_weights`.
+        min_snr_gamma: γ of `min_snr`.
         obs_horizon: observations looked back on.
         action_horizon: actions in one chunk.
         obs_size: width of the observation embedding.
@@ -72,7 +77,9 @@ def clone_behaviour(
         output_dir: receives `checkpoint/`; by default a new folder under outputs/train.
 
     Raises:
-        ValueError: settings that do not fit each other, the data or the environment, before training starts.
+        ValueError: settings that do not fit each other, the data or the environment, before training starts; or
+            another process trains in this folder.
+        FloatingPointError: see `policy.training.train`; names the last good checkpoint.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after saving.
     """
     if not env and dataset.metadata.get("env"):
@@ -84,6 +91,8 @@ def clone_behaviour(
         action_horizon=action_horizon,
         obs_size=obs_size,
         prediction_type=prediction_type,
+        loss_weighting=loss_weighting,
+        min_snr_gamma=min_snr_gamma,
         encoder=encoder,
         denoiser=denoiser,
         schedule=schedule,
@@ -99,41 +108,54 @@ def clone_behaviour(
     folder = output_folder(output_dir, "train")
     checkpoint = folder / "checkpoint"
     settings = {
-        **vars(train),
+        # Until a first loss that is not finite, runs that would stop and runs that would skip are the same.
+        **{key: value for key, value in vars(train).items() if key != "on_bad_loss"},
         "seed": seed,
         "dataset": dataset.source,
         "episodes": dataset.num_episodes,
         "augment": augment and getattr(augment, "func", augment).__name__,
     }
-    if is_checkpoint(checkpoint):
-        resume_training(checkpoint, run.state, settings)
-        print(f"going on at step {run.state.step} of {train.steps}: {checkpoint}")
+    with only_process(folder):
+        if is_checkpoint(checkpoint):
+            resume_training(checkpoint, run.state, settings)
+            print(f"going on at step {run.state.step} of {train.steps}: {checkpoint}")
+            if checkpoint.exists():  # a kill may have come after it was saved and before it was kept
+                keep_checkpoint(checkpoint, run.state, keep_last=train.keep_last)
 
-    parameters = sum(p.numel() for p in run.state.policy.parameters())
-    print(
-        f"{len(run.training)} training windows from {len(run.training.episodes)} episodes"
-        f" ({len(run.validation.episodes)} held out), {parameters / 1e6:.2f} M parameters"
-    )
-    if env is None:
-        print("no environment is known, so there are no rollouts while training: env=... adds them")
-    tracking = tracker(folder=folder, config={"env": env, **settings, **vars(config)})
-    rollout = partial(_rollout, partial(make_env, **env), num_envs, train, sampler, execution_horizon) if env else None
+        parameters = sum(p.numel() for p in run.state.policy.parameters())
+        print(
+            f"{len(run.training)} training windows from {len(run.training.episodes)} episodes"
+            f" ({len(run.validation.episodes)} held out), {parameters / 1e6:.2f} M parameters"
+        )
+        if env is None:
+            print("no environment is known, so there are no rollouts while training: env=... adds them")
+        tracking = tracker(folder=folder, config={"env": env, **settings, **vars(config)})
+        rollout = (
+            partial(_rollout, partial(make_env, **env), num_envs, train, sampler, execution_horizon) if env else None
+        )
 
-    def save(state: TrainState) -> None:
-        save_checkpoint(checkpoint, state, env=env, execution_horizon=execution_horizon, training=settings)
+        def save(state: TrainState) -> None:
+            save_checkpoint(checkpoint, state, env=env, execution_horizon=execution_horizon, training=settings)
+            keep_checkpoint(checkpoint, state, keep_last=train.keep_last)
 
-    first_step, began = run.state.step, time.perf_counter()
-    with stop_on_signal() as should_stop:
-        train_loop(run, train, seed=seed, tracker=tracking, save=save, rollout=rollout, should_stop=should_stop)
-    seconds = time.perf_counter() - began
-    rate = (run.state.step - first_step) * min(train.batch_size, len(run.training)) / seconds
-    print(f"{run.state.step - first_step} steps in {seconds:.0f} s, {rate:.0f} transitions a second")
-    tracked = tracking.finish()
-    if run.state.step < train.steps:
-        print(f"stopped at step {run.state.step} and saved: the same command with output_dir={folder} goes on")
-        raise KeyboardInterrupt  # what would come after a whole training must not start
-    print(f"checkpoint: {checkpoint}" + (f"   tracked: {tracked}" if tracked else ""))
-    print(f"next: python scripts/rollout.py checkpoint={checkpoint}")
+        first_step, began = run.state.step, time.perf_counter()
+        try:
+            with stop_on_signal() as should_stop:
+                train_loop(run, train, seed=seed, tracker=tracking, save=save, rollout=rollout, should_stop=should_stop)
+        except FloatingPointError as error:
+            kept = f"the last good checkpoint is {checkpoint}" if is_checkpoint(checkpoint) else "nothing was saved yet"
+            raise FloatingPointError(f"{error}; {kept}") from error
+        seconds = time.perf_counter() - began
+        rate = (run.state.step - first_step) * min(train.batch_size, len(run.training)) / seconds
+        print(f"{run.state.step - first_step} steps in {seconds:.0f} s, {rate:.0f} transitions a second")
+        if skipped := run.state.skipped:
+            print(f"{len(skipped)} of {run.state.step} steps skipped, not finite: {', '.join(map(str, skipped))}")
+        tracked = tracking.finish()
+        if run.state.step < train.steps:
+            print(f"stopped at step {run.state.step} and saved: the same command with output_dir={folder} goes on")
+            raise KeyboardInterrupt  # what would come after a whole training must not start
+        print(f"checkpoint: {checkpoint}" + (f"   tracked: {tracked}" if tracked else ""))
+        print(f"next: python scripts/rollout.py checkpoint={checkpoint}")
 
 
 def _rollout(

@@ -14,8 +14,9 @@ from policy.arguments import check_arguments, construct
 from policy.ddim import Generators, ddim_sample, randn_like
 from policy.denoisers import DENOISERS
 from policy.encoders import ENCODERS
+from policy.hub import HubPolicy
 from policy.normalizer import Normalizer
-from policy.schedule import check_prediction_type, make_schedule
+from policy.schedule import check_loss_weighting, check_prediction_type, check_signal, loss_weights, make_schedule
 
 Observations = Mapping[str, Tensor]
 
@@ -46,6 +47,8 @@ class PolicyConfig:
         action_horizon: actions in one chunk; its first action belongs to the newest observation.
         obs_size: width of the observation embedding.
         prediction_type: what the denoiser is trained to predict: `epsilon`, `sample` or `v_prediction`.
+        loss_weighting: what errors count for at each timestep, `none` or `min_snr`; see `loss_weights`.
+        min_snr_gamma: γ of `min_snr`.
         encoder: `{"name": a key of ENCODERS, **settings}`.
         denoiser: `{"name": a key of DENOISERS, **settings}`.
         schedule: settings of `make_schedule`.
@@ -57,12 +60,15 @@ class PolicyConfig:
     action_horizon: int = 8
     obs_size: int = 287
     prediction_type: str = "sample"
+    loss_weighting: str = "none"
+    min_snr_gamma: float = 5.0
     encoder: dict[str, Any] = field(default_factory=lambda: {"name": "state"})
     denoiser: dict[str, Any] = field(default_factory=lambda: {"name": "modulated_mlp"})
     schedule: dict[str, Any] = field(default_factory=lambda: {"num_steps": 100, "beta_schedule": "squaredcos_cap_v2"})
 
     def __post_init__(self) -> None:
         check_prediction_type(self.prediction_type)
+        check_loss_weighting(self.loss_weighting, self.min_snr_gamma)
         for name in ("action_dim", "obs_horizon", "action_horizon", "obs_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}")
@@ -80,14 +86,14 @@ def is_image(shape: Sequence[int]) -> bool:
     return len(shape) == 3
 
 
-class DiffusionPolicy(nn.Module):
+class DiffusionPolicy(nn.Module, HubPolicy):
     """Encode the last observations into one embedding, denoise an action chunk with DDIM.
 
     Args:
         config: sizes and parts.
 
     Raises:
-        ValueError: a part that does not exist, or settings it does not take.
+        ValueError: a part that does not exist, settings it does not take, or parts that do not go together.
 
     Example:
         >>> import torch
@@ -102,6 +108,10 @@ class DiffusionPolicy(nn.Module):
         super().__init__()
         self.config = config
         self.schedule = make_schedule(**check_arguments("schedule", make_schedule, config.schedule))
+        check_signal(self.schedule.alphas_cumprod, config.prediction_type)
+        self.loss_weights = loss_weights(
+            self.schedule, config.prediction_type, config.loss_weighting, config.min_snr_gamma
+        )
         self.observation_normalizers = nn.ModuleDict(
             {key: Normalizer(shape) for key, shape in config.observation_shapes.items() if not is_image(shape)}
         )
@@ -151,7 +161,7 @@ class DiffusionPolicy(nn.Module):
         return on_device / 127.5 - 1
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
-        """Mean squared error of the denoiser on one batch, padding left out (DDPM, eq. 14).
+        """Mean squared error of the denoiser on one batch, weighted by timestep, padding left out (DDPM, eq. 14).
 
         Args:
             batch: see `Batch`.
@@ -174,8 +184,9 @@ class DiffusionPolicy(nn.Module):
         target = self.schedule.target(x_0, noise, timestep, self.config.prediction_type)
         predicted = self.denoiser(x_t, timestep.to(self.device), self.embed(batch["observations"]))
         error = (predicted - target).square().mean(dim=2)
+        weight = self.loss_weights[timestep, None].to(error)
         mask = batch["mask"].to(error)
-        return (error * mask).sum() / mask.sum().clamp(min=1)
+        return (weight * error * mask).sum() / mask.sum().clamp(min=1)
 
     @torch.no_grad()
     def sample_actions(

@@ -5,7 +5,6 @@ One JSON object a line: `{"cell": id, "settings": {...}}` introduces a cell, `{"
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from policy.evaluation import EpisodeResult
+from policy.run_lock import claim
 
 Settings = Mapping[str, Any]
 
@@ -38,15 +38,12 @@ class Ledger:
         self._path = file
         try:
             self._file = file.open("a+b")
+            ours = claim(self._file)
         except OSError as error:
             raise ValueError(f"cannot write {file} ({error}): choose another output_dir=") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system, whatever ends this process
-        except OSError as error:
+        if not ours:
             self._file.close()
-            raise ValueError(
-                f"{file} is in use by another process: wait for it, or choose another output_dir="
-            ) from error
+            raise ValueError(f"{file} is in use by another process: wait for it, or choose another output_dir=")
         self._file.seek(0)
         content = self._file.read()
         whole = content.rfind(b"\n") + 1

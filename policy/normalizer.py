@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 # A dimension whose range is below this share of its magnitude is noise around a constant, not a signal.
 CONSTANT_RANGE = 1e-4
+# In half ranges from the middle. Training ends at 1; what comes from beyond 10 (a broken sensor, another unit) tells a
+# network nothing but that it is far out, and must not drive it to infinity.
+FARTHEST = 10.0
 
 
 class Normalizer(nn.Module):
@@ -18,7 +21,12 @@ class Normalizer(nn.Module):
 
     Clipping in the sampler relies on this bounded range. A constant or near-constant dimension (its range is below 1e-4
     of its largest magnitude) normalises to 0 whatever comes, and un-normalises to its constant: it carries no
-    information, and dividing by its range would turn rounding errors into full-scale signals.
+    information, and dividing by its range would turn rounding errors into full-scale signals. A single episode, or a
+    single transition, is a data set like any other: what does not move in it is constant.
+
+    Values outside the fitted range keep their place up to 10 half ranges from its middle; what lies farther, infinity
+    included, normalises to 10 (or -10). So a policy's actions are finite wherever it is, and within the demonstrated
+    range as long as its sampler clips, as it does by default. NaN has no place in a range and stays NaN.
 
     The statistics are buffers: they are saved with the weights, and a checkpoint without them does not load.
 
@@ -42,15 +50,17 @@ class Normalizer(nn.Module):
             high: largest value of each dimension.
 
         Raises:
-            ValueError: wrong shapes, low > high, or a value that is not finite.
+            ValueError: wrong shapes, low > high, or a value that is not finite in float32.
         """
         low_, high_ = np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
         shape = tuple(self.center.shape)
         if low_.shape != shape or high_.shape != shape:
             raise ValueError(f"limits must have shape {shape}; got {low_.shape} and {high_.shape}")
-        if not (np.isfinite(low_) & np.isfinite(high_) & (low_ <= high_)).all():
+        largest = np.finfo(np.float32).max
+        if not ((-largest <= low_) & (low_ <= high_) & (high_ <= largest)).all():
             raise ValueError(
-                "limits must be finite with low <= high in every dimension; the data holds a NaN or infinity"
+                "limits must be finite with low <= high in every dimension; the data holds a NaN or infinity, or a"
+                " number too large for float32"
             )
         half_range = (high_ - low_) / 2
         constant = 2 * half_range <= CONSTANT_RANGE * np.maximum(np.abs(low_), np.abs(high_))
@@ -58,12 +68,13 @@ class Normalizer(nn.Module):
         self.half_range.copy_(torch.as_tensor(np.where(constant, 0.0, half_range)))
 
     def normalize(self, x: Tensor) -> Tensor:
-        """(..., *shape) in the data's units to (..., *shape) in [-1, 1] for values inside the fitted range."""
+        """(..., *shape) in the data's units to (..., *shape): in [-1, 1] inside the fitted range, else in [-10, 10]."""
         constant = self.half_range == 0
-        return torch.where(constant, 0.0, (x - self.center) / torch.where(constant, 1.0, self.half_range))
+        scaled = (x - self.center) / torch.where(constant, 1.0, self.half_range)
+        return torch.where(constant, 0.0, scaled.clamp(-FARTHEST, FARTHEST))
 
     def unnormalize(self, x: Tensor) -> Tensor:
-        """The inverse of `normalize`: (..., *shape) in [-1, 1] back to the data's units."""
+        """The inverse of `normalize` up to where that ends: (..., *shape) back to the data's units."""
         return x * self.half_range + self.center
 
 

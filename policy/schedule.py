@@ -12,8 +12,10 @@ from torch import Tensor
 
 BetaSchedule = Literal["linear", "squaredcos_cap_v2"]
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
+LossWeighting = Literal["none", "min_snr"]
 
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
+LOSS_WEIGHTINGS: tuple[str, ...] = get_args(LossWeighting)
 
 # ᾱ at the last timestep above which a standard normal is a poor stand-in for the fully noised data.
 MAX_FINAL_ALPHA_CUMPROD = 0.01
@@ -27,7 +29,7 @@ class NoiseSchedule:
     meet it: a float32 cumulative product over 1000 timesteps loses digits where √(1 - ᾱ) is small.
 
     Attributes:
-        betas: (num_steps,) float64, each in (0, 1).
+        betas: (num_steps,) float64, each in (0, 1); the last may be 1, and then leaves no signal: ᾱ = 0.
         alphas_cumprod: (num_steps,) float64, ᾱ_t, derived from the betas.
     """
 
@@ -36,8 +38,13 @@ class NoiseSchedule:
 
     def __post_init__(self) -> None:
         betas = self.betas
-        if betas.ndim != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError(f"betas must be a non-empty vector with every value inside (0, 1); got {betas}")
+        inside = (
+            betas.ndim == 1 and len(betas) > 0 and bool(((betas > 0) & (betas <= 1)).all() & (betas[:-1] < 1).all())
+        )
+        if not inside:
+            raise ValueError(
+                f"betas must be a non-empty vector with every value inside (0, 1), the last up to 1; got {betas}"
+            )
         object.__setattr__(self, "betas", betas.detach().to("cpu", torch.float64))
         object.__setattr__(self, "alphas_cumprod", torch.cumprod(1.0 - self.betas, dim=0))
 
@@ -74,14 +81,17 @@ class NoiseSchedule:
         Raises:
             ValueError: a timestep outside -1..num_steps - 1.
         """
-        index = torch.as_tensor(timestep, dtype=torch.int64, device="cpu")
-        if bool(((index < -1) | (index >= self.num_steps)).any()):
-            raise ValueError(f"timestep must be within -1..{self.num_steps - 1}; got {timestep}")
-        alpha_cumprod = torch.where(index < 0, 1.0, self.alphas_cumprod[index])
-        shape = (*index.shape, *([1] * (like.ndim - 1))) if index.ndim else ()
+        alpha_cumprod = self._alpha_cumprod(timestep)
+        shape = (*alpha_cumprod.shape, *([1] * (like.ndim - 1))) if alpha_cumprod.ndim else ()
         signal = alpha_cumprod.sqrt().reshape(shape).to(like)
         noise = (1.0 - alpha_cumprod).sqrt().reshape(shape).to(like)
         return signal, noise
+
+    def _alpha_cumprod(self, timestep: Tensor | int) -> Tensor:
+        index = torch.as_tensor(timestep, dtype=torch.int64, device="cpu")
+        if bool(((index < -1) | (index >= self.num_steps)).any()):
+            raise ValueError(f"timestep must be within -1..{self.num_steps - 1}; got {timestep}")
+        return torch.where(index < 0, 1.0, self.alphas_cumprod[index])
 
     def add_noise(self, x_0: Tensor, noise: Tensor, timestep: Tensor | int) -> Tensor:
         """Draw x_t from q(x_t | x_0): √ᾱ_t x_0 + √(1 - ᾱ_t) ε (DDPM, Ho et al. 2020, eq. 4).
@@ -128,10 +138,14 @@ class NoiseSchedule:
 
         Returns:
             (B, ...) the estimate of x_0.
+
+        Raises:
+            ValueError: an unknown prediction type, or `epsilon` at a timestep without signal, ᾱ = 0.
         """
         check_prediction_type(prediction_type)
         if prediction_type == "sample":
             return predicted
+        check_signal(self._alpha_cumprod(timestep), prediction_type)
         signal, sigma = self.signal_and_noise(timestep, x_t)
         if prediction_type == "epsilon":
             return (x_t - sigma * predicted) / signal
@@ -162,12 +176,82 @@ def check_prediction_type(prediction_type: str) -> None:
         raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}")
 
 
+def check_signal(alpha_cumprod: Tensor, prediction_type: str) -> None:
+    """Refuse to find x_0 from ε where x_t is ε: at ᾱ = 0.
+
+    Args:
+        alpha_cumprod: ᾱ of any timesteps.
+        prediction_type: what is predicted there.
+
+    Raises:
+        ValueError: `epsilon`, with ᾱ = 0 among the timesteps.
+    """
+    if prediction_type == "epsilon" and bool((alpha_cumprod == 0).any()):
+        raise ValueError(
+            "prediction_type=epsilon cannot be sampled from a timestep without signal, such as the first one with"
+            " zero_terminal_snr: the noise there says nothing of the data; use sample or v_prediction"
+        )
+
+
+def check_loss_weighting(loss_weighting: str, gamma: float) -> None:
+    """Refuse an unknown weighting, and a bound that is no bound.
+
+    Raises:
+        ValueError: naming the allowed values.
+    """
+    if loss_weighting not in LOSS_WEIGHTINGS:
+        raise ValueError(f"loss_weighting must be one of {', '.join(LOSS_WEIGHTINGS)}; got {loss_weighting!r}")
+    if not 0 < gamma < math.inf:
+        raise ValueError(f"min_snr_gamma must be a number above 0; got {gamma}")
+
+
+def loss_weights(
+    schedule: NoiseSchedule, prediction_type: str, loss_weighting: str = "none", gamma: float = 5.0
+) -> Tensor:
+    """What the squared error at each timestep counts for in the loss.
+
+    `min_snr` (Hang et al. 2023, sec. 3.4) weighs errors of x_0 by min(SNR, γ) with SNR = ᾱ / (1 - ᾱ), whatever is
+    predicted: an error of ε is √SNR, and one of v is √(SNR + 1) times the error of x_0 that it leads to. So the weights
+    are
+
+        sample        min(SNR, γ)
+        epsilon       min(SNR, γ) / SNR
+        v_prediction  min(SNR, γ) / (SNR + 1)
+
+    Args:
+        schedule: gives ᾱ.
+        prediction_type: `epsilon`, `sample` or `v_prediction`.
+        loss_weighting: `none` (1 everywhere) or `min_snr`.
+        gamma: γ, above 0.
+
+    Returns:
+        (num_steps,) float64.
+
+    Raises:
+        ValueError: an unknown name, γ out of range, or `min_snr` where a timestep has no signal: sampling starts there,
+            and it would have no weight.
+    """
+    check_prediction_type(prediction_type)
+    check_loss_weighting(loss_weighting, gamma)
+    if loss_weighting == "none":
+        return torch.ones_like(schedule.alphas_cumprod)
+    snr = schedule.alphas_cumprod / (1.0 - schedule.alphas_cumprod)
+    if bool((snr == 0).any()):
+        raise ValueError(
+            "loss_weighting=min_snr gives no weight to the last timestep with zero_terminal_snr, where sampling starts:"
+            " use loss_weighting=none, or a schedule without zero_terminal_snr"
+        )
+    per_error = {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1.0}[prediction_type]
+    return snr.clamp(max=gamma) / per_error
+
+
 def _linear_betas(num_steps: int, beta_start: float, beta_end: float) -> Tensor:
     # The endpoints 1e-4..0.02 belong to T = 1000. With fewer timesteps the same endpoints leave a strong signal
     # at T (ᾱ_T = 0.36 at T = 100), so that sampling would start from a distribution the network never saw.
     # Scaling both by 1000 / T keeps the sum of the betas, and with it ᾱ_T, about the same (Improved DDPM, sec. 3.2).
     scale = 1000 / num_steps
-    return torch.linspace(scale * beta_start, scale * beta_end, num_steps, dtype=torch.float64).clamp(max=0.999)
+    betas = torch.linspace(scale * beta_start, scale * beta_end, num_steps, dtype=torch.float64, device="cpu")
+    return betas.clamp(max=0.999)
 
 
 def _squared_cosine_betas(num_steps: int, beta_start: float, beta_end: float) -> Tensor:
@@ -175,7 +259,7 @@ def _squared_cosine_betas(num_steps: int, beta_start: float, beta_end: float) ->
     def signal(fraction: Tensor) -> Tensor:
         return torch.cos((fraction + 0.008) / 1.008 * math.pi / 2) ** 2
 
-    edges = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    edges = torch.arange(num_steps + 1, dtype=torch.float64, device="cpu") / num_steps
     return (1.0 - signal(edges[1:]) / signal(edges[:-1])).clamp(max=0.999)
 
 
@@ -185,12 +269,21 @@ _BETAS: dict[str, Callable[[int, float, float], Tensor]] = {
 }
 
 
+def _without_terminal_signal(betas: Tensor) -> Tensor:
+    """Betas of the schedule whose √ᾱ is shifted to end at 0 and scaled to start as before (Lin et al. 2023, alg. 1)."""
+    signal = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+    alphas_cumprod = signal**2
+    return 1.0 - torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
+
+
 def make_schedule(
     *,
     num_steps: int = 1000,
     beta_start: float = 1e-4,
     beta_end: float = 0.02,
     beta_schedule: str = "linear",
+    zero_terminal_snr: bool = False,
 ) -> NoiseSchedule:
     """Precompute a noise schedule.
 
@@ -202,13 +295,16 @@ def make_schedule(
         beta_start: first beta of the linear schedule, at T = 1000.
         beta_end: last beta of the linear schedule, at T = 1000.
         beta_schedule: `linear` (DDPM) or `squaredcos_cap_v2` (Improved DDPM, eq. 17; it ignores the endpoints).
+        zero_terminal_snr: rescale the betas so that nothing is left of the data at T - 1, ᾱ = 0: training then sees the
+            pure noise that sampling starts from (Lin et al. 2023, alg. 1). Not for networks that predict ε.
 
     Returns:
         The schedule, in float64.
 
     Raises:
-        ValueError: an unknown `beta_schedule`, endpoints that are not 0 < start <= end < 1, or a schedule whose
-            final ᾱ exceeds 0.01: sampling starts from a standard normal, which would not be where it ended.
+        ValueError: an unknown `beta_schedule`, endpoints that are not 0 < start <= end < 1, a schedule whose final ᾱ
+            exceeds 0.01: sampling starts from a standard normal, which would not be where it ended; or a single
+            timestep with `zero_terminal_snr`.
 
     Example:
         >>> schedule = make_schedule(num_steps=100, beta_schedule="squaredcos_cap_v2")
@@ -221,7 +317,12 @@ def make_schedule(
         raise ValueError(f"num_steps must be a whole number of 1 or more; got {num_steps!r}")
     if not 0 < beta_start <= beta_end < 1:
         raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1; got {beta_start} and {beta_end}")
-    schedule = NoiseSchedule(_BETAS[beta_schedule](num_steps, beta_start, beta_end))
+    if zero_terminal_snr and num_steps == 1:
+        raise ValueError(
+            "zero_terminal_snr needs num_steps of 2 or more: the only timestep would hold nothing to learn"
+        )
+    betas = _BETAS[beta_schedule](num_steps, beta_start, beta_end)
+    schedule = NoiseSchedule(_without_terminal_signal(betas) if zero_terminal_snr else betas)
     final = schedule.alphas_cumprod[-1].item()
     if final > MAX_FINAL_ALPHA_CUMPROD:
         raise ValueError(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from itertools import count
+from statistics import fmean
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.data.windows import Windows, split_episodes
@@ -23,6 +27,10 @@ from policy.seeding import derive_generator, derive_seed
 VALIDATION_WINDOWS = 1024
 # Batches gathered ahead of the trainer, so that it does not wait for page faults.
 BATCHES_AHEAD = 2
+# The windows of a training step, and (2,) on its device: the loss and the gradient's norm.
+Outcome = tuple[NDArray[np.int64], torch.Tensor]
+# So many skipped steps in a row are no accident: the weights have gone where no batch helps.
+MOST_SKIPPED_IN_A_ROW = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +49,14 @@ class TrainSettings:
         val_fraction: share of episodes held out for the validation loss, where the data's file does not set some aside.
         log_every: steps between log entries.
         val_every: steps between validation losses.
-        save_every: steps between checkpoints.
+        save_every: steps between checkpoints; there is one after each short rollout, too.
+        keep_last: checkpoints kept besides the best, see `policy.checkpoint`.
         rollout_every: steps between short rollouts, where the environment is known; 0 for none.
         rollout_episodes: episodes in each.
+        precision: `bfloat16` computes the loss and its gradient in it where that is safe (`torch.autocast`); weights,
+            optimiser, average and validation stay float32.
+        on_bad_loss: what a step does whose loss or gradient is not finite. It never reaches the weights; `stop` ends
+            the run once it is seen, `skip` goes on without the step.
     """
 
     steps: int = 8_000
@@ -58,8 +71,11 @@ class TrainSettings:
     log_every: int = 50
     val_every: int = 500
     save_every: int = 1_000
+    keep_last: int = 3
     rollout_every: int = 2_000
     rollout_episodes: int = 10
+    precision: Literal["float32", "bfloat16"] = "float32"
+    on_bad_loss: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "val_every", "save_every", "rollout_episodes"):
@@ -68,12 +84,15 @@ class TrainSettings:
         for name in ("learning_rate", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name} must be above 0; got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_steps", "rollout_every"):
+        for name in ("weight_decay", "warmup_steps", "keep_last", "rollout_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"train.{name} must be 0 or more; got {getattr(self, name)}")
         for name in ("ema_decay", "val_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 0 and below 1; got {getattr(self, name)}")
+        for name, options in (("precision", ("float32", "bfloat16")), ("on_bad_loss", ("stop", "skip"))):
+            if getattr(self, name) not in options:
+                raise ValueError(f"train.{name} must be one of {', '.join(options)}; got {getattr(self, name)!r}")
 
 
 @dataclass(kw_only=True)
@@ -84,8 +103,10 @@ class TrainState:
         policy: the weights being optimised.
         ema: their average, which is what acts and what checkpoints hold as the policy.
         optimizer: AdamW over `policy`.
-        step: optimiser steps done, also the average's update count.
+        step: steps done, also the average's update count.
         history: what was logged.
+        recent: losses since the newest log entry, finite ones only.
+        skipped: steps left out because their loss or gradient was not finite, counted from 1 as in `history`.
     """
 
     policy: DiffusionPolicy
@@ -93,6 +114,8 @@ class TrainState:
     optimizer: torch.optim.AdamW
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    recent: list[float] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
 
 
 class Tracker(Protocol):
@@ -232,50 +255,56 @@ def train(
     Step n draws its windows, timesteps, noise and dropout from (seed, n) alone, so that an interrupted and resumed
     run is the same run.
 
+    A step whose loss or gradient is not finite leaves the weights as they were, on the device itself. The trainer
+    learns of it when it next logs or saves: looking at each step's loss would make a GPU wait for the CPU.
+
     Args:
         run: its state is changed in place.
         settings: see `TrainSettings`.
         seed: of the whole run.
         tracker: receives the metrics as they come.
-        save: called every `save_every` steps and at the end, also when stopped.
+        save: called every `save_every` steps, after rollouts, and at the end, also when stopped.
         rollout: called with the averaged policy every `rollout_every` steps; gives metrics.
         should_stop: asked after every step; True saves and returns.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: a loss or gradient is not finite and `on_bad_loss` is `stop`, or that holds for a hundred
+            steps in a row, or the weights are not finite. Nothing was saved since.
     """
     state, training, validation = run.state, run.training, run.validation
-    bar = progress(total=settings.steps, initial=state.step, desc="train", unit="step")
-    recent: list[torch.Tensor] = []
-    for batch in batches_ahead(training, range(state.step, settings.steps), settings.batch_size, seed):
-        recent.append(_train_step(state, batch, settings, seed))
-        state.step += 1
-        bar.update()
-        last = state.step == settings.steps
-        metrics: dict[str, float] = {}
-        if last or state.step % settings.log_every == 0:
-            metrics["train/loss"] = _finite_mean(recent, state.step)
-            metrics["train/learning_rate"] = learning_rate(state.step, settings)
-            recent.clear()
-            bar.set_postfix(loss=f"{metrics['train/loss']:.4f}", refresh=False)
-        if len(validation) and (last or state.step % settings.val_every == 0):
-            metrics["val/loss"] = validation_loss(state.ema, validation)
-        if rollout and settings.rollout_every and state.step % settings.rollout_every == 0:
-            metrics.update({f"rollout/{k}": v for k, v in rollout(state.ema).items()})
-        if metrics:
-            state.history.append({"step": state.step, **metrics})
-            tracker.log(metrics, state.step)
-        stopping = should_stop()
-        if last or stopping or state.step % settings.save_every == 0:
-            if recent:
-                _finite_mean(recent, state.step)  # damaged weights must not replace a good checkpoint
-            save(state)
-        if stopping:
-            break
-    bar.close()
+    unread: list[Outcome] = []
+    with progress(total=settings.steps, initial=state.step, desc="train", unit="step") as bar:
+        for windows, batch in batches_ahead(training, range(state.step, settings.steps), settings.batch_size, seed):
+            unread.append((windows, _train_step(state, batch, settings, seed)))
+            state.step += 1
+            bar.update()
+            last = state.step == settings.steps
+            metrics: dict[str, float] = {}
+            if last or state.step % settings.log_every == 0:
+                _read(unread, state, training, settings)
+                metrics.update(_loss_metrics(state, settings))
+                state.recent.clear()
+                bar.set_postfix(loss=f"{metrics.get('train/loss', math.nan):.4f}", refresh=False)
+            if len(validation) and (last or state.step % settings.val_every == 0):
+                metrics["val/loss"] = validation_loss(state.ema, validation)
+            if rollout and settings.rollout_every and state.step % settings.rollout_every == 0:
+                metrics.update({f"rollout/{k}": v for k, v in rollout(state.ema).items()})
+            if metrics:
+                state.history.append({"step": state.step, **metrics})
+                tracker.log(metrics, state.step)
+            stopping = should_stop()
+            rolled_out = any(key.startswith("rollout/") for key in metrics)  # it might be the best so far
+            if last or stopping or rolled_out or state.step % settings.save_every == 0:
+                _read(unread, state, training, settings)
+                _check_weights(state)
+                save(state)
+            if stopping:
+                break
 
 
-def batches_ahead(training: Windows, steps: range, batch_size: int, seed: int) -> Iterator[Batch]:
+def batches_ahead(
+    training: Windows, steps: range, batch_size: int, seed: int
+) -> Iterator[tuple[NDArray[np.int64], Batch]]:
     """The batches of training steps, gathered by a thread ahead of whoever takes them.
 
     Args:
@@ -285,13 +314,14 @@ def batches_ahead(training: Windows, steps: range, batch_size: int, seed: int) -
         seed: of the run.
 
     Yields:
-        One batch a step, see `Windows.batch_at`.
+        One batch a step, after the numbers of its windows; see `Windows.batch_at`.
     """
 
-    def gather(step: int) -> Batch:
-        return training.gather(training.batch_at(step, batch_size, seed))
+    def gather(step: int) -> tuple[NDArray[np.int64], Batch]:
+        windows = training.batch_at(step, batch_size, seed)
+        return windows, training.gather(windows)
 
-    waiting: deque[Future[Batch]] = deque()
+    waiting: deque[Future[tuple[NDArray[np.int64], Batch]]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
         for step in steps:
             waiting.append(thread.submit(gather, step))
@@ -306,20 +336,57 @@ def _train_step(state: TrainState, batch: Batch, settings: TrainSettings, seed: 
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, settings)
     state.policy.train()
-    loss = state.policy.loss(batch, derive_generator(seed, 2, state.step))
+    with torch.autocast(state.policy.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+        loss = state.policy.loss(batch, derive_generator(seed, 2, state.step))
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(state.policy.parameters(), settings.grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(state.policy.parameters(), settings.grad_clip)
+    figures = torch.stack([loss.detach(), norm])
+    # What `torch.amp.GradScaler` sets: where it is 1, the fused kernel touches neither weights nor its own memory.
+    state.optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]
     state.optimizer.step()
     state.optimizer.zero_grad()
     update_ema(state.ema, state.policy, state.step, settings.ema_decay)
-    return loss.detach()
+    return figures
 
 
-def _finite_mean(losses: list[torch.Tensor], step: int) -> float:
-    mean = torch.stack(losses).mean().item()
-    if not math.isfinite(mean):
-        raise FloatingPointError(f"the training loss became {mean} near step {step}: lower train.learning_rate")
-    return mean
+def _read(unread: list[Outcome], state: TrainState, training: Windows, settings: TrainSettings) -> None:
+    """Bring the figures of the newest steps to the CPU, into the state, and deal with those that are not finite."""
+    if not unread:
+        return
+    all_windows, figures = zip(*unread, strict=True)
+    unread.clear()
+    first = state.step - len(figures) + 1
+    for step, windows, (loss, norm) in zip(count(first), all_windows, torch.stack(figures).tolist(), strict=False):
+        if math.isfinite(loss) and math.isfinite(norm):
+            state.recent.append(loss)
+            continue
+        episodes = training.episodes_of(windows)
+        what = (
+            f"step {step} has the loss {loss} and a gradient of norm {norm},"
+            f" on a batch of the episodes {', '.join(map(str, episodes))}"
+        )
+        if settings.on_bad_loss == "stop":
+            raise FloatingPointError(f"{what}: lower train.learning_rate, or leave it out with train.on_bad_loss=skip")
+        warnings.warn(f"{what}: skipped", stacklevel=2)
+        state.skipped.append(step)
+        if state.skipped[-MOST_SKIPPED_IN_A_ROW:] == [*range(step - MOST_SKIPPED_IN_A_ROW + 1, step + 1)]:
+            raise FloatingPointError(f"{what}, like {MOST_SKIPPED_IN_A_ROW - 1} before it: lower train.learning_rate")
+
+
+def _loss_metrics(state: TrainState, settings: TrainSettings) -> dict[str, float]:
+    """What is logged of the training steps since the newest log entry."""
+    metrics = {"train/learning_rate": learning_rate(state.step, settings)}
+    if state.recent:
+        metrics["train/loss"] = fmean(state.recent)
+    if settings.on_bad_loss == "skip":
+        metrics["train/skipped_steps"] = len(state.skipped)
+    return metrics
+
+
+def _check_weights(state: TrainState) -> None:
+    """A finite loss and gradient can still throw the weights out of float32, at an absurd learning rate."""
+    if not torch.stack([p.isfinite().all() for p in state.policy.parameters()]).all():
+        raise FloatingPointError(f"the weights are not finite after step {state.step}: lower train.learning_rate")
 
 
 @torch.no_grad()
@@ -336,6 +403,26 @@ def validation_loss(policy: DiffusionPolicy, validation: Windows) -> float:
     count = min(VALIDATION_WINDOWS, len(validation))
     windows = np.linspace(0, len(validation) - 1, count).round().astype(np.int64)
     return policy.loss(validation.gather(windows), derive_generator(0)).item()
+
+
+def run_record(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint notes of a run besides tensors, as JSON data."""
+    return {"step": state.step, "history": state.history, "recent": state.recent, "skipped": state.skipped}
+
+
+def restore_record(state: TrainState, record: dict[str, Any]) -> None:
+    """Put back what `run_record` gave.
+
+    Raises:
+        KeyError: no step or no history in it.
+        TypeError: something in it is of another type.
+        ValueError: as before.
+    """
+    state.step = int(record["step"])
+    state.history = list(record["history"])
+    # The first checkpoints noted neither.
+    state.recent = [float(loss) for loss in record.get("recent", [])]
+    state.skipped = [int(step) for step in record.get("skipped", [])]
 
 
 def optimizer_tensors(state: TrainState) -> dict[str, torch.Tensor]:

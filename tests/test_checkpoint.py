@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from policy import DiffusionPolicy, PolicyConfig, TrainSettings, load_checkpoint, save_checkpoint
-from policy import checkpoint as module
-from policy.checkpoint import choose_env, is_checkpoint, resume_training
+from policy.checkpoint import SaveError, choose_env, files, is_checkpoint, resume_training
+from policy.checkpoint.files import seal
 from policy.tracking import NoTracker
 from policy.training import prepare_run, train
 
@@ -87,6 +87,7 @@ def test_files_are_safetensors_and_json_alone(saved):
         "policy.safetensors",
         "training.safetensors",
         "training.json",
+        "checksums.json",
     }
     assert [f.name for f in saved.parent.iterdir()] == ["checkpoint"]  # nothing half written is left beside it
     assert json.loads((saved / "config.json").read_text())["versions"]["torch"] == torch.__version__
@@ -206,6 +207,8 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_one_clear_error(saved, damage):
     DAMAGES[damage](saved)
+    if (saved / "config.json").exists():
+        seal(saved)  # with its checksums put right, what a file says must still be refused
     with pytest.raises(ValueError) as error:
         load_checkpoint(saved)
     assert any(part in str(error.value) for part in ("checkpoint", "denoiser", "policy.schedule"))
@@ -239,21 +242,32 @@ RESUME_DAMAGES = {
 @pytest.mark.parametrize("damage", RESUME_DAMAGES)
 def test_a_damaged_checkpoint_does_not_resume(demonstrations, saved, damage):
     RESUME_DAMAGES[damage](saved)
+    seal(saved)
     with pytest.raises(ValueError) as error:
         resume_training(saved, new_run(demonstrations).state, RECORD)
     assert "checkpoint" in str(error.value)
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None])
-def test_another_schema_is_refused_with_both_versions(demonstrations, saved, version):
+@pytest.mark.parametrize(
+    ("version", "advice"),
+    [
+        (3, "upgrade ddim-policy"),
+        (0, "another"),
+        ("1", "another"),
+        (1.0, "another"),
+        (True, "another"),
+        (None, "another"),
+    ],
+)
+def test_another_schema_is_refused_with_both_versions_and_advice(saved, version, advice):
     edit(saved, lambda config: config.update(schema_version=version))
-    with pytest.raises(ValueError, match=f"schema {version!r}; this version reads 1"):
+    with pytest.raises(ValueError, match=f"schema {version!r}; this version reads 1 to 2: (use )?{advice}"):
         load_checkpoint(saved)
 
 
 def test_resuming_from_another_schema_is_refused(demonstrations, saved):
-    edit(saved, lambda config: config.update(schema_version=2))
-    with pytest.raises(ValueError, match="schema 2"):
+    edit(saved, lambda config: config.update(schema_version=3))
+    with pytest.raises(ValueError, match="schema 3"):
         resume_training(saved, new_run(demonstrations).state, RECORD)
 
 
@@ -277,6 +291,7 @@ def test_a_pickle_in_place_of_weights_is_refused_and_not_executed(demonstrations
         (saved / name).write_bytes(pickle.dumps(Payload(marker)))
     else:
         torch.save({"weights": Payload(marker)}, saved / name)
+    seal(saved)
     with pytest.raises(ValueError, match=f"{name} is missing or damaged"):
         resume_training(saved, new_run(demonstrations).state, RECORD)
     if name == "policy.safetensors":
@@ -321,9 +336,10 @@ def test_a_failed_save_leaves_the_checkpoint_of_before(run, saved, monkeypatch):
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_file", full_disk)
-        with pytest.raises(OSError, match="no space"):
+        patch.setattr(files, "save_file", full_disk)
+        with pytest.raises(SaveError, match=r"no space left on device.*what was saved before it is whole: make room"):
             save(saved, run)
+    assert [f.name for f in saved.parent.iterdir()] == ["checkpoint"]  # half a checkpoint does not keep taking space
     assert written
     assert contents(saved) == before
     assert load_checkpoint(saved).training["step"] == 6
@@ -385,6 +401,7 @@ def test_a_checkpoint_cannot_have_a_module_imported(saved, tmp_path, monkeypatch
     (tmp_path / "evil.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     edit(saved, lambda config: config.update(env={"name": "gym", "id": "evil:Env-v0"}))
+    seal(saved)
     with pytest.raises(ValueError, match=r"would import a module.*env=gym env\.id=evil:Env-v0"):
         choose_env(load_checkpoint(saved), {"kwargs": {}})
 

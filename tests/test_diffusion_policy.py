@@ -7,11 +7,19 @@ import pytest
 import torch
 from torch import nn
 
+from policy.denoisers import DENOISERS
 from policy.diffusion_policy import DiffusionPolicy, PolicyConfig, config_from_json, config_to_json
 
 LOW, HIGH = torch.tensor([-3.0, 10.0]), torch.tensor([1.0, 30.0])
 SHAPES = {"state": (5,), "goal": (3,)}
-SMALL = {"denoiser": {"name": "modulated_mlp", "hidden_size": 32, "num_layers": 2}}
+SMALL_MLP = {"hidden_size": 32, "num_layers": 2}
+DENOISER_SIZES = {
+    "residual_mlp": SMALL_MLP,
+    "modulated_mlp": SMALL_MLP,
+    "unet": {"widths": [16, 32], "timestep_size": 32},
+    "transformer": {**SMALL_MLP, "num_heads": 2},
+}
+SMALL = {"denoiser": {"name": "modulated_mlp", **SMALL_MLP}}
 
 
 def make_policy(**changes):
@@ -190,9 +198,64 @@ def test_timesteps_and_noise_cover_their_whole_range():
     assert noise.var().item() == pytest.approx(1, rel=5 * math.sqrt(2 / noise.numel()))
 
 
-@pytest.mark.parametrize("denoiser", ["modulated_mlp", "residual_mlp"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_min_snr_weighs_each_rows_error_by_its_timestep(prediction_type):
+    plain = make_policy(prediction_type=prediction_type)
+    weighted = make_policy(prediction_type=prediction_type, loss_weighting="min_snr", min_snr_gamma=2.0)
+    given, levels = batch(), plain.schedule.alphas_cumprod.tolist()
+    total = 0.0
+    plain.denoiser = weighted.denoiser = Elementwise()
+    for row in range(4):
+        # One row at a time through the unweighted loss, with the noise and the timestep that it has in the batch.
+        mask = torch.zeros_like(given["mask"])
+        mask[row] = given["mask"][row]
+        loss = plain.loss({**given, "mask": mask}, generator=seeded(7)).item()
+        level = levels[int(plain.denoiser.seen[1][row])]
+        snr = level / (1 - level)
+        weight = min(snr, 2.0) / {"epsilon": snr, "sample": 1, "v_prediction": snr + 1}[prediction_type]
+        total += weight * loss * mask.sum().item()
+    expected = total / given["mask"].sum().item()
+    assert weighted.loss(given, generator=seeded(7)).item() == pytest.approx(expected, rel=1e-4)
+    assert plain.loss(given, generator=seeded(7)).item() != pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_training_with_min_snr_lowers_the_plain_loss(prediction_type):
+    policy = make_policy(prediction_type=prediction_type, loss_weighting="min_snr")
+    plain = make_policy(prediction_type=prediction_type)
+    optimizer, generator = torch.optim.Adam(policy.parameters(), lr=3e-3), seeded(0)
+
+    def error():
+        plain.load_state_dict(policy.state_dict())
+        with torch.no_grad():
+            return sum(plain.loss(batch(), generator=seeded(s)).item() for s in range(50)) / 50
+
+    before = error()
+    for _ in range(150):
+        optimizer.zero_grad()
+        policy.loss(batch(), generator=generator).backward()
+        optimizer.step()
+    assert error() < 0.7 * before
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
+def test_a_policy_with_zero_terminal_snr_trains_and_samples_in_one_step(prediction_type):
+    schedule = {"num_steps": 100, "beta_schedule": "squaredcos_cap_v2", "zero_terminal_snr": True}
+    policy = make_policy(prediction_type=prediction_type, schedule=schedule)
+    optimizer, generator, given = torch.optim.Adam(policy.parameters(), lr=3e-3), seeded(0), batch()
+    given["mask"] = torch.ones(4, 8, dtype=torch.bool)
+    for _ in range(400):
+        optimizer.zero_grad()
+        policy.loss(given, generator=generator).backward()
+        optimizer.step()
+    for ddim_steps in (1, 8):
+        chunk = policy.sample_actions(given["observations"], ddim_steps=ddim_steps, generator=seeded(5))
+        assert ((chunk - given["actions"]).abs() / (HIGH - LOW)).mean() < 0.15  # 0.23 or more untrained
+
+
+@pytest.mark.parametrize("denoiser", DENOISERS)
 def test_training_lowers_the_loss_and_reaches_every_parameter(denoiser):
-    policy = make_policy(denoiser={"name": denoiser, "hidden_size": 32, "num_layers": 2})
+    policy = make_policy(denoiser={"name": denoiser, **DENOISER_SIZES[denoiser]})
     optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
     given, generator, reached = batch(), seeded(0), set()
 
@@ -379,6 +442,20 @@ CONFIGS = [
         denoiser={"name": "residual_mlp", "hidden_size": 16, "dropout": 0.1},
         schedule={"num_steps": 50, "beta_schedule": "linear"},
     ),
+    PolicyConfig(
+        observation_shapes={"state": (5,)},
+        action_dim=2,
+        prediction_type="v_prediction",
+        loss_weighting="min_snr",
+        min_snr_gamma=3.0,
+        denoiser={"name": "unet", "widths": [16, 32], "timestep_size": 16},
+    ),
+    PolicyConfig(
+        observation_shapes={"state": (5,)},
+        action_dim=2,
+        denoiser={"name": "transformer", "hidden_size": 16},
+        schedule={"num_steps": 50, "zero_terminal_snr": True},
+    ),
 ]
 
 
@@ -390,6 +467,13 @@ def test_a_configuration_survives_json(config):
     assert [tuple(p.shape) for p in DiffusionPolicy(back).parameters()] == [
         tuple(p.shape) for p in DiffusionPolicy(config).parameters()
     ]
+
+
+def test_a_configuration_written_before_a_setting_existed_has_its_default():
+    data = config_to_json(CONFIGS[0])
+    for name in ("loss_weighting", "min_snr_gamma"):
+        del data[name]
+    assert config_from_json(data) == CONFIGS[0]
 
 
 def test_weights_and_statistics_load_into_a_policy_of_the_same_configuration():
@@ -422,6 +506,20 @@ def test_weights_without_statistics_do_not_load(key):
         ({"schedule": {"num_step": 3}}, r"setting of schedule 'num_step' \(did you mean 'num_steps'\?\)"),
         ({"schedule": {"beta_schedule": "cosine"}}, "linear, squaredcos_cap_v2; got 'cosine'"),
         ({"prediction_type": "eps"}, "epsilon, sample, v_prediction; got 'eps'"),
+        ({"loss_weighting": "minsnr"}, "loss_weighting must be one of none, min_snr; got 'minsnr'"),
+        ({"min_snr_gamma": 0.0}, "min_snr_gamma must be a number above 0; got 0.0"),
+        ({"min_snr_gamma": math.nan}, "min_snr_gamma must be a number above 0; got nan"),
+        (
+            {"prediction_type": "epsilon", "schedule": {"zero_terminal_snr": True}},
+            "prediction_type=epsilon cannot be sampled .*zero_terminal_snr",
+        ),
+        (
+            {"loss_weighting": "min_snr", "schedule": {"zero_terminal_snr": True}},
+            "loss_weighting=min_snr gives no weight to the last timestep",
+        ),
+        ({"schedule": {"zero_terminal_snr": "perhaps"}}, r"schedule\.zero_terminal_snr should be bool; got 'perhaps'"),
+        ({"denoiser": {"name": "unet", "widths": [12]}}, r"multiple of groups=8 and larger; got \[12\]"),
+        ({"denoiser": {"name": "unet", "widths": 12}}, r"denoiser\.widths should be .*; got 12"),
         ({"observation_shapes": {}}, "at least one observation key"),
         ({"observation_shapes": {"image": (3, 8, 8)}}, r"takes vectors; observation 'image' has shape \(3, 8, 8\)"),
         ({"action_dim": 0}, "action_dim must be 1 or more; got 0"),

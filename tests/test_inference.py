@@ -193,7 +193,7 @@ def test_a_previous_chunk_that_cannot_be_used_is_refused():
         program(observations, noise, previous=before["previous"][:, 1:])
     with pytest.raises(ValueError, match=r"keep must have shape \(3, 8\); got \(3, 8, 2\)"):
         program(observations, noise, previous=before["previous"], keep=torch.zeros(3, 8, 2))
-    with pytest.raises(ValueError, match="keep says .* pass previous="):
+    with pytest.raises(ValueError, match=r"keep says .* pass previous="):
         program(observations, noise, keep=before["keep"])
     with pytest.raises(ValueError, match=r"warm_start=0.05 leaves 5 of 100 timesteps, fewer than ddim_steps=8"):
         compile_sampler(policy, Sampler(warm_start=0.05))

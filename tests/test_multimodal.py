@@ -1,5 +1,7 @@
 """Two equally good ways past an obstacle: a diffusion policy takes either, the mean of its chunks takes neither."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from envs import collect_episodes
 from envs.planar import PlanarEnv, PlanarExpert
 from policy import PolicyConfig, Sampler, TrainSettings
 from policy.data import Demonstrations
+from policy.denoisers import DENOISERS
 from policy.evaluation import Cell, run_in_process
 from policy.tracking import NoTracker
 from policy.training import prepare_run, train
@@ -91,6 +94,20 @@ def test_the_demonstrations_split_between_the_sides(demonstrations):
 
 def test_a_diffusion_policy_succeeds_on_both_sides(policy):
     success, sides = roll(policy)
+    assert success > 0.8
+    assert sides.count(1.0) >= 4
+    assert sides.count(-1.0) >= 4
+
+
+@pytest.mark.slow  # a minute each
+@pytest.mark.parametrize("denoiser", sorted(DENOISERS))
+def test_every_denoiser_at_its_default_size_succeeds_on_both_sides(demonstrations, denoiser):
+    config = dataclasses.replace(CONFIG, denoiser={"name": denoiser})
+    run = prepare_run(config, demonstrations, SETTINGS, seed=0, device="cpu")
+    train(run, SETTINGS, seed=0, tracker=NoTracker(), save=lambda state: None)
+    success, sides = roll(run.state.ema)
+    parameters = sum(parameter.numel() for parameter in run.state.ema.denoiser.parameters())
+    print(f"{denoiser}: {parameters:,} parameters, success {success:.0%}, {sides.count(1.0)} of {len(sides)} right")
     assert success > 0.8
     assert sides.count(1.0) >= 4
     assert sides.count(-1.0) >= 4

@@ -22,6 +22,7 @@ CORE = {
         "policy.ddim",
         "policy.denoisers",
         "policy.encoders",
+        "policy.hub",
         "policy.normalizer",
         "policy.schedule",
     },

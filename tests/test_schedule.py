@@ -5,12 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers.schedulers.scheduling_ddim import betas_for_alpha_bar
+from diffusers import DDIMScheduler
+from diffusers.schedulers.scheduling_ddim import betas_for_alpha_bar, rescale_zero_terminal_snr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.ddim import make_schedule
-from policy.schedule import PREDICTION_TYPES, NoiseSchedule
+from policy.ddim import ddim_sample, ddim_step, ddim_timesteps, make_schedule
+from policy.inference.steps import step_coefficients
+from policy.schedule import PREDICTION_TYPES, NoiseSchedule, loss_weights
 
 KINDS = ("linear", "squaredcos_cap_v2")
 
@@ -108,7 +110,9 @@ def test_bad_arguments_are_refused_with_what_came(arguments, message):
         make_schedule(**arguments)
 
 
-@pytest.mark.parametrize("betas", [[], [0.0, 0.1], [0.1, 1.0], [-0.1], [math.nan, 0.1], [[0.1], [0.2]]])
+@pytest.mark.parametrize(
+    "betas", [[], [0.0, 0.1], [0.1, 1.1], [1.0, 0.1], [1.0, 1.0], [-0.1], [math.nan, 0.1], [[0.1], [0.2]]]
+)
 def test_betas_outside_0_and_1_are_refused(betas):
     with pytest.raises(ValueError, match="betas must be"):
         NoiseSchedule(torch.tensor(betas))
@@ -214,3 +218,182 @@ def test_data_keeps_its_dtype(dtype):
     assert schedule.to_sample(x, x, 5, "epsilon").dtype == dtype
     assert schedule.to_epsilon(x, x, 5).dtype == dtype
     assert schedule.target(x, x, 5, "v_prediction").dtype == dtype
+
+
+# --- zero terminal SNR -------------------------------------------------------------------------------------------
+
+WITH_X_0 = pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_steps", [2, 20, 100, 1000])
+def test_rescaled_betas_are_diffusers_and_leave_nothing_of_the_data(kind, num_steps):
+    plain = make_schedule(num_steps=num_steps, beta_schedule=kind)
+    schedule = make_schedule(num_steps=num_steps, beta_schedule=kind, zero_terminal_snr=True)
+    assert torch.allclose(schedule.betas, rescale_zero_terminal_snr(plain.betas), rtol=1e-11, atol=1e-13)
+    assert schedule.betas.dtype == torch.float64
+    assert schedule.alphas_cumprod[-1].item() == 0.0
+    assert schedule.alphas_cumprod[0].item() == pytest.approx(plain.alphas_cumprod[0].item(), rel=1e-12)
+    assert bool((schedule.alphas_cumprod[:-1] > 0).all())
+    assert not torch.equal(schedule.betas, plain.betas)
+    x_0, noise = randn(5, 3), randn(5, 3, seed=1)
+    assert torch.equal(schedule.add_noise(x_0, noise, num_steps - 1), noise)
+
+
+def test_rescaling_a_schedule_that_keeps_much_signal_makes_it_a_whole_one():
+    arguments = {"num_steps": 100, "beta_end": 0.002}
+    with pytest.raises(ValueError, match="ends at ᾱ"):
+        make_schedule(**arguments)
+    assert make_schedule(**arguments, zero_terminal_snr=True).alphas_cumprod[-1] == 0
+
+
+def test_a_single_timestep_cannot_be_pure_noise():
+    with pytest.raises(ValueError, match="zero_terminal_snr needs num_steps of 2 or more"):
+        make_schedule(num_steps=1, beta_schedule="squaredcos_cap_v2", zero_terminal_snr=True)
+
+
+@WITH_X_0
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("clip", [None, 1.0])
+# At eta = 1 the first step keeps nothing of x_t, and their √(1 - ᾱ_prev - σ²) of that 0 can be NaN: see the next test.
+@pytest.mark.parametrize("eta", [0.0, 0.5, 0.99])
+def test_each_step_from_pure_noise_equals_diffusers(kind, prediction_type, clip, eta):
+    schedule = make_schedule(num_steps=100, beta_schedule=kind, zero_terminal_snr=True)
+    plain = make_schedule(num_steps=100, beta_schedule=kind)
+    theirs = DDIMScheduler(
+        num_train_timesteps=100,
+        trained_betas=plain.betas.tolist(),
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        prediction_type=prediction_type,
+        clip_sample=clip is not None,
+    )
+    # They work in float32; their arithmetic follows the levels' dtype.
+    theirs.alphas_cumprod = torch.cumprod(1 - rescale_zero_terminal_snr(plain.betas), dim=0)
+    theirs.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
+    for ddim_steps in (1, 2, 10, 50, 100):
+        theirs.set_timesteps(ddim_steps)
+        timesteps = ddim_timesteps(100, ddim_steps)
+        assert timesteps.tolist() == theirs.timesteps.tolist()
+        assert timesteps[0] == 99
+        table = step_coefficients(schedule, timesteps, eta, prediction_type)
+        assert bool(table.isfinite().all())
+        x = randn(3, 4, 2)
+        for k, t in enumerate(timesteps.tolist()):
+            predicted, noise = randn(3, 4, 2, seed=2 * k + 1), randn(3, 4, 2, seed=2 * k + 2)
+            expected = theirs.step(
+                predicted, t, x, eta=eta, use_clipped_model_output=True, variance_noise=noise
+            ).prev_sample
+            previous = [*timesteps.tolist()[1:], -1][k]
+            ours = ddim_step(
+                x, predicted, t, previous, schedule, eta, prediction_type=prediction_type, clip=clip, noise=noise
+            )
+            clean = table[k, 0] * x + table[k, 1] * predicted
+            clean = clean if clip is None else clean.clamp(-clip, clip)
+            in_sums = table[k, 2] * x + table[k, 3] * clean + table[k, 4] * noise
+            assert torch.allclose(ours, expected, rtol=1e-9, atol=1e-10)
+            assert torch.allclose(in_sums, expected, rtol=1e-9, atol=1e-9)
+            x = expected
+
+
+@WITH_X_0
+@pytest.mark.parametrize("previous", [-1, 0, 50, 98])
+def test_at_eta_1_pure_noise_is_replaced_as_in_ddpms_posterior(prediction_type, previous):
+    schedule = make_schedule(num_steps=100, zero_terminal_snr=True)
+    x_0, x_t, noise = randn(3, 4, 2), randn(3, 4, 2, seed=1), randn(3, 4, 2, seed=2)
+    predicted = {"sample": x_0, "v_prediction": -x_0}[prediction_type]
+    ours = ddim_step(
+        x_t, predicted, 99, previous, schedule, 1.0, prediction_type=prediction_type, clip=None, noise=noise
+    )
+    assert torch.allclose(ours, schedule.add_noise(x_0, noise, previous), rtol=0, atol=1e-7)
+
+
+@WITH_X_0
+@pytest.mark.parametrize("ddim_steps", [1, 2, 7, 100])
+def test_the_exact_network_of_one_chunk_leads_from_pure_noise_to_that_chunk(prediction_type, ddim_steps):
+    schedule = make_schedule(num_steps=100, beta_schedule="squaredcos_cap_v2", zero_terminal_snr=True)
+    x_0 = 0.5 * randn(2, 4, 2).clamp(-1, 1)
+
+    def exact(x_t, timestep, _):
+        return schedule.target(x_0, schedule.to_epsilon(x_0, x_t, timestep), timestep, prediction_type)
+
+    actions = ddim_sample(
+        exact,
+        torch.zeros(2, 1),
+        randn(2, 4, 2, seed=1),
+        schedule=schedule,
+        ddim_steps=ddim_steps,
+        prediction_type=prediction_type,
+    )
+    assert torch.allclose(actions, x_0, rtol=0, atol=1e-10)
+
+
+def test_epsilon_cannot_be_sampled_where_there_is_nothing_but_noise():
+    schedule, x = make_schedule(num_steps=20, zero_terminal_snr=True), torch.zeros(2, 3, 2)
+    message = "prediction_type=epsilon cannot be sampled from a timestep without signal.* use sample or v_prediction"
+    with pytest.raises(ValueError, match=message):
+        ddim_step(x, x, 19, 10, schedule)
+    with pytest.raises(ValueError, match=message):
+        ddim_sample(lambda x, t, o: x, torch.zeros(2, 1), x, schedule=schedule, ddim_steps=4)
+    with pytest.raises(ValueError, match=message):
+        schedule.to_sample(x, x, torch.tensor([3, 19]), "epsilon")
+    assert bool(ddim_step(x, x, 18, 10, schedule).isfinite().all())
+    assert torch.equal(schedule.to_sample(x, x, -1, "epsilon"), x)
+
+
+# --- what errors count for ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 5.0, 1e9])
+def test_min_snr_weighs_errors_of_the_clean_data_alike_whatever_is_predicted(kind, gamma):
+    schedule = make_schedule(num_steps=100, beta_schedule=kind)
+    x_0, error = randn(1, 3), randn(1, 3, seed=2)
+    for t in range(100):
+        level = schedule.alphas_cumprod[t].item()
+        x_t = schedule.add_noise(x_0, randn(1, 3, seed=1), t)
+        # Two estimates of x_0, as what the network would have to put out for them; their distance is the error.
+        for kind_of_output in PREDICTION_TYPES:
+            outputs = [
+                schedule.target(x, schedule.to_epsilon(x, x_t, t), t, kind_of_output) for x in (x_0, x_0 + error)
+            ]
+            squared = (outputs[0] - outputs[1]).square().sum()
+            weighted = loss_weights(schedule, kind_of_output, "min_snr", gamma)[t] * squared
+            expected = min(level / (1 - level), gamma) * error.square().sum()
+            assert weighted.item() == pytest.approx(expected.item(), rel=1e-8)
+
+
+def test_min_snr_has_the_values_of_the_paper():
+    # ᾱ = 0.9, 0.72, 0.36 and SNR = 9, 2.571428..., 0.5625, by hand.
+    schedule = NoiseSchedule(torch.tensor([0.1, 0.2, 0.5], dtype=torch.float64))
+    expected = {
+        "sample": [5.0, 18 / 7, 0.5625],
+        "epsilon": [5 / 9, 1.0, 1.0],
+        "v_prediction": [0.5, 0.72, 0.36],
+    }
+    for prediction_type, values in expected.items():
+        weights = loss_weights(schedule, prediction_type, "min_snr")
+        assert weights.dtype == torch.float64
+        assert weights.tolist() == pytest.approx(values, rel=1e-12)
+        assert loss_weights(schedule, prediction_type).tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("gamma", [0.0, -1.0, math.nan, math.inf])
+def test_a_bound_that_is_none_is_refused(gamma):
+    with pytest.raises(ValueError, match=f"min_snr_gamma must be a number above 0; got {gamma}"):
+        loss_weights(make_schedule(num_steps=20), "sample", "min_snr", gamma)
+
+
+def test_unknown_weightings_and_prediction_types_are_refused_by_name():
+    with pytest.raises(ValueError, match="loss_weighting must be one of none, min_snr; got 'minsnr'"):
+        loss_weights(make_schedule(num_steps=20), "sample", "minsnr")
+    with pytest.raises(ValueError, match="epsilon, sample, v_prediction; got 'eps'"):
+        loss_weights(make_schedule(num_steps=20), "eps")
+
+
+@WITH_X_0
+def test_min_snr_would_leave_the_start_of_sampling_untrained_without_terminal_signal(prediction_type):
+    schedule = make_schedule(num_steps=20, zero_terminal_snr=True)
+    with pytest.raises(ValueError, match=r"min_snr gives no weight to the last timestep .* use loss_weighting=none"):
+        loss_weights(schedule, prediction_type, "min_snr")
+    assert loss_weights(schedule, prediction_type).tolist() == [1.0] * 20

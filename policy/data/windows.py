@@ -108,8 +108,7 @@ class Windows:
         Returns:
             The batch, see `Batch`, as CPU tensors in the data's own dtypes.
         """
-        originals = windows % max(self.num_transitions, 1)
-        place = np.searchsorted(self._window_ends, originals, side="right")
+        originals, place = self._locate(windows)
         start, end = self._starts[place, None], self._ends[place, None]
         now = end - (self._window_ends[place, None] - originals[:, None])
         past = np.maximum(now + self._past, start)
@@ -128,6 +127,15 @@ class Windows:
             "actions": torch.from_numpy(actions),
             "mask": torch.from_numpy(inside),
         }
+
+    def episodes_of(self, windows: NDArray[np.int64]) -> list[int]:
+        """The episodes that windows come from, by number, each once and in order."""
+        return np.unique(self.episodes[self._locate(windows)[1]]).tolist()
+
+    def _locate(self, windows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The windows, or those they are counterparts of, and the place in `episodes` of each one's episode."""
+        originals = windows % max(self.num_transitions, 1)
+        return originals, np.searchsorted(self._window_ends, originals, side="right")
 
     def blocks(self) -> Iterator[tuple[Arrays, NDArray[np.float32]]]:
         """All transitions of the episodes in blocks of consecutive ones, each followed by its counterpart.

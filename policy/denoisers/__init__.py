@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from torch import nn
-
+from policy.denoisers.denoiser import Denoiser
 from policy.denoisers.modulated_mlp import ModulatedMLP
 from policy.denoisers.residual_mlp import ResidualMLP
+from policy.denoisers.transformer import Transformer
+from policy.denoisers.unet import UNet
 
 # Checkpoints name a denoiser by its key here, never by an import path, so loading one cannot run foreign code.
-DENOISERS: dict[str, type[nn.Module]] = {"residual_mlp": ResidualMLP, "modulated_mlp": ModulatedMLP}
+DENOISERS: dict[str, type[Denoiser]] = {
+    "residual_mlp": ResidualMLP,
+    "modulated_mlp": ModulatedMLP,
+    "unet": UNet,
+    "transformer": Transformer,
+}
 
-__all__ = ["DENOISERS", "ModulatedMLP", "ResidualMLP"]
+__all__ = ["DENOISERS", "Denoiser", "ModulatedMLP", "ResidualMLP", "Transformer", "UNet"]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from policy.denoisers.denoiser import Denoiser
 from policy.denoisers.timestep import TimestepEmbedding, check_sizes
 
 
@@ -26,7 +27,7 @@ class ResidualBlock(nn.Module):
         return x + self.contract(self.dropout(h))
 
 
-class ResidualMLP(nn.Module):
+class ResidualMLP(Denoiser):
     """Noisy chunk, timestep and observation embedding are joined once, at the entry.
 
     Args:
@@ -70,16 +71,7 @@ class ResidualMLP(nn.Module):
         self.leave = nn.Linear(hidden_size, chunk_size)
 
     def forward(self, noisy_actions: Tensor, timestep: Tensor, obs_embedding: Tensor) -> Tensor:
-        """Predict the schedule's target for a batch of noisy chunks.
-
-        Args:
-            noisy_actions: (B, action_horizon, action_dim).
-            timestep: (B,) int64, within 0..num_steps - 1.
-            obs_embedding: (B, obs_size).
-
-        Returns:
-            (B, action_horizon, action_dim).
-        """
+        """As the source document has it, all three joined in one layer; shapes as in `Denoiser.forward`."""
         parts = [
             noisy_actions.flatten(1),
             self.embed_timestep(timestep),
@@ -89,29 +81,13 @@ class ResidualMLP(nn.Module):
         return self.leave(self.blocks(x)).unflatten(1, noisy_actions.shape[1:])
 
     def conditions(self, embedded_timestep: Tensor, obs_embedding: Tensor) -> tuple[Tensor, ...]:
-        """The share of timestep and observation in the entry layer: it needs no actions, so many timesteps go at once.
-
-        Args:
-            embedded_timestep: (..., B or 1, hidden_size) from `embed_timestep`.
-            obs_embedding: (B, obs_size).
-
-        Returns:
-            One tensor (..., B, hidden_size).
-        """
+        """The share of timestep and observation in the entry layer, one tensor (..., B, hidden_size)."""
         _, for_timestep, for_observation = self._entry_weights()
         observed = nn.functional.linear(self.project_observation(obs_embedding), for_observation)
         return (nn.functional.linear(embedded_timestep, for_timestep, self.enter.bias) + observed,)
 
     def denoise(self, noisy_actions: Tensor, conditions: Sequence[Tensor]) -> Tensor:
-        """What is left to do at each timestep; equals `forward` up to rounding, as the entry's sum is taken in parts.
-
-        Args:
-            noisy_actions: (B, action_horizon, action_dim).
-            conditions: one tensor (B, hidden_size), see `conditions`.
-
-        Returns:
-            (B, action_horizon, action_dim).
-        """
+        """Equals `forward` up to rounding, as the entry's sum is taken in parts."""
         (condition,) = conditions
         for_actions, _, _ = self._entry_weights()
         x = nn.functional.silu(nn.functional.linear(noisy_actions.flatten(1), for_actions) + condition)

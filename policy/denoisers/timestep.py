@@ -39,7 +39,7 @@ class TimestepEmbedding(nn.Module):
 
 
 def check_sizes(**sizes: int) -> None:
-    """Refuse sizes that are not whole numbers of 1 or more.
+    """Refuse sizes that are not whole numbers of 1 or more, and odd widths of a timestep's embedding.
 
     Raises:
         ValueError: naming the size.
@@ -47,5 +47,6 @@ def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} must be a whole number of 1 or more; got {size!r}")
-    if sizes.get("hidden_size", 2) % 2:
-        raise ValueError(f"hidden_size must be even, for sine and cosine pairs; got {sizes['hidden_size']}")
+    for name in sizes.keys() & {"hidden_size", "timestep_size"}:
+        if sizes[name] % 2:
+            raise ValueError(f"{name} must be even, for sine and cosine pairs; got {sizes[name]}")

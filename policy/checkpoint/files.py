@@ -1,0 +1,266 @@
+"""The files of a checkpoint: replaced as a whole, and read without trusting them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+SCHEMA_VERSION = 2
+CONFIG, WEIGHTS, CHECKSUMS = "config.json", "policy.safetensors", "checksums.json"
+TRAINING_WEIGHTS, TRAINING_RECORD = "training.safetensors", "training.json"
+
+# No honest file comes near: larger ones are refused unread.
+MAX_BYTES = {CONFIG: 2**20, CHECKSUMS: 2**16, TRAINING_RECORD: 2**28, WEIGHTS: 2**34, TRAINING_WEIGHTS: 2**36}
+# Of a safetensors file: room for some 30,000 tensors.
+MAX_HEADER_BYTES = 2**22
+# Of an error message: what it quotes may come from a file, at any length.
+MAX_MESSAGE = 600
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; those before it are whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """A checkpoint folder whose config.json and checksums.json have been read.
+
+    Attributes:
+        path: the folder.
+        root: no link may lead out of it.
+        config: of config.json: a known schema version, the rest unchecked.
+        checksums: SHA-256 by file name; None for schema 1, which had none.
+    """
+
+    path: Path
+    root: Path
+    config: dict[str, Any]
+    checksums: dict[str, Any] | None
+
+    def verify(self, name: str) -> tuple[Path, str]:
+        """A file that is what was written, and its SHA-256.
+
+        Raises:
+            ValueError: it is missing, too large, a link out of the folder, or not what checksums.json says.
+        """
+        file = _regular(self.path, name, self.root)
+        with refusing(file), file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        if self.checksums is not None and self.checksums.get(name) != digest:
+            raise ValueError(
+                f"{file} is damaged: its SHA-256 is not the one that {CHECKSUMS} noted when it was written; use another"
+                " checkpoint"
+            )
+        return file, digest
+
+
+def open_folder(folder: Path, root: Path | None = None) -> Folder:
+    """Open a checkpoint folder, or what a killed process left of it.
+
+    Args:
+        folder: the checkpoint folder.
+        root: where its links may lead; by default nowhere but into the folder.
+
+    Returns:
+        The folder, its config.json verified.
+
+    Raises:
+        ValueError: there is none, it is damaged, or of a schema that this version does not read.
+    """
+    # A run killed between the two renames of `replacing` leaves its last good checkpoint under this name.
+    path = folder if folder.exists() or not _beside(folder, "old").exists() else _beside(folder, "old")
+    if not os.path.lexists(path / CONFIG):
+        raise ValueError(f"no checkpoint at {folder}: set checkpoint= to the folder that scripts/train.py names")
+    root = Path(os.path.realpath(root or path))
+    config = read_json(_regular(path, CONFIG, root))
+    schema = config.get("schema_version")
+    if type(schema) is not int or not 1 <= schema <= SCHEMA_VERSION:
+        newer = type(schema) is int and schema > SCHEMA_VERSION
+        advice = "upgrade ddim-policy to the version that wrote it, or newer" if newer else "use another checkpoint"
+        with refusing(path):
+            raise ValueError(
+                f"{path} has checkpoint schema {schema!r}; this version reads 1 to {SCHEMA_VERSION}: {advice}"
+            )
+    checksums = None
+    if schema > 1 or os.path.lexists(path / CHECKSUMS):
+        checksums = read_json(_regular(path, CHECKSUMS, root))
+    opened = Folder(path=path, root=root, config=config, checksums=checksums)
+    opened.verify(CONFIG)
+    return opened
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a checkpoint, whole or half replaced, is at `folder`."""
+    return folder.exists() or _beside(folder, "old").exists()
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Write a checkpoint folder; what was there before is replaced only once the new one is whole and on disk.
+
+    Args:
+        folder: the checkpoint folder.
+
+    Yields:
+        An empty folder to write its files into.
+
+    Raises:
+        SaveError: they cannot be written: the disk is full, say.
+    """
+    new, old = _beside(folder, "new"), _beside(folder, "old")
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        yield new
+        seal(new)
+        # A folder cannot be replaced in one step. Between these two renames only `old` is there: `open_folder` finds
+        # it. It stays until the new one has its place: after a kill just here, it is the only one.
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+        _sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)  # half a checkpoint only takes the space that the next one needs
+        raise SaveError(
+            f"the checkpoint {folder} could not be written ({error}); what was saved before it is whole: make room, or"
+            " mend what is named here, and give the same command again"
+        ) from error
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint folder; killed halfway, it leaves nothing that looks like one."""
+    gone = _beside(folder, "gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def seal(folder: Path) -> None:
+    """Note the checksums of a folder's files beside them, and bring all of it to the disk.
+
+    Args:
+        folder: files in it that are none of a checkpoint's are left alone.
+    """
+    digests = {}
+    for name in sorted(MAX_BYTES.keys() - {CHECKSUMS}):
+        if (file := folder / name).exists():
+            with file.open("rb") as opened:
+                digests[name] = hashlib.file_digest(opened, "sha256").hexdigest()
+            shutil.copymode(folder / CONFIG, file)  # safetensors makes its files readable to their owner only
+            _sync(file)
+    write_json(folder / CHECKSUMS, digests)
+    _sync(folder / CHECKSUMS)
+    _sync(folder)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: it is none.
+    """
+    with refusing(file):
+        try:
+            data = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error}): use another checkpoint") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"{file} is damaged (not a JSON object): use another checkpoint")
+    return data
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        ValueError: it is none, or holds a number that is not finite.
+    """
+    with refusing(file):
+        with file.open("rb") as opened:
+            header = int.from_bytes(opened.read(8), "little")
+        if header > MAX_HEADER_BYTES:
+            raise ValueError(f"{file} is missing or damaged (a header of {header} bytes): use another checkpoint")
+        tensors = load_file(file)
+        for key, value in tensors.items():
+            if not value.isfinite().all():
+                raise ValueError(f"{file} is damaged ({key} holds a NaN or an infinity): use another checkpoint")
+    return tensors
+
+
+def write_json(file: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON data."""
+    file.write_text(json.dumps(data, indent=2), encoding="utf-8")
+
+
+def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors, wherever they lie, as safetensors."""
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file)
+
+
+@contextmanager
+def refusing(source: Path) -> Iterator[None]:
+    """Whatever goes wrong while a checkpoint is read is a ValueError of bearable length.
+
+    Args:
+        source: the file or folder, for the message.
+
+    Raises:
+        ValueError: in place of what the content made a parser or a network's constructor raise.
+    """
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        if len(message) > MAX_MESSAGE or isinstance(error, UnicodeDecodeError):
+            raise ValueError(message[:MAX_MESSAGE] + " ...") from error
+        raise
+    except (
+        SafetensorError,
+        OSError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,  # also what torch raises, and Python at too deep a nesting
+        ArithmeticError,
+        MemoryError,
+    ) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_MESSAGE]
+        raise ValueError(f"{source} is missing or damaged ({reason}): use another checkpoint") from error
+
+
+def _regular(folder: Path, name: str, root: Path) -> Path:
+    file = folder / name
+    if not Path(os.path.realpath(file)).is_relative_to(root):
+        raise ValueError(
+            f"{file} is a link that leaves the folder: if you trust it, copy the folder with links followed (cp -rL)"
+        )
+    if not file.is_file():  # also a pipe or a device, which could hang
+        raise ValueError(f"{file} is missing or damaged (no regular file): use another checkpoint")
+    if (size := file.stat().st_size) > MAX_BYTES[name]:
+        raise ValueError(f"{file} has {size} bytes; this version reads up to {MAX_BYTES[name]}: use another checkpoint")
+    return file
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f".{folder.name}.{suffix}")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,95 @@
+"""Which checkpoints of a run are kept besides the newest: the last few, and the best."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from policy.checkpoint.files import CONFIG, WEIGHTS, discard, is_checkpoint, open_folder, replacing
+from policy.training import TrainState
+
+KEPT = "checkpoints"
+BEST = "best"
+
+Entry = dict[str, float]
+
+
+def keep_checkpoint(checkpoint: Path, state: TrainState, *, keep_last: int) -> None:
+    """Keep the policy of the newest checkpoint beside it, as one of the last few and, if so, as the best.
+
+    Args:
+        checkpoint: just written from `state`.
+        state: of the run; its history says what is best.
+        keep_last: how many of the last to keep; older ones are removed.
+
+    Raises:
+        SaveError: it cannot be written: the disk is full, say.
+    """
+    kept = checkpoint.with_name(KEPT)
+    for half in kept.glob(".step_*"):  # a kill while one was written or removed
+        shutil.rmtree(half, ignore_errors=True)
+    if keep_last:
+        _keep(checkpoint, kept / f"step_{state.step:07d}")
+    if _is_best(kept / BEST, state):
+        _keep(checkpoint, kept / BEST)
+    for folder in _outdated(kept, state.step, keep_last):
+        discard(folder)
+
+
+def rank(entry: Entry) -> tuple[float, ...] | None:
+    """How good a log entry says the policy is: the higher the better, and any rollout above any validation loss.
+
+    Args:
+        entry: of a run's history.
+
+    Returns:
+        Numbers to compare, or None for an entry that says nothing about it.
+    """
+    if "rollout/success_rate" in entry:
+        return (1.0, entry["rollout/success_rate"], entry["rollout/score_mean"])
+    loss = entry.get("val/loss", math.nan)
+    return None if math.isnan(loss) else (0.0, -loss)
+
+
+def _is_best(best: Path, state: TrainState) -> bool:
+    """Whether the state's newest figures are its own, and no worse than those of the best so far."""
+    now = _rank_at(state.history[-1:], state.step)
+    if now is None:
+        return False
+    before = _rank_at(state.history, _step_of(best)) if is_checkpoint(best) else None
+    return before is None or now >= before
+
+
+def _rank_at(history: Sequence[Entry], step: int) -> tuple[float, ...] | None:
+    return next((rank(entry) for entry in history if entry["step"] == step), None)
+
+
+def _step_of(folder: Path) -> int:
+    try:
+        return int(open_folder(folder).config["training"]["step"])
+    except (ValueError, LookupError, TypeError):
+        return -1  # damaged: anything is better
+
+
+def _keep(checkpoint: Path, target: Path) -> None:
+    with replacing(target) as new:
+        for name in (CONFIG, WEIGHTS):
+            try:
+                os.link(checkpoint / name, new / name)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(checkpoint / name, new / name)
+
+
+def _outdated(kept: Path, step: int, keep_last: int) -> list[Path]:
+    """Those before the last few, and those of an earlier run in this folder, which came further."""
+    found = sorted(p for p in kept.glob("step_*") if re.fullmatch(r"step_\d{7,}", p.name))
+    ours = sorted((p for p in found if _number(p) <= step), key=_number)
+    return [p for p in found if _number(p) > step] + ours[: max(0, len(ours) - keep_last)]
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))

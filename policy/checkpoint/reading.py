@@ -1,0 +1,206 @@
+"""Loading checkpoints: everything is checked before anything of the size that a file asks for is made."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from policy.checkpoint.files import (
+    CONFIG,
+    TRAINING_RECORD,
+    TRAINING_WEIGHTS,
+    WEIGHTS,
+    Folder,
+    open_folder,
+    read_json,
+    read_tensors,
+    refusing,
+)
+from policy.diffusion_policy import DiffusionPolicy, PolicyConfig, config_from_json, config_to_json
+from policy.hub import Origin
+from policy.training import TrainState, restore_optimizer, restore_record
+
+# The one size of a policy that its weights do not show.
+MAX_NUM_STEPS = 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What a checkpoint folder gives back.
+
+    Attributes:
+        policy: ready to act: averaged weights, evaluation mode.
+        env: how to make its environment (`{"name": ..., **settings}`), or None.
+        execution_horizon: what it was evaluated with while training.
+        training: how it was trained: JSON data.
+        path: the folder.
+        digest: of the weights, wherever they lie.
+    """
+
+    policy: DiffusionPolicy
+    env: dict[str, Any] | None
+    execution_horizon: int
+    training: dict[str, Any]
+    path: Path
+    digest: str
+
+
+def load_checkpoint(folder: Path | str, device: str = "cpu", *, root: Path | None = None) -> Checkpoint:
+    """Load a policy that is ready to act. The files that this reads are verified against their checksums.
+
+    Args:
+        folder: the checkpoint folder.
+        device: where to put it.
+        root: where links in the folder may lead; by default nowhere but into the folder.
+
+    Returns:
+        The policy and what was recorded with it.
+
+    Raises:
+        ValueError: no checkpoint there, a damaged one, or one written by a newer version.
+    """
+    opened = open_folder(Path(folder).expanduser(), root)
+    with refusing(opened.path / CONFIG):
+        config = _policy_config(opened)
+        env, execution_horizon, training = _circumstances(opened, config)
+    weights, digest = opened.verify(WEIGHTS)
+    tensors = read_tensors(weights)
+    with refusing(opened.path):
+        _check_fit(config, tensors, opened.path)
+        policy = DiffusionPolicy(config)
+        policy.load_state_dict(tensors)
+    policy.origin = Origin(env=env, execution_horizon=execution_horizon, training=training)
+    return Checkpoint(
+        policy=policy.to(device).eval().requires_grad_(False),
+        env=env,
+        execution_horizon=execution_horizon,
+        training=training,
+        path=opened.path,
+        digest=digest[:16],
+    )
+
+
+def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]) -> None:
+    """Put a run back exactly where its checkpoint left it.
+
+    Args:
+        folder: the checkpoint folder.
+        state: a fresh state of the same configuration, changed in place.
+        training: how it is trained, as given to `save_checkpoint`; must be the same. Settings that came into being
+            after the checkpoint are not compared.
+
+    Raises:
+        ValueError: the checkpoint is missing, damaged, or of another configuration.
+    """
+    opened = open_folder(folder)
+    was, path = opened.config, opened.path
+    with refusing(path / CONFIG):
+        # Settings of a policy that the checkpoint's version did not know had then what is their default now.
+        before = {"policy": config_to_json(config_from_json(was["policy"])), "training": was["training"]}
+        now = {"policy": config_to_json(state.policy.config), "training": dict(training)}
+        for part in before:
+            then, after = _as_json(before[part]), _as_json(now[part])
+            if changed := sorted(key for key in then.keys() & after.keys() if then[key] != after[key]):
+                raise ValueError(
+                    f"{path} was trained with other settings ({part}: {', '.join(changed)}): to go on, give the same"
+                    " settings; to start anew, choose another output_dir="
+                )
+    files = {name: opened.verify(name)[0] for name in (WEIGHTS, TRAINING_WEIGHTS, TRAINING_RECORD)}
+    averaged, tensors = read_tensors(files[WEIGHTS]), read_tensors(files[TRAINING_WEIGHTS])
+    record = read_json(files[TRAINING_RECORD])
+    with refusing(path):
+        for policy, found in ((state.ema, averaged), (state.policy, _under("policy.", tensors))):
+            _check_fit(state.policy.config, found, path)
+            policy.load_state_dict(found)
+        try:
+            restore_optimizer(state, _under("optimizer.", tensors))
+            restore_record(state, record)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): use another checkpoint") from error
+
+
+def _policy_config(opened: Folder) -> PolicyConfig:
+    config = config_from_json(opened.config["policy"])
+    num_steps = config.schedule.get("num_steps", 0)
+    if isinstance(num_steps, int) and num_steps > MAX_NUM_STEPS:
+        raise ValueError(
+            f"{opened.path} asks for schedule.num_steps={num_steps}; a checkpoint may ask for {MAX_NUM_STEPS}"
+        )
+    return config
+
+
+def _circumstances(opened: Folder, config: PolicyConfig) -> tuple[dict[str, Any] | None, int, dict[str, Any]]:
+    """Environment, execution horizon and training record."""
+    env, horizon, training = (opened.config[key] for key in ("env", "execution_horizon", "training"))
+    allowed = {
+        "env": env is None or (isinstance(env, dict) and isinstance(env.get("name"), str)),
+        "execution_horizon": type(horizon) is int and 1 <= horizon <= config.action_horizon,
+        "training": isinstance(training, dict),
+    }
+    for key, fine in allowed.items():
+        if not fine:
+            raise ValueError(f"{opened.path / CONFIG} is damaged (at {key!r}): use another checkpoint")
+    return env, horizon, training
+
+
+def _check_fit(config: PolicyConfig, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuse weights that are not those of the configured policy, before memory is taken for one.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    with torch.device("meta"), _at_most(tensors, path):
+        expected = DiffusionPolicy(config).state_dict()
+    if expected.keys() != tensors.keys():
+        key = sorted(expected.keys() ^ tensors.keys())[0]
+        raise ValueError(
+            f"the weights in {path} do not fit its {CONFIG}: {key} is {'missing' if key in expected else 'not in it'}"
+        )
+    for key, value in expected.items():
+        if (value.shape, value.dtype) != (tensors[key].shape, tensors[key].dtype):
+            raise ValueError(
+                f"the weights in {path} do not fit its {CONFIG}: {key} should be {value.dtype} of shape"
+                f" {tuple(value.shape)}; it is {tensors[key].dtype} of shape {tuple(tensors[key].shape)}"
+            )
+
+
+@contextmanager
+def _at_most(tensors: Mapping[str, torch.Tensor], path: Path) -> Iterator[None]:
+    """Networks made in here stop growing where the weights end: a configuration may ask for a billion layers."""
+    thread, made = threading.get_ident(), 0
+
+    def count(module: nn.Module, name: str, value: Any) -> None:
+        nonlocal made
+        if threading.get_ident() == thread and value is not None:
+            made += 1
+            if made > 2 * len(tensors) + 1:  # fixed tables are not stored
+                raise ValueError(
+                    f"the weights in {path} do not fit its {CONFIG}: it asks for more than their {len(tensors)} tensors"
+                )
+
+    hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _as_json(data: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(data)))

@@ -1,0 +1,88 @@
+"""Writing checkpoints."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from policy.checkpoint.files import (
+    CONFIG,
+    SCHEMA_VERSION,
+    TRAINING_RECORD,
+    TRAINING_WEIGHTS,
+    WEIGHTS,
+    replacing,
+    write_json,
+    write_tensors,
+)
+from policy.diffusion_policy import DiffusionPolicy, config_to_json
+from policy.training import TrainState, optimizer_tensors, run_record
+
+
+def save_checkpoint(
+    folder: Path,
+    state: TrainState,
+    *,
+    env: Mapping[str, Any] | None,
+    execution_horizon: int,
+    training: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint; what was at `folder` before is replaced only once the new one is whole and on disk.
+
+    Args:
+        folder: the checkpoint folder.
+        state: of the run.
+        env: how to make the environment, or None.
+        execution_horizon: recorded for rollouts.
+        training: how it was trained, JSON data.
+
+    Raises:
+        SaveError: it cannot be written: the disk is full, say.
+    """
+    with replacing(folder) as new:
+        write_policy(
+            new,
+            state.ema,
+            env=env,
+            execution_horizon=execution_horizon,
+            training={**training, "step": state.step},
+        )
+        write_json(new / TRAINING_RECORD, run_record(state))
+        newest = {f"policy.{k}": v for k, v in state.policy.state_dict().items()}
+        memory = {f"optimizer.{k}": v for k, v in optimizer_tensors(state).items()}
+        write_tensors(new / TRAINING_WEIGHTS, newest | memory)
+
+
+def write_policy(
+    folder: Path,
+    policy: DiffusionPolicy,
+    *,
+    env: Mapping[str, Any] | None,
+    execution_horizon: int,
+    training: Mapping[str, Any],
+) -> None:
+    """Write the files that act; `seal` completes the folder.
+
+    Args:
+        folder: exists.
+        policy: its weights are written.
+        env: how to make the environment, or None.
+        execution_horizon: recorded for rollouts.
+        training: how it was trained, JSON data.
+    """
+    config = {
+        "schema_version": SCHEMA_VERSION,
+        "policy": config_to_json(policy.config),
+        "env": dict(env) if env else None,
+        "execution_horizon": execution_horizon,
+        "training": dict(training),
+        "versions": {
+            "python": platform.python_version(),
+            **{p: version(p) for p in ("ddim-policy", "torch", "numpy")},
+        },
+    }
+    write_json(folder / CONFIG, config)
+    write_tensors(folder / WEIGHTS, policy.state_dict())

@@ -7,7 +7,7 @@ DEMO_TASK := pick-place-v3
 DEMO_DATA := $(DEMO)/demonstrations/metaworld-$(DEMO_TASK)-v0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types format bench-data bench-latency bench-rollout clean
+.PHONY: help setup demo test test-reliability lint types format bench-data bench-latency bench-rollout clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ $(DEMO)/sweep.json: | $(DEMO)/episodes.json
 
 test: setup lint types ## linter, types and tests (`pytest -m slow` runs the long ones)
 	$(BIN)/python -m pytest
+
+test-reliability: setup ## kills, full disks, hostile files and fuzz, with their figures
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m reliability -s
 
 lint: setup
 	$(BIN)/ruff check .

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -31,13 +33,16 @@ def unknown_name(what: str, name: str, allowed: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {what} {name!r}{hint}; allowed: {', '.join(options) or 'none'}")
 
 
-def check_arguments(where: str, target: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+def check_arguments(
+    where: str, target: Callable[..., Any], arguments: Mapping[str, Any], *, prefix: str | None = None
+) -> dict[str, Any]:
     """Check keyword arguments against a callable's signature and type hints, before calling it.
 
     Args:
         where: what the arguments belong to, for the message (`sampler`, say, so that it names `sampler.eta`).
         target: a function or class with keyword arguments and type hints.
         arguments: what would be passed.
+        prefix: what stands before a setting's name where the user writes it; by default `where` and a dot.
 
     Returns:
         The arguments, converted to the hinted types where that loses nothing ("8" to 8).
@@ -49,11 +54,12 @@ def check_arguments(where: str, target: Callable[..., Any], arguments: Mapping[s
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     function = getattr(target, "func", target)  # inside a functools.partial
     hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    prefix = f"{where}." if prefix is None else prefix
     checked = {}
     for name, value in arguments.items():
         if name not in parameters and not takes_any:
             raise unknown_name(f"setting of {where}", name, parameters)
-        checked[name] = _check_type(f"{where}.{name}", hints.get(name, Any), value)
+        checked[name] = _check_type(f"{prefix}{name}", hints.get(name, Any), value)
     return checked
 
 
@@ -64,11 +70,46 @@ def _check_type(name: str, hint: Any, value: Any) -> Any:
         raise ValueError(f"{name} should be settings of {hint.__name__}; got {value!r}")  # type: ignore[union-attr]
     adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     try:
-        return adapter.validate_python(value)
+        checked = adapter.validate_python(value)
     except ValidationError as error:
         problem = error.errors()[0]["msg"]
         expected = getattr(hint, "__name__", str(hint)).replace("typing.", "")
         raise ValueError(f"{name} should be {expected}; got {value!r} ({problem[0].lower()}{problem[1:]})") from error
+
+    if isinstance(value, bool) and not isinstance(checked, bool):
+        raise ValueError(f"{name} should be {getattr(hint, '__name__', hint)}; got {value!r}")
+    _check_numbers(name, checked)
+    return checked
+
+
+def _check_numbers(name: str, value: Any) -> None:
+    """Refuse numbers that no setting can mean, also inside lists and dicts."""
+    if isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_numbers(name, part)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number; got {value}")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be a whole number of 64 bits; got {value}")
+
+
+@contextmanager
+def settings_of(where: str, names: Iterable[str]) -> Iterator[None]:
+    """Name a setting as its user does: `eta must lie within ...` becomes `sampler.eta must lie within ...`.
+
+    Args:
+        where: what the settings belong to.
+        names: of the settings.
+
+    Raises:
+        ValueError: the one raised inside, which began with a setting's bare name.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if str(error).split(" ", 1)[0] not in names:
+            raise
+        raise ValueError(f"{where}.{error}") from error
 
 
 def construct(what: str, registry: Mapping[str, Callable[..., T]], spec: Mapping[str, Any], **derived: Any) -> T:
@@ -94,4 +135,6 @@ def construct(what: str, registry: Mapping[str, Callable[..., T]], spec: Mapping
         raise unknown_name(what, str(name), registry)
     if clash := sorted(settings.keys() & derived.keys()):
         raise ValueError(f"{what}.{clash[0]} follows from the rest of the configuration and cannot be set")
-    return registry[name](**check_arguments(what, registry[name], settings), **derived)
+    checked = check_arguments(what, registry[name], settings)
+    with settings_of(what, checked):
+        return registry[name](**checked, **derived)

@@ -52,8 +52,9 @@ class SweepCell:
 
     @property
     def settings(self) -> Row:
-        """JSON data for the ledger: the policy by its weights, wherever they lie."""
-        return {**self.axes, "checkpoint": self.checkpoint.digest, "env": dict(self.env)}
+        """JSON data for the ledger: the policy by its weights, wherever they lie, and the device that rounds."""
+        device = self.checkpoint.policy.device.type
+        return {**self.axes, "checkpoint": self.checkpoint.digest, "device": device, "env": dict(self.env)}
 
 
 def make_cells(

@@ -20,7 +20,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from policy.arguments import check_arguments
+from policy.arguments import check_arguments, settings_of
+from policy.checkpoint import SaveError
 from policy.workers import WorkerError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -91,6 +92,9 @@ def _refusals() -> Iterator[None]:
     except (HydraException, OmegaConfBaseException, ValueError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except SaveError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
     except WorkerError as error:
         print(f"error: {' '.join(str(error).split())}; what has finished is on disk", file=sys.stderr)
         sys.exit(1)
@@ -106,7 +110,7 @@ def _settings(config: DictConfig, task: Callable[..., None], config_name: str) -
         if parameter.default is parameter.empty and built.get(name) is None:
             options = f"; options: {', '.join(GROUPS[name])}" if name in GROUPS else ""
             raise ValueError(f"{name} is missing: add {name}=...{options} (--help shows an example)")
-    return check_arguments(config_name, task, built)
+    return check_arguments(config_name, task, built, prefix="")
 
 
 def _build(where: str, node: Any) -> Any:
@@ -122,7 +126,8 @@ def _build(where: str, node: Any) -> Any:
     if partial:
         return functools.partial(target, **checked)
     _require(where, target, checked)
-    return target(**checked)
+    with settings_of(where, checked):
+        return target(**checked)
 
 
 def _require(where: str, target: Callable[..., Any], settings: dict[str, Any]) -> None:

@@ -50,7 +50,8 @@ def test_a_command_composes_and_its_parts_build(command):
 
 @pytest.mark.parametrize(("group", "option"), [o for o in OPTIONS if o[0] != "experiment"])
 def test_every_option_composes_and_is_what_it_is_called(group, option):
-    config = composed("train", f"{group}={option}")[group]
+    command = "rollout" if group == "controller" else "train"
+    config = composed(command, f"{group}={option}")[group]
     assert {k: v for k, v in config.items() if k != "_target_"} == {
         k: v for k, v in settings_of(Path(group, f"{option}.yaml")).items() if k != "_target_"
     }
@@ -197,5 +198,5 @@ def test_the_defaults_of_training_are_those_of_the_policy():
     from policy.behaviour_cloning import clone_behaviour
 
     command, config = (inspect.signature(target).parameters for target in (clone_behaviour, PolicyConfig))
-    for name in ("prediction_type", "obs_horizon", "action_horizon", "obs_size"):
+    for name in ("prediction_type", "loss_weighting", "min_snr_gamma", "obs_horizon", "action_horizon", "obs_size"):
         assert command[name].default == config[name].default, name

@@ -7,6 +7,7 @@ import pkgutil
 import pytest
 
 import policy
+from tests.conftest import ROOT
 
 MODULES = ["policy", *(m.name for m in pkgutil.walk_packages(policy.__path__, "policy."))]
 # The ones a reader meets first; others are free to have examples too.
@@ -38,3 +39,9 @@ def test_there_are_examples_to_run():
     counts = {name: examples_in(importlib.import_module(name)) for name in MODULES}
     assert {name for name in WITH_EXAMPLES if not counts[name]} == set()
     assert sum(counts.values()) > 15
+
+
+def test_the_examples_of_the_docs_hold():
+    result = doctest.testfile(str(ROOT / "docs" / "control.md"), module_relative=False)
+    assert result.failed == 0
+    assert result.attempted > 5

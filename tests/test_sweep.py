@@ -98,6 +98,7 @@ def test_settings_say_the_weights_and_axes_their_folder(checkpoints):
     assert cell.settings == {
         "checkpoint": "weights of a",
         **shared,
+        "device": "cpu",
         "env": {"name": "planar", "image_size": 64},
     }
     assert json.loads(json.dumps(cell.settings)) == cell.settings

@@ -6,6 +6,7 @@ has the preset's size and random weights: its actions differ from a trained one'
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ PRESETS: dict[str, tuple[dict[str, Any], int]] = {
     "metaworld": ({"name": "metaworld", "task": "pick-place-v3"}, 64),
 }
 DDIM_STEPS = 8
-NUM_ENVS = (1, 8, 16, 32)
+NUM_ENVS = (1, 8, 16, 32, 64)
+BACKENDS = ("fused", "onnx")
 Row = dict[str, Any]
 
 
@@ -39,16 +41,16 @@ def main() -> None:
 
 def _rows(preset: str, env: dict[str, Any], episodes: int) -> list[Row]:
     simulator = envs.make(**env)
-    policy = _policy(simulator)
-    cell = Cell(sampler=Sampler(ddim_steps=DDIM_STEPS), execution_horizon=8, backend="fused")
-    raw, share = _raw_and_share(policy, simulator, cell, range(4))
-    cores = available_cores()
-    rows = []
-    for num_envs in NUM_ENVS:
+    policy, cores, rows = _policy(simulator), available_cores(), []
+    for backend, num_envs in itertools.product(BACKENDS, NUM_ENVS):
+        cell = Cell(sampler=Sampler(ddim_steps=DDIM_STEPS), execution_horizon=8, backend=backend)
+        # Beside each rate, so that both meet the same load.
+        raw, share = _raw_and_share(policy, simulator, cell, range(4))
         rate = _pool_rate(policy, env, cell, num_envs, episodes)
         rows.append(
             {
                 "preset": preset,
+                "backend": backend,
                 "num_envs": num_envs,
                 "ddim_steps": DDIM_STEPS,
                 "steps_per_s": rate,
@@ -77,7 +79,7 @@ def _policy(env: Env) -> DiffusionPolicy:
 
 
 def _raw_and_share(policy: DiffusionPolicy, env: Env, cell: Cell, seeds: Sequence[int]) -> tuple[float, float]:
-    """Steps a second of the environment alone, and the share of a rollout that the policy takes in 8 slots."""
+    """Steps a second of the environment alone, and the share of a rollout that the policy takes in full batches."""
     controller = controllers_of([policy], [cell], env)[0]
     played: list[list[np.ndarray[Any, Any]]] = []
     with torch_threads(1):

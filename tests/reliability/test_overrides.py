@@ -1,0 +1,250 @@
+"""Every setting of every command, given values of every kind: refused in one sentence that names it, or accepted.
+
+The real commands run in this process, on real demonstrations and a real checkpoint, up to where their work begins.
+"""
+
+import contextlib
+import inspect
+import io
+import re
+import sys
+import time
+import typing
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+import envs
+from policy import DiffusionPolicy, PolicyConfig
+from policy.checkpoint import save_checkpoint
+from policy.denoisers import DENOISERS
+from policy.encoders import ENCODERS
+from policy.schedule import make_schedule
+from policy.training import TrainSettings, start_training
+from scripts.command import CONF, GROUPS
+
+# Where the work of each command begins; everything before is checking.
+WORK = {
+    "collect": "scripts.collect.progress",
+    "inspect": "policy.data.inspection.output_folder",
+    "train": "policy.behaviour_cloning.output_folder",
+    "rollout": "policy.rollout.output_folder",
+    "sweep": "policy.instrument.output_folder",
+    "export": "policy.inference.export.output_folder",
+}
+DIMENSIONS = {"observation_shapes", "obs_size", "action_dim", "action_horizon", "num_steps", "obs_horizon"}
+
+
+class WorkBegins(BaseException):
+    """Everything was accepted."""
+
+
+def begin(*_, **__):
+    raise WorkBegins
+
+
+def begin_collecting(attempts, **_):
+    next(attempts)  # what a generator checks, it checks when it begins
+    raise WorkBegins
+
+
+def target_of(config, group: str):
+    """What a group's settings are arguments of."""
+    chosen = config[group]
+    if "_target_" in chosen:
+        return hydra.utils.get_object(chosen["_target_"])
+    if group == "schedule":
+        return make_schedule
+    return {"denoiser": DENOISERS, "encoder": ENCODERS, "env": envs.FAMILIES}[group][chosen["name"]]
+
+
+def fields_of(command: str) -> dict[str, object]:
+    """Every setting of a command in full, with its type hint."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = OmegaConf.to_container(hydra.compose(command, ["env=planar"] if command == "collect" else []))
+    task = task_of(command)
+    hints = typing.get_type_hints(getattr(task, "func", task))
+    fields = {name: hints[name] for name in inspect.signature(task).parameters if name not in GROUPS}
+    for group in GROUPS.keys() & config.keys():
+        if config[group] is not None:
+            target = target_of(config, group)
+            hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+            parameters = inspect.signature(target).parameters.keys() - {"folder", "config", "transform"}
+            if group in ("denoiser", "encoder"):
+                parameters -= DIMENSIONS
+            fields |= {f"{group}.{name}": hints[name] for name in parameters}
+    return dict(sorted(fields.items()))
+
+
+def task_of(command: str):
+    """The function behind a command, which its decorator keeps."""
+    main = import_module(f"scripts.{command}").main
+    return next(c.cell_contents for c in main.__closure__ if callable(c.cell_contents))
+
+
+FIELDS = {command: fields_of(command) for command in WORK}
+EVERY = [(command, field) for command, fields in FIELDS.items() for field in fields]
+
+
+@pytest.fixture(scope="module")
+def given_files(tmp_path_factory) -> dict[str, list[str]]:
+    """What each command cannot do without: demonstrations and a checkpoint of the planar environment."""
+    folder = tmp_path_factory.mktemp("overrides")
+    outcome("collect", ["env=planar", "episodes=3", f"output_dir={folder}"], stop=False)
+    env = envs.make("planar")
+    shape = env.observation_space.shape
+    config = PolicyConfig(
+        observation_shapes={"state": shape},
+        action_dim=env.action_space.shape[0],
+        denoiser={"name": "modulated_mlp", "hidden_size": 8, "num_layers": 1},
+    )
+    torch.manual_seed(0)
+    state = start_training(DiffusionPolicy(config), TrainSettings())
+    save_checkpoint(folder / "checkpoint", state, env={"name": "planar"}, execution_horizon=8, training={})
+    data, checkpoint = f"dataset.path={folder}/planar-v0", f"checkpoint={folder}/checkpoint"
+    small = ["denoiser.hidden_size=8", "denoiser.num_layers=1", "tracker=none"]
+    return {
+        "collect": ["env=planar", f"output_dir={folder}/collected"],
+        "inspect": [data],
+        "train": [data, *small],
+        "rollout": [checkpoint],
+        "sweep": [checkpoint, "ddim_steps=[1]"],
+        "export": [checkpoint],
+    }
+
+
+def outcome(command: str, overrides: list[str], *, stop: bool = True) -> str:
+    """Run a command up to its work: the sentence with which it refuses, or nothing where it accepts.
+
+    Anything but an acceptance or one sentence with exit code 2 fails the test.
+    """
+    said, code = io.StringIO(), None
+    argv, path = sys.argv, list(sys.path)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        if stop:
+            patch.setattr(WORK[command], begin_collecting if command == "collect" else begin)
+        sys.argv = [command, *overrides]
+        try:
+            import_module(f"scripts.{command}").main()
+        except WorkBegins:
+            return ""
+        except SystemExit as refusal:
+            code = refusal.code
+        finally:
+            sys.argv, sys.path[:] = argv, path
+    assert code in (None, 2), (overrides, said.getvalue())
+    errors = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
+    assert not stop or len(errors) == 1, (overrides, said.getvalue())
+    return errors[0] if errors else ""
+
+
+def mentions(sentence: str, field: str) -> bool:
+    return re.search(rf"\b{re.escape(field)}\b", sentence) is not None
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """What an accepted folder name makes is made in a folder of the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+
+
+NUMBERS = ["0", "-1", "1.5", "1e30", "true", "null", "[]", "[1,2]", "[-1]", "{a:1}", "''"]
+NEVER = ["nan", "inf", "-inf", "10000000000000000000000", "some_word", "[[1]]", "{a:{b:1}}"]
+TEXTS = ["some_word", "0", "-1.5", "[1,2]", "{a:1}", "true", "../x", "nan"]
+
+
+def is_numeric(hint: object) -> bool:
+    """Whether a setting is a number, or numbers; a word can stand for none of its values."""
+    parts = {part for part in (hint, *typing.get_args(hint)) if isinstance(part, type)}
+    return bool(parts & {int, float}) and not parts & {str, Path, dict}
+
+
+@st.composite
+def overrides(draw):
+    """A command, a setting of it, what it is set to, and whether that can be right."""
+    command, field = draw(st.sampled_from(EVERY))
+    hint = FIELDS[command][field]
+    kind = draw(st.sampled_from(["never", "odd", "misspelt"]))
+    if kind == "misspelt":
+        name = field.split(".")[-1]
+        at = draw(st.integers(0, len(name) - 1))
+        letter = draw(st.sampled_from("abcdefghijklmnopqrstuvwxyz"))
+        wrong = draw(
+            st.sampled_from(
+                [name[:at] + name[at + 1 :], name[:at] + letter + name[at:], name[:at] + letter + name[at + 1 :]]
+            )
+        )
+        known = {f.split(".")[-1] for f in FIELDS[command]} | GROUPS.keys()
+        if wrong and wrong not in known and len(name) > 3:
+            return command, field, f"{field[: -len(name)]}{wrong}=1", "misspelt"
+        kind = "odd"
+    if kind == "never" and is_numeric(hint) and not field.startswith("env."):
+        return command, field, f"{field}={draw(st.sampled_from(NEVER))}", "never"
+    number = st.one_of(st.integers(-(2**70), 2), st.floats(-1e6, 1e3)).map(str)
+    values = st.one_of(st.sampled_from(NUMBERS), number) if is_numeric(hint) else st.sampled_from(TEXTS)
+    return command, field, f"{field}={draw(values)}", "odd"
+
+
+def check(given_files, tried: Counter, case) -> None:
+    command, field, override, kind = case
+    sentence = outcome(command, [*given_files[command], override])
+    tried[kind, "refused" if sentence else "accepted"] += 1
+    if kind != "odd":
+        assert sentence, (command, override)
+    if sentence:
+        assert mentions(sentence, field.split(".")[-1]), (command, override, sentence)
+    if kind == "misspelt":
+        assert "unknown" in sentence, (command, override, sentence)
+
+
+def fuzz(given_files, examples: int) -> None:
+    tried: Counter = Counter()
+    began = time.perf_counter()
+
+    @seed(0)
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(overrides())
+    def every_override_is_refused_or_accepted(case):
+        check(given_files, tried, case)
+
+    every_override_is_refused_or_accepted()
+    counts = ", ".join(f"{kind} {what} {count}" for (kind, what), count in sorted(tried.items()))
+    print(f"{tried.total()} overrides of {len(EVERY)} settings in {time.perf_counter() - began:.0f} s: {counts}")
+    assert tried["never", "refused"] > examples / 10
+    assert tried["misspelt", "refused"] > examples / 10
+    assert tried["odd", "accepted"] > examples / 100
+
+
+def test_overrides_are_accepted_or_refused_in_one_sentence(given_files):
+    fuzz(given_files, 100)
+
+
+@pytest.mark.reliability
+def test_thousands_of_overrides_are_accepted_or_refused_in_one_sentence(given_files):
+    fuzz(given_files, 3_000)
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("command", WORK)
+def test_every_setting_is_refused_by_its_name(command, given_files):
+    """Each numeric setting, with each value that no number is."""
+    tried: Counter = Counter()
+    for field, hint in FIELDS[command].items():
+        if is_numeric(hint) and not field.startswith("env."):
+            for value in NEVER:
+                check(given_files, tried, (command, field, f"{field}={value}", "never"))
+    print(f"{command}: {tried['never', 'refused']} overrides refused")
+    assert tried.total() > 0 or command == "none"
+
+
+def test_a_plain_command_reaches_its_work(given_files):
+    for command, overrides in given_files.items():
+        assert outcome(command, overrides) == ""

@@ -41,7 +41,8 @@ def test_rollout_writes_one_entry_per_seed_and_videos(planar_run, run_script, tm
     ).stdout
     episodes = json.loads((tmp_path / "episodes.json").read_text())
     assert [episode["seed"] for episode in episodes] == list(range(100_000, 100_006))
-    assert all(episode.keys() == {"seed", "success", "score", "return", "steps", "attempts"} for episode in episodes)
+    keys = {"seed", "success", "score", "return", "steps", "late_steps", "attempts"}
+    assert all(episode.keys() == keys for episode in episodes)
     successes = sum(episode["success"] for episode in episodes)
     low, high = wilson_interval(successes, 6)
     assert f"success {successes / 6:.0%} ({successes} of 6, 95 % {low:.0%} to {high:.0%})" in out

@@ -75,12 +75,14 @@ def test_the_folder_says_what_it_holds(exported):
     assert names == {"model.onnx", "export.json", "example_input.npz", "example_output.npy"}
     about = json.loads((exported / "export.json").read_text())
     assert about["sha256"] == hashlib.sha256((exported / "model.onnx").read_bytes()).hexdigest()
-    assert about["sampler"] == {"ddim_steps": 3, "eta": 0.5, "spacing": "trailing", "clip": 1.0}
+    assert about["sampler"] == {"ddim_steps": 3, "eta": 0.5, "spacing": "trailing", "clip": 1.0, "warm_start": None}
     assert about["execution_horizon"] == 6
     assert about["inputs"] == {
         "observations.state": {"shape": ["batch", 2, 5], "dtype": "float32"},
         "observations.camera.front": {"shape": ["batch", 2, 16, 16, 3], "dtype": "uint8"},
         "noise": {"shape": ["batch", 8, 2], "dtype": "float32"},
+        "previous": {"shape": ["batch", 8, 2], "dtype": "float32"},
+        "keep": {"shape": ["batch", 8], "dtype": "float32"},
         "step_noise": {"shape": [3, "batch", 8, 2], "dtype": "float32"},
     }
     assert about["output"] == {"name": "actions", "shape": ["batch", 8, 2], "dtype": "float32"}
@@ -96,9 +98,14 @@ def test_the_exported_policy_acts_as_the_checkpoint_does(exported, checkpoint, e
             "observations.camera.front": generator.integers(0, 256, (rows, 2, 16, 16, 3), dtype=np.uint8),
             "noise": generator.standard_normal((rows, 8, 2), dtype=np.float32),
             "step_noise": generator.standard_normal((3, rows, 8, 2), dtype=np.float32),
+            "previous": np.array([1, 10.5], np.float32) + generator.uniform(-0.5, 0.5, (rows, 8, 2)).astype(np.float32),
+            "keep": np.repeat([[1, 1, 0.5, 0, 0, 0, 0, 0]], rows, axis=0).astype(np.float32),
         }
         observations = {key: given[f"observations.{key}"] for key in policy.config.observation_shapes}
-        expected = eager(observations, given["noise"], given["step_noise"]).numpy()
+        expected = eager(
+            observations, given["noise"], given["step_noise"], previous=given["previous"], keep=given["keep"]
+        )
+        expected = expected.numpy()
         assert np.abs(runs(given) - expected).max() < TOLERANCE * 4  # the wider dimension's half range is 4
         assert expected[..., 1].min() >= 9.9  # in the data's units
 
@@ -139,8 +146,8 @@ def test_the_example_refuses_what_it_cannot_run(exported, example, tmp_path):
         example.ExportedPolicy(tmp_path)
     newer = shutil.copytree(exported, tmp_path / "newer")
     about = json.loads((newer / "export.json").read_text())
-    (newer / "export.json").write_text(json.dumps({**about, "schema_version": 2}))
-    with pytest.raises(ValueError, match="has export schema 2; this reads 1: export it anew"):
+    (newer / "export.json").write_text(json.dumps({**about, "schema_version": 3}))
+    with pytest.raises(ValueError, match="has export schema 3; this reads 2: export it anew"):
         example.ExportedPolicy(newer)
     other = shutil.copytree(exported, tmp_path / "other")
     with (other / "model.onnx").open("ab") as file:
@@ -167,6 +174,8 @@ def test_an_export_whose_actions_are_not_the_policys_is_not_written(checkpoint, 
 def test_settings_that_do_not_fit_are_refused_in_a_sentence(checkpoint):
     with pytest.raises(ValueError, match=r"unknown format 'onx' \(did you mean 'onnx'\?\); allowed: onnx"):
         export_policy(checkpoint=checkpoint, format="onx", sampler=SAMPLER)
+    with pytest.raises(ValueError, match=r"begins from noise; got sampler.warm_start=0.5: leave it out"):
+        export_policy(checkpoint=checkpoint, sampler=Sampler(warm_start=0.5))
     with pytest.raises(ValueError, match="unknown weights 'int4'"):
         export_policy(checkpoint=checkpoint, weights="int4", sampler=SAMPLER)
     with pytest.raises(ValueError, match=r"ddim_steps must be a whole number within 1..100"):

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box
 
-from policy import ControllerSettings, DiffusionPolicy, PolicyConfig, RealTimeController, RecedingHorizonController
+from policy import (
+    ControllerSettings,
+    DiffusionPolicy,
+    PolicyConfig,
+    RealTimeController,
+    RecedingHorizonController,
+    real_time,
+)
 from policy.inference import compile_sampler
 from policy.real_time import Pace, Timing, format_timing, summarize_timing
 from policy.sampler import Sampler
@@ -142,7 +149,8 @@ def test_measured_latency_decides_when_a_plan_is_begun_and_what_it_keeps(policy)
     assert previous.shape == (1, 8, 2)
 
 
-def test_a_synchronous_plan_that_is_too_slow_misses_its_deadline_and_is_counted(policy, caplog):
+def test_a_synchronous_plan_that_is_too_slow_misses_its_deadline_and_is_counted(policy, caplog, monkeypatch):
+    monkeypatch.setattr(real_time.LOG, "disabled", False)  # as Hydra leaves it, whose commands other tests ran here
     program = SlowProgram(policy)
     with controller_of(policy, "synchronous", program=program, execution_horizon=2) as controller:
         controller.reset(0)

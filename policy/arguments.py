@@ -84,8 +84,11 @@ def _check_type(name: str, hint: Any, value: Any) -> Any:
 
 def _check_numbers(name: str, value: Any) -> None:
     """Refuse numbers that no setting can mean, also inside lists and dicts."""
-    if isinstance(value, (list, tuple, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
+    if isinstance(value, dict):
+        for key, part in value.items():
+            _check_numbers(f"{name}.{key}", part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
             _check_numbers(name, part)
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number; got {value}")

@@ -79,7 +79,13 @@ def defaults_of(function):
         (ddim.build, {"action_horizon": 8, "hidden_size": 256, "num_layers": 4, "num_steps": 1000}),
         (
             ddim.make_schedule,
-            {"num_steps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"},
+            {
+                "num_steps": 1000,
+                "beta_start": 1e-4,
+                "beta_end": 0.02,
+                "beta_schedule": "linear",
+                "zero_terminal_snr": False,
+            },
         ),
         (
             ddim.ddim_sample,
@@ -90,9 +96,14 @@ def defaults_of(function):
                 "prediction_type": "epsilon",
                 "clip": 1.0,
                 "generator": None,
+                "known": None,
+                "keep": 0.0,
             },
         ),
-        (ddim.ddim_step, {"eta": 0.0, "prediction_type": "epsilon", "clip": 1.0, "noise": None}),
+        (
+            ddim.ddim_step,
+            {"eta": 0.0, "prediction_type": "epsilon", "clip": 1.0, "noise": None, "known": None, "keep": 0.0},
+        ),
         (ddim.ddim_timesteps, {"spacing": "trailing"}),
         (ddim.output_size, {"action_dim": 64, "action_horizon": 8}),
     ],

@@ -11,7 +11,7 @@ from envs.planar import PlanarEnv, PlanarExpert
 from policy import PolicyConfig, Sampler, TrainSettings
 from policy.data import Demonstrations
 from policy.denoisers import DENOISERS
-from policy.evaluation import Cell, run_in_process
+from policy.evaluation import run_episodes
 from policy.tracking import NoTracker
 from policy.training import prepare_run, train
 
@@ -61,24 +61,28 @@ class Watched(PlanarEnv):
         return result
 
 
-def roll(policy):
+SAMPLER = Sampler(ddim_steps=8)
+
+
+def roll(policy, program=None):
     env = Watched()
-    cell = Cell(sampler=Sampler(ddim_steps=8), execution_horizon=16)
-    tasks = [(0, seed) for seed in range(5000, 5000 + EPISODES)]
-    results = run_in_process([policy], [env], [cell], tasks)
+    controller = RecedingHorizonController(policy=policy, sampler=SAMPLER, execution_horizon=16, program=program)
+    tasks = iter([(0, seed) for seed in range(5000, 5000 + EPISODES)])
+    results = run_episodes([controller], [env], lambda: next(tasks, None))
     return float(np.mean([result.success for _, result in results])), env.sides
 
 
 class MeanOfSamples:
     """The same policy, but acting on the average of many chunks, as a regression onto the actions would."""
 
+    sampler = SAMPLER
+
     def __init__(self, policy, samples=64):
         self.policy, self.samples = policy, samples
-        self.config, self.schedule = policy.config, policy.schedule
 
-    def sample_actions(self, observations, *, generator, **settings):
+    def sample_actions(self, observations, *, generator):
         repeated = {key: value.repeat_interleave(self.samples, 0) for key, value in observations.items()}
-        chunks = self.policy.sample_actions(repeated, generator=generator[0], **settings)
+        chunks = self.policy.sample_actions(repeated, generator=generator[0], ddim_steps=SAMPLER.ddim_steps)
         return chunks.unflatten(0, (-1, self.samples)).mean(1)
 
 
@@ -114,7 +118,7 @@ def test_every_denoiser_at_its_default_size_succeeds_on_both_sides(demonstration
 
 
 def test_the_mean_of_its_chunks_runs_into_the_obstacle(policy):
-    success, _ = roll(MeanOfSamples(policy))
+    success, _ = roll(policy, MeanOfSamples(policy))
     assert success < 0.3
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from envs.planar import PlanarEnv
 from policy import instrument, sweep, workers
+from policy.checkpoint.files import seal
 from policy.ledger import Ledger
 from policy.tracking import NoTracker
 from policy.workers import WorkerError
@@ -59,6 +60,7 @@ def other_checkpoint(planar_run, tmp_path_factory):
     weights = load_file(folder / "policy.safetensors")
     torch.manual_seed(0)
     save_file({k: v + 0.01 * torch.randn(v.shape) * v.abs() for k, v in weights.items()}, folder / "policy.safetensors")
+    seal(folder)
     return folder
 
 
@@ -379,6 +381,7 @@ def test_checkpoints_that_make_no_sweep_are_refused(planar_run, other_checkpoint
     shutil.copytree(other_checkpoint, elsewhere)
     config = json.loads((elsewhere / "config.json").read_text())
     (elsewhere / "config.json").write_text(json.dumps({**config, "env": {"name": "planar", "image_size": 64}}))
+    seal(elsewhere)
     out = f"output_dir={tmp_path}/out"
     for overrides, parts in (
         ([], ["checkpoint is missing: add checkpoint=..."]),

@@ -8,7 +8,7 @@ import torch
 
 from envs import collect_episodes
 from envs.planar import PlanarEnv, PlanarExpert
-from policy import PolicyConfig, Sampler, TrainSettings
+from policy import PolicyConfig, RecedingHorizonController, Sampler, TrainSettings
 from policy.data import Demonstrations
 from policy.denoisers import DENOISERS
 from policy.evaluation import run_episodes

@@ -25,7 +25,7 @@ def main(
     simulator, dataset_id = envs.make(**env), dataset_name(env)
     check_absent(output_dir / dataset_id)
     expert = partial(envs.make_expert, env["name"])
-    expert(simulator, seed)  # an environment without an expert is refused before any work
+    expert(simulator, 0)  # an environment without an expert is refused before any work
     attempts = envs.collect_episodes(simulator, expert, episodes=episodes, seed=seed, noise=noise)
     recorded = list(progress(attempts, total=episodes, desc="collect", unit="episode"))
     path = write_minari(recorded, folder=output_dir, dataset_id=dataset_id, env=simulator, env_settings=env)

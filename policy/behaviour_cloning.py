@@ -20,7 +20,8 @@ from policy.output import output_folder
 from policy.run_lock import only_process
 from policy.sampler import Sampler
 from policy.tracking import StartRun
-from policy.training import TrainSettings, TrainState, prepare_run
+from policy.train_state import TrainState
+from policy.training import TrainSettings, prepare_run
 from policy.training import train as train_loop
 
 # Episodes rolled out while training, apart from those demonstrated (from 0) and those reported (from 100000).

@@ -239,6 +239,22 @@ class DiffusionPolicy(nn.Module, HubPolicy):
         return self.action_normalizer.unnormalize(chunk)
 
 
+def zero_observations(config: PolicyConfig, rows: int) -> dict[str, Tensor]:
+    """Observations that only their shapes and types matter of: to trace a network, or to time it.
+
+    Args:
+        config: of the policy.
+        rows: B.
+
+    Returns:
+        (B, obs_horizon, *shape) zeros under each key: uint8 for an image, else float32.
+    """
+    return {
+        key: torch.zeros(rows, config.obs_horizon, *shape, dtype=torch.uint8 if is_image(shape) else torch.float32)
+        for key, shape in config.observation_shapes.items()
+    }
+
+
 def check_observations(config: PolicyConfig, observations: Observations, rows: int | None = None) -> None:
     """Refuse an observation history that is not what a policy was made for.
 

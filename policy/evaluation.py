@@ -15,7 +15,7 @@ from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
 from policy.controller import RecedingHorizonController
-from policy.diffusion_policy import DiffusionPolicy, PolicyConfig, is_image
+from policy.diffusion_policy import DiffusionPolicy, PolicyConfig, zero_observations
 from policy.execution import ControllerSettings
 from policy.inference import SamplerProgram, compile_sampler
 from policy.planning import Observation, plain_key
@@ -244,10 +244,10 @@ def _step(env: Env, episode: _Progress, action: NDArray[np.float32]) -> tuple[bo
 
 
 def controllers_of(
-    policies: Sequence[DiffusionPolicy], cells: Sequence[Cell], env: Env
+    policies: Sequence[DiffusionPolicy], cells: Sequence[Cell], action_space: gymnasium.Space[Any]
 ) -> list[RecedingHorizonController]:
-    """One controller a cell, planning in batches of the size that all rollouts use, for environments like `env`."""
-    assert isinstance(env.action_space, Box)
+    """One controller a cell, planning in batches of the size that all rollouts use, for a `Box` of actions."""
+    assert isinstance(action_space, Box)
     return [
         RecedingHorizonController(
             policy=policies[cell.policy],
@@ -256,7 +256,7 @@ def controllers_of(
             settings=cell.controller,
             plan_batch=PLAN_BATCH,
             program=program_of(policies[cell.policy], cell),
-            action_space=env.action_space,
+            action_space=action_space,
         )
         for cell in cells
     ]
@@ -283,7 +283,8 @@ def run_in_process(
     """
     remaining = iter(tasks)
     with torch_threads(1):
-        yield from run_episodes(controllers_of(policies, cells, envs[0]), envs, lambda: next(remaining, None))
+        controllers = controllers_of(policies, cells, envs[0].action_space)
+        yield from run_episodes(controllers, envs, lambda: next(remaining, None))
 
 
 def play_episode(controller: Controller, env: Env, seed: int, watch: Callable[[], None]) -> EpisodeResult:
@@ -393,10 +394,7 @@ def chunk_latency(program: SamplerProgram, repeats: int = 30) -> dict[str, float
         `latency_ms_median` and `latency_ms_p90`, in milliseconds.
     """
     config = program.config
-    observations = {
-        key: torch.zeros(1, config.obs_horizon, *shape, dtype=torch.uint8 if is_image(shape) else torch.float32)
-        for key, shape in config.observation_shapes.items()
-    }
+    observations = zero_observations(config, rows=1)
     previous = None if program.sampler.warm_start is None else torch.zeros(1, config.action_horizon, config.action_dim)
     generator = [torch.Generator().manual_seed(0)]
 

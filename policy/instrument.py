@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -301,8 +300,7 @@ def _recorded(
 ) -> list[Clip]:
     """Run episodes again with pictures; where nothing can be drawn, say so in one line."""
     policies, shown = [c.policy for c in setting.checkpoints], [cells[number].cell for number in chosen]
-    with closing(setting.make_env()) as probe:
-        controllers = controllers_of(policies, shown, probe)
+    controllers = controllers_of(policies, shown, setting.action_space)
     takes = [
         (number, controller, seed) for seed in seeds for number, controller in zip(chosen, controllers, strict=True)
     ]

@@ -16,7 +16,7 @@ from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
 from policy.controller import clipped, program_for, request_of
-from policy.diffusion_policy import DiffusionPolicy, is_image
+from policy.diffusion_policy import DiffusionPolicy, zero_observations
 from policy.execution import ControllerSettings, Timeline
 from policy.inference import SamplerProgram
 from policy.planning import History, Observation, PlanRequest, checked_observation, sample_plans
@@ -132,6 +132,10 @@ class RealTimeController:
         max_age: seconds; an older observation is refused. Two periods by default.
         clock: gives seconds, as `time.monotonic` does.
 
+    Attributes:
+        control_rate: as given.
+        timing: what the episode has been like so far.
+
     Raises:
         ValueError: a setting out of range, or plans that take longer than a chunk lasts.
 
@@ -174,6 +178,7 @@ class RealTimeController:
         self._sampler = sampler or Sampler()
         self._program = program_for(policy, self._sampler, program)
         self._execution_horizon, self._action_space, self._clock = execution_horizon, action_space, clock
+        self.control_rate = control_rate
         self._period = 1 / control_rate
         self._max_age = 2 * self._period if max_age is None else max_age
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="plans")
@@ -290,10 +295,7 @@ class RealTimeController:
     def _rehearse(self) -> None:
         """Time a few plans before any robot moves."""
         config = self._config
-        observations = {
-            key: np.zeros((config.obs_horizon, *shape), np.uint8 if is_image(shape) else np.float32)
-            for key, shape in config.observation_shapes.items()
-        }
+        observations = {key: value[0].numpy() for key, value in zero_observations(config, rows=1).items()}
         self._planned(PlanRequest(seed=0, number=0, observations=observations))  # the first call is no measure
         self._plan_seconds.clear()
         for number in range(REHEARSALS):

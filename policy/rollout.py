@@ -50,12 +50,14 @@ class Setting:
         env: settings of the environment.
         make_env: makes it.
         seeds: of the episodes.
+        action_space: of the environment.
     """
 
     checkpoints: list[Checkpoint]
     env: dict[str, Any]
     make_env: Callable[..., Env]
     seeds: range
+    action_space: Box
 
 
 def prepare(
@@ -96,7 +98,15 @@ def prepare(
     with closing(make_env(**chosen[0])) as probe:
         for checkpoint in loaded:
             check_spaces(checkpoint.policy.config, probe)
-    return Setting(checkpoints=loaded, env=chosen[0], make_env=partial(make_env, **chosen[0]), seeds=seeds)
+        action_space = probe.action_space
+    assert isinstance(action_space, Box)
+    return Setting(
+        checkpoints=loaded,
+        env=chosen[0],
+        make_env=partial(make_env, **chosen[0]),
+        seeds=seeds,
+        action_space=action_space,
+    )
 
 
 def roll_out(
@@ -155,10 +165,10 @@ def roll_out(
     folder = output_folder(output_dir, "rollout")
     tracking = tracker(folder=folder, config={"checkpoint": str(checkpoint), "env": setting.env})
 
-    if driver is None or control_rate is None:
+    if driver is None:
         results = _as_fast_as_possible(policy, cell, setting, num_envs)
     else:
-        results = _against_the_clock(driver, control_rate, setting, folder)
+        results = _against_the_clock(driver, setting, folder)
     summary = {**asdict(sampler), **asdict(controller), **summarize(results), **chunk_latency(program)}
     tracking.log_table("rollout", [summary])
     tracking.finish()
@@ -169,8 +179,7 @@ def roll_out(
     )
     print(f"episodes: {write_episodes(results, folder)}")
     if video:
-        with closing(setting.make_env()) as probe:
-            simulated = controllers_of([policy], [cell], probe)[0]
+        (simulated,) = controllers_of([policy], [cell], setting.action_space)
         _record(simulated, setting.make_env, setting.seeds[:video], folder)
     print(f"next: python scripts/sweep.py checkpoint={checkpoint}")
 
@@ -191,8 +200,7 @@ def _as_fast_as_possible(policy: DiffusionPolicy, cell: Cell, setting: Setting, 
 def _real_time_controller(
     policy: DiffusionPolicy, cell: Cell, program: SamplerProgram, control_rate: float, setting: Setting
 ) -> RealTimeController:
-    with closing(setting.make_env()) as probe, torch_threads(1):
-        assert isinstance(probe.action_space, Box)
+    with torch_threads(1):
         return RealTimeController(
             policy,
             control_rate=control_rate,
@@ -200,15 +208,13 @@ def _real_time_controller(
             execution_horizon=cell.execution_horizon,
             settings=cell.controller,
             program=program,
-            action_space=probe.action_space,
+            action_space=setting.action_space,
         )
 
 
-def _against_the_clock(
-    controller: RealTimeController, control_rate: float, setting: Setting, folder: Path
-) -> list[EpisodeResult]:
+def _against_the_clock(controller: RealTimeController, setting: Setting, folder: Path) -> list[EpisodeResult]:
     """All episodes, one after the other at the control rate; says how the deadlines were kept."""
-    results, timings, overruns = [], [], 0
+    results, timings, overruns, control_rate = [], [], 0, controller.control_rate
     with (
         controller,
         torch_threads(1),

@@ -8,7 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from statistics import fmean
 from typing import Any, Literal, Protocol
@@ -23,6 +23,7 @@ from policy.diffusion_policy import Batch, DiffusionPolicy, PolicyConfig
 from policy.normalizer import Limits, Normalizer
 from policy.progress import progress
 from policy.seeding import derive_generator, derive_seed
+from policy.train_state import TrainState
 
 VALIDATION_WINDOWS = 1024
 # Batches gathered ahead of the trainer, so that it does not wait for page faults.
@@ -93,29 +94,6 @@ class TrainSettings:
         for name, options in (("precision", ("float32", "bfloat16")), ("on_bad_loss", ("stop", "skip"))):
             if getattr(self, name) not in options:
                 raise ValueError(f"train.{name} must be one of {', '.join(options)}; got {getattr(self, name)!r}")
-
-
-@dataclass(kw_only=True)
-class TrainState:
-    """Everything a run needs to go on exactly where it stopped.
-
-    Attributes:
-        policy: the weights being optimised.
-        ema: their average, which is what acts and what checkpoints hold as the policy.
-        optimizer: AdamW over `policy`.
-        step: steps done, also the average's update count.
-        history: what was logged.
-        recent: losses since the newest log entry, finite ones only.
-        skipped: steps left out because their loss or gradient was not finite, counted from 1 as in `history`.
-    """
-
-    policy: DiffusionPolicy
-    ema: DiffusionPolicy
-    optimizer: torch.optim.AdamW
-    step: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-    recent: list[float] = field(default_factory=list)
-    skipped: list[int] = field(default_factory=list)
 
 
 class Tracker(Protocol):
@@ -403,54 +381,3 @@ def validation_loss(policy: DiffusionPolicy, validation: Windows) -> float:
     count = min(VALIDATION_WINDOWS, len(validation))
     windows = np.linspace(0, len(validation) - 1, count).round().astype(np.int64)
     return policy.loss(validation.gather(windows), derive_generator(0)).item()
-
-
-def run_record(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint notes of a run besides tensors, as JSON data."""
-    return {"step": state.step, "history": state.history, "recent": state.recent, "skipped": state.skipped}
-
-
-def restore_record(state: TrainState, record: dict[str, Any]) -> None:
-    """Put back what `run_record` gave.
-
-    Raises:
-        KeyError: no step or no history in it.
-        TypeError: something in it is of another type.
-        ValueError: as before.
-    """
-    state.step = int(record["step"])
-    state.history = list(record["history"])
-    # The first checkpoints noted neither.
-    state.recent = [float(loss) for loss in record.get("recent", [])]
-    state.skipped = [int(step) for step in record.get("skipped", [])]
-
-
-def optimizer_tensors(state: TrainState) -> dict[str, torch.Tensor]:
-    """The optimiser's memory as named tensors, for a checkpoint."""
-    return {
-        f"{index}.{name}": torch.as_tensor(value)
-        for index, memory in state.optimizer.state_dict()["state"].items()
-        for name, value in memory.items()
-    }
-
-
-def restore_optimizer(state: TrainState, tensors: dict[str, torch.Tensor]) -> None:
-    """Put the optimiser's memory back, as `optimizer_tensors` gave it.
-
-    Raises:
-        ValueError: tensors of another optimiser: a parameter without memory, or memory of another shape.
-    """
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    expected = {
-        f"{index}.{name}": shape
-        for index, p in enumerate(parameters)
-        for name, shape in (("step", ()), ("exp_avg", p.shape), ("exp_avg_sq", p.shape))
-    }
-    if {key: tuple(value.shape) for key, value in tensors.items()} != {k: tuple(v) for k, v in expected.items()}:
-        raise ValueError("the optimiser's memory does not fit the weights")
-    memory: dict[int, dict[str, Any]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        memory.setdefault(int(index), {})[name] = value
-    groups = state.optimizer.state_dict()["param_groups"]
-    state.optimizer.load_state_dict({"state": memory, "param_groups": groups})

@@ -234,7 +234,7 @@ def _serve(policies: Sequence[DiffusionPolicy], make_env: MakeEnv, num_envs: int
         envs = [make_env() for _ in range(num_envs)]
         while True:
             cells = connection.recv()
-            for result in run_episodes(controllers_of(policies, cells, envs[0]), envs, next_task):
+            for result in run_episodes(controllers_of(policies, cells, envs[0].action_space), envs, next_task):
                 connection.send(result)
     except Exception as error:
         traceback.print_exc()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from policy import PolicyConfig
 from policy.data import Demonstrations
 
 # Small networks run no faster on two threads, and tests should not depend on how many there are.
@@ -22,6 +23,18 @@ os.environ["XDG_CACHE_HOME"] = _CACHE.name
 ROOT = Path(__file__).resolve().parents[1]
 # A sum's rounding depends on the number of threads: runs that are compared bit for bit use one.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def small_config(obs_size: int, hidden_size: int) -> PolicyConfig:
+    """A policy that trains and loads in no time: three numbers seen, two to do."""
+    return PolicyConfig(
+        observation_shapes={"state": (3,)},
+        action_dim=2,
+        obs_size=obs_size,
+        encoder={"name": "state", "hidden_size": hidden_size},
+        denoiser={"name": "modulated_mlp", "hidden_size": hidden_size, "num_layers": 1},
+        schedule={"num_steps": 20, "beta_schedule": "squaredcos_cap_v2"},
+    )
 
 
 def randomize(policy: torch.nn.Module) -> None:

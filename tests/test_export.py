@@ -16,7 +16,7 @@ from policy import DiffusionPolicy, PolicyConfig, Sampler, load_checkpoint, save
 from policy.inference import compile_sampler
 from policy.inference import export as export_module
 from policy.inference.export import TOLERANCE, export_policy
-from policy.training import TrainState
+from policy.train_state import TrainState
 from tests.conftest import ROOT, randomize
 
 pytestmark = pytest.mark.skipif(

@@ -8,20 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from policy import PolicyConfig, TrainSettings
+from policy import TrainSettings
 from policy.data import Demonstrations
 from policy.data.windows import split_episodes
 from policy.seeding import derive_generator
 from policy.training import learning_rate, prepare_run, start_training, train, update_ema, validation_loss
+from tests.conftest import small_config
 
-CONFIG = PolicyConfig(
-    observation_shapes={"state": (3,)},
-    action_dim=2,
-    obs_size=16,
-    encoder={"name": "state", "hidden_size": 32},
-    denoiser={"name": "modulated_mlp", "hidden_size": 32, "num_layers": 1},
-    schedule={"num_steps": 20, "beta_schedule": "squaredcos_cap_v2"},
-)
+CONFIG = small_config(obs_size=16, hidden_size=32)
 SETTINGS = TrainSettings(
     steps=60, batch_size=32, warmup_steps=5, log_every=10, val_every=20, save_every=25, val_fraction=0.2
 )

@@ -19,7 +19,7 @@ from policy.checkpoint.files import (
     write_tensors,
 )
 from policy.diffusion_policy import DiffusionPolicy, config_to_json
-from policy.training import TrainState, optimizer_tensors, run_record
+from policy.train_state import TrainState, optimizer_tensors, run_record
 
 
 def save_checkpoint(

@@ -10,16 +10,21 @@ from policy.denoisers.denoiser import Denoiser
 from policy.denoisers.timestep import TimestepEmbedding
 
 
+def zeroed(layer: nn.Linear) -> nn.Linear:
+    """The layer, putting out zeros until it is trained."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class ModulatedBlock(nn.Module):
     """x + gate * change((1 + scale) * LayerNorm(x) + shift) (Peebles and Xie 2023, sec. 3.2)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulate = nn.Linear(width, 3 * width)
         # Each block starts as the identity: its gate is zero.
-        nn.init.zeros_(self.modulate.weight)
-        nn.init.zeros_(self.modulate.bias)
+        self.modulate = zeroed(nn.Linear(width, 3 * width))
 
     def modulation(self, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., width) to 1 + scale, shift and gate, each (..., width)."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from policy.denoisers.modulated import FeedForward, ModulatedDenoiser
+from policy.denoisers.modulated import FeedForward, ModulatedDenoiser, zeroed
 from policy.denoisers.timestep import check_sizes
 
 
@@ -50,9 +50,7 @@ class ModulatedMLP(ModulatedDenoiser):
         self.enter = nn.Linear(chunk_size, hidden_size)
         self.blocks = nn.ModuleList(FeedForward(hidden_size, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_size)
-        self.leave = nn.Linear(hidden_size, chunk_size)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+        self.leave = zeroed(nn.Linear(hidden_size, chunk_size))
 
     def denoise(self, noisy_actions: Tensor, conditions: Sequence[Tensor]) -> Tensor:
         """The whole chunk through the blocks; shapes as in `Denoiser.denoise`."""

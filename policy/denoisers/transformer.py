@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from policy.denoisers.modulated import FeedForward, ModulatedBlock, ModulatedDenoiser
+from policy.denoisers.modulated import FeedForward, ModulatedBlock, ModulatedDenoiser, zeroed
 from policy.denoisers.timestep import check_sizes
 
 
@@ -82,9 +82,7 @@ class Transformer(ModulatedDenoiser):
             for block in (Attention(hidden_size, num_heads), FeedForward(hidden_size, dropout))
         )
         self.norm = nn.LayerNorm(hidden_size)
-        self.leave = nn.Linear(hidden_size, action_dim)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+        self.leave = zeroed(nn.Linear(hidden_size, action_dim))
 
     def denoise(self, noisy_actions: Tensor, conditions: Sequence[Tensor]) -> Tensor:
         """The chunk's actions as tokens through the blocks; shapes as in `Denoiser.denoise`."""

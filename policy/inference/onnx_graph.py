@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from policy.diffusion_policy import is_image
+from policy.diffusion_policy import zero_observations
 from policy.inference.int8 import narrow
 from policy.inference.program import Program
 
@@ -77,12 +77,7 @@ def build_model(program: Program, weights: str = "float32") -> bytes:
 
 def _traced(program: Program) -> tuple[Any, Any]:
     config, sampler = program.policy.config, program.sampler
-    observations = {
-        key: torch.zeros(
-            TRACED_ROWS, config.obs_horizon, *shape, dtype=torch.uint8 if is_image(shape) else torch.float32
-        )
-        for key, shape in config.observation_shapes.items()
-    }
+    observations = zero_observations(config, TRACED_ROWS)
     batch, steps = torch.export.Dim("batch"), torch.export.Dim("steps")
     embedded = program.embedded_timesteps[:1].expand(TRACED_ROWS, -1, -1)
     x = torch.zeros(TRACED_ROWS, config.action_horizon, config.action_dim)

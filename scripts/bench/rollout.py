@@ -80,7 +80,7 @@ def _policy(env: Env) -> DiffusionPolicy:
 
 def _raw_and_share(policy: DiffusionPolicy, env: Env, cell: Cell, seeds: Sequence[int]) -> tuple[float, float]:
     """Steps a second of the environment alone, and the share of a rollout that the policy takes in full batches."""
-    controller = controllers_of([policy], [cell], env)[0]
+    controller = controllers_of([policy], [cell], env.action_space)[0]
     played: list[list[np.ndarray[Any, Any]]] = []
     with torch_threads(1):
         for seed in seeds:

@@ -13,24 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from policy import PolicyConfig, TrainSettings, load_checkpoint, save_checkpoint
+from policy import TrainSettings, load_checkpoint, save_checkpoint
 from policy.checkpoint import SaveError, keep_checkpoint, keeping, resume_training
 from policy.checkpoint.files import SCHEMA_VERSION
 from policy.checkpoint.keeping import rank
 from policy.data import Demonstrations
 from policy.training import prepare_run
-from tests.conftest import ENVIRONMENT, ROOT
+from tests.conftest import ENVIRONMENT, ROOT, small_config
 
 DATA = ROOT / "tests" / "data"
 GOLDEN = sorted(DATA.glob("checkpoint_schema*/"))
-CONFIG = PolicyConfig(
-    observation_shapes={"state": (3,)},
-    action_dim=2,
-    obs_size=8,
-    encoder={"name": "state", "hidden_size": 8},
-    denoiser={"name": "modulated_mlp", "hidden_size": 8, "num_layers": 1},
-    schedule={"num_steps": 20, "beta_schedule": "squaredcos_cap_v2"},
-)
+CONFIG = small_config(obs_size=8, hidden_size=8)
 
 
 def new_state(config=CONFIG):

@@ -16,19 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from policy import DiffusionPolicy, PolicyConfig, load_checkpoint
+from policy import DiffusionPolicy, load_checkpoint
 from policy.checkpoint import choose_env
 from policy.checkpoint.files import MAX_BYTES, MAX_HEADER_BYTES, MAX_MESSAGE, seal
-from tests.conftest import randomize
+from tests.conftest import randomize, small_config
 
-CONFIG = PolicyConfig(
-    observation_shapes={"state": (3,)},
-    action_dim=2,
-    obs_size=8,
-    encoder={"name": "state", "hidden_size": 8},
-    denoiser={"name": "modulated_mlp", "hidden_size": 8, "num_layers": 1},
-    schedule={"num_steps": 20, "beta_schedule": "squaredcos_cap_v2"},
-)
+CONFIG = small_config(obs_size=8, hidden_size=8)
 WEIGHTS = "policy.safetensors"
 SOON = 10.0  # seconds; a load takes some milliseconds
 

@@ -8,22 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from policy import DiffusionPolicy, PolicyConfig, TrainSettings, load_checkpoint
+from policy import DiffusionPolicy, TrainSettings, load_checkpoint
 from policy.behaviour_cloning import clone_behaviour
 from policy.data import Demonstrations
 from policy.normalizer import Normalizer
 from policy.sampler import Sampler
 from policy.tracking import NoTracker
 from policy.training import prepare_run, train
+from tests.conftest import small_config
 
-CONFIG = PolicyConfig(
-    observation_shapes={"state": (3,)},
-    action_dim=2,
-    obs_size=16,
-    encoder={"name": "state", "hidden_size": 32},
-    denoiser={"name": "modulated_mlp", "hidden_size": 32, "num_layers": 1},
-    schedule={"num_steps": 20, "beta_schedule": "squaredcos_cap_v2"},
-)
+CONFIG = small_config(obs_size=16, hidden_size=32)
 SETTINGS = TrainSettings(
     steps=30, batch_size=8, warmup_steps=5, learning_rate=1e-2, log_every=10, val_every=10, save_every=4
 )

@@ -14,7 +14,12 @@ def derive_seed(*keys: int) -> int:
 
     Returns:
         A seed for torch.
+
+    Raises:
+        ValueError: a negative one.
     """
+    if min(keys) < 0:
+        raise ValueError(f"seed must be 0 or more; got {min(keys)}")
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
 
 

@@ -573,5 +573,5 @@ def test_first_draws_of_neighbouring_seeds_are_uncorrelated():
 
 
 def test_negative_seeds_are_refused():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="seed must be 0 or more; got -1"):
         derive_generator(-1, 0)

@@ -337,3 +337,9 @@ def test_a_policy_sees_bytes_and_vectors_and_acts():
 def test_what_the_image_encoder_cannot_take_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         make(**changes)
+
+
+@pytest.mark.parametrize("hidden_size", [0, -1])
+def test_a_state_encoder_without_a_hidden_layer_is_refused(hidden_size):
+    with pytest.raises(ValueError, match=rf"encoder\.hidden_size must be 1 or more; got {hidden_size}"):
+        ENCODERS["state"](shapes={"state": (3,)}, obs_horizon=2, hidden_size=hidden_size)

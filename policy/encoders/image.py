@@ -118,7 +118,7 @@ class ImageEncoder(nn.Module):
                 )
         if not channels or any(width < 1 or width % GROUP_WIDTH for width in channels):
             raise ValueError(f"encoder.channels must be one or more multiples of {GROUP_WIDTH}; got {channels}")
-        for name, size, least in (("features", features, 1), ("hidden_size", hidden_size, 1), ("shift", shift, 0)):
+        for name, size, least in (("features", features, 1), ("shift", shift, 0)):
             if size < least:
                 raise ValueError(f"encoder.{name} must be {least} or more; got {size}")
         self.shift = shift

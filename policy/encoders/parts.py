@@ -24,7 +24,13 @@ def join_vectors(observations: Mapping[str, Tensor], keys: Sequence[str], noise:
 
 
 def final_mlp(width: int, hidden_size: int, obs_size: int, dropout: float) -> nn.Sequential:
-    """One hidden layer, dropped out in part while training: (B, width) to (B, obs_size)."""
+    """One hidden layer, dropped out in part while training: (B, width) to (B, obs_size).
+
+    Raises:
+        ValueError: a hidden layer of no width.
+    """
+    if hidden_size < 1:
+        raise ValueError(f"encoder.hidden_size must be 1 or more; got {hidden_size}")
     return nn.Sequential(
         nn.Linear(width, hidden_size), nn.SiLU(), nn.Dropout(dropout), nn.Linear(hidden_size, obs_size)
     )

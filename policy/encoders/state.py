@@ -22,7 +22,7 @@ class StateEncoder(nn.Module):
         dropout: dropped share of the hidden layer while training.
 
     Raises:
-        ValueError: an observation that is not a vector (an image, for instance).
+        ValueError: an observation that is not a vector (an image, for instance), or a setting out of range.
     """
 
     def __init__(

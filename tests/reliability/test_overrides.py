@@ -109,7 +109,7 @@ def given_files(tmp_path_factory) -> dict[str, list[str]]:
     state = start_training(DiffusionPolicy(config), TrainSettings())
     save_checkpoint(folder / "checkpoint", state, env={"name": "planar"}, execution_horizon=8, training={})
     data, checkpoint = f"dataset.path={folder}/planar-v0", f"checkpoint={folder}/checkpoint"
-    small = ["denoiser.hidden_size=8", "denoiser.num_layers=1", "tracker=none"]
+    small = ["denoiser.hidden_size=8", "denoiser.num_layers=1"]
     return {
         "collect": ["env=planar", f"output_dir={folder}/collected"],
         "inspect": [data],
@@ -223,7 +223,6 @@ def fuzz(given_files, examples: int) -> None:
     assert tried["odd", "accepted"] > examples / 100
 
 
-@pytest.mark.reliability  # not all of its findings are mended yet
 def test_overrides_are_accepted_or_refused_in_one_sentence(given_files):
     fuzz(given_files, 100)
 

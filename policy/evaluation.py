@@ -97,6 +97,8 @@ class Cell:
 
 # Number of a cell, and the episode's seed.
 Task = tuple[int, int]
+# Compiled sampling by the number of its cell.
+Programs = Mapping[int, SamplerProgram]
 
 
 class Controller(Protocol):
@@ -244,9 +246,22 @@ def _step(env: Env, episode: _Progress, action: NDArray[np.float32]) -> tuple[bo
 
 
 def controllers_of(
-    policies: Sequence[DiffusionPolicy], cells: Sequence[Cell], action_space: gymnasium.Space[Any]
+    policies: Sequence[DiffusionPolicy],
+    cells: Sequence[Cell],
+    action_space: gymnasium.Space[Any],
+    programs: Programs = {},  # noqa: B006  (never changed)
 ) -> list[RecedingHorizonController]:
-    """One controller a cell, planning in batches of the size that all rollouts use, for a `Box` of actions."""
+    """One controller a cell, planning in batches of the size that all rollouts use.
+
+    Args:
+        policies: what acts.
+        cells: one for each controller.
+        action_space: a `Box`.
+        programs: those of the cells, by number, that are compiled already.
+
+    Returns:
+        The controllers.
+    """
     assert isinstance(action_space, Box)
     return [
         RecedingHorizonController(
@@ -255,16 +270,23 @@ def controllers_of(
             execution_horizon=cell.execution_horizon,
             settings=cell.controller,
             plan_batch=PLAN_BATCH,
-            program=program_of(policies[cell.policy], cell),
+            program=programs.get(number) or program_of(policies[cell.policy], cell),
             action_space=action_space,
         )
-        for cell in cells
+        for number, cell in enumerate(cells)
     ]
 
 
 def program_of(policy: DiffusionPolicy, cell: Cell) -> SamplerProgram:
     """The compiled sampling of a cell."""
     return compile_sampler(policy, cell.sampler, backend=cell.backend, weights=cell.weights)
+
+
+def portable_programs(policies: Sequence[DiffusionPolicy], cells: Sequence[Cell]) -> Programs:
+    """The programs, by their cell's number, that take seconds to compile and can be sent to other processes."""
+    return {
+        number: program_of(policies[cell.policy], cell) for number, cell in enumerate(cells) if cell.backend == "onnx"
+    }
 
 
 def run_in_process(

@@ -24,9 +24,11 @@ from policy.evaluation import (
     Env,
     EpisodeResult,
     MakeEnv,
+    Programs,
     Task,
     check_num_envs,
     controllers_of,
+    portable_programs,
     run_episodes,
     run_in_process,
 )
@@ -49,11 +51,11 @@ class _Worker:
     assigned: set[Task] = field(default_factory=set)
     heard: float = field(default_factory=time.monotonic)
 
-    def give(self, cells: Sequence[Cell]) -> None:
+    def give(self, cells: Sequence[Cell], programs: Programs) -> None:
         """Begin a run."""
         self.asking = self.num_envs
         self.heard = time.monotonic()
-        self._send(cells)
+        self._send((cells, programs))
 
     def answer(self, task: Task | None) -> None:
         """Give a free environment its next task, or none."""
@@ -130,13 +132,14 @@ class RolloutPool:
         if not self._workers:
             yield from run_in_process(self._policies, self._envs, cells, tasks)
             return
+        programs = portable_programs(self._policies, cells)
         fresh, suspects, unfinished = deque(tasks), deque[Task](), set(tasks)
         attempts, fruitless = Counter[Task](), 0
         for worker in list(self._workers):
             if worker.asking:  # an earlier run was left before its end
-                self._replace(worker, cells)
+                self._replace(worker, cells, programs)
             else:
-                worker.give(cells)
+                worker.give(cells, programs)
         # Also until every environment has been told that there is no more: then all processes wait for the next run.
         while unfinished or any(worker.asking for worker in self._workers):
             for worker, message in self._messages():
@@ -159,7 +162,7 @@ class RolloutPool:
                         if fruitless == MAX_ATTEMPTS * len(self._workers):
                             raise WorkerError(f"rollout processes failed {fruitless} times in a row: {fault.reason}")
                         suspects.extend(sorted(worker.assigned))
-                        self._replace(worker, cells)
+                        self._replace(worker, cells, programs)
 
     def _messages(self) -> Iterator[tuple[_Worker, Any]]:
         """Whatever the processes have to say by now; a fault is the last that is heard of one."""
@@ -184,13 +187,13 @@ class RolloutPool:
         theirs.close()  # so that the process's end is seen at once
         return _Worker(process, connection, num_envs)
 
-    def _replace(self, worker: _Worker, cells: Sequence[Cell]) -> None:
+    def _replace(self, worker: _Worker, cells: Sequence[Cell], programs: Programs) -> None:
         worker.process.kill()
         worker.process.join()
         worker.connection.close()
         fresh = self._started(worker.num_envs)
         self._workers[self._workers.index(worker)] = fresh
-        fresh.give(cells)
+        fresh.give(cells, programs)
 
     def _stop(self) -> None:
         for worker in self._workers:
@@ -233,8 +236,9 @@ def _serve(policies: Sequence[DiffusionPolicy], make_env: MakeEnv, num_envs: int
     try:
         envs = [make_env() for _ in range(num_envs)]
         while True:
-            cells = connection.recv()
-            for result in run_episodes(controllers_of(policies, cells, envs[0].action_space), envs, next_task):
+            cells, programs = connection.recv()
+            controllers = controllers_of(policies, cells, envs[0].action_space, programs)
+            for result in run_episodes(controllers, envs, next_task):
                 connection.send(result)
     except Exception as error:
         traceback.print_exc()

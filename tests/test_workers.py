@@ -113,6 +113,14 @@ def test_one_process_with_many_environments_gives_each_task_its_own_result(polic
         assert roll(pool, tasks) == some_of(alone, tasks)
 
 
+def test_processes_run_the_very_programs_that_were_compiled_for_them(policies):
+    cells = [replace(cell, backend="onnx") for cell in CELLS]
+    tasks = [(number, seed) for number in range(len(cells)) for seed in SEEDS[:4]]
+    expected = dict(run_in_process(policies, [PlanarEnv()], cells, tasks))
+    with RolloutPool(policies, PLANAR, 4) as pool:
+        assert roll(pool, tasks, cells) == expected
+
+
 def check_worker_processes(policies, alone, num_envs):
     with RolloutPool(policies, PLANAR, num_envs) as pool:
         processes = multiprocessing.active_children()

@@ -23,6 +23,7 @@ from envs.pusht import PushTEnv
 from envs.pusht_geometry import (
     pusht_agent_pos,
     pusht_features,
+    pusht_hindsight,
     pusht_keypoints,
     pusht_mirror,
     pusht_state_features,
@@ -40,6 +41,7 @@ __all__ = [
     "make_expert",
     "pusht_agent_pos",
     "pusht_features",
+    "pusht_hindsight",
     "pusht_keypoints",
     "pusht_mirror",
     "pusht_state_features",

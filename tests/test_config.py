@@ -100,7 +100,7 @@ def test_every_experiment_composes_with_training_and_builds(experiment):
     _build("sampler", config["sampler"]).check(policy.schedule.num_steps)
     settings = {k: v for k, v in config["train"].items() if k != "_target_"}
     assert {name: getattr(_build("train", config["train"]), name) for name in settings} == settings
-    for key in ("transform",):
+    for key in ("relabel", "transform"):
         if key in config["dataset"]:
             assert callable(_build(key, config["dataset"][key]))
     with pytest.raises(ValueError, match=r"dataset\.path is missing"):

@@ -583,6 +583,23 @@ def test_pictures_are_resized(dataset):
     assert (found.observations["grey"] == 7).all()
 
 
+def swapped(observations, actions):
+    return {"state": observations["state"] + 1}, actions[:, ::-1]
+
+
+def test_an_episode_is_relabelled_before_it_is_transformed(dataset):
+    plain = dataset(*GOOD)
+    found = dataset(*GOOD, relabel=swapped, transform=doubled)
+    np.testing.assert_array_equal(found.observations["twice"], 2 * (plain.observations["state"] + 1))
+    np.testing.assert_array_equal(found.actions, plain.actions[:, ::-1])
+    assert_good(dataset(*GOOD))  # not what the other left in the cache
+
+
+def test_a_relabelling_that_fails_is_named(dataset):
+    with pytest.raises(ValueError, match=r"episode first: dataset\.relabel failed with TypeError"):
+        dataset(*GOOD, relabel=missing_key)
+
+
 def scaled(observations, by):
     return {"state": by * observations["state"]}
 

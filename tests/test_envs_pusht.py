@@ -316,6 +316,80 @@ def test_mirror_commutes_with_the_features_and_with_the_physics() -> None:
     np.testing.assert_allclose(envs.pusht_mirror(*envs.pusht_mirror({}, action))[1], action, rtol=1e-6)
 
 
+def demonstration(states):
+    """States as an episode has them, and actions that ask for the agent's next places."""
+    observations = {"state": states, "keypoint": envs.pusht_geometry.pusht_keypoints(states).reshape(-1, 9, 2)}
+    return observations, states[:, :2] + 3.0
+
+
+def test_hindsight_ends_on_the_target_and_keeps_everything_about_the_block():
+    states = random_states(30)
+    states[:, :4] = 200 + 0.2 * states[:, :4]  # well within the table
+    observations, actions = demonstration(states)
+    moved, moved_actions = envs.pusht_hindsight(observations, actions)
+    np.testing.assert_allclose(moved["state"][-1, 2:], [256, 256, np.pi / 4], atol=1e-3)
+    env = envs.make("pusht")
+    _, info = env.unwrapped.set_state(np.array([100, 100, *moved["state"][-1, 2:]]))
+    assert info["score"] > 0.999
+
+    def in_block(points, state):
+        cosine, sine = np.cos(state[:, 4]), np.sin(state[:, 4])
+        x, y = (points - state[:, 2:4]).T
+        return np.stack([cosine * x + sine * y, cosine * y - sine * x], axis=1)
+
+    for before, after in ((states[:, :2], moved["state"][:, :2]), (actions, moved_actions)):
+        np.testing.assert_allclose(in_block(after, moved["state"]), in_block(before, states), atol=1e-3)
+    np.testing.assert_allclose(
+        moved["keypoint"], envs.pusht_geometry.pusht_keypoints(moved["state"]).reshape(-1, 9, 2), atol=1e-3
+    )
+    again, again_actions = envs.pusht_hindsight(moved, moved_actions)
+    np.testing.assert_allclose(again["state"], moved["state"], atol=1e-3)
+    np.testing.assert_allclose(again_actions, moved_actions, atol=1e-3)
+
+
+def test_hindsight_keeps_dtypes_and_stays_on_the_table():
+    states = random_states(30).astype(np.float32)
+    observations, actions = demonstration(states)
+    moved, moved_actions = envs.pusht_hindsight(observations, actions.astype(np.float32))
+    assert {key: value.dtype for key, value in moved.items()} == dict.fromkeys(observations, np.dtype(np.float32))
+    assert moved_actions.dtype == np.float32
+    for places in (moved["state"][:, :2], moved_actions):
+        assert places.min() >= 0
+        assert places.max() <= 512
+
+
+def test_a_moved_demonstration_is_what_the_simulator_does():
+    """The physics does not know where on the table it happens: replayed actions move the block as before, elsewhere."""
+    env, elsewhere = envs.make("pusht"), envs.make("pusht")
+    start = np.array([250.0, 180.0, 256.0, 256.0, 0.2])
+    push = np.stack([np.full(25, 250.0), np.linspace(180, 300, 25)], axis=1).astype(np.float32)
+    env.unwrapped.set_state(start)
+    path = [start]
+    for action in push:
+        _, _, _, _, info = env.step(action)
+        path.append(np.array([*env.unwrapped._simulator.agent.position, *info["block_pose"]]))
+    moved, moved_push = envs.pusht_hindsight({"state": np.array(path)}, np.concatenate([push, push[-1:]]))
+    elsewhere.unwrapped.set_state(moved["state"][0])
+    for action in moved_push[:-1].astype(np.float32):
+        _, _, _, _, info = elsewhere.step(action)
+    assert np.linalg.norm(np.array(path)[-1, 2:4] - start[2:4]) > 20
+    np.testing.assert_allclose(info["block_pose"][:2], [256, 256], atol=1.0)
+    np.testing.assert_allclose(info["block_pose"][2], np.pi / 4, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("observations", "words"),
+    [
+        ({}, "need the key 'state'"),
+        ({"state": np.zeros((3, 4))}, "got shape"),
+        ({"state": np.zeros((3, 5)), "img": np.zeros((3, 8, 8, 3))}, "Push-T observation to move 'img'|'img'"),
+    ],
+)
+def test_hindsight_refuses_what_it_cannot_move(observations, words):
+    with pytest.raises(ValueError, match=words):
+        envs.pusht_hindsight(observations, np.zeros((3, 2)))
+
+
 def test_mirrored_keypoints_are_those_of_the_mirrored_state():
     env, mirrored_env = (envs.make("pusht", observation="keypoints") for _ in range(2))
     for state in random_states(20):

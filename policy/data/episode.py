@@ -15,6 +15,8 @@ from policy.diffusion_policy import is_image
 # Policy key: the file's key.
 Keys = Mapping[str, str]
 Transform = Callable[[dict[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
+# An episode's observations and actions to those of a demonstration of what it achieved.
+Relabel = Callable[[dict[str, NDArray[Any]], NDArray[Any]], tuple[Mapping[str, NDArray[Any]], NDArray[Any]]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

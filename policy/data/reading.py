@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from PIL import Image
 from policy.arguments import unknown_name
 from policy.data.cache import bad_episode, default_cache_dir, open_cached, write_cached
 from policy.data.demonstrations import Demonstrations
-from policy.data.episode import Episode, EpisodeReader, Request, Transform, as_images
+from policy.data.episode import Episode, EpisodeReader, Relabel, Request, Transform, as_images
 from policy.data.files import fingerprint, list_files
 from policy.data.formats import FORMATS
 from policy.data.formats.minari import find_minari
@@ -36,6 +37,7 @@ def read_demonstrations(
     action_key: str | None = None,
     subset: str | None = None,
     max_episodes: int | None = None,
+    relabel: Relabel | None = None,
     transform: Transform | None = None,
     image_size: int | None = None,
     on_bad_episode: str = "error",
@@ -52,6 +54,8 @@ def read_demonstrations(
         action_key: the file's key of the actions, where it is not the format's own.
         subset: a subset of the episodes that the file itself names (robomimic's filter keys, LeRobot's splits).
         max_episodes: only the first so many good episodes.
+        relabel: hindsight: rewrites an episode, the file's observations by key and its actions, as a demonstration of
+            what it achieved.
         transform: maps the file's observations of an episode, (T, ...) by key, to those the environment gives.
         image_size: height and width to which images are resized; by default they stay as they are.
         on_bad_episode: `error` refuses a dataset with a bad episode, `skip` leaves bad ones out with a warning.
@@ -79,7 +83,8 @@ def read_demonstrations(
         "action_key": action_key,
         "subset": subset,
         "max_episodes": max_episodes,
-        "transform": transform and _code_of(transform),
+        "relabel": relabel and _code_of("relabel", relabel),
+        "transform": transform and _code_of("transform", transform),
         "image_size": image_size,
         "path": str(path.resolve()),
     }
@@ -91,7 +96,7 @@ def read_demonstrations(
         try:
             write_cached(
                 folder,
-                _episodes(reader, transform, image_size, max_episodes),
+                _episodes(reader, partial(_prepared, reader, relabel, transform, image_size), max_episodes),
                 source=str(path),
                 metadata=reader.metadata,
                 held_out=reader.held_out,
@@ -125,28 +130,41 @@ def _open(format: str, path: Path, files: Mapping[str, Path], request: Request) 
 
 
 def _episodes(
-    reader: EpisodeReader, transform: Transform | None, image_size: int | None, max_episodes: int | None
+    reader: EpisodeReader, read: Callable[[str], Episode], max_episodes: int | None
 ) -> Iterator[tuple[str, Callable[[], Episode]]]:
     total = min(len(reader.names), max_episodes or len(reader.names))
     with progress(reader.names, total=total, desc="read", unit="episode") as names:
         for name in names:
-            yield name, partial(_prepared, reader, name, transform, image_size)
+            yield name, partial(read, name)
 
 
-def _prepared(reader: EpisodeReader, name: str, transform: Transform | None, image_size: int | None) -> Episode:
+def _prepared(
+    reader: EpisodeReader, relabel: Relabel | None, transform: Transform | None, image_size: int | None, name: str
+) -> Episode:
     episode = reader.read(name)
-    observations = dict(episode.observations)
+    observations, actions = dict(episode.observations), episode.actions
+    if relabel is not None:
+        with _named("relabel"):
+            relabelled, actions = relabel(observations, actions)
+            observations = dict(relabelled)
     if transform is not None:
-        try:
+        with _named("transform"):
             observations = dict(transform(observations))
-        except Exception as error:  # the user's code
-            raise ValueError(f"dataset.transform failed with {type(error).__name__}: {error}") from error
     if image_size is not None:
         observations = {
             key: resized(as_images(key, values), image_size) if is_image(values.shape[1:]) else values
             for key, values in observations.items()
         }
-    return Episode(observations=observations, actions=episode.actions)
+    return Episode(observations=observations, actions=actions)
+
+
+@contextmanager
+def _named(setting: str) -> Iterator[None]:
+    """Name the setting whose function, the user's code, fails."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"dataset.{setting} failed with {type(error).__name__}: {error}") from error
 
 
 def resized(images: NDArray[Any], size: int) -> NDArray[np.uint8]:
@@ -158,12 +176,12 @@ def resized(images: NDArray[Any], size: int) -> NDArray[np.uint8]:
     return np.stack(smaller).reshape(len(images), size, size, images.shape[3])
 
 
-def _code_of(transform: Transform) -> str:
+def _code_of(setting: str, given: Callable[..., Any]) -> str:
     """A name for a function's file as it is now: edited code must not find what the old code left in the cache."""
-    function = getattr(transform, "func", transform)  # inside a functools.partial
-    settings = [getattr(transform, "args", ()), sorted(getattr(transform, "keywords", {}).items())]
+    function = getattr(given, "func", given)  # inside a functools.partial
+    settings = [getattr(given, "args", ()), sorted(getattr(given, "keywords", {}).items())]
     try:
         code = Path(inspect.getfile(function)).read_bytes()
     except (TypeError, OSError) as error:
-        raise ValueError(f"dataset.transform must be a function from a file; got {transform!r}") from error
+        raise ValueError(f"dataset.{setting} must be a function from a file; got {given!r}") from error
     return f"{function.__module__}.{function.__qualname__} {settings!r} {hashlib.sha256(code).hexdigest()}"

@@ -22,7 +22,7 @@ PICTURE_SIZE = 96  # of an observed picture, as in the public demonstrations
 class PushTEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     """Push-T, observed as features, as keypoints or as a picture.
 
-    Observation: ``"features"`` is (22,) float32, see `pusht_features`. ``"keypoints"`` is a dict of ``keypoint`` (18,)
+    Observation: ``"features"`` is (40,) float32, see `pusht_features`. ``"keypoints"`` is a dict of ``keypoint`` (18,)
     float32, see `pusht_keypoints`, and ``agent_pos`` (2,) float32 in pixels. ``"image"`` is a dict of ``image``
     (96, 96, 3) uint8, gym-pusht's ``pixels``, and ``agent_pos``. Action: (2,) float32 in [0, 512], the finger's target
     position in pixels. ``info["score"]`` is ``min(coverage / 0.95, 1)`` at that step (also the reward),

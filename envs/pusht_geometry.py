@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from envs.errors import choose
 
-FEATURE_DIM = 22
+FEATURE_DIM = 40
 KEYPOINT_DIM = 18
 TABLE_SIZE = np.float32(512)
 
@@ -23,6 +23,10 @@ _CORNERS.setflags(write=False)
 # Where the target lies, as a block pose: x, y (pixels) and angle (radians).
 TARGET_POSE = np.array([256.0, 256.0, np.pi / 4])
 TARGET_POSE.setflags(write=False)
+# Pixels: distances from the target that matter, and distances of the agent from the block.
+NEAR, AROUND = 30.0, 200.0
+# Where `pusht_features` has the corners, their distances from the target, and the agent in the block's frame.
+_CORNERS_AT, _ERRORS_AT, _AGENT_AT = slice(6, 22), slice(22, 38), slice(38, 40)
 
 # The nine points of `keypoint` in the public demonstrations (pusht_cchi_v7_replay.zarr.zip), in the block's own frame:
 # the medians of R(angle)^T (keypoint - block xy) over its 25,650 rows, whose `state` holds the block's origin. Half the
@@ -50,18 +54,23 @@ def pusht_features(state: ArrayLike) -> NDArray[np.float32]:
         state: (..., 5) agent x, agent y, block x, block y (pixels, 0 to 512) and block angle (radians).
 
     Returns:
-        (..., 22) float32: agent xy, block xy, cosine and sine of the block angle, and x, y of the T's eight
-        corners in the world (pixels), in the order of gym-pusht's keypoints.
+        (..., 40) float32: agent xy, block xy, cosine and sine of the block angle, x, y of the T's eight corners in the
+        world (pixels), in the order of gym-pusht's keypoints; then what the last pixels need: how far each corner is
+        from its place on the target, x and y, as tanh(pixels / 30), and where the agent is as the block sees it
+        (pixels along the block's own axes, held within 200).
 
     Raises:
         ValueError: If the last axis is not 5 long.
     """
     state = _check_state(state)
+    corners = _on_table(state, _CORNERS)
     features = np.empty((*state.shape[:-1], FEATURE_DIM), dtype=np.float32)
     features[..., :4] = state[..., :4]
     features[..., 4] = np.cos(state[..., 4])
     features[..., 5] = np.sin(state[..., 4])
-    features[..., 6:] = _on_table(state, _CORNERS)
+    features[..., _CORNERS_AT] = corners
+    features[..., _ERRORS_AT] = np.tanh((corners - _TARGET_CORNERS) / NEAR)
+    features[..., _AGENT_AT] = np.clip(_in_block(state), -AROUND, AROUND)
     return features
 
 
@@ -88,7 +97,7 @@ def pusht_state_features(observations: Mapping[str, NDArray[Any]]) -> dict[str, 
         observations: ``"state"`` (T, 5); other keys stay as they are.
 
     Returns:
-        The same with ``"state"`` (T, 22) float32, see `pusht_features`.
+        The same with ``"state"`` (T, 40) float32, see `pusht_features`.
 
     Raises:
         ValueError: If there is no such state.
@@ -166,7 +175,7 @@ def pusht_mirror(
     another valid demonstration. A point (x, y) goes to (512 - y, 512 - x), a block angle to a quarter turn less it.
 
     Args:
-        observations: By key, with any leading axes: ``"state"`` (..., 22) as `pusht_features` gives it, ``"keypoint"``
+        observations: By key, with any leading axes: ``"state"`` (..., 40) as `pusht_features` gives it, ``"keypoint"``
             (..., 18) as `pusht_keypoints` gives it, ``"agent_pos"`` (..., 2), ``"image"`` (..., H, H, channels).
         actions: (..., 2) float32, target positions in pixels.
 
@@ -188,10 +197,15 @@ def _mirror_features(features: NDArray[Any]) -> NDArray[Any]:
     mirrored = np.empty_like(features)
     mirrored[..., :4] = _mirror_points(features[..., :4])
     mirrored[..., [4, 5]] = features[..., [5, 4]]
-    # Left and right corners change places, in each of the four pairs.
-    pairs = _mirror_points(features[..., 6:]).reshape(*features.shape[:-1], 4, 2, 2)
-    mirrored[..., 6:] = pairs[..., ::-1, :].reshape(*features.shape[:-1], 16)
+    mirrored[..., _CORNERS_AT] = _swap_corners(_mirror_points(features[..., _CORNERS_AT]))
+    mirrored[..., _ERRORS_AT] = -_swap_corners(features[..., _ERRORS_AT])[..., _YX]
+    mirrored[..., _AGENT_AT] = features[..., _AGENT_AT] * [-1, 1]
     return mirrored
+
+
+def _swap_corners(points: NDArray[Any]) -> NDArray[Any]:
+    """Let left and right corners change places, in each of the four pairs."""
+    return points.reshape(*points.shape[:-1], 4, 2, 2)[..., ::-1, :].reshape(points.shape)
 
 
 def _mirror_keypoints(keypoints: NDArray[Any]) -> NDArray[Any]:
@@ -239,15 +253,6 @@ def _counterparts() -> NDArray[np.float32]:
     return (np.hstack([_KEYPOINTS * [-1, 1], ones]) @ np.linalg.pinv(np.hstack([_KEYPOINTS, ones]))).astype(np.float32)
 
 
-_COUNTERPARTS = _counterparts()
-_MIRRORS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
-    "state": _mirror_features,
-    "keypoint": _mirror_keypoints,
-    "agent_pos": _mirror_agent,
-    "image": _mirror_picture,
-}
-
-
 def _state_of(observations: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
     """Return the state.
 
@@ -278,3 +283,22 @@ def _on_table(state: NDArray[np.float64], points: NDArray[np.float64]) -> NDArra
     x = state[..., 2:3] + cosine * points[:, 0] - sine * points[:, 1]
     y = state[..., 3:4] + sine * points[:, 0] + cosine * points[:, 1]
     return np.stack([x, y], axis=-1).reshape(*state.shape[:-1], -1)
+
+
+def _in_block(state: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Where the agent is in the block's own frame, (..., 2)."""
+    cosine, sine = np.cos(state[..., 4]), np.sin(state[..., 4])
+    x, y = np.moveaxis(state[..., :2] - state[..., 2:4], -1, 0)
+    return np.stack([cosine * x + sine * y, cosine * y - sine * x], axis=-1)
+
+
+_COUNTERPARTS = _counterparts()
+_TARGET_CORNERS = _on_table(np.array([0.0, 0.0, *TARGET_POSE]), _CORNERS)
+# Exchanges x and y of eight points.
+_YX = np.arange(16).reshape(8, 2)[:, ::-1].ravel()
+_MIRRORS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    "state": _mirror_features,
+    "keypoint": _mirror_keypoints,
+    "agent_pos": _mirror_agent,
+    "image": _mirror_picture,
+}

@@ -51,6 +51,7 @@ def clone_behaviour(
     num_envs: int = 8,
     device: str = "cpu",
     output_dir: Path | None = None,
+    expected: list[dict[str, float]] | None = None,
 ) -> None:
     """Train a diffusion policy on demonstrations; the same command with the same output_dir goes on where it stopped.
 
@@ -76,6 +77,7 @@ def clone_behaviour(
         num_envs: environments in the rollouts while training.
         device: `cpu` or `cuda`.
         output_dir: receives `checkpoint/`; by default a new folder under outputs/train.
+        expected: what a preset reaches, at each of some `ddim_steps`: `success_rate` and `score_mean`; only printed.
 
     Raises:
         ValueError: settings that do not fit each other, the data or the environment, before training starts; or
@@ -119,7 +121,7 @@ def clone_behaviour(
     with only_process(folder):
         if is_checkpoint(checkpoint):
             resume_training(checkpoint, run.state, settings)
-            print(f"going on at step {run.state.step} of {train.steps}: {checkpoint}")
+            print(f"going on at step {run.state.step} of {train.all_steps}: {checkpoint}")
             if checkpoint.exists():  # a kill may have come after it was saved and before it was kept
                 keep_checkpoint(checkpoint, run.state, keep_last=train.keep_last)
 
@@ -152,10 +154,12 @@ def clone_behaviour(
         if skipped := run.state.skipped:
             print(f"{len(skipped)} of {run.state.step} steps skipped, not finite: {', '.join(map(str, skipped))}")
         tracked = tracking.finish()
-        if run.state.step < train.steps:
+        if run.state.step < train.all_steps:
             print(f"stopped at step {run.state.step} and saved: the same command with output_dir={folder} goes on")
             raise KeyboardInterrupt  # what would come after a whole training must not start
         print(f"checkpoint: {checkpoint}" + (f"   tracked: {tracked}" if tracked else ""))
+        for row in expected or []:
+            print("this preset's figures: " + ", ".join(f"{name}={value}" for name, value in row.items()))
         print(f"next: python scripts/rollout.py checkpoint={checkpoint}")
 
 

@@ -160,26 +160,30 @@ class DiffusionPolicy(nn.Module, HubPolicy):
             return self.observation_normalizers[key].normalize(on_device)  # type: ignore[operator]
         return on_device / 127.5 - 1
 
-    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
+    def loss(self, batch: Batch, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
         """Mean squared error of the denoiser on one batch, weighted by timestep, padding left out (DDPM, eq. 14).
 
         Args:
             batch: see `Batch`.
             generator: source of timesteps and noise, on the CPU.
+            noise: (B, action_horizon, action_dim) that belongs to each chunk, in place of noise drawn for it.
 
         Returns:
             () loss.
 
         Raises:
-            ValueError: see `embed`, or actions or a mask of another shape.
+            ValueError: see `embed`, or actions, a mask or noise of another shape.
         """
         shape = (len(batch["actions"]), self.config.action_horizon, self.config.action_dim)
-        for name, value, expected in (("actions", batch["actions"], shape), ("mask", batch["mask"], shape[:2])):
-            if tuple(value.shape) != expected:
+        given = (("actions", batch["actions"], shape), ("mask", batch["mask"], shape[:2]), ("noise", noise, shape))
+        for name, value, expected in given:
+            if value is not None and tuple(value.shape) != expected:
                 raise ValueError(f"{name} must have shape {expected}; got {tuple(value.shape)}")
         x_0 = self.action_normalizer.normalize(batch["actions"].to(self.device, torch.float32))
         timestep = torch.randint(self.schedule.num_steps, (len(x_0),), generator=generator)
-        noise = torch.randn(x_0.shape, generator=generator).to(self.device)
+        if noise is None:
+            noise = torch.randn(x_0.shape, generator=generator)
+        noise = noise.to(self.device)
         x_t = self.schedule.add_noise(x_0, noise, timestep)
         target = self.schedule.target(x_0, noise, timestep, self.config.prediction_type)
         predicted = self.denoiser(x_t, timestep.to(self.device), self.embed(batch["observations"]))

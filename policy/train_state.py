@@ -21,12 +21,14 @@ class TrainState:
         step: steps done, also the average's update count.
         history: what was logged.
         recent: losses since the newest log entry, finite ones only.
+        teacher: the policy whose chunks are learnt from, during rectification.
         skipped: steps left out because their loss or gradient was not finite, counted from 1 as in `history`.
     """
 
     policy: DiffusionPolicy
     ema: DiffusionPolicy
     optimizer: torch.optim.AdamW
+    teacher: DiffusionPolicy | None = None
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)

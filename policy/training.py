@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.data.windows import Windows, split_episodes
 from policy.diffusion_policy import Batch, DiffusionPolicy, PolicyConfig
+from policy.inference import SamplerProgram
 from policy.normalizer import Limits, Normalizer
 from policy.progress import progress
+from policy.rectification import pairs, start_rectification
 from policy.seeding import derive_generator, derive_seed
 from policy.train_state import TrainState
 
@@ -39,7 +41,10 @@ class TrainSettings:
     """Settings of behaviour cloning.
 
     Attributes:
-        steps: optimiser steps in all.
+        steps: optimiser steps on the demonstrations.
+        rectify_steps: optimiser steps after these on the policy's own chunks, with a warm-up and a cosine of their own,
+            see `policy.rectification`; 0 for none.
+        rectify_ddim_steps: denoising steps with which those chunks are made.
         batch_size: windows in a step.
         learning_rate: peak, reached after the warm-up, then decayed to zero along a cosine.
         weight_decay: of AdamW, on weight matrices only.
@@ -61,6 +66,8 @@ class TrainSettings:
     """
 
     steps: int = 8_000
+    rectify_steps: int = 0
+    rectify_ddim_steps: int = 8
     batch_size: int = 256
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
@@ -79,13 +86,21 @@ class TrainSettings:
     on_bad_loss: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "val_every", "save_every", "rollout_episodes"):
+        for name in (
+            "steps",
+            "rectify_ddim_steps",
+            "batch_size",
+            "log_every",
+            "val_every",
+            "save_every",
+            "rollout_episodes",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be 1 or more; got {getattr(self, name)}")
         for name in ("learning_rate", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name} must be above 0; got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_steps", "keep_last", "rollout_every"):
+        for name in ("rectify_steps", "weight_decay", "warmup_steps", "keep_last", "rollout_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"train.{name} must be 0 or more; got {getattr(self, name)}")
         for name in ("ema_decay", "val_fraction"):
@@ -94,6 +109,11 @@ class TrainSettings:
         for name, options in (("precision", ("float32", "bfloat16")), ("on_bad_loss", ("stop", "skip"))):
             if getattr(self, name) not in options:
                 raise ValueError(f"train.{name} must be one of {', '.join(options)}; got {getattr(self, name)!r}")
+
+    @property
+    def all_steps(self) -> int:
+        """Optimiser steps in all."""
+        return self.steps + self.rectify_steps
 
 
 class Tracker(Protocol):
@@ -139,9 +159,17 @@ def prepare_run(
 
     Returns:
         The run at step 0.
+
+    Raises:
+        ValueError: rectification with more denoising steps than the schedule has timesteps.
     """
     torch.manual_seed(derive_seed(seed, 0))  # initialisers draw from the global generator
     policy = DiffusionPolicy(config)
+    if settings.rectify_steps and settings.rectify_ddim_steps > policy.schedule.num_steps:
+        raise ValueError(
+            f"train.rectify_ddim_steps must be within 1..{policy.schedule.num_steps} (the schedule's num_steps);"
+            f" got {settings.rectify_ddim_steps}"
+        )
     layout: dict[str, Any] = {
         "obs_horizon": config.obs_horizon,
         "action_horizon": config.action_horizon,
@@ -199,9 +227,12 @@ def fit_normalizers(policy: DiffusionPolicy, training: Windows) -> None:
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
-    """Linear warm-up, then a cosine from the peak to zero at the last step."""
+    """Linear warm-up, then a cosine from the peak to zero at the last step; rectification begins anew."""
+    steps = settings.steps
+    if settings.rectify_steps and step >= steps:
+        step, steps = step - steps, settings.rectify_steps
     warmup = min(1.0, (step + 1) / (settings.warmup_steps + 1))
-    return settings.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    return settings.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 @torch.no_grad()
@@ -228,7 +259,7 @@ def train(
     rollout: Callable[[DiffusionPolicy], dict[str, float]] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Train until `settings.steps`, from wherever the state is.
+    """Train until `settings.all_steps`, from wherever the state is.
 
     Step n draws its windows, timesteps, noise and dropout from (seed, n) alone, so that an interrupted and resumed
     run is the same run.
@@ -251,12 +282,15 @@ def train(
     """
     state, training, validation = run.state, run.training, run.validation
     unread: list[Outcome] = []
-    with progress(total=settings.steps, initial=state.step, desc="train", unit="step") as bar:
-        for windows, batch in batches_ahead(training, range(state.step, settings.steps), settings.batch_size, seed):
-            unread.append((windows, _train_step(state, batch, settings, seed)))
+    teacher: SamplerProgram | None = None
+    with progress(total=settings.all_steps, initial=state.step, desc="train", unit="step") as bar:
+        for windows, batch in batches_ahead(training, range(state.step, settings.all_steps), settings.batch_size, seed):
+            if teacher is None and state.step >= settings.steps:
+                teacher = start_rectification(state, settings.rectify_ddim_steps)
+            unread.append((windows, _train_step(state, batch, teacher, settings, seed)))
             state.step += 1
             bar.update()
-            last = state.step == settings.steps
+            last = state.step == settings.all_steps
             metrics: dict[str, float] = {}
             if last or state.step % settings.log_every == 0:
                 _read(unread, state, training, settings)
@@ -309,13 +343,18 @@ def batches_ahead(
             yield waiting.popleft().result()
 
 
-def _train_step(state: TrainState, batch: Batch, settings: TrainSettings, seed: int) -> torch.Tensor:
+def _train_step(
+    state: TrainState, batch: Batch, teacher: SamplerProgram | None, settings: TrainSettings, seed: int
+) -> torch.Tensor:
     torch.manual_seed(derive_seed(seed, 1, state.step))  # the source of dropout and observation noise
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, settings)
     state.policy.train()
+    generator, noise = derive_generator(seed, 2, state.step), None
+    if teacher is not None:
+        batch, noise = pairs(teacher, batch, generator)
     with torch.autocast(state.policy.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-        loss = state.policy.loss(batch, derive_generator(seed, 2, state.step))
+        loss = state.policy.loss(batch, generator, noise)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(state.policy.parameters(), settings.grad_clip)
     figures = torch.stack([loss.detach(), norm])

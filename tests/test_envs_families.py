@@ -15,7 +15,7 @@ EXTRAS = {"gymnasium_robotics": "robotics", "gym_pusht": "pusht", "metaworld": "
 FAMILIES = [
     ("planar", {}, None, {"": (4,)}, 2),
     ("gym", {"id": "Pendulum-v1", "kwargs": {"g": 5.0}}, None, {"": (3,)}, 1),
-    ("pusht", {}, "gym_pusht", {"": (22,)}, 2),
+    ("pusht", {}, "gym_pusht", {"": (40,)}, 2),
     ("pusht", {"observation": "keypoints"}, "gym_pusht", {"keypoint": (18,), "agent_pos": (2,)}, 2),
     ("pusht", {"observation": "image"}, "gym_pusht", {"image": (96, 96, 3), "agent_pos": (2,)}, 2),
     ("metaworld", {}, "metaworld", {"": (39,)}, 4),

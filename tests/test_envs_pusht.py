@@ -42,7 +42,7 @@ def test_corners_are_the_shapes_vertices_in_the_world():
             upstream.block.local_to_world(vertex) for shape in upstream._block_shapes for vertex in shape.get_vertices()
         ]
         features = envs.pusht_features(state)
-        np.testing.assert_allclose(features[6:], np.array(corners).ravel(), atol=1e-3)
+        np.testing.assert_allclose(features[6:22], np.array(corners).ravel(), atol=1e-3)
         np.testing.assert_allclose(features[4:6], [np.cos(state[4]), np.sin(state[4])], atol=1e-6)
         np.testing.assert_allclose(features[:4], state[:4], atol=1e-4)
 
@@ -51,17 +51,37 @@ def test_features_equal_gym_pushts_keypoints():
     upstream = Upstream(obs_type="environment_state_agent_pos")
     observation, _ = upstream.reset(seed=4)
     ours, _ = envs.make("pusht").reset(seed=4)
-    np.testing.assert_allclose(ours[6:], observation["environment_state"], atol=1e-3)
+    np.testing.assert_allclose(ours[6:22], observation["environment_state"], atol=1e-3)
     np.testing.assert_allclose(ours[:2], observation["agent_pos"], atol=1e-4)
+
+
+def test_features_say_how_far_the_block_is_from_the_target():
+    on_target = envs.pusht_features([100, 100, 256, 256, np.pi / 4])
+    np.testing.assert_allclose(on_target[22:38], 0, atol=1e-5)
+    shifted = envs.pusht_features([100, 100, 256 + 3, 256 - 6, np.pi / 4])[22:38].reshape(8, 2)
+    np.testing.assert_allclose(shifted, np.tanh([[0.1, -0.2]] * 8), atol=1e-5)
+    upstream = Upstream()
+    upstream.reset(seed=0)
+    np.testing.assert_allclose(upstream.goal_pose, envs.pusht_geometry.TARGET_POSE)
+
+
+def test_features_say_where_the_agent_is_for_the_block():
+    upstream = Upstream()
+    upstream.reset(seed=0)
+    for state in random_states(20):
+        upstream.block.angle = float(state[4])
+        upstream.block.position = state[2:4].tolist()
+        seen = np.array(upstream.block.world_to_local(state[:2].tolist()))
+        np.testing.assert_allclose(envs.pusht_features(state)[38:], np.clip(seen, -200, 200), atol=1e-3)
 
 
 def test_features_take_any_leading_axes():
     states = random_states(12)
     batched = envs.pusht_features(states.reshape(3, 4, 5))
-    assert batched.shape == (3, 4, 22)
+    assert batched.shape == (3, 4, 40)
     assert batched.dtype == np.float32
     one_by_one = np.stack([envs.pusht_features(state) for state in states])
-    np.testing.assert_array_equal(batched.reshape(12, 22), one_by_one)
+    np.testing.assert_array_equal(batched.reshape(12, 40), one_by_one)
 
 
 def test_features_do_not_jump_at_a_full_turn():
@@ -441,7 +461,7 @@ def test_mirror_takes_any_leading_axes():
     ("observations", "words"),
     [
         ({"img": np.zeros((96, 96, 3))}, "Did you mean 'image'"),
-        ({"state": np.zeros((4, 5))}, r"'state' to mirror is \(..., 22\); got shape \(4, 5\)"),
+        ({"state": np.zeros((4, 5))}, r"'state' to mirror is \(..., 40\); got shape \(4, 5\)"),
         ({"keypoint": np.zeros((4, 9, 2))}, r"'keypoint' to mirror is \(..., 18\)"),
         ({"agent_pos": np.zeros(3)}, r"'agent_pos' to mirror is \(..., 2\)"),
         ({"image": np.zeros((96, 80, 3))}, "as high as wide"),

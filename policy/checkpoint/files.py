@@ -140,6 +140,38 @@ def replacing(folder: Path) -> Iterator[Path]:
         ) from error
 
 
+@contextmanager
+def adding(folder: Path) -> Iterator[Path]:
+    """Write files into a folder that may hold others; those of the same name are replaced once all of them are whole.
+
+    Args:
+        folder: made if need be.
+
+    Yields:
+        An empty folder to write the files into.
+
+    Raises:
+        SaveError: they cannot be written: the disk is full, say.
+    """
+    # Inside, not beside: `folder` may be where a file system is mounted, and a file cannot be renamed into another one.
+    new, is_made = folder / ".saving", not folder.exists()
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        yield new
+        seal(new)
+        for file in sorted(new.iterdir(), key=lambda file: file.name == CHECKSUMS):  # a kill in between is found out
+            file.replace(folder / file.name)
+        new.rmdir()
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder if is_made else new, ignore_errors=True)
+        raise SaveError(
+            f"the policy could not be saved to {folder} ({error}); what was there before is as it was: make room, or"
+            " mend what is named here, and save again"
+        ) from error
+
+
 def discard(folder: Path) -> None:
     """Remove a checkpoint folder; killed halfway, it leaves nothing that looks like one."""
     gone = _beside(folder, "gone")

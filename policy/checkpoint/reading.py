@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,8 @@ from policy.train_state import TrainState, restore_optimizer, restore_record
 
 # The one size of a policy that its weights do not show.
 MAX_NUM_STEPS = 100_000
+# Settings of training that came after the first schema, and what a checkpoint without them was trained with.
+SETTINGS_OF_BEFORE = {"keep_last": 3, "precision": "float32", "rectify_steps": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +102,7 @@ def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]
         folder: the checkpoint folder.
         state: a fresh state of the same configuration, changed in place.
         training: how it is trained, as given to `save_checkpoint`; must be the same. Settings that came into being
-            after the checkpoint are not compared.
+            after the checkpoint are compared with what was done without them.
 
     Raises:
         ValueError: the checkpoint is missing, damaged, or of another configuration.
@@ -108,7 +111,10 @@ def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]
     was, path = opened.config, opened.path
     with refusing(path / CONFIG):
         # Settings of a policy that the checkpoint's version did not know had then what is their default now.
-        before = {"policy": config_to_json(config_from_json(was["policy"])), "training": was["training"]}
+        before = {
+            "policy": config_to_json(config_from_json(was["policy"])),
+            "training": {**SETTINGS_OF_BEFORE, **was["training"]},
+        }
         now = {"policy": config_to_json(state.policy.config), "training": dict(training)}
         for part in before:
             then, after = _as_json(before[part]), _as_json(now[part])
@@ -121,7 +127,11 @@ def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]
     averaged, tensors = read_tensors(files[WEIGHTS]), read_tensors(files[TRAINING_WEIGHTS])
     record = read_json(files[TRAINING_RECORD])
     with refusing(path):
-        for policy, found in ((state.ema, averaged), (state.policy, _under("policy.", tensors))):
+        policies = [(state.ema, averaged), (state.policy, _under("policy.", tensors))]
+        if teacher := _under("teacher.", tensors):
+            state.teacher = copy.deepcopy(state.ema)
+            policies.append((state.teacher, teacher))
+        for policy, found in policies:
             _check_fit(state.policy.config, found, path)
             policy.load_state_dict(found)
         try:

@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from policy.checkpoint.files import (
     CONFIG,
     SCHEMA_VERSION,
@@ -53,7 +55,8 @@ def save_checkpoint(
         write_json(new / TRAINING_RECORD, run_record(state))
         newest = {f"policy.{k}": v for k, v in state.policy.state_dict().items()}
         memory = {f"optimizer.{k}": v for k, v in optimizer_tensors(state).items()}
-        write_tensors(new / TRAINING_WEIGHTS, newest | memory)
+        teacher = {f"teacher.{k}": v for k, v in state.teacher.state_dict().items()} if state.teacher else {}
+        write_tensors(new / TRAINING_WEIGHTS, newest | memory | teacher)
 
 
 def write_policy(
@@ -81,7 +84,8 @@ def write_policy(
         "training": dict(training),
         "versions": {
             "python": platform.python_version(),
-            **{p: version(p) for p in ("ddim-policy", "torch", "numpy")},
+            **{p: version(p) for p in ("ddim-policy", "numpy")},
+            "torch": str(torch.__version__),  # also says what it was built for; the package's own version may not
         },
     }
     write_json(folder / CONFIG, config)

@@ -37,7 +37,7 @@ from policy.progress import progress
 from scripts.bench.report import machine, write_report
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "pusht": {"observation_shapes": {"state": (20,)}, "action_dim": 2},
+    "pusht": {"observation_shapes": {"state": (40,)}, "action_dim": 2},
     "metaworld": {"observation_shapes": {"state": (39,)}, "action_dim": 4},
 }
 DDIM_STEPS = (1, 2, 4, 8, 16)

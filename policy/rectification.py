@@ -1,0 +1,65 @@
+"""Rectification: a policy learns from its own chunks, so that few denoising steps give what many do.
+
+Where demonstrations allow several chunks, one denoising step gives their mean; more steps take a noise to one of them.
+A rectified policy is trained on pairs instead: a noise, and the chunk that DDIM made of this very noise with the policy
+as it was before. For a pair there is one answer at every timestep, so that one step can find it (reflow: Liu et al.
+2022, "Flow Straight and Fast", arXiv:2209.03003; for diffusion and any prediction type: Wang et al. 2024, "Rectified
+Diffusion", arXiv:2410.07303).
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from policy.diffusion_policy import Batch
+from policy.inference import SamplerProgram, compile_sampler
+from policy.sampler import Sampler
+from policy.train_state import TrainState
+
+# Each pair is noised to so many timesteps: making it costs more than learning from it.
+TIMESTEPS_A_PAIR = 4
+
+
+def start_rectification(state: TrainState, ddim_steps: int) -> SamplerProgram:
+    """Make the averaged policy the teacher and the point from which training goes on, unless that was done before.
+
+    Args:
+        state: at the end of plain training, or resumed after it; changed in place.
+        ddim_steps: denoising steps of the teacher.
+
+    Returns:
+        The teacher's deterministic sampling.
+    """
+    if state.teacher is None:
+        state.teacher = copy.deepcopy(state.ema)
+        state.policy.load_state_dict(state.ema.state_dict())
+        state.optimizer.state.clear()
+    return compile_sampler(state.teacher, Sampler(ddim_steps=ddim_steps), backend="fused")
+
+
+def pairs(teacher: SamplerProgram, batch: Batch, generator: torch.Generator) -> tuple[Batch, Tensor]:
+    """Noises and the chunks that the teacher makes of them, for a part of a batch's observations.
+
+    Args:
+        teacher: makes the chunks.
+        batch: its observations are used, not its actions.
+        generator: source of the noises.
+
+    Returns:
+        A batch of about the same size, in which each pair stands `TIMESTEPS_A_PAIR` times, and its noises
+        (B, action_horizon, action_dim).
+    """
+    rows = max(len(batch["actions"]) // TIMESTEPS_A_PAIR, 1)
+    observations = {key: values[:rows] for key, values in batch["observations"].items()}
+    noise = torch.randn(batch["actions"][:rows].shape, generator=generator)
+    repeated = {
+        "observations": {
+            key: values.repeat_interleave(TIMESTEPS_A_PAIR, dim=0) for key, values in observations.items()
+        },
+        "actions": teacher(observations, noise).repeat_interleave(TIMESTEPS_A_PAIR, dim=0),
+        "mask": torch.ones(rows * TIMESTEPS_A_PAIR, noise.shape[1], dtype=torch.bool),
+    }
+    return Batch(**repeated), noise.repeat_interleave(TIMESTEPS_A_PAIR, dim=0)  # type: ignore[typeddict-item]

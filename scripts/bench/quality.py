@@ -1,0 +1,193 @@
+"""Retrain a preset, roll it out on held-out episodes, and compare with the score that the preset carries.
+
+    python -m scripts.bench.quality pusht_state dataset.path=pusht_cchi_v7_replay.zarr.zip
+    python -m scripts.bench.quality metaworld
+    python -m scripts.bench.quality metaworld tasks=[assembly-v3,reach-v3] episodes=20 train.steps=500
+
+A preset of demonstrations that people recorded is trained with three seeds; the Meta-World one on every task, each with
+its own scripted demonstrations. As many trainings as there are cores run side by side, one thread each. Interrupt it
+when you like: the same command goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from policy.progress import progress
+from policy.workers import available_cores
+from scripts.bench.report import machine, write_report
+from scripts.command import CONF
+
+FOLDER = Path("outputs/quality")
+SEEDS = (0, 1, 2)
+# What is the benchmark's own among the overrides; everything else is the training's.
+OWN = ("tasks", "seeds", "episodes", "demonstrations")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One training with its evaluation.
+
+    Attributes:
+        name: what tells it from the others; its folder is called so.
+        commands: in order; each goes on where it stopped, and ends at once where all is done.
+        folder: where they write.
+    """
+
+    name: str
+    commands: Sequence[Sequence[str]]
+    folder: Path
+
+
+def main() -> None:
+    """Run the benchmark; exit code 1 where the preset does not reach its score."""
+    preset, overrides = _arguments(sys.argv[1:])
+    expected = {row["ddim_steps"]: row for row in OmegaConf.load(CONF / f"experiment/{preset}.yaml").expected}
+    units = _units(preset, overrides, list(expected))
+    print(machine("gymnasium"))
+    began = time.perf_counter()
+    with ThreadPoolExecutor(available_cores()) as threads:
+        found = list(progress(threads.map(_run, units), total=len(units), desc=preset, unit="training"))
+    rows = [row for rows in found for row in rows]
+    totals = [
+        _total(steps, [row for row in rows if row["ddim_steps"] == steps], dict(expected[steps])) for steps in expected
+    ]
+    write_report(f"quality_{preset}", rows + totals)
+    print(f"{len(units)} trainings in {time.perf_counter() - began:.0f} s")
+    if not all(row["reached"] for row in totals):
+        sys.exit(f"{preset} does not reach its expected score")
+
+
+def _arguments(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
+    presets = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml") if "expected" in OmegaConf.load(file))
+    if not arguments or arguments[0] not in presets or not all("=" in argument for argument in arguments[1:]):
+        sys.exit(f"usage: python -m scripts.bench.quality {'|'.join(presets)} [NAME=VALUE ...]; got {arguments}")
+    return arguments[0], dict(argument.split("=", 1) for argument in arguments[1:])
+
+
+def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) -> list[Unit]:
+    own = {name: overrides[name] for name in OWN if name in overrides}
+    training = [f"{name}={value}" for name, value in overrides.items() if name not in OWN]
+    folder = FOLDER / preset
+    if preset == "metaworld":
+        from metaworld.policies import ENV_POLICY_MAP
+
+        tasks = _listed(own["tasks"]) if "tasks" in own else sorted(ENV_POLICY_MAP)
+        count = own.get("demonstrations", "50")
+        return [_task(folder, task, count, own.get("episodes", "100"), training, ddim_steps) for task in tasks]
+    seeds = _listed(own["seeds"]) if "seeds" in own else [str(seed) for seed in SEEDS]
+    return [
+        Unit(
+            name=f"seed {seed}",
+            folder=folder / f"seed_{seed}",
+            commands=_train_and_sweep(
+                folder / f"seed_{seed}",
+                [f"experiment={preset}", f"seed={seed}", *training],
+                [f"episodes={own.get('episodes', '500')}"],
+                ddim_steps,
+            ),
+        )
+        for seed in seeds
+    ]
+
+
+def _task(
+    folder: Path, task: str, demonstrations: str, episodes: str, training: Sequence[str], ddim_steps: Sequence[int]
+) -> Unit:
+    place = folder / (task if demonstrations == "50" else f"{task}-{demonstrations}")
+    data = place / "demonstrations" / f"metaworld-{task}-v0"
+    collect = ["scripts/collect.py", "env=metaworld", f"env.task={task}", f"episodes={demonstrations}"]
+    return Unit(
+        name=place.name,
+        folder=place,
+        commands=[
+            *([] if data.exists() else [[*collect, f"output_dir={data.parent}"]]),
+            *_train_and_sweep(
+                place, ["experiment=metaworld", f"dataset.path={data}", *training], [f"episodes={episodes}"], ddim_steps
+            ),
+        ],
+    )
+
+
+def _train_and_sweep(
+    folder: Path, training: Sequence[str], sweep: Sequence[str], ddim_steps: Sequence[int]
+) -> list[list[str]]:
+    steps = ",".join(map(str, ddim_steps))
+    return [
+        ["scripts/train.py", *training, "train.rollout_every=0", "tracker=none", f"output_dir={folder}"],
+        [
+            "scripts/sweep.py",
+            f"checkpoint={folder}/checkpoint",
+            f"ddim_steps=[{steps}]",
+            *sweep,
+            "workers=1",
+            "videos=0",
+            f"output_dir={folder}/sweep",
+        ],
+    ]
+
+
+def _run(unit: Unit) -> list[Row]:
+    """One training with its evaluation, in processes of one thread; what they print is in `log.txt`."""
+    unit.folder.mkdir(parents=True, exist_ok=True)
+    seconds = {}
+    with (unit.folder / "log.txt").open("a") as log:
+        for command in unit.commands:
+            began = time.perf_counter()
+            subprocess.run(
+                [sys.executable, *command],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                check=True,
+            )
+            seconds[Path(command[0]).stem] = time.perf_counter() - began
+    # A training that was done before takes a moment to say so; its own time stays the one that counts.
+    clock = unit.folder / "seconds.json"
+    before = json.loads(clock.read_text()) if clock.exists() else {}
+    kept = {name: max(seconds.get(name, 0.0), before.get(name, 0.0)) for name in seconds | before}
+    clock.write_text(json.dumps(kept))
+    cells = json.loads((unit.folder / "sweep/sweep.json").read_text())["cells"]
+    names = ("ddim_steps", "episodes", "successes", "success_rate", "success_low", "success_high", "score_mean")
+    rows = [{"training": unit.name, **{name: cell[name] for name in names}, "train_s": kept["train"]} for cell in cells]
+    print(f"{unit.name}: " + ", ".join(f"{row['success_rate']:.0%} at {row['ddim_steps']}" for row in rows), flush=True)
+    return rows
+
+
+def _total(ddim_steps: int, rows: Sequence[Row], expected: dict[str, float]) -> Row:
+    """The mean over all trainings, and whether it is what the preset promises.
+
+    It is where the mean is above the promise less a margin of two standard errors over trainings and episodes.
+    """
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in ("success_rate", "score_mean")}
+    episodes = sum(row["episodes"] for row in rows)
+    slack = 2 * (expected["success_rate"] * (1 - expected["success_rate"]) / episodes) ** 0.5
+    return {
+        "training": "mean",
+        "ddim_steps": ddim_steps,
+        "episodes": episodes,
+        **means,
+        "expected": expected["success_rate"],
+        "reached": means["success_rate"] >= expected["success_rate"] - slack,
+    }
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.strip("[]").split(",")]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Rectification: pairs of the teacher's own making, and one denoising step that does what many did."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from policy import TrainSettings
+from policy.checkpoint import resume_training, save_checkpoint
+from policy.data import Demonstrations
+from policy.rectification import TIMESTEPS_A_PAIR, pairs, start_rectification
+from policy.training import learning_rate, prepare_run, train
+from tests.conftest import randomize, small_config
+
+CONFIG = small_config(obs_size=16, hidden_size=32)
+SETTINGS = TrainSettings(
+    steps=20,
+    rectify_steps=20,
+    batch_size=32,
+    warmup_steps=3,
+    log_every=10,
+    val_every=20,
+    save_every=1,
+    val_fraction=0.2,
+)
+
+
+class Silent:
+    def log(self, metrics, step):
+        pass
+
+
+@pytest.fixture
+def forked() -> Demonstrations:
+    """Left or right from one and the same place: the mean of the two leads nowhere."""
+    episodes = 64
+    sides = np.repeat(np.where(np.arange(episodes) % 2, 1.0, -1.0), 8)
+    return Demonstrations(
+        observations={"state": np.zeros((8 * episodes, 3), np.float32)},
+        actions=np.stack([sides, np.tile(np.linspace(-1, 1, 8), episodes)], axis=1).astype(np.float32),
+        episode_ends=8 * np.arange(1, episodes + 1, dtype=np.int64),
+    )
+
+
+def prepared(demonstrations, settings=SETTINGS, config=CONFIG):
+    return prepare_run(config, demonstrations, settings, seed=0, device="cpu")
+
+
+def go(run, settings=SETTINGS, save=lambda state: None, should_stop=lambda: False):
+    train(run, settings, seed=0, tracker=Silent(), save=save, should_stop=should_stop)
+    return run.state
+
+
+def rows(count):
+    return {"state": torch.zeros(count, CONFIG.obs_horizon, 3)}
+
+
+def test_a_pair_is_a_noise_and_what_the_teacher_makes_of_it(forked):
+    run = prepared(forked)
+    teacher = start_rectification(run.state, ddim_steps=4)
+    batch = run.training.gather(np.arange(32))
+    made, noise = pairs(teacher, batch, torch.Generator().manual_seed(3))
+    assert len(made["actions"]) == len(noise) == 32
+    assert made["mask"].all()
+    first, again = noise[::TIMESTEPS_A_PAIR], noise[1::TIMESTEPS_A_PAIR]
+    assert torch.equal(first, again)
+    assert len(first.unique(dim=0)) == 8
+    expected = run.state.ema.sample_actions({"state": batch["observations"]["state"][:8]}, ddim_steps=4, noise=first)
+    torch.testing.assert_close(made["actions"][::TIMESTEPS_A_PAIR], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        made["observations"]["state"], batch["observations"]["state"][:8].repeat_interleave(TIMESTEPS_A_PAIR, 0)
+    )
+
+
+def test_the_loss_of_a_pair_uses_its_noise(forked):
+    run = prepared(forked)
+    policy, batch = run.state.ema, run.training.gather(np.arange(4))
+    randomize(policy)
+    one, other = (torch.full((4, 8, 2), value) for value in (0.0, 1.0))
+    losses = [policy.loss(batch, torch.Generator().manual_seed(1), noise).item() for noise in (one, one, other)]
+    assert losses[0] == losses[1] != losses[2]
+    with pytest.raises(ValueError, match=r"noise must have shape \(4, 8, 2\); got \(1, 8, 2\)"):
+        policy.loss(batch, noise=one[:1])
+
+
+def sides(policy, ddim_steps):
+    """How far to the side chunks go from 256 noises, in [0, 1]."""
+    chunks = policy.sample_actions(rows(256), ddim_steps=ddim_steps, generator=torch.Generator().manual_seed(0))
+    return chunks[..., 0].abs().mean().item()
+
+
+def test_one_step_of_a_rectified_policy_chooses_where_a_plain_one_averages(forked):
+    settings = dataclasses.replace(
+        SETTINGS, steps=500, rectify_steps=500, learning_rate=5e-3, save_every=500, batch_size=128
+    )
+    kept = {}
+    go(prepared(forked, settings), settings, lambda state: kept.setdefault(state.step, sides(state.ema, 1)))
+    policy = go(prepared(forked, settings), settings).ema
+    assert kept[500] < 0.5
+    assert sides(policy, 1) > 0.8
+    assert sides(policy, 8) > 0.8
+    left = policy.sample_actions(rows(256), ddim_steps=1, generator=torch.Generator().manual_seed(0))[:, 0, 0] < 0
+    assert 0.3 < left.float().mean() < 0.7
+
+
+@pytest.mark.parametrize("stop_at", [19, 20, 21, 33])
+def test_stopped_anywhere_it_ends_as_if_it_had_not_been(forked, tmp_path, stop_at):
+    settings = SETTINGS
+
+    def save(state):
+        save_checkpoint(tmp_path / "checkpoint", state, env=None, execution_horizon=8, training={})
+
+    whole = go(prepared(forked))
+    run = prepared(forked)
+    go(run, settings, save, should_stop=lambda: run.state.step >= stop_at)
+    resumed = prepared(forked)
+    resume_training(tmp_path / "checkpoint", resumed.state, {})
+    assert resumed.state.step == stop_at
+    assert (resumed.state.teacher is not None) == (stop_at > settings.steps)
+    state = go(resumed, settings)
+    assert state.history == whole.history
+    assert whole.teacher is not None
+    assert state.teacher is not None
+    for name in ("policy", "ema", "teacher"):
+        for one, other in zip(
+            getattr(state, name).state_dict().values(), getattr(whole, name).state_dict().values(), strict=True
+        ):
+            assert torch.equal(one, other)
+
+
+def test_the_learning_rate_begins_anew(forked):
+    plain = dataclasses.replace(SETTINGS, rectify_steps=0)
+    rates = [learning_rate(step, SETTINGS) for step in range(40)]
+    assert rates[:20] == rates[20:] == [learning_rate(step, plain) for step in range(20)]
+    assert learning_rate(20, plain) == 0
+
+
+def test_the_teacher_does_not_learn(forked):
+    states = []
+    run = prepared(forked)
+    go(
+        run,
+        save=lambda state: states.append(
+            state.teacher and {k: v.clone() for k, v in state.teacher.state_dict().items()}
+        ),
+    )
+    assert states[:20] == [None] * 20
+    for later in states[21:]:
+        assert all(torch.equal(later[key], value) for key, value in states[20].items())
+    assert any(not torch.equal(value, run.state.ema.state_dict()[key]) for key, value in states[20].items())
+
+
+@pytest.mark.parametrize(("name", "value"), [("rectify_steps", -1), ("rectify_ddim_steps", 0)])
+def test_settings_out_of_range_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=rf"train\.{name} must be"):
+        TrainSettings(**{name: value})
+
+
+def test_more_denoising_steps_than_timesteps_are_refused_before_training(forked):
+    settings = dataclasses.replace(SETTINGS, rectify_ddim_steps=21)
+    with pytest.raises(ValueError, match=r"rectify_ddim_steps must be within 1\.\.20 .*got 21"):
+        prepared(forked, settings)

@@ -7,7 +7,7 @@ DEMO_TASK := pick-place-v3
 DEMO_DATA := $(DEMO)/demonstrations/metaworld-$(DEMO_TASK)-v0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-reliability lint types format bench-data bench-latency bench-rollout clean
+.PHONY: help setup demo test test-reliability test-versions lint types format bench-data bench-latency bench-rollout bench-quality clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -54,8 +54,27 @@ $(DEMO)/sweep.json: | $(DEMO)/episodes.json
 test: setup lint types ## linter, types and tests (`pytest -m slow` runs the long ones)
 	$(BIN)/python -m pytest
 
-test-reliability: setup ## kills, full disks, hostile files and fuzz, with their figures
+test-reliability: setup ## kills, full disks, hostile files, fuzz, soak and the wheel, with their figures
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m reliability -s
+
+# What pyproject.toml allows at least, and the newest there is: each in an environment of its own, which is kept. Torch
+# for GPUs comes along where pip finds no other: several gigabytes. VERSION_TESTS=tests/test_ddim.py runs less.
+OLDEST := torch==2.7.0 gymnasium==1.2.0 numpy==2.0.0
+VERSIONS := outputs/versions
+VERSION_TESTS := tests
+
+test-versions: $(VERSIONS)/oldest/.installed $(VERSIONS)/newest/.installed ## the tests with the oldest and newest torch, gymnasium, numpy
+	@failed=0; for each in oldest newest; do \
+		$(VERSIONS)/$$each/bin/python -c 'import sys, importlib.metadata as m; print(sys.argv[1] + ":", *(p + " " + m.version(p) for p in sys.argv[2:]))' \
+			$$each torch gymnasium numpy; \
+		OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(VERSIONS)/$$each/bin/python -m pytest -q $(VERSION_TESTS) || failed=1; \
+	done; exit $$failed
+
+$(VERSIONS)/oldest/.installed: VERSION_PINS := $(OLDEST)
+$(VERSIONS)/oldest/.installed $(VERSIONS)/newest/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(VERSION_PINS) --editable '.[export,launchers,metaworld,pusht,robotics,dev]'
+	@touch $@
 
 lint: setup
 	$(BIN)/ruff check .
@@ -76,6 +95,9 @@ bench-latency: setup ## a chunk's median and p99 beside the machine's floor and 
 
 bench-rollout: setup ## environment steps a second beside the raw environment on every core
 	$(BIN)/python -m scripts.bench.rollout
+
+bench-quality: setup ## retrain PRESET (with DATA=... where it needs a file) and compare with the score it promises
+	$(BIN)/python -m scripts.bench.quality $(PRESET) $(if $(DATA),dataset.path=$(DATA)) $(OVERRIDES)
 
 clean: ## remove the virtual environment and caches, not outputs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -67,7 +67,7 @@ def main() -> None:
             found = list(progress(threads.map(_run, units), total=len(units), desc=preset, unit="training"))
         except subprocess.CalledProcessError as error:
             threads.shutdown(cancel_futures=True)
-            sys.exit(f"{' '.join(error.cmd[1:])} ended with exit code {error.returncode}: see log.txt in its folder")
+            sys.exit(f"{' '.join(error.cmd[2:])} ended with exit code {error.returncode}: see log.txt in its folder")
     rows = [row for rows in found for row in rows]
     totals = [_total(k, [row for row in rows if row["ddim_steps"] == k], promised.get(k, {})) for k in ddim_steps]
     write_report(f"quality_{preset}", rows + totals)
@@ -124,7 +124,7 @@ def _task(
 ) -> Unit:
     place = folder / (task if demonstrations == "50" else f"{task}-{demonstrations}")
     data = place / "demonstrations" / f"metaworld-{task}-v0"
-    collect = ["scripts/collect.py", "env=metaworld", f"env.task={task}", f"episodes={demonstrations}"]
+    collect = ["scripts.collect", "env=metaworld", f"env.task={task}", f"episodes={demonstrations}"]
     return Unit(
         name=place.name,
         folder=place,
@@ -142,9 +142,9 @@ def _train_and_sweep(
 ) -> list[list[str]]:
     steps = ",".join(map(str, ddim_steps))
     return [
-        ["scripts/train.py", *training, "train.rollout_every=0", "tracker=none", f"output_dir={folder}"],
+        ["scripts.train", *training, "train.rollout_every=0", "tracker=none", f"output_dir={folder}"],
         [
-            "scripts/sweep.py",
+            "scripts.sweep",
             f"checkpoint={folder}/checkpoint",
             f"ddim_steps=[{steps}]",
             *sweep,
@@ -163,13 +163,13 @@ def _run(unit: Unit) -> list[Row]:
         for command in unit.commands:
             began = time.perf_counter()
             subprocess.run(
-                [sys.executable, *command],
+                [sys.executable, "-m", *command],
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 check=True,
             )
-            seconds[Path(command[0]).stem] = time.perf_counter() - began
+            seconds[command[0].removeprefix("scripts.")] = time.perf_counter() - began
     # A training that was done before takes a moment to say so; its own time stays the one that counts.
     clock = unit.folder / "seconds.json"
     before = json.loads(clock.read_text()) if clock.exists() else {}

@@ -1,0 +1,68 @@
+"""The benchmark of presets: trainings and their evaluation, by the real commands."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from scripts.bench.quality import _total, main
+
+
+def quality(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "scripts.bench.quality", *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_a_preset_is_trained_with_each_seed_rolled_out_and_not_done_twice(planar_run, tmp_path):
+    command = ["planar", f"dataset.path={planar_run}/planar-v0", "seeds=[0,1]", "episodes=4", "train.steps=30"]
+    done = quality(tmp_path, *command)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "outputs/bench/quality_planar.json").read_text())
+    assert [(row["training"], row["ddim_steps"], row["episodes"]) for row in rows] == [
+        *((f"seed {seed}", steps, 4) for seed in (0, 1) for steps in (8, 1)),
+        ("mean", 8, 8),
+        ("mean", 1, 8),
+    ]
+    assert all(row["train_s"] > 0 for row in rows[:4])
+    weights = tmp_path / "outputs/quality/planar/seed_1/checkpoint/policy.safetensors"
+    written = weights.stat().st_mtime_ns
+    assert quality(tmp_path, *command).returncode == 0
+    assert weights.stat().st_mtime_ns == written
+    assert json.loads((tmp_path / "outputs/bench/quality_planar.json").read_text()) == rows
+
+
+def test_a_training_that_fails_is_named(tmp_path):
+    done = quality(tmp_path, "planar", "dataset.path=nowhere", "seeds=[0]")
+    assert done.returncode != 0
+    assert "scripts.train experiment=planar" in done.stderr
+    assert "see log.txt" in done.stderr
+    assert "nowhere" in (tmp_path / "outputs/quality/planar/seed_0/log.txt").read_text()
+
+
+@pytest.mark.parametrize("arguments", [[], ["push"], ["planar", "episodes"]])
+def test_another_preset_is_refused_with_those_there_are(arguments, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["quality", *arguments])
+    with pytest.raises(SystemExit, match=r"planar\|pusht_image\|pusht_keypoints\|pusht_state"):
+        main()
+
+
+def row(success, score=0.9):
+    return {"ddim_steps": 8, "episodes": 100, "success_rate": success, "score_mean": score}
+
+
+def test_a_promise_is_kept_within_two_standard_errors_of_the_trainings():
+    rows = [row(0.80), row(0.84), row(0.88)]  # standard error 0.0231
+    assert _total(8, rows, {"success_rate": 0.88})["reached"]
+    assert not _total(8, rows, {"success_rate": 0.89})["reached"]
+    assert not _total(8, rows, {"success_rate": 0.84, "score_mean": 0.95})["reached"]
+    assert "reached" not in _total(8, rows, {})
+    assert _total(8, rows, {})["success_rate"] == pytest.approx(0.84)

@@ -282,11 +282,9 @@ def program_of(policy: DiffusionPolicy, cell: Cell) -> SamplerProgram:
     return compile_sampler(policy, cell.sampler, backend=cell.backend, weights=cell.weights)
 
 
-def portable_programs(policies: Sequence[DiffusionPolicy], cells: Sequence[Cell]) -> Programs:
-    """The programs, by their cell's number, that take seconds to compile and can be sent to other processes."""
-    return {
-        number: program_of(policies[cell.policy], cell) for number, cell in enumerate(cells) if cell.backend == "onnx"
-    }
+def portable_programs(policies: Sequence[DiffusionPolicy], cells: Iterable[Cell]) -> dict[Cell, SamplerProgram]:
+    """The programs of those cells whose backend takes seconds to compile and can be sent to other processes."""
+    return {cell: program_of(policies[cell.policy], cell) for cell in cells if cell.backend == "onnx"}
 
 
 def run_in_process(

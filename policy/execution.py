@@ -78,7 +78,12 @@ def check_execution_horizon(execution_horizon: int, action_horizon: int) -> None
         ValueError: outside 1..action_horizon.
     """
     if not 1 <= execution_horizon <= action_horizon:
-        raise ValueError(f"execution_horizon must be within 1..{action_horizon}; got {execution_horizon}")
+        # Either may be the one that was just set, the other a default or a checkpoint's.
+        raise ValueError(
+            f"execution_horizon must be within 1..{action_horizon}; got {execution_horizon}:"
+            f" a chunk has action_horizon={action_horizon} actions, so give an execution_horizon that fits,"
+            " or train with another action_horizon"
+        )
 
 
 @dataclass

@@ -16,6 +16,8 @@ from huggingface_hub.errors import EntryNotFoundError
 if TYPE_CHECKING:
     from policy.diffusion_policy import DiffusionPolicy
 
+README = "README.md"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
@@ -46,27 +48,51 @@ class HubPolicy(ModelHubMixin):
 
     origin: Origin | None = None
 
-    def save_pretrained(self, save_directory: str | Path, **settings: Any) -> str | None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        config: Any = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
         """Save the policy and its model card into a folder that `from_pretrained` and all commands load.
+
+        Unlike `ModelHubMixin`'s own, it leaves what an earlier call saved as it was until everything new is written.
 
         Args:
             save_directory: made if need be; a README.md in it is kept.
-            **settings: of `ModelHubMixin.save_pretrained`, such as `model_card_kwargs={"evaluation": "sweep.json"}`.
+            config: not used: the policy's own is saved.
+            repo_id: with `push_to_hub`, as `owner/name`; by default the folder's name.
+            push_to_hub: upload it afterwards.
+            model_card_kwargs: of `generate_model_card`, such as `{"evaluation": "sweep.json"}`.
+            **push_to_hub_kwargs: of `push_to_hub`.
 
         Returns:
             The address of the commit with `push_to_hub=True`, else None.
 
         Raises:
-            ValueError: a training run resumes from that folder.
+            ValueError: a training run resumes from that folder, or `generate_model_card` refuses.
+            SaveError: it cannot be written: the disk is full, say.
         """
-        from policy.checkpoint.files import TRAINING_RECORD
+        from policy.checkpoint.files import TRAINING_RECORD, adding
 
-        if (Path(save_directory) / TRAINING_RECORD).exists():
-            raise ValueError(f"{save_directory} is what a training run resumes from: choose another folder")
-        return super().save_pretrained(save_directory, **settings)
+        folder, card = Path(save_directory), model_card_kwargs or {}
+        if (folder / TRAINING_RECORD).exists():
+            raise ValueError(f"{folder} is what a training run resumes from: choose another folder")
+        text = None if (folder / README).exists() else self.generate_model_card(**card)
+        with adding(folder) as new:
+            self._save_pretrained(new)
+            if text is not None:
+                text.save(new / README)
+        if push_to_hub:
+            address: str = self.push_to_hub(repo_id or folder.name, model_card_kwargs=card, **push_to_hub_kwargs)
+            return address
+        return None
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        from policy.checkpoint.files import seal
         from policy.checkpoint.writing import write_policy
 
         policy = _policy(self)
@@ -77,7 +103,6 @@ class HubPolicy(ModelHubMixin):
         write_policy(
             save_directory, policy, env=origin.env, execution_horizon=origin.execution_horizon, training=training
         )
-        seal(save_directory)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # nothing but the device can be chosen about a saved policy

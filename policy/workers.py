@@ -32,6 +32,7 @@ from policy.evaluation import (
     run_episodes,
     run_in_process,
 )
+from policy.inference import SamplerProgram
 
 MAX_ATTEMPTS = 3
 
@@ -105,6 +106,7 @@ class RolloutPool:
         self._cleanup = ExitStack()
         self._workers: list[_Worker] = []
         self._envs: list[Env] = []
+        self._programs: dict[Cell, SamplerProgram] = {}
         # A GPU is shared by batching in one process, cores by processes.
         count = min(num_envs, workers or available_cores()) if policies[0].device.type == "cpu" else 1
         if count == 1:
@@ -132,7 +134,8 @@ class RolloutPool:
         if not self._workers:
             yield from run_in_process(self._policies, self._envs, cells, tasks)
             return
-        programs = portable_programs(self._policies, cells)
+        self._programs |= portable_programs(self._policies, set(cells) - self._programs.keys())
+        programs = {number: self._programs[cell] for number, cell in enumerate(cells) if cell in self._programs}
         fresh, suspects, unfinished = deque(tasks), deque[Task](), set(tasks)
         attempts, fruitless = Counter[Task](), 0
         for worker in list(self._workers):

@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from policy import TrainSettings, load_checkpoint, save_checkpoint
+from policy import DiffusionPolicy, TrainSettings, load_checkpoint, save_checkpoint
 from policy.checkpoint import SaveError, keep_checkpoint, keeping, resume_training
 from policy.checkpoint.files import SCHEMA_VERSION
 from policy.checkpoint.keeping import rank
+from policy.checkpoint.reading import SETTINGS_OF_BEFORE
 from policy.data import Demonstrations
 from policy.training import prepare_run
-from tests.conftest import ENVIRONMENT, ROOT, small_config
+from tests.conftest import ENVIRONMENT, ROOT, randomize, small_config
 
 DATA = ROOT / "tests" / "data"
 GOLDEN = sorted(DATA.glob("checkpoint_schema*/"))
@@ -78,6 +79,23 @@ def test_a_golden_checkpoint_resumes(golden):
     assert not torch.equal(state.policy.denoiser.leave.weight, loaded.policy.denoiser.leave.weight)
     with pytest.raises(ValueError, match=r"other settings \(training: learning_rate\)"):
         resume_training(golden, state, {**loaded.training, "learning_rate": 1.0})
+
+
+def test_a_checkpoint_without_a_setting_of_today_resumes_with_what_was_done_before_and_with_nothing_else():
+    golden = GOLDEN[0]
+    loaded = load_checkpoint(golden)
+    state = new_state_of(loaded)
+    resume_training(golden, state, {**vars(TrainSettings()), **loaded.training})
+    assert state.step == 60
+    assert "precision" not in loaded.training
+    with pytest.raises(ValueError, match=r"other settings \(training: precision\)"):
+        resume_training(golden, state, {**loaded.training, "precision": "bfloat16"})
+
+
+def test_every_setting_that_the_first_schema_did_not_note_has_a_value_of_before():
+    noted = load_checkpoint(GOLDEN[0]).training.keys()
+    # See `clone_behaviour`: what a run does about bad losses is no part of what it is.
+    assert vars(TrainSettings()).keys() - noted - {"on_bad_loss"} <= SETTINGS_OF_BEFORE.keys()
 
 
 def new_state_of(loaded):
@@ -278,6 +296,33 @@ def test_a_full_disk_before_the_first_checkpoint_leaves_nothing(small_disk):
     with pytest.raises(SaveError, match="No space left on device"):
         save(small_disk / "checkpoint", new_state())
     assert list(small_disk.iterdir()) == [ballast]
+
+
+def test_a_full_disk_leaves_the_shared_policy_of_before(small_disk):
+    before, after = (DiffusionPolicy(CONFIG) for _ in range(2))
+    randomize(after)
+    folder = small_disk / "policy"
+    ballast = fill(small_disk, 4096)
+    with pytest.raises(SaveError, match=r"could not be saved to .*No space left on device"):
+        before.save_pretrained(folder)
+    assert list(small_disk.iterdir()) == [ballast]
+    ballast.unlink()
+    before.save_pretrained(folder)
+    (folder / "video.mp4").write_bytes(b"1")
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    size = sum(map(len, files.values()))
+    for leave in (0, 4096, size // 2, size - 4096):  # full at each of the files
+        ballast = fill(small_disk, leave)
+        with pytest.raises(SaveError) as refusal:
+            after.save_pretrained(folder)
+        assert "No space left on device" in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == files
+        ballast.unlink()
+    after.save_pretrained(folder)
+    weights = DiffusionPolicy.from_pretrained(folder).state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in after.state_dict().items())
+    assert {file.name for file in folder.iterdir()} == files.keys()
 
 
 @pytest.mark.reliability

@@ -28,6 +28,7 @@ from torch._inductor import aoti_compile_and_package, aoti_load_package
 
 from policy import DiffusionPolicy, PolicyConfig, Sampler
 from policy.denoisers.timestep import TimestepEmbedding
+from policy.diffusion_policy import zero_observations
 from policy.evaluation import torch_threads
 from policy.inference import compile_sampler
 from policy.inference.backends import OnnxRun
@@ -74,7 +75,8 @@ def alternatives() -> None:
         policy, sampler = randomised(DiffusionPolicy(PolicyConfig(**PRESETS["pusht"]))), Sampler(ddim_steps=8)
         calls, _ = _programs(policy, sampler)
         program = Program(policy, sampler, cold_course(policy.schedule, sampler)).eval().requires_grad_(False)
-        given = ({"state": torch.randn(1, 2, 20)}, torch.randn(1, 8, 2), None, torch.zeros(1, 8, 2), torch.zeros(1, 8))
+        chunk = torch.zeros(1, 8, 2)
+        given = (zero_observations(policy.config, rows=1), chunk, None, chunk, torch.zeros(1, 8))
         compiled = torch.compile(program)
         exported = torch.export.export(program, given)
         with tempfile.TemporaryDirectory() as folder:

@@ -145,8 +145,7 @@ def pusht_hindsight(
     Raises:
         ValueError: If there is no such state, or a key is another one.
     """
-    given = _state_of(observations)
-    state = _check_state(given)
+    state = _check_state(_state_of(observations))
     for key in observations:
         choose("Push-T observation to move", key, ("state", "keypoint"))
     turn = TARGET_POSE[2] - state[-1, 4]
@@ -158,12 +157,11 @@ def pusht_hindsight(
     def on_table(points: NDArray[Any]) -> NDArray[Any]:
         return np.clip(moved(points), 0, TABLE_SIZE)
 
-    found = {
-        "state": np.hstack([on_table(state[:, :2]), moved(state[:, 2:4]), state[:, 4:] + turn]),
-        "keypoint": moved(observations["keypoint"]) if "keypoint" in observations else None,
-    }
-    relabelled = {key: np.asarray(found[key], values.dtype) for key, values in observations.items()}
-    return relabelled, on_table(np.asarray(actions, np.float64)).astype(actions.dtype)
+    relabelled = {"state": np.hstack([on_table(state[:, :2]), moved(state[:, 2:4]), state[:, 4:] + turn])}
+    if "keypoint" in observations:
+        relabelled["keypoint"] = moved(observations["keypoint"])
+    same_types = {key: values.astype(observations[key].dtype) for key, values in relabelled.items()}
+    return same_types, on_table(np.asarray(actions, np.float64)).astype(actions.dtype)
 
 
 def pusht_mirror(

@@ -150,7 +150,7 @@ def clone_behaviour(
             raise FloatingPointError(f"{error}; {kept}") from error
         seconds = time.perf_counter() - began
         rate = (run.state.step - first_step) * min(train.batch_size, len(run.training)) / seconds
-        print(f"{run.state.step - first_step} steps in {seconds:.0f} s, {rate:.0f} transitions a second")
+        print(f"{run.state.step - first_step} steps in {seconds:.1f} s, {rate:.0f} transitions a second")
         if skipped := run.state.skipped:
             print(f"{len(skipped)} of {run.state.step} steps skipped, not finite: {', '.join(map(str, skipped))}")
         tracked = tracking.finish()

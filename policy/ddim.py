@@ -120,15 +120,20 @@ def recommended_defaults() -> dict[str, int | float]:
     }
 
 
-def check_ddim_steps(ddim_steps: int, num_steps: int) -> None:
+def check_ddim_steps(ddim_steps: int, num_steps: int, name: str = "ddim_steps") -> None:
     """Refuse a number of denoising steps that the schedule cannot give.
+
+    Args:
+        ddim_steps: K.
+        num_steps: T.
+        name: of the setting, for the message.
 
     Raises:
         ValueError: unless 1 <= ddim_steps <= num_steps and whole.
     """
     if isinstance(ddim_steps, bool) or not isinstance(ddim_steps, int) or not 1 <= ddim_steps <= num_steps:
         raise ValueError(
-            f"ddim_steps must be a whole number within 1..{num_steps} (the schedule's num_steps); got {ddim_steps!r}"
+            f"{name} must be a whole number within 1..{num_steps} (the schedule's num_steps); got {ddim_steps!r}"
         )
 
 

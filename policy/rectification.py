@@ -55,11 +55,11 @@ def pairs(teacher: SamplerProgram, batch: Batch, generator: torch.Generator) -> 
     rows = max(len(batch["actions"]) // TIMESTEPS_A_PAIR, 1)
     observations = {key: values[:rows] for key, values in batch["observations"].items()}
     noise = torch.randn(batch["actions"][:rows].shape, generator=generator)
-    repeated = {
+    repeated: Batch = {
         "observations": {
             key: values.repeat_interleave(TIMESTEPS_A_PAIR, dim=0) for key, values in observations.items()
         },
         "actions": teacher(observations, noise).repeat_interleave(TIMESTEPS_A_PAIR, dim=0),
         "mask": torch.ones(rows * TIMESTEPS_A_PAIR, noise.shape[1], dtype=torch.bool),
     }
-    return Batch(**repeated), noise.repeat_interleave(TIMESTEPS_A_PAIR, dim=0)  # type: ignore[typeddict-item]
+    return repeated, noise.repeat_interleave(TIMESTEPS_A_PAIR, dim=0)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.data.windows import Windows, split_episodes
+from policy.ddim import check_ddim_steps
 from policy.diffusion_policy import Batch, DiffusionPolicy, PolicyConfig
 from policy.inference import SamplerProgram
 from policy.normalizer import Limits, Normalizer
@@ -165,11 +166,8 @@ def prepare_run(
     """
     torch.manual_seed(derive_seed(seed, 0))  # initialisers draw from the global generator
     policy = DiffusionPolicy(config)
-    if settings.rectify_steps and settings.rectify_ddim_steps > policy.schedule.num_steps:
-        raise ValueError(
-            f"train.rectify_ddim_steps must be within 1..{policy.schedule.num_steps} (the schedule's num_steps);"
-            f" got {settings.rectify_ddim_steps}"
-        )
+    if settings.rectify_steps:
+        check_ddim_steps(settings.rectify_ddim_steps, policy.schedule.num_steps, "train.rectify_ddim_steps")
     layout: dict[str, Any] = {
         "obs_horizon": config.obs_horizon,
         "action_horizon": config.action_horizon,

@@ -37,6 +37,17 @@ def small_config(obs_size: int, hidden_size: int) -> PolicyConfig:
     )
 
 
+# A policy for the planar environment that acts in no time.
+PLANAR_CONFIG = PolicyConfig(
+    observation_shapes={"state": (4,)},
+    action_dim=2,
+    obs_size=16,
+    encoder={"name": "state", "hidden_size": 16},
+    denoiser={"name": "modulated_mlp", "hidden_size": 32, "num_layers": 1},
+    schedule={"num_steps": 20, "beta_schedule": "squaredcos_cap_v2"},
+)
+
+
 def randomize(policy: torch.nn.Module) -> None:
     """Weights as if trained. Gates and outputs start at zero: with those, everything that returns zeros would pass."""
     generator = torch.Generator().manual_seed(0)

@@ -159,5 +159,5 @@ def test_settings_out_of_range_are_refused_by_name(name, value):
 
 def test_more_denoising_steps_than_timesteps_are_refused_before_training(forked):
     settings = dataclasses.replace(SETTINGS, rectify_ddim_steps=21)
-    with pytest.raises(ValueError, match=r"rectify_ddim_steps must be within 1\.\.20 .*got 21"):
+    with pytest.raises(ValueError, match=r"train\.rectify_ddim_steps must be a whole number within 1\.\.20 .*got 21"):
         prepared(forked, settings)

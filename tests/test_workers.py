@@ -19,19 +19,11 @@ import torch
 
 import envs
 from envs.planar import PlanarEnv
-from policy import DiffusionPolicy, PolicyConfig, Sampler, workers
+from policy import DiffusionPolicy, Sampler, workers
 from policy.evaluation import Cell, run_in_process
 from policy.workers import RolloutPool, WorkerError, available_cores
-from tests.conftest import ENVIRONMENT, ROOT
+from tests.conftest import ENVIRONMENT, PLANAR_CONFIG, ROOT
 
-CONFIG = PolicyConfig(
-    observation_shapes={"state": (4,)},
-    action_dim=2,
-    obs_size=16,
-    encoder={"name": "state", "hidden_size": 16},
-    denoiser={"name": "modulated_mlp", "hidden_size": 32, "num_layers": 1},
-    schedule={"num_steps": 20, "beta_schedule": "squaredcos_cap_v2"},
-)
 SEEDS = [11, 3, 5, 8, 2, 9, 14, 1, 20]
 PLANAR = partial(envs.make, "planar")
 CELLS = [
@@ -44,7 +36,7 @@ TASKS = list(itertools.product(range(len(CELLS)), SEEDS))
 
 def make_policy(seed):
     generator = torch.Generator().manual_seed(seed)
-    policy = DiffusionPolicy(CONFIG).eval().requires_grad_(False)
+    policy = DiffusionPolicy(PLANAR_CONFIG).eval().requires_grad_(False)
     for parameter in policy.parameters():
         parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return policy

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -90,7 +91,7 @@ def _file(preset: str) -> Path:
 def _promised(preset: str) -> dict[int, Row]:
     """The preset's own figures by `ddim_steps`; none if it has no `expected`."""
     settings: Any = OmegaConf.to_container(OmegaConf.load(_file(preset)))
-    return {row["ddim_steps"]: row for row in settings.get("expected", ())}
+    return {row["ddim_steps"]: row for row in settings.get("expected") or ()}
 
 
 def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) -> list[Unit]:
@@ -158,10 +159,9 @@ def _train_and_sweep(
 def _run(unit: Unit) -> list[Row]:
     """One training with its evaluation, in processes of one thread; what they print is in `log.txt`."""
     unit.folder.mkdir(parents=True, exist_ok=True)
-    seconds = {}
-    with (unit.folder / "log.txt").open("a") as log:
+    path = unit.folder / "log.txt"
+    with path.open("a") as log:
         for command in unit.commands:
-            began = time.perf_counter()
             subprocess.run(
                 [sys.executable, "-m", *command],
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -169,15 +169,11 @@ def _run(unit: Unit) -> list[Row]:
                 stderr=subprocess.STDOUT,
                 check=True,
             )
-            seconds[command[0].removeprefix("scripts.")] = time.perf_counter() - began
-    # A training that was done before takes a moment to say so; its own time stays the one that counts.
-    clock = unit.folder / "seconds.json"
-    before = json.loads(clock.read_text()) if clock.exists() else {}
-    kept = {name: max(seconds.get(name, 0.0), before.get(name, 0.0)) for name in seconds | before}
-    clock.write_text(json.dumps(kept))
+    # What the training says at its end and where it is interrupted; only what ends in SIGKILL goes uncounted.
+    train_s = sum(map(float, re.findall(r"^\d+ steps in ([\d.]+) s, ", path.read_text(), re.MULTILINE)))
     cells = json.loads((unit.folder / "sweep/sweep.json").read_text())["cells"]
     names = ("ddim_steps", "episodes", "successes", "success_rate", "success_low", "success_high", "score_mean")
-    rows = [{"training": unit.name, **{name: cell[name] for name in names}, "train_s": kept["train"]} for cell in cells]
+    rows = [{"training": unit.name, **{name: cell[name] for name in names}, "train_s": train_s} for cell in cells]
     print(f"{unit.name}: " + ", ".join(f"{row['success_rate']:.0%} at {row['ddim_steps']}" for row in rows), flush=True)
     return rows
 

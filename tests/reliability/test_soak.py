@@ -14,24 +14,16 @@ import numpy as np
 import pytest
 
 import envs
-from policy import DiffusionPolicy, PolicyConfig, Sampler, TrainSettings, load_checkpoint, save_checkpoint
+from policy import DiffusionPolicy, Sampler, TrainSettings, load_checkpoint, save_checkpoint
 from policy.checkpoint import keep_checkpoint, resume_training
 from policy.data import Demonstrations
 from policy.evaluation import Cell
 from policy.training import prepare_run
 from policy.workers import RolloutPool
-from tests.conftest import randomize, small_config
+from tests.conftest import PLANAR_CONFIG, randomize, small_config
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
 
-CONFIG = PolicyConfig(
-    observation_shapes={"state": (4,)},
-    action_dim=2,
-    obs_size=16,
-    encoder={"name": "state", "hidden_size": 16},
-    denoiser={"name": "modulated_mlp", "hidden_size": 32, "num_layers": 1},
-    schedule={"num_steps": 20, "beta_schedule": "squaredcos_cap_v2"},
-)
 CELLS = [
     Cell(sampler=Sampler(ddim_steps=2), execution_horizon=8, backend="fused"),
     Cell(sampler=Sampler(ddim_steps=4, eta=1.0), execution_horizon=4, policy=1),
@@ -98,7 +90,7 @@ def test_what_comes_and_goes_is_no_leak():
 
 @pytest.fixture(scope="module")
 def policies() -> list[DiffusionPolicy]:
-    pair = [DiffusionPolicy(CONFIG).eval().requires_grad_(False) for _ in range(2)]
+    pair = [DiffusionPolicy(PLANAR_CONFIG).eval().requires_grad_(False) for _ in range(2)]
     for policy in pair:
         randomize(policy)
     return pair

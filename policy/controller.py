@@ -41,7 +41,7 @@ class RecedingHorizonController:
         sampler: how they are sampled.
         execution_horizon: actions executed before the next plan is begun, 1..action_horizon.
         settings: what happens while a plan is made, and how long that takes.
-        plan_batch: rows in one network call, see `sample_plans`.
+        plan_batch: plans in one network call, see `sample_plans`.
         program: the policy's sampling, compiled for `sampler`; by default as `sample_actions` samples.
         action_space: actions are clipped to it; None leaves them as they are.
 
@@ -183,14 +183,14 @@ def request_of(seed: int, history: History, timeline: Timeline, sampler: Sampler
         delay_steps: control steps that the plan will take.
 
     Returns:
-        What to sample; the last chunk is part of it only where it is used.
+        What to sample; the last plan and candidates are part of it only where they are used.
     """
-    number = timeline.plans
-    before = timeline.begin(delay_steps)
-    if before is None or (sampler.warm_start is None and not before[1].any()):
-        return PlanRequest(seed=seed, number=number, observations=history.stacked())
-    previous, keep = before
-    return PlanRequest(seed=seed, number=number, observations=history.stacked(), previous=previous, keep=keep)
+    number, observations = timeline.plans, history.stacked()
+    last = timeline.begin(delay_steps)
+    candidates = timeline.settings.candidates if last is not None and last.overlap else 1
+    if last is not None and sampler.warm_start is None and candidates == 1 and not last.keep.any():
+        last = None
+    return PlanRequest(seed=seed, number=number, observations=observations, last=last, candidates=candidates)
 
 
 def clipped(action: NDArray[np.float32], action_space: Box | None) -> NDArray[np.float32]:

@@ -403,20 +403,22 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def chunk_latency(program: SamplerProgram, repeats: int = 30) -> dict[str, float]:
-    """How long one robot waits for one chunk: batch 1, one thread.
+def chunk_latency(program: SamplerProgram, candidates: int = 1, repeats: int = 30) -> dict[str, float]:
+    """How long one robot waits for one plan: on one thread, batch 1, or as many rows as it has candidates.
 
     Args:
         program: the policy's sampling; with `sampler.warm_start` a chunk after the first is timed.
+        candidates: chunks drawn for a plan.
         repeats: timed calls at least; as many as fit into half a second, after a fifth of a second untimed.
 
     Returns:
         `latency_ms_median` and `latency_ms_p90`, in milliseconds.
     """
     config = program.config
-    observations = zero_observations(config, rows=1)
-    previous = None if program.sampler.warm_start is None else torch.zeros(1, config.action_horizon, config.action_dim)
-    generator = [torch.Generator().manual_seed(0)]
+    observations = zero_observations(config, rows=candidates)
+    chunks = torch.zeros(candidates, config.action_horizon, config.action_dim)
+    previous = None if program.sampler.warm_start is None else chunks
+    generator = [torch.Generator().manual_seed(number) for number in range(candidates)]
 
     def timed_call() -> float:
         begin = time.perf_counter()

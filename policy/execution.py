@@ -37,14 +37,18 @@ class ControllerSettings:
         delay_steps: control steps that a plan takes, simulated; an episode's first plan takes none.
         late: what to execute when the last plan is used up and the next is not there: `hold` repeats the last action
             (right for positions), `zero` is an action of zeros (right for velocities).
+        candidates: chunks drawn for each plan, in one network call; executed is the one that is closest to what the
+            last plan still had in mind (backward coherence of Liu et al. 2024). No effect where the last plan is
+            used up.
 
     Raises:
-        ValueError: an unknown name, or a negative delay.
+        ValueError: an unknown name, a negative delay, or no candidate.
     """
 
     mode: Mode = "synchronous"
     delay_steps: int = 0
     late: Late = "hold"
+    candidates: int = 1
 
     def __post_init__(self) -> None:
         for name, value, allowed in (("mode", self.mode, get_args(Mode)), ("late", self.late, get_args(Late))):
@@ -52,6 +56,8 @@ class ControllerSettings:
                 raise unknown_name(f"controller.{name}", value, allowed)
         if self.delay_steps < 0:
             raise ValueError(f"controller.delay_steps must be 0 or more; got {self.delay_steps}")
+        if self.candidates < 1:
+            raise ValueError(f"controller.candidates must be 1 or more; got {self.candidates}")
 
     def check(self, execution_horizon: int, action_horizon: int) -> None:
         """Refuse a prefix that a chunk cannot give.
@@ -84,6 +90,22 @@ def check_execution_horizon(execution_horizon: int, action_horizon: int) -> None
             f" a chunk has action_horizon={action_horizon} actions, so give an execution_horizon that fits,"
             " or train with another action_horizon"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastPlan:
+    """What the plan before means to a new one.
+
+    Attributes:
+        chunk: (action_horizon, action_dim) shifted to the control step at which the new plan is begun, and continued
+            with its last action.
+        keep: (action_horizon,) how much of each action the new plan is to keep, in [0, 1].
+        overlap: how many actions of it are for control steps that the new plan is for too; the rest is continuation.
+    """
+
+    chunk: Chunk
+    keep: NDArray[np.float32]
+    overlap: int
 
 
 @dataclass
@@ -141,16 +163,14 @@ class Timeline:
             period = max(1, min(period, self.action_horizon - delay_steps))
         return self.step - self._current.first_step >= period
 
-    def begin(self, delay_steps: int) -> tuple[Chunk, NDArray[np.float32]] | None:
+    def begin(self, delay_steps: int) -> LastPlan | None:
         """Note that a plan is begun, from this control step's observation.
 
         Args:
             delay_steps: control steps that the plan will take.
 
         Returns:
-            The last chunk, (action_horizon, action_dim), shifted to this control step and continued with its last
-            action, and how much of each action the new plan is to keep, (action_horizon,) in [0, 1]; None for an
-            episode's first plan.
+            The last plan; None for an episode's first.
         """
         self._begun = self.step
         self.plans += 1
@@ -158,10 +178,11 @@ class Timeline:
             return None
         shift = self.step - self._current.first_step
         ahead = np.minimum(np.arange(self.action_horizon) + shift, self.action_horizon - 1)
+        overlap = max(0, self.action_horizon - shift)
         keep = np.zeros(self.action_horizon, np.float32)
         if self.settings.mode == "continuous":
-            keep = kept(max(0, self.action_horizon - shift), delay_steps, self.action_horizon)
-        return self._current.chunk[ahead], keep
+            keep = kept(overlap, delay_steps, self.action_horizon)
+        return LastPlan(chunk=self._current.chunk[ahead], keep=keep, overlap=overlap)
 
     def deliver(self, chunk: Chunk, delay_steps: int = 0) -> None:
         """Take the plan that was begun.

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from policy.diffusion_policy import PolicyConfig, is_image
+from policy.execution import LastPlan
 from policy.inference import SamplerProgram
 from policy.seeding import derive_generator
 
@@ -47,15 +48,15 @@ class PlanRequest:
         seed: of the episode.
         number: of the plan in its episode; noise is drawn from (seed, number).
         observations: (obs_horizon, *shape) under each key.
-        previous: (action_horizon, action_dim) the last chunk, shifted to now; None to begin from noise alone.
-        keep: (action_horizon,) how much of it to keep; None exactly where `previous` is.
+        last: the plan before; None to begin from noise alone and to compare with nothing.
+        candidates: chunks to draw, of which the one closest to the last plan is taken, the first one without it.
     """
 
     seed: int
     number: int
     observations: ByKey
-    previous: NDArray[np.float32] | None = None
-    keep: NDArray[np.float32] | None = None
+    last: LastPlan | None = None
+    candidates: int = 1
 
 
 def sample_plans(
@@ -66,32 +67,62 @@ def sample_plans(
     Args:
         program: the policy's sampling.
         requests: one or more.
-        plan_batch: rows in one network call. Rows are padded up to it, because a matrix product's rounding depends on
-            its number of rows: with a fixed number a chunk is the same alone or among others.
+        plan_batch: requests in one network call. They are padded up to it, because a matrix product's rounding depends
+            on its number of rows: with a fixed number a chunk is the same alone or among others.
 
     Returns:
         (action_horizon, action_dim) chunks in the data's units, in the order of the requests.
     """
     chunks: dict[int, NDArray[np.float32]] = {}
-    for fresh in (True, False):
-        group = [number for number, request in enumerate(requests) if (request.previous is None) is fresh]
+    kinds = [(request.last is None, request.candidates) for request in requests]
+    for kind in dict.fromkeys(kinds):  # one call's rows are of one kind
+        group = [number for number, other in enumerate(kinds) if other == kind]
         for start in range(0, len(group), plan_batch):
             numbers = group[start : start + plan_batch]
             chunks |= zip(numbers, _sampled(program, [requests[n] for n in numbers], plan_batch), strict=False)
     return [chunks[number] for number in range(len(requests))]
 
 
-def _sampled(program: SamplerProgram, requests: Sequence[PlanRequest], plan_batch: int) -> NDArray[np.float32]:
-    rows = [*requests, *[requests[-1]] * (plan_batch - len(requests))]
+def _sampled(program: SamplerProgram, requests: Sequence[PlanRequest], plan_batch: int) -> list[NDArray[np.float32]]:
+    """One chunk a request, in one network call; all requests have a last plan, or none has, and as many candidates."""
+    requests = [*requests, *[requests[-1]] * (plan_batch - len(requests))]
+    rows = [(request, number) for request in requests for number in range(request.candidates)]
     observations = {
-        key: torch.from_numpy(np.stack([row.observations[key] for row in rows])) for key in rows[0].observations
+        key: torch.from_numpy(np.stack([request.observations[key] for request, _ in rows]))
+        for key in requests[0].observations
     }
-    generators = [derive_generator(row.seed, row.number) for row in rows]
-    before: dict[str, Any] = {}
-    if rows[0].previous is not None:
-        before = {"previous": np.stack([row.previous for row in rows]), "keep": np.stack([row.keep for row in rows])}  # type: ignore[misc]
-    chunks: NDArray[np.float32] = program.sample_actions(observations, generator=generators, **before).cpu().numpy()
-    return chunks
+    generators = [_generator(request, number) for request, number in rows]
+    lasts = [request.last for request, _ in rows if request.last is not None]
+    before = {}
+    if lasts:
+        before = {"previous": np.stack([last.chunk for last in lasts]), "keep": np.stack([last.keep for last in lasts])}
+    sampled: NDArray[np.float32] = program.sample_actions(observations, generator=generators, **before).cpu().numpy()
+    drawn = sampled.reshape(len(requests), -1, *sampled.shape[1:])
+    return [
+        chunks[0] if request.last is None else closest(chunks, request.last, program.action_scale)
+        for request, chunks in zip(requests, drawn, strict=True)
+    ]
+
+
+def _generator(request: PlanRequest, number: int) -> torch.Generator:
+    """Of one candidate: the first one's noise is that of a plan without candidates."""
+    return derive_generator(request.seed, request.number, *([number] if number else []))
+
+
+def closest(candidates: NDArray[np.float32], last: LastPlan, action_scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The candidate that continues the last plan best, by the squared distance over the actions both plans have.
+
+    Args:
+        candidates: (N, action_horizon, action_dim), one or more.
+        last: what they are to continue; without overlap the first candidate is taken.
+        action_scale: (action_dim,) what a distance is measured in.
+
+    Returns:
+        (action_horizon, action_dim) one of the candidates.
+    """
+    apart = ((candidates - last.chunk) / action_scale)[:, : last.overlap]
+    chosen: NDArray[np.float32] = candidates[np.square(apart).sum(axis=(1, 2)).argmin()]
+    return chosen
 
 
 def checked_observation(config: PolicyConfig, observation: Observation) -> ByKey:

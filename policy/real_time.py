@@ -296,10 +296,11 @@ class RealTimeController:
         """Time a few plans before any robot moves."""
         config = self._config
         observations = {key: value[0].numpy() for key, value in zero_observations(config, rows=1).items()}
-        self._planned(PlanRequest(seed=0, number=0, observations=observations))  # the first call is no measure
+        request = PlanRequest(seed=0, number=0, observations=observations, candidates=self._settings.candidates)
+        self._planned(request)  # the first call is no measure
         self._plan_seconds.clear()
-        for number in range(REHEARSALS):
-            self._planned(PlanRequest(seed=0, number=number, observations=observations))
+        for _ in range(REHEARSALS):
+            self._planned(request)
         if self._settings.mode != "synchronous" and self.delay_steps >= config.action_horizon:
             raise ValueError(
                 f"a plan takes {1e3 * max(self._plan_seconds):.0f} ms, {self.delay_steps} control steps of"

@@ -169,13 +169,18 @@ def roll_out(
         results = _as_fast_as_possible(policy, cell, setting, num_envs)
     else:
         results = _against_the_clock(driver, setting, folder)
-    summary = {**asdict(sampler), **asdict(controller), **summarize(results), **chunk_latency(program)}
+    summary = {
+        **asdict(sampler),
+        **asdict(controller),
+        **summarize(results),
+        **chunk_latency(program, controller.candidates),
+    }
     tracking.log_table("rollout", [summary])
     tracking.finish()
     print(format_summary(summary))
     print(
-        f"one chunk: {summary['latency_ms_median']:.1f} ms with {sampler.ddim_steps} ddim_steps"
-        " (median, batch 1, one thread)"
+        f"one plan: {summary['latency_ms_median']:.1f} ms with {sampler.ddim_steps} ddim_steps"
+        f" (median, batch {controller.candidates}, one thread)"
     )
     print(f"episodes: {write_episodes(results, folder)}")
     if video:

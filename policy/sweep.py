@@ -152,7 +152,7 @@ def row_of(cell: SweepCell, results: Sequence[EpisodeResult]) -> Row:
     Returns:
         The row.
     """
-    latency = chunk_latency(program_of(cell.checkpoint.policy, cell.cell))
+    latency = chunk_latency(program_of(cell.checkpoint.policy, cell.cell), cell.cell.controller.candidates)
     return {
         **cell.axes,
         **summarize(results),

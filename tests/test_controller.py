@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from policy.controller import RecedingHorizonController
 from policy.diffusion_policy import DiffusionPolicy, PolicyConfig
-from policy.execution import ControllerSettings, kept
+from policy.execution import ControllerSettings, LastPlan, kept
 from policy.inference import compile_sampler
-from policy.planning import as_dict
+from policy.planning import as_dict, closest
 from policy.sampler import Sampler
 from policy.seeding import derive_generator, derive_seed
 
@@ -38,7 +38,7 @@ class FakeProgram:
     """Action i of its n-th row ever planned is 100 n + i; remembers what it was asked."""
 
     def __init__(self, policy, sampler):
-        self.policy, self.sampler = policy, sampler
+        self.policy, self.sampler, self.action_scale = policy, sampler, np.ones(1, np.float32)
 
     def sample_actions(self, observations, *, generator, previous=None, keep=None):
         policy = self.policy
@@ -180,10 +180,10 @@ def test_actions_are_clipped_to_the_action_space():
 # --- plans that take time ----------------------------------------------------------------------------------------
 
 
-def played(mode, delay_steps, execution_horizon, steps, late="hold", sampler=None):
+def played(mode, delay_steps, execution_horizon, steps, late="hold", sampler=None, candidates=1):
     """Actions as (plan, place in its chunk) or None where they belong to no plan, and the calls."""
     policy = FakePolicy()
-    settings_ = ControllerSettings(mode=mode, delay_steps=delay_steps, late=late)
+    settings_ = ControllerSettings(mode=mode, delay_steps=delay_steps, late=late, candidates=candidates)
     controller = controller_of(
         policy, settings=settings_, execution_horizon=execution_horizon, sampler=sampler or Sampler()
     )
@@ -305,6 +305,56 @@ def test_with_delay_an_episode_is_the_same_to_the_bit_alone_and_among_others(mod
     for together in (run(controller(), seeds[::-1]), run(controller(), seeds, late=2)):
         for seed, actions in together.items():
             assert np.array_equal(actions, alone[seed]), seed
+
+
+def test_of_several_candidates_the_one_closest_to_the_last_plan_is_executed():
+    actions, calls = played("synchronous", 0, 6, 18, candidates=3)
+    assert [len(call.draws) for call in calls] == [1, 3, 3]  # an episode's first plan has nothing to continue
+    assert len(set(calls[1].draws)) == 3
+    # Row n begins at 100 n: of the rows 1, 2, 3 the first is closest to row 0, and of 4, 5, 6 the first to row 1.
+    assert actions[6:8] == [(1, 0), (1, 1)]
+    assert actions[12:14] == [(4, 0), (4, 1)]
+    _, plain_calls = played("synchronous", 0, 6, 18)
+    assert [call.draws[0] for call in calls] == [call.draws[0] for call in plain_calls]
+    _, calls = played("synchronous", 0, 8, 18, candidates=3)
+    assert [len(call.draws) for call in calls] == [1, 1, 1]  # nothing is left of the last plan
+
+
+@given(
+    candidates=st.integers(1, 6),
+    overlap=st.integers(0, 5),
+    scale=st.lists(st.floats(0.01, 100), min_size=2, max_size=2),
+    seed=st.integers(0, 1000),
+)
+def test_no_candidate_is_closer_than_the_closest(candidates, overlap, scale, seed):
+    rng = np.random.default_rng(seed)
+    drawn, last = (rng.normal(size=(n, 5, 2)).astype(np.float32) * scale for n in (candidates, 1))
+    plan = LastPlan(chunk=last[0], keep=np.zeros(5, np.float32), overlap=overlap)
+    chosen = closest(drawn, plan, np.asarray(scale, np.float32))
+
+    def distance(chunk):
+        return sum(((chunk[i, d] - last[0, i, d]) / scale[d]) ** 2 for i in range(overlap) for d in range(2))
+
+    assert distance(chosen) <= min(map(distance, drawn)) * (1 + 1e-5)
+    if overlap == 0:
+        assert np.array_equal(chosen, drawn[0])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_with_candidates_an_episode_is_the_same_to_the_bit_alone_and_among_others():
+    policy = real_policy("modulated_mlp")
+    policy.action_normalizer.fit([-2, -2], [2, 2])
+
+    def controller(candidates, plan_batch=4):
+        settings = ControllerSettings(candidates=candidates)
+        sampler = Sampler(ddim_steps=4)
+        return controller_of(policy, sampler=sampler, execution_horizon=2, plan_batch=plan_batch, settings=settings)
+
+    seeds = list(range(4))
+    alone = {seed: run(controller(5), [seed])[seed] for seed in seeds}
+    for seed, actions in run(controller(5), seeds[::-1]).items():
+        assert np.array_equal(actions, alone[seed]), seed
+    assert not np.array_equal(run(controller(1), [0])[0], alone[0])  # another candidate than the first is chosen
 
 
 def test_kept_weights_fall_from_one_to_zero():
@@ -484,6 +534,8 @@ def test_an_execution_horizon_outside_the_chunk_is_refused(execution_horizon):
 def test_other_settings_out_of_range_are_refused():
     with pytest.raises(ValueError, match=r"within 1\.\.100 .*got 101"):
         controller_of(FakePolicy(), sampler=Sampler(ddim_steps=101))
+    with pytest.raises(ValueError, match=r"controller\.candidates must be 1 or more; got 0"):
+        ControllerSettings(candidates=0)
     with pytest.raises(ValueError, match="plan_batch must be 1 or more; got 0"):
         controller_of(FakePolicy(), plan_batch=0)
 

@@ -41,7 +41,7 @@ class SlowProgram:
     def __init__(self, policy, sampler=None):
         self._program = compile_sampler(policy, sampler or Sampler(ddim_steps=2))
         self.sampler, self.seconds, self.seen, self.threads = self._program.sampler, 0.0, [], []
-        self.go = threading.Event()
+        self.action_scale, self.go = self._program.action_scale, threading.Event()
         self.go.set()
 
     def sample_actions(self, observations, **named):

@@ -93,7 +93,7 @@ def test_settings_say_the_weights_and_axes_their_folder(checkpoints):
     (cell,) = cells_of(checkpoints[:1], sampler={"eta": 1}, env={"name": "planar", "image_size": 64})
     shared = {"ddim_steps": 4, "eta": 1.0, "spacing": "trailing", "clip": 1.0, "execution_horizon": 5}
     shared |= {"backend": "eager", "weights": "float32", "warm_start": None}
-    shared |= {"mode": "synchronous", "delay_steps": 0, "late": "hold"}
+    shared |= {"mode": "synchronous", "delay_steps": 0, "late": "hold", "candidates": 1}
     assert cell.axes == {"checkpoint": "runs/a", **shared}
     assert cell.settings == {
         "checkpoint": "weights of a",
@@ -181,7 +181,9 @@ def test_a_row_holds_settings_figures_and_latency(swept, rows):
 def test_latency_is_that_of_the_cells_sampler_and_policy(swept, monkeypatch):
     cells, results = swept
     seen = []
-    monkeypatch.setattr(sweep, "chunk_latency", lambda program: seen.append(program) or {"latency_ms_median": 20.0})
+    monkeypatch.setattr(
+        sweep, "chunk_latency", lambda program, candidates: seen.append(program) or {"latency_ms_median": 20.0}
+    )
     assert row_of(cells[1], results[1])["control_rate_hz"] == 250.0  # five control steps in every 20 ms
     assert [(p.config, p.sampler) for p in seen] == [(cells[1].checkpoint.policy.config, cells[1].cell.sampler)]
 

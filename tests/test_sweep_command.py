@@ -36,7 +36,7 @@ def run_sweep(monkeypatch, capsys):
     """The command in this process, where that makes no difference: a process each would take minutes."""
     monkeypatch.setattr(workers, "available_cores", lambda: 1)
     latency = {"latency_ms_median": 2.0, "latency_ms_p90": 3.0}
-    monkeypatch.setattr(sweep, "chunk_latency", lambda program: latency)
+    monkeypatch.setattr(sweep, "chunk_latency", lambda program, candidates: latency)
 
     def run(*overrides, check=0):
         monkeypatch.setattr(sys, "argv", ["sweep.py", "videos=0", *map(str, overrides)])

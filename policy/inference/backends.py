@@ -38,6 +38,8 @@ class SamplerProgram:
         run: (observations, noise, step_noise, previous, keep) to actions, everything on `device` and checked.
         warm_run: the same with a previous chunk to begin from; `run` itself without `sampler.warm_start`.
         device: where it runs.
+        action_scale: (action_dim,) half the demonstrated range of each action dimension, in the data's units; 1 where
+            it is constant. Distances between chunks are measured in it.
     """
 
     config: PolicyConfig
@@ -46,6 +48,7 @@ class SamplerProgram:
     run: Run
     warm_run: Run
     device: torch.device
+    action_scale: NDArray[np.float32]
 
     def __call__(
         self,
@@ -179,7 +182,16 @@ def compile_sampler(
     build, schedule = BACKENDS[backend], policy.schedule
     run, device = build(frozen, sampler, cold_course(schedule, sampler), weights)
     warm = run if sampler.warm_start is None else build(frozen, sampler, warm_course(schedule, sampler), weights)[0]
-    return SamplerProgram(config=policy.config, sampler=sampler, backend=backend, run=run, warm_run=warm, device=device)
+    half_range = policy.action_normalizer.half_range.cpu().numpy()
+    return SamplerProgram(
+        config=policy.config,
+        sampler=sampler,
+        backend=backend,
+        run=run,
+        warm_run=warm,
+        device=device,
+        action_scale=np.where(half_range == 0, np.float32(1), half_range),
+    )
 
 
 def check_backend(backend: str, weights: str) -> None:

@@ -67,11 +67,15 @@ class Normalizer(nn.Module):
         self.center.copy_(torch.as_tensor((low_ + high_) / 2))
         self.half_range.copy_(torch.as_tensor(np.where(constant, 0.0, half_range)))
 
+    @property
+    def scale(self) -> Tensor:
+        """(*shape) what differences are divided by: half the fitted range, 1 where a dimension is constant."""
+        return torch.where(self.half_range == 0, 1.0, self.half_range)
+
     def normalize(self, x: Tensor) -> Tensor:
         """(..., *shape) in the data's units to (..., *shape): in [-1, 1] inside the fitted range, else in [-10, 10]."""
-        constant = self.half_range == 0
-        scaled = (x - self.center) / torch.where(constant, 1.0, self.half_range)
-        return torch.where(constant, 0.0, scaled.clamp(-FARTHEST, FARTHEST))
+        scaled = (x - self.center) / self.scale
+        return torch.where(self.half_range == 0, 0.0, scaled.clamp(-FARTHEST, FARTHEST))
 
     def unnormalize(self, x: Tensor) -> Tensor:
         """The inverse of `normalize` up to where that ends: (..., *shape) back to the data's units."""

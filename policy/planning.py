@@ -46,7 +46,8 @@ class PlanRequest:
 
     Attributes:
         seed: of the episode.
-        number: of the plan in its episode; noise is drawn from (seed, number).
+        number: of the plan in its episode; noise is drawn from (seed, number), that of candidate n > 0 from (seed,
+            number, n).
         observations: (obs_horizon, *shape) under each key.
         last: the plan before; None to begin from noise alone and to compare with nothing.
         candidates: chunks to draw, of which the one closest to the last plan is taken, the first one without it.

@@ -345,10 +345,10 @@ def test_with_candidates_an_episode_is_the_same_to_the_bit_alone_and_among_other
     policy = real_policy("modulated_mlp")
     policy.action_normalizer.fit([-2, -2], [2, 2])
 
-    def controller(candidates, plan_batch=4):
+    def controller(candidates):
         settings = ControllerSettings(candidates=candidates)
         sampler = Sampler(ddim_steps=4)
-        return controller_of(policy, sampler=sampler, execution_horizon=2, plan_batch=plan_batch, settings=settings)
+        return controller_of(policy, sampler=sampler, execution_horizon=2, plan_batch=4, settings=settings)
 
     seeds = list(range(4))
     alone = {seed: run(controller(5), [seed])[seed] for seed in seeds}

@@ -182,7 +182,6 @@ def compile_sampler(
     build, schedule = BACKENDS[backend], policy.schedule
     run, device = build(frozen, sampler, cold_course(schedule, sampler), weights)
     warm = run if sampler.warm_start is None else build(frozen, sampler, warm_course(schedule, sampler), weights)[0]
-    half_range = policy.action_normalizer.half_range.cpu().numpy()
     return SamplerProgram(
         config=policy.config,
         sampler=sampler,
@@ -190,7 +189,7 @@ def compile_sampler(
         run=run,
         warm_run=warm,
         device=device,
-        action_scale=np.where(half_range == 0, np.float32(1), half_range),
+        action_scale=policy.action_normalizer.scale.cpu().numpy(),
     )
 
 

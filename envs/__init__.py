@@ -18,6 +18,7 @@ from envs.collect import Episode, Expert, collect_episodes, make_expert
 from envs.errors import MissingExtraError, RenderingUnavailableError, choose
 from envs.gym_env import make_gym
 from envs.metaworld import MetaWorldEnv
+from envs.metaworld_tasks import MetaWorldTasksEnv
 from envs.planar import PlanarEnv
 from envs.pusht import PushTEnv
 from envs.pusht_geometry import (
@@ -51,6 +52,7 @@ __all__ = [
 FAMILIES: dict[str, Callable[..., gymnasium.Env[Any, Any]]] = {
     "gym": make_gym,
     "metaworld": MetaWorldEnv,
+    "metaworld_tasks": MetaWorldTasksEnv,
     "planar": PlanarEnv,
     "pusht": PushTEnv,
 }
@@ -60,8 +62,8 @@ def make(name: str, *, render_mode: str | None = None, **kwargs: Any) -> gymnasi
     """Make an environment.
 
     Args:
-        name: ``"metaworld"`` (``task=``), ``"pusht"`` (``observation=``), ``"planar"`` or ``"gym"`` (``id=``,
-            ``kwargs=``, ``observation_keys=``, ``success=``).
+        name: ``"metaworld"`` (``task=``), ``"metaworld_tasks"`` (``tasks=``), ``"pusht"`` (``observation=``),
+            ``"planar"`` or ``"gym"`` (``id=``, ``kwargs=``, ``observation_keys=``, ``success=``).
         render_mode: ``None`` or ``"rgb_array"``.
         **kwargs: Options of that environment, see its class.
 
@@ -89,5 +91,6 @@ def make(name: str, *, render_mode: str | None = None, **kwargs: Any) -> gymnasi
 prefer_headless_gl()
 
 gymnasium.register(id="ddim_policy/MetaWorld-v0", entry_point="envs.metaworld:MetaWorldEnv")
+gymnasium.register(id="ddim_policy/MetaWorldTasks-v0", entry_point="envs.metaworld_tasks:MetaWorldTasksEnv")
 gymnasium.register(id="ddim_policy/Planar-v0", entry_point="envs.planar:PlanarEnv")
 gymnasium.register(id="ddim_policy/PushT-v0", entry_point="envs.pusht:PushTEnv")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from envs.errors import choose
 from envs.metaworld import MetaWorldEnv, MetaWorldExpert
+from envs.metaworld_tasks import MetaWorldTasksEnv
 from envs.planar import PlanarExpert
 
 LOGGER = logging.getLogger(__name__)
@@ -71,11 +72,14 @@ def make_expert(name: str, env: gymnasium.Env[Any, Any], seed: int) -> Expert:
     """
     if name in ("pusht", "gym"):
         raise ValueError(
-            f"{name!r} has no scripted expert; its demonstrations must come from a dataset. Experts: metaworld, planar."
+            f"{name!r} has no scripted expert; its demonstrations must come from a dataset. Experts: metaworld,"
+            " metaworld_tasks, planar."
         )
-    if choose("expert", name, ("metaworld", "planar")) == "planar":
+    if choose("expert", name, ("metaworld", "metaworld_tasks", "planar")) == "planar":
         return PlanarExpert(seed)
     base = env.unwrapped
+    if isinstance(base, MetaWorldTasksEnv):
+        return MetaWorldExpert(base.task_of(seed))
     if not isinstance(base, MetaWorldEnv):
         raise ValueError(f"The 'metaworld' expert needs a Meta-World environment, got {type(base).__name__}.")
     return MetaWorldExpert(base.task)

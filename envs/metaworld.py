@@ -14,16 +14,20 @@ from envs.errors import check_action, choose, import_extra
 from envs.rendering import rendering_errors, require_rgb_array
 
 OBSERVATION_DIM = 39
+FEATURES_DIM = 30
 ACTION_DIM = 4
 MAX_REWARD = 10.0
+OBSERVATIONS = ("state", "features")
+# Grasps are decided within a few centimetres, of a workspace of a metre.
+NEAR = 0.05
 
 
 class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
     """One Meta-World task with an observable goal, as in the MT1 benchmark.
 
     Observation: (39,) float32: hand xyz, gripper opening, object poses (14 numbers), the same of the step
-    before, and the goal's xyz. Action: (4,) float32 in [-1, 1]: hand displacement (1 = 1 cm per control
-    step) and gripper effort.
+    before, and the goal's xyz. With ``observation="features"`` it is (69,): these, then `metaworld_features`.
+    Action: (4,) float32 in [-1, 1]: hand displacement (1 = 1 cm per control step) and gripper effort.
 
     Upstream ignores ``reset(seed=...)`` and cycles through 50 frozen goals. Here the seed makes the generator
     that draws the goal and the initial poses from the task's own randomisation space, so there are as many
@@ -40,6 +44,7 @@ class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         self,
         task: str = "pick-place-v3",
         *,
+        observation: str = "state",
         render_mode: str | None = None,
         camera: str = "corner2",
         image_size: int = 256,
@@ -48,18 +53,20 @@ class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
 
         Args:
             task: One of the 50 task names, such as ``"pick-place-v3"``.
+            observation: ``"state"``, or ``"features"``: the state and where its parts are from each other.
             render_mode: ``None`` or ``"rgb_array"``.
             camera: Camera that `render` looks through.
             image_size: Height and width of a frame, in pixels.
 
         Raises:
             MissingExtraError: If Meta-World, or a system library it needs, is not installed.
-            ValueError: If the task or the camera does not exist.
+            ValueError: If the task, the kind of observation or the camera does not exist.
         """
         import_extra("metaworld", title="Meta-World", extra="metaworld")
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
         self.task = choose("Meta-World task", task, ALL_V3_ENVIRONMENTS)
+        self.observation = choose("observation", observation, OBSERVATIONS)
         self.render_mode = render_mode
         self.image_size = image_size
         self._simulator = _observable_task(ALL_V3_ENVIRONMENTS[task])
@@ -67,7 +74,8 @@ class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         self.camera = choose("camera", camera, [model.camera(i).name for i in range(model.ncam)])
         # Most of Meta-World's cameras hang upside down: the z component of their up vector is negative.
         self._upside_down = bool(self._simulator.data.camera(camera).xmat[7] < -1e-6)
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (OBSERVATION_DIM,), np.float32)
+        size = OBSERVATION_DIM + (FEATURES_DIM if observation == "features" else 0)
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
         self._renderer: Any = None
 
@@ -92,7 +100,7 @@ class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         simulator.reset_model()
         simulator._freeze_rand_vec = True
         observation, _ = simulator.reset()
-        return observation.astype(np.float32), {"is_success": False, "score": 0.0}
+        return self._observed(observation), {"is_success": False, "score": 0.0}
 
     def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """Advance by one control step (12.5 ms).
@@ -111,7 +119,11 @@ class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         info["is_success"] = bool(info["success"])
         # Some tasks count as solved well before their reward is full.
         info["score"] = 1.0 if info["is_success"] else min(max(float(reward) / MAX_REWARD, 0.0), 1.0)
-        return observation.astype(np.float32), float(reward), terminated, truncated, info
+        return self._observed(observation), float(reward), terminated, truncated, info
+
+    def _observed(self, state: NDArray[np.float64]) -> NDArray[np.float32]:
+        parts = [state, metaworld_features(state)] if self.observation == "features" else [state]
+        return np.concatenate(parts).astype(np.float32)
 
     def render(self) -> NDArray[np.uint8]:
         """Draw the scene, (image_size, image_size, 3) uint8, upright.
@@ -136,6 +148,20 @@ class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
             self._renderer = None
 
 
+def metaworld_features(state: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    """Where hand, both objects and goal are from each other, in metres and magnified near zero.
+
+    Args:
+        state: (39,) a Meta-World observation.
+
+    Returns:
+        (30,) five differences d of positions, each xyz, then tanh(d / 5 cm) of them all.
+    """
+    hand, first, second, goal = state[:3], state[4:7], state[11:14], state[36:39]
+    differences = np.concatenate([first - hand, second - hand, goal - hand, goal - first, second - first])
+    return np.concatenate([differences, np.tanh(differences / NEAR)])
+
+
 class MetaWorldExpert:
     """Meta-World's scripted policy for one task, clipped to the action space."""
 
@@ -152,11 +178,11 @@ class MetaWorldExpert:
         self._policy = policy_class()
 
     def __call__(self, observation: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Map an observation (39,) to an action (4,) float32 in [-1, 1]."""
+        """Map an observation, of which it reads the state (39,), to an action (4,) float32 in [-1, 1]."""
         with warnings.catch_warnings():
             # "Constant(s) may be too high. Environments clip response": clipping is what happens here.
             warnings.simplefilter("ignore")
-            action = self._policy.get_action(observation.astype(np.float64))
+            action = self._policy.get_action(observation[:OBSERVATION_DIM].astype(np.float64))
         return np.clip(action, -1.0, 1.0).astype(np.float32)
 
 

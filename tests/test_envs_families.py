@@ -18,7 +18,9 @@ FAMILIES = [
     ("pusht", {}, "gym_pusht", {"": (40,)}, 2),
     ("pusht", {"observation": "keypoints"}, "gym_pusht", {"keypoint": (18,), "agent_pos": (2,)}, 2),
     ("pusht", {"observation": "image"}, "gym_pusht", {"image": (96, 96, 3), "agent_pos": (2,)}, 2),
-    ("metaworld", {}, "metaworld", {"": (39,)}, 4),
+    ("metaworld", {}, "metaworld", {"": (69,)}, 4),
+    ("metaworld", {"observation": "state"}, "metaworld", {"": (39,)}, 4),
+    ("metaworld_tasks", {"tasks": ["reach-v3", "push-v3"]}, "metaworld", {"": (71,)}, 4),
     ("fetch", {}, "gymnasium_robotics", {"observation": (10,), "achieved_goal": (3,), "desired_goal": (3,)}, 4),
     (
         "fetch",

@@ -221,3 +221,57 @@ def test_an_action_that_is_not_four_finite_numbers_is_refused(action):
     env.reset(seed=0)
     with pytest.raises(ValueError, match="An action is 4 finite numbers"):
         env.step(action)
+
+
+def test_features_are_where_the_parts_of_the_scene_are_from_each_other():
+    env, plain = (
+        envs.make("metaworld", task="peg-insert-side-v3", observation="features"),
+        envs.make("metaworld", task="peg-insert-side-v3"),
+    )
+    for _ in range(2):
+        observation, state = env.reset(seed=4)[0], plain.reset(seed=4)[0]
+        assert env.observation_space.contains(observation)
+        np.testing.assert_array_equal(observation[:39], state)
+        hand, peg, goal = state[:3], state[4:7], state[36:39]
+        for place, difference in ((0, peg - hand), (6, goal - hand), (9, goal - peg)):
+            np.testing.assert_allclose(observation[39:][place : place + 3], difference, atol=1e-6)
+            np.testing.assert_allclose(observation[54:][place : place + 3], np.tanh(difference / 0.05), atol=1e-4)
+    expert, blind = envs.make_expert("metaworld", env, 4), envs.make_expert("metaworld", plain, 4)
+    np.testing.assert_array_equal(expert(observation), blind(state))
+
+
+def test_one_of_several_tasks_is_played_as_its_seed_says():
+    tasks = ["reach-v3", "door-open-v3", "drawer-close-v3"]
+    env = envs.make("metaworld_tasks", tasks=tasks, observation="features")
+    for seed in (7, 5, 7):
+        alone = envs.make("metaworld", task=tasks[seed % 3], observation="features")
+        expert, own = envs.make_expert("metaworld_tasks", env, seed), envs.make_expert("metaworld", alone, seed)
+        (ours, info), (theirs, _) = env.reset(seed=seed), alone.reset(seed=seed)
+        assert info == {"is_success": False, "score": 0.0}
+        for _ in range(30):
+            assert env.observation_space.contains(ours)
+            np.testing.assert_array_equal(ours[:-3], theirs)
+            np.testing.assert_array_equal(ours[-3:], np.eye(3, dtype=np.float32)[seed % 3])
+            (ours, *rest), (theirs, *expected) = env.step(expert(ours)), alone.step(own(theirs))
+            assert rest == expected
+
+
+def test_unseeded_episodes_of_several_tasks_follow_from_the_last_seed():
+    env = envs.make("metaworld_tasks", tasks=["reach-v3", "push-v3"])
+    drawn = []
+    for _ in range(2):
+        env.reset(seed=3)
+        drawn.append(np.array([env.reset()[0] for _ in range(8)]))
+    np.testing.assert_array_equal(*drawn)
+    assert 0 < drawn[0][:, -1].mean() < 1
+
+
+@pytest.mark.parametrize("tasks", [[], ["reach-v3"], "reach-v3", ["reach-v3", "reach-v3"]])
+def test_several_tasks_are_two_different_ones_at_least(tasks):
+    with pytest.raises(ValueError, match=r"two or more different .* choose env=metaworld env\.task"):
+        envs.make("metaworld_tasks", tasks=tasks)
+
+
+def test_a_misspelt_one_of_several_tasks_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="Did you mean 'push-v3'"):
+        envs.make("metaworld_tasks", tasks=["reach-v3", "push-v2"])

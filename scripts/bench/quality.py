@@ -3,10 +3,12 @@
     python -m scripts.bench.quality pusht_state dataset.path=pusht_cchi_v7_replay.zarr.zip
     python -m scripts.bench.quality metaworld
     python -m scripts.bench.quality metaworld tasks=[assembly-v3,reach-v3] episodes=20 train.steps=500
+    python -m scripts.bench.quality metaworld_tasks
 
-A preset of demonstrations that people recorded is trained with three seeds; the Meta-World one on every task, each with
-its own scripted demonstrations. As many trainings as there are cores run side by side, one thread each. Interrupt it
-when you like: the same command goes on.
+A preset of demonstrations that people recorded is trained with three seeds; `metaworld` on every task, each with its
+own scripted demonstrations; `metaworld_tasks` once, on those of ten tasks together. `demonstrations` and `episodes` of
+these two are numbers for each task. As many trainings as there are cores run side by side, one thread each. Other
+settings of the training get folders and a report of their own. Interrupt it when you like: the same command goes on.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from envs.metaworld_tasks import MT10
+from policy.data import dataset_name
 from policy.progress import progress
+from policy.statistics import wilson_interval
 from policy.workers import available_cores
 from scripts.bench.report import machine, write_report
 from scripts.command import CONF
@@ -48,11 +53,13 @@ class Unit:
         name: what tells it from the others; its folder is called so.
         commands: in order; each goes on where it stopped, and ends at once where all is done.
         folder: where they write.
+        tasks: where one policy plays several, by seed: each becomes a row.
     """
 
     name: str
     commands: Sequence[Sequence[str]]
     folder: Path
+    tasks: Sequence[str] = ()
 
 
 def main() -> None:
@@ -71,7 +78,7 @@ def main() -> None:
             sys.exit(f"{' '.join(error.cmd[2:])} ended with exit code {error.returncode}: see log.txt in its folder")
     rows = [row for rows in found for row in rows]
     totals = [_total(k, [row for row in rows if row["ddim_steps"] == k], promised.get(k, {})) for k in ddim_steps]
-    write_report(f"quality_{preset}", rows + totals)
+    write_report("_".join(["quality", preset, *variant(overrides)]), rows + totals)
     print(f"{len(units)} trainings in {time.perf_counter() - began:.0f} s")
     if any(row.get("reached") is False for row in totals):
         sys.exit(f"{preset} does not reach the score that {_file(preset)} promises")
@@ -94,16 +101,31 @@ def _promised(preset: str) -> dict[int, Row]:
     return {row["ddim_steps"]: row for row in settings.get("expected") or ()}
 
 
+def variant(overrides: Mapping[str, str]) -> list[str]:
+    """What in the overrides makes another training of the preset, as names for files; none for the preset itself.
+
+    >>> variant({"dataset.path": "data/pusht.zarr.zip", "episodes": "20", "denoiser": "unet", "env.id": "a/B-v0"})
+    ['denoiser=unet', 'env.id=a-B-v0']
+    """
+    return [
+        re.sub(r"[^\w.,=-]+", "-", f"{name}={value}")
+        for name, value in overrides.items()
+        if name not in (*OWN, "dataset.path")
+    ]
+
+
 def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) -> list[Unit]:
     own = {name: overrides[name] for name in OWN if name in overrides}
     training = [f"{name}={value}" for name, value in overrides.items() if name not in OWN]
-    folder = FOLDER / preset
-    if preset == "metaworld":
-        from metaworld.policies import ENV_POLICY_MAP
-
-        tasks = _listed(own["tasks"]) if "tasks" in own else sorted(ENV_POLICY_MAP)
-        count = own.get("demonstrations", "50")
-        return [_task(folder, task, count, own.get("episodes", "100"), training, ddim_steps) for task in tasks]
+    folder = FOLDER.joinpath(preset, *variant(overrides))
+    if preset in ("metaworld", "metaworld_tasks"):
+        tasks = _listed(own["tasks"]) if "tasks" in own else list(_tasks(preset))
+        groups = [tasks] if preset == "metaworld_tasks" else [[task] for task in tasks]
+        counts = {name: int(own.get(name, default)) for name, default in (("demonstrations", 50), ("episodes", 100))}
+        return [
+            _scripted(preset, group, folder=folder, training=training, ddim_steps=ddim_steps, **counts)
+            for group in groups
+        ]
     seeds = _listed(own["seeds"]) if "seeds" in own else [str(seed) for seed in SEEDS]
     return [
         Unit(
@@ -120,19 +142,49 @@ def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) ->
     ]
 
 
-def _task(
-    folder: Path, task: str, demonstrations: str, episodes: str, training: Sequence[str], ddim_steps: Sequence[int]
+def _tasks(preset: str) -> Sequence[str]:
+    """All that a preset can be trained on."""
+    if preset == "metaworld_tasks":
+        return MT10
+    from metaworld.policies import ENV_POLICY_MAP
+
+    return sorted(ENV_POLICY_MAP)
+
+
+def _scripted(
+    preset: str,
+    tasks: Sequence[str],
+    *,
+    demonstrations: int,
+    episodes: int,
+    folder: Path,
+    training: Sequence[str],
+    ddim_steps: Sequence[int],
 ) -> Unit:
-    place = folder / (task if demonstrations == "50" else f"{task}-{demonstrations}")
-    data = place / "demonstrations" / f"metaworld-{task}-v0"
-    collect = ["scripts.collect", "env=metaworld", f"env.task={task}", f"episodes={demonstrations}"]
+    """One policy of Meta-World's scripted demonstrations, so many of each task."""
+    together = preset == "metaworld_tasks"
+    name = f"{len(tasks)}-tasks" if together else tasks[0]
+    name = name if demonstrations == 50 else f"{name}-{demonstrations}"
+    env = {"name": preset} | ({} if together else {"task": tasks[0]})
+    data = FOLDER / preset / name / "demonstrations" / dataset_name(env)
+    collect = [
+        "scripts.collect",
+        f"env={preset}",
+        f"env.tasks=[{','.join(tasks)}]" if together else f"env.task={tasks[0]}",
+        f"episodes={demonstrations * len(tasks)}",
+        f"output_dir={data.parent}",
+    ]
     return Unit(
-        name=place.name,
-        folder=place,
+        name=name,
+        folder=folder / name,
+        tasks=tasks if together else (),
         commands=[
-            *([] if data.exists() else [[*collect, f"output_dir={data.parent}"]]),
+            *([] if data.exists() else [collect]),
             *_train_and_sweep(
-                place, ["experiment=metaworld", f"dataset.path={data}", *training], [f"episodes={episodes}"], ddim_steps
+                folder / name,
+                [f"experiment={preset}", f"dataset.path={data}", *training],
+                [f"episodes={episodes * len(tasks)}"],
+                ddim_steps,
             ),
         ],
     )
@@ -171,10 +223,39 @@ def _run(unit: Unit) -> list[Row]:
             )
     # What the training says at its end and where it is interrupted; only what ends in SIGKILL goes uncounted.
     train_s = sum(map(float, re.findall(r"^\d+ steps in ([\d.]+) s, ", path.read_text(), re.MULTILINE)))
-    cells = json.loads((unit.folder / "sweep/sweep.json").read_text())["cells"]
-    names = ("ddim_steps", "episodes", "successes", "success_rate", "success_low", "success_high", "score_mean")
-    rows = [{"training": unit.name, **{name: cell[name] for name in names}, "train_s": train_s} for cell in cells]
+    swept = json.loads((unit.folder / "sweep/sweep.json").read_text())
+    rows = [{**row, "train_s": train_s} for row in _rows(unit, swept)]
     print(f"{unit.name}: " + ", ".join(f"{row['success_rate']:.0%} at {row['ddim_steps']}" for row in rows), flush=True)
+    return rows
+
+
+def _rows(unit: Unit, swept: Mapping[str, Any]) -> list[Row]:
+    """What a sweep found in each cell; where one policy played several tasks, in each of them."""
+    if not unit.tasks:
+        names = ("ddim_steps", "episodes", "successes", "success_rate", "success_low", "success_high", "score_mean")
+        return [{"training": unit.name, **{name: cell[name] for name in names}} for cell in swept["cells"]]
+    rows = []
+    for cell in swept["cells"]:
+        for number, task in enumerate(unit.tasks):
+            played = [
+                episode
+                for episode in swept["episodes"]
+                if episode["cell"] == cell["cell"] and episode["seed"] % len(unit.tasks) == number
+            ]
+            successes = sum(episode["success"] for episode in played)
+            low, high = wilson_interval(successes, len(played))
+            rows.append(
+                {
+                    "training": task,
+                    "ddim_steps": cell["ddim_steps"],
+                    "episodes": len(played),
+                    "successes": successes,
+                    "success_rate": successes / len(played),
+                    "success_low": low,
+                    "success_high": high,
+                    "score_mean": fmean(episode["score"] for episode in played),
+                }
+            )
     return rows
 
 

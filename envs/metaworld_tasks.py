@@ -1,0 +1,118 @@
+"""Several Meta-World tasks in one environment, for one policy that is told which task it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.metaworld import ACTION_DIM, MetaWorldEnv
+
+# Meta-World's own choice of ten, MT10.
+MT10 = (
+    "reach-v3",
+    "push-v3",
+    "pick-place-v3",
+    "door-open-v3",
+    "drawer-open-v3",
+    "drawer-close-v3",
+    "button-press-topdown-v3",
+    "peg-insert-side-v3",
+    "window-open-v3",
+    "window-close-v3",
+)
+
+
+class MetaWorldTasksEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
+    """Several Meta-World tasks; an episode's seed says which one it plays.
+
+    Seed s is an episode of task ``s % len(tasks)``: the same episode as ``MetaWorldEnv(task).reset(seed=s)``, and as
+    many consecutive seeds as there are tasks play each of them once. The observation is the task's own, followed by
+    a one-hot vector of its place in ``tasks``. Action, info, truncation and rate are those of `MetaWorldEnv`.
+    """
+
+    metadata = MetaWorldEnv.metadata
+
+    def __init__(
+        self,
+        tasks: Sequence[str] = MT10,
+        *,
+        observation: str = "state",
+        render_mode: str | None = None,
+        camera: str = "corner2",
+        image_size: int = 256,
+    ) -> None:
+        """Build all tasks.
+
+        Args:
+            tasks: Names of at least two different tasks, by default the ten of MT10.
+            observation: See `MetaWorldEnv`.
+            render_mode: ``None`` or ``"rgb_array"``.
+            camera: Camera that `render` looks through.
+            image_size: Height and width of a frame, in pixels.
+
+        Raises:
+            MissingExtraError: If Meta-World, or a system library it needs, is not installed.
+            ValueError: If fewer than two tasks are named, one is named twice, or a name does not exist.
+        """
+        self.tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+        if len(self.tasks) < 2 or len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(
+                f"tasks must name two or more different Meta-World tasks; got {list(self.tasks)}."
+                " For a single one choose env=metaworld env.task=NAME."
+            )
+        self.render_mode = render_mode
+        self._envs = [
+            MetaWorldEnv(task, observation=observation, render_mode=render_mode, camera=camera, image_size=image_size)
+            for task in self.tasks
+        ]
+        (own_size,) = self._envs[0].observation_space.shape or ()
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (own_size + len(self.tasks),), np.float32)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
+        self._current = 0
+
+    def task_of(self, seed: int) -> str:
+        """The task that an episode of this seed plays."""
+        return self.tasks[seed % len(self.tasks)]
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Start an episode.
+
+        Args:
+            seed: Seed of this episode and, modulo the number of tasks, its task; or None to draw the next one from
+                ``np_random``.
+            options: Ignored.
+
+        Returns:
+            The first observation and ``{"is_success": False, "score": 0.0}``.
+        """
+        super().reset(seed=seed)
+        if seed is None:
+            seed = int(self.np_random.integers(2**31))
+        self._current = seed % len(self.tasks)
+        observation, info = self._envs[self._current].reset(seed=seed)
+        return self._observed(observation), info
+
+    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Advance by one control step, see `MetaWorldEnv.step`."""
+        observation, reward, terminated, truncated, info = self._envs[self._current].step(action)
+        return self._observed(observation), reward, terminated, truncated, info
+
+    def render(self) -> NDArray[np.uint8]:
+        """Draw the scene of the task at hand, see `MetaWorldEnv.render`."""
+        return self._envs[self._current].render()
+
+    def close(self) -> None:
+        """Free the renderers."""
+        for env in self._envs:
+            env.close()
+
+    def _observed(self, observation: NDArray[np.float32]) -> NDArray[np.float32]:
+        one_hot = np.zeros(len(self.tasks), np.float32)
+        one_hot[self._current] = 1.0
+        return np.concatenate([observation, one_hot])

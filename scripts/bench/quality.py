@@ -105,10 +105,10 @@ def variant(overrides: Mapping[str, str]) -> list[str]:
     """What in the overrides makes another training of the preset, as names for files; none for the preset itself.
 
     >>> variant({"dataset.path": "data/pusht.zarr.zip", "episodes": "20", "denoiser": "unet", "env.id": "a/B-v0"})
-    ['denoiser=unet', 'env.id=a-B-v0']
+    ['denoiser-unet', 'env.id-a-B-v0']
     """
     return [
-        re.sub(r"[^\w.,=-]+", "-", f"{name}={value}")
+        re.sub(r"[^\w.-]+", "-", f"{name}={value}")
         for name, value in overrides.items()
         if name not in (*OWN, "dataset.path")
     ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import Any
 
 import gymnasium
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from envs.errors import MissingExtraError, check_action, choose, import_extra
-from envs.pusht_geometry import FEATURE_DIM, KEYPOINT_DIM, pusht_features, pusht_keypoints
+from envs.pusht_geometry import FEATURE_DIM, KEYPOINT_DIM, pusht_agent_pos, pusht_features, pusht_keypoints
 from envs.rendering import rendering_errors, require_rgb_array
 from envs.spaces import Observation
 
@@ -146,6 +147,24 @@ class PushTEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         with rendering_errors():
             return self._simulator._render(visualize=False)
 
+    def draw(self, state: ArrayLike) -> NDArray[np.uint8]:
+        """Draw a state that is no moment of an episode; the next thing to do with this environment is `reset`.
+
+        Args:
+            state: (5,), as for `set_state`.
+
+        Returns:
+            (96, 96, 3) uint8, as ``"image"`` is observed.
+        """
+        x, y, block_x, block_y, angle = np.asarray(state, dtype=np.float64).tolist()
+        simulator = self._simulator
+        simulator.agent.position = (x, y)
+        simulator.block.angle = angle
+        simulator.block.position = (block_x, block_y)
+        for body in (simulator.agent, simulator.block):
+            simulator.space.reindex_shapes_for_body(body)
+        return self._picture()
+
     def _begin(self, state: NDArray[np.float64]) -> tuple[Observation, dict[str, Any]]:
         """Clear what outlives an episode and describe its first state."""
         self._steps = 0
@@ -153,6 +172,30 @@ class PushTEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         coverage = self._simulator._get_coverage()
         score = min(coverage / SUCCESS_COVERAGE, 1.0)
         return self._describe(state), {"is_success": False, "score": score, "coverage": coverage}
+
+
+def pusht_pictures(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Turn the demonstrations' states into the observations of ``observation="image"``, each picture drawn anew.
+
+    After `pusht_hindsight` the recorded pictures no longer show what the states say. Without it these are the recorded
+    ones but for 0.08 of 255 on average.
+
+    Args:
+        observations: ``"state"`` (T, 5) alone.
+
+    Returns:
+        ``"image"`` (T, 96, 96, 3) uint8 and ``"agent_pos"`` (T, 2) float32.
+
+    Raises:
+        ValueError: If there is no such state, or another key as well.
+        MissingExtraError: See `PushTEnv`.
+    """
+    for key in observations:
+        choose("Push-T observation to draw", key, ("state",))
+    positions = pusht_agent_pos(observations)
+    with closing(PushTEnv(observation="image")) as env:
+        env.reset(seed=0)
+        return {"image": np.stack([env.draw(state) for state in observations["state"]]), **positions}
 
 
 def _agent_pos(state: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -302,6 +302,21 @@ def test_demonstrations_become_what_the_environment_gives():
     np.testing.assert_array_equal(shown["agent_pos"], states[:, :2])
 
 
+def test_pictures_drawn_of_states_are_those_that_the_environment_shows():
+    env = envs.make("pusht", observation="image")
+    for seed in range(3):
+        shown, _ = env.reset(seed=seed)
+        state = np.asarray(env.unwrapped._simulator.get_obs(), np.float32)
+        # States of another time drawn before and after: nothing of them may stay.
+        drawn = envs.pusht_pictures({"state": np.stack([state + 30, state, state - 30])})
+        assert env.observation_space.contains({key: values[1] for key, values in drawn.items()})
+        assert np.abs(drawn["image"][1].astype(int) - shown["image"]).mean() < 0.02
+        assert np.abs(drawn["image"][0].astype(int) - shown["image"]).mean() > 1
+        np.testing.assert_array_equal(drawn["agent_pos"][1], shown["agent_pos"])
+    with pytest.raises(ValueError, match="'img'"):
+        envs.pusht_pictures({"state": state[None], "img": shown["image"][None]})
+
+
 @pytest.mark.parametrize("transform", [envs.pusht_state_features, envs.pusht_agent_pos])
 def test_a_transform_names_what_it_misses(transform):
     with pytest.raises(ValueError, match=r"need the key 'state'.* got action, img"):

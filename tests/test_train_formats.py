@@ -65,16 +65,26 @@ def test_the_push_t_replay_buffer(trained, run_script, experiment, overrides):
 
 @pytest.mark.skipif(not LEROBOT.exists(), reason="needs the five Push-T episodes as a LeRobot v3 set")
 @pytest.mark.parametrize(
-    ("experiment", "keys"),
-    [("pusht_state", "[state]"), ("pusht_image", "{image:observation.image,state:observation.state}")],
+    ("experiment", "overrides"),
+    [
+        ("pusht_state", ["dataset.observation_keys=[state]"]),
+        (
+            "pusht_image",
+            [
+                "dataset.observation_keys={image:observation.image,state:observation.state}",
+                "dataset.relabel=null",
+                "dataset.transform._target_=envs.pusht_agent_pos",
+            ],
+        ),
+    ],
 )
-def test_a_lerobot_set(trained, run_script, experiment, keys):
+def test_a_lerobot_set(trained, run_script, experiment, overrides):
     run = trained(
         f"experiment={experiment}",
         "dataset=lerobot",
         f"dataset.path={LEROBOT}",
-        f"dataset.observation_keys={keys}",
         "train.batch_size=32",
+        *overrides,
     )
     roll_out(run_script, run)
 

@@ -98,14 +98,9 @@ class PushTEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         Raises:
             ValueError: If the state is not five finite numbers.
         """
-        state = np.asarray(state, dtype=np.float64)
-        if state.shape != (5,) or not np.isfinite(state).all():
-            raise ValueError(f"A Push-T state is five finite numbers, shape (5,); got {state!r}.")
+        state = _checked(state)
         self._simulator.reset(seed=0)  # a fresh physics space; the pose it draws is overwritten
-        self._simulator.agent.position = state[:2].tolist()
-        # The angle turns the block about its centre of gravity and so moves its origin: it has to come first.
-        self._simulator.block.angle = float(state[4])
-        self._simulator.block.position = state[2:4].tolist()
+        self._place(state)
         self._simulator.space.step(self._simulator.dt)
         return self._begin(self._simulator.get_obs())
 
@@ -155,15 +150,21 @@ class PushTEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
         Returns:
             (96, 96, 3) uint8, as ``"image"`` is observed.
+
+        Raises:
+            ValueError: If the state is not five finite numbers.
         """
-        x, y, block_x, block_y, angle = np.asarray(state, dtype=np.float64).tolist()
-        simulator = self._simulator
-        simulator.agent.position = (x, y)
-        simulator.block.angle = angle
-        simulator.block.position = (block_x, block_y)
-        for body in (simulator.agent, simulator.block):
-            simulator.space.reindex_shapes_for_body(body)
+        self._place(_checked(state))
+        # What is drawn are the shapes, which follow their bodies at the next physics step or when told to.
+        for body in (self._simulator.agent, self._simulator.block):
+            self._simulator.space.reindex_shapes_for_body(body)
         return self._picture()
+
+    def _place(self, state: NDArray[np.float64]) -> None:
+        self._simulator.agent.position = state[:2].tolist()
+        # The angle turns the block about its centre of gravity and so moves its origin: it has to come first.
+        self._simulator.block.angle = float(state[4])
+        self._simulator.block.position = state[2:4].tolist()
 
     def _begin(self, state: NDArray[np.float64]) -> tuple[Observation, dict[str, Any]]:
         """Clear what outlives an episode and describe its first state."""
@@ -196,6 +197,18 @@ def pusht_pictures(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArra
     with closing(PushTEnv(observation="image")) as env:
         env.reset(seed=0)
         return {"image": np.stack([env.draw(state) for state in observations["state"]]), **positions}
+
+
+def _checked(state: ArrayLike) -> NDArray[np.float64]:
+    """Return one state as float64.
+
+    Raises:
+        ValueError: If it is not five finite numbers.
+    """
+    state = np.asarray(state, dtype=np.float64)
+    if state.shape != (5,) or not np.isfinite(state).all():
+        raise ValueError(f"A Push-T state is five finite numbers, shape (5,); got {state!r}.")
+    return state
 
 
 def _agent_pos(state: NDArray[np.float64]) -> NDArray[np.float32]:

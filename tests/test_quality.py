@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from scripts.bench.quality import _total, main
+from scripts.bench.quality import _total, _units, main
 
 
 def quality(folder, *arguments):
@@ -67,8 +67,28 @@ def test_a_policy_of_several_tasks_has_a_row_for_each(tmp_path):
         ("mean", 8, 2),
         ("mean", 1, 2),
     ]
-    (swept,) = (json.loads(file.read_text()) for file in tmp_path.glob("outputs/quality/**/2-tasks-2/sweep/sweep.json"))
+    (swept,) = (json.loads(file.read_text()) for file in tmp_path.glob("outputs/quality/**/2-tasks-*/sweep/sweep.json"))
     assert swept["env"]["tasks"] == ["reach-v3", "push-v3"]
+
+
+def test_other_demonstrations_never_share_a_folder():
+    pytest.importorskip("metaworld", reason="pip install 'ddim-policy[metaworld]'")
+
+    def places(preset, **overrides):
+        (unit,) = _units(preset, overrides, [8])
+        path = next(part for command in unit.commands for part in command if part.startswith("dataset.path="))
+        return unit.folder, path
+
+    several = [{"tasks": "[reach-v3,push-v3]"}, {"tasks": "[reach-v3,door-open-v3]"}]
+    for preset, variants in {
+        "metaworld_tasks": [*several, {**several[0], "demonstrations": "5"}],
+        "metaworld": [{"tasks": "[reach-v3]"}, {"tasks": "[push-v3]"}, {"tasks": "[reach-v3]", "demonstrations": "5"}],
+    }.items():
+        found = [places(preset, **overrides) for overrides in variants]
+        assert len({folder for folder, _ in found}) == len({data for _, data in found}) == 3
+    plain, wider = (places("metaworld", tasks="[reach-v3]", **more) for more in ({}, {"denoiser.hidden_size": "64"}))
+    assert plain[0] != wider[0]
+    assert plain[1] == wider[1]
 
 
 def row(success, score=0.9):

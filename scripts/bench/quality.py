@@ -8,7 +8,8 @@
 A preset of demonstrations that people recorded is trained with three seeds; `metaworld` on every task, each with its
 own scripted demonstrations; `metaworld_tasks` once, on those of ten tasks together. `demonstrations` and `episodes` of
 these two are numbers for each task. As many trainings as there are cores run side by side, one thread each. Other
-settings of the training get folders and a report of their own. Interrupt it when you like: the same command goes on.
+settings of the training, and other `demonstrations`, get folders and a report of their own, and are not compared with
+the preset's score. Interrupt it when you like: the same command goes on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import re
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,8 +32,8 @@ from omegaconf import OmegaConf
 
 from envs.metaworld_tasks import MT10
 from policy.data import dataset_name
+from policy.evaluation import EpisodeResult, summarize
 from policy.progress import progress
-from policy.statistics import wilson_interval
 from policy.workers import available_cores
 from scripts.bench.report import machine, write_report
 from scripts.command import CONF
@@ -41,6 +43,9 @@ SEEDS = (0, 1, 2)
 DDIM_STEPS = [8, 1]
 # What is the benchmark's own among the overrides; everything else is the training's.
 OWN = ("tasks", "seeds", "episodes", "demonstrations")
+# What of it, and of the training's, makes no other training.
+SAME = ("tasks", "seeds", "episodes", "dataset.path")
+SUMMARY = ("episodes", "successes", "success_rate", "success_low", "success_high", "score_mean")
 
 Row = dict[str, Any]
 
@@ -77,8 +82,10 @@ def main() -> None:
             threads.shutdown(cancel_futures=True)
             sys.exit(f"{' '.join(error.cmd[2:])} ended with exit code {error.returncode}: see log.txt in its folder")
     rows = [row for rows in found for row in rows]
-    totals = [_total(k, [row for row in rows if row["ddim_steps"] == k], promised.get(k, {})) for k in ddim_steps]
-    write_report("_".join(["quality", preset, *variant(overrides)]), rows + totals)
+    changes = variant(overrides)
+    binding = {} if changes else promised  # the preset promises nothing of another training
+    totals = [_total(k, [row for row in rows if row["ddim_steps"] == k], binding.get(k, {})) for k in ddim_steps]
+    write_report("_".join(["quality", preset, *changes]), rows + totals)
     print(f"{len(units)} trainings in {time.perf_counter() - began:.0f} s")
     if any(row.get("reached") is False for row in totals):
         sys.exit(f"{preset} does not reach the score that {_file(preset)} promises")
@@ -107,23 +114,19 @@ def variant(overrides: Mapping[str, str]) -> list[str]:
     >>> variant({"dataset.path": "data/pusht.zarr.zip", "episodes": "20", "denoiser": "unet", "env.id": "a/B-v0"})
     ['denoiser-unet', 'env.id-a-B-v0']
     """
-    return [
-        re.sub(r"[^\w.-]+", "-", f"{name}={value}")
-        for name, value in overrides.items()
-        if name not in (*OWN, "dataset.path")
-    ]
+    return [re.sub(r"[^\w.-]+", "-", f"{name}={value}") for name, value in overrides.items() if name not in SAME]
 
 
 def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) -> list[Unit]:
     own = {name: overrides[name] for name in OWN if name in overrides}
     training = [f"{name}={value}" for name, value in overrides.items() if name not in OWN]
-    folder = FOLDER.joinpath(preset, *variant(overrides))
+    folder, collected = (FOLDER.joinpath(preset, *variant(given)) for given in (overrides, own))
     if preset in ("metaworld", "metaworld_tasks"):
         tasks = _listed(own["tasks"]) if "tasks" in own else list(_tasks(preset))
         groups = [tasks] if preset == "metaworld_tasks" else [[task] for task in tasks]
         counts = {name: int(own.get(name, default)) for name, default in (("demonstrations", 50), ("episodes", 100))}
         return [
-            _scripted(preset, group, folder=folder, training=training, ddim_steps=ddim_steps, **counts)
+            _scripted(preset, group, collected, folder, training=training, ddim_steps=ddim_steps, **counts)
             for group in groups
         ]
     seeds = _listed(own["seeds"]) if "seeds" in own else [str(seed) for seed in SEEDS]
@@ -154,19 +157,20 @@ def _tasks(preset: str) -> Sequence[str]:
 def _scripted(
     preset: str,
     tasks: Sequence[str],
+    collected: Path,
+    folder: Path,
     *,
     demonstrations: int,
     episodes: int,
-    folder: Path,
     training: Sequence[str],
     ddim_steps: Sequence[int],
 ) -> Unit:
     """One policy of Meta-World's scripted demonstrations, so many of each task."""
     together = preset == "metaworld_tasks"
-    name = f"{len(tasks)}-tasks" if together else tasks[0]
-    name = name if demonstrations == 50 else f"{name}-{demonstrations}"
+    # Other tasks are other demonstrations, and fifty names are too long for a folder's.
+    name = f"{len(tasks)}-tasks-{zlib.crc32(','.join(tasks).encode()):08x}" if together else tasks[0]
     env = {"name": preset} | ({} if together else {"task": tasks[0]})
-    data = FOLDER / preset / name / "demonstrations" / dataset_name(env)
+    data = collected / name / "demonstrations" / dataset_name(env)
     collect = [
         "scripts.collect",
         f"env={preset}",
@@ -231,31 +235,14 @@ def _run(unit: Unit) -> list[Row]:
 
 def _rows(unit: Unit, swept: Mapping[str, Any]) -> list[Row]:
     """What a sweep found in each cell; where one policy played several tasks, in each of them."""
-    if not unit.tasks:
-        names = ("ddim_steps", "episodes", "successes", "success_rate", "success_low", "success_high", "score_mean")
-        return [{"training": unit.name, **{name: cell[name] for name in names}} for cell in swept["cells"]]
+    names = unit.tasks or (unit.name,)
     rows = []
     for cell in swept["cells"]:
-        for number, task in enumerate(unit.tasks):
-            played = [
-                episode
-                for episode in swept["episodes"]
-                if episode["cell"] == cell["cell"] and episode["seed"] % len(unit.tasks) == number
-            ]
-            successes = sum(episode["success"] for episode in played)
-            low, high = wilson_interval(successes, len(played))
-            rows.append(
-                {
-                    "training": task,
-                    "ddim_steps": cell["ddim_steps"],
-                    "episodes": len(played),
-                    "successes": successes,
-                    "success_rate": successes / len(played),
-                    "success_low": low,
-                    "success_high": high,
-                    "score_mean": fmean(episode["score"] for episode in played),
-                }
-            )
+        results = [EpisodeResult.from_row(row) for row in swept["episodes"] if row["cell"] == cell["cell"]]
+        for number, name in enumerate(names):
+            summary = summarize([result for result in results if result.seed % len(names) == number])
+            shown = {key: summary[key] for key in SUMMARY}
+            rows.append({"training": name, "ddim_steps": cell["ddim_steps"], **shown})
     return rows
 
 

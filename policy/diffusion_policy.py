@@ -155,18 +155,26 @@ class DiffusionPolicy(nn.Module, HubPolicy):
         return self.encoder({key: self._normalized(key, value) for key, value in observations.items()})
 
     def _normalized(self, key: str, value: Tensor) -> Tensor:
-        on_device = value.to(self.device).to(torch.float32)  # bytes travel, floats do not
+        on_device = value.to(self.device)  # bytes travel, floats do not
         if key in self.observation_normalizers:
-            return self.observation_normalizers[key].normalize(on_device)  # type: ignore[operator]
-        return on_device / 127.5 - 1
+            return self.observation_normalizers[key].normalize(on_device.to(torch.float32))  # type: ignore[operator]
+        # In place on a copy: a batch of images is large, and new memory for each step costs more than the step.
+        return on_device.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
-    def loss(self, batch: Batch, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+    def loss(
+        self,
+        batch: Batch,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        timesteps_per_chunk: int = 1,
+    ) -> Tensor:
         """Mean squared error of the denoiser on one batch, weighted by timestep, padding left out (DDPM, eq. 14).
 
         Args:
             batch: see `Batch`.
             generator: source of timesteps and noise, on the CPU.
             noise: (B, action_horizon, action_dim) that belongs to each chunk, in place of noise drawn for it.
+            timesteps_per_chunk: at how many timesteps each chunk is looked at; its observations are encoded once.
 
         Returns:
             () loss.
@@ -179,17 +187,20 @@ class DiffusionPolicy(nn.Module, HubPolicy):
         for name, value, expected in given:
             if value is not None and tuple(value.shape) != expected:
                 raise ValueError(f"{name} must have shape {expected}; got {tuple(value.shape)}")
-        x_0 = self.action_normalizer.normalize(batch["actions"].to(self.device, torch.float32))
+
+        def repeated(rows: Tensor) -> Tensor:
+            return rows.repeat_interleave(timesteps_per_chunk, dim=0) if timesteps_per_chunk > 1 else rows
+
+        x_0 = repeated(self.action_normalizer.normalize(batch["actions"].to(self.device, torch.float32)))
         timestep = torch.randint(self.schedule.num_steps, (len(x_0),), generator=generator)
-        if noise is None:
-            noise = torch.randn(x_0.shape, generator=generator)
+        noise = torch.randn(x_0.shape, generator=generator) if noise is None else repeated(noise)
         noise = noise.to(self.device)
         x_t = self.schedule.add_noise(x_0, noise, timestep)
         target = self.schedule.target(x_0, noise, timestep, self.config.prediction_type)
-        predicted = self.denoiser(x_t, timestep.to(self.device), self.embed(batch["observations"]))
+        predicted = self.denoiser(x_t, timestep.to(self.device), repeated(self.embed(batch["observations"])))
         error = (predicted - target).square().mean(dim=2)
         weight = self.loss_weights[timestep, None].to(error)
-        mask = batch["mask"].to(error)
+        mask = repeated(batch["mask"]).to(error)
         return (weight * error * mask).sum() / mask.sum().clamp(min=1)
 
     @torch.no_grad()

@@ -40,26 +40,27 @@ def start_rectification(state: TrainState, ddim_steps: int) -> SamplerProgram:
     return compile_sampler(state.teacher, Sampler(ddim_steps=ddim_steps), backend="fused")
 
 
-def pairs(teacher: SamplerProgram, batch: Batch, generator: torch.Generator) -> tuple[Batch, Tensor]:
+def pairs(
+    teacher: SamplerProgram, batch: Batch, generator: torch.Generator, timesteps_per_chunk: int
+) -> tuple[Batch, Tensor]:
     """Noises and the chunks that the teacher makes of them, for a part of a batch's observations.
 
     Args:
         teacher: makes the chunks.
         batch: its observations are used, not its actions.
         generator: source of the noises.
+        timesteps_per_chunk: at how many timesteps a step on demonstrations looks at each chunk.
 
     Returns:
-        A batch of about the same size, in which each pair stands `TIMESTEPS_A_PAIR` times, and its noises
-        (B, action_horizon, action_dim).
+        A batch of B pairs, as many as make a step at `TIMESTEPS_A_PAIR` timesteps each about as large as one on
+        demonstrations, and its noises (B, action_horizon, action_dim).
     """
-    rows = max(len(batch["actions"]) // TIMESTEPS_A_PAIR, 1)
+    rows = min(max(len(batch["actions"]) * timesteps_per_chunk // TIMESTEPS_A_PAIR, 1), len(batch["actions"]))
     observations = {key: values[:rows] for key, values in batch["observations"].items()}
     noise = torch.randn(batch["actions"][:rows].shape, generator=generator)
-    repeated: Batch = {
-        "observations": {
-            key: values.repeat_interleave(TIMESTEPS_A_PAIR, dim=0) for key, values in observations.items()
-        },
-        "actions": teacher(observations, noise).repeat_interleave(TIMESTEPS_A_PAIR, dim=0),
-        "mask": torch.ones(rows * TIMESTEPS_A_PAIR, noise.shape[1], dtype=torch.bool),
+    made: Batch = {
+        "observations": observations,
+        "actions": teacher(observations, noise),
+        "mask": torch.ones(noise.shape[:2], dtype=torch.bool),
     }
-    return repeated, noise.repeat_interleave(TIMESTEPS_A_PAIR, dim=0)
+    return made, noise

@@ -24,7 +24,7 @@ from policy.diffusion_policy import Batch, DiffusionPolicy, PolicyConfig
 from policy.inference import SamplerProgram
 from policy.normalizer import Limits, Normalizer
 from policy.progress import progress
-from policy.rectification import pairs, start_rectification
+from policy.rectification import TIMESTEPS_A_PAIR, pairs, start_rectification
 from policy.seeding import derive_generator, derive_seed
 from policy.train_state import TrainState
 
@@ -47,6 +47,8 @@ class TrainSettings:
             see `policy.rectification`; 0 for none.
         rectify_ddim_steps: denoising steps with which those chunks are made.
         batch_size: windows in a step.
+        timesteps_per_chunk: at how many timesteps a step looks at each window's chunk. Its observations are encoded
+            once: where that is what costs, with images, more timesteps are nearly free.
         learning_rate: peak, reached after the warm-up, then decayed to zero along a cosine.
         weight_decay: of AdamW, on weight matrices only.
         warmup_steps: linear warm-up.
@@ -70,6 +72,7 @@ class TrainSettings:
     rectify_steps: int = 0
     rectify_ddim_steps: int = 8
     batch_size: int = 256
+    timesteps_per_chunk: int = 1
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     warmup_steps: int = 300
@@ -91,6 +94,7 @@ class TrainSettings:
             "steps",
             "rectify_ddim_steps",
             "batch_size",
+            "timesteps_per_chunk",
             "log_every",
             "val_every",
             "save_every",
@@ -348,11 +352,12 @@ def _train_step(
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, settings)
     state.policy.train()
-    generator, noise = derive_generator(seed, 2, state.step), None
+    generator, noise, timesteps = derive_generator(seed, 2, state.step), None, settings.timesteps_per_chunk
     if teacher is not None:
-        batch, noise = pairs(teacher, batch, generator)
+        batch, noise = pairs(teacher, batch, generator, timesteps)
+        timesteps = TIMESTEPS_A_PAIR
     with torch.autocast(state.policy.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-        loss = state.policy.loss(batch, generator, noise)
+        loss = state.policy.loss(batch, generator, noise, timesteps)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(state.policy.parameters(), settings.grad_clip)
     figures = torch.stack([loss.detach(), norm])

@@ -160,9 +160,9 @@ def test_images_of_any_size_and_any_number_of_cameras_and_vectors_are_taken(came
 @pytest.mark.parametrize(
     ("shapes", "expected"),
     [
-        # conv 5x5 and 3x3 without biases, norms, 256 positions to 64, (2 * 64 + 2 * 2) to 256 to 287
-        ({"image": (96, 96, 3), "state": (2,)}, 2400 + 18432 + 73728 + 448 + 16448 + 133 * 256 + 257 * 287),
-        ({"image": (32, 48, 1)}, 800 + 18432 + 73728 + 448 + 16448 + 129 * 256 + 257 * 287),
+        # conv 8x8 and 3x3 without biases, norms, sharpness, 128 positions to 64, (2 * 64 + 2 * 2) to 256 to 287
+        ({"image": (96, 96, 3), "state": (2,)}, 6144 + 18432 + 36864 + 320 + 64 + 8256 + 133 * 256 + 257 * 287),
+        ({"image": (32, 48, 1)}, 2048 + 18432 + 36864 + 320 + 64 + 8256 + 129 * 256 + 257 * 287),
     ],
 )
 def test_the_number_of_parameters_is_the_one_worked_out_by_hand(shapes, expected):
@@ -170,7 +170,7 @@ def test_the_number_of_parameters_is_the_one_worked_out_by_hand(shapes, expected
     assert sum(p.numel() for p in encoder.parameters()) == expected
 
 
-@pytest.mark.parametrize(("height", "width", "grid"), [(96, 96, (12, 12)), (16, 16, (2, 2)), (33, 50, (5, 7))])
+@pytest.mark.parametrize(("height", "width", "grid"), [(96, 96, (12, 12)), (16, 16, (2, 2)), (33, 50, (4, 6))])
 def test_an_image_shrinks_to_an_eighth_before_its_features_are_located(height, width, grid):
     """Strides are not in a checkpoint: other ones would load, and see something else."""
     encoder, seen = make(shapes={"image": (height, width, 3)}), []
@@ -192,8 +192,10 @@ def test_every_camera_has_its_own_network_and_every_step_of_the_history_the_same
 
 
 def test_the_spatial_softmax_is_the_expected_position():
-    scores = torch.randn(2, 3, 4, 5, generator=seeded(0))
-    found = SpatialSoftmax()(scores)
+    maps, sharpness = torch.randn(2, 3, 4, 5, generator=seeded(0)), torch.tensor([0.5, 1.0, 5.0])
+    spatial_softmax = SpatialSoftmax(3)
+    spatial_softmax.sharpness.data = sharpness[:, None]
+    found, scores = spatial_softmax(maps), maps * sharpness[:, None, None]
     assert found.shape == (2, 6)
     for n in range(2):
         for c in range(3):
@@ -204,7 +206,7 @@ def test_the_spatial_softmax_is_the_expected_position():
             assert found[n, 3 + c].item() == pytest.approx(down.item(), abs=1e-5)
     peak = torch.zeros(1, 1, 4, 5)
     peak[0, 0, 3, 0] = 50.0
-    assert SpatialSoftmax()(peak)[0].tolist() == pytest.approx([-1, 1])
+    assert SpatialSoftmax(1)(peak)[0].tolist() == pytest.approx([-1, 1])
 
 
 # --- the random shift --------------------------------------------------------------------------------------------

@@ -56,21 +56,18 @@ def rows(count):
     return {"state": torch.zeros(count, CONFIG.obs_horizon, 3)}
 
 
-def test_a_pair_is_a_noise_and_what_the_teacher_makes_of_it(forked):
+@pytest.mark.parametrize(("timesteps_per_chunk", "rows"), [(1, 32 // TIMESTEPS_A_PAIR), (2, 64 // TIMESTEPS_A_PAIR), (9, 32)])
+def test_a_pair_is_a_noise_and_what_the_teacher_makes_of_it(forked, timesteps_per_chunk, rows):
     run = prepared(forked)
     teacher = start_rectification(run.state, ddim_steps=4)
     batch = run.training.gather(np.arange(32))
-    made, noise = pairs(teacher, batch, torch.Generator().manual_seed(3))
-    assert len(made["actions"]) == len(noise) == 32
+    made, noise = pairs(teacher, batch, torch.Generator().manual_seed(3), timesteps_per_chunk)
+    assert len(made["actions"]) == len(noise) == len(noise.unique(dim=0)) == rows
     assert made["mask"].all()
-    first, again = noise[::TIMESTEPS_A_PAIR], noise[1::TIMESTEPS_A_PAIR]
-    assert torch.equal(first, again)
-    assert len(first.unique(dim=0)) == 8
-    expected = run.state.ema.sample_actions({"state": batch["observations"]["state"][:8]}, ddim_steps=4, noise=first)
-    torch.testing.assert_close(made["actions"][::TIMESTEPS_A_PAIR], expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(
-        made["observations"]["state"], batch["observations"]["state"][:8].repeat_interleave(TIMESTEPS_A_PAIR, 0)
-    )
+    seen = batch["observations"]["state"][:rows]
+    expected = run.state.ema.sample_actions({"state": seen}, ddim_steps=4, noise=noise)
+    torch.testing.assert_close(made["actions"], expected, rtol=0, atol=1e-5)
+    assert torch.equal(made["observations"]["state"], seen)
 
 
 def test_the_loss_of_a_pair_uses_its_noise(forked):

@@ -36,7 +36,13 @@ from policy.train_state import TrainState, restore_optimizer, restore_record
 # The one size of a policy that its weights do not show.
 MAX_NUM_STEPS = 100_000
 # Settings of training that came after the first schema, and what a checkpoint without them was trained with.
-SETTINGS_OF_BEFORE = {"keep_last": 3, "precision": "float32", "rectify_steps": 0, "rectify_ddim_steps": 8}
+SETTINGS_OF_BEFORE = {
+    "keep_last": 3,
+    "precision": "float32",
+    "rectify_steps": 0,
+    "rectify_ddim_steps": 8,
+    "timesteps_per_chunk": 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

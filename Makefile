@@ -7,7 +7,7 @@ DEMO_TASK := pick-place-v3
 DEMO_DATA := $(DEMO)/demonstrations/metaworld-$(DEMO_TASK)-v0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-reliability test-versions lint types format bench-data bench-latency bench-rollout bench-quality clean
+.PHONY: help setup demo test test-reliability test-versions lint types format bench-data bench-latency bench-rollout bench-quality bench-compare clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -98,6 +98,9 @@ bench-rollout: setup ## environment steps a second beside the raw environment on
 
 bench-quality: setup ## retrain PRESET (with DATA=... where it needs a file) and compare with the score it promises
 	$(BIN)/python -m scripts.bench.quality $(PRESET) $(if $(DATA),dataset.path=$(DATA)) $(OVERRIDES)
+
+bench-compare: setup ## denoisers, targets, schedules and horizons on Push-T, one change at a time: DATA=...
+	$(BIN)/python -m scripts.bench.compare dataset.path=$(DATA) $(OVERRIDES)
 
 clean: ## remove the virtual environment and caches, not outputs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -10,9 +10,9 @@ import pytest
 from scripts.bench.quality import _total, _units, main
 
 
-def quality(folder, *arguments):
+def quality(folder, *arguments, benchmark="quality"):
     return subprocess.run(
-        [sys.executable, "-m", "scripts.bench.quality", *arguments],
+        [sys.executable, "-m", f"scripts.bench.{benchmark}", *arguments],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -102,3 +102,23 @@ def test_a_promise_is_kept_within_two_standard_errors_of_the_trainings():
     assert not _total(8, rows, {"success_rate": 0.84, "score_mean": 0.95})["reached"]
     assert "reached" not in _total(8, rows, {})
     assert _total(8, rows, {})["success_rate"] == pytest.approx(0.84)
+
+
+def test_variants_are_trained_alike_but_for_one_thing_and_compared_on_the_same_episodes(planar_run, tmp_path):
+    shared = ["experiment=planar", f"dataset.path={planar_run}/planar-v0", "train.steps=5", "episodes=3"]
+    variants = "variants=[base,prediction_type=epsilon loss_weighting=min_snr]"
+    done = quality(tmp_path, *shared, variants, "seeds=[1]", benchmark="compare")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "outputs/bench/compare.json").read_text())
+    assert [row["variant"] for row in rows] == ["base", "prediction_type=epsilon loss_weighting=min_snr"]
+    folder = tmp_path / "outputs/compare/experiment-planar/train.steps-5"
+    runs = {
+        run: folder.joinpath(*run, "seed_1")
+        for run in [("base",), ("prediction_type-epsilon", "loss_weighting-min_snr")]
+    }
+    configs = [json.loads((run / "checkpoint/config.json").read_text()) for run in runs.values()]
+    plain, changed = (config["policy"] for config in configs)
+    assert changed == {**plain, "prediction_type": "epsilon", "loss_weighting": "min_snr"}
+    swept = [json.loads((run / "sweep/sweep.json").read_text()) for run in runs.values()]
+    seeds = [sorted({row["seed"] for row in one["episodes"]}) for one in swept]
+    assert seeds == [[200000, 200001, 200002]] * 2

@@ -56,7 +56,9 @@ def rows(count):
     return {"state": torch.zeros(count, CONFIG.obs_horizon, 3)}
 
 
-@pytest.mark.parametrize(("timesteps_per_chunk", "rows"), [(1, 32 // TIMESTEPS_A_PAIR), (2, 64 // TIMESTEPS_A_PAIR), (9, 32)])
+@pytest.mark.parametrize(
+    ("timesteps_per_chunk", "rows"), [(1, 32 // TIMESTEPS_A_PAIR), (2, 64 // TIMESTEPS_A_PAIR), (9, 32)]
+)
 def test_a_pair_is_a_noise_and_what_the_teacher_makes_of_it(forked, timesteps_per_chunk, rows):
     run = prepared(forked)
     teacher = start_rectification(run.state, ddim_steps=4)

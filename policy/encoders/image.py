@@ -12,8 +12,8 @@ from policy.encoders.parts import final_mlp, join_vectors
 
 # Channels of one group of the group norm, as in the published code of Diffusion Policy (Chi et al. 2023).
 GROUP_WIDTH = 16
-# Kernel size and stride of each convolution, the last pair for all later ones: shrinking early is what makes the network
-# cheap, and the spatial softmax locates what it sees between the grid points that are left.
+# Kernel size and stride of each convolution, the last pair for all later ones: shrinking early is what makes the
+# network cheap, and the spatial softmax locates what it sees between the grid points that are left.
 CONVOLUTIONS = ((8, 4), (3, 2), (3, 1))
 SMALLEST_IMAGE = 16
 

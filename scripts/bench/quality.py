@@ -14,16 +14,10 @@ the preset's score. Interrupt it when you like: the same command goes on.
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -33,9 +27,8 @@ from omegaconf import OmegaConf
 from envs.metaworld_tasks import MT10
 from policy.data import dataset_name
 from policy.evaluation import EpisodeResult, summarize
-from policy.progress import progress
-from policy.workers import available_cores
 from scripts.bench.report import machine, write_report
+from scripts.bench.trainings import Trained, Unit, file_name, listed, run_units, train_and_sweep
 from scripts.command import CONF
 
 FOLDER = Path("outputs/quality")
@@ -50,23 +43,6 @@ SUMMARY = ("episodes", "successes", "success_rate", "success_low", "success_high
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Unit:
-    """One training with its evaluation.
-
-    Attributes:
-        name: what tells it from the others; its folder is called so.
-        commands: in order; each goes on where it stopped, and ends at once where all is done.
-        folder: where they write.
-        tasks: where one policy plays several, by seed: each becomes a row.
-    """
-
-    name: str
-    commands: Sequence[Sequence[str]]
-    folder: Path
-    tasks: Sequence[str] = ()
-
-
 def main() -> None:
     """Run the benchmark; exit code 1 where the preset does not reach its score."""
     preset, overrides = _arguments(sys.argv[1:])
@@ -75,13 +51,7 @@ def main() -> None:
     units = _units(preset, overrides, ddim_steps)
     print(machine("gymnasium"))
     began = time.perf_counter()
-    with ThreadPoolExecutor(available_cores()) as threads:
-        try:
-            found = list(progress(threads.map(_run, units), total=len(units), desc=preset, unit="training"))
-        except subprocess.CalledProcessError as error:
-            threads.shutdown(cancel_futures=True)
-            sys.exit(f"{' '.join(error.cmd[2:])} ended with exit code {error.returncode}: see log.txt in its folder")
-    rows = [row for rows in found for row in rows]
+    rows = [row for trained in run_units(units, preset, _say) for row in _rows(trained)]
     changes = variant(overrides)
     binding = {} if changes else promised  # the preset promises nothing of another training
     totals = [_total(k, [row for row in rows if row["ddim_steps"] == k], binding.get(k, {})) for k in ddim_steps]
@@ -114,7 +84,7 @@ def variant(overrides: Mapping[str, str]) -> list[str]:
     >>> variant({"dataset.path": "data/pusht.zarr.zip", "episodes": "20", "denoiser": "unet", "env.id": "a/B-v0"})
     ['denoiser-unet', 'env.id-a-B-v0']
     """
-    return [re.sub(r"[^\w.-]+", "-", f"{name}={value}") for name, value in overrides.items() if name not in SAME]
+    return file_name({name: value for name, value in overrides.items() if name not in SAME})
 
 
 def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) -> list[Unit]:
@@ -122,19 +92,19 @@ def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) ->
     training = [f"{name}={value}" for name, value in overrides.items() if name not in OWN]
     folder, collected = (FOLDER.joinpath(preset, *variant(given)) for given in (overrides, own))
     if preset in ("metaworld", "metaworld_tasks"):
-        tasks = _listed(own["tasks"]) if "tasks" in own else list(_tasks(preset))
+        tasks = listed(own["tasks"]) if "tasks" in own else list(_tasks(preset))
         groups = [tasks] if preset == "metaworld_tasks" else [[task] for task in tasks]
         counts = {name: int(own.get(name, default)) for name, default in (("demonstrations", 50), ("episodes", 100))}
         return [
             _scripted(preset, group, collected, folder, training=training, ddim_steps=ddim_steps, **counts)
             for group in groups
         ]
-    seeds = _listed(own["seeds"]) if "seeds" in own else [str(seed) for seed in SEEDS]
+    seeds = listed(own["seeds"]) if "seeds" in own else [str(seed) for seed in SEEDS]
     return [
         Unit(
             name=f"seed {seed}",
             folder=folder / f"seed_{seed}",
-            commands=_train_and_sweep(
+            commands=train_and_sweep(
                 folder / f"seed_{seed}",
                 [f"experiment={preset}", f"seed={seed}", *training],
                 [f"episodes={own.get('episodes', '500')}"],
@@ -184,7 +154,7 @@ def _scripted(
         tasks=tasks if together else (),
         commands=[
             *([] if data.exists() else [collect]),
-            *_train_and_sweep(
+            *train_and_sweep(
                 folder / name,
                 [f"experiment={preset}", f"dataset.path={data}", *training],
                 [f"episodes={episodes * len(tasks)}"],
@@ -194,55 +164,21 @@ def _scripted(
     )
 
 
-def _train_and_sweep(
-    folder: Path, training: Sequence[str], sweep: Sequence[str], ddim_steps: Sequence[int]
-) -> list[list[str]]:
-    steps = ",".join(map(str, ddim_steps))
-    return [
-        ["scripts.train", *training, "train.rollout_every=0", "tracker=none", f"output_dir={folder}"],
-        [
-            "scripts.sweep",
-            f"checkpoint={folder}/checkpoint",
-            f"ddim_steps=[{steps}]",
-            *sweep,
-            "workers=1",
-            "videos=0",
-            f"output_dir={folder}/sweep",
-        ],
-    ]
+def _say(trained: Trained) -> None:
+    rates = (f"{row['success_rate']:.0%} at {row['ddim_steps']}" for row in _rows(trained))
+    print(f"{trained.unit.name}: {', '.join(rates)}", flush=True)
 
 
-def _run(unit: Unit) -> list[Row]:
-    """One training with its evaluation, in processes of one thread; what they print is in `log.txt`."""
-    unit.folder.mkdir(parents=True, exist_ok=True)
-    path = unit.folder / "log.txt"
-    with path.open("a") as log:
-        for command in unit.commands:
-            subprocess.run(
-                [sys.executable, "-m", *command],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                check=True,
-            )
-    # What the training says at its end and where it is interrupted; only what ends in SIGKILL goes uncounted.
-    train_s = sum(map(float, re.findall(r"^\d+ steps in ([\d.]+) s, ", path.read_text(), re.MULTILINE)))
-    swept = json.loads((unit.folder / "sweep/sweep.json").read_text())
-    rows = [{**row, "train_s": train_s} for row in _rows(unit, swept)]
-    print(f"{unit.name}: " + ", ".join(f"{row['success_rate']:.0%} at {row['ddim_steps']}" for row in rows), flush=True)
-    return rows
-
-
-def _rows(unit: Unit, swept: Mapping[str, Any]) -> list[Row]:
+def _rows(trained: Trained) -> list[Row]:
     """What a sweep found in each cell; where one policy played several tasks, in each of them."""
-    names = unit.tasks or (unit.name,)
+    names = trained.unit.tasks or (trained.unit.name,)
     rows = []
-    for cell in swept["cells"]:
-        results = [EpisodeResult.from_row(row) for row in swept["episodes"] if row["cell"] == cell["cell"]]
+    for cell in trained.swept["cells"]:
+        results = [EpisodeResult.from_row(row) for row in trained.swept["episodes"] if row["cell"] == cell["cell"]]
         for number, name in enumerate(names):
             summary = summarize([result for result in results if result.seed % len(names) == number])
             shown = {key: summary[key] for key in SUMMARY}
-            rows.append({"training": name, "ddim_steps": cell["ddim_steps"], **shown})
+            rows.append({"training": name, "ddim_steps": cell["ddim_steps"], **shown, "train_s": trained.train_s})
     return rows
 
 
@@ -257,10 +193,6 @@ def _total(ddim_steps: int, rows: Sequence[Row], promised: Mapping[str, float]) 
             error = (stdev(values) ** 2 / len(values) if len(values) > 1 else 0.25 / episodes) ** 0.5
             total["reached"] = total.get("reached", True) and total[name] >= promised[name] - 2 * error
     return total
-
-
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.strip("[]").split(",")]
 
 
 if __name__ == "__main__":

@@ -172,12 +172,37 @@ class DiffusionPolicy(nn.Module, HubPolicy):
 
         Args:
             batch: see `Batch`.
+            generator: see `squared_errors`, as the others.
+            noise: in place of noise drawn for each chunk.
+            timesteps_per_chunk: at how many timesteps each chunk is looked at.
+
+        Returns:
+            () loss.
+
+        Raises:
+            ValueError: see `squared_errors`.
+        """
+        errors = self.squared_errors(batch, generator, noise, timesteps_per_chunk)
+        mask = _repeated(batch["mask"], timesteps_per_chunk).to(errors)
+        return (errors * mask).sum() / mask.sum().clamp(min=1)
+
+    def squared_errors(
+        self,
+        batch: Batch,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        timesteps_per_chunk: int = 1,
+    ) -> Tensor:
+        """Squared error of the denoiser at each action of each chunk, weighted by timestep, padding included.
+
+        Args:
+            batch: see `Batch`.
             generator: source of timesteps and noise, on the CPU.
             noise: (B, action_horizon, action_dim) that belongs to each chunk, in place of noise drawn for it.
             timesteps_per_chunk: at how many timesteps each chunk is looked at; its observations are encoded once.
 
         Returns:
-            () loss.
+            (B * timesteps_per_chunk, action_horizon), those of one chunk one after the other.
 
         Raises:
             ValueError: see `embed`, or actions, a mask or noise of another shape.
@@ -187,21 +212,17 @@ class DiffusionPolicy(nn.Module, HubPolicy):
         for name, value, expected in given:
             if value is not None and tuple(value.shape) != expected:
                 raise ValueError(f"{name} must have shape {expected}; got {tuple(value.shape)}")
-
-        def repeated(rows: Tensor) -> Tensor:
-            return rows.repeat_interleave(timesteps_per_chunk, dim=0) if timesteps_per_chunk > 1 else rows
-
-        x_0 = repeated(self.action_normalizer.normalize(batch["actions"].to(self.device, torch.float32)))
+        x_0 = self.action_normalizer.normalize(batch["actions"].to(self.device, torch.float32))
+        x_0 = _repeated(x_0, timesteps_per_chunk)
         timestep = torch.randint(self.schedule.num_steps, (len(x_0),), generator=generator)
-        noise = torch.randn(x_0.shape, generator=generator) if noise is None else repeated(noise)
-        noise = noise.to(self.device)
+        drawn = torch.randn(x_0.shape, generator=generator) if noise is None else _repeated(noise, timesteps_per_chunk)
+        noise = drawn.to(self.device)
         x_t = self.schedule.add_noise(x_0, noise, timestep)
         target = self.schedule.target(x_0, noise, timestep, self.config.prediction_type)
-        predicted = self.denoiser(x_t, timestep.to(self.device), repeated(self.embed(batch["observations"])))
-        error = (predicted - target).square().mean(dim=2)
-        weight = self.loss_weights[timestep, None].to(error)
-        mask = repeated(batch["mask"]).to(error)
-        return (weight * error * mask).sum() / mask.sum().clamp(min=1)
+        embedding = _repeated(self.embed(batch["observations"]), timesteps_per_chunk)
+        predicted = self.denoiser(x_t, timestep.to(self.device), embedding)
+        errors = (predicted - target).square().mean(dim=2)
+        return self.loss_weights[timestep, None].to(errors) * errors
 
     @torch.no_grad()
     def sample_actions(
@@ -252,6 +273,11 @@ class DiffusionPolicy(nn.Module, HubPolicy):
             generator=generator,
         )
         return self.action_normalizer.unnormalize(chunk)
+
+
+def _repeated(rows: Tensor, times: int) -> Tensor:
+    """Each row so many times in a row."""
+    return rows.repeat_interleave(times, dim=0) if times > 1 else rows
 
 
 def zero_observations(config: PolicyConfig, rows: int) -> dict[str, Tensor]:

@@ -5,6 +5,11 @@ A rectified policy is trained on pairs instead: a noise, and the chunk that DDIM
 as it was before. For a pair there is one answer at every timestep, so that one step can find it (reflow: Liu et al.
 2022, "Flow Straight and Fast", arXiv:2209.03003; for diffusion and any prediction type: Wang et al. 2024, "Rectified
 Diffusion", arXiv:2410.07303).
+
+Between noises that lead to one chunk and those that lead to another there is an edge, which no network follows exactly.
+There the square of the error asks for a chunk between the two, and the error itself for one of them: the loss here is a
+pseudo-Huber one, nearly the root mean square error of each chunk (Lee et al. 2024, "Improving the Training of Rectified
+Flows", arXiv:2405.20320).
 """
 
 from __future__ import annotations
@@ -14,13 +19,15 @@ import copy
 import torch
 from torch import Tensor
 
-from policy.diffusion_policy import Batch
+from policy.diffusion_policy import Batch, DiffusionPolicy
 from policy.inference import SamplerProgram, compile_sampler
 from policy.sampler import Sampler
 from policy.train_state import TrainState
 
 # Each pair is noised to so many timesteps: making it costs more than learning from it.
 TIMESTEPS_A_PAIR = 4
+# Of a chunk, in half ranges of the actions: smaller errors count by their square, so that the loss is smooth.
+SMALL_ERROR = 0.003
 
 
 def start_rectification(state: TrainState, ddim_steps: int) -> SamplerProgram:
@@ -64,3 +71,19 @@ def pairs(
         "mask": torch.ones(noise.shape[:2], dtype=torch.bool),
     }
     return made, noise
+
+
+def rectification_loss(policy: DiffusionPolicy, batch: Batch, noise: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean over chunks of the root mean square error, √(e² + c²) - c: see the module.
+
+    Args:
+        policy: learns.
+        batch: see `pairs`.
+        noise: as well.
+        generator: source of the timesteps.
+
+    Returns:
+        () loss.
+    """
+    squares = policy.squared_errors(batch, generator, noise, TIMESTEPS_A_PAIR).mean(dim=1)
+    return ((squares + SMALL_ERROR**2).sqrt() - SMALL_ERROR).mean()

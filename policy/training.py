@@ -24,7 +24,7 @@ from policy.diffusion_policy import Batch, DiffusionPolicy, PolicyConfig
 from policy.inference import SamplerProgram
 from policy.normalizer import Limits, Normalizer
 from policy.progress import progress
-from policy.rectification import TIMESTEPS_A_PAIR, pairs, start_rectification
+from policy.rectification import pairs, rectification_loss, start_rectification
 from policy.seeding import derive_generator, derive_seed
 from policy.train_state import TrainState
 
@@ -352,12 +352,13 @@ def _train_step(
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, settings)
     state.policy.train()
-    generator, noise, timesteps = derive_generator(seed, 2, state.step), None, settings.timesteps_per_chunk
-    if teacher is not None:
-        batch, noise = pairs(teacher, batch, generator, timesteps)
-        timesteps = TIMESTEPS_A_PAIR
+    generator, timesteps = derive_generator(seed, 2, state.step), settings.timesteps_per_chunk
+    made = None if teacher is None else pairs(teacher, batch, generator, timesteps)
     with torch.autocast(state.policy.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-        loss = state.policy.loss(batch, generator, noise, timesteps)
+        if made is None:
+            loss = state.policy.loss(batch, generator, timesteps_per_chunk=timesteps)
+        else:
+            loss = rectification_loss(state.policy, *made, generator)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(state.policy.parameters(), settings.grad_clip)
     figures = torch.stack([loss.detach(), norm])

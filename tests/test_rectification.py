@@ -9,7 +9,7 @@ import torch
 from policy import TrainSettings
 from policy.checkpoint import resume_training, save_checkpoint
 from policy.data import Demonstrations
-from policy.rectification import TIMESTEPS_A_PAIR, pairs, start_rectification
+from policy.rectification import SMALL_ERROR, TIMESTEPS_A_PAIR, pairs, rectification_loss, start_rectification
 from policy.training import learning_rate, prepare_run, train
 from tests.conftest import randomize, small_config
 
@@ -81,6 +81,26 @@ def test_the_loss_of_a_pair_uses_its_noise(forked):
     assert losses[0] == losses[1] != losses[2]
     with pytest.raises(ValueError, match=r"noise must have shape \(4, 8, 2\); got \(1, 8, 2\)"):
         policy.loss(batch, noise=one[:1])
+
+
+def test_the_loss_of_pairs_is_the_root_mean_square_error_of_each_chunk(forked):
+    run = prepared(forked)
+    policy = run.state.ema
+    randomize(policy)
+    made, noise = pairs(
+        start_rectification(run.state, 4), run.training.gather(np.arange(32)), torch.Generator().manual_seed(3), 1
+    )
+    given = rectification_loss(policy, made, noise, torch.Generator().manual_seed(1))
+    timesteps = torch.randint(20, (8 * TIMESTEPS_A_PAIR,), generator=torch.Generator().manual_seed(1))
+    expected = []
+    for row, timestep in enumerate(timesteps):
+        pair = slice(row // TIMESTEPS_A_PAIR, row // TIMESTEPS_A_PAIR + 1)
+        clean = policy.action_normalizer.normalize(made["actions"][pair])
+        x_t = policy.schedule.add_noise(clean, noise[pair], timestep[None])
+        embedding = policy.embed({"state": made["observations"]["state"][pair]})
+        error = (policy.denoiser(x_t, timestep[None], embedding) - clean).square().mean()
+        expected.append(((error + SMALL_ERROR**2).sqrt() - SMALL_ERROR).item())
+    assert given.item() == pytest.approx(np.mean(expected), rel=1e-5)
 
 
 def sides(policy, ddim_steps):

@@ -161,20 +161,13 @@ class DiffusionPolicy(nn.Module, HubPolicy):
         # In place on a copy: a batch of images is large, and new memory for each step costs more than the step.
         return on_device.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
-    def loss(
-        self,
-        batch: Batch,
-        generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
-        timesteps_per_chunk: int = 1,
-    ) -> Tensor:
+    def loss(self, batch: Batch, generator: torch.Generator | None = None, timesteps_per_chunk: int = 1) -> Tensor:
         """Mean squared error of the denoiser on one batch, weighted by timestep, padding left out (DDPM, eq. 14).
 
         Args:
             batch: see `Batch`.
-            generator: see `squared_errors`, as the others.
-            noise: in place of noise drawn for each chunk.
-            timesteps_per_chunk: at how many timesteps each chunk is looked at.
+            generator: source of timesteps and noise, on the CPU.
+            timesteps_per_chunk: at how many timesteps each chunk is looked at; its observations are encoded once.
 
         Returns:
             () loss.
@@ -182,45 +175,44 @@ class DiffusionPolicy(nn.Module, HubPolicy):
         Raises:
             ValueError: see `squared_errors`.
         """
-        errors = self.squared_errors(batch, generator, noise, timesteps_per_chunk)
+        rows = len(batch["actions"]) * timesteps_per_chunk
+        timestep = torch.randint(self.schedule.num_steps, (rows,), generator=generator)
+        noise = torch.randn(rows, self.config.action_horizon, self.config.action_dim, generator=generator)
+        errors = self.squared_errors(batch, timestep, noise)
         mask = _repeated(batch["mask"], timesteps_per_chunk).to(errors)
         return (errors * mask).sum() / mask.sum().clamp(min=1)
 
-    def squared_errors(
-        self,
-        batch: Batch,
-        generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
-        timesteps_per_chunk: int = 1,
-    ) -> Tensor:
-        """Squared error of the denoiser at each action of each chunk, weighted by timestep, padding included.
+    def squared_errors(self, batch: Batch, timestep: Tensor, noise: Tensor) -> Tensor:
+        """Squared error of the denoiser at each action, weighted by timestep, padding included.
 
         Args:
-            batch: see `Batch`.
-            generator: source of timesteps and noise, on the CPU.
-            noise: (B, action_horizon, action_dim) that belongs to each chunk, in place of noise drawn for it.
-            timesteps_per_chunk: at how many timesteps each chunk is looked at; its observations are encoded once.
+            batch: B chunks and their observations, which are encoded once, see `Batch`.
+            timestep: (N,) int64 on the CPU, N a multiple of B: those of one chunk one after the other.
+            noise: (N, action_horizon, action_dim) for each of them.
 
         Returns:
-            (B * timesteps_per_chunk, action_horizon), those of one chunk one after the other.
+            (N, action_horizon).
 
         Raises:
-            ValueError: see `embed`, or actions, a mask or noise of another shape.
+            ValueError: see `embed`, or actions, a mask, timesteps or noise of another shape.
         """
-        shape = (len(batch["actions"]), self.config.action_horizon, self.config.action_dim)
-        given = (("actions", batch["actions"], shape), ("mask", batch["mask"], shape[:2]), ("noise", noise, shape))
+        rows, chunk = len(batch["actions"]), (self.config.action_horizon, self.config.action_dim)
+        given = (
+            ("actions", batch["actions"], (rows, *chunk)),
+            ("mask", batch["mask"], (rows, chunk[0])),
+            ("noise", noise, (len(timestep), *chunk)),
+        )
         for name, value, expected in given:
-            if value is not None and tuple(value.shape) != expected:
+            if tuple(value.shape) != expected:
                 raise ValueError(f"{name} must have shape {expected}; got {tuple(value.shape)}")
-        x_0 = self.action_normalizer.normalize(batch["actions"].to(self.device, torch.float32))
-        x_0 = _repeated(x_0, timesteps_per_chunk)
-        timestep = torch.randint(self.schedule.num_steps, (len(x_0),), generator=generator)
-        drawn = torch.randn(x_0.shape, generator=generator) if noise is None else _repeated(noise, timesteps_per_chunk)
-        noise = drawn.to(self.device)
+        times, left = divmod(len(timestep), max(rows, 1))
+        if left:
+            raise ValueError(f"there must be as many timesteps for each of {rows} chunks; got {len(timestep)} in all")
+        x_0 = self.action_normalizer.normalize(_repeated(batch["actions"].to(self.device, torch.float32), times))
+        noise = noise.to(self.device)
         x_t = self.schedule.add_noise(x_0, noise, timestep)
         target = self.schedule.target(x_0, noise, timestep, self.config.prediction_type)
-        embedding = _repeated(self.embed(batch["observations"]), timesteps_per_chunk)
-        predicted = self.denoiser(x_t, timestep.to(self.device), embedding)
+        predicted = self.denoiser(x_t, timestep.to(self.device), _repeated(self.embed(batch["observations"]), times))
         errors = (predicted - target).square().mean(dim=2)
         return self.loss_weights[timestep, None].to(errors) * errors
 

@@ -85,5 +85,7 @@ def rectification_loss(policy: DiffusionPolicy, batch: Batch, noise: Tensor, gen
     Returns:
         () loss.
     """
-    squares = policy.squared_errors(batch, generator, noise, TIMESTEPS_A_PAIR).mean(dim=1)
+    repeated = noise.repeat_interleave(TIMESTEPS_A_PAIR, dim=0)
+    timestep = torch.randint(policy.schedule.num_steps, (len(repeated),), generator=generator)
+    squares = policy.squared_errors(batch, timestep, repeated).mean(dim=1)
     return ((squares + SMALL_ERROR**2).sqrt() - SMALL_ERROR).mean()

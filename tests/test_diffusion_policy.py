@@ -176,14 +176,23 @@ def test_a_batch_without_any_real_action_has_no_loss():
 def test_each_chunk_at_three_timesteps_is_a_batch_of_three_copies_whose_observations_are_encoded_once():
     policy, given, seen = randomise(make_policy()), batch(), []
     policy.encoder.register_forward_hook(lambda _, inputs, output: seen.append(len(output)))
-    noise = torch.randn(4, 8, 2, generator=seeded(2))
     copies = {key: value.repeat_interleave(3, dim=0) for key, value in given.items() if key != "observations"}
     copies["observations"] = {key: value.repeat_interleave(3, dim=0) for key, value in given["observations"].items()}
-    for own, theirs in ((None, None), (noise, noise.repeat_interleave(3, dim=0))):
-        seen.clear()
-        loss = policy.loss(given, seeded(1), own, timesteps_per_chunk=3)
-        torch.testing.assert_close(loss, policy.loss(copies, seeded(1), theirs), rtol=1e-5, atol=0)
-        assert seen == [4, 12]
+    loss = policy.loss(given, seeded(1), timesteps_per_chunk=3)
+    torch.testing.assert_close(loss, policy.loss(copies, seeded(1)), rtol=1e-5, atol=0)
+    assert seen == [4, 12]
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "noises", "message"),
+    [
+        (6, 6, "as many timesteps for each of 4 chunks; got 6 in all"),
+        (8, 4, r"noise must have shape \(8, 8, 2\); got \(4, 8, 2\)"),
+    ],
+)
+def test_timesteps_and_noise_that_do_not_fit_the_chunks_are_refused(timesteps, noises, message):
+    with pytest.raises(ValueError, match=message):
+        make_policy().squared_errors(batch(), torch.zeros(timesteps, dtype=torch.int64), torch.zeros(noises, 8, 2))
 
 
 def test_the_loss_is_decided_by_the_generator():

@@ -72,17 +72,6 @@ def test_a_pair_is_a_noise_and_what_the_teacher_makes_of_it(forked, timesteps_pe
     assert torch.equal(made["observations"]["state"], seen)
 
 
-def test_the_loss_of_a_pair_uses_its_noise(forked):
-    run = prepared(forked)
-    policy, batch = run.state.ema, run.training.gather(np.arange(4))
-    randomize(policy)
-    one, other = (torch.full((4, 8, 2), value) for value in (0.0, 1.0))
-    losses = [policy.loss(batch, torch.Generator().manual_seed(1), noise).item() for noise in (one, one, other)]
-    assert losses[0] == losses[1] != losses[2]
-    with pytest.raises(ValueError, match=r"noise must have shape \(4, 8, 2\); got \(1, 8, 2\)"):
-        policy.loss(batch, noise=one[:1])
-
-
 def test_the_loss_of_pairs_is_the_root_mean_square_error_of_each_chunk(forked):
     run = prepared(forked)
     policy = run.state.ema

@@ -85,7 +85,24 @@ def rectification_loss(policy: DiffusionPolicy, batch: Batch, noise: Tensor, gen
     Returns:
         () loss.
     """
-    repeated = noise.repeat_interleave(TIMESTEPS_A_PAIR, dim=0)
-    timestep = torch.randint(policy.schedule.num_steps, (len(repeated),), generator=generator)
-    squares = policy.squared_errors(batch, timestep, repeated).mean(dim=1)
+    timestep = pair_timesteps(policy.schedule.num_steps, len(noise), generator).flatten()
+    squares = policy.squared_errors(batch, timestep, noise.repeat_interleave(TIMESTEPS_A_PAIR, dim=0)).mean(dim=1)
     return ((squares + SMALL_ERROR**2).sqrt() - SMALL_ERROR).mean()
+
+
+def pair_timesteps(num_steps: int, rows: int, generator: torch.Generator) -> Tensor:
+    """Where each pair is looked at: most often where few denoising steps look.
+
+    Args:
+        num_steps: T of the schedule.
+        rows: pairs.
+        generator: source of all but the first.
+
+    Returns:
+        (rows, TIMESTEPS_A_PAIR) int64: the last timestep, where sampling begins; one that is often near it; the others
+        anywhere.
+    """
+    timesteps = torch.randint(num_steps, (rows, TIMESTEPS_A_PAIR), generator=generator)
+    timesteps[:, 0] = num_steps - 1
+    timesteps[:, 1] = num_steps - 1 - (num_steps * torch.rand(rows, generator=generator) ** 2).long()
+    return timesteps.clamp(min=0)

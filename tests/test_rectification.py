@@ -9,7 +9,14 @@ import torch
 from policy import TrainSettings
 from policy.checkpoint import resume_training, save_checkpoint
 from policy.data import Demonstrations
-from policy.rectification import SMALL_ERROR, TIMESTEPS_A_PAIR, pairs, rectification_loss, start_rectification
+from policy.rectification import (
+    SMALL_ERROR,
+    TIMESTEPS_A_PAIR,
+    pair_timesteps,
+    pairs,
+    rectification_loss,
+    start_rectification,
+)
 from policy.training import learning_rate, prepare_run, train
 from tests.conftest import randomize, small_config
 
@@ -80,7 +87,7 @@ def test_the_loss_of_pairs_is_the_root_mean_square_error_of_each_chunk(forked):
         start_rectification(run.state, 4), run.training.gather(np.arange(32)), torch.Generator().manual_seed(3), 1
     )
     given = rectification_loss(policy, made, noise, torch.Generator().manual_seed(1))
-    timesteps = torch.randint(20, (8 * TIMESTEPS_A_PAIR,), generator=torch.Generator().manual_seed(1))
+    timesteps = pair_timesteps(20, 8, torch.Generator().manual_seed(1)).flatten()
     expected = []
     for row, timestep in enumerate(timesteps):
         pair = slice(row // TIMESTEPS_A_PAIR, row // TIMESTEPS_A_PAIR + 1)
@@ -90,6 +97,17 @@ def test_the_loss_of_pairs_is_the_root_mean_square_error_of_each_chunk(forked):
         error = (policy.denoiser(x_t, timestep[None], embedding) - clean).square().mean()
         expected.append(((error + SMALL_ERROR**2).sqrt() - SMALL_ERROR).item())
     assert given.item() == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_pairs_are_looked_at_where_few_denoising_steps_look_and_everywhere():
+    timesteps = pair_timesteps(100, 20_000, torch.Generator().manual_seed(0))
+    first, near, *others = timesteps.T
+    assert (first == 99).all()
+    assert set(near.tolist()) == set(range(100))
+    assert (near >= 75).double().mean().item() == pytest.approx(0.5, abs=0.02)  # u² < 1/4 for half of u in [0, 1)
+    for anywhere in others:
+        assert torch.bincount(anywhere, minlength=100).min() > 100
+    assert set(pair_timesteps(1, 50, torch.Generator().manual_seed(0)).flatten().tolist()) == {0}
 
 
 def sides(policy, ddim_steps):

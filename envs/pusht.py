@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from envs.errors import MissingExtraError, check_action, choose, import_extra
-from envs.pusht_geometry import FEATURE_DIM, KEYPOINT_DIM, pusht_agent_pos, pusht_features, pusht_keypoints
+from envs.pusht_geometry import (
+    FEATURE_DIM,
+    KEYPOINT_DIM,
+    pusht_agent_pos,
+    pusht_features,
+    pusht_keypoints,
+    pusht_state_features,
+)
 from envs.rendering import rendering_errors, require_rgb_array
 from envs.spaces import Observation
 
@@ -175,7 +182,7 @@ class PushTEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         return self._describe(state), {"is_success": False, "score": score, "coverage": coverage}
 
 
-def pusht_pictures(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+def pusht_pictures(observations: Mapping[str, NDArray[Any]], *, features: bool = False) -> dict[str, NDArray[Any]]:
     """Turn the demonstrations' states into the observations of ``observation="image"``, each picture drawn anew.
 
     After `pusht_hindsight` the recorded pictures no longer show what the states say. Without it these are the recorded
@@ -183,9 +190,11 @@ def pusht_pictures(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArra
 
     Args:
         observations: ``"state"`` (T, 5) alone.
+        features: Keep what is observed of the states as well, for a policy to learn to tell.
 
     Returns:
-        ``"image"`` (T, 96, 96, 3) uint8 and ``"agent_pos"`` (T, 2) float32.
+        ``"image"`` (T, 96, 96, 3) uint8 and ``"agent_pos"`` (T, 2) float32; with features ``"state"`` (T, 40), see
+        `pusht_features`.
 
     Raises:
         ValueError: If there is no such state, or another key as well.
@@ -193,10 +202,10 @@ def pusht_pictures(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArra
     """
     for key in observations:
         choose("Push-T observation to draw", key, ("state",))
-    positions = pusht_agent_pos(observations)
+    rest = pusht_agent_pos(observations) | (pusht_state_features(observations) if features else {})
     with closing(PushTEnv(observation="image")) as env:
         env.reset(seed=0)
-        return {"image": np.stack([env.draw(state) for state in observations["state"]]), **positions}
+        return {"image": np.stack([env.draw(state) for state in observations["state"]]), **rest}
 
 
 def _checked(state: ArrayLike) -> NDArray[np.float64]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from policy.arguments import unknown_name
 from policy.checkpoint import check_env, is_checkpoint, keep_checkpoint, resume_training, save_checkpoint
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.device import check_device
@@ -41,6 +42,8 @@ def clone_behaviour(
     tracker: StartRun,
     augment: Augment | None = None,
     prediction_type: str = "sample",
+    auxiliary: Sequence[str] = (),
+    auxiliary_weight: float = 1.0,
     loss_weighting: str = "none",
     min_snr_gamma: float = 5.0,
     obs_horizon: int = 2,
@@ -67,6 +70,8 @@ def clone_behaviour(
         tracker: opens the tracked run.
         augment: a symmetry of the task, as a function of observations and actions; doubles the training episodes.
         prediction_type: `epsilon`, `sample` or `v_prediction`.
+        auxiliary: observations that only the demonstrations have, which the policy learns to tell; see `PolicyConfig`.
+        auxiliary_weight: what they count for.
         loss_weighting: what errors count for at each timestep, `none` or `min_snr`; see `policy.schedule.loss_weights`.
         min_snr_gamma: γ of `min_snr`.
         obs_horizon: observations looked back on.
@@ -87,8 +92,14 @@ def clone_behaviour(
     """
     if not env and dataset.metadata.get("env"):
         env = check_env(dataset.metadata["env"], dataset.source)
+    shapes = dataset.observation_shapes
+    for key in auxiliary:
+        if key not in shapes:
+            raise unknown_name("auxiliary observation", key, shapes)
     config = PolicyConfig(
-        observation_shapes=dataset.observation_shapes,
+        observation_shapes={key: shape for key, shape in shapes.items() if key not in auxiliary},
+        auxiliary_shapes={key: shapes[key] for key in auxiliary},
+        auxiliary_weight=auxiliary_weight,
         action_dim=dataset.actions.shape[1],
         obs_horizon=obs_horizon,
         action_horizon=action_horizon,

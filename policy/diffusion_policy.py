@@ -25,7 +25,7 @@ class Batch(TypedDict):
     """One training batch, in the data's units.
 
     Keys:
-        observations: (B, obs_horizon, *shape) under each key.
+        observations: (B, obs_horizon, *shape) under each key, auxiliary ones among them.
         actions: (B, action_horizon, action_dim).
         mask: (B, action_horizon) bool, False where the chunk runs past the end of its episode.
     """
@@ -43,6 +43,9 @@ class PolicyConfig:
         observation_shapes: shape of one observation under each key; follows from the data; rank 1 is a vector, rank 3
             a uint8 image (height, width, channels).
         action_dim: width of one action; follows from the data.
+        auxiliary_shapes: of vectors that only demonstrations have. The policy acts without them; in training, its
+            embedding must tell those of the newest observation as well.
+        auxiliary_weight: what their mean squared error, in half ranges, counts for beside that of the actions.
         obs_horizon: observations looked back on.
         action_horizon: actions in one chunk; its first action belongs to the newest observation.
         obs_size: width of the observation embedding.
@@ -56,6 +59,8 @@ class PolicyConfig:
 
     observation_shapes: dict[str, tuple[int, ...]]
     action_dim: int
+    auxiliary_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    auxiliary_weight: float = 1.0
     obs_horizon: int = 2
     action_horizon: int = 8
     obs_size: int = 287
@@ -79,6 +84,13 @@ class PolicyConfig:
                 raise ValueError(
                     f"observation {key!r} must be a vector or an image (height, width, channels); got shape {shape}"
                 )
+        for key, shape in self.auxiliary_shapes.items():
+            if len(shape) != 1 or min(shape) < 1 or key in self.observation_shapes:
+                raise ValueError(
+                    f"auxiliary {key!r} must be a vector that the policy does not observe itself; got shape {shape}"
+                )
+        if not self.auxiliary_weight >= 0:
+            raise ValueError(f"auxiliary_weight must be 0 or more; got {self.auxiliary_weight}")
 
 
 def is_image(shape: Sequence[int]) -> bool:
@@ -116,6 +128,9 @@ class DiffusionPolicy(nn.Module, HubPolicy):
             {key: Normalizer(shape) for key, shape in config.observation_shapes.items() if not is_image(shape)}
         )
         self.action_normalizer = Normalizer((config.action_dim,))
+        self.auxiliary_normalizers = nn.ModuleDict(
+            {key: Normalizer(shape) for key, shape in config.auxiliary_shapes.items()}
+        )
         self.encoder = construct(
             "encoder",
             ENCODERS,
@@ -132,6 +147,10 @@ class DiffusionPolicy(nn.Module, HubPolicy):
             action_dim=config.action_dim,
             action_horizon=config.action_horizon,
             num_steps=self.schedule.num_steps,
+        )
+        # Last, so that the weights of all else are drawn as without it.
+        self.auxiliary_heads = nn.ModuleDict(
+            {key: nn.Linear(config.obs_size, shape[0]) for key, shape in config.auxiliary_shapes.items()}
         )
 
     @property
@@ -164,6 +183,8 @@ class DiffusionPolicy(nn.Module, HubPolicy):
     def loss(self, batch: Batch, generator: torch.Generator | None = None, timesteps_per_chunk: int = 1) -> Tensor:
         """Mean squared error of the denoiser on one batch, weighted by timestep, padding left out (DDPM, eq. 14).
 
+        With auxiliary observations, theirs is added, times `auxiliary_weight`.
+
         Args:
             batch: see `Batch`.
             generator: source of timesteps and noise, on the CPU.
@@ -173,20 +194,31 @@ class DiffusionPolicy(nn.Module, HubPolicy):
             () loss.
 
         Raises:
-            ValueError: see `squared_errors`.
+            ValueError: see `embed` and `squared_errors`.
         """
         rows = len(batch["actions"]) * timesteps_per_chunk
         timestep = torch.randint(self.schedule.num_steps, (rows,), generator=generator)
         noise = torch.randn(rows, self.config.action_horizon, self.config.action_dim, generator=generator)
-        errors = self.squared_errors(batch, timestep, noise)
+        embedding = self.embed(self.observed(batch))
+        errors = self.squared_errors(batch, embedding, timestep, noise)
         mask = _repeated(batch["mask"], timesteps_per_chunk).to(errors)
-        return (errors * mask).sum() / mask.sum().clamp(min=1)
+        loss = (errors * mask).sum() / mask.sum().clamp(min=1)
+        for key, head in self.auxiliary_heads.items():
+            newest = batch["observations"][key][:, -1].to(self.device, torch.float32)
+            told = head(embedding) - self.auxiliary_normalizers[key].normalize(newest)  # type: ignore[operator]
+            loss = loss + self.config.auxiliary_weight * told.square().mean()
+        return loss
 
-    def squared_errors(self, batch: Batch, timestep: Tensor, noise: Tensor) -> Tensor:
+    def observed(self, batch: Batch) -> dict[str, Tensor]:
+        """A batch's observations without the auxiliary ones, which the policy never sees."""
+        return {key: value for key, value in batch["observations"].items() if key not in self.config.auxiliary_shapes}
+
+    def squared_errors(self, batch: Batch, embedding: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """Squared error of the denoiser at each action, weighted by timestep, padding included.
 
         Args:
-            batch: B chunks and their observations, which are encoded once, see `Batch`.
+            batch: B chunks, see `Batch`.
+            embedding: (B, obs_size) of their observations.
             timestep: (N,) int64 on the CPU, N a multiple of B: those of one chunk one after the other.
             noise: (N, action_horizon, action_dim) for each of them.
 
@@ -194,7 +226,7 @@ class DiffusionPolicy(nn.Module, HubPolicy):
             (N, action_horizon).
 
         Raises:
-            ValueError: see `embed`, or actions, a mask, timesteps or noise of another shape.
+            ValueError: actions, a mask, timesteps or noise of another shape.
         """
         rows, chunk = len(batch["actions"]), (self.config.action_horizon, self.config.action_dim)
         given = (
@@ -212,7 +244,7 @@ class DiffusionPolicy(nn.Module, HubPolicy):
         noise = noise.to(self.device)
         x_t = self.schedule.add_noise(x_0, noise, timestep)
         target = self.schedule.target(x_0, noise, timestep, self.config.prediction_type)
-        predicted = self.denoiser(x_t, timestep.to(self.device), _repeated(self.embed(batch["observations"]), times))
+        predicted = self.denoiser(x_t, timestep.to(self.device), _repeated(embedding, times))
         errors = (predicted - target).square().mean(dim=2)
         return self.loss_weights[timestep, None].to(errors) * errors
 

@@ -54,7 +54,7 @@ def pairs(
 
     Args:
         teacher: makes the chunks.
-        batch: its observations are used, not its actions.
+        batch: its observations are used, none of them auxiliary, not its actions.
         generator: source of the noises.
         timesteps_per_chunk: at how many timesteps a step on demonstrations looks at each chunk.
 
@@ -86,7 +86,8 @@ def rectification_loss(policy: DiffusionPolicy, batch: Batch, noise: Tensor, gen
         () loss.
     """
     timestep = pair_timesteps(policy.schedule.num_steps, len(noise), generator).flatten()
-    squares = policy.squared_errors(batch, timestep, noise.repeat_interleave(TIMESTEPS_A_PAIR, dim=0)).mean(dim=1)
+    repeated = noise.repeat_interleave(TIMESTEPS_A_PAIR, dim=0)
+    squares = policy.squared_errors(batch, policy.embed(batch["observations"]), timestep, repeated).mean(dim=1)
     return ((squares + SMALL_ERROR**2).sqrt() - SMALL_ERROR).mean()
 
 

@@ -217,13 +217,14 @@ def fit_normalizers(policy: DiffusionPolicy, training: Windows) -> None:
         policy: its normalisers are set.
         training: the training windows.
     """
-    limits = {key: Limits() for key in ("actions", *policy.observation_normalizers)}
+    by_key = {**policy.observation_normalizers, **policy.auxiliary_normalizers}
+    limits = {key: Limits() for key in ("actions", *by_key)}
     for observations, actions in training.blocks():
         for key, found in limits.items():
             found.update(actions if key == "actions" else observations[key])
     policy.action_normalizer.fit(*limits.pop("actions"))
     for key, found in limits.items():
-        normalizer = policy.observation_normalizers[key]
+        normalizer = by_key[key]
         assert isinstance(normalizer, Normalizer)
         normalizer.fit(*found)
 
@@ -353,7 +354,9 @@ def _train_step(
         group["lr"] = learning_rate(state.step, settings)
     state.policy.train()
     generator, timesteps = derive_generator(seed, 2, state.step), settings.timesteps_per_chunk
-    made = None if teacher is None else pairs(teacher, batch, generator, timesteps)
+    made = None
+    if teacher is not None:
+        made = pairs(teacher, {**batch, "observations": state.policy.observed(batch)}, generator, timesteps)
     with torch.autocast(state.policy.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
         if made is None:
             loss = state.policy.loss(batch, generator, timesteps_per_chunk=timesteps)

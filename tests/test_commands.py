@@ -146,6 +146,8 @@ def bad_inputs(planar_run: Path, tmp_path: Path) -> dict[str, tuple[list[str], l
         "unknown top-level key": (["rollout", checkpoint, "episods=5"], ["episods", "'episodes'"]),
         "unknown nested key": (["rollout", checkpoint, "sampler.ddim_step=5"], ["ddim_step", "'ddim_steps'"]),
         "unknown train key": (["train", dataset, "train.lerning_rate=1"], ["lerning_rate", "'learning_rate'"]),
+        "unknown auxiliary key": (["train", dataset, "auxiliary=[stat]"], ["stat", "'state'"]),
+        "only auxiliary keys": (["train", dataset, "auxiliary=[state]"], ["at least one observation key"]),
         "unknown denoiser key": (["train", dataset, "denoiser.hiden_size=8"], ["hiden_size", "'hidden_size'"]),
         "unknown dataset key": (["train", "dataset.pth=x"], ["pth", "'path'"]),
         "unknown env key": (["rollout", checkpoint, "env.tsk=x"], ["tsk"]),

@@ -192,7 +192,45 @@ def test_each_chunk_at_three_timesteps_is_a_batch_of_three_copies_whose_observat
 )
 def test_timesteps_and_noise_that_do_not_fit_the_chunks_are_refused(timesteps, noises, message):
     with pytest.raises(ValueError, match=message):
-        make_policy().squared_errors(batch(), torch.zeros(timesteps, dtype=torch.int64), torch.zeros(noises, 8, 2))
+        make_policy().squared_errors(
+            batch(), torch.zeros(4, 287), torch.zeros(timesteps, dtype=torch.int64), torch.zeros(noises, 8, 2)
+        )
+
+
+AUXILIARY = {"auxiliary_shapes": {"pose": (3,)}, "auxiliary_weight": 0.5}
+
+
+def test_auxiliary_observations_are_told_by_the_embedding_and_never_seen():
+    plain, policy, given = make_policy(), make_policy(**AUXILIARY), batch()
+    extra = [name for name in policy.state_dict() if name.startswith("auxiliary_")]
+    assert {k: v for k, v in policy.state_dict().items() if k not in extra}.keys() == plain.state_dict().keys()
+    assert all(torch.equal(value, policy.state_dict()[key]) for key, value in plain.state_dict().items())
+    randomise(policy)
+    plain.load_state_dict({k: v for k, v in policy.state_dict().items() if k not in extra})
+    policy.auxiliary_normalizers["pose"].fit(
+        torch.tensor([0.0, -2.0, 5.0]).numpy(), torch.tensor([4.0, 2.0, 7.0]).numpy()
+    )
+    pose = torch.randn(4, 2, 3, generator=seeded(4))
+    told = policy.auxiliary_heads["pose"](policy.embed(given["observations"]))
+    target = (pose[:, -1] - torch.tensor([2.0, 0.0, 6.0])) / torch.tensor([2.0, 2.0, 1.0])
+    seen = {**given, "observations": {**given["observations"], "pose": pose}}
+    expected = plain.loss(given, seeded(1)) + 0.5 * (told - target).square().mean()
+    torch.testing.assert_close(policy.loss(seen, seeded(1)), expected)
+    with pytest.raises(ValueError, match=r"must have the keys \['goal', 'state'\]; got \['goal', 'pose', 'state'\]"):
+        policy.sample_actions(seen["observations"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"auxiliary_shapes": {"state": (5,)}}, "auxiliary 'state' must be a vector that the policy does not observe"),
+        ({"auxiliary_shapes": {"depth": (8, 8, 1)}}, r"auxiliary 'depth' must be a vector .*got shape \(8, 8, 1\)"),
+        ({"auxiliary_weight": -1.0}, "auxiliary_weight must be 0 or more; got -1.0"),
+    ],
+)
+def test_auxiliary_settings_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_policy(**changes)
 
 
 def test_the_loss_is_decided_by_the_generator():

@@ -68,6 +68,22 @@ def test_the_loss_falls(smooth, prediction_type):
     assert run.state.history == [{"step": step, **metrics} for step, metrics in tracker.entries]
 
 
+def test_what_only_demonstrations_have_is_learnt_and_not_needed_to_act(smooth):
+    hidden = {"heading": 3 * smooth.observations["state"][:, 1:2] + 7}
+    demonstrations = dataclasses.replace(smooth, observations={**smooth.observations, **hidden})
+    config = dataclasses.replace(CONFIG, auxiliary_shapes={"heading": (1,)})
+    run = prepared(demonstrations, config, dataclasses.replace(SETTINGS, rectify_steps=20, learning_rate=1e-2))
+    settings = dataclasses.replace(SETTINGS, learning_rate=1e-2, steps=300, rectify_steps=20)
+    go(run, settings)
+    policy, batch = run.state.ema, run.training.gather(np.arange(60))
+    embedding = policy.embed(policy.observed(batch))
+    normalized = policy.auxiliary_heads["heading"](embedding)
+    heading = policy.auxiliary_normalizers["heading"].unnormalize(normalized)
+    error = (heading - batch["observations"]["heading"][:, -1]).square().mean().sqrt().item()
+    assert error < hidden["heading"].std() / 5
+    assert policy.sample_actions(policy.observed(batch), ddim_steps=2).shape == (60, 8, 2)
+
+
 def test_every_step_depends_on_the_seed_alone(demonstrations):
     one, same, other = (prepared(demonstrations) for _ in range(3))
     go(one)

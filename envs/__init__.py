@@ -20,7 +20,7 @@ from envs.gym_env import make_gym
 from envs.metaworld import MetaWorldEnv
 from envs.metaworld_tasks import MetaWorldTasksEnv
 from envs.planar import PlanarEnv
-from envs.pusht import PushTEnv, pusht_pictures
+from envs.pusht import PushTEnv, pusht_pictures, pusht_pictures_and_features
 from envs.pusht_geometry import (
     pusht_agent_pos,
     pusht_features,
@@ -46,6 +46,7 @@ __all__ = [
     "pusht_keypoints",
     "pusht_mirror",
     "pusht_pictures",
+    "pusht_pictures_and_features",
     "pusht_state_features",
 ]
 

@@ -182,7 +182,7 @@ class PushTEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         return self._describe(state), {"is_success": False, "score": score, "coverage": coverage}
 
 
-def pusht_pictures(observations: Mapping[str, NDArray[Any]], *, features: bool = False) -> dict[str, NDArray[Any]]:
+def pusht_pictures(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Turn the demonstrations' states into the observations of ``observation="image"``, each picture drawn anew.
 
     After `pusht_hindsight` the recorded pictures no longer show what the states say. Without it these are the recorded
@@ -190,11 +190,9 @@ def pusht_pictures(observations: Mapping[str, NDArray[Any]], *, features: bool =
 
     Args:
         observations: ``"state"`` (T, 5) alone.
-        features: Keep what is observed of the states as well, for a policy to learn to tell.
 
     Returns:
-        ``"image"`` (T, 96, 96, 3) uint8 and ``"agent_pos"`` (T, 2) float32; with features ``"state"`` (T, 40), see
-        `pusht_features`.
+        ``"image"`` (T, 96, 96, 3) uint8 and ``"agent_pos"`` (T, 2) float32.
 
     Raises:
         ValueError: If there is no such state, or another key as well.
@@ -202,10 +200,28 @@ def pusht_pictures(observations: Mapping[str, NDArray[Any]], *, features: bool =
     """
     for key in observations:
         choose("Push-T observation to draw", key, ("state",))
-    rest = pusht_agent_pos(observations) | (pusht_state_features(observations) if features else {})
+    rest = pusht_agent_pos(observations)
     with closing(PushTEnv(observation="image")) as env:
         env.reset(seed=0)
         return {"image": np.stack([env.draw(state) for state in observations["state"]]), **rest}
+
+
+def pusht_pictures_and_features(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Draw the demonstrations' states, and keep what ``observation="features"`` tells of them.
+
+    For a policy that learns to tell features of pictures, and acts on pictures alone (``auxiliary=[state]``).
+
+    Args:
+        observations: As for `pusht_pictures`.
+
+    Returns:
+        What `pusht_pictures` returns, and ``"state"`` (T, 40) float32, see `pusht_features`.
+
+    Raises:
+        ValueError: As for `pusht_pictures`.
+        MissingExtraError: See `PushTEnv`.
+    """
+    return pusht_pictures(observations) | pusht_state_features(observations)
 
 
 def _checked(state: ArrayLike) -> NDArray[np.float64]:

@@ -314,7 +314,7 @@ def test_pictures_drawn_of_states_are_those_that_the_environment_shows():
         assert np.abs(drawn["image"][0].astype(int) - shown["image"]).mean() > 1
         np.testing.assert_array_equal(drawn["agent_pos"][1], shown["agent_pos"])
     states = np.stack([state, state + 1])
-    told = envs.pusht_pictures({"state": states}, features=True)
+    told = envs.pusht_pictures_and_features({"state": states})
     assert told.keys() == {"image", "agent_pos", "state"}
     np.testing.assert_array_equal(told["state"], envs.pusht_features(states))
     with pytest.raises(ValueError, match="'img'"):

@@ -74,6 +74,7 @@ def test_the_push_t_replay_buffer(trained, run_script, experiment, overrides):
                 "dataset.observation_keys={image:observation.image,state:observation.state}",
                 "dataset.relabel=null",
                 "dataset.transform._target_=envs.pusht_agent_pos",
+                "auxiliary=[]",
             ],
         ),
     ],

@@ -200,10 +200,10 @@ def pusht_pictures(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArra
     """
     for key in observations:
         choose("Push-T observation to draw", key, ("state",))
-    rest = pusht_agent_pos(observations)
+    positions = pusht_agent_pos(observations)
     with closing(PushTEnv(observation="image")) as env:
         env.reset(seed=0)
-        return {"image": np.stack([env.draw(state) for state in observations["state"]]), **rest}
+        return {"image": np.stack([env.draw(state) for state in observations["state"]]), **positions}
 
 
 def pusht_pictures_and_features(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

@@ -199,19 +199,27 @@ class DiffusionPolicy(nn.Module, HubPolicy):
         rows = len(batch["actions"]) * timesteps_per_chunk
         timestep = torch.randint(self.schedule.num_steps, (rows,), generator=generator)
         noise = torch.randn(rows, self.config.action_horizon, self.config.action_dim, generator=generator)
-        embedding = self.embed(self.observed(batch))
+        embedding = self.embed(observed(self.config, batch["observations"]))
         errors = self.squared_errors(batch, embedding, timestep, noise)
         mask = _repeated(batch["mask"], timesteps_per_chunk).to(errors)
-        loss = (errors * mask).sum() / mask.sum().clamp(min=1)
+        return (errors * mask).sum() / mask.sum().clamp(min=1) + self.auxiliary_loss(batch, embedding)
+
+    def auxiliary_loss(self, batch: Batch, embedding: Tensor) -> Tensor:
+        """Mean squared error of what the embedding tells of auxiliary observations, weighted; 0 where there are none.
+
+        Args:
+            batch: B of them, see `Batch`.
+            embedding: (B, obs_size) of what is observed in it.
+
+        Returns:
+            () loss.
+        """
+        loss = embedding.new_zeros(())
         for key, head in self.auxiliary_heads.items():
             newest = batch["observations"][key][:, -1].to(self.device, torch.float32)
             told = head(embedding) - self.auxiliary_normalizers[key].normalize(newest)  # type: ignore[operator]
             loss = loss + self.config.auxiliary_weight * told.square().mean()
         return loss
-
-    def observed(self, batch: Batch) -> dict[str, Tensor]:
-        """A batch's observations without the auxiliary ones, which the policy never sees."""
-        return {key: value for key, value in batch["observations"].items() if key not in self.config.auxiliary_shapes}
 
     def squared_errors(self, batch: Batch, embedding: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """Squared error of the denoiser at each action, weighted by timestep, padding included.
@@ -318,6 +326,11 @@ def zero_observations(config: PolicyConfig, rows: int) -> dict[str, Tensor]:
         key: torch.zeros(rows, config.obs_horizon, *shape, dtype=torch.uint8 if is_image(shape) else torch.float32)
         for key, shape in config.observation_shapes.items()
     }
+
+
+def observed(config: PolicyConfig, observations: Observations) -> dict[str, Tensor]:
+    """Observations without the auxiliary ones, which a policy never sees."""
+    return {key: value for key, value in observations.items() if key not in config.auxiliary_shapes}
 
 
 def check_observations(config: PolicyConfig, observations: Observations, rows: int | None = None) -> None:

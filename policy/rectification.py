@@ -19,7 +19,7 @@ import copy
 import torch
 from torch import Tensor
 
-from policy.diffusion_policy import Batch, DiffusionPolicy
+from policy.diffusion_policy import Batch, DiffusionPolicy, observed
 from policy.inference import SamplerProgram, compile_sampler
 from policy.sampler import Sampler
 from policy.train_state import TrainState
@@ -54,7 +54,7 @@ def pairs(
 
     Args:
         teacher: makes the chunks.
-        batch: its observations are used, none of them auxiliary, not its actions.
+        batch: its observations are used, not its actions.
         generator: source of the noises.
         timesteps_per_chunk: at how many timesteps a step on demonstrations looks at each chunk.
 
@@ -67,14 +67,14 @@ def pairs(
     noise = torch.randn(batch["actions"][:rows].shape, generator=generator)
     made: Batch = {
         "observations": observations,
-        "actions": teacher(observations, noise),
+        "actions": teacher(observed(teacher.config, observations), noise),
         "mask": torch.ones(noise.shape[:2], dtype=torch.bool),
     }
     return made, noise
 
 
 def rectification_loss(policy: DiffusionPolicy, batch: Batch, noise: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean over chunks of the root mean square error, √(e² + c²) - c: see the module.
+    """Mean over chunks of the root mean square error, √(e² + c²) - c: see the module; auxiliary observations as before.
 
     Args:
         policy: learns.
@@ -87,8 +87,9 @@ def rectification_loss(policy: DiffusionPolicy, batch: Batch, noise: Tensor, gen
     """
     timestep = pair_timesteps(policy.schedule.num_steps, len(noise), generator).flatten()
     repeated = noise.repeat_interleave(TIMESTEPS_A_PAIR, dim=0)
-    squares = policy.squared_errors(batch, policy.embed(batch["observations"]), timestep, repeated).mean(dim=1)
-    return ((squares + SMALL_ERROR**2).sqrt() - SMALL_ERROR).mean()
+    embedding = policy.embed(observed(policy.config, batch["observations"]))
+    squares = policy.squared_errors(batch, embedding, timestep, repeated).mean(dim=1)
+    return ((squares + SMALL_ERROR**2).sqrt() - SMALL_ERROR).mean() + policy.auxiliary_loss(batch, embedding)
 
 
 def pair_timesteps(num_steps: int, rows: int, generator: torch.Generator) -> Tensor:

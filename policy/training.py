@@ -354,9 +354,7 @@ def _train_step(
         group["lr"] = learning_rate(state.step, settings)
     state.policy.train()
     generator, timesteps = derive_generator(seed, 2, state.step), settings.timesteps_per_chunk
-    made = None
-    if teacher is not None:
-        made = pairs(teacher, {**batch, "observations": state.policy.observed(batch)}, generator, timesteps)
+    made = None if teacher is None else pairs(teacher, batch, generator, timesteps)
     with torch.autocast(state.policy.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
         if made is None:
             loss = state.policy.loss(batch, generator, timesteps_per_chunk=timesteps)

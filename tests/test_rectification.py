@@ -131,16 +131,19 @@ def test_one_step_of_a_rectified_policy_chooses_where_a_plain_one_averages(forke
 
 
 @pytest.mark.parametrize("stop_at", [19, 20, 21, 33])
-def test_stopped_anywhere_it_ends_as_if_it_had_not_been(forked, tmp_path, stop_at):
-    settings = SETTINGS
+@pytest.mark.parametrize("auxiliary", [{}, {"side": (1,)}])
+def test_stopped_anywhere_it_ends_as_if_it_had_not_been(forked, tmp_path, stop_at, auxiliary):
+    settings, config = SETTINGS, dataclasses.replace(CONFIG, auxiliary_shapes=auxiliary)
+    told = {key: forked.actions[:, :1] for key in auxiliary}
+    forked = dataclasses.replace(forked, observations={**forked.observations, **told})
 
     def save(state):
         save_checkpoint(tmp_path / "checkpoint", state, env=None, execution_horizon=8, training={})
 
-    whole = go(prepared(forked))
-    run = prepared(forked)
+    whole = go(prepared(forked, config=config))
+    run = prepared(forked, config=config)
     go(run, settings, save, should_stop=lambda: run.state.step >= stop_at)
-    resumed = prepared(forked)
+    resumed = prepared(forked, config=config)
     resume_training(tmp_path / "checkpoint", resumed.state, {})
     assert resumed.state.step == stop_at
     assert (resumed.state.teacher is not None) == (stop_at > settings.steps)

@@ -11,6 +11,7 @@ import torch
 from policy import TrainSettings
 from policy.data import Demonstrations
 from policy.data.windows import split_episodes
+from policy.diffusion_policy import observed
 from policy.seeding import derive_generator
 from policy.training import learning_rate, prepare_run, start_training, train, update_ema, validation_loss
 from tests.conftest import small_config
@@ -76,12 +77,12 @@ def test_what_only_demonstrations_have_is_learnt_and_not_needed_to_act(smooth):
     settings = dataclasses.replace(SETTINGS, learning_rate=1e-2, steps=300, rectify_steps=20)
     go(run, settings)
     policy, batch = run.state.ema, run.training.gather(np.arange(60))
-    embedding = policy.embed(policy.observed(batch))
+    embedding = policy.embed(observed(policy.config, batch["observations"]))
     normalized = policy.auxiliary_heads["heading"](embedding)
     heading = policy.auxiliary_normalizers["heading"].unnormalize(normalized)
     error = (heading - batch["observations"]["heading"][:, -1]).square().mean().sqrt().item()
     assert error < hidden["heading"].std() / 5
-    assert policy.sample_actions(policy.observed(batch), ddim_steps=2).shape == (60, 8, 2)
+    assert policy.sample_actions(observed(policy.config, batch["observations"]), ddim_steps=2).shape == (60, 8, 2)
 
 
 def test_every_step_depends_on_the_seed_alone(demonstrations):

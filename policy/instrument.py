@@ -116,7 +116,9 @@ def sweep(
         ids = [ledger.introduce(cell.settings) for cell in cells]
         _run_missing(setting, cells, ids, ledger, num_envs, workers)
         results = [ledger.results(cell, setting.seeds) for cell in ids]
-    rows = [{"cell": name, **row_of(cell, found)} for name, cell, found in zip(ids, cells, results, strict=True)]
+    ran = zip(ids, cells, results, strict=True)
+    timed = progress(ran, total=len(cells), desc="latency", unit="cell")  # some backends compile for seconds
+    rows = [{"cell": name, **row_of(cell, found)} for name, cell, found in timed]
     swept = _Swept(rows=rows, results=results, env=setting.env)
 
     def record(chosen: Sequence[int]) -> list[Clip]:

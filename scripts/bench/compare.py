@@ -21,7 +21,7 @@ from scripts.bench.report import machine, write_report
 from scripts.bench.trainings import Trained, Unit, file_name, listed, run_units, train_and_sweep
 
 FOLDER = Path("outputs/compare")
-BUDGET = {"experiment": "pusht_state", "train.rectify_steps": "0", "train.steps": "2000", "train.batch_size": "128"}
+BUDGET = {"experiment": "pusht_state", "train.rectify_steps": "0", "train.steps": "4000", "train.batch_size": "128"}
 VARIANTS = (
     "base",
     "denoiser=residual_mlp",

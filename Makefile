@@ -52,7 +52,7 @@ $(DEMO)/sweep.json: | $(DEMO)/episodes.json
 	$(BIN)/python scripts/sweep.py checkpoint=$(DEMO)/checkpoint ddim_steps=[1,2,4,8,16,50] episodes=50 output_dir=$(DEMO)
 
 test: setup lint types ## linter, types and tests (`pytest -m slow` runs the long ones)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-reliability: setup ## kills, full disks, hostile files, fuzz, soak and the wheel, with their figures
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m reliability -s

@@ -170,7 +170,7 @@ def clone_behaviour(
             raise KeyboardInterrupt  # what would come after a whole training must not start
         print(f"checkpoint: {checkpoint}" + (f"   tracked: {tracked}" if tracked else ""))
         for row in expected or []:
-            print("this preset's figures: " + ", ".join(f"{name}={value}" for name, value in row.items()))
+            print("the preset as committed reaches: " + ", ".join(f"{name}={value:g}" for name, value in row.items()))
         print(f"next: python scripts/rollout.py checkpoint={checkpoint}")
 
 

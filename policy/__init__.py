@@ -1,13 +1,13 @@
 """Diffusion policies: train them from demonstrations, roll them out, find out how few denoising steps suffice."""
 
 from policy.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from policy.controller import RecedingHorizonController
-from policy.diffusion_policy import Batch, DiffusionPolicy, PolicyConfig
-from policy.execution import ControllerSettings
-from policy.real_time import RealTimeController
-from policy.sampler import Sampler
-from policy.schedule import NoiseSchedule, make_schedule
-from policy.training import TrainSettings
+from policy.control.real_time import RealTimeController
+from policy.control.receding_horizon import RecedingHorizonController
+from policy.control.timeline import ControllerSettings
+from policy.diffusion.sampler import Sampler
+from policy.diffusion.schedule import NoiseSchedule, make_schedule
+from policy.model.diffusion_policy import Batch, DiffusionPolicy, PolicyConfig
+from policy.training.loop import TrainSettings
 
 __all__ = [
     "Batch",

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
 if TYPE_CHECKING:
-    from policy.diffusion_policy import DiffusionPolicy
+    from policy.model.diffusion_policy import DiffusionPolicy
 
 README = "README.md"
 
@@ -177,7 +177,7 @@ class HubPolicy(ModelHubMixin):
 
 
 def _policy(mixin: HubPolicy) -> DiffusionPolicy:
-    from policy.diffusion_policy import DiffusionPolicy
+    from policy.model.diffusion_policy import DiffusionPolicy
 
     assert isinstance(mixin, DiffusionPolicy)
     return mixin

@@ -9,8 +9,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from policy.diffusion_policy import DiffusionPolicy
-from policy.evaluation import EpisodeResult, summarize
+from policy.model.diffusion_policy import DiffusionPolicy
+from policy.rollout.episodes import EpisodeResult, summarize
 
 LIBRARY = "ddim-policy"
 TAGS = ["diffusion-policy", "ddim", "imitation-learning", "robotics"]

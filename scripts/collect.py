@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import envs
+from policy.common.progress import progress
 from policy.data import check_absent, dataset_name, write_minari
-from policy.progress import progress
 from scripts.command import command
 
 

@@ -20,9 +20,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from policy.arguments import check_arguments, settings_of
 from policy.checkpoint import SaveError
-from policy.workers import WorkerError
+from policy.common.arguments import check_arguments, settings_of
+from policy.rollout.workers import WorkerError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in sorted(CONF.iterdir()) if list(p.glob("*.yaml"))}

@@ -1,6 +1,6 @@
 """Export a trained policy for programs that have no torch."""
 
-from policy.inference.export import export_policy
+from policy.commands.export import export_policy
 from scripts.command import command
 
 EXAMPLE = "python scripts/export.py checkpoint=outputs/demo/checkpoint format=onnx sampler.ddim_steps=4"

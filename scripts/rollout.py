@@ -3,7 +3,7 @@
 from functools import partial
 
 import envs
-from policy.rollout import roll_out
+from policy.commands.rollout import roll_out
 from scripts.command import command
 
 EXAMPLE = "python scripts/rollout.py checkpoint=outputs/demo/checkpoint sampler.ddim_steps=4 video=3"

@@ -3,7 +3,7 @@
 from functools import partial
 
 import envs
-from policy.instrument import sweep
+from policy.commands.sweep import sweep
 from scripts.command import command
 
 EXAMPLE = "python scripts/sweep.py checkpoint=outputs/demo/checkpoint ddim_steps=[1,2,4,8] episodes=200"

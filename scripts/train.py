@@ -3,7 +3,7 @@
 from functools import partial
 
 import envs
-from policy.behaviour_cloning import clone_behaviour
+from policy.commands.train import clone_behaviour
 from scripts.command import command
 
 EXAMPLE = "python scripts/train.py experiment=pusht_state dataset.path=pusht_cchi_v7_replay.zarr.zip"

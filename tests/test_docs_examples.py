@@ -12,10 +12,10 @@ from tests.conftest import ROOT
 MODULES = ["policy", *(m.name for m in pkgutil.walk_packages(policy.__path__, "policy."))]
 # The ones a reader meets first; others are free to have examples too.
 WITH_EXAMPLES = {
-    "policy.controller",
-    "policy.ddim",
-    "policy.diffusion_policy",
-    "policy.schedule",
+    "policy.control.receding_horizon",
+    "policy.diffusion.ddim",
+    "policy.model.diffusion_policy",
+    "policy.diffusion.schedule",
     "policy.statistics.intervals",
     "policy.statistics.paired",
     "policy.statistics.recommendation",

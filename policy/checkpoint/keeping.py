@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from policy.checkpoint.files import CONFIG, WEIGHTS, discard, is_checkpoint, open_folder, replacing
-from policy.train_state import TrainState
+from policy.training.state import TrainState
 
 KEPT = "checkpoints"
 BEST = "best"

@@ -29,9 +29,9 @@ from policy.checkpoint.files import (
     read_tensors,
     refusing,
 )
-from policy.diffusion_policy import DiffusionPolicy, PolicyConfig, config_from_json, config_to_json
 from policy.hub import Origin
-from policy.train_state import TrainState, restore_optimizer, restore_record
+from policy.model.diffusion_policy import DiffusionPolicy, PolicyConfig, config_from_json, config_to_json
+from policy.training.state import TrainState, restore_optimizer, restore_record
 
 # The one size of a policy that its weights do not show.
 MAX_NUM_STEPS = 100_000

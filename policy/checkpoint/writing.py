@@ -20,8 +20,8 @@ from policy.checkpoint.files import (
     write_json,
     write_tensors,
 )
-from policy.diffusion_policy import DiffusionPolicy, config_to_json
-from policy.train_state import TrainState, optimizer_tensors, run_record
+from policy.model.diffusion_policy import DiffusionPolicy, config_to_json
+from policy.training.state import TrainState, optimizer_tensors, run_record
 
 
 def save_checkpoint(

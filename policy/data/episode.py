@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from policy.arguments import unknown_name
-from policy.diffusion_policy import is_image
+from policy.common.arguments import unknown_name
+from policy.model.diffusion_policy import is_image
 
 # Policy key: the file's key.
 Keys = Mapping[str, str]

@@ -15,15 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from policy.arguments import unknown_name
+from policy.common.arguments import unknown_name
+from policy.common.progress import progress
 from policy.data.cache import bad_episode, default_cache_dir, open_cached, write_cached
 from policy.data.demonstrations import Demonstrations
 from policy.data.episode import Episode, EpisodeReader, Relabel, Request, Transform, as_images
 from policy.data.files import fingerprint, list_files
 from policy.data.formats import FORMATS
 from policy.data.formats.minari import find_minari
-from policy.diffusion_policy import is_image
-from policy.progress import progress
+from policy.model.diffusion_policy import is_image
 
 # Raised when what the cache holds changes its meaning.
 CACHE_VERSION = 1

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from policy.data.demonstrations import Arrays, Augment, Demonstrations
-from policy.diffusion_policy import Batch
+from policy.model.diffusion_policy import Batch
 
 BLOCK_ROWS = 65_536
 

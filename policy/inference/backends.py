@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from policy.arguments import unknown_name
-from policy.ddim import Generators, ddim_step, randn_like
-from policy.diffusion_policy import DiffusionPolicy, Observations, PolicyConfig, check_observations, is_image
+from policy.common.arguments import unknown_name
+from policy.diffusion.coefficients import Course, cold_course, warm_course
+from policy.diffusion.ddim import Generators, ddim_step, randn_like
+from policy.diffusion.sampler import Sampler
 from policy.inference.onnx_graph import build_model, observation_input, require
 from policy.inference.program import Program
-from policy.inference.steps import Course, cold_course, warm_course
-from policy.sampler import Sampler
+from policy.model.diffusion_policy import DiffusionPolicy, Observations, PolicyConfig, check_observations, is_image
 
 # (observations, noise, step_noise, previous, keep) to actions.
 Run = Callable[[Observations, Tensor, Tensor | None, Tensor, Tensor], Tensor]

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from policy.diffusion_policy import zero_observations
 from policy.inference.int8 import narrow
 from policy.inference.program import Program
+from policy.model.diffusion_policy import zero_observations
 
 OPSET = 18
 IR_VERSION = 9  # of ONNX 1.14 (2023): readable by runtimes that are newer than that

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from policy.diffusion_policy import DiffusionPolicy
-from policy.inference.steps import FROM_PREDICTED, FROM_X, TO_CLEAN, TO_NOISE, TO_X, Course, step_coefficients
-from policy.sampler import Sampler
+from policy.diffusion.coefficients import FROM_PREDICTED, FROM_X, TO_CLEAN, TO_NOISE, TO_X, Course, step_coefficients
+from policy.diffusion.sampler import Sampler
+from policy.model.diffusion_policy import DiffusionPolicy
 
 
 class Prepare(nn.Module):

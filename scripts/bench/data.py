@@ -19,9 +19,9 @@ import zarr
 from torch.utils.data import DataLoader, Dataset
 
 from policy import PolicyConfig, TrainSettings
+from policy.common.progress import progress
 from policy.data import Demonstrations, Windows, read_demonstrations
-from policy.progress import progress
-from policy.training import Run, batches_ahead, prepare_run, train
+from policy.training.loop import Run, batches_ahead, prepare_run, train
 from scripts.bench.report import FOLDER, machine, write_report
 
 TRANSITIONS, EPISODE, OBSERVATION, ACTION = 10_000_000, 200, 39, 4

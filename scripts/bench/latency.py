@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from torch._inductor import aoti_compile_and_package, aoti_load_package
 
 from policy import DiffusionPolicy, PolicyConfig, Sampler
-from policy.denoisers.timestep import TimestepEmbedding
-from policy.diffusion_policy import zero_observations
-from policy.evaluation import torch_threads
+from policy.common.progress import progress
+from policy.diffusion.coefficients import cold_course
 from policy.inference import compile_sampler
 from policy.inference.backends import OnnxRun
 from policy.inference.program import Program
-from policy.inference.steps import cold_course
-from policy.progress import progress
+from policy.model.denoisers.timestep import TimestepEmbedding
+from policy.model.diffusion_policy import zero_observations
+from policy.rollout.episodes import torch_threads
 from scripts.bench.report import machine, write_report
 
 PRESETS: dict[str, dict[str, Any]] = {

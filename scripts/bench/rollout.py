@@ -18,8 +18,8 @@ import torch
 
 import envs
 from policy import DiffusionPolicy, PolicyConfig, RecedingHorizonController, Sampler
-from policy.evaluation import Cell, Env, controllers_of, torch_threads
-from policy.workers import RolloutPool, available_cores
+from policy.rollout.episodes import Cell, Env, controllers_of, torch_threads
+from policy.rollout.workers import RolloutPool, available_cores
 from scripts.bench.report import machine, write_report
 
 PRESETS: dict[str, tuple[dict[str, Any], int]] = {

@@ -19,7 +19,7 @@ from policy.checkpoint.files import SCHEMA_VERSION
 from policy.checkpoint.keeping import rank
 from policy.checkpoint.reading import SETTINGS_OF_BEFORE
 from policy.data import Demonstrations
-from policy.training import prepare_run
+from policy.training.loop import prepare_run
 from tests.conftest import ENVIRONMENT, ROOT, randomize, small_config
 
 DATA = ROOT / "tests" / "data"

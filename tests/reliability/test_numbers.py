@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from policy import DiffusionPolicy, TrainSettings, load_checkpoint
-from policy.behaviour_cloning import clone_behaviour
+from policy.commands.train import clone_behaviour
 from policy.data import Demonstrations
-from policy.normalizer import Normalizer
-from policy.sampler import Sampler
-from policy.tracking import NoTracker
-from policy.training import prepare_run, train
+from policy.diffusion.sampler import Sampler
+from policy.model.normalizer import Normalizer
+from policy.tracking.wandb_tracker import NoTracker
+from policy.training.loop import prepare_run, train
 from tests.conftest import small_config
 
 CONFIG = small_config(obs_size=16, hidden_size=32)

@@ -24,20 +24,20 @@ from omegaconf import OmegaConf
 import envs
 from policy import DiffusionPolicy, PolicyConfig
 from policy.checkpoint import save_checkpoint
-from policy.denoisers import DENOISERS
-from policy.encoders import ENCODERS
-from policy.schedule import make_schedule
-from policy.training import TrainSettings, start_training
+from policy.diffusion.schedule import make_schedule
+from policy.model.denoisers import DENOISERS
+from policy.model.encoders import ENCODERS
+from policy.training.loop import TrainSettings, start_training
 from scripts.command import CONF, GROUPS
 
 # Where the work of each command begins; everything before is checking.
 WORK = {
     "collect": "scripts.collect.progress",
-    "inspect": "policy.data.inspection.output_folder",
-    "train": "policy.behaviour_cloning.output_folder",
-    "rollout": "policy.rollout.output_folder",
-    "sweep": "policy.instrument.output_folder",
-    "export": "policy.inference.export.output_folder",
+    "inspect": "policy.commands.inspect.output_folder",
+    "train": "policy.commands.train.output_folder",
+    "rollout": "policy.commands.rollout.output_folder",
+    "sweep": "policy.commands.sweep.output_folder",
+    "export": "policy.commands.export.output_folder",
 }
 DIMENSIONS = {"observation_shapes", "obs_size", "action_dim", "action_horizon", "num_steps", "obs_horizon"}
 

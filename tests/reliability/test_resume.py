@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from policy.run_lock import only_process
+from policy.common.locks import only_process
 from tests.conftest import ENVIRONMENT, ROOT
 
 STEPS = 120

@@ -10,11 +10,11 @@ import pytest
 
 from policy import TrainSettings
 from policy.data import Demonstrations
-from policy.tracking import NoTracker, WandbTracker
-from policy.training import prepare_run
-from policy.training import train as train_loop
+from policy.tracking.wandb_tracker import NoTracker, WandbTracker
+from policy.training.loop import prepare_run
+from policy.training.loop import train as train_loop
 from tests.conftest import small_config
-from tests.test_tracking import KEY, server
+from tests.tracking.test_tracking import KEY, server
 
 STEPS = 1_000
 SETTINGS = TrainSettings(steps=STEPS, warmup_steps=10, log_every=5, val_every=STEPS, save_every=STEPS, rollout_every=0)

@@ -26,7 +26,7 @@ from PIL import Image
 from policy.data.episode import Episode, EpisodeReader, Request
 from policy.data.formats.hdf5 import HDF5File
 from policy.data.minari_writer import ENV_KEY
-from policy.diffusion_policy import is_image
+from policy.model.diffusion_policy import is_image
 
 ACTIONS = "actions"
 OBSERVATIONS = "observations"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from policy.arguments import unknown_name
+from policy.common.arguments import unknown_name
 from policy.data.episode import Episode, EpisodeReader, Request
 from policy.data.formats.hdf5 import HDF5Error, HDF5File
 

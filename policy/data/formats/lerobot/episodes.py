@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from policy.arguments import unknown_name
+from policy.common.arguments import unknown_name
 from policy.data.formats.lerobot.info import INFO, ONE_FILE_PER_EPISODE, Info, fill_template, is_count, parse_json
 from policy.data.formats.lerobot.tables import read_columns
 

@@ -1,0 +1,182 @@
+"""A policy as a folder for programs that have neither torch nor this package.
+
+export/
+  model.onnx           observations and noise in, actions out, all in the data's units
+  export.json          what the model takes and gives, where it comes from, its checksum
+  example_input.npz    values for every input
+  example_output.npy   the actions for them
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from policy.checkpoint import Checkpoint, load_checkpoint
+from policy.common.arguments import unknown_name
+from policy.common.output import output_folder
+from policy.diffusion.sampler import Sampler
+from policy.inference.backends import OnnxRun, SamplerProgram, check_weights, compile_sampler
+from policy.inference.onnx_graph import observation_input
+from policy.model.diffusion_policy import is_image
+
+SCHEMA_VERSION = 2
+FORMATS = ("onnx",)
+# Largest difference to the eager actions, in normalised units (a dimension's range is 2 wide), with float32 weights.
+TOLERANCE = 1e-4
+NOTE = (
+    "Feed every input of `inputs` to the model; the batch size is free. Observations are histories, oldest first, in"
+    " the units of the demonstrations; noise is standard normal, drawn anew for each chunk. The first action is for the"
+    " newest observation: execute `execution_horizon` actions, then plan again. To continue a chunk that is being"
+    " executed, give it as `previous`, shifted to the newest observation, and set `keep` to 1 for the actions that are"
+    " executed anyway; zeros in both plan afresh. docs/examples/run_exported_policy.py"
+    " of ddim-policy does so with numpy and onnxruntime alone."
+)
+
+
+def export_policy(
+    *,
+    checkpoint: Path,
+    format: str = "onnx",
+    weights: str = "float32",
+    sampler: Sampler,
+    output_dir: Path | None = None,
+) -> None:
+    """Export a checkpoint, with its sampler settings, for programs that have no torch.
+
+    Args:
+        checkpoint: the folder that training wrote.
+        format: `onnx`.
+        weights: `float32`, or `int8` for the matrices: faster, and no longer the same actions.
+        sampler: how chunks are sampled; fixed in the exported model.
+        output_dir: receives the files; by default a new folder under outputs/export.
+
+    Raises:
+        ValueError: settings that do not fit, a package that is missing, or a model whose actions are not the policy's.
+    """
+    if format not in FORMATS:
+        raise unknown_name("format", format, FORMATS)
+    check_weights(weights)
+    if sampler.warm_start is not None:
+        raise ValueError(
+            f"an exported model begins from noise; got sampler.warm_start={sampler.warm_start}: leave it out, and use"
+            " `previous` and `keep` of the exported model to continue a chunk"
+        )
+    loaded = load_checkpoint(checkpoint)
+    sampler.check(loaded.policy.schedule.num_steps)
+    program = compile_sampler(loaded.policy, sampler, backend="onnx", weights=weights)
+    example = example_input(program)
+    actions = run_on(program, example)
+    difference = _difference(loaded, program, example, actions)
+    if weights == "float32" and not difference <= TOLERANCE:
+        raise ValueError(
+            f"the exported model's actions differ from the policy's by {difference:.1e} in normalised units, more than"
+            f" {TOLERANCE:.0e}: use sampler.clip=1, or report this checkpoint"
+        )
+    folder = output_folder(output_dir, "export")
+    write_export(folder, loaded, program, weights, example, actions)
+    print(f"largest difference to the policy's own actions: {difference:.1e} in normalised units")
+    print(f"export: {folder}")
+    print(f"next: python docs/examples/run_exported_policy.py {folder}")
+
+
+def example_input(program: SamplerProgram) -> dict[str, np.ndarray[Any, Any]]:
+    """A made-up value for every input of an exported model: one row, from a fixed seed."""
+    config, generator = program.config, np.random.default_rng(0)
+    chunk = (1, config.action_horizon, config.action_dim)
+    example: dict[str, np.ndarray[Any, Any]] = {}
+    for key, shape in config.observation_shapes.items():
+        history = (1, config.obs_horizon, *shape)
+        image = is_image(shape)
+        example[observation_input(key)] = (
+            generator.integers(0, 256, history, dtype=np.uint8)
+            if image
+            else generator.random(history, dtype=np.float32)
+        )
+    example["noise"] = generator.standard_normal(chunk, dtype=np.float32)
+    example["previous"] = np.zeros(chunk, dtype=np.float32)
+    example["keep"] = np.zeros(chunk[:2], dtype=np.float32)
+    if program.sampler.eta > 0:
+        example["step_noise"] = generator.standard_normal((program.sampler.ddim_steps, *chunk), dtype=np.float32)
+    return example
+
+
+def run_on(program: SamplerProgram, example: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """(B, action_horizon, action_dim) actions of a program for inputs under an exported model's names."""
+    observations = {key: example[observation_input(key)] for key in program.config.observation_shapes}
+    chunk = program(
+        observations, example["noise"], example.get("step_noise"), previous=example["previous"], keep=example["keep"]
+    )
+    return chunk.cpu().numpy()
+
+
+def _difference(
+    loaded: Checkpoint,
+    program: SamplerProgram,
+    example: dict[str, np.ndarray[Any, Any]],
+    actions: np.ndarray[Any, Any],
+) -> float:
+    expected = run_on(compile_sampler(loaded.policy, program.sampler), example)
+    return float(np.abs((actions - expected) / program.action_scale).max())
+
+
+def write_export(
+    folder: Path,
+    loaded: Checkpoint,
+    program: SamplerProgram,
+    weights: str,
+    example: dict[str, np.ndarray[Any, Any]],
+    actions: np.ndarray[Any, Any],
+) -> None:
+    """Write the export folder.
+
+    Args:
+        folder: exists.
+        loaded: the checkpoint.
+        program: its sampling, with the backend `onnx`.
+        weights: of the program.
+        example: a value for every input.
+        actions: the program's output for it.
+    """
+    assert isinstance(program.run, OnnxRun)
+    model = program.run.model
+    inputs = {
+        name: {"shape": _free_batch(name, value.shape), "dtype": str(value.dtype)} for name, value in example.items()
+    }
+    data = {
+        "schema_version": SCHEMA_VERSION,
+        "format": "onnx",
+        "model": "model.onnx",
+        "sha256": hashlib.sha256(model).hexdigest(),
+        "inputs": inputs,
+        "output": {"name": "actions", "shape": _free_batch("actions", actions.shape), "dtype": str(actions.dtype)},
+        "units": "observations and actions as in the demonstrations; normalisation is inside the model",
+        "execution_horizon": loaded.execution_horizon,
+        "sampler": asdict(program.sampler),
+        "weights": weights,
+        "tolerance": TOLERANCE if weights == "float32" else None,
+        "env": loaded.env,
+        "step": loaded.training.get("step"),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("ddim-policy", "torch", "onnx", "onnxruntime", "numpy")},
+        },
+        "note": NOTE,
+    }
+    (folder / "model.onnx").write_bytes(model)
+    np.savez(folder / "example_input.npz", **example)  # type: ignore[arg-type]
+    np.save(folder / "example_output.npy", actions)
+    # Last: a folder without it is no export.
+    (folder / "export.json").write_text(json.dumps(data, indent=2))
+
+
+def _free_batch(name: str, shape: tuple[int, ...]) -> list[str | int]:
+    batch = 1 if name == "step_noise" else 0
+    return ["batch" if axis == batch else size for axis, size in enumerate(shape)]

@@ -1,0 +1,52 @@
+"""What is inside demonstrations, seen before anybody trains on them: figures, one window's times, a picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from policy.common.output import output_folder
+from policy.control.timeline import check_execution_horizon
+from policy.data.demonstrations import Demonstrations
+from policy.inspection.figures import inspect_dataset, spread
+from policy.inspection.picture import plot_episodes
+from policy.inspection.text import format_inspection
+
+
+def inspect_demonstrations(
+    *,
+    dataset: Demonstrations,
+    obs_horizon: int = 2,
+    action_horizon: int = 8,
+    execution_horizon: int = 8,
+    episodes: int = 4,
+    dimensions: int = 32,
+    output_dir: Path | None = None,
+) -> None:
+    """Show what is inside a dataset: its episodes and keys, what one training window holds, and a picture.
+
+    Args:
+        dataset: the demonstrations.
+        obs_horizon: observations looked back on.
+        action_horizon: actions in one chunk.
+        execution_horizon: actions executed before the next plan.
+        episodes: how many of them, evenly spread, are in the picture.
+        dimensions: vectors up to this width have a row for each dimension.
+        output_dir: receives `inspect.json` and `inspect.png`; by default a new folder under outputs/inspect.
+
+    Raises:
+        ValueError: settings out of range, or values that are not finite.
+    """
+    for name, value in (("obs_horizon", obs_horizon), ("action_horizon", action_horizon), ("episodes", episodes)):
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more; got {value}")
+    check_execution_horizon(execution_horizon, action_horizon)
+    inspection = inspect_dataset(
+        dataset, obs_horizon=obs_horizon, action_horizon=action_horizon, execution_horizon=execution_horizon
+    )
+    folder = output_folder(output_dir, "inspect")
+    (folder / "inspect.json").write_text(json.dumps(asdict(inspection), indent=1, allow_nan=False))
+    print(format_inspection(inspection, dimensions))
+    plot_episodes(dataset, inspection, spread(dataset.num_episodes, episodes), folder / "inspect.png")
+    print(f"\nfiles: {folder / 'inspect.json'}, {folder / 'inspect.png'}")

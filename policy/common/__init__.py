@@ -1,0 +1,1 @@
+"""What every room uses: settings and their checks, output folders, locks, seeds, progress."""

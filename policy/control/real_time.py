@@ -1,0 +1,309 @@
+"""Control against the clock: the next chunk is planned in a thread while the last one is executed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import numpy as np
+from gymnasium.spaces import Box
+from numpy.typing import NDArray
+
+from policy.control.planning import History, Observation, PlanRequest, checked_observation, sample_plans
+from policy.control.receding_horizon import clipped, program_for, request_of
+from policy.control.timeline import ControllerSettings, Timeline
+from policy.diffusion.sampler import Sampler
+from policy.inference import SamplerProgram
+from policy.model.diffusion_policy import DiffusionPolicy, zero_observations
+
+
+class Pace:
+    """Waits for the beginning of each control period.
+
+    Attributes:
+        overruns: periods that had begun before they were waited for: whatever is called between is too slow.
+
+    Args:
+        control_rate: periods a second.
+    """
+
+    def __init__(self, control_rate: float) -> None:
+        self._period, self._next = 1 / control_rate, time.monotonic()
+        self.overruns = 0
+
+    def __call__(self) -> None:
+        """Sleep until the next period begins."""
+        now = time.monotonic()
+        if now > self._next:
+            self.overruns += 1
+            self._next = now
+        time.sleep(self._next - now)
+        self._next += self._period
+
+
+LOG = logging.getLogger(__name__)
+# Plans timed before the first episode, and the newest ones that the next one's time is guessed from.
+REHEARSALS, REMEMBERED = 5, 20
+
+
+@dataclass
+class Timing:
+    """What an episode against the clock was like.
+
+    Attributes:
+        steps: control steps.
+        missed_deadlines: control steps whose action took longer than a period; an episode's first plan is not counted.
+        late_steps: control steps for which there was no action of a plan, answered as `settings.late` says.
+        plan_ms: milliseconds that each plan took.
+        act_ms: milliseconds that each action took, the first one left out.
+    """
+
+    steps: int = 0
+    missed_deadlines: int = 0
+    late_steps: int = 0
+    plan_ms: list[float] = field(default_factory=list)
+    act_ms: list[float] = field(default_factory=list)
+
+
+def summarize_timing(timings: Sequence[Timing], control_rate: float, overruns: int) -> dict[str, float]:
+    """What episodes against the clock were like, together.
+
+    Args:
+        timings: of the episodes, one or more.
+        control_rate: control steps a second.
+        overruns: periods whose beginning the whole loop missed, the simulator's time included.
+
+    Returns:
+        JSON data: `control_rate episodes steps missed_deadlines late_steps overruns plans plan_ms_median plan_ms_p99
+        act_ms_median act_ms_p99`.
+    """
+    plans = [milliseconds for timing in timings for milliseconds in timing.plan_ms]
+    acts = [milliseconds for timing in timings for milliseconds in timing.act_ms] or [0.0]
+    return {
+        "control_rate": control_rate,
+        "episodes": len(timings),
+        "steps": sum(timing.steps for timing in timings),
+        "missed_deadlines": sum(timing.missed_deadlines for timing in timings),
+        "late_steps": sum(timing.late_steps for timing in timings),
+        "overruns": overruns,
+        "plans": len(plans),
+        "plan_ms_median": float(np.median(plans)),
+        "plan_ms_p99": float(np.percentile(plans, 99)),
+        "act_ms_median": float(np.median(acts)),
+        "act_ms_p99": float(np.percentile(acts, 99)),
+    }
+
+
+def format_timing(summary: Mapping[str, float]) -> str:
+    """A timing's summary in one line, for people."""
+    return (
+        f"{summary['steps']:.0f} control steps at {summary['control_rate']:g} Hz: {summary['missed_deadlines']:.0f}"
+        f" missed deadlines, {summary['late_steps']:.0f} late steps, {summary['overruns']:.0f} periods that the whole"
+        f" loop with the simulator overran; a plan {summary['plan_ms_median']:.1f} ms"
+        f" (99 % {summary['plan_ms_p99']:.1f} ms), an action {summary['act_ms_median']:.2f} ms"
+        f" (99 % {summary['act_ms_p99']:.2f} ms)"
+    )
+
+
+class RealTimeController:
+    """Drives one robot at a fixed control rate.
+
+    Call `act` once in every control period. In the modes `asynchronous` and `continuous` it never waits for the
+    network: plans are made in a thread, begun early enough for what they were measured to take, and executed from the
+    action for the control step at which they are there. An episode's first plan is waited for: no period has begun.
+
+    Plan n draws its noise from (episode seed, n), but which observation it sees depends on how long plans take: unlike
+    in simulated time, two runs differ.
+
+    Args:
+        policy: gives the chunks.
+        control_rate: control steps a second.
+        sampler: how chunks are sampled.
+        execution_horizon: actions executed before the next plan is begun.
+        settings: the mode, and what to do when a plan is late; `delay_steps` is measured here and must be left at 0.
+        program: the policy's sampling, compiled for `sampler`; by default as `sample_actions` samples.
+        action_space: actions are clipped to it.
+        max_age: seconds; an older observation is refused. Two periods by default.
+        clock: gives seconds, as `time.monotonic` does.
+
+    Attributes:
+        control_rate: as given.
+        timing: what the episode has been like so far.
+
+    Raises:
+        ValueError: a setting out of range, or plans that take longer than a chunk lasts.
+
+    Example:
+        >>> import numpy as np
+        >>> from policy import ControllerSettings, DiffusionPolicy, PolicyConfig, RealTimeController
+        >>> policy = DiffusionPolicy(PolicyConfig(observation_shapes={"state": (5,)}, action_dim=2)).eval()
+        >>> settings = ControllerSettings(mode="continuous")
+        >>> with RealTimeController(policy, control_rate=5.0, settings=settings) as controller:
+        ...     controller.reset(seed=0)
+        ...     action = controller.act(np.zeros(5, np.float32))
+        >>> action.shape, controller.timing.steps
+        ((2,), 1)
+    """
+
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        *,
+        control_rate: float,
+        sampler: Sampler | None = None,
+        execution_horizon: int = 8,
+        settings: ControllerSettings | None = None,
+        program: SamplerProgram | None = None,
+        action_space: Box | None = None,
+        max_age: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not (control_rate > 0 and math.isfinite(control_rate)):
+            raise ValueError(f"control_rate must be above 0 control steps a second; got {control_rate}")
+        if max_age is not None and not max_age > 0:
+            raise ValueError(f"max_age must be above 0 seconds; got {max_age}")
+        self._settings, self._config = settings or ControllerSettings(), policy.config
+        self._settings.check(execution_horizon, policy.config.action_horizon)
+        if self._settings.delay_steps:
+            raise ValueError(
+                f"controller.delay_steps simulates a delay, here it is measured: leave it at 0; got"
+                f" {self._settings.delay_steps}"
+            )
+        self._sampler = sampler or Sampler()
+        self._program = program_for(policy, self._sampler, program)
+        self._execution_horizon, self._action_space, self._clock = execution_horizon, action_space, clock
+        self.control_rate = control_rate
+        self._period = 1 / control_rate
+        self._max_age = 2 * self._period if max_age is None else max_age
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="plans")
+        self._coming: Future[NDArray[np.float32]] | None = None
+        self._begun_at = 0
+        self._seed: int | None = None
+        self._plan_seconds: deque[float] = deque(maxlen=REMEMBERED)
+        self.timing = Timing()
+        self._rehearse()
+
+    def reset(self, seed: int) -> None:
+        """Begin an episode; a plan of the last one that is still being made is waited for and forgotten.
+
+        Args:
+            seed: of the episode; 0 or more.
+        """
+        if self._coming is not None:
+            self._coming.exception()
+            self._coming = None
+        config = self._config
+        self._seed, self._history = seed, History(config)
+        self._timeline = Timeline(self._settings, self._execution_horizon, config.action_horizon, config.action_dim)
+        self.timing = Timing()
+
+    def act(self, observation: Observation, observed_at: float | None = None) -> NDArray[np.float32]:
+        """The action of this control step.
+
+        Args:
+            observation: the newest observation: a vector, an image, or arrays by key.
+            observed_at: when it was made, by the controller's clock.
+
+        Returns:
+            (action_dim,) action in the data's units.
+
+        Raises:
+            ValueError: `reset` was not called, or an observation that does not fit the policy, is not finite or is too
+                old; the controller is then as it was before.
+        """
+        now = self._clock()
+        if self._seed is None:
+            raise ValueError("there is no episode: call reset(seed) first")
+        if observed_at is not None and now - observed_at > self._max_age:
+            raise ValueError(
+                f"the observation is {1e3 * (now - observed_at):.0f} ms old, at most {1e3 * self._max_age:.0f} ms are"
+                " allowed: it was not used, and the controller is as it was; raise max_age, or observe later"
+            )
+        self._history.add(checked_observation(self._config, observation))
+        is_first = self._timeline.is_first
+        self._take_plan()
+        self._begin_plan()
+        action = clipped(self._timeline.next_action(), self._action_space)
+        self._note(self._clock() - now, is_first)
+        return action
+
+    def late_steps(self) -> int:
+        """Control steps of the episode for which there was no action of a plan."""
+        return self.timing.late_steps
+
+    def close(self) -> None:
+        """End the thread, once it has made its plan."""
+        self._thread.shutdown()
+
+    def __enter__(self) -> RealTimeController:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def delay_steps(self) -> int:
+        """Control steps that the next plan is expected to take: what the slowest of the last ones took."""
+        return math.ceil(max(self._plan_seconds) / self._period)
+
+    def _take_plan(self) -> None:
+        if self._coming is not None and self._coming.done():
+            self._timeline.deliver(self._coming.result(), self._timeline.step - self._begun_at)
+            self._coming = None
+
+    def _begin_plan(self) -> None:
+        expected, timeline = self.delay_steps, self._timeline
+        if self._coming is not None or not timeline.due(expected):
+            return
+        assert self._seed is not None
+        wait = timeline.is_first or self._settings.mode == "synchronous"
+        request = request_of(self._seed, self._history, timeline, self._sampler, expected)
+        if wait:
+            timeline.deliver(self._planned(request))
+        else:
+            self._begun_at, self._coming = timeline.step, self._thread.submit(self._planned, request)
+
+    def _planned(self, request: PlanRequest) -> NDArray[np.float32]:
+        begin = self._clock()
+        (chunk,) = sample_plans(self._program, [request])
+        seconds = self._clock() - begin
+        self._plan_seconds.append(seconds)
+        self.timing.plan_ms.append(1e3 * seconds)
+        return chunk
+
+    def _note(self, seconds: float, is_first: bool) -> None:
+        timing, timeline = self.timing, self._timeline
+        timing.steps = timeline.step
+        if timeline.late_steps > timing.late_steps:
+            timing.late_steps = timeline.late_steps
+            LOG.warning("control step %d: no plan is there, %s", timing.steps - 1, self._settings.late)
+        if is_first:
+            return
+        timing.act_ms.append(1e3 * seconds)
+        if seconds > self._period:
+            timing.missed_deadlines += 1
+            LOG.warning("control step %d took %.1f ms, longer than a period", timing.steps - 1, 1e3 * seconds)
+
+    def _rehearse(self) -> None:
+        """Time a few plans before any robot moves."""
+        config = self._config
+        observations = {key: value[0].numpy() for key, value in zero_observations(config, rows=1).items()}
+        request = PlanRequest(seed=0, number=0, observations=observations, candidates=self._settings.candidates)
+        self._planned(request)  # the first call is no measure
+        self._plan_seconds.clear()
+        for _ in range(REHEARSALS):
+            self._planned(request)
+        if self._settings.mode != "synchronous" and self.delay_steps >= config.action_horizon:
+            raise ValueError(
+                f"a plan takes {1e3 * max(self._plan_seconds):.0f} ms, {self.delay_steps} control steps of"
+                f" {1e3 * self._period:.1f} ms: as long as the {config.action_horizon} actions of a chunk; lower"
+                " sampler.ddim_steps or the control rate, or use backend=onnx"
+            )

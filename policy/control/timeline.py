@@ -1,0 +1,241 @@
+"""When to plan, and what to execute at each control step: the bookkeeping of one episode, free of networks and clocks.
+
+Control steps and plans, for action_horizon 8, execution_horizon 5 and a plan that takes 2 control steps:
+
+    control step   0 1 2 3 4 5 6 7 8 9 ...
+    plan 0         0 1 2 3 4 5 6           the episode begins when it is there
+    plan 1                   . . 2 3 4 5 6   begun at control step 5, there at 7: its actions 0 and 1 are never used
+    plan 2                             . .   begun at 10
+
+A synchronous robot stands still at the dots and then executes the new plan from its first action.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policy.common.arguments import unknown_name
+
+Chunk = NDArray[np.float32]
+Mode = Literal["synchronous", "asynchronous", "continuous"]
+Late = Literal["hold", "zero"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerSettings:
+    """How chunks become actions when planning takes time.
+
+    Attributes:
+        mode: `synchronous` waits for each plan and then executes it from its first action; `asynchronous` executes the
+            last plan on while the next is made, and then goes over to it at the action for that very control step;
+            `continuous` does the same, with the new plan inpainted around what is executed in the meantime, and drawn
+            towards the rest of the last plan, ever less (after the real-time chunking of Black et al. 2025).
+        delay_steps: control steps that a plan takes, simulated; an episode's first plan takes none.
+        late: what to execute when the last plan is used up and the next is not there: `hold` repeats the last action
+            (right for positions), `zero` is an action of zeros (right for velocities).
+        candidates: chunks drawn for each plan, in one network call; executed is the one that is closest to what the
+            last plan still had in mind (backward coherence of Liu et al. 2024). No effect where the last plan is
+            used up.
+
+    Raises:
+        ValueError: an unknown name, a negative delay, or no candidate.
+    """
+
+    mode: Mode = "synchronous"
+    delay_steps: int = 0
+    late: Late = "hold"
+    candidates: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("mode", self.mode, get_args(Mode)), ("late", self.late, get_args(Late))):
+            if value not in allowed:
+                raise unknown_name(f"controller.{name}", value, allowed)
+        if self.delay_steps < 0:
+            raise ValueError(f"controller.delay_steps must be 0 or more; got {self.delay_steps}")
+        if self.candidates < 1:
+            raise ValueError(f"controller.candidates must be 1 or more; got {self.candidates}")
+
+    def check(self, execution_horizon: int, action_horizon: int) -> None:
+        """Refuse a prefix that a chunk cannot give.
+
+        Args:
+            execution_horizon: actions executed before the next plan is begun.
+            action_horizon: actions in a chunk.
+
+        Raises:
+            ValueError: outside 1..action_horizon, or a delay that leaves no action of a chunk to execute.
+        """
+        check_execution_horizon(execution_horizon, action_horizon)
+        if self.mode != "synchronous" and self.delay_steps >= action_horizon:
+            raise ValueError(
+                f"controller.delay_steps must be below the {action_horizon} actions of a chunk with"
+                f" controller.mode={self.mode}: all of it would be past when it comes; got {self.delay_steps}"
+            )
+
+
+def check_execution_horizon(execution_horizon: int, action_horizon: int) -> None:
+    """Refuse to execute more actions than a chunk has.
+
+    Raises:
+        ValueError: outside 1..action_horizon.
+    """
+    if not 1 <= execution_horizon <= action_horizon:
+        # Either may be the one that was just set, the other a default or a checkpoint's.
+        raise ValueError(
+            f"execution_horizon must be within 1..{action_horizon}; got {execution_horizon}:"
+            f" a chunk has action_horizon={action_horizon} actions, so give an execution_horizon that fits,"
+            " or train with another action_horizon"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastPlan:
+    """What the plan before means to a new one.
+
+    Attributes:
+        chunk: (action_horizon, action_dim) shifted to the control step at which the new plan is begun, and continued
+            with its last action.
+        keep: (action_horizon,) how much of each action the new plan is to keep, in [0, 1].
+        overlap: how many actions of it are for control steps that the new plan is for too; the rest is continuation.
+    """
+
+    chunk: Chunk
+    keep: NDArray[np.float32]
+    overlap: int
+
+
+@dataclass
+class _Plan:
+    chunk: Chunk
+    first_step: int  # the control step that its first action is for
+
+
+@dataclass
+class Timeline:
+    """One episode: which control step it is at, the plan being executed, and the one on its way.
+
+    Attributes:
+        settings: how chunks become actions.
+        execution_horizon: actions executed before the next plan is begun.
+        action_horizon: actions in a chunk.
+        action_dim: width of one action.
+        step: the control step at hand; `next_action` ends it.
+        plans: how many were begun.
+        late_steps: control steps without an action of a plan.
+    """
+
+    settings: ControllerSettings
+    execution_horizon: int
+    action_horizon: int
+    action_dim: int
+    step: int = 0
+    plans: int = 0
+    late_steps: int = 0
+    _current: _Plan | None = None
+    _coming: _Plan | None = None
+    _begun: int | None = None
+    _there: int = 0
+    _executed: Chunk = field(default_factory=lambda: np.zeros(0, np.float32))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the episode has no plan yet."""
+        return self._current is None
+
+    def due(self, delay_steps: int) -> bool:
+        """Whether a plan is to be begun at this control step, if it takes so many.
+
+        Args:
+            delay_steps: control steps that the plan will take.
+        """
+        self._arrive()
+        if self._begun is not None or self._coming is not None:
+            return False
+        if self._current is None:
+            return True
+        period = self.execution_horizon
+        if self.settings.mode != "synchronous":
+            # The new plan is there before the last one is used up.
+            period = max(1, min(period, self.action_horizon - delay_steps))
+        return self.step - self._current.first_step >= period
+
+    def begin(self, delay_steps: int) -> LastPlan | None:
+        """Note that a plan is begun, from this control step's observation.
+
+        Args:
+            delay_steps: control steps that the plan will take.
+
+        Returns:
+            The last plan; None for an episode's first.
+        """
+        self._begun = self.step
+        self.plans += 1
+        if self._current is None:
+            return None
+        shift = self.step - self._current.first_step
+        ahead = np.minimum(np.arange(self.action_horizon) + shift, self.action_horizon - 1)
+        overlap = max(0, self.action_horizon - shift)
+        keep = np.zeros(self.action_horizon, np.float32)
+        if self.settings.mode == "continuous":
+            keep = kept(overlap, delay_steps, self.action_horizon)
+        return LastPlan(chunk=self._current.chunk[ahead], keep=keep, overlap=overlap)
+
+    def deliver(self, chunk: Chunk, delay_steps: int = 0) -> None:
+        """Take the plan that was begun.
+
+        Args:
+            chunk: (action_horizon, action_dim).
+            delay_steps: control steps from its beginning to the first at which it may be executed.
+        """
+        assert self._begun is not None, "begin() comes first"
+        self._there = self._begun + (0 if self._current is None else delay_steps)
+        # A synchronous robot has not moved in the meantime.
+        first_step = self._there if self.settings.mode == "synchronous" else self._begun
+        self._coming, self._begun = _Plan(chunk, first_step), None
+
+    def next_action(self) -> Chunk:
+        """(action_dim,) the action of this control step, which ends it."""
+        self._arrive()
+        action = self._planned()
+        if action is None:
+            self.late_steps += 1
+            hold = self.settings.late == "hold" and self._executed.size
+            action = self._executed if hold else np.zeros(self.action_dim, np.float32)
+        self.step += 1
+        self._executed = action.copy()
+        return action.copy()
+
+    def _arrive(self) -> None:
+        if self._coming is not None and self.step >= self._there:
+            self._current, self._coming = self._coming, None
+
+    def _planned(self) -> Chunk | None:
+        if self._current is None:
+            return None
+        usable = self.execution_horizon if self.settings.mode == "synchronous" else self.action_horizon
+        place = self.step - self._current.first_step
+        return self._current.chunk[place] if place < usable else None
+
+
+def kept(overlap: int, committed: int, action_horizon: int) -> NDArray[np.float32]:
+    """How much of the last plan a new one keeps at each of its actions.
+
+    Args:
+        overlap: actions that the last plan still has.
+        committed: those of them that are executed before the new plan is there.
+        action_horizon: actions in a chunk.
+
+    Returns:
+        (action_horizon,) 1 where committed, then falling in equal steps to 0 behind the overlap.
+
+    Example:
+        >>> kept(overlap=5, committed=2, action_horizon=8).tolist()
+        [1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0]
+    """
+    place = np.arange(action_horizon)
+    falling = (overlap - place) / (max(0, overlap - committed) + 1)
+    return np.where(place < min(committed, overlap), 1.0, np.clip(falling, 0, 1)).astype(np.float32)

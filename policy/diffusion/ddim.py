@@ -1,0 +1,384 @@
+"""Denoising Diffusion Implicit Models (Song, Meng and Ermon, ICLR 2021, arXiv 2010.02502) as pure functions.
+
+`predict_fn(noisy_actions, timestep, observations)` is any callable, also a module from `build`:
+noisy actions (B, H, A), timestep (B,) int64, observations (B, obs_size); it returns (B, H, A).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from policy.diffusion.schedule import NoiseSchedule, make_schedule
+from policy.model.denoisers.residual_mlp import ResidualMLP
+
+Spacing = Literal["trailing", "leading", "linspace"]
+SPACINGS: tuple[str, ...] = get_args(Spacing)
+
+PredictFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+Generators = torch.Generator | Sequence[torch.Generator]
+
+__all__ = [
+    "build",
+    "ddim_sample",
+    "ddim_step",
+    "ddim_timesteps",
+    "make_schedule",
+    "output_size",
+    "param_count",
+    "recommended_defaults",
+]
+
+
+def build(
+    *,
+    obs_size: int,
+    action_dim: int,
+    action_horizon: int = 8,
+    hidden_size: int = 256,
+    num_layers: int = 4,
+    num_steps: int = 1000,
+) -> nn.Module:
+    """Build the noise-prediction network of the source document; the same network serves DDPM.
+
+    Args:
+        obs_size: width of the observation embedding.
+        action_dim: width of one action.
+        action_horizon: actions in one chunk.
+        hidden_size: width of the residual blocks.
+        num_layers: number of residual blocks.
+        num_steps: T of the schedule it will be trained with; timesteps of T or more are refused.
+
+    Returns:
+        A module `forward(noisy_actions (B, H, A), timestep (B,), observations (B, obs_size)) -> (B, H, A)`.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    return ResidualMLP(
+        obs_size=obs_size,
+        action_dim=action_dim,
+        action_horizon=action_horizon,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_steps=num_steps,
+    )
+
+
+def output_size(*, action_dim: int = 64, action_horizon: int = 8) -> int:
+    """Numbers in one chunk: `action_horizon * action_dim`.
+
+    >>> output_size()
+    512
+    """
+    return action_horizon * action_dim
+
+
+def param_count(
+    *, obs_size: int, action_dim: int, action_horizon: int = 8, hidden_size: int = 256, num_layers: int = 4
+) -> int:
+    """The exact number of parameters of `build(...)`, in closed form.
+
+    Args:
+        obs_size: width of the observation embedding.
+        action_dim: width of one action.
+        action_horizon: actions in one chunk.
+        hidden_size: width h of the residual blocks.
+        num_layers: number of residual blocks.
+
+    Returns:
+        Weights, biases and LayerNorm parameters together.
+
+    >>> param_count(obs_size=287, action_dim=64)
+    2572032
+    """
+    h, chunk = hidden_size, output_size(action_dim=action_dim, action_horizon=action_horizon)
+    observation = obs_size * h + h
+    entry = (chunk + 2 * h) * h + h
+    block = 2 * h + (h * 4 * h + 4 * h) + (4 * h * h + h)
+    exit_ = h * chunk + chunk
+    return observation + entry + num_layers * block + exit_
+
+
+def recommended_defaults() -> dict[str, int | float]:
+    """The source document's sizes and sampler settings.
+
+    Returns:
+        Keyword arguments, shared out between `build`, `make_schedule` and `ddim_sample`.
+    """
+    return {
+        "action_dim": 64,
+        "action_horizon": 8,
+        "hidden_size": 256,
+        "num_layers": 4,
+        "num_steps": 1000,
+        "ddim_steps": 50,
+        "eta": 0.0,
+    }
+
+
+def check_ddim_steps(ddim_steps: int, num_steps: int, name: str = "ddim_steps") -> None:
+    """Refuse a number of denoising steps that the schedule cannot give.
+
+    Args:
+        ddim_steps: K.
+        num_steps: T.
+        name: of the setting, for the message.
+
+    Raises:
+        ValueError: unless 1 <= ddim_steps <= num_steps and whole.
+    """
+    if isinstance(ddim_steps, bool) or not isinstance(ddim_steps, int) or not 1 <= ddim_steps <= num_steps:
+        raise ValueError(
+            f"{name} must be a whole number within 1..{num_steps} (the schedule's num_steps); got {ddim_steps!r}"
+        )
+
+
+def check_eta(eta: float) -> None:
+    """Refuse an `eta` outside 0 (deterministic DDIM) to 1 (DDPM).
+
+    Raises:
+        ValueError: unless 0 <= eta <= 1.
+    """
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"eta must lie within 0 (deterministic DDIM) and 1 (DDPM); got {eta!r}")
+
+
+def check_spacing(spacing: str) -> None:
+    """Refuse an unknown timestep spacing.
+
+    Raises:
+        ValueError: naming the allowed values.
+    """
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}; got {spacing!r}")
+
+
+def ddim_timesteps(num_steps: int, ddim_steps: int, spacing: str = "trailing") -> Tensor:
+    """The timesteps a sampler visits, from most to least noise.
+
+    Exactly `ddim_steps` distinct timesteps for every 1 <= K <= T, also where K does not divide T.
+
+    Args:
+        num_steps: T of the schedule.
+        ddim_steps: K, within 1..T.
+        spacing: `trailing` counts back from T - 1 in equal strides (it always starts at full noise); `leading`
+            counts up from 0 in whole strides of T // K (it ends at 0, and starts short of T - 1);
+            `linspace` runs from T - 1 to 0, both included. (Lin et al. 2023, table 2.)
+
+    Returns:
+        (ddim_steps,) int64, strictly decreasing.
+
+    Raises:
+        ValueError: `ddim_steps` outside 1..`num_steps`, or an unknown spacing.
+
+    Example:
+        >>> ddim_timesteps(100, 8).tolist()
+        [99, 87, 74, 61, 49, 37, 24, 11]
+        >>> ddim_timesteps(100, 8, "leading").tolist()
+        [84, 72, 60, 48, 36, 24, 12, 0]
+    """
+    check_ddim_steps(ddim_steps, num_steps)
+    check_spacing(spacing)
+    steps = torch.arange(ddim_steps, dtype=torch.float64)
+    if spacing == "trailing":
+        # torch and numpy round halves to even, as the public implementations do.
+        return (num_steps - steps * num_steps / ddim_steps).round().long() - 1
+    if spacing == "leading":
+        return (steps * (num_steps // ddim_steps)).long().flip(0)
+    if ddim_steps == 1:
+        return torch.tensor([num_steps - 1])
+    return (steps * (num_steps - 1) / (ddim_steps - 1)).round().long().flip(0)
+
+
+def check_generators(generator: Generators | None, rows: int) -> None:
+    """Refuse a sequence of generators that is not one per row.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    if isinstance(generator, Sequence) and len(generator) != rows:
+        raise ValueError(f"pass one generator per row: got {len(generator)} for a batch of {rows}")
+
+
+def _sigma(alpha_cumprod: Tensor, alpha_cumprod_prev: Tensor, eta: float) -> Tensor:
+    """σ of DDIM eq. 16: η √((1 - ᾱ_prev) / (1 - ᾱ)) √(1 - ᾱ / ᾱ_prev)."""
+    variance = (1 - alpha_cumprod_prev) / (1 - alpha_cumprod) * (1 - alpha_cumprod / alpha_cumprod_prev)
+    return eta * variance.sqrt()
+
+
+def ddim_step(
+    x_t: Tensor,
+    predicted: Tensor,
+    timestep: int,
+    prev_timestep: int,
+    schedule: NoiseSchedule,
+    eta: float = 0.0,
+    *,
+    prediction_type: str = "epsilon",
+    clip: float | None = 1.0,
+    noise: Tensor | None = None,
+    known: Tensor | None = None,
+    keep: Tensor | float = 0.0,
+) -> Tensor:
+    """One reverse step from `timestep` to `prev_timestep` (DDIM, eq. 12 and 16).
+
+    x_prev = √ᾱ_prev x̂_0 + √(1 - ᾱ_prev - σ²) ε̂ + σ z, where x̂_0 is the clipped estimate and ε̂ is re-derived from it,
+    so that the three terms agree on one x_0. With `clip=None` ε̂ is what the network implied.
+
+    Inpainting: where `keep` is 1, x̂_0 is what is known; so that part of x_prev is the known data under the noise that
+    x_t holds, and the network sees it as it saw data in training (the replacement of Lugmayr et al. 2022, for DDIM).
+
+    Args:
+        x_t: (B, ...) noised data at `timestep`.
+        predicted: (B, ...) the network's output for it.
+        timestep: t, within 0..T - 1.
+        prev_timestep: where to land, -1 <= prev_timestep < timestep; -1 is the clean end, ᾱ = 1.
+        schedule: the noise schedule.
+        eta: 0 deterministic, 1 the DDPM posterior.
+        prediction_type: what `predicted` is: `epsilon`, `sample` or `v_prediction`.
+        clip: bound on |x̂_0|, or None to leave it as it is.
+        noise: (B, ...) standard normal z; needed when eta > 0.
+        known: (B, ...) clean data that is given, or None.
+        keep: how much of `known` takes the place of x̂_0, in [0, 1], broadcast over x_t.
+
+    Returns:
+        (B, ...) data at `prev_timestep`.
+
+    Raises:
+        ValueError: timesteps out of order or range, `eta` outside 0..1, eta > 0 without `noise`, `clip` not positive,
+            an unknown prediction type, or shapes that differ.
+    """
+    check_eta(eta)
+    if not -1 <= prev_timestep < timestep < schedule.num_steps:
+        raise ValueError(
+            f"timesteps must satisfy -1 <= prev_timestep < timestep <= {schedule.num_steps - 1};"
+            f" got prev_timestep={prev_timestep}, timestep={timestep}"
+        )
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be positive, or None for no clipping; got {clip!r}")
+    if eta > 0 and noise is None:
+        raise ValueError(f"eta={eta} adds noise at every step: pass noise of shape {tuple(x_t.shape)}, or eta=0")
+    if noise is not None and noise.shape != x_t.shape:
+        raise ValueError(f"noise must have shape {tuple(x_t.shape)}, like x_t; got {tuple(noise.shape)}")
+    if predicted.shape != x_t.shape:
+        raise ValueError(f"the network returned {tuple(predicted.shape)} for noisy actions {tuple(x_t.shape)}")
+
+    x_0 = schedule.to_sample(predicted, x_t, timestep, prediction_type)
+    if clip is not None:
+        x_0 = x_0.clamp(-clip, clip)
+    if known is not None:
+        x_0 = keep * known + (1 - keep) * x_0
+    epsilon = schedule.to_epsilon(x_0, x_t, timestep)
+
+    # Scalars stay in float64 until they meet the data.
+    clean = torch.ones((), dtype=torch.float64)
+    alpha_cumprod = schedule.alphas_cumprod[timestep]
+    alpha_cumprod_prev = schedule.alphas_cumprod[prev_timestep] if prev_timestep >= 0 else clean
+    sigma = _sigma(alpha_cumprod, alpha_cumprod_prev, eta)
+    # At the clean end both terms vanish; the clamp only removes a rounding error below zero.
+    direction = (1 - alpha_cumprod_prev - sigma**2).clamp(min=0).sqrt()
+
+    x_prev = alpha_cumprod_prev.sqrt().item() * x_0 + direction.item() * epsilon
+    if eta > 0 and noise is not None:
+        x_prev = x_prev + sigma.item() * noise
+    return x_prev
+
+
+def ddim_sample(
+    predict_fn: PredictFn,
+    observations: Tensor,
+    noise: Tensor,
+    *,
+    schedule: NoiseSchedule,
+    ddim_steps: int = 50,
+    eta: float = 0.0,
+    spacing: str = "trailing",
+    prediction_type: str = "epsilon",
+    clip: float | None = 1.0,
+    generator: Generators | None = None,
+    known: Tensor | None = None,
+    keep: Tensor | float = 0.0,
+) -> Tensor:
+    """Sample chunks by the reverse process, in exactly `ddim_steps` network calls (DDIM, sec. 4.2).
+
+    The last step always lands on ᾱ = 1 and so returns an x_0, with no noise left in it.
+
+    Args:
+        predict_fn: `(noisy_actions (B, H, A), timestep (B,) int64, observations) -> (B, H, A)`.
+        observations: (B, obs_size) observation embedding, handed to `predict_fn` as it is.
+        noise: (B, H, A) standard normal starting point x_T; gives dtype and device of the result.
+        schedule: the schedule the network was trained with.
+        ddim_steps: K, within 1..T.
+        eta: 0 deterministic in `noise`, 1 DDPM.
+        spacing: `trailing`, `leading` or `linspace`; see `ddim_timesteps`.
+        prediction_type: `epsilon`, `sample` or `v_prediction`.
+        clip: bound on |x̂_0| at every step, or None.
+        generator: source of the noise added at each step when eta > 0, on the noise's device: one for the batch, or one
+            per row, so that a row's result does not depend on what else is in the batch. None draws from
+            torch's global generator.
+        known: (B, H, A) actions that are given, such as those already committed to, or None; see `ddim_step`.
+        keep: how much of `known` to keep, in [0, 1], broadcast over (B, H, A): 1 fixes an action, 0 leaves it free.
+
+    Returns:
+        (B, H, A) sampled chunks.
+
+    Raises:
+        ValueError: `ddim_steps` outside 1..T, `eta` outside 0..1, unknown names, or other than B generators.
+
+    Example:
+        >>> import torch
+        >>> from policy import ddim
+        >>> network = ddim.build(obs_size=287, action_dim=2, num_steps=100)
+        >>> schedule = ddim.make_schedule(num_steps=100)
+        >>> noise = torch.randn(1, 8, 2, generator=torch.Generator().manual_seed(0))
+        >>> with torch.no_grad():
+        ...     actions = ddim.ddim_sample(network, torch.zeros(1, 287), noise, schedule=schedule, ddim_steps=8)
+        >>> actions.shape
+        torch.Size([1, 8, 2])
+    """
+    check_eta(eta)
+    timesteps = ddim_timesteps(schedule.num_steps, ddim_steps, spacing).tolist()
+    check_generators(generator, len(noise))
+    x = noise
+    for timestep, prev_timestep in zip(timesteps, [*timesteps[1:], -1], strict=True):
+        batch_timestep = torch.full((len(x),), timestep, dtype=torch.int64, device=x.device)
+        predicted = predict_fn(x, batch_timestep, observations)
+        step_noise = randn_like(x, generator) if eta > 0 else None
+        x = ddim_step(
+            x,
+            predicted,
+            timestep,
+            prev_timestep,
+            schedule,
+            eta,
+            prediction_type=prediction_type,
+            clip=clip,
+            noise=step_noise,
+            known=known,
+            keep=keep,
+        )
+    return x
+
+
+def randn_like(x: Tensor, generator: Generators | None) -> Tensor:
+    """Standard normal noise of `x`'s shape, from one generator or from one per row.
+
+    Args:
+        x: (B, ...) gives shape, dtype and device.
+        generator: one, one per row, or None for torch's global one.
+
+    Returns:
+        (B, ...) noise.
+
+    Raises:
+        ValueError: a number of generators other than B.
+    """
+    check_generators(generator, len(x))
+    if isinstance(generator, Sequence):
+        rows = [torch.randn(x.shape[1:], generator=g, dtype=x.dtype, device=g.device) for g in generator]
+        return torch.stack(rows).to(x.device)
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)

@@ -1,0 +1,1 @@
+"""What is inside a dataset: figures, a page of text, a picture."""

@@ -1,0 +1,224 @@
+"""A dataset's figures as text for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from policy.inspection.figures import EpisodeFigures, Inspection, KeyFigures, Range, WindowTimes
+from policy.model.diffusion_policy import is_image
+from policy.model.normalizer import CONSTANT_RANGE
+
+# More than a person reads; `inspect.json` has them all.
+LISTED = 8
+MAX_COLUMNS = 14
+
+
+def format_inspection(inspection: Inspection, dimensions: int = 32) -> str:
+    """The figures as a page of text.
+
+    Args:
+        inspection: of `inspect_dataset`.
+        dimensions: vectors up to this width have a row for each dimension.
+
+    Returns:
+        Several paragraphs.
+    """
+    parts = [
+        _format_summary(inspection),
+        _format_histogram(inspection.episodes.histogram),
+        format_keys(inspection.keys, dimensions),
+        _format_constants(inspection.keys),
+        format_windows(inspection),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _format_summary(inspection: Inspection) -> str:
+    episodes, rate = inspection.episodes, inspection.rate_hz
+    env = inspection.env
+    lengths = f"{episodes.min} to {episodes.max} transitions, median {episodes.median:g}"
+    if rate:
+        lengths += f" ({episodes.min / rate:.1f} to {episodes.max / rate:.1f} s, median {episodes.median / rate:.1f} s)"
+    lines = {
+        "source": inspection.source,
+        "format": inspection.format or "not stated",
+        "environment": " ".join(f"{k}={v}" for k, v in env.items()) if isinstance(env, Mapping) else env or "not named",
+        "rate": f"{rate:g} Hz" if rate else "not stated",
+        "episodes": f"{episodes.count} with {episodes.transitions} transitions",
+        "lengths": lengths,
+        "held out": f"{_few(episodes.held_out)}, set aside by the file" if episodes.held_out else "none by the file",
+        "identical": _format_identical(episodes),
+        "idle": "no action has one before it"
+        if episodes.idle_share is None
+        else f"{episodes.idle_share:.1%} of the actions repeat the one before",
+        "bad": "none",
+    }
+    if episodes.bad:
+        lines["bad"] = f"{len(episodes.bad)} left out, also of all figures here:"
+    text = [f"{name:<12} {value}" for name, value in lines.items()]
+    text += [f"{'':<12}   episode {name}: {reason}" for name, reason in list(episodes.bad.items())[:LISTED]]
+    if len(episodes.bad) > LISTED:
+        text.append(f"{'':<12}   and {len(episodes.bad) - LISTED} more, in inspect.json")
+    if episodes.bad:
+        text.append(f"{'':<12}   training refuses them, or leaves them out with dataset.on_bad_episode=skip")
+    return "\n".join(text)
+
+
+def _format_identical(episodes: EpisodeFigures) -> str:
+    if not episodes.identical:
+        return "no two episodes"
+    copies = sum(len(group) - 1 for group in episodes.identical)
+    groups = [" = ".join(_some(group)) for group in episodes.identical]
+    text = f"{copies} of the episodes repeat{'s' * (copies == 1)} another one ({'; '.join(_some(groups))}): copies"
+    if episodes.held_out:
+        return f"{text} leak from training into validation; {episodes.held_out_copies} held-out ones do"
+    return f"{text} leak from training into validation"
+
+
+def _format_histogram(histogram: Sequence[tuple[int, int, int]]) -> str:
+    most = max(count for _, _, count in histogram)
+    spans = [f"{low}" if low == high else f"{low}..{high}" for low, high, _ in histogram]
+    width = max(len(span) for span in (*spans, "transitions"))
+    lines = [
+        f"{span:>{width}}  {count:>8}  {'#' * math.ceil(40 * count / most)}".rstrip()
+        for span, (_, _, count) in zip(spans, histogram, strict=True)
+    ]
+    return "\n".join([f"{'transitions':>{width}}  episodes", *lines])
+
+
+def format_keys(keys: Sequence[KeyFigures], dimensions: int) -> str:
+    """The keys as a plain text table; the same text is valid Markdown.
+
+    Args:
+        keys: of `key_figures`.
+        dimensions: vectors up to this width have a row for each dimension.
+
+    Returns:
+        The table.
+    """
+    rows = [["key", "shape", "dtype", "min", "mean", "max"]]
+    for figures in keys:
+        shape = " x ".join(map(str, figures.shape))
+        rows.append([figures.key, shape, figures.dtype, *_format_range(figures.whole)])
+        if not is_image(figures.shape) and 1 < len(figures.dimensions) <= dimensions:
+            rows += [[f"{figures.key}[{n}]", "", "", *_format_range(r)] for n, r in enumerate(figures.dimensions)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)])
+        for row in rows
+    ]
+    rule = f"| {'-' * widths[0]} | " + " | ".join("-" * (w - 1) + ":" for w in widths[1:])
+    return "\n".join(f"{line} |" for line in [lines[0], rule, *lines[1:]])
+
+
+def _format_range(values: Range) -> list[str]:
+    return [f"{value:.4g}" for value in (values.min, values.mean, values.max)]
+
+
+def _format_constants(keys: Sequence[KeyFigures]) -> str:
+    lines = []
+    for figures in keys:
+        for kind, numbers in (("constant", figures.constant), ("nearly constant", figures.nearly_constant)):
+            found = [f"{n} ({figures.dimensions[n].mean:.4g})" for n in numbers]
+            what = "channels" if is_image(figures.shape) else "dimensions"
+            if found:
+                lines.append(
+                    f"{kind}: {len(found)} of {len(figures.dimensions)} {what} of {figures.key}: {_few(found)}"
+                )
+    if not lines:
+        return "constant: no dimension"
+    rule = f"They carry no information: a range within {CONSTANT_RANGE:g} of the magnitude is normalised to 0."
+    return "\n".join([*lines, rule])
+
+
+def format_windows(inspection: Inspection) -> str:
+    """What an episode's first, middle and last training window hold, column by column around their newest observation.
+
+    Args:
+        inspection: of `inspect_dataset`.
+
+    Returns:
+        A table and its legend.
+    """
+    rate, horizon = inspection.rate_hz, inspection.execution_horizon
+    offsets = _columns(inspection.obs_horizon, inspection.action_horizon)
+    rows = [["", *("..." if o is None else f"t{o:+d}" if o else "t" for o in offsets)]]
+    if rate:
+        rows.append(["seconds from t", *("" if o is None else seconds(o / rate) for o in offsets)])
+    marks = set()
+    for window in inspection.windows:
+        cells = _cells(window)
+        marks |= {cell[-1] for held in cells.values() for cell in held.values()} & {"*", "x"}
+        rows.append([f"{window.place}, t = {window.now}" + (f" ({seconds(window.now / rate)} s)" if rate else "")])
+        for name, held in cells.items():
+            rows.append([f"  {name}", *("..." if o is None else held.get(o, "") for o in offsets)])
+    legend = {
+        "*": "* the episode's first observation, repeated before its start",
+        "x": "x the episode's last action, repeated after its end, and masked: left out of the loss",
+    }
+    executed = f"actions of t to t+{horizon - 1}" if horizon > 1 else "action of t"
+    time = f" ({seconds(horizon / rate)} s)" if rate else ""
+    return "\n".join(
+        [
+            f"Training windows of episode {inspection.window_episode} ({inspection.window_episode_length} transitions):"
+            f" obs_horizon {inspection.obs_horizon}, action_horizon {inspection.action_horizon}",
+            "",
+            *_aligned(rows),
+            "",
+            *(text for mark, text in legend.items() if mark in marks),
+            f"A rollout executes the {executed}{time}, observes, and plans again at t+{horizon}"
+            f" (execution_horizon {horizon}).",
+        ]
+    )
+
+
+def _cells(window: WindowTimes) -> dict[str, dict[int, str]]:
+    """Times of a window by row and by offset from now; a mark behind a time says that it is a repetition."""
+    seen, done = window.observations, window.actions
+    return {
+        "observations": {
+            n + 1 - len(seen): f"{time}*" if time in seen[n + 1 :] else f"{time} " for n, time in enumerate(seen)
+        },
+        "actions": {n: f"{time}x" if window.masked[n] else f"{time} " for n, time in enumerate(done)},
+    }
+
+
+def _columns(obs_horizon: int, action_horizon: int) -> list[int | None]:
+    """Offsets from now that a window spans; where they are many, None stands for those left out."""
+    offsets = range(1 - obs_horizon, action_horizon)
+    if len(offsets) <= MAX_COLUMNS:
+        return list(offsets)
+    kept = sorted({*offsets[:3], *offsets[-4:], *({-1, 0, 1, 2} & set(offsets))})
+    columns: list[int | None] = []
+    for before, offset in zip([kept[0], *kept], kept, strict=False):
+        columns += [None, offset] if offset - before > 1 else [offset]
+    return columns
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Cells in columns; a row of one cell is a heading and may run over them."""
+    tables = [row for row in rows if len(row) > 1]
+    first = max(len(row[0]) for row in tables) + 2
+    width = max(len(cell) for row in tables for cell in row[1:]) + 1
+    # Times have room for a mark behind them, the heads get the same.
+    return [
+        (
+            row[0].ljust(first) + "".join((cell if cell[-1:] in "*x " else f"{cell} ").rjust(width) for cell in row[1:])
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def seconds(value: float) -> str:
+    """Seconds as people write them."""
+    return f"{round(value, 3):g}"
+
+
+def _some(names: Sequence[str]) -> list[str]:
+    return [*names[:LISTED], *(["..."] if len(names) > LISTED else [])]
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

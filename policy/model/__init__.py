@@ -1,0 +1,1 @@
+"""The networks: a diffusion policy, its encoders, denoisers and normalisers."""

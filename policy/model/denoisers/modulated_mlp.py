@@ -1,0 +1,58 @@
+"""A residual MLP whose every block is modulated by the timestep and the observation (adaLN-Zero)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from policy.model.denoisers.modulated import FeedForward, ModulatedDenoiser, zeroed
+from policy.model.denoisers.timestep import check_sizes
+
+
+class ModulatedMLP(ModulatedDenoiser):
+    """Timestep and observation embedding steer every block, instead of entering once.
+
+    Args:
+        obs_size: width of the observation embedding.
+        action_dim: width of one action.
+        action_horizon: actions in one chunk.
+        hidden_size: width of the residual blocks (even).
+        num_layers: number of residual blocks.
+        num_steps: T of the schedule.
+        dropout: dropped share inside the blocks while training.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        obs_size: int,
+        action_dim: int,
+        action_horizon: int = 8,
+        hidden_size: int = 256,
+        num_layers: int = 4,
+        num_steps: int = 1000,
+        dropout: float = 0.0,
+    ) -> None:
+        check_sizes(
+            obs_size=obs_size,
+            action_dim=action_dim,
+            action_horizon=action_horizon,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            num_steps=num_steps,
+        )
+        super().__init__(obs_size=obs_size, width=hidden_size, num_steps=num_steps)
+        chunk_size = action_horizon * action_dim
+        self.enter = nn.Linear(chunk_size, hidden_size)
+        self.blocks = nn.ModuleList(FeedForward(hidden_size, dropout) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(hidden_size)
+        self.leave = zeroed(nn.Linear(hidden_size, chunk_size))
+
+    def denoise(self, noisy_actions: Tensor, conditions: Sequence[Tensor]) -> Tensor:
+        """The whole chunk through the blocks; shapes as in `Denoiser.denoise`."""
+        x = self.through_blocks(self.enter(noisy_actions.flatten(1)), conditions)
+        return self.leave(self.norm(x)).unflatten(1, noisy_actions.shape[1:])

@@ -1,0 +1,91 @@
+"""A diffusion transformer: one token for each action of the chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from policy.model.denoisers.modulated import FeedForward, ModulatedBlock, ModulatedDenoiser, zeroed
+from policy.model.denoisers.timestep import check_sizes
+
+
+class Attention(ModulatedBlock):
+    """Every token looks at every other one (Vaswani et al. 2017, sec. 3.2)."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__(width)
+        self.num_heads = num_heads
+        self.project = nn.Linear(width, 3 * width)
+        self.join = nn.Linear(width, width)
+
+    def change(self, h: Tensor) -> Tensor:
+        """(B, tokens, width) to (B, tokens, width)."""
+        query, key, value = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.project(h).chunk(3, dim=-1)
+        )
+        seen = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.join(seen.transpose(1, 2).flatten(2))
+
+
+class Transformer(ModulatedDenoiser):
+    """Attention and feed-forward blocks over the actions, each modulated by timestep and observation.
+
+    It is the diffusion transformer with adaLN-Zero (Peebles and Xie 2023), the observation taking their label's place.
+
+    Args:
+        obs_size: width of the observation embedding.
+        action_dim: width of one action.
+        action_horizon: actions in one chunk.
+        hidden_size: width of a token (even, a multiple of `num_heads`).
+        num_layers: number of pairs of an attention and a feed-forward block.
+        num_heads: attention heads.
+        num_steps: T of the schedule.
+        dropout: dropped share inside the feed-forward blocks while training.
+
+    Raises:
+        ValueError: a size below 1, or a width that the heads cannot share.
+    """
+
+    def __init__(
+        self,
+        *,
+        obs_size: int,
+        action_dim: int,
+        action_horizon: int = 8,
+        hidden_size: int = 128,
+        num_layers: int = 4,
+        num_heads: int = 4,
+        num_steps: int = 1000,
+        dropout: float = 0.0,
+    ) -> None:
+        check_sizes(
+            obs_size=obs_size,
+            action_dim=action_dim,
+            action_horizon=action_horizon,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_steps=num_steps,
+        )
+        if hidden_size % num_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_heads, which share it; got {hidden_size} for {num_heads} heads"
+            )
+        super().__init__(obs_size=obs_size, width=hidden_size, num_steps=num_steps)
+        self.enter = nn.Linear(action_dim, hidden_size)
+        self.positions = nn.Parameter(0.02 * torch.randn(action_horizon, hidden_size))
+        self.blocks = nn.ModuleList(
+            block
+            for _ in range(num_layers)
+            for block in (Attention(hidden_size, num_heads), FeedForward(hidden_size, dropout))
+        )
+        self.norm = nn.LayerNorm(hidden_size)
+        self.leave = zeroed(nn.Linear(hidden_size, action_dim))
+
+    def denoise(self, noisy_actions: Tensor, conditions: Sequence[Tensor]) -> Tensor:
+        """The chunk's actions as tokens through the blocks; shapes as in `Denoiser.denoise`."""
+        for_all_tokens = [condition.unsqueeze(1) for condition in conditions]
+        x = self.through_blocks(self.enter(noisy_actions) + self.positions, for_all_tokens)
+        return self.leave(self.norm(x))

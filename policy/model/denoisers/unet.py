@@ -1,0 +1,179 @@
+"""A U-Net over the chunk's time axis."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from policy.model.denoisers.denoiser import Denoiser
+from policy.model.denoisers.timestep import TimestepEmbedding, check_sizes
+
+
+def convolution(inputs: int, outputs: int, kernel_size: int, groups: int) -> nn.Sequential:
+    """(B, inputs, T) to (B, outputs, T), normalised in groups of channels."""
+    return nn.Sequential(
+        nn.Conv1d(inputs, outputs, kernel_size, padding=kernel_size // 2), nn.GroupNorm(groups, outputs), nn.Mish()
+    )
+
+
+class FiLMBlock(nn.Module):
+    """x + two convolutions, with a scale and a shift for each channel in between (FiLM, Perez et al. 2018)."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        timestep_size: int,
+        obs_size: int,
+        kernel_size: int,
+        groups: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.first = convolution(inputs, outputs, kernel_size, groups)
+        # One linear layer on timestep and observation side by side, in its two parts.
+        self.modulate_by_timestep = nn.Linear(timestep_size, 2 * outputs)
+        self.modulate_by_observation = nn.Linear(obs_size, 2 * outputs, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.second = convolution(outputs, outputs, kernel_size, groups)
+        self.skip = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def modulation(self, timestep: Tensor, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., B or 1, timestep_size) and (B, obs_size) to 1 + scale and shift, each (..., B, outputs)."""
+        modulated = self.modulate_by_timestep(timestep) + self.modulate_by_observation(observation)
+        scale, shift = modulated.chunk(2, dim=-1)
+        return 1 + scale, shift
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """(B, inputs, T) and its `modulation` (B, outputs) to (B, outputs, T)."""
+        h = self.first(x) * scale.unsqueeze(2) + shift.unsqueeze(2)
+        return self.second(self.dropout(h)) + self.skip(x)
+
+
+class Level(nn.Module):
+    """Two blocks, the first of which changes the number of channels."""
+
+    def __init__(self, inputs: int, outputs: int, block: Callable[[int, int], FiLMBlock]) -> None:
+        super().__init__()
+        self.first, self.second = block(inputs, outputs), block(outputs, outputs)
+
+    def modulation(self, timestep: Tensor, observation: Tensor) -> tuple[Tensor, ...]:
+        """Both blocks' `FiLMBlock.modulation`."""
+        return *self.first.modulation(timestep, observation), *self.second.modulation(timestep, observation)
+
+    def forward(self, x: Tensor, *modulation: Tensor) -> Tensor:
+        """(B, inputs, T) and the level's `modulation` to (B, outputs, T)."""
+        return self.second(self.first(x, *modulation[:2]), *modulation[2:])
+
+
+class UNet(Denoiser):
+    """Convolutions over the chunk at several lengths, each half the one before (Chi et al. 2023, the CNN).
+
+    Any `action_horizon` will do: odd lengths are rounded up on the way down, and cut on the way up.
+
+    Args:
+        obs_size: width of the observation embedding.
+        action_dim: width of one action.
+        action_horizon: actions in one chunk.
+        widths: channels at each length, from the whole chunk to the shortest; multiples of `groups`, and larger.
+        kernel_size: actions that one convolution looks at (odd).
+        groups: groups of channels that are normalised together.
+        timestep_size: width of the timestep's embedding (even).
+        num_steps: T of the schedule.
+        dropout: dropped share inside the blocks while training.
+
+    Raises:
+        ValueError: a size below 1, an even kernel, or widths that do not divide into groups.
+    """
+
+    def __init__(
+        self,
+        *,
+        obs_size: int,
+        action_dim: int,
+        action_horizon: int = 8,
+        widths: tuple[int, ...] = (64, 128),
+        kernel_size: int = 5,
+        groups: int = 8,
+        timestep_size: int = 128,
+        num_steps: int = 1000,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_sizes(
+            obs_size=obs_size,
+            action_dim=action_dim,
+            action_horizon=action_horizon,
+            kernel_size=kernel_size,
+            groups=groups,
+            timestep_size=timestep_size,
+            num_steps=num_steps,
+        )
+        check_widths(widths, groups)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, to look as far back as ahead; got {kernel_size}")
+        self.embed_timestep = nn.Sequential(
+            TimestepEmbedding(num_steps, timestep_size),
+            nn.Linear(timestep_size, 4 * timestep_size),
+            nn.Mish(),
+            nn.Linear(4 * timestep_size, timestep_size),
+        )
+        block = partial(
+            FiLMBlock,
+            timestep_size=timestep_size,
+            obs_size=obs_size,
+            kernel_size=kernel_size,
+            groups=groups,
+            dropout=dropout,
+        )
+
+        pairs = list(itertools.pairwise((action_dim, *widths)))
+        self.down = nn.ModuleList(Level(above, below, block) for above, below in pairs)
+        self.shorten = nn.ModuleList(nn.Conv1d(width, width, 3, stride=2, padding=1) for width in widths[:-1])
+        self.middle = Level(widths[-1], widths[-1], block)
+        self.up = nn.ModuleList(Level(2 * below, above, block) for above, below in reversed(pairs[1:]))
+        self.lengthen = nn.ModuleList(
+            nn.ConvTranspose1d(width, width, 4, stride=2, padding=1) for width in reversed(widths[:-1])
+        )
+        self.last = convolution(widths[0], widths[0], kernel_size, groups)
+        self.leave = nn.Conv1d(widths[0], action_dim, 1)
+
+    def conditions(self, embedded_timestep: Tensor, obs_embedding: Tensor) -> tuple[Tensor, ...]:
+        """Four tensors (..., B, channels) for each level in turn, see `Level.modulation`."""
+        timestep, observation = nn.functional.mish(embedded_timestep), nn.functional.mish(obs_embedding)
+        levels = [*self.down, self.middle, *self.up]
+        return tuple(part for level in levels for part in level.modulation(timestep, observation))
+
+    def denoise(self, noisy_actions: Tensor, conditions: Sequence[Tensor]) -> Tensor:
+        """The chunk down to its shortest length and up again; shapes as in `Denoiser.denoise`."""
+        modulations = (conditions[first : first + 4] for first in range(0, len(conditions), 4))
+        x = noisy_actions.transpose(1, 2)
+        passed = []
+        for level, shorten in zip(self.down, [*self.shorten, nn.Identity()], strict=True):
+            passed.append(level(x, *next(modulations)))
+            x = shorten(passed[-1])
+        x = self.middle(x, *next(modulations))
+        for level, lengthen in zip(self.up, self.lengthen, strict=True):
+            x = level(torch.cat([x, passed.pop()], dim=1), *next(modulations))
+            x = lengthen(x)[..., : passed[-1].shape[-1]]
+        return self.leave(self.last(x)).transpose(1, 2)
+
+
+def check_widths(widths: Sequence[int], groups: int) -> None:
+    """Refuse channels that cannot be normalised in groups.
+
+    Raises:
+        ValueError: naming the widths.
+    """
+    # A group of one channel would, for a chunk of one action, normalise a single number to zero.
+    if not widths or any(
+        isinstance(width, bool) or not isinstance(width, int) or width % groups or width <= groups for width in widths
+    ):
+        raise ValueError(
+            f"widths must be whole numbers, each a multiple of groups={groups} and larger; got {list(widths)}"
+        )

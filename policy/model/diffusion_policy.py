@@ -1,0 +1,375 @@
+"""The diffusion policy: observation history in, action chunk out. It knows nothing of environments or queues."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from policy.common.arguments import check_arguments, construct
+from policy.diffusion.ddim import Generators, ddim_sample, randn_like
+from policy.diffusion.schedule import (
+    check_loss_weighting,
+    check_prediction_type,
+    check_signal,
+    loss_weights,
+    make_schedule,
+)
+from policy.hub import HubPolicy
+from policy.model.denoisers import DENOISERS
+from policy.model.encoders import ENCODERS
+from policy.model.normalizer import Normalizer
+
+Observations = Mapping[str, Tensor]
+
+
+class Batch(TypedDict):
+    """One training batch, in the data's units.
+
+    Keys:
+        observations: (B, obs_horizon, *shape) under each key, auxiliary ones among them.
+        actions: (B, action_horizon, action_dim).
+        mask: (B, action_horizon) bool, False where the chunk runs past the end of its episode.
+    """
+
+    observations: dict[str, Tensor]
+    actions: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """Everything that rebuilds a policy's network: plain data, stored as JSON in every checkpoint.
+
+    Attributes:
+        observation_shapes: shape of one observation under each key; follows from the data; rank 1 is a vector, rank 3
+            a uint8 image (height, width, channels).
+        action_dim: width of one action; follows from the data.
+        auxiliary_shapes: of vectors that only demonstrations have. The policy acts without them; in training, its
+            embedding must tell those of the newest observation as well.
+        auxiliary_weight: what their mean squared error, in half ranges, counts for beside that of the actions.
+        obs_horizon: observations looked back on.
+        action_horizon: actions in one chunk; its first action belongs to the newest observation.
+        obs_size: width of the observation embedding.
+        prediction_type: what the denoiser is trained to predict: `epsilon`, `sample` or `v_prediction`.
+        loss_weighting: what errors count for at each timestep, `none` or `min_snr`; see `loss_weights`.
+        min_snr_gamma: γ of `min_snr`.
+        encoder: `{"name": a key of ENCODERS, **settings}`.
+        denoiser: `{"name": a key of DENOISERS, **settings}`.
+        schedule: settings of `make_schedule`.
+    """
+
+    observation_shapes: dict[str, tuple[int, ...]]
+    action_dim: int
+    auxiliary_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    auxiliary_weight: float = 1.0
+    obs_horizon: int = 2
+    action_horizon: int = 8
+    obs_size: int = 287
+    prediction_type: str = "sample"
+    loss_weighting: str = "none"
+    min_snr_gamma: float = 5.0
+    encoder: dict[str, Any] = field(default_factory=lambda: {"name": "state"})
+    denoiser: dict[str, Any] = field(default_factory=lambda: {"name": "modulated_mlp"})
+    schedule: dict[str, Any] = field(default_factory=lambda: {"num_steps": 100, "beta_schedule": "squaredcos_cap_v2"})
+
+    def __post_init__(self) -> None:
+        check_prediction_type(self.prediction_type)
+        check_loss_weighting(self.loss_weighting, self.min_snr_gamma)
+        for name in ("action_dim", "obs_horizon", "action_horizon", "obs_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}")
+        if not self.observation_shapes:
+            raise ValueError("a policy needs at least one observation key")
+        for key, shape in self.observation_shapes.items():
+            if len(shape) not in (1, 3) or min(shape) < 1:
+                raise ValueError(
+                    f"observation {key!r} must be a vector or an image (height, width, channels); got shape {shape}"
+                )
+        for key, shape in self.auxiliary_shapes.items():
+            if len(shape) != 1 or min(shape) < 1 or key in self.observation_shapes:
+                raise ValueError(
+                    f"auxiliary {key!r} must be a vector that the policy does not observe itself; got shape {shape}"
+                )
+        if not self.auxiliary_weight >= 0:
+            raise ValueError(f"auxiliary_weight must be 0 or more; got {self.auxiliary_weight}")
+
+
+def is_image(shape: Sequence[int]) -> bool:
+    """Whether one observation of this shape is an image, (height, width, channels)."""
+    return len(shape) == 3
+
+
+class DiffusionPolicy(nn.Module, HubPolicy):
+    """Encode the last observations into one embedding, denoise an action chunk with DDIM.
+
+    Args:
+        config: sizes and parts.
+
+    Raises:
+        ValueError: a part that does not exist, settings it does not take, or parts that do not go together.
+
+    Example:
+        >>> import torch
+        >>> from policy import DiffusionPolicy, PolicyConfig
+        >>> policy = DiffusionPolicy(PolicyConfig(observation_shapes={"state": (5,)}, action_dim=2))
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> policy.sample_actions({"state": torch.zeros(3, 2, 5)}, ddim_steps=4, generator=generator).shape
+        torch.Size([3, 8, 2])
+    """
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.schedule = make_schedule(**check_arguments("schedule", make_schedule, config.schedule))
+        check_signal(self.schedule.alphas_cumprod, config.prediction_type)
+        self.loss_weights = loss_weights(
+            self.schedule, config.prediction_type, config.loss_weighting, config.min_snr_gamma
+        )
+        self.observation_normalizers = nn.ModuleDict(
+            {key: Normalizer(shape) for key, shape in config.observation_shapes.items() if not is_image(shape)}
+        )
+        self.action_normalizer = Normalizer((config.action_dim,))
+        self.auxiliary_normalizers = nn.ModuleDict(
+            {key: Normalizer(shape) for key, shape in config.auxiliary_shapes.items()}
+        )
+        self.encoder = construct(
+            "encoder",
+            ENCODERS,
+            config.encoder,
+            shapes=config.observation_shapes,
+            obs_horizon=config.obs_horizon,
+            obs_size=config.obs_size,
+        )
+        self.denoiser = construct(
+            "denoiser",
+            DENOISERS,
+            config.denoiser,
+            obs_size=config.obs_size,
+            action_dim=config.action_dim,
+            action_horizon=config.action_horizon,
+            num_steps=self.schedule.num_steps,
+        )
+        # Last, so that the weights of all else are drawn as without it.
+        self.auxiliary_heads = nn.ModuleDict(
+            {key: nn.Linear(config.obs_size, shape[0]) for key, shape in config.auxiliary_shapes.items()}
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.action_normalizer.center.device
+
+    def embed(self, observations: Observations) -> Tensor:
+        """Normalise and encode an observation history.
+
+        Args:
+            observations: (B, obs_horizon, *shape) under each key, in the data's units.
+
+        Returns:
+            (B, obs_size) embedding.
+
+        Raises:
+            ValueError: missing or unknown keys, or shapes other than the configured ones.
+        """
+        check_observations(self.config, observations)
+        return self.encoder({key: self._normalized(key, value) for key, value in observations.items()})
+
+    def _normalized(self, key: str, value: Tensor) -> Tensor:
+        on_device = value.to(self.device)  # bytes travel, floats do not
+        if key in self.observation_normalizers:
+            return self.observation_normalizers[key].normalize(on_device.to(torch.float32))  # type: ignore[operator]
+        # In place on a copy: a batch of images is large, and new memory for each step costs more than the step.
+        return on_device.to(torch.float32, copy=True).div_(127.5).sub_(1)
+
+    def loss(self, batch: Batch, generator: torch.Generator | None = None, timesteps_per_chunk: int = 1) -> Tensor:
+        """Mean squared error of the denoiser on one batch, weighted by timestep, padding left out (DDPM, eq. 14).
+
+        With auxiliary observations, theirs is added, times `auxiliary_weight`.
+
+        Args:
+            batch: see `Batch`.
+            generator: source of timesteps and noise, on the CPU.
+            timesteps_per_chunk: at how many timesteps each chunk is looked at; its observations are encoded once.
+
+        Returns:
+            () loss.
+
+        Raises:
+            ValueError: see `embed` and `squared_errors`.
+        """
+        rows = len(batch["actions"]) * timesteps_per_chunk
+        timestep = torch.randint(self.schedule.num_steps, (rows,), generator=generator)
+        noise = torch.randn(rows, self.config.action_horizon, self.config.action_dim, generator=generator)
+        embedding = self.embed(observed(self.config, batch["observations"]))
+        errors = self.squared_errors(batch, embedding, timestep, noise)
+        mask = _repeated(batch["mask"], timesteps_per_chunk).to(errors)
+        return (errors * mask).sum() / mask.sum().clamp(min=1) + self.auxiliary_loss(batch, embedding)
+
+    def auxiliary_loss(self, batch: Batch, embedding: Tensor) -> Tensor:
+        """Mean squared error of what the embedding tells of auxiliary observations, weighted; 0 where there are none.
+
+        Args:
+            batch: B of them, see `Batch`.
+            embedding: (B, obs_size) of what is observed in it.
+
+        Returns:
+            () loss.
+        """
+        loss = embedding.new_zeros(())
+        for key, head in self.auxiliary_heads.items():
+            newest = batch["observations"][key][:, -1].to(self.device, torch.float32)
+            told = head(embedding) - self.auxiliary_normalizers[key].normalize(newest)  # type: ignore[operator]
+            loss = loss + self.config.auxiliary_weight * told.square().mean()
+        return loss
+
+    def squared_errors(self, batch: Batch, embedding: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """Squared error of the denoiser at each action, weighted by timestep, padding included.
+
+        Args:
+            batch: B chunks, see `Batch`.
+            embedding: (B, obs_size) of their observations.
+            timestep: (N,) int64 on the CPU, N a multiple of B: those of one chunk one after the other.
+            noise: (N, action_horizon, action_dim) for each of them.
+
+        Returns:
+            (N, action_horizon).
+
+        Raises:
+            ValueError: actions, a mask, timesteps or noise of another shape.
+        """
+        rows, chunk = len(batch["actions"]), (self.config.action_horizon, self.config.action_dim)
+        given = (
+            ("actions", batch["actions"], (rows, *chunk)),
+            ("mask", batch["mask"], (rows, chunk[0])),
+            ("noise", noise, (len(timestep), *chunk)),
+        )
+        for name, value, expected in given:
+            if tuple(value.shape) != expected:
+                raise ValueError(f"{name} must have shape {expected}; got {tuple(value.shape)}")
+        times, left = divmod(len(timestep), max(rows, 1))
+        if left:
+            raise ValueError(f"there must be as many timesteps for each of {rows} chunks; got {len(timestep)} in all")
+        x_0 = self.action_normalizer.normalize(_repeated(batch["actions"].to(self.device, torch.float32), times))
+        noise = noise.to(self.device)
+        x_t = self.schedule.add_noise(x_0, noise, timestep)
+        target = self.schedule.target(x_0, noise, timestep, self.config.prediction_type)
+        predicted = self.denoiser(x_t, timestep.to(self.device), _repeated(embedding, times))
+        errors = (predicted - target).square().mean(dim=2)
+        return self.loss_weights[timestep, None].to(errors) * errors
+
+    @torch.no_grad()
+    def sample_actions(
+        self,
+        observations: Observations,
+        *,
+        ddim_steps: int = 8,
+        eta: float = 0.0,
+        spacing: str = "trailing",
+        clip: float | None = 1.0,
+        generator: Generators | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Sample one action chunk per row.
+
+        Args:
+            observations: (B, obs_horizon, *shape) under each key, in the data's units.
+            ddim_steps: denoising steps K, within 1..num_steps.
+            eta: 0 deterministic given the noise, 1 DDPM.
+            spacing: timestep spacing, see `ddim_timesteps`.
+            clip: bound on the normalised estimate of the clean chunk, or None.
+            generator: source of the initial noise (unless given) and of the steps' noise: one, or one per row.
+            noise: (B, action_horizon, action_dim) standard normal starting point.
+
+        Returns:
+            (B, action_horizon, action_dim) float32 in the data's units; the first action is for the newest observation.
+
+        Raises:
+            ValueError: see `embed` and `ddim_sample`, or noise of another shape.
+        """
+        embedding = self.embed(observations)
+        shape = (len(embedding), self.config.action_horizon, self.config.action_dim)
+        if noise is None:
+            on = generator.device if isinstance(generator, torch.Generator) else "cpu"
+            noise = randn_like(torch.empty(shape, device=on), generator)
+        if tuple(noise.shape) != shape:
+            raise ValueError(f"noise must have shape {shape}; got {tuple(noise.shape)}")
+        chunk = ddim_sample(
+            self.denoiser,
+            embedding,
+            noise.to(self.device),
+            schedule=self.schedule,
+            ddim_steps=ddim_steps,
+            eta=eta,
+            spacing=spacing,
+            prediction_type=self.config.prediction_type,
+            clip=clip,
+            generator=generator,
+        )
+        return self.action_normalizer.unnormalize(chunk)
+
+
+def _repeated(rows: Tensor, times: int) -> Tensor:
+    """Each row so many times in a row."""
+    return rows.repeat_interleave(times, dim=0) if times > 1 else rows
+
+
+def zero_observations(config: PolicyConfig, rows: int) -> dict[str, Tensor]:
+    """Observations that only their shapes and types matter of: to trace a network, or to time it.
+
+    Args:
+        config: of the policy.
+        rows: B.
+
+    Returns:
+        (B, obs_horizon, *shape) zeros under each key: uint8 for an image, else float32.
+    """
+    return {
+        key: torch.zeros(rows, config.obs_horizon, *shape, dtype=torch.uint8 if is_image(shape) else torch.float32)
+        for key, shape in config.observation_shapes.items()
+    }
+
+
+def observed(config: PolicyConfig, observations: Observations) -> dict[str, Tensor]:
+    """Observations without the auxiliary ones, which a policy never sees."""
+    return {key: value for key, value in observations.items() if key not in config.auxiliary_shapes}
+
+
+def check_observations(config: PolicyConfig, observations: Observations, rows: int | None = None) -> None:
+    """Refuse an observation history that is not what a policy was made for.
+
+    Args:
+        config: of the policy.
+        observations: (B, obs_horizon, *shape) under each key.
+        rows: B, where it is known.
+
+    Raises:
+        ValueError: missing or unknown keys, or other shapes.
+    """
+    expected = config.observation_shapes
+    if observations.keys() != expected.keys():
+        raise ValueError(f"observations must have the keys {sorted(expected)}; got {sorted(observations)}")
+    for key, value in observations.items():
+        history = (config.obs_horizon, *expected[key])
+        # A traced program must not ask for the batch size: it would hold for that one alone.
+        if tuple(value.shape[1:]) != history or (rows is not None and len(value) != rows):
+            wanted = ", ".join(map(str, ("B" if rows is None else rows, *history)))
+            raise ValueError(f"observation {key!r} must have shape ({wanted}); got {tuple(value.shape)}")
+
+
+def config_to_json(config: PolicyConfig) -> dict[str, Any]:
+    """A policy's configuration as plain JSON data."""
+    return dataclasses.asdict(config)
+
+
+def config_from_json(data: Mapping[str, Any]) -> PolicyConfig:
+    """A policy's configuration from JSON data, every key and type checked.
+
+    Raises:
+        ValueError: an unknown key or a value of the wrong type.
+    """
+    return PolicyConfig(**check_arguments("policy", PolicyConfig, data))

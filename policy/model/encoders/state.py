@@ -1,0 +1,59 @@
+"""An encoder for observations that are vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from policy.model.encoders.parts import final_mlp, join_vectors
+
+
+class StateEncoder(nn.Module):
+    """An MLP over the flattened history of all state vectors.
+
+    Args:
+        shapes: shape of one observation under each key, without batch and time.
+        obs_horizon: observations looked back on.
+        obs_size: width of the embedding.
+        hidden_size: width of the hidden layer.
+        noise: standard deviation of the Gaussian noise added to the normalised observations while training: states
+            near the demonstrated ones should lead to the same actions.
+        dropout: dropped share of the hidden layer while training.
+
+    Raises:
+        ValueError: an observation that is not a vector (an image, for instance), or a setting out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        shapes: Mapping[str, tuple[int, ...]],
+        obs_horizon: int,
+        obs_size: int = 287,
+        hidden_size: int = 256,
+        noise: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for key, shape in shapes.items():
+            if len(shape) != 1:
+                raise ValueError(
+                    f"the state encoder takes vectors; observation {key!r} has shape {tuple(shape)}: "
+                    "choose encoder=image, or leave the key out with dataset.observation_keys=[...]"
+                )
+        self.keys = sorted(shapes)
+        self.noise = noise
+        width = obs_horizon * sum(shape[0] for shape in shapes.values())
+        self.layers = final_mlp(width, hidden_size, obs_size, dropout)
+
+    def forward(self, observations: Mapping[str, Tensor]) -> Tensor:
+        """Embed normalised observations.
+
+        Args:
+            observations: (B, obs_horizon, D) under each key.
+
+        Returns:
+            (B, obs_size).
+        """
+        return self.layers(join_vectors(observations, self.keys, self.noise if self.training else 0.0))

@@ -1,0 +1,1 @@
+"""Episodes in a simulator: in this process or in several, recorded and written down."""

@@ -1,0 +1,122 @@
+"""The ledger of a sweep: every finished episode, on disk at once, exactly once.
+
+One JSON object a line: `{"cell": id, "settings": {...}}` introduces a cell, `{"cell": id, "seed": ...}` is an episode.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from policy.common.locks import claim
+from policy.rollout.episodes import EpisodeResult
+
+Settings = Mapping[str, Any]
+
+
+def cell_id(settings: Settings) -> str:
+    """A short name for everything that a cell's results depend on, the episode's seed apart."""
+    return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:12]
+
+
+class Ledger:
+    """Results by cell and seed, in a file that is appended to and never rewritten.
+
+    Args:
+        file: made if need be. A last line that a killed process left unfinished is cut off.
+
+    Raises:
+        ValueError: the file is damaged, repeats an episode, cannot be written, or is in use by another process.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._results: dict[str, dict[int, EpisodeResult]] = {}
+        self._path = file
+        try:
+            self._file = file.open("a+b")
+            ours = claim(self._file)
+        except OSError as error:
+            raise ValueError(f"cannot write {file} ({error}): choose another output_dir=") from error
+        if not ours:
+            self._file.close()
+            raise ValueError(f"{file} is in use by another process: wait for it, or choose another output_dir=")
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content.rfind(b"\n") + 1
+        self._file.truncate(whole)
+        try:
+            for number, line in enumerate(content[:whole].splitlines(), 1):
+                self._read(number, line)
+        except ValueError:
+            self.close()
+            raise
+
+    def _read(self, number: int, line: bytes) -> None:
+        where = f"{self._path}, line {number}"
+        try:
+            row = json.loads(line)
+            known = self._results.setdefault(row["cell"], {})
+            if "settings" in row:
+                return
+            result = EpisodeResult.from_row(row)
+            repeated = result.seed in known
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{where} is damaged ({error!r}): remove the line, its episode is run again") from error
+        if repeated:
+            raise ValueError(
+                f"{where} repeats the episode with seed {result.seed} of cell {row['cell']}: remove one of the two"
+            )
+        known[result.seed] = result
+
+    def introduce(self, settings: Settings) -> str:
+        """Note what a cell is, unless that is known; gives its id."""
+        cell = cell_id(settings)
+        if cell not in self._results:
+            self._results[cell] = {}
+            self._append({"cell": cell, "settings": dict(settings)})
+        return cell
+
+    def add(self, cell: str, result: EpisodeResult) -> None:
+        """Write a result down.
+
+        Raises:
+            ValueError: it is there already.
+        """
+        if result.seed in self._results[cell]:
+            raise ValueError(f"the episode with seed {result.seed} of cell {cell} was run twice")
+        self._results[cell][result.seed] = result
+        self._append({"cell": cell, **result.row()})
+
+    def missing(self, cell: str, seeds: Iterable[int]) -> list[int]:
+        """Those of the seeds that have no result yet."""
+        return [seed for seed in seeds if seed not in self._results[cell]]
+
+    def results(self, cell: str, seeds: Sequence[int]) -> list[EpisodeResult]:
+        """Results in the order of the seeds.
+
+        Raises:
+            ValueError: there is a gap.
+        """
+        if gaps := self.missing(cell, seeds):
+            raise ValueError(f"{self._path}: cell {cell} lacks {len(gaps)} episodes, the first with seed {gaps[0]}")
+        return [self._results[cell][seed] for seed in seeds]
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,62 @@
+"""Videos of rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from policy.common.progress import progress
+from policy.rollout.episodes import Controller, EpisodeResult, MakeEnv, record_episode
+
+
+def write_video(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int) -> None:
+    """Write an mp4 (H.264) that browsers and phones play.
+
+    Args:
+        path: of the file.
+        frames: (H, W, 3) uint8, equal shapes; an odd row or column at the edge is cut off, as H.264 needs even sizes.
+        fps: pictures a second.
+    """
+    height, width = (size - size % 2 for size in frames[0].shape[:2])
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for frame in frames:
+            cropped = np.ascontiguousarray(frame[:height, :width])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(cropped, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def record_videos(
+    make_env: MakeEnv,
+    takes: Sequence[tuple[Controller, int]],
+    file_of: Callable[[int, EpisodeResult], Path],
+) -> Iterator[tuple[EpisodeResult, Path]]:
+    """Run episodes with pictures and write each as a video.
+
+    Args:
+        make_env: takes `render_mode`.
+        takes: controller and seed of each.
+        file_of: where the video of a take goes, given its number and its result.
+
+    Yields:
+        The result and the file of each.
+
+    Raises:
+        RuntimeError: nothing can be drawn here.
+    """
+    with (
+        closing(make_env(render_mode="rgb_array")) as env,
+        progress(total=len(takes), desc="video", unit="episode") as bar,
+    ):
+        for number, (controller, seed) in enumerate(takes):
+            result, frames = record_episode(controller, env, seed)
+            file = file_of(number, result)
+            write_video(file, frames, fps=round(env.metadata["render_fps"]))
+            bar.update()
+            yield result, file

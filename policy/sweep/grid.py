@@ -1,0 +1,167 @@
+"""The instrument: success against `ddim_steps`, with intervals and latency."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from policy.checkpoint import Checkpoint
+from policy.common.arguments import check_arguments, unknown_name
+from policy.control.timeline import ControllerSettings
+from policy.diffusion.sampler import Sampler
+from policy.inference import check_backend
+from policy.rollout.episodes import Cell, EpisodeResult, chunk_latency, program_of, summarize
+from policy.rollout.ledger import cell_id
+
+Row = dict[str, Any]
+
+# What may differ between cells, in the order of the table's first columns.
+SAMPLER_AXES = tuple(field.name for field in dataclasses.fields(Sampler))
+CONTROLLER_AXES = tuple(field.name for field in dataclasses.fields(ControllerSettings))
+AXES = ("checkpoint", *SAMPLER_AXES, "execution_horizon", *CONTROLLER_AXES, "backend", "weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepCell:
+    """A cell with what its results depend on, the episode's seed apart.
+
+    Attributes:
+        cell: how it acts.
+        checkpoint: whose policy.
+        env: settings of the environment.
+    """
+
+    cell: Cell
+    checkpoint: Checkpoint
+    env: Mapping[str, Any]
+
+    @property
+    def axes(self) -> Row:
+        """The values that tell it from other cells."""
+        return {
+            "checkpoint": str(self.checkpoint.path),
+            **dataclasses.asdict(self.cell.sampler),
+            "execution_horizon": self.cell.execution_horizon,
+            **dataclasses.asdict(self.cell.controller),
+            "backend": self.cell.backend,
+            "weights": self.cell.weights,
+        }
+
+    @property
+    def settings(self) -> Row:
+        """JSON data for the ledger: the policy by its weights, wherever they lie, and the device that rounds."""
+        device = self.checkpoint.policy.device.type
+        return {**self.axes, "checkpoint": self.checkpoint.digest, "device": device, "env": dict(self.env)}
+
+
+def make_cells(
+    checkpoints: Sequence[Checkpoint],
+    env: Mapping[str, Any],
+    *,
+    ddim_steps: int | Sequence[int],
+    sampler: Mapping[str, Any],
+    controller: Mapping[str, Any],
+    execution_horizon: int | Sequence[int] | None,
+    backend: str | Sequence[str] = "eager",
+    weights: str | Sequence[str] = "float32",
+) -> list[SweepCell]:
+    """Every combination of the settings; a list of values makes an axis.
+
+    Args:
+        checkpoints: one or more.
+        env: settings of the environment.
+        ddim_steps: denoising steps.
+        sampler: the other sampler settings, by name.
+        controller: settings of `ControllerSettings`, by name.
+        execution_horizon: actions executed before the next plan; None takes each checkpoint's own.
+        backend: what samples, see `compile_sampler`.
+        weights: of the backend.
+
+    Returns:
+        The cells, `ddim_steps` changing fastest.
+
+    Raises:
+        ValueError: an axis that is empty, repeats a value, or holds one that does not fit.
+    """
+    if "ddim_steps" in sampler:
+        raise ValueError(
+            f"a sweep takes its steps from ddim_steps=[...]; got sampler.ddim_steps={sampler['ddim_steps']}"
+        )
+    for group, given, known in (("sampler", sampler, SAMPLER_AXES), ("controller", controller, CONTROLLER_AXES)):
+        if unknown := [name for name in given if name not in known]:
+            raise unknown_name(f"setting of {group}", unknown[0], known)
+    axes = {
+        "backend": axis_values("backend", backend),
+        "weights": axis_values("weights", weights),
+        "execution_horizon": axis_values("execution_horizon", execution_horizon),
+        **{name: axis_values(f"controller.{name}", values) for name, values in controller.items()},
+        **{name: axis_values(f"sampler.{name}", values) for name, values in sampler.items()},
+        "ddim_steps": axis_values("ddim_steps", ddim_steps),
+    }
+    combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    cells = [
+        SweepCell(cell=_cell(number, checkpoint, settings), checkpoint=checkpoint, env=env)
+        for number, checkpoint in enumerate(checkpoints)
+        for settings in combinations
+    ]
+    seen: dict[str, SweepCell] = {}
+    for one in cells:
+        if (twin := seen.setdefault(cell_id(one.settings), one)) is not one:
+            raise ValueError(f"{twin.axes} and {one.axes} are the same cell: give each value and each policy once")
+    return cells
+
+
+def _cell(number: int, checkpoint: Checkpoint, settings: Row) -> Cell:
+    """One combination of the axes, everything in it checked."""
+    chosen = Sampler(**check_arguments("sampler", Sampler, {k: v for k, v in settings.items() if k in SAMPLER_AXES}))
+    chosen.check(checkpoint.policy.schedule.num_steps)
+    given = {name: value for name, value in settings.items() if name in CONTROLLER_AXES}
+    controller = ControllerSettings(**check_arguments("controller", ControllerSettings, given))
+    horizon = settings["execution_horizon"]
+    horizon = checkpoint.execution_horizon if horizon is None else horizon
+    controller.check(horizon, checkpoint.policy.config.action_horizon)
+    backend = {name: settings[name] for name in ("backend", "weights")}
+    check_backend(**backend)
+    return Cell(policy=number, sampler=chosen, execution_horizon=horizon, controller=controller, **backend)
+
+
+def axis_values(name: str, given: Any) -> list[Any]:
+    """The values of an axis: those of a list, or the one value given.
+
+    Raises:
+        ValueError: none, or one twice.
+    """
+    values = list(given) if isinstance(given, (list, tuple)) else [given]
+    if not values:
+        raise ValueError(f"{name} is empty: give one value or more, such as ddim_steps=[1,2,4,8]")
+    if any(value in values[:index] for index, value in enumerate(values)):
+        raise ValueError(f"{name} must not repeat a value; got {values}")
+    return values
+
+
+def row_of(cell: SweepCell, results: Sequence[EpisodeResult]) -> Row:
+    """One cell as JSON data: its settings, its figures with their intervals, and the latency of a chunk.
+
+    Args:
+        cell: the cell.
+        results: of its episodes.
+
+    Returns:
+        The row.
+    """
+    latency = chunk_latency(program_of(cell.checkpoint.policy, cell.cell), cell.cell.controller.candidates)
+    return {
+        **cell.axes,
+        **summarize(results),
+        **latency,
+        # Planning between two chunks leaves the robot waiting at any rate above this.
+        "control_rate_hz": 1e3 * cell.cell.execution_horizon / latency["latency_ms_median"],
+    }
+
+
+def varying(rows: Sequence[Row]) -> list[str]:
+    """The axes besides `ddim_steps` along which the rows differ."""
+    return [axis for axis in AXES if axis != "ddim_steps" and len({row.get(axis) for row in rows}) > 1]

@@ -1,0 +1,1 @@
+"""Training a policy: settings, preparation, the loop and its phases."""

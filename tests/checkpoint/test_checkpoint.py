@@ -1,0 +1,441 @@
+"""Checkpoints: nothing is lost, nothing damaged is taken for whole, nothing in them is executed."""
+
+import dataclasses
+import json
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from policy import DiffusionPolicy, PolicyConfig, TrainSettings, load_checkpoint, save_checkpoint
+from policy.checkpoint import SaveError, choose_env, files, is_checkpoint, resume_training
+from policy.checkpoint.files import seal
+from policy.tracking.wandb_tracker import NoTracker
+from policy.training.loop import prepare_run, train
+
+CONFIG = PolicyConfig(
+    observation_shapes={"state": (3,)},
+    action_dim=2,
+    obs_size=12,
+    encoder={"name": "state", "hidden_size": 8, "noise": 0.01, "dropout": 0.1},
+    denoiser={"name": "modulated_mlp", "hidden_size": 16, "num_layers": 1, "dropout": 0.1},
+    schedule={"num_steps": 20, "beta_schedule": "squaredcos_cap_v2"},
+)
+SETTINGS = TrainSettings(
+    steps=20, batch_size=16, warmup_steps=2, log_every=5, val_every=5, save_every=100, val_fraction=0.2
+)
+ENV = {"name": "planar", "image_size": 64}
+RECORD = {"seed": 3, "dataset": "memory"}
+
+
+def new_run(demonstrations, config=CONFIG, settings=SETTINGS):
+    return prepare_run(config, demonstrations, settings, seed=3, device="cpu")
+
+
+def advance(run, steps, settings=SETTINGS):
+    """Train until `steps` in all, then stop as Ctrl-C would."""
+    train(
+        run,
+        settings,
+        seed=3,
+        tracker=NoTracker(),
+        save=lambda state: None,
+        should_stop=lambda: run.state.step >= steps,
+    )
+    return run
+
+
+def save(folder: Path, run):
+    save_checkpoint(folder, run.state, env=ENV, execution_horizon=5, training=RECORD)
+    return folder
+
+
+def actions(policy: DiffusionPolicy) -> torch.Tensor:
+    observations = {"state": torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0))}
+    return policy.sample_actions(observations, ddim_steps=6, eta=0.5, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def run(demonstrations):
+    return advance(new_run(demonstrations), 6)
+
+
+@pytest.fixture
+def saved(run, tmp_path) -> Path:
+    return save(tmp_path / "checkpoint", run)
+
+
+def test_a_loaded_policy_acts_bit_for_bit_like_the_saved_average(run, saved):
+    loaded = load_checkpoint(saved)
+    assert torch.equal(actions(loaded.policy), actions(run.state.ema))
+    assert not torch.equal(actions(loaded.policy), actions(run.state.policy.eval()))  # the average, not the newest
+    assert not loaded.policy.training
+    assert not any(p.requires_grad for p in loaded.policy.parameters())
+    assert loaded.policy.config == CONFIG
+    assert (loaded.env, loaded.execution_horizon) == (ENV, 5)
+    assert loaded.training == {**RECORD, "step": 6}
+    assert load_checkpoint(str(saved)).path == saved
+
+
+def test_files_are_safetensors_and_json_alone(saved):
+    assert {f.name for f in saved.iterdir()} == {
+        "config.json",
+        "policy.safetensors",
+        "training.safetensors",
+        "training.json",
+        "checksums.json",
+    }
+    assert [f.name for f in saved.parent.iterdir()] == ["checkpoint"]  # nothing half written is left beside it
+    assert json.loads((saved / "config.json").read_text())["versions"]["torch"] == torch.__version__
+
+
+def test_the_normalisers_statistics_travel_with_the_weights(run, saved, demonstrations):
+    policy = load_checkpoint(saved).policy
+    rows = torch.cat([torch.from_numpy(demonstrations.actions[s:e]) for s, e in episodes_of(run, demonstrations)])
+    middle = (rows.amin(0).double() + rows.amax(0).double()) / 2
+    torch.testing.assert_close(policy.action_normalizer.center, middle.float())
+
+
+def episodes_of(run, demonstrations):
+    return [(demonstrations.episode_starts[e], demonstrations.episode_ends[e]) for e in run.training.episodes]
+
+
+def state_dicts(run):
+    memory = run.state.optimizer.state_dict()
+    return {
+        **{f"policy.{k}": v for k, v in run.state.policy.state_dict().items()},
+        **{f"ema.{k}": v for k, v in run.state.ema.state_dict().items()},
+        **{f"optimizer.{i}.{k}": v for i, m in memory["state"].items() for k, v in m.items()},
+    }
+
+
+def test_two_halves_are_the_same_run_as_the_whole_bit_for_bit(demonstrations, tmp_path):
+    whole = advance(new_run(demonstrations), 20)
+    first = save(tmp_path / "checkpoint", advance(new_run(demonstrations), 10))
+    second = new_run(demonstrations)
+    resume_training(first, second.state, RECORD)
+    assert second.state.step == 10
+    advance(second, 20)
+    expected, got = state_dicts(whole), state_dicts(second)
+    assert expected.keys() == got.keys()
+    assert any(key.startswith("optimizer.") and key.endswith("exp_avg_sq") for key in expected)
+    assert [key for key in expected if not torch.equal(expected[key], got[key])] == []
+    assert second.state.history == whole.state.history
+    assert [entry["step"] for entry in whole.state.history] == [5, 10, 15, 20]
+
+
+def test_a_resumed_run_starts_from_more_than_the_weights(demonstrations, saved):
+    """The counter-check: without the optimiser's memory the halves would differ."""
+    resumed, bare = new_run(demonstrations), new_run(demonstrations)
+    resume_training(saved, resumed.state, RECORD)
+    bare.state.policy.load_state_dict(resumed.state.policy.state_dict())
+    bare.state.step = resumed.state.step
+    one, other = advance(resumed, 8), advance(bare, 8)
+    weights = [r.state.policy.denoiser.leave.weight for r in (one, other)]
+    assert not torch.equal(*weights)
+
+
+def test_resuming_with_other_settings_is_refused(demonstrations, saved):
+    with pytest.raises(ValueError, match=r"other settings \(training: seed\)"):
+        resume_training(saved, new_run(demonstrations).state, {**RECORD, "seed": 4})
+    other = dataclasses.replace(CONFIG, prediction_type="epsilon")
+    with pytest.raises(ValueError, match=r"other settings \(policy: prediction_type\)"):
+        resume_training(saved, new_run(demonstrations, other).state, RECORD)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def edit(folder: Path, change, file="config.json") -> None:
+    data = json.loads((folder / file).read_text())
+    change(data)
+    (folder / file).write_text(json.dumps(data))
+
+
+def edit_tensors(file: Path, change) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def flip(file: Path) -> None:
+    """Damage the header, which says where the tensors are."""
+    data = bytearray(file.read_bytes())
+    data[:8] = (2**60).to_bytes(8, "little")
+    file.write_bytes(bytes(data))
+
+
+DAMAGES = {
+    "no folder": shutil.rmtree,
+    "no config": lambda f: (f / "config.json").unlink(),
+    "truncated config": lambda f: cut(f / "config.json"),
+    "config is a list": lambda f: (f / "config.json").write_text("[]"),
+    "config without policy": lambda f: edit(f, lambda c: c.pop("policy")),
+    "config without env": lambda f: edit(f, lambda c: c.pop("env")),
+    "policy is text": lambda f: edit(f, lambda c: c.update(policy="small")),
+    "policy is empty": lambda f: edit(f, lambda c: c.update(policy={})),
+    "env is text": lambda f: edit(f, lambda c: c.update(env="planar")),
+    "horizon is null": lambda f: edit(f, lambda c: c.update(execution_horizon=None)),
+    "training is null": lambda f: edit(f, lambda c: c.update(training=None)),
+    "unknown denoiser": lambda f: edit(f, lambda c: c["policy"]["denoiser"].update(name="os.system")),
+    "unknown setting": lambda f: edit(f, lambda c: c["policy"]["denoiser"].update(hook="os.system")),
+    "schedule is null": lambda f: edit(f, lambda c: c["policy"].update(schedule=None)),
+    "another width": lambda f: edit(f, lambda c: c["policy"]["denoiser"].update(hidden_size=8)),
+    "no weights": lambda f: (f / "policy.safetensors").unlink(),
+    "truncated weights": lambda f: cut(f / "policy.safetensors"),
+    "empty weights": lambda f: (f / "policy.safetensors").write_bytes(b""),
+    "header": lambda f: flip(f / "policy.safetensors"),
+    "a weight less": lambda f: edit_tensors(f / "policy.safetensors", lambda t: t.pop("denoiser.leave.weight")),
+    "a weight more": lambda f: edit_tensors(f / "policy.safetensors", lambda t: t.update(extra=torch.zeros(1))),
+    "another shape": lambda f: edit_tensors(
+        f / "policy.safetensors", lambda t: t.update({"denoiser.leave.bias": torch.zeros(3)})
+    ),
+    "no action statistics": lambda f: edit_tensors(
+        f / "policy.safetensors", lambda t: t.pop("action_normalizer.half_range")
+    ),
+    "no observation statistics": lambda f: edit_tensors(
+        f / "policy.safetensors", lambda t: t.pop("observation_normalizers.state.center")
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_one_clear_error(saved, damage):
+    DAMAGES[damage](saved)
+    if (saved / "config.json").exists():
+        seal(saved)  # with its checksums put right, what a file says must still be refused
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(saved)
+    assert any(part in str(error.value) for part in ("checkpoint", "denoiser", "policy.diffusion.schedule"))
+
+
+RESUME_DAMAGES = {
+    "no weights": lambda f: (f / "training.safetensors").unlink(),
+    "truncated weights": lambda f: cut(f / "training.safetensors"),
+    "no record": lambda f: (f / "training.json").unlink(),
+    "truncated record": lambda f: cut(f / "training.json"),
+    "record without step": lambda f: edit(f, lambda c: c.pop("step"), "training.json"),
+    "record without history": lambda f: edit(f, lambda c: c.pop("history"), "training.json"),
+    "step is text": lambda f: edit(f, lambda c: c.update(step="many"), "training.json"),
+    "averaged weights": lambda f: cut(f / "policy.safetensors"),
+    "policy is text": lambda f: edit(f, lambda c: c.update(policy="small")),
+    "no optimiser": lambda f: edit_tensors(
+        f / "training.safetensors", lambda t: [t.pop(k) for k in list(t) if k.startswith("optimizer.")]
+    ),
+    "half an optimiser": lambda f: edit_tensors(
+        f / "training.safetensors", lambda t: [t.pop(k) for k in list(t) if k.startswith("optimizer.0.")]
+    ),
+    "optimiser of another shape": lambda f: edit_tensors(
+        f / "training.safetensors", lambda t: t.update({"optimizer.0.exp_avg": torch.zeros(3)})
+    ),
+    "unreadable optimiser key": lambda f: edit_tensors(
+        f / "training.safetensors", lambda t: t.update({"optimizer.x.exp_avg": torch.zeros(3)})
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", RESUME_DAMAGES)
+def test_a_damaged_checkpoint_does_not_resume(demonstrations, saved, damage):
+    RESUME_DAMAGES[damage](saved)
+    seal(saved)
+    with pytest.raises(ValueError) as error:
+        resume_training(saved, new_run(demonstrations).state, RECORD)
+    assert "checkpoint" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "advice"),
+    [
+        (3, "upgrade ddim-policy"),
+        (0, "another"),
+        ("1", "another"),
+        (1.0, "another"),
+        (True, "another"),
+        (None, "another"),
+    ],
+)
+def test_another_schema_is_refused_with_both_versions_and_advice(saved, version, advice):
+    edit(saved, lambda config: config.update(schema_version=version))
+    with pytest.raises(ValueError, match=f"schema {version!r}; this version reads 1 to 2: (use )?{advice}"):
+        load_checkpoint(saved)
+
+
+def test_resuming_from_another_schema_is_refused(demonstrations, saved):
+    edit(saved, lambda config: config.update(schema_version=3))
+    with pytest.raises(ValueError, match="schema 3"):
+        resume_training(saved, new_run(demonstrations).state, RECORD)
+
+
+class Payload:
+    """Creates a file when unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("name", ["policy.safetensors", "training.safetensors"])
+@pytest.mark.parametrize("write", ["pickle", "torch"])
+def test_a_pickle_in_place_of_weights_is_refused_and_not_executed(demonstrations, saved, tmp_path, name, write):
+    control, marker = tmp_path / "control", tmp_path / "ran"
+    pickle.loads(pickle.dumps(Payload(control)))
+    assert control.exists()  # the payload does work
+    if write == "pickle":
+        (saved / name).write_bytes(pickle.dumps(Payload(marker)))
+    else:
+        torch.save({"weights": Payload(marker)}, saved / name)
+    seal(saved)
+    with pytest.raises(ValueError, match=f"{name} is missing or damaged"):
+        resume_training(saved, new_run(demonstrations).state, RECORD)
+    if name == "policy.safetensors":
+        with pytest.raises(ValueError, match=f"{name} is missing or damaged"):
+            load_checkpoint(saved)
+    assert not marker.exists()
+
+
+def test_a_checkpoint_killed_between_the_renames_still_loads_and_is_replaced(demonstrations, run, saved):
+    expected = actions(run.state.ema)
+    saved.rename(saved.with_name(".checkpoint.old"))
+    assert is_checkpoint(saved)
+    assert torch.equal(actions(load_checkpoint(saved).policy), expected)
+    again = new_run(demonstrations)
+    resume_training(saved, again.state, RECORD)
+    assert again.state.step == 6
+    save(saved, advance(again, 9))
+    assert load_checkpoint(saved).training["step"] == 9
+    assert [f.name for f in saved.parent.iterdir()] == ["checkpoint"]
+
+
+def test_a_kill_before_the_renames_leaves_the_checkpoint_of_before(run, saved):
+    shutil.copytree(saved, saved.with_name(".checkpoint.new"))
+    cut(saved.with_name(".checkpoint.new") / "policy.safetensors")
+    assert load_checkpoint(saved).training["step"] == 6
+    save(saved, run)
+    assert [f.name for f in saved.parent.iterdir()] == ["checkpoint"]
+
+
+def contents(folder: Path) -> dict:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_failed_save_leaves_the_checkpoint_of_before(run, saved, monkeypatch):
+    before = contents(saved)
+    advance(run, 9)
+    written = []
+
+    def full_disk(tensors, path):
+        written.append(path)
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save_file", full_disk)
+        with pytest.raises(SaveError, match=r"no space left on device.*what was saved before it is whole: make room"):
+            save(saved, run)
+    assert [f.name for f in saved.parent.iterdir()] == ["checkpoint"]  # half a checkpoint does not keep taking space
+    assert written
+    assert contents(saved) == before
+    assert load_checkpoint(saved).training["step"] == 6
+    save(saved, run)  # and the next attempt goes through
+    assert load_checkpoint(saved).training["step"] == 9
+
+
+def test_a_failed_rename_loses_nothing(run, saved, monkeypatch):
+    advance(run, 9)
+    rename, calls = Path.rename, []
+
+    def killed_at_the_second(self, target):
+        calls.append(self)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            save(saved, run)
+    assert load_checkpoint(saved).training["step"] == 6
+
+
+def with_env(saved, env):
+    return dataclasses.replace(load_checkpoint(saved), env=env)
+
+
+@pytest.mark.parametrize(
+    ("own", "override", "chosen"),
+    [
+        ({"name": "planar", "image_size": 64}, None, {"name": "planar", "image_size": 64}),
+        ({"name": "planar", "image_size": 64}, {}, {"name": "planar", "image_size": 64}),
+        ({"name": "planar", "image_size": 64}, {"image_size": 32}, {"name": "planar", "image_size": 32}),
+        ({"name": "planar", "image_size": 64}, {"x": 1}, {"name": "planar", "image_size": 64, "x": 1}),
+        ({"name": "planar", "image_size": 64}, {"name": "pusht"}, {"name": "pusht"}),
+        (None, {"name": "pusht"}, {"name": "pusht"}),
+        (
+            {"name": "gym", "id": "evil:Env-v0"},
+            {"name": "gym", "id": "own:Env-v0"},
+            {"name": "gym", "id": "own:Env-v0"},
+        ),
+        ({"name": "gym", "id": "Pendulum-v1"}, None, {"name": "gym", "id": "Pendulum-v1"}),
+    ],
+)
+def test_an_override_changes_settings_or_replaces_the_environment(saved, own, override, chosen):
+    checkpoint = with_env(saved, own)
+    assert choose_env(checkpoint, override) == chosen
+    assert checkpoint.env == own  # not changed in place
+
+
+def test_a_checkpoint_without_environment_asks_for_one(saved):
+    with pytest.raises(ValueError, match="names no environment: add env="):
+        choose_env(with_env(saved, None), {"image_size": 3})
+
+
+def test_a_checkpoint_cannot_have_a_module_imported(saved, tmp_path, monkeypatch, capsys):
+    """All the way through the command: the module of the id must not be imported."""
+    (tmp_path / "evil.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    edit(saved, lambda config: config.update(env={"name": "gym", "id": "evil:Env-v0"}))
+    seal(saved)
+    with pytest.raises(ValueError, match=r"would import a module.*env=gym env\.id=evil:Env-v0"):
+        choose_env(load_checkpoint(saved), {"kwargs": {}})
+
+    from scripts import rollout
+
+    monkeypatch.setattr(sys, "argv", ["rollout.py", f"checkpoint={saved}", f"output_dir={tmp_path}/out"])
+    with pytest.raises(SystemExit) as stop:
+        rollout.main()
+    assert stop.value.code == 2
+    assert "would import a module" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    assert "evil" not in sys.modules
+
+
+def test_a_dataset_cannot_have_a_module_imported(demonstrations, tmp_path, monkeypatch):
+    """A Minari dataset names its environment just as a checkpoint does; training must be as careful."""
+    import envs
+    from policy import Sampler
+    from policy.commands.train import clone_behaviour
+
+    (tmp_path / "evil2.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    metadata = {"env": {"name": "gym", "id": "evil2:Env-v0"}}
+    with pytest.raises(ValueError):
+        clone_behaviour(
+            envs.make,
+            dataset=dataclasses.replace(demonstrations, metadata=metadata),
+            encoder=CONFIG.encoder,
+            denoiser=CONFIG.denoiser,
+            schedule=CONFIG.schedule,
+            sampler=Sampler(),
+            train=SETTINGS,
+            tracker={"name": "none"},
+            output_dir=tmp_path / "out",
+        )
+    assert not (tmp_path / "ran").exists()
+    assert "evil2" not in sys.modules

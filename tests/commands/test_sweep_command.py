@@ -1,0 +1,419 @@
+"""The sweep as a user types it: killed and gone on with, made larger, over any axes, and its refusals."""
+
+import csv
+import itertools
+import json
+import multiprocessing
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from envs.planar import PlanarEnv
+from policy.checkpoint.files import seal
+from policy.commands import sweep as instrument
+from policy.rollout import workers
+from policy.rollout.ledger import Ledger
+from policy.rollout.workers import WorkerError
+from policy.sweep import grid as sweep
+from policy.tracking.wandb_tracker import NoTracker
+from scripts.sweep import main
+from tests.conftest import ENVIRONMENT, ROOT
+from tests.rollout.test_workers import Faulty
+
+LATENCY = ("latency_ms_median", "latency_ms_p90", "control_rate_hz")
+# What a cell's row says about other cells.
+COMPARED = {"difference", "difference_low", "difference_high", "p_value", "not_worse"}
+
+
+@pytest.fixture
+def run_sweep(monkeypatch, capsys):
+    """The command in this process, where that makes no difference: a process each would take minutes."""
+    monkeypatch.setattr(workers, "available_cores", lambda: 1)
+    latency = {"latency_ms_median": 2.0, "latency_ms_p90": 3.0}
+    monkeypatch.setattr(sweep, "chunk_latency", lambda program, candidates: latency)
+
+    def run(*overrides, check=0):
+        monkeypatch.setattr(sys, "argv", ["sweep.py", "videos=0", *map(str, overrides)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        assert code == check, err
+        return err if check else out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def other_checkpoint(planar_run, tmp_path_factory):
+    """Nearly the same weights."""
+    folder = tmp_path_factory.mktemp("other") / "checkpoint"
+    shutil.copytree(planar_run / "checkpoint", folder)
+    weights = load_file(folder / "policy.safetensors")
+    torch.manual_seed(0)
+    save_file({k: v + 0.01 * torch.randn(v.shape) * v.abs() for k, v in weights.items()}, folder / "policy.safetensors")
+    seal(folder)
+    return folder
+
+
+def ledger_of(folder):
+    """Cells, and episodes as (cell, seed), in the order of the file; a line that is not whole does not count."""
+    file = folder / "episodes.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    cells = [line["cell"] for line in lines if "settings" in line]
+    return cells, [(line["cell"], line["seed"]) for line in lines if "settings" not in line]
+
+
+def check_exactly_once(folder, cells, episodes):
+    introduced, ran = ledger_of(folder)
+    assert len(set(introduced)) == len(introduced) == cells
+    assert len(ran) == cells * episodes
+    assert set(ran) == set(itertools.product(introduced, range(100_000, 100_000 + episodes)))
+
+
+def document_of(folder):
+    """sweep.json without what differs from one run to the next; and that the other files say the same."""
+    document = json.loads((folder / "sweep.json").read_text())
+    for name, lines in (("sweep", document["cells"]), ("episodes", document["episodes"])):
+        with (folder / f"{name}.csv").open() as file:
+            assert list(csv.DictReader(file)) == [
+                {key: "" if value is None else str(value) for key, value in line.items()} for line in lines
+            ]
+    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in (folder / "sweep.svg").read_bytes()
+    assert document.pop("answer")  # names a latency
+    for line in document["cells"]:
+        for name in LATENCY:
+            assert line.pop(name) > 0
+    return document
+
+
+# --- killed ------------------------------------------------------------------------------------------------------
+
+
+def interrupt(settings, folder, total, dice, number=signal.SIGKILL, code=-9, meanwhile=lambda: None):
+    """Start the sweep, and end it at a random moment after it wrote some episodes down, or the last."""
+    before = len(ledger_of(folder)[1]) if (folder / "episodes.jsonl").exists() else 0
+    log = folder.with_name("log")
+    with log.open("w") as opened:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "scripts/sweep.py", *settings, f"output_dir={folder}"],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=opened,
+            stderr=opened,
+        )
+        wanted = min(before + dice.randint(1, total // 9), total)
+        while not (folder / "episodes.jsonl").exists() or len(ledger_of(folder)[1]) < wanted:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.002)
+        time.sleep(dice.uniform(0, 0.02))
+        process.send_signal(signal.SIGSTOP)
+        meanwhile()
+        process.send_signal(number)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=30) == code, log.read_text()
+
+
+def settings_of(planar_run, episodes, num_envs):
+    return [
+        f"checkpoint={planar_run}/checkpoint",
+        "ddim_steps=[1,16]",
+        "sampler.eta=1.0",
+        f"episodes={episodes}",
+        f"num_envs={num_envs}",
+        "videos=0",
+    ]
+
+
+def test_a_sweep_that_was_killed_twice_goes_on_and_ends_with_the_files_of_an_undisturbed_one(
+    planar_run, run_sweep, tmp_path
+):
+    dice, killed, whole = random.Random(time.time_ns()), tmp_path / "killed", tmp_path / "whole"
+    settings, second = settings_of(planar_run, 30, 3), settings_of(planar_run, 30, 8)
+
+    def refused():
+        err = run_sweep(*settings, f"output_dir={killed}", check=2)
+        assert err.startswith(f"error: {killed}/episodes.jsonl is in use by another process: wait for it, or choose")
+
+    interrupt(settings, killed, 60, dice, meanwhile=refused)
+    interrupt(second, killed, 60, dice)
+    assert not (killed / "sweep.json").exists()
+    done = len(ledger_of(killed)[1])
+    assert f"{done} of 60 episodes are on disk already" in run_sweep(*settings, f"output_dir={killed}")
+    check_exactly_once(killed, cells=2, episodes=30)
+    assert "on disk already" not in run_sweep(*settings_of(planar_run, 30, 1), f"output_dir={whole}")
+    assert document_of(killed) == document_of(whole)
+    assert (killed / "episodes.csv").read_bytes() == (whole / "episodes.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_interrupted_again_and_again_loses_nothing(planar_run, run_script, tmp_path):
+    """Killed and with Ctrl-C, with and without processes; nothing but real commands."""
+    dice, stopped, whole = random.Random(time.time_ns()), tmp_path / "stopped", tmp_path / "whole"
+    codes = {signal.SIGKILL: -9, signal.SIGINT: 130}
+    for number in [signal.SIGKILL, signal.SIGINT] * 4:
+        settings = settings_of(planar_run, 200, dice.choice([1, 2, 7]))
+        interrupt(settings, stopped, 400, dice, number, codes[number])
+        if len(ledger_of(stopped)[1]) > 350:
+            break  # with nothing left to wait for, the signal would reach Python before it has started
+    for folder in (stopped, whole):
+        run_script("sweep", *settings_of(planar_run, 200, 4), f"output_dir={folder}")
+        check_exactly_once(folder, cells=2, episodes=200)
+    assert document_of(stopped) == document_of(whole)
+
+
+def make_faulty(name, *, folder, faults, times):
+    assert name == "planar"
+    return Faulty(folder, faults, times)
+
+
+def test_what_finished_before_an_episode_that_always_fails_is_kept(planar_run, run_sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "available_cores", lambda: 2)
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda method: context)
+    sweep_planar = partial(
+        instrument.sweep,
+        checkpoint=planar_run / "checkpoint",
+        ddim_steps=[1, 2],
+        episodes=6,
+        num_envs=2,
+        output_dir=tmp_path / "out",
+        videos=0,
+        tracker=NoTracker,
+    )
+    make = partial(make_faulty, folder=tmp_path, faults={100_002: "kill"}, times=99)
+    with pytest.raises(WorkerError, match="the episode with seed 100002 failed 3 times"):
+        sweep_planar(make)
+    _, ran = ledger_of(tmp_path / "out")
+    assert len(set(ran)) == len(ran) >= 9  # all that did not share a process with it
+    assert 100_002 not in {seed for _, seed in ran}
+    failures = (tmp_path / "100002").stat().st_size
+    # As if whatever was wrong had got better after one more failure.
+    sweep_planar(partial(make_faulty, folder=tmp_path, faults={100_002: "kill"}, times=failures + 1))
+    check_exactly_once(tmp_path / "out", cells=2, episodes=6)
+    attempts = {(line["cell"], line["seed"]): line["attempts"] for line in document_of(tmp_path / "out")["episodes"]}
+    assert sorted(attempts.values())[-1] == 2
+    assert {seed for (_, seed), count in attempts.items() if count == 2} >= {100_002}
+
+
+# --- made larger -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def resets(monkeypatch):
+    """Seeds of the episodes that were started."""
+    seeds, reset = [], PlanarEnv.reset
+    monkeypatch.setattr(PlanarEnv, "reset", lambda env, *, seed=None: (seeds.append(seed), reset(env, seed=seed))[1])
+    return seeds
+
+
+def test_more_cells_and_more_episodes_run_only_what_is_new(planar_run, run_sweep, resets, tmp_path):
+    checkpoint, grown, once = f"checkpoint={planar_run}/checkpoint", tmp_path / "grown", tmp_path / "once"
+
+    def run(folder, ddim_steps, episodes, new, *others):
+        resets.clear()
+        out = run_sweep(checkpoint, f"ddim_steps={ddim_steps}", f"episodes={episodes}", *others, f"output_dir={folder}")
+        assert len(resets) == new
+        return [line for line in out.splitlines() if "on disk already" in line]
+
+    assert run(grown, [2], 3, 3) == []
+    assert run(grown, [2], 3, 0) == ["3 of 3 episodes are on disk already"]
+    assert run(grown, [1, 2], 3, 3) == ["3 of 6 episodes are on disk already"]
+    assert run(grown, [2, 4, 1], 5, 9) == ["6 of 15 episodes are on disk already"]
+    check_exactly_once(grown, cells=3, episodes=5)
+    assert run(grown, [4], 2, 0) == ["2 of 2 episodes are on disk already"]  # fewer: the files hold what was asked for
+    assert len(document_of(grown)["episodes"]) == 2
+    assert run(grown, [1, 2], 5, 6, "seed=100003") == ["4 of 10 episodes are on disk already"]
+    assert run(once, [2, 4, 1], 5, 15) == []
+    run(grown, [2, 4, 1], 5, 0)
+    for name in ("sweep.csv", "episodes.csv", "sweep.json", "sweep.png"):
+        assert (grown / name).read_bytes() == (once / name).read_bytes()
+
+
+def test_a_checkpoint_that_moved_is_known_by_its_weights(planar_run, run_sweep, resets, tmp_path):
+    moved = tmp_path / "moved"
+    for number, folder in enumerate((planar_run / "checkpoint", moved)):
+        if number:
+            shutil.copytree(planar_run / "checkpoint", moved)
+        run_sweep(f"checkpoint={folder}", "ddim_steps=1", "episodes=2", f"output_dir={tmp_path}/out")
+        assert len(resets) == 2
+
+
+# --- axes --------------------------------------------------------------------------------------------------------
+
+
+def test_any_setting_makes_an_axis(planar_run, run_sweep, tmp_path):
+    axes = {
+        "execution_horizon": [4, 8],
+        "eta": [0.0, 1.0],
+        "spacing": ["trailing", "leading"],
+        "ddim_steps": [1, 2],
+    }
+    out = run_sweep(
+        f"checkpoint={planar_run}/checkpoint",
+        "ddim_steps=[1,2]",
+        "sampler.eta=[0.0,1.0]",
+        "sampler.spacing=[trailing,leading]",
+        "execution_horizon=[4,8]",
+        "episodes=2",
+        f"output_dir={tmp_path}",
+    )
+    check_exactly_once(tmp_path, cells=16, episodes=2)
+    document = document_of(tmp_path)
+    cells, episodes = document["cells"], document["episodes"]
+    assert document["env"] == {"name": "planar"}
+    assert [tuple(cell[name] for name in axes) for cell in cells] == list(itertools.product(*axes.values()))
+    assert {(cell["checkpoint"], cell["clip"]) for cell in cells} == {(f"{planar_run}/checkpoint", 1.0)}
+    assert [(line["cell"], line["seed"]) for line in episodes] == [
+        (cell["cell"], seed) for cell in cells for seed in (100_000, 100_001)
+    ]
+    for cell in cells:  # each row is the sum of its own episodes
+        mine = [line for line in episodes if line["cell"] == cell["cell"]]
+        assert cell["successes"] == sum(line["success"] for line in mine)
+        assert cell["return_mean"] == pytest.approx(sum(line["return"] for line in mine) / 2)
+        assert cell["steps_mean"] == pytest.approx(sum(line["steps"] for line in mine) / 2)
+    acted = [[(line["score"], line["steps"]) for line in episodes[start : start + 2]] for start in range(0, 32, 2)]
+    for axis, distance in (("execution_horizon", 8), ("spacing", 2), ("ddim_steps", 1)):
+        assert any(acted[i] != acted[i + distance] for i in range(16 - distance)), axis
+    assert acted[1] != acted[5]  # eta, with two steps: with one there is no noise to add
+    table = [line for line in out.splitlines() if line.startswith("|")]
+    assert [head.strip() for head in table[0].split("|")][1:5] == ["eta", "spacing", "execution_horizon", "ddim_steps"]
+    assert len(table) == 2 + 16
+
+
+def test_several_checkpoints_are_compared_on_the_same_episodes(planar_run, other_checkpoint, run_sweep, tmp_path):
+    both = [planar_run / "checkpoint", other_checkpoint]
+    settings = ["ddim_steps=4", "episodes=3"]
+    run_sweep(f"checkpoint=[{both[0]},{both[1]}]", *settings, f"output_dir={tmp_path}/both")
+    document = document_of(tmp_path / "both")
+    assert [cell["checkpoint"] for cell in document["cells"]] == [str(folder) for folder in both]
+    for number, folder in enumerate(both):
+        run_sweep(f"checkpoint={folder}", *settings, f"output_dir={tmp_path}/{number}")
+        single = document_of(tmp_path / str(number))
+        alone, beside = single["cells"][0], document["cells"][number]
+        assert {name: alone[name] for name in alone.keys() - COMPARED} == {
+            name: beside[name] for name in beside.keys() - COMPARED
+        }
+        assert single["episodes"] == document["episodes"][3 * number : 3 * number + 3]
+    first, second = (document["episodes"][start : start + 3] for start in (0, 3))
+    assert [line["seed"] for line in first] == [line["seed"] for line in second]
+    assert [line["score"] for line in first] != [line["score"] for line in second]
+
+
+def test_a_single_number_is_a_sweep_of_one_cell(planar_run, run_sweep, tmp_path):
+    out = run_sweep(f"checkpoint={planar_run}/checkpoint", "ddim_steps=4", "episodes=2", f"output_dir={tmp_path}")
+    assert [cell["ddim_steps"] for cell in document_of(tmp_path)["cells"]] == [4]
+    named = out.splitlines()[-1].removeprefix("files: ").split(", ")
+    assert sorted(named) == sorted(str(file) for file in tmp_path.iterdir() if file.name != "episodes.jsonl")
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------
+
+BAD_INPUT = {
+    "no steps": (["ddim_steps=0"], ["ddim_steps must be 1 or more", "0"]),
+    "negative steps": (["ddim_steps=[1,-2]"], ["ddim_steps must be 1 or more", "-2"]),
+    "more than num_steps": (["ddim_steps=[1,101]"], ["1..100", "101"]),
+    "repeated": (["ddim_steps=[2,4,2]"], ["ddim_steps must not repeat", "[2, 4, 2]"]),
+    "fraction": (["ddim_steps=2.5"], ["ddim_steps should be", "2.5"]),
+    "fraction in a list": (["ddim_steps=[1,2.5]"], ["ddim_steps", "2.5"]),
+    "word": (["ddim_steps=many"], ["ddim_steps should be", "'many'"]),
+    "quoted word": (['ddim_steps="many"'], ["ddim_steps should be", "'many'"]),
+    "empty": (["ddim_steps=[]"], ["ddim_steps is empty", "ddim_steps=[1,2,4,8]"]),
+    "nothing": (["ddim_steps=null"], ["ddim_steps"]),
+    "no episodes": (["episodes=0"], ["episodes must be 1 or more; got 0"]),
+    "no environments": (["num_envs=0"], ["num_envs must be 1 or more; got 0"]),
+    "negative seed": (["seed=-1"], ["seed must be 0 or more; got -1"]),
+    "misspelt sampler setting": (["sampler.spacng=leading"], ["spacng", "did you mean 'spacing'"]),
+    "steps in the sampler": (["sampler.ddim_steps=3"], ["ddim_steps=[...]", "sampler.ddim_steps=3"]),
+    "empty sampler axis": (["sampler.eta=[]"], ["sampler.eta is empty"]),
+    "repeated sampler axis": (["sampler.eta=[0,0.0]"], ["sampler.eta must not repeat"]),
+    "sampler value": (["sampler.spacing=[trailing,even]"], ["trailing, leading, linspace", "even"]),
+    "nested list": (["sampler.eta=[[0.5]]"], ["sampler.eta should be float", "[0.5]"]),
+    "long horizon": (["execution_horizon=9"], ["execution_horizon must be within 1..8; got 9"]),
+    "long horizon in a list": (["execution_horizon=[4,9]"], ["execution_horizon must be within 1..8; got 9"]),
+    "misspelt setting": (["episods=3"], ["episods", "did you mean 'episodes'"]),
+    "another environment": (["env=gym", "env.id=Pendulum-v1"], ["do not fit the policy's state (4,)", "env="]),
+    "no such environment": (["env=planr"], ["env/planr", "planar"]),
+}
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch, resets, tmp_path):
+    """No episode, no process and no file."""
+
+    def start(*arguments):
+        raise AssertionError("rollouts were started")
+
+    monkeypatch.setattr(instrument, "RolloutPool", start)
+    yield
+    assert resets == []
+    assert not (tmp_path / "out").exists()
+
+
+def check_refused(err, *parts):
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for part in parts:
+        assert part in err
+
+
+@pytest.mark.usefixtures("nothing_starts")
+@pytest.mark.parametrize("label", BAD_INPUT)
+def test_bad_input_is_refused_in_one_sentence_before_anything_starts(planar_run, run_sweep, tmp_path, label):
+    overrides, parts = BAD_INPUT[label]
+    err = run_sweep(f"checkpoint={planar_run}/checkpoint", *overrides, f"output_dir={tmp_path}/out", check=2)
+    check_refused(err, *parts)
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_checkpoints_that_make_no_sweep_are_refused(planar_run, other_checkpoint, run_sweep, tmp_path):
+    real, copy, elsewhere = planar_run / "checkpoint", tmp_path / "copy", tmp_path / "elsewhere"
+    shutil.copytree(real, copy)
+    shutil.copytree(other_checkpoint, elsewhere)
+    config = json.loads((elsewhere / "config.json").read_text())
+    (elsewhere / "config.json").write_text(json.dumps({**config, "env": {"name": "planar", "image_size": 64}}))
+    seal(elsewhere)
+    out = f"output_dir={tmp_path}/out"
+    for overrides, parts in (
+        ([], ["checkpoint is missing: add checkpoint=..."]),
+        (["checkpoint=[]"], ["checkpoint is empty"]),
+        ([f"checkpoint={tmp_path}/none"], [f"no checkpoint at {tmp_path}/none"]),
+        ([f"checkpoint=[{real},{tmp_path}/none]"], [f"no checkpoint at {tmp_path}/none"]),
+        ([f"checkpoint=[{real},{real}]"], ["checkpoint must not repeat a value"]),
+        ([f"checkpoint=[{real},{copy}]"], [str(real), str(copy), "are the same cell"]),
+        ([f"checkpoint=[{real},{elsewhere}]"], [str(elsewhere), "a sweep compares policies in one environment"]),
+    ):
+        check_refused(run_sweep(*overrides, out, check=2), *parts)
+
+
+def test_a_folder_in_use_or_damaged_is_refused_and_left_as_it_is(planar_run, run_sweep, resets, tmp_path):
+    settings = [f"checkpoint={planar_run}/checkpoint", "ddim_steps=1", "episodes=2", f"output_dir={tmp_path}"]
+    run_sweep(*settings)
+    content = (tmp_path / "episodes.jsonl").read_bytes()
+    resets.clear()
+    with Ledger(tmp_path / "episodes.jsonl"):
+        err = run_sweep(*settings, "episodes=4", check=2)
+    check_refused(err, f"{tmp_path}/episodes.jsonl is in use by another process", "output_dir=")
+    damaged = content.replace(b"{", b"(", 2)
+    (tmp_path / "episodes.jsonl").write_bytes(damaged)
+    check_refused(run_sweep(*settings, "episodes=4", check=2), f"{tmp_path}/episodes.jsonl, line 1 is damaged")
+    assert resets == []
+    assert (tmp_path / "episodes.jsonl").read_bytes() == damaged
+
+
+def test_an_output_folder_that_is_a_file_is_refused(planar_run, run_sweep, resets, tmp_path):
+    (tmp_path / "out").write_text("")
+    err = run_sweep(f"checkpoint={planar_run}/checkpoint", "episodes=2", f"output_dir={tmp_path}/out", check=2)
+    check_refused(err, f"cannot make output_dir={tmp_path}/out", "choose another")
+    assert resets == []

@@ -1,0 +1,159 @@
+"""Arguments that arrive by name: wrong ones are refused with what came, what is allowed and the nearest name."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+
+from policy.common.arguments import check_arguments, construct, unknown_name
+from policy.diffusion.sampler import Sampler
+from policy.diffusion.schedule import make_schedule
+
+
+@dataclass(kw_only=True)
+class Part:
+    width: int = 4
+    rate: float = 0.1
+    label: str = "a"
+    on: bool = True
+    limit: float | None = None
+    sizes: tuple[int, ...] = (1,)
+    kind: Literal["a", "b"] = "a"
+
+
+class Network:
+    def __init__(self, *, width: int, depth: int = 2) -> None:
+        self.width, self.depth = width, depth
+
+
+def accepts_anything(known: int = 0, **others: Any) -> dict[str, Any]:
+    return {"known": known, **others}
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_one_and_all_of_them():
+    error = unknown_name("denoiser", "residual_mpl", {"residual_mlp": 1, "modulated_mlp": 2})
+    assert isinstance(error, ValueError)
+    assert str(error) == (
+        "unknown denoiser 'residual_mpl' (did you mean 'residual_mlp'?); allowed: modulated_mlp, residual_mlp"
+    )
+
+
+def test_a_name_near_none_is_answered_without_a_guess():
+    assert str(unknown_name("thing", "zzz", ["alpha", "beta"])) == "unknown thing 'zzz'; allowed: alpha, beta"
+    assert str(unknown_name("thing", "zzz", [])) == "unknown thing 'zzz'; allowed: none"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "converted"),
+    [
+        ("width", "8", 8),
+        ("width", 8.0, 8),
+        ("rate", 1, 1.0),
+        ("rate", "1e-3", 1e-3),
+        ("on", "false", False),
+        ("limit", None, None),
+        ("limit", "2.5", 2.5),
+        ("sizes", [1, 2], (1, 2)),
+        ("kind", "b", "b"),
+        ("label", "x", "x"),
+    ],
+)
+def test_values_become_the_hinted_type_where_nothing_is_lost(name, value, converted):
+    checked = check_arguments("part", Part, {name: value})
+    assert checked == {name: converted}
+    assert type(checked[name]) is type(converted)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("width", 8.5),
+        ("width", "eight"),
+        ("width", None),
+        ("width", [8]),
+        ("rate", "fast"),
+        ("label", 3),
+        ("on", "maybe"),
+        ("limit", "none at all"),
+        ("sizes", 3),
+        ("sizes", ["x"]),
+        ("kind", "c"),
+    ],
+)
+def test_values_of_another_type_are_refused_by_their_full_name(name, value):
+    with pytest.raises(ValueError) as error:
+        check_arguments("part", Part, {name: value})
+    assert str(error.value).startswith(f"part.{name} should be ")
+    assert f"; got {value!r} (" in str(error.value)
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest_one():
+    with pytest.raises(ValueError, match=r"unknown setting of part 'widht' \(did you mean 'width'\?\)"):
+        check_arguments("part", Part, {"widht": 3})
+
+
+def test_functions_classes_and_dataclasses_are_all_checked():
+    assert check_arguments("schedule", make_schedule, {"num_steps": "50"}) == {"num_steps": 50}
+    assert check_arguments("network", Network, {"width": "3"}) == {"width": 3}
+    assert check_arguments("sampler", Sampler, {"clip": None, "eta": 1}) == {"clip": None, "eta": 1.0}
+    with pytest.raises(ValueError, match=r"unknown setting of schedule 'beta_schedul' \(did you mean"):
+        check_arguments("schedule", make_schedule, {"beta_schedul": "linear"})
+    with pytest.raises(ValueError, match="unknown setting of network 'self_'"):
+        check_arguments("network", Network, {"self_": 1})
+
+
+def test_a_callable_that_takes_any_keyword_gets_it_unchecked_but_its_own_ones_checked():
+    assert check_arguments("f", accepts_anything, {"other": object}) == {"other": object}
+    with pytest.raises(ValueError, match=r"f\.known should be int"):
+        check_arguments("f", accepts_anything, {"known": "x", "other": 1})
+
+
+def test_the_arguments_given_are_not_changed():
+    given = {"width": "8"}
+    check_arguments("part", Part, given)
+    spec = {"name": "net", "depth": "5"}
+    construct("thing", {"net": Network}, spec, width=1)
+    assert given == {"width": "8"}
+    assert spec == {"name": "net", "depth": "5"}
+
+
+def test_construct_builds_the_named_thing_from_settings_and_what_follows():
+    network = construct("thing", {"net": Network, "part": Part}, {"name": "net", "depth": "5"}, width=7)
+    assert (type(network), network.width, network.depth) == (Network, 7, 5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"name": "nett"}, r"unknown thing 'nett' \(did you mean 'net'\?\); allowed: net, part"),
+        ({}, r"thing\.name is missing: set it to one of net, part"),
+        ({"name": "net", "width": 3}, r"thing\.width follows from the rest of the configuration"),
+        ({"name": "net", "dept": 3}, r"unknown setting of thing 'dept' \(did you mean 'depth'\?\)"),
+        ({"name": "net", "depth": "deep"}, r"thing\.depth should be int; got 'deep'"),
+        ({"name": "os.system"}, r"unknown thing 'os\.system'"),
+    ],
+)
+def test_construct_refuses_what_it_cannot_build(spec, message):
+    with pytest.raises(ValueError, match=message):
+        construct("thing", {"net": Network, "part": Part}, spec, width=7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ddim_steps": 0}, r"ddim_steps must be .*1.*got 0"),
+        ({"eta": 1.5}, "eta must lie within 0"),
+        ({"spacing": "karras"}, "trailing, leading, linspace; got 'karras'"),
+        ({"clip": 0.0}, "clip must be positive"),
+        ({"clip": float("nan")}, "clip must be positive"),
+    ],
+)
+def test_a_sampler_refuses_values_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Sampler(**settings)
+
+
+def test_a_sampler_is_checked_against_a_schedule_when_there_is_one():
+    Sampler(ddim_steps=100).check(100)
+    with pytest.raises(ValueError, match=r"within 1\.\.100 .*got 101"):
+        Sampler(ddim_steps=101).check(100)

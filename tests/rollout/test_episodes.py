@@ -1,0 +1,394 @@
+"""Rollouts against an environment whose every outcome is known beforehand."""
+
+import dataclasses
+import heapq
+import itertools
+import json
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from policy import ControllerSettings, DiffusionPolicy, PolicyConfig, RecedingHorizonController, Sampler
+from policy.inference import SamplerProgram, compile_sampler
+from policy.rollout.episodes import (
+    PLAN_BATCH,
+    Cell,
+    EpisodeResult,
+    check_spaces,
+    chunk_latency,
+    format_summary,
+    record_episode,
+    run_episodes,
+    run_in_process,
+    summarize,
+    torch_threads,
+)
+
+CONFIG = PolicyConfig(
+    observation_shapes={"state": (3,)},
+    action_dim=2,
+    obs_size=12,
+    encoder={"name": "state", "hidden_size": 32},
+    denoiser={"name": "residual_mlp", "hidden_size": 32, "num_layers": 1},
+    schedule={"num_steps": 40, "beta_schedule": "squaredcos_cap_v2"},
+)
+
+
+class Counter(gymnasium.Env):
+    """Succeeds at step `2 + seed % 5`, but never for seeds divisible by 7: those are cut after 9 steps."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = gymnasium.spaces.Box(np.float32([-0.1, -1e3]), np.float32([0.2, 1e3]), (2,), np.float32)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+
+    def __init__(self, terminates: bool = False):
+        self.terminates = terminates
+        self.log: list[tuple[int, np.ndarray]] = []
+        self.seeds: list[int] = []
+        self.seed_, self.steps = -1, 0
+
+    def reset(self, *, seed=None, options=None):
+        assert seed is not None
+        self.seed_, self.steps = seed, 0
+        self.seeds.append(seed)
+        return self._observation(), {"is_success": False, "score": 0.05}
+
+    def step(self, action):
+        assert self.steps < 9
+        self.steps += 1
+        self.log.append((self.seed_, np.array(action)))
+        success = self.seed_ % 7 != 0 and self.steps == success_at(self.seed_)
+        info = {"is_success": success, "score": SCORES[self.steps % 3]}
+        ends = self.steps == 9
+        return self._observation(), float(self.steps), ends and self.terminates, ends and not self.terminates, info
+
+    def render(self):
+        return np.full((8, 8, 3), self.steps, np.uint8)
+
+    def _observation(self):
+        return np.array([self.seed_ / 10, self.steps, np.sin(self.seed_ + self.steps)], np.float32)
+
+
+SCORES = (0.1, 0.3, 0.2)  # of steps 3 6 9, 1 4 7 and 2 5 8: the best is not the last
+
+
+def success_at(seed):
+    return 2 + seed % 5
+
+
+def expected(seed):
+    success = seed % 7 != 0
+    steps = success_at(seed) if success else 9
+    return EpisodeResult(seed=seed, success=success, score=0.3, return_=steps * (steps + 1) / 2, steps=steps)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    torch.manual_seed(0)
+    policy = DiffusionPolicy(CONFIG).eval()
+    policy.action_normalizer.fit([-5.0, -5.0], [5.0, 5.0])
+    for parameter in policy.parameters():  # the last layer starts at zero, which would make all rows alike
+        parameter.data += 0.03 * torch.randn_like(parameter)
+    return policy
+
+
+def controller(policy, **settings):
+    settings = {"sampler": Sampler(ddim_steps=2, eta=0.5), "execution_horizon": 3, "plan_batch": 8, **settings}
+    return RecedingHorizonController(policy=policy, **settings)
+
+
+def one_by_one(tasks):
+    remaining = iter(tasks)
+    return lambda: next(remaining, None)
+
+
+def roll(policy, envs, seeds, *, execution_horizon=8, **sampler):
+    """Results in the order in which the episodes end."""
+    cell = Cell(sampler=Sampler(**sampler), execution_horizon=execution_horizon)
+    return [result for _, result in run_in_process([policy], envs, [cell], [(0, seed) for seed in seeds])]
+
+
+@pytest.mark.parametrize("num_envs", [1, 3, 20])
+@pytest.mark.parametrize("terminates", [False, True])
+def test_every_task_runs_exactly_once_and_slots_refill(policy, num_envs, terminates):
+    tasks = [(cell, seed) for cell in range(2) for seed in range(100, 113)]
+    envs = [Counter(terminates) for _ in range(num_envs)]
+    controllers = [controller(policy), controller(policy, execution_horizon=8)]
+    results = list(run_episodes(controllers, envs, one_by_one(tasks)))
+    assert sorted(results, key=lambda r: r[0]) == [((cell, seed), expected(seed)) for cell, seed in tasks]
+    assert sorted(seed for env in envs for seed in env.seeds) == sorted(seed for _, seed in tasks)
+    assert sum(expected(seed).steps for _, seed in tasks) == sum(
+        len(env.log) for env in envs
+    )  # success ends an episode
+    if num_envs == 3:
+        assert all(len(env.seeds) >= 6 for env in envs)
+
+
+def test_an_episode_acts_the_same_alone_or_among_others(policy):
+    def actions(num_envs):
+        envs = [Counter() for _ in range(num_envs)]
+        list(run_episodes([controller(policy)], envs, one_by_one((0, seed) for seed in range(13))))
+        seen = {seed: [a for s, a in env.log if s == seed] for env in envs for seed in env.seeds}
+        return {seed: np.stack(seen[seed]) for seed in range(13)}
+
+    alone, among = actions(1), actions(10)
+    for seed in range(13):
+        np.testing.assert_array_equal(alone[seed], among[seed])
+    assert not np.array_equal(alone[0], alone[7])
+
+
+def test_each_cell_acts_with_its_own_settings(policy):
+    """Two cells of the same sweep, in the same environments, and each alone."""
+    cells = [
+        Cell(sampler=Sampler(ddim_steps=1), execution_horizon=8),
+        Cell(sampler=Sampler(ddim_steps=4, eta=1.0), execution_horizon=2),
+    ]
+
+    def actions(chosen):
+        env = Counter()
+        tasks = [(number, seed) for seed in (7, 14) for number in range(len(chosen))]
+        done = dict(run_in_process([policy], [env], chosen, tasks))
+        assert list(done) == tasks
+        taken = iter(env.log)
+        return {task: np.stack([action for _, action in itertools.islice(taken, done[task].steps)]) for task in tasks}
+
+    together = actions(cells)
+    for number, cell in enumerate(cells):
+        for (_, seed), alone in actions([cell]).items():
+            np.testing.assert_array_equal(together[number, seed], alone)
+    assert not np.array_equal(together[0, 7], together[1, 7])
+
+
+class Lasting(Counter):
+    """Ends after `seed % 1000` control steps."""
+
+    def step(self, action):
+        self.steps += 1
+        info = {"is_success": False, "score": 0.0}
+        return self._observation(), 0.0, False, self.steps == self.seed_ % 1000, info
+
+
+def planning_calls(policy, num_envs, seeds, execution_horizon=4):
+    calls, sample = [], SamplerProgram.sample_actions
+    envs = [Lasting() for _ in range(num_envs)]
+
+    def counted(program, observations, **named):
+        calls.append(len(observations["state"]))
+        return sample(program, observations, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SamplerProgram, "sample_actions", counted)
+        results = roll(policy, envs, seeds, execution_horizon=execution_horizon, ddim_steps=1)
+    assert sorted(result.seed for result in results) == sorted(seeds)
+    assert all(result.steps == result.seed % 1000 for result in results)
+    assert set(calls) == {PLAN_BATCH}
+    return len(calls)
+
+
+def chunks_of(seed, execution_horizon=4):
+    return -(-(seed % 1000) // execution_horizon)
+
+
+@pytest.mark.parametrize(("num_envs", "calls"), [(1, 24), (2, 12), (8, 3), (16, 3), (32, 6)])
+def test_all_environments_plan_in_one_network_call(policy, num_envs, calls):
+    """Eight episodes of three chunks each; as many as environments where there are more, in calls of sixteen."""
+    seeds = [12 + 1000 * i for i in range(max(8, num_envs))]
+    assert planning_calls(policy, num_envs, seeds) == calls
+
+
+def test_environments_at_different_places_of_their_episodes_still_plan_together(policy):
+    """Ends in the middle of a chunk, at different times: as many calls as the busiest of eight slots has chunks."""
+    seeds = [1000 * i + 1 + 7 * i % 23 for i in range(40)]
+    free = [0] * 8
+    for seed in seeds:  # a free slot takes the next task
+        heapq.heapreplace(free, free[0] + chunks_of(seed))
+    assert planning_calls(policy, 8, seeds) == max(free)
+
+
+def test_one_long_episode_does_not_hold_up_the_others(policy):
+    long, short = [200], [1000 * i + 4 for i in range(1, 101)]
+    assert planning_calls(policy, 3, long + short) == 50  # all the short ones run beside it
+    envs = [Lasting() for _ in range(3)]
+    ended = [result.seed for result in roll(policy, envs, long + short, ddim_steps=1, execution_horizon=4)]
+    assert 200 in ended[-3:]  # with the last two of them
+    assert [len(env.seeds) for env in envs] == [1, 50, 50]
+
+
+@pytest.mark.parametrize(("width", "action_dim"), [(4, 2), (39, 4), (3, 1), (22, 2), (17, 7)])
+@pytest.mark.parametrize("denoiser", ["modulated_mlp", "residual_mlp"])
+def test_a_plan_does_not_depend_on_its_place_in_the_batch(width, action_dim, denoiser):
+    """At the default widths. (A layer 8 wide or less behind one not divisible by 4 rounds differently row by row.)"""
+    torch.manual_seed(0)
+    policy = DiffusionPolicy(
+        PolicyConfig(observation_shapes={"state": (width,)}, action_dim=action_dim, denoiser={"name": denoiser})
+    ).eval()
+    for parameter in policy.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    observations = torch.randn(8, width).numpy()
+    chunks = []
+    for place in range(8):
+        one = controller(policy, sampler=Sampler(ddim_steps=2, eta=1.0))
+        order = np.roll(np.arange(8), place)
+        for slot in order:
+            one.reset(int(slot), int(slot))
+        chunks.append(one.act_many({int(slot): observations[slot] for slot in order}))
+    for other in chunks[1:]:
+        for slot in range(8):
+            np.testing.assert_array_equal(other[slot], chunks[0][slot])
+
+
+def test_results_come_as_episodes_end(policy):
+    seeds = [5, 3, 14, 1, 8]  # 2, 5, 9, 3 and 5 control steps
+    results = roll(policy, [Counter(), Counter()], seeds, ddim_steps=1, execution_horizon=1)
+    assert results == [expected(seed) for seed in (5, 3, 1, 14, 8)]
+
+
+def test_more_environments_than_seeds_and_no_seeds_at_all(policy):
+    assert roll(policy, [Counter()], []) == []
+    envs = [Counter() for _ in range(4)]
+    assert roll(policy, envs, [1]) == [expected(1)]
+    assert [env.seeds for env in envs] == [[1], [], [], []]
+
+
+def test_actions_are_clipped_to_the_action_space_and_not_further(policy):
+    env = Counter()
+    assert len(roll(policy, [env], [0, 7, 14], ddim_steps=2)) == 3
+    actions = np.stack([action for _, action in env.log])
+    low, high = env.action_space.low, env.action_space.high
+    assert (actions >= low).all()
+    assert (actions <= high).all()
+    assert (actions[:, 0] == low[0]).any() or (actions[:, 0] == high[0]).any()
+    assert np.abs(actions[:, 1]).max() > 1  # the second one is free
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_a_delayed_cell_counts_its_late_steps_and_does_not_depend_on_its_company(policy, num_envs):
+    waiting = ControllerSettings(delay_steps=2)
+    cells = [
+        Cell(sampler=Sampler(ddim_steps=1), execution_horizon=3, controller=waiting),
+        Cell(
+            sampler=Sampler(ddim_steps=1),
+            execution_horizon=3,
+            controller=ControllerSettings(mode="continuous", delay_steps=2),
+        ),
+    ]
+    envs = [Counter() for _ in range(num_envs)]
+    done = dict(
+        run_in_process([policy], envs, cells, [(number, seed) for seed in (7, 5, 14, 1) for number in range(2)])
+    )
+    # Three steps of a plan, two of waiting: 0 1 2 . . 5 6 7 . for the nine of seeds 7 and 14.
+    assert {seed: done[0, seed].late_steps for seed in (7, 5, 14, 1)} == {7: 3, 5: 0, 14: 3, 1: 0}
+    assert not any(done[1, seed].late_steps for seed in (7, 5, 14, 1))
+    assert sum(len(env.log) for env in envs) == sum(result.steps for result in done.values())
+
+
+def test_a_recorded_episode_is_the_same_episode(policy):
+    env, recorded = Counter(), Counter()
+    for seed in (3, 7, 8):
+        (result,) = roll(policy, [env], [seed], ddim_steps=2, eta=0.5, execution_horizon=3)
+        again, frames = record_episode(controller(policy, action_space=recorded.action_space), recorded, seed)
+        assert again == result == expected(seed)
+        assert [int(frame[0, 0, 0]) for frame in frames] == list(range(result.steps + 1))
+    assert len(env.log) == len(recorded.log)
+    for (_, one), (_, other) in zip(env.log, recorded.log, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_row_of_a_result_calls_its_return_return_and_gives_the_result_back():
+    row = {"seed": 3, "success": True, "score": 0.3, "return": 15.0, "steps": 5, "late_steps": 0, "attempts": 1}
+    assert expected(3).row() == row
+    again = EpisodeResult(seed=3, success=False, score=1 / 3, return_=-1e-17, steps=5, late_steps=2, attempts=3)
+    assert EpisodeResult.from_row(json.loads(json.dumps(again.row()))) == again
+    for name in row.keys() - {"late_steps"}:
+        with pytest.raises(KeyError, match=name):
+            EpisodeResult.from_row({key: value for key, value in row.items() if key != name})
+
+
+class Dictionary(Counter):
+    observation_space = gymnasium.spaces.Dict({"a": Counter.observation_space, "b": Counter.observation_space})
+
+
+def test_fitting_spaces_are_accepted():
+    check_spaces(CONFIG, Counter())
+    shapes = {"b": (3,), "a": (3,)}
+    check_spaces(dataclasses.replace(CONFIG, observation_shapes=shapes), Dictionary())
+
+
+@pytest.mark.parametrize(
+    ("change", "env", "message"),
+    [
+        ({"observation_shapes": {"state": (4,)}}, Counter(), r"observations state \(3,\) do not fit .* state \(4,\)"),
+        ({"observation_shapes": {"image": (3,)}}, Counter(), r"observations state \(3,\) do not fit .* image \(3,\)"),
+        ({}, Dictionary(), r"observations a \(3,\), b \(3,\) do not fit the policy's state \(3,\)"),
+        ({"action_dim": 3}, Counter(), r"actions have shape \(2,\), the policy's \(3,\): choose the env="),
+    ],
+)
+def test_spaces_that_do_not_fit_are_refused_naming_both_sides(change, env, message):
+    with pytest.raises(ValueError, match=message):
+        check_spaces(dataclasses.replace(CONFIG, **change), env)
+
+
+def test_a_chunk_takes_longer_with_more_denoising_steps(policy):
+    programs = [compile_sampler(policy, Sampler(ddim_steps=steps)) for steps in (1, 32)]
+    one, many = (chunk_latency(program, repeats=7) for program in programs)
+    for latency in (one, many):
+        assert 0 < latency["latency_ms_median"] <= latency["latency_ms_p90"]
+    assert many["latency_ms_median"] > 5 * one["latency_ms_median"]
+
+
+@pytest.mark.parametrize("warm_start", [None, 0.5])
+def test_latency_is_timed_over_so_many_calls_of_one_robot(policy, warm_start):
+    calls, program = [], compile_sampler(policy, Sampler(ddim_steps=3, eta=0.5, warm_start=warm_start))
+    runs = {name: getattr(program, name) for name in ("run", "warm_run")}
+
+    def counted(name):
+        return lambda *given: (calls.append((name, given)), runs[name](*given))[1]
+
+    chunk_latency(dataclasses.replace(program, **{name: counted(name) for name in runs}), repeats=4)
+    assert len(calls) > 4  # and some untimed before them
+    for name, (observations, *_) in calls:
+        assert observations["state"].shape == (1, 2, 3)
+        assert name == ("run" if warm_start is None else "warm_run")
+
+
+def test_threads_are_put_back_also_after_an_error():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), torch_threads(before + 1):  # noqa: PT012
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+def test_summary_figures():
+    results = [
+        EpisodeResult(seed=i, success=i < 45, score=1.0 if i < 45 else 0.5, return_=float(i), steps=10 + i)
+        for i in range(50)
+    ]
+    summary = summarize(results)
+    low, high = summary.pop("success_low"), summary.pop("success_high")
+    score_low, score_high = summary.pop("score_low"), summary.pop("score_high")
+    # One more observation at either bound, weights drawn uniformly (Learned-Miller and Thomas 2019), by hand.
+    draw = np.random.default_rng(0).dirichlet
+    lower = draw([1, 5, 45], 200_000) @ [0.0, 0.5, 1.0]
+    upper = draw([5, 46], 200_000) @ [0.5, 1.0]
+    by_hand = (np.quantile(lower, 0.025), np.quantile(upper, 0.975))
+    assert (score_low, score_high) == pytest.approx(by_hand, abs=0.005)
+    assert summary == {
+        "episodes": 50,
+        "successes": 45,
+        "success_rate": 0.9,
+        "score_mean": pytest.approx(0.95),
+        "return_mean": 24.5,
+        "steps_mean": 34.5,
+        "late_steps_mean": 0.0,
+    }
+    z, p, n = 1.959963984540054, 0.9, 50  # Wilson (1927), by hand
+    centre, half = (p + z * z / (2 * n)), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert (low, high) == pytest.approx(((centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)))
+    line = format_summary(summarize(results))
+    assert line == (
+        f"success 90% (45 of 50, 95 % 79% to 96%), score 0.950 ({score_low:.3f} to {score_high:.3f}),"
+        " return 24.5, 34 control steps"
+    )

@@ -1,0 +1,234 @@
+"""The ledger: what was written down stays, and nothing is counted twice."""
+
+import json
+import os
+import signal
+import time
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from policy.rollout.episodes import EpisodeResult
+from policy.rollout.ledger import Ledger, cell_id
+
+SETTINGS = {
+    "checkpoint": "0123456789abcdef",
+    "ddim_steps": 4,
+    "eta": 0.0,
+    "spacing": "trailing",
+    "clip": 1.0,
+    "execution_horizon": 8,
+    "env": {"name": "planar", "image_size": 96},
+}
+OTHER = {**SETTINGS, "ddim_steps": 8}
+
+
+def result(seed, **changes):
+    plain = EpisodeResult(seed=seed, success=seed % 2 == 0, score=1 / (seed + 3), return_=-0.1 * seed, steps=10 + seed)
+    return replace(plain, **changes)
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "episodes.jsonl"
+
+
+@pytest.fixture
+def written(file):
+    """Two cells; gives the file's lines."""
+    with Ledger(file) as ledger:
+        for given_settings in (SETTINGS, OTHER):
+            cell = ledger.introduce(given_settings)
+            for seed in (7, 8):
+                ledger.add(cell, result(seed))
+    return file.read_bytes().splitlines(keepends=True)
+
+
+def test_a_ledger_gives_back_what_was_added(file):
+    with Ledger(file) as ledger:
+        cell, other = ledger.introduce(SETTINGS), ledger.introduce(OTHER)
+        assert cell != other
+        assert ledger.missing(cell, range(3)) == [0, 1, 2]
+        for seed in (2, 0):
+            ledger.add(cell, result(seed, attempts=seed + 1))
+        ledger.add(other, result(0, score=0.5))
+        assert ledger.missing(cell, range(3)) == [1]
+    before = file.read_bytes()
+    with Ledger(file) as ledger:
+        assert [ledger.introduce(OTHER), ledger.introduce(SETTINGS)] == [other, cell]
+        assert ledger.missing(cell, [3, 2, 1, 0]) == [3, 1]
+        assert ledger.results(cell, [0, 2]) == [result(0), result(2, attempts=3)]
+        assert ledger.results(cell, [2]) == [result(2, attempts=3)]
+        assert ledger.results(other, [0]) == [result(0, score=0.5)]
+        assert file.read_bytes() == before  # nothing is rewritten
+        ledger.add(cell, result(1))
+    assert file.read_bytes().startswith(before)
+
+
+def test_every_result_is_on_disk_as_soon_as_it_was_added(file):
+    with Ledger(file) as ledger:
+        cell = ledger.introduce(SETTINGS)
+        for count in range(1, 4):
+            ledger.add(cell, result(count))
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            assert lines[0] == {"cell": cell, "settings": SETTINGS}
+            assert lines[1:] == [{"cell": cell, **result(seed).row()} for seed in range(1, count + 1)]
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    values=st.fixed_dictionaries(
+        {
+            "seed": st.integers(0, 2**63),
+            "success": st.booleans(),
+            "score": st.floats(0, 1),
+            "return_": st.floats(allow_nan=False),
+            "steps": st.integers(1, 10**6),
+            "late_steps": st.integers(0, 10**6),
+            "attempts": st.integers(1, 3),
+        }
+    )
+)
+def test_figures_come_back_to_the_last_bit(tmp_path_factory, values):
+    assert values.keys() == {field.name for field in fields(EpisodeResult)}
+    file, added = tmp_path_factory.mktemp("ledger") / "episodes.jsonl", EpisodeResult(**values)
+    with Ledger(file) as ledger:
+        ledger.add(ledger.introduce(SETTINGS), added)
+    with Ledger(file) as ledger:
+        (back,) = ledger.results(cell_id(SETTINGS), [added.seed])
+    assert back == added
+    assert str(back) == str(added)  # -0.0 is not 0.0
+
+
+def test_a_last_line_cut_anywhere_costs_its_own_episode_and_no_other(file, written):
+    before, last = b"".join(written[:-1]), written[-1]
+    for length in range(len(last)):
+        file.write_bytes(before + last[:length])
+        with Ledger(file) as ledger:
+            cell, other = ledger.introduce(SETTINGS), ledger.introduce(OTHER)
+            assert ledger.missing(other, [7, 8]) == [8]
+            assert ledger.results(cell, [7, 8]) == [result(7), result(8)]
+            assert ledger.results(other, [7]) == [result(7)]
+            ledger.add(other, result(8))
+        assert file.read_bytes() == before + last
+
+
+def test_a_ledger_cut_anywhere_can_be_completed(file, written):
+    """Also inside the lines that introduce a cell."""
+    whole = b"".join(written)
+    for length in range(0, len(whole), 3):
+        file.write_bytes(whole[:length])
+        with Ledger(file) as ledger:
+            for given_settings in (SETTINGS, OTHER):
+                cell = ledger.introduce(given_settings)
+                for seed in ledger.missing(cell, [7, 8]):
+                    ledger.add(cell, result(seed))
+        assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: line[:20] + b"\n",
+        lambda line: b"\n",
+        lambda line: b"\x00\xff\xfe" + line,
+        lambda line: b"[]\n",
+        lambda line: b"3\n",
+        lambda line: b"{}\n",
+        lambda line: line.replace(b'"score"', b'"skore"'),
+        lambda line: line.replace(b'"cell": "', b'"cell": ["').replace(b'", "seed"', b'"], "seed"'),
+        lambda line: line.replace(b'"seed": 7', b'"seed": {}'),
+    ],
+)
+def test_a_damaged_line_is_an_error_that_names_file_and_line(file, written, damage):
+    damaged = damage(written[1])
+    assert damaged != written[1]
+    file.write_bytes(b"".join([written[0], damaged, *written[2:]]))
+    content = file.read_bytes()
+    with pytest.raises(ValueError, match=rf"{file}, line 2 is damaged .*: remove the line, its episode is run again"):
+        Ledger(file)
+    assert file.read_bytes() == content
+    file.write_bytes(b"".join([written[0], *written[2:]]))  # as the message says; the lock is free
+    with Ledger(file) as ledger:
+        assert ledger.missing(ledger.introduce(SETTINGS), [7, 8]) == [7]
+
+
+def test_a_repeated_episode_is_an_error(file, written):
+    file.write_bytes(b"".join([*written, written[1]]))
+    with pytest.raises(
+        ValueError, match=rf"{file}, line 7 repeats the episode with seed 7 of cell {cell_id(SETTINGS)}"
+    ):
+        Ledger(file)
+    file.write_bytes(b"".join(written))
+    with Ledger(file) as ledger, pytest.raises(ValueError, match=r"seed 7 of cell .* was run twice"):
+        ledger.add(cell_id(SETTINGS), result(7))
+    assert file.read_bytes() == b"".join(written)
+
+
+def test_a_gap_is_an_error_that_says_where(file, written):
+    cell = cell_id(OTHER)
+    with Ledger(file) as ledger, pytest.raises(ValueError, match=rf"{file}: cell {cell} lacks 3 episodes.* seed 5"):
+        ledger.results(cell, [8, 5, 7, 6, 9])
+
+
+def test_a_file_that_cannot_be_opened_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=rf"cannot write {tmp_path} \(.*choose another output_dir="):
+        Ledger(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_second_process_is_refused_until_the_first_has_ended(file, written):
+    read, write = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        try:
+            with Ledger(file):
+                os.write(write, b"held")
+                time.sleep(60)
+        finally:
+            os._exit(1)
+    try:
+        assert os.read(read, 4) == b"held"
+        with pytest.raises(ValueError, match=rf"{file} is in use by another process: wait for it, or choose another"):
+            Ledger(file)
+        assert file.read_bytes() == b"".join(written)
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+    with Ledger(file) as ledger:
+        assert ledger.missing(cell_id(OTHER), [7, 8]) == []
+
+
+# --- cells -------------------------------------------------------------------------------------------------------
+
+values_of_settings = {
+    "checkpoint": st.text("0123456789abcdef", min_size=16, max_size=16),
+    "ddim_steps": st.integers(1, 1000),
+    "eta": st.floats(0, 1),
+    "spacing": st.sampled_from(["trailing", "leading", "linspace"]),
+    "clip": st.none() | st.floats(0.1, 10),
+    "execution_horizon": st.integers(1, 8),
+    "env": st.dictionaries(
+        st.text(min_size=1), st.text() | st.integers() | st.none() | st.lists(st.text(), max_size=2), max_size=3
+    ),
+}
+
+
+@settings(deadline=None, max_examples=60)
+@given(one=st.fixed_dictionaries(values_of_settings), other=st.fixed_dictionaries(values_of_settings), data=st.data())
+def test_a_cells_id_depends_on_each_setting_and_on_nothing_else(one, other, data):
+    shuffled = {name: one[name] for name in data.draw(st.permutations(list(one)))}
+    shuffled["env"] = dict(reversed(shuffled["env"].items()))
+    assert cell_id(shuffled) == cell_id(one)
+    assert cell_id(json.loads(json.dumps(one))) == cell_id(one)
+    for name in one:
+        changed = {**one, name: other[name]}
+        assert (cell_id(changed) == cell_id(one)) == (changed == one)
+
+
+def test_ids_of_recorded_cells_stay():
+    """Changing this would make every sweep on disk begin anew."""
+    assert cell_id(SETTINGS) == "774593c525c8"
+    assert cell_id({**SETTINGS, "env": {"image_size": 96, "name": "planar"}}) == cell_id(SETTINGS)

@@ -1,0 +1,198 @@
+"""The instrument as a whole: the sentence, the report in a browser, merging, and launchers that exist."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from policy.commands.sweep import _telling_seeds, answer_of
+from policy.rollout.episodes import EpisodeResult
+from policy.statistics import recommend
+
+CHROMIUM = shutil.which("chromium")
+
+
+def row(ddim_steps, success):
+    return {
+        "checkpoint": "c",
+        "ddim_steps": ddim_steps,
+        "eta": 0.0,
+        "spacing": "trailing",
+        "clip": 1.0,
+        "execution_horizon": 8,
+        "success_rate": success,
+        "success_low": success - 0.02,
+        "success_high": success + 0.02,
+        "latency_ms_median": 0.5 * ddim_steps,
+        "control_rate_hz": 1e3 * 8 / (0.5 * ddim_steps),
+    }
+
+
+def test_the_answer_names_the_cheapest_good_cell_with_its_latency_and_rate():
+    success = [[True] * 300 + [False] * 200, [True] * 480 + [False] * 20, [True] * 481 + [False] * 19]
+    rows = [row(1, 0.6), row(4, 0.96), row(16, 0.962)]
+    advice = recommend(success, [(r["ddim_steps"], r["latency_ms_median"]) for r in rows])
+    answer = answer_of(rows, advice)
+    assert answer.startswith("ddim_steps 4: the cheapest cell that is not worse than the best by 5 points (95 % sure)")
+    assert "Success 96% (94% to 98%), 2.0 ms a chunk: planning keeps pace up to 4000 Hz." in answer
+
+
+def test_too_few_episodes_give_no_recommendation_but_say_how_many_more_would():
+    success = [[True, False] * 10, [False, True] * 10]
+    answer = answer_of([row(1, 0.5), row(8, 0.5)], recommend(success, [1, 8]))
+    assert re.fullmatch(r"No recommendation yet: not enough episodes: about \d+ more would decide.*", answer)
+
+
+def test_episodes_that_tell_cells_apart_are_shown_first_and_failures_are_not_hidden():
+    def results(*solved):
+        return [EpisodeResult(seed=n, success=s, score=float(s), return_=0.0, steps=1) for n, s in enumerate(solved)]
+
+    cells = [results(True, False, False, True), results(True, False, True, True)]
+    assert _telling_seeds(cells, 3) == [2, 0, 1]
+    assert _telling_seeds(cells, 4) == [2, 0, 1, 3]
+    assert _telling_seeds(cells, 0) == []
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+
+@pytest.fixture(scope="module")
+def swept(planar_run, run_script, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("swept")
+    out = run_script(
+        "sweep",
+        f"checkpoint={planar_run}/checkpoint",
+        "ddim_steps=[1,4]",
+        "sampler.eta=[0.0,1.0]",
+        "episodes=12",
+        "videos=2",
+        f"output_dir={folder}",
+    ).stdout
+    return folder, out
+
+
+def test_the_report_is_one_file_that_needs_no_other(swept):
+    text = (swept[0] / "report.html").read_text()
+    page = Page(text)
+    assert page.links
+    assert all(link.startswith(("data:video/mp4;base64,", "#")) for link in page.links)
+    assert "url(http" not in text
+    assert page.tags.count("svg") == 2
+    assert page.tags.count("tr") == 5
+    assert 4 <= page.tags.count("video") <= 6  # two episodes at the cheapest, the recommended and the best cell
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    assert json.loads((swept[0] / "sweep.json").read_text())["answer"] in swept[1]
+
+
+def test_each_row_says_how_it_compares_with_the_best(swept):
+    rows = json.loads((swept[0] / "sweep.json").read_text())["cells"]
+    best = max(rows, key=lambda r: r["success_rate"])["success_rate"]
+    for cell in rows:
+        assert cell["difference"] == pytest.approx(cell["success_rate"] - best)
+        assert cell["difference_low"] <= cell["difference"] <= cell["difference_high"]
+        assert cell["not_worse"] in ("not worse", "worse", "open")
+        assert 0 <= cell["p_value"] <= 1
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium: apt-get install chromium")
+@pytest.mark.parametrize(("width", "scheme", "background"), [(1200, 1, "255, 255, 255"), (390, 0, "20, 24, 29")])
+def test_a_browser_shows_the_report_on_a_screen_and_on_a_phone_light_and_dark(
+    swept, tmp_path, width, scheme, background
+):
+    probe = """<script>window.onload = () => {
+      const video = document.querySelector("video");
+      const done = () => { document.title = JSON.stringify({
+        overflow: document.documentElement.scrollWidth - window.innerWidth, width: window.innerWidth,
+        background: getComputedStyle(document.body).backgroundColor, frames: video.videoWidth,
+        plots: [...document.querySelectorAll(".plot > div")].filter(e => getComputedStyle(e).display != "none").length,
+      }); };
+      video.readyState > 0 ? done() : video.onloadedmetadata = done;
+    };</script></body>"""
+    page = tmp_path / "page.html"
+    page.write_text((swept[0] / "report.html").read_text().replace("</body>", probe))
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--window-size={width},900",
+            f"--blink-settings=preferredColorScheme={scheme}",
+            "--virtual-time-budget=5000",
+            "--dump-dom",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    title = re.search(r"<title>(\{.*?\})</title>", done.stdout)
+    assert title, done.stdout[:300]
+    seen = json.loads(title[1])
+    assert seen["overflow"] <= 0  # wide tables scroll inside the page, not with it
+    assert seen["background"] == f"rgb({background})"
+    assert seen["plots"] == 1
+    assert seen["frames"] > 0
+
+
+def test_cells_that_ran_apart_are_merged_into_the_same_sweep(swept, planar_run, run_script, tmp_path):
+    for steps in (1, 4):
+        run_script(
+            "sweep",
+            f"checkpoint={planar_run}/checkpoint",
+            f"ddim_steps={steps}",
+            "sampler.eta=[0.0,1.0]",
+            "episodes=12",
+            "videos=0",
+            f"output_dir={tmp_path}/{steps}",
+        )
+    out = run_script("sweep", f"merge=[{tmp_path}/1,{tmp_path}/4]", f"output_dir={tmp_path}/all").stdout
+    assert "| ddim_steps |" in out
+    whole = episodes_of(swept[0])
+    assert episodes_of(tmp_path / "all") == whole
+    assert len(whole) == 48
+    twice = run_script("sweep", f"merge=[{tmp_path}/1,{tmp_path}/1]", f"output_dir={tmp_path}/x", check=2).stderr
+    assert "repeats the cell" in twice
+    other = run_script("sweep", f"merge=[{tmp_path}/none]", f"output_dir={tmp_path}/x", check=2).stderr
+    assert "holds no finished sweep" in other
+    both = run_script("sweep", f"merge=[{tmp_path}/1]", f"checkpoint={planar_run}/checkpoint", check=2).stderr
+    assert "leave checkpoint= out" in both
+
+
+def episodes_of(folder):
+    with (folder / "episodes.csv").open() as file:
+        return {tuple(episode.items()) for episode in csv.DictReader(file)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_launchers_that_exist_run_a_cell_a_job(launcher, planar_run, run_script, tmp_path):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher")
+    run_script(
+        "sweep",
+        "--multirun",
+        f"checkpoint={planar_run}/checkpoint",
+        "ddim_steps=1,4",
+        "episodes=6",
+        "videos=0",
+        "workers=1",
+        f"hydra/launcher={launcher}",
+        f"hydra.sweep.dir={tmp_path}",
+    )
+    run_script("sweep", f"merge=[{tmp_path}/0,{tmp_path}/1]", f"output_dir={tmp_path}/all")
+    rows = json.loads((tmp_path / "all" / "sweep.json").read_text())["cells"]
+    assert [cell["ddim_steps"] for cell in rows] == [1, 4]

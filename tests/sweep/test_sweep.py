@@ -1,0 +1,365 @@
+"""The sweep: cells that can be compared, and files that say the same."""
+
+import csv
+import dataclasses
+import itertools
+import json
+import math
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from envs.planar import PlanarEnv
+from policy import DiffusionPolicy, PolicyConfig, Sampler
+from policy.checkpoint import Checkpoint
+from policy.rollout.episodes import Cell, run_in_process, summarize
+from policy.rollout.ledger import cell_id
+from policy.statistics import wilson_interval
+from policy.sweep import grid as sweep
+from policy.sweep.grid import make_cells, row_of, varying
+from policy.sweep.table import COLUMNS, format_table, plot_rows, write_files
+
+SEEDS = range(70, 76)
+ENV = {"name": "planar"}
+
+
+def make_checkpoint(name, num_steps=20, execution_horizon=5, seed=0):
+    torch.manual_seed(seed)
+    policy = DiffusionPolicy(
+        PolicyConfig(
+            observation_shapes={"state": (4,)},
+            action_dim=2,
+            obs_size=16,
+            encoder={"name": "state", "hidden_size": 32},
+            denoiser={"name": "modulated_mlp", "hidden_size": 32, "num_layers": 1},
+            schedule={"num_steps": num_steps, "beta_schedule": "squaredcos_cap_v2"},
+        )
+    ).eval()
+    for parameter in policy.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return Checkpoint(
+        policy=policy,
+        env=ENV,
+        execution_horizon=execution_horizon,
+        training={},
+        path=Path("runs") / name,
+        digest=f"weights of {name}",
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoints():
+    return [make_checkpoint("a"), make_checkpoint("b", num_steps=10, execution_horizon=8, seed=1)]
+
+
+def cells_of(checkpoints, *, ddim_steps=4, sampler=None, controller=None, execution_horizon=None, env=ENV):
+    return make_cells(
+        checkpoints,
+        env,
+        ddim_steps=ddim_steps,
+        sampler=sampler or {},
+        controller=controller or {},
+        execution_horizon=execution_horizon,
+    )
+
+
+# --- cells -------------------------------------------------------------------------------------------------------
+
+
+def test_cells_are_every_combination_with_ddim_steps_changing_fastest(checkpoints):
+    steps, horizons, etas, spacings = [4, 1], [8, 2], [0.0, 0.5], ["leading", "trailing"]
+    cells = cells_of(
+        checkpoints, ddim_steps=steps, sampler={"eta": etas, "spacing": spacings}, execution_horizon=horizons
+    )
+    expected = [
+        Cell(policy=number, sampler=Sampler(ddim_steps=k, eta=eta, spacing=spacing), execution_horizon=horizon)
+        for number, horizon, eta, spacing, k in itertools.product(range(2), horizons, etas, spacings, steps)
+    ]
+    assert [cell.cell for cell in cells] == expected
+    assert [cell.checkpoint for cell in cells] == [checkpoints[cell.policy] for cell in expected]
+    assert len({cell_id(cell.settings) for cell in cells}) == 32
+
+
+def test_a_single_value_makes_a_single_cell_with_the_checkpoints_own_horizon(checkpoints):
+    cells = cells_of(checkpoints, sampler={"clip": None})
+    assert [cell.cell.execution_horizon for cell in cells] == [5, 8]
+    assert {cell.cell.sampler for cell in cells} == {Sampler(ddim_steps=4, clip=None)}
+
+
+def test_settings_say_the_weights_and_axes_their_folder(checkpoints):
+    (cell,) = cells_of(checkpoints[:1], sampler={"eta": 1}, env={"name": "planar", "image_size": 64})
+    shared = {"ddim_steps": 4, "eta": 1.0, "spacing": "trailing", "clip": 1.0, "execution_horizon": 5}
+    shared |= {"backend": "eager", "weights": "float32", "warm_start": None}
+    shared |= {"mode": "synchronous", "delay_steps": 0, "late": "hold", "candidates": 1}
+    assert cell.axes == {"checkpoint": "runs/a", **shared}
+    assert cell.settings == {
+        "checkpoint": "weights of a",
+        **shared,
+        "device": "cpu",
+        "env": {"name": "planar", "image_size": 64},
+    }
+    assert json.loads(json.dumps(cell.settings)) == cell.settings
+    moved = dataclasses.replace(cell, checkpoint=dataclasses.replace(cell.checkpoint, path=Path("elsewhere")))
+    assert cell_id(moved.settings) == cell_id(cell.settings)
+
+
+def test_numbers_that_are_written_differently_are_the_same_cell(checkpoints):
+    plain, written = (cells_of(checkpoints[:1], sampler={"eta": eta}) for eta in (0, "0.0"))
+    assert [cell_id(cell.settings) for cell in plain] == [cell_id(cell.settings) for cell in written]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ddim_steps": []}, "ddim_steps is empty: give one value or more"),
+        ({"ddim_steps": [1, 2, 1]}, r"ddim_steps must not repeat a value; got \[1, 2, 1\]"),
+        ({"ddim_steps": [1, 21]}, r"within 1\.\.20 .*got 21"),
+        ({"ddim_steps": 0}, "ddim_steps must be 1 or more; got 0"),
+        ({"ddim_steps": [4, -1]}, "got -1"),
+        ({"ddim_steps": [2.5]}, r"ddim_steps should be int; got 2\.5"),
+        ({"execution_horizon": [4, 9]}, r"execution_horizon must be within 1\.\.8; got 9"),
+        ({"execution_horizon": []}, "execution_horizon is empty"),
+        ({"sampler": {"eta": []}}, r"sampler\.eta is empty"),
+        ({"sampler": {"eta": [0, 2]}}, "eta must lie within 0.*2"),
+        ({"sampler": {"eta": ["a"]}}, r"sampler\.eta should be float; got 'a'"),
+        ({"sampler": {"eta": [[0.5]]}}, r"sampler\.eta should be float; got \[0\.5\]"),
+        ({"sampler": {"eta": [{}, {}]}}, r"sampler\.eta must not repeat a value; got \[\{\}, \{\}\]"),
+        ({"sampler": {"eta": [0, "0"]}}, "are the same cell: give each value and each policy once"),
+        ({"sampler": {"spacing": "even"}}, "trailing, leading, linspace"),
+        ({"sampler": {"clip": 0}}, r"sampler\.clip must be positive"),
+        ({"sampler": {"ddim_steps": 3}}, r"a sweep takes its steps from ddim_steps=\[...\]; got sampler\.ddim_steps=3"),
+        ({"sampler": {"spacng": "leading"}}, r"'spacng' \(did you mean 'spacing'\?\); allowed: clip, ddim_steps, eta"),
+    ],
+)
+def test_axes_that_make_no_sweep_are_refused(checkpoints, settings, message):
+    with pytest.raises(ValueError, match=message):
+        cells_of(checkpoints[:1], **settings)
+
+
+def test_every_checkpoint_must_be_able_to_run_each_cell(checkpoints):
+    with pytest.raises(ValueError, match=r"within 1\.\.10 .*got 16"):
+        cells_of(checkpoints, ddim_steps=[1, 16])
+
+
+def test_the_same_policy_twice_is_refused(checkpoints):
+    copy = dataclasses.replace(checkpoints[0], path=Path("runs/copy"))
+    with pytest.raises(ValueError, match=r"runs/a.* and .*runs/copy.* are the same cell"):
+        cells_of([*checkpoints, copy])
+    cells_of([*checkpoints, dataclasses.replace(copy, execution_horizon=7)])  # that acts differently
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def swept(checkpoints):
+    """Cells, and their results."""
+    cells = cells_of(checkpoints[:1], ddim_steps=[4, 1, 2], sampler={"eta": 0.5, "spacing": "linspace", "clip": 2.0})
+    tasks = list(itertools.product(range(3), SEEDS))
+    found = dict(run_in_process([checkpoints[0].policy], [PlanarEnv()], [cell.cell for cell in cells], tasks))
+    return cells, [[found[number, seed] for seed in SEEDS] for number in range(3)]
+
+
+@pytest.fixture(scope="module")
+def rows(swept):
+    return [{"cell": f"id {k}", **row_of(cell, results)} for k, (cell, results) in enumerate(zip(*swept, strict=True))]
+
+
+def test_a_row_holds_settings_figures_and_latency(swept, rows):
+    for cell, results, row in zip(*swept, rows, strict=True):
+        assert cell.axes.items() <= row.items()
+        assert summarize(results).items() <= row.items()
+        assert row["control_rate_hz"] == pytest.approx(5 / (row["latency_ms_median"] / 1000))
+    assert [row["ddim_steps"] for row in rows] == [4, 1, 2]
+    latency = {row["ddim_steps"]: row["latency_ms_median"] for row in rows}
+    assert 0 < latency[1] < latency[4]
+
+
+def test_latency_is_that_of_the_cells_sampler_and_policy(swept, monkeypatch):
+    cells, results = swept
+    seen = []
+    monkeypatch.setattr(
+        sweep, "chunk_latency", lambda program, candidates: seen.append(program) or {"latency_ms_median": 20.0}
+    )
+    assert row_of(cells[1], results[1])["control_rate_hz"] == 250.0  # five control steps in every 20 ms
+    assert [(p.config, p.sampler) for p in seen] == [(cells[1].checkpoint.policy.config, cells[1].cell.sampler)]
+
+
+def row(ddim_steps, successes=3, episodes=4, **changes):
+    low, high = wilson_interval(successes, episodes)
+    return {
+        "checkpoint": "runs/a",
+        "ddim_steps": ddim_steps,
+        "eta": 0.0,
+        "spacing": "trailing",
+        "clip": 1.0,
+        "execution_horizon": 8,
+        "episodes": episodes,
+        "successes": successes,
+        "success_rate": successes / episodes,
+        "success_low": low,
+        "success_high": high,
+        "score_mean": 0.5,
+        "score_low": 0.25,
+        "score_high": 0.75,
+        "return_mean": 1.5,
+        "steps_mean": 20.0,
+        "latency_ms_median": 0.5 * ddim_steps,
+        "latency_ms_p90": 0.6 * ddim_steps,
+        "control_rate_hz": 16000 / ddim_steps,
+        **changes,
+    }
+
+
+def four_series(successes=3):
+    return [
+        row(k, successes, eta=eta, execution_horizon=horizon, latency_ms_median=k * (1 + eta))
+        for horizon, eta, k in itertools.product([4, 8], [0.0, 1.0], [1, 2, 8])
+    ]
+
+
+def test_varying_axes_are_those_that_differ_ddim_steps_apart():
+    assert varying([row(1), row(2)]) == []
+    assert varying(four_series()) == ["eta", "execution_horizon"]
+    mixed = [row(1), row(1, checkpoint="b", clip=None, spacing="leading"), row(4, eta=1.0, execution_horizon=2)]
+    assert varying(mixed) == ["checkpoint", "eta", "spacing", "clip", "execution_horizon"]
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def episodes_of(swept):
+    return [{"cell": f"id {k}", **result.row()} for k, results in enumerate(swept[1]) for result in results]
+
+
+def test_csv_and_json_say_the_same(swept, rows, tmp_path):
+    rows = [*rows[:2], {**rows[2], "clip": None}]
+    episodes = episodes_of(swept)
+    files = write_files(tmp_path, rows, episodes, {"env": ENV})
+    assert [file.name for file in files] == ["sweep.csv", "episodes.csv", "sweep.json"]
+    document = json.loads((tmp_path / "sweep.json").read_text())
+    assert document == {"env": ENV, "cells": rows, "episodes": episodes}
+    for name, expected in (("sweep", rows), ("episodes", episodes)):
+        with (tmp_path / f"{name}.csv").open() as file:
+            table = list(csv.DictReader(file))
+        assert [list(line) for line in table] == [list(line) for line in expected]
+        assert table == [{k: "" if v is None else str(v) for k, v in line.items()} for line in expected]
+    assert [float(line["score"]) for line in table] == [line["score"] for line in episodes]
+    assert len(table) == 3 * len(SEEDS)
+    assert len({(line["cell"], line["seed"]) for line in table}) == len(table)
+    assert {line["cell"] for line in table} == {line["cell"] for line in document["cells"]}
+
+
+def parse(table):
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert all(line.startswith("| ") and line.endswith(" |") for line in table.splitlines())
+    assert len({len(line) for line in table.splitlines()}) == 1  # aligned
+    assert all(set(cell) == {"-", ":"} and cell.endswith(":") and len(cell) >= 2 for cell in lines[1])
+    return lines[0], lines[2:]
+
+
+def test_the_table_is_markdown_with_the_rows_figures(rows):
+    heads, body = parse(format_table(rows))
+    assert heads == [head for head, _ in COLUMNS.values()]
+    assert len(body) == len(rows)
+    for row, printed in zip(rows, body, strict=True):
+        shown = dict(zip(heads, printed, strict=True))
+        assert shown["ddim_steps"] == str(row["ddim_steps"])
+        assert shown["success"] == f"{100 * row['success_rate']:.0f}%"
+        assert float(shown["score"]) == pytest.approx(row["score_mean"], abs=5e-4)
+        assert printed[5:7] == [f"{row['score_low']:.3f}", f"{row['score_high']:.3f}"]
+        assert float(shown["ms a chunk"]) == pytest.approx(row["latency_ms_median"], abs=0.051)
+
+
+def test_the_table_begins_with_the_axes_that_vary():
+    heads, body = parse(format_table(four_series()))
+    assert heads[:4] == ["eta", "execution_horizon", "ddim_steps", "success"]
+    expected = [[str(eta), str(h), str(k)] for h, eta, k in itertools.product([4, 8], [0.0, 1.0], [1, 2, 8])]
+    assert [line[:3] for line in body] == expected
+    heads, body = parse(format_table([row(1, clip=None), row(1, checkpoint="b")]))
+    assert heads[:3] == ["checkpoint", "clip", "ddim_steps"]
+    assert [line[:2] for line in body] == [["runs/a", "None"], ["b", "1.0"]]
+
+
+SERIES = {
+    "one": [row(8), row(1, 1), row(2, 2)],
+    "one point": [row(4)],
+    "never": [row(1, 0), row(50, 0)],
+    "always": [row(1, 4), row(50, 4)],
+    "four": four_series(),
+    "four never": four_series(0),
+    "four always": four_series(4),
+}
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_the_pictures_show_something(tmp_path, name):
+    files = [tmp_path / "sweep.png", tmp_path / "sweep.svg"]
+    plot_rows(SERIES[name], files, title="planar")
+    pixels = np.asarray(Image.open(files[0]).convert("RGB"))
+    assert pixels.shape == (4 * 150, 9 * 150, 3)
+    for half in np.array_split(pixels, 2, axis=1):
+        coloured = np.ptp(half.astype(int), axis=2) > 60  # a curve, not the black and grey of axes and text
+        assert coloured.sum() > 150
+    root = ET.parse(files[1]).getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    colours = {
+        part.split(":")[1].strip()
+        for element in root.iter("{http://www.w3.org/2000/svg}path")
+        for part in element.get("style", "").split(";")
+        if part.strip().startswith("stroke:")
+    }
+    series = [colour for colour in colours if len(set(colour.strip("#")[i : i + 2] for i in (0, 2, 4))) > 1]
+    assert len(series) == (4 if name.startswith("four") else 1)
+
+
+def points_of(rows, tmp_path, monkeypatch):
+    """What is drawn, by series and picture: (x, success)."""
+    from matplotlib.axes import Axes
+
+    drawn, plain = {}, Axes.errorbar
+
+    def errorbar(axes, x, y, *, yerr, label, **settings):
+        assert np.min(yerr) >= 0
+        drawn.setdefault(label, []).append(
+            [(a, b, b - low, b + high) for a, b, low, high in zip(x, y, *yerr, strict=True)]
+        )
+        return plain(axes, x, y, yerr=yerr, label=label, **settings)
+
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    plot_rows(rows, [tmp_path / "sweep.svg"], title="planar")
+    return drawn
+
+
+def test_a_series_is_drawn_over_ddim_steps_and_over_latency(tmp_path, monkeypatch):
+    drawn = points_of(four_series(), tmp_path, monkeypatch)
+    assert list(drawn) == [f"eta {eta}, execution_horizon {h}" for h in (4, 8) for eta in (0.0, 1.0)]
+    low, high = (100 * end for end in wilson_interval(3, 4))
+    for name, (by_steps, by_latency) in drawn.items():
+        assert by_steps == [pytest.approx((k, 75, low, high)) for k in (1, 2, 8)]
+        factor = 2 if name.startswith("eta 1.0") else 1
+        assert by_latency == [pytest.approx((k * factor, 75, low, high)) for k in (1, 2, 8)]
+
+
+def test_a_single_series_is_in_the_order_of_its_steps(tmp_path, monkeypatch):
+    (name, (by_steps, _)), *others = points_of(SERIES["one"], tmp_path, monkeypatch).items()
+    assert (name, others) == ("success", [])
+    assert [point[:2] for point in by_steps] == [(1, 25), (2, 50), (8, 75)]
+
+
+def test_intervals_never_lie_on_the_wrong_side_of_their_rate():
+    """Rounding would: the picture's error bars must not be negative."""
+    for episodes in range(1, 300):
+        for successes in (0, episodes // 2, episodes):
+            one = row(1, successes, episodes)
+            assert one["success_low"] <= one["success_rate"] <= one["success_high"]
+            assert 100 * one["success_rate"] - 100 * one["success_low"] >= 0
+            assert 100 * one["success_high"] - 100 * one["success_rate"] >= 0
+
+
+def test_figures_are_finite(rows):
+    assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))

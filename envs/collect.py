@@ -11,11 +11,6 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.errors import choose
-from envs.metaworld import MetaWorldEnv, MetaWorldExpert
-from envs.metaworld_tasks import MetaWorldTasksEnv
-from envs.planar import PlanarExpert
-
 LOGGER = logging.getLogger(__name__)
 MAX_ATTEMPTS_PER_EPISODE = 10
 
@@ -29,16 +24,16 @@ class Expert(Protocol):
 
 
 @dataclass(frozen=True)
-class Episode:
-    """One demonstration of T control steps; arrays are read as in Minari.
+class RecordedEpisode:
+    """One demonstration of T control steps; the arrays are laid out as in Minari.
 
     Attributes:
         seed: ``env.reset(seed=seed)`` gives the initial state again.
-        observations: (T + 1, D) float32, the last one after the last action.
-        actions: (T, A) float32, the expert's own, also where noise was executed.
+        observations: (T + 1, D) float32; the last one was observed after the last action.
+        actions: (T, A) float32, the expert's own, also where noise was added to the executed ones.
         rewards: (T,) float32.
         terminations: (T,) bool.
-        truncations: (T,) bool; the last one is True where the demonstration was cut after its success.
+        truncations: (T,) bool; the last one is True if the demonstration was cut after its success.
         is_success: (T,) bool, success at each step; some tasks lose it again.
     """
 
@@ -55,34 +50,11 @@ class Episode:
         return len(self.actions)
 
 
+# The name under which `envs` exports it.
+Episode = RecordedEpisode
+
 ExpertFactory = Callable[[gymnasium.Env[Any, Any], int], Expert]
 """Builds the expert of one episode from the environment and the episode's seed."""
-
-
-def make_expert(name: str, env: gymnasium.Env[Any, Any], seed: int) -> Expert:
-    """Build the scripted expert of an environment, for one episode.
-
-    Args:
-        name: The name given to `envs.make`.
-        env: The environment made by it.
-        seed: Seed of the expert's own choices, in a stream apart from the environment's.
-
-    Raises:
-        ValueError: If the environment has no scripted expert: its demonstrations must come from a dataset.
-    """
-    if name in ("pusht", "gym"):
-        raise ValueError(
-            f"{name!r} has no scripted expert; its demonstrations must come from a dataset. Experts: metaworld,"
-            " metaworld_tasks, planar."
-        )
-    if choose("expert", name, ("metaworld", "metaworld_tasks", "planar")) == "planar":
-        return PlanarExpert(seed)
-    base = env.unwrapped
-    if isinstance(base, MetaWorldTasksEnv):
-        return MetaWorldExpert(base.task_of(seed))
-    if not isinstance(base, MetaWorldEnv):
-        raise ValueError(f"The 'metaworld' expert needs a Meta-World environment, got {type(base).__name__}.")
-    return MetaWorldExpert(base.task)
 
 
 def collect_episodes(
@@ -93,23 +65,23 @@ def collect_episodes(
     seed: int,
     noise: float = 0.0,
     linger_steps: int = 10,
-) -> Iterator[Episode]:
-    """Yield successful demonstrations; failed attempts are skipped and counted in the log.
+) -> Iterator[RecordedEpisode]:
+    """Yield successful demonstrations; failed attempts are skipped and logged.
 
-    Attempt i is played with seed ``seed + i``, so the result depends on the arguments alone.
+    Attempt i uses the seed ``seed + i``, so the result depends on the arguments alone.
 
     Args:
         env: Environment to act in.
         expert_factory: Called as ``expert_factory(env, episode_seed)`` before each attempt.
         episodes: Number of demonstrations to yield, at least 1.
         seed: Seed of the first attempt, at least 0.
-        noise: Standard deviation of Gaussian noise on the executed action, as a part of half the action
-            range. It widens the visited states; what is recorded is the expert's own action.
-        linger_steps: Control steps recorded after the first success. Short, because an idle tail teaches
-            nothing.
+        noise: Standard deviation of Gaussian noise on the executed action, as a fraction of half the action range.
+            The noise widens the set of visited states; the recorded actions are the expert's own, without noise.
+        linger_steps: Control steps recorded after the first success. The number is small, because a policy learns
+            nothing from an idle tail.
 
     Yields:
-        One `Episode` per success.
+        One `RecordedEpisode` per success.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -133,7 +105,7 @@ def _collect(
     seed: int,
     noise: float,
     linger_steps: int,
-) -> Iterator[Episode]:
+) -> Iterator[RecordedEpisode]:
     collected = 0
     attempts = episodes * MAX_ATTEMPTS_PER_EPISODE
     for attempt in range(attempts):
@@ -154,8 +126,8 @@ def _collect(
     )
 
 
-def _play(env: gymnasium.Env[Any, Any], expert: Expert, seed: int, noise: float, linger_steps: int) -> Episode:
-    """Play one attempt until ``linger_steps`` after its first success, or to its end."""
+def _play(env: gymnasium.Env[Any, Any], expert: Expert, seed: int, noise: float, linger_steps: int) -> RecordedEpisode:
+    """Play one attempt until ``linger_steps`` control steps after its first success, or to its end."""
     space = env.action_space
     assert isinstance(space, gymnasium.spaces.Box)
     noise_scale = noise * (space.high - space.low) / 2.0
@@ -179,7 +151,7 @@ def _play(env: gymnasium.Env[Any, Any], expert: Expert, seed: int, noise: float,
         cut = any(successes) and remaining == 0
         truncations.append(truncated or (cut and not terminated))
         done = terminated or truncated or cut
-    return Episode(
+    return RecordedEpisode(
         seed=seed,
         observations=np.asarray(observations, dtype=np.float32),
         actions=np.asarray(actions, dtype=np.float32),

@@ -1,4 +1,4 @@
-"""Errors that end in a remedy: what came, what is allowed, what to do next."""
+"""Errors that name the given value, the allowed ones and the next step."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import importlib
 from collections.abc import Iterable
 from types import ModuleType
 
-import numpy as np
-from numpy.typing import ArrayLike
-
 _SYSTEM_PACKAGES = {
     "libGL.so": "libgl1",
     "libEGL": "libegl1",
-    "eglQueryString": "libegl1",  # PyOpenGL's words for a missing libEGL
-    "glGetError": "libosmesa6",  # and for a missing libOSMesa
+    "eglQueryString": "libegl1",  # PyOpenGL complains of this name if libEGL is missing
+    "glGetError": "libosmesa6",  # and of this one if libOSMesa is missing
     "libgthread": "libglib2.0-0",
 }
 
@@ -34,36 +31,27 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
-def choose(kind: str, word: str, allowed: Iterable[str]) -> str:
+def choose(kind: str, word: str, allowed: Iterable[str], *, hint: str = "") -> str:
     """Return ``word`` if it is one of ``allowed``.
 
     Args:
         kind: What the word names, as it should read in the message ("environment", "task").
-        word: What the caller asked for.
+        word: The word that was given.
         allowed: Every accepted word.
+        hint: Appended to the message.
 
     Raises:
-        ValueError: Naming what came, the nearest match and everything that is allowed.
+        ValueError: If it is not; the message names the word, the nearest match and every accepted word.
     """
     options = sorted(allowed)
     if word in options:
         return word
     listed = ", ".join(options) or "none"
-    raise ValueError(f"Unknown {kind} {word!r}.{nearest(word, options)} Allowed: {listed}.")
-
-
-def check_action(action: ArrayLike, size: int) -> None:
-    """Refuse an action that a physics engine would turn into nonsense without a word.
-
-    Raises:
-        ValueError: If ``action`` is not ``size`` finite numbers.
-    """
-    if np.shape(action) != (size,) or not np.isfinite(action).all():
-        raise ValueError(f"An action is {size} finite numbers, shape ({size},); got {action!r}.")
+    raise ValueError(f"Unknown {kind} {word!r}.{nearest(word, options)} Allowed: {listed}.{hint}")
 
 
 def system_package(error: BaseException) -> str | None:
-    """Return the Debian package whose absence ``error`` complains about, if it is a known one."""
+    """Return the Debian package that is missing according to ``error``, or None if it is not a known one."""
     return next((package for sign, package in _SYSTEM_PACKAGES.items() if sign in str(error)), None)
 
 
@@ -72,18 +60,19 @@ def import_extra(module: str, *, title: str, extra: str) -> ModuleType:
 
     Args:
         module: Top-level module to import, such as ``"metaworld"``.
-        title: Its name as people write it, such as ``"Meta-World"``.
-        extra: The extra of this package that installs it.
+        title: The simulator's name in messages, such as ``"Meta-World"``.
+        extra: The extra of this package that installs the simulator.
 
     Returns:
         The imported module.
 
     Raises:
-        MissingExtraError: With the command that installs the extra or the system library.
+        MissingExtraError: If it cannot be imported; the message ends in the command that installs the extra or the
+            system library.
     """
     try:
         return importlib.import_module(module)
-    # A missing libEGL surfaces as an AttributeError inside PyOpenGL, hence not only ImportError.
+    # Not ImportError alone: if libEGL is missing, PyOpenGL raises an AttributeError.
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         if "MUJOCO_GL" in str(error):
             raise MissingExtraError(f"{title} cannot be imported ({error}); set it to egl, or unset it") from error

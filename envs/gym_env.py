@@ -1,4 +1,4 @@
-"""Any registered Gymnasium environment with continuous actions, under this library's idea of success and of spaces."""
+"""Any registered Gymnasium environment with continuous actions, with plain spaces and a rule of success."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from envs.errors import import_extra, nearest
 from envs.rendering import rendering_errors, require_rgb_array
 from envs.spaces import Observation, plain_actions, plain_observations
 
-# Of an environment that does not say: common for robot arms, and only the speed of videos depends on it.
+# The control rate of an environment that does not state one. It is common for robot arms, and only the speed of videos
+# depends on it.
 DEFAULT_CONTROL_HZ = 10.0
 
 
@@ -26,7 +27,7 @@ class Package(NamedTuple):
     module: str
     title: str
     extra: str
-    ids: str  # pattern of how its ids start
+    ids: str  # regular expression that the beginnings of its ids match
 
 
 PACKAGES = (
@@ -42,14 +43,14 @@ PACKAGES = (
 
 
 class Outcome(NamedTuple):
-    """What one control step says about the episode."""
+    """Success and score of an episode after a control step."""
 
     is_success: bool
     score: float
 
 
-class Progress(NamedTuple):
-    """What is known of an episode after a control step."""
+class EpisodeState(NamedTuple):
+    """The facts about an episode after a control step, from which success is judged."""
 
     info: dict[str, Any]
     terminated: bool
@@ -57,13 +58,13 @@ class Progress(NamedTuple):
     total: float  # sum of rewards so far
 
 
-SuccessRule = Callable[[Progress], Outcome]
+SuccessRule = Callable[[EpisodeState], Outcome]
 
 
 class GymEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
     """A Gymnasium environment with plain spaces (`envs.spaces`), and ``is_success`` and ``score`` in every info.
 
-    Resets are as reproducible as the wrapped environment's own ``reset(seed=...)``.
+    Its resets are as reproducible as the wrapped environment's own ``reset(seed=...)``.
     """
 
     def __init__(
@@ -79,10 +80,10 @@ class GymEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
 
         Args:
             env: The simulator.
-            rule: How success is read, see `parse_success`.
-            observation_keys: Those of a Dict observation to keep, by default all.
-            image_size: Height and width to which images are resized, by default none are.
-            control_hz: Control steps per second, by default what ``env`` tells.
+            rule: The rule of success, see `parse_success`.
+            observation_keys: Keys of a Dict observation to keep, by default all.
+            image_size: Height and width to which images are resized; by default they keep their size.
+            control_hz: Control steps per second, by default the rate that ``env`` states.
 
         Raises:
             ValueError: If its spaces do not fit.
@@ -108,28 +109,29 @@ class GymEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
             The first observation, and info with ``is_success`` False and the current ``score``.
 
         Raises:
-            ValueError: If the simulator returns an observation of another shape than it declares.
+            ValueError: If the observation does not have the shape that the simulator declares.
         """
         observation, info = self.env.reset(seed=seed, options=options)
         self._return = 0.0
-        score = self._rule(Progress(info, False, False, 0.0)).score
+        score = self._rule(EpisodeState(info, False, False, 0.0)).score
         return observation, {**info, "is_success": False, "score": score}
 
     def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Advance by one control step.
 
         Args:
-            action: Finite numbers (A,); the simulator gets them within its bounds, in its own shape and dtype.
+            action: Finite numbers (A,). They are clipped to the simulator's bounds and converted to its own shape and
+                dtype.
 
         Returns:
             Observation, reward, terminated, truncated and info.
 
         Raises:
-            ValueError: If the action is not A finite numbers, or an observation has another shape than declared.
+            ValueError: If the action is not A finite numbers, or the observation does not have the declared shape.
         """
         observation, reward, terminated, truncated, info = self.env.step(action)
         self._return += float(reward)
-        outcome = self._rule(Progress(info, bool(terminated), bool(truncated), self._return))
+        outcome = self._rule(EpisodeState(info, bool(terminated), bool(truncated), self._return))
         return observation, float(reward), bool(terminated), bool(truncated), {**info, **outcome._asdict()}
 
     def render(self) -> Any:
@@ -160,21 +162,21 @@ def make_gym(
             Meta-World need no module.
         render_mode: ``None`` or ``"rgb_array"``.
         kwargs: Passed on to the environment.
-        observation_keys: Those of a Dict observation to keep, by default all, see `envs.spaces.plain_observations`.
-        image_size: Height and width to which images are resized, as ``dataset.image_size`` does with those of
-            demonstrations; by default none are.
-        success: How success is read, see `parse_success`.
+        observation_keys: Keys of a Dict observation to keep, by default all; see `envs.spaces.plain_observations`.
+        image_size: Height and width to which images are resized, as ``dataset.image_size`` resizes those of
+            demonstrations; by default they keep their size.
+        success: The rule of success, see `parse_success`.
         control_hz: Control steps per second; by default 1 / ``env.dt``, or else
             ``metadata["render_fps"]``, or else 10. Only videos depend on it.
 
     Raises:
-        MissingExtraError: If the id belongs to one of these packages and it is not installed.
+        MissingExtraError: If the id belongs to one of these packages and the package is not installed.
         ValueError: If the id is not registered, a space does not fit, or the rule of success is malformed.
     """
     rule = parse_success(success)
     _require_registered(id)
     try:
-        # An environment that draws nothing need not know the argument.
+        # Some environments cannot draw and do not take the argument.
         drawing: dict[str, Any] = {"render_mode": render_mode} if render_mode else {}
         env: gymnasium.Env[Any, Any] = gymnasium.make(id, disable_env_checker=True, **drawing, **(kwargs or {}))
     except TypeError as error:
@@ -192,8 +194,8 @@ def parse_success(text: str) -> SuccessRule:
 
     Args:
         text: ``"info:KEY"`` (success is ``info[KEY]``; ``info:is_success`` also accepts the key ``success``),
-            ``"termination"`` (reaching a terminal state is success) or ``"return>=NUMBER"`` (the sum of
-            rewards, judged when the episode ends).
+            ``"termination"`` (reaching a terminal state is success) or ``"return>=NUMBER"`` (the sum of rewards
+            at the end of the episode decides).
 
     Returns:
         The rule. Its score is the return so far / NUMBER, clipped to [0, 1], for a positive NUMBER, and
@@ -203,13 +205,13 @@ def parse_success(text: str) -> SuccessRule:
         ValueError: If the text is none of these.
     """
     if text == "termination":
-        return lambda progress: Outcome(progress.terminated, float(progress.terminated))
+        return lambda state: Outcome(state.terminated, float(state.terminated))
     if match := re.fullmatch(r"info:(\w+)", text):
         keys = ("is_success", "success") if match[1] == "is_success" else (match[1],)
-        return lambda progress: _outcome_from_info(progress.info, keys)
+        return lambda state: _outcome_from_info(state.info, keys)
     if match := re.fullmatch(r"return>=(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text):
         threshold = float(match[1])
-        return lambda progress: _outcome_from_return(progress, threshold)
+        return lambda state: _outcome_from_return(state, threshold)
     raise ValueError(
         f"success={text!r} is not understood; allowed: 'info:KEY', 'termination' or 'return>=NUMBER', without spaces."
     )
@@ -220,15 +222,15 @@ def _outcome_from_info(info: dict[str, Any], keys: tuple[str, ...]) -> Outcome:
     return Outcome(is_success, float(is_success))
 
 
-def _outcome_from_return(progress: Progress, threshold: float) -> Outcome:
-    # Judged at the end only: a return can fall again, and one that must stay above -200 starts at 0.
-    is_success = (progress.terminated or progress.truncated) and progress.total >= threshold
-    score = min(max(progress.total / threshold, 0.0), 1.0) if threshold > 0 else float(is_success)
+def _outcome_from_return(state: EpisodeState, threshold: float) -> Outcome:
+    # Success is judged at the end only: a return can fall again, and one that must stay above -200 starts at 0.
+    is_success = (state.terminated or state.truncated) and state.total >= threshold
+    score = min(max(state.total / threshold, 0.0), 1.0) if threshold > 0 else float(is_success)
     return Outcome(is_success, score)
 
 
 def _require_registered(id: str) -> None:
-    """Look an id up, after importing the module that registers it: the named one, or the one known for such ids.
+    """Look an id up, after importing the module that registers it: the one in the id, or the package known for it.
 
     Raises:
         MissingExtraError: If a known package is needed and not installed.
@@ -255,7 +257,7 @@ def _require_registered(id: str) -> None:
 
 
 def _control_hz(env: gymnasium.Env[Any, Any]) -> float:
-    """Return the control rate: 1 / dt where the simulator tells it, else what its metadata claims."""
+    """Return the control rate: 1 / dt if the simulator has a dt, else the rate that its metadata states."""
     dt = getattr(env.unwrapped, "dt", None)
     if isinstance(dt, int | float) and dt > 0:
         return 1.0 / dt

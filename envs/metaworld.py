@@ -1,4 +1,4 @@
-"""Meta-World's fifty manipulation tasks, with seeds that mean something, and their scripted experts."""
+"""Meta-World's fifty manipulation tasks, each reset reproducible from its seed, and their scripted experts."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.errors import check_action, choose, import_extra
+from envs.errors import choose, import_extra
 from envs.rendering import rendering_errors, require_rgb_array
+from envs.spaces import check_action
 
 OBSERVATION_DIM = 39
 FEATURES_DIM = 30
 ACTION_DIM = 4
 MAX_REWARD = 10.0
 OBSERVATIONS = ("state", "features")
-# Grasps are decided within a few centimetres, of a workspace of a metre.
+# Metres. A few centimetres decide whether a grasp succeeds, and the workspace is about a metre wide.
 NEAR = 0.05
 
 
 class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
     """One Meta-World task with an observable goal, as in the MT1 benchmark.
 
-    Observation: (39,) float32: hand xyz, gripper opening, object poses (14 numbers), the same of the step
-    before, and the goal's xyz. With ``observation="features"`` it is (69,): these, then `metaworld_features`.
+    Observation: (39,) float32: hand xyz, gripper opening, object poses (14 numbers), the same numbers of the previous
+    step, and the goal's xyz. With ``observation="features"`` it is (69,): these, then `metaworld_features`.
     Action: (4,) float32 in [-1, 1]: hand displacement (1 = 1 cm per control step) and gripper effort.
 
-    Upstream ignores ``reset(seed=...)`` and cycles through 50 frozen goals. Here the seed makes the generator
-    that draws the goal and the initial poses from the task's own randomisation space, so there are as many
-    goals as seeds. Tests hold that nothing of earlier episodes leaks into an episode, in all 50 tasks.
+    Upstream ignores ``reset(seed=...)`` and cycles through 50 frozen goals. Here the seed creates the generator that
+    draws the goal and the initial poses from the task's own randomisation space, so every seed has a goal of its own.
+    Tests hold for all 50 tasks that an episode does not depend on earlier ones.
 
     ``info["is_success"]`` is the task's own criterion at that step; success does not terminate the episode,
     and many tasks lose it again. ``info["score"]`` is 1 at success, else ``clip(reward / 10, 0, 1)``, and 0 at
-    reset, where no reward exists yet. Truncated after 500 steps (80 Hz).
+    reset, when there is no reward yet. An episode is truncated after 500 steps (80 Hz).
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 80}  # noqa: RUF012
@@ -53,7 +54,7 @@ class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
 
         Args:
             task: One of the 50 task names, such as ``"pick-place-v3"``.
-            observation: ``"state"``, or ``"features"``: the state and where its parts are from each other.
+            observation: ``"state"``, or ``"features"``: the state and the relative positions of its parts.
             render_mode: ``None`` or ``"rgb_array"``.
             camera: Camera that `render` looks through.
             image_size: Height and width of a frame, in pixels.
@@ -94,8 +95,8 @@ class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         super().reset(seed=seed)
         simulator = self._simulator
         simulator.np_random = self.np_random
-        # As upstream makes its goals: draw one, freeze it, reset. Upstream's reset() builds the scene twice, and some
-        # tasks read in the second pass what the first has placed: both have to see the same draw.
+        # This is how upstream makes its goals: it draws one, freezes it and resets. Upstream's reset() builds the scene
+        # twice, and the second pass of some tasks reads positions set by the first: both must use the same draw.
         simulator._freeze_rand_vec = False
         simulator.reset_model()
         simulator._freeze_rand_vec = True
@@ -117,9 +118,13 @@ class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         check_action(action, ACTION_DIM)
         observation, reward, terminated, truncated, info = self._simulator.step(action)
         info["is_success"] = bool(info["success"])
-        # Some tasks count as solved well before their reward is full.
+        # Some tasks count as solved well before their reward reaches its maximum.
         info["score"] = 1.0 if info["is_success"] else min(max(float(reward) / MAX_REWARD, 0.0), 1.0)
         return self._observed(observation), float(reward), terminated, truncated, info
+
+    def task_of(self, seed: int) -> str:
+        """The task that an episode of this seed plays, as in `envs.metaworld_tasks`."""
+        return self.task
 
     def _observed(self, state: NDArray[np.float64]) -> NDArray[np.float32]:
         parts = [state, metaworld_features(state)] if self.observation == "features" else [state]
@@ -135,7 +140,7 @@ class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         with rendering_errors():
             if self._renderer is None:
                 self._renderer = _fast_renderer(self._simulator.model, self.image_size)
-                # Closed before the interpreter tears OpenGL down, also where nobody calls close().
+                # Closes the renderer before the interpreter tears OpenGL down, even if nobody calls close().
                 self._finalizer = weakref.finalize(self, self._renderer.close)
             self._renderer.update_scene(self._simulator.data, camera=self.camera)
             frame = self._renderer.render()
@@ -149,13 +154,13 @@ class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
 
 
 def metaworld_features(state: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-    """Where hand, both objects and goal are from each other, in metres and magnified near zero.
+    """Relative positions of hand, both objects and goal, in metres and magnified near zero.
 
     Args:
         state: (39,) a Meta-World observation.
 
     Returns:
-        (30,) five differences d of positions, each xyz, then tanh(d / 5 cm) of them all.
+        (30,) five differences d of positions, each xyz, then tanh(d / 5 cm) of all of them.
     """
     hand, first, second, goal = state[:3], state[4:7], state[11:14], state[36:39]
     differences = np.concatenate([first - hand, second - hand, goal - hand, goal - first, second - first])
@@ -178,12 +183,24 @@ class MetaWorldExpert:
         self._policy = policy_class()
 
     def __call__(self, observation: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Map an observation, of which it reads the state (39,), to an action (4,) float32 in [-1, 1]."""
+        """Map an observation, whose first 39 numbers are the state, to an action (4,) float32 in [-1, 1]."""
         with warnings.catch_warnings():
-            # "Constant(s) may be too high. Environments clip response": clipping is what happens here.
+            # "Constant(s) may be too high. Environments clip response": the action is clipped below.
             warnings.simplefilter("ignore")
             action = self._policy.get_action(observation[:OBSERVATION_DIM].astype(np.float64))
         return np.clip(action, -1.0, 1.0).astype(np.float32)
+
+
+def make_metaworld_expert(env: gymnasium.Env[Any, Any], seed: int) -> MetaWorldExpert:
+    """Build the expert of one episode of either Meta-World family; see `envs.make_expert`.
+
+    Raises:
+        ValueError: If the environment is not one of Meta-World.
+    """
+    base: Any = env.unwrapped
+    if not hasattr(base, "task_of"):
+        raise ValueError(f"The 'metaworld' expert needs a Meta-World environment, got {type(base).__name__}.")
+    return MetaWorldExpert(base.task_of(seed))
 
 
 def _observable_task(task_class: Any) -> Any:
@@ -197,10 +214,13 @@ def _observable_task(task_class: Any) -> Any:
 
 
 def _fast_renderer(model: Any, image_size: int) -> Any:
-    """Build an offscreen renderer without what makes software rendering ten times slower."""
+    """Build an offscreen renderer without antialiasing, shadows and reflections.
+
+    With them, software rendering is ten times slower.
+    """
     import mujoco
 
-    # A renderer that could not be built complains when it is collected, for want of these attributes.
+    # If a renderer cannot be built, its finalizer fails because these attributes do not exist.
     for owner, name in (
         (mujoco.Renderer, "_gl_context"),
         (mujoco.Renderer, "_mjr_context"),

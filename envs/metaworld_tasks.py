@@ -1,4 +1,4 @@
-"""Several Meta-World tasks in one environment, for one policy that is told which task it is in."""
+"""Several Meta-World tasks in one environment, for one policy that observes which task it is in."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ MT10 = (
 
 
 class MetaWorldTasksEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
-    """Several Meta-World tasks; an episode's seed says which one it plays.
+    """Several Meta-World tasks; an episode's seed selects its task.
 
-    Seed s is an episode of task ``s % len(tasks)``: the same episode as ``MetaWorldEnv(task).reset(seed=s)``, and as
-    many consecutive seeds as there are tasks play each of them once. The observation is the task's own, followed by
-    a one-hot vector of its place in ``tasks``. Action, info, truncation and rate are those of `MetaWorldEnv`.
+    Seed s is an episode of task ``s % len(tasks)``, the same one as ``MetaWorldEnv(task).reset(seed=s)``; any
+    ``len(tasks)`` consecutive seeds play each task once. The observation is the task's own, followed by a one-hot
+    vector of the task's index in ``tasks``. Action, info, truncation and rate are those of `MetaWorldEnv`.
     """
 
     metadata = MetaWorldEnv.metadata
@@ -104,7 +104,7 @@ class MetaWorldTasksEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]])
         return self._observed(observation), reward, terminated, truncated, info
 
     def render(self) -> NDArray[np.uint8]:
-        """Draw the scene of the task at hand, see `MetaWorldEnv.render`."""
+        """Draw the scene of the current task, see `MetaWorldEnv.render`."""
         return self._envs[self._current].render()
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """Planar: pass a round obstacle on the left or on the right, both equally good.
 
-A test bed for multimodality that trains in seconds. The demonstrations split evenly between the two sides,
-and the mean of the two ways runs straight into the obstacle: a policy that averages fails, one that samples
-does not.
+It is a test bed for multimodality on which a policy trains in seconds. The demonstrations split evenly between the
+two sides, and the mean of the two paths runs straight into the obstacle: a policy that averages fails, and a policy
+that samples succeeds.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.errors import check_action
 from envs.rendering import require_rgb_array
+from envs.spaces import check_action
 
 MAX_STEPS = 80
 CONTROL_HZ = 10
@@ -23,8 +23,8 @@ AGENT_RADIUS = 0.05
 OBSTACLE_RADIUS = 0.3  # centred at the origin
 GOAL_RADIUS = 0.08
 START_Y, GOAL_Y = -0.8, 0.8
-# Half widths of the boxes that start and goal are drawn from. The start's is narrow: further off the axis of
-# symmetry, an averaging policy could tell a nearer side and take it.
+# Half widths of the boxes from which start and goal are drawn. The start's is narrow: further off the axis of symmetry
+# one side would be nearer, and an averaging policy could take that side.
 SPREAD = np.array([[0.02, 0.1], [0.1, 0.1]])
 PASSING_X = 0.55  # where the expert passes the obstacle
 
@@ -36,9 +36,9 @@ class PlanarEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
 
     Observation: (4,) float32 in [-1, 1]: agent xy, goal xy. Action: (2,) float32 in [-1, 1]: velocity,
     where 1 covers 0.04 in a control step (10 Hz); components outside are clipped. Reaching the goal
-    terminates with success, touching the obstacle terminates without. ``info["score"]`` is 1 on success,
-    else the part of the initial distance to the goal covered so far. The reward is 1 on success and 0
-    otherwise. Truncated after 80 steps; the expert needs about 45.
+    terminates the episode with success, touching the obstacle terminates it without. ``info["score"]`` is 1 on
+    success, else the fraction of the initial distance to the goal covered so far. The reward is 1 on success and 0
+    otherwise. An episode is truncated after 80 steps; the expert needs about 45.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}  # noqa: RUF012
@@ -64,7 +64,7 @@ class PlanarEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         """Draw a start and a goal, both centred on the axis of symmetry.
 
         Args:
-            seed: Seed of this episode, or None to draw from ``np_random`` as it stands.
+            seed: Seed of this episode, or None to go on with the current ``np_random``.
             options: Ignored.
 
         Returns:
@@ -132,11 +132,11 @@ class PlanarExpert:
     """Drives past the obstacle on a side drawn once per episode, then straight to the goal."""
 
     def __init__(self, seed: int) -> None:
-        """Choose the side.
+        """Draw the side.
 
         Args:
-            seed: Seed of this expert. Its stream is unrelated to that of an environment with the same seed,
-                so the side says nothing about the start.
+            seed: Seed of this expert. Its random stream is independent of an environment's with the same seed, so the
+                side does not depend on the start.
         """
         self.side = float(np.random.default_rng([seed, 0x51DE]).choice([-1.0, 1.0]))
 
@@ -146,3 +146,8 @@ class PlanarExpert:
         target = goal if agent[1] >= 0.0 else np.array([self.side * PASSING_X, 0.05])
         displacement = (target - agent) / STEP_LENGTH
         return (displacement / max(1.0, float(np.hypot(*displacement)))).astype(np.float32)
+
+
+def make_planar_expert(env: gymnasium.Env[Any, Any], seed: int) -> PlanarExpert:
+    """Build the expert of one episode; see `envs.make_expert`."""
+    return PlanarExpert(seed)

@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from envs.errors import MissingExtraError, check_action, choose, import_extra
+from envs.errors import MissingExtraError, choose, import_extra
 from envs.pusht_geometry import (
     FEATURE_DIM,
     KEYPOINT_DIM,
@@ -20,11 +20,11 @@ from envs.pusht_geometry import (
     pusht_state_features,
 )
 from envs.rendering import rendering_errors, require_rgb_array
-from envs.spaces import Observation
+from envs.spaces import Observation, check_action
 
 MAX_STEPS = 300
 SUCCESS_COVERAGE = 0.95
-PICTURE_SIZE = 96  # of an observed picture, as in the public demonstrations
+PICTURE_SIZE = 96  # height and width of an observed picture, as in the public demonstrations
 
 
 class PushTEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
@@ -33,9 +33,9 @@ class PushTEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     Observation: ``"features"`` is (40,) float32, see `pusht_features`. ``"keypoints"`` is a dict of ``keypoint`` (18,)
     float32, see `pusht_keypoints`, and ``agent_pos`` (2,) float32 in pixels. ``"image"`` is a dict of ``image``
     (96, 96, 3) uint8, gym-pusht's ``pixels``, and ``agent_pos``. Action: (2,) float32 in [0, 512], the finger's target
-    position in pixels. ``info["score"]`` is ``min(coverage / 0.95, 1)`` at that step (also the reward),
-    ``info["is_success"]`` says that the coverage is above 0.95, which terminates the episode. Truncated after 300 steps
-    (10 Hz).
+    position in pixels. ``info["score"]`` is ``min(coverage / 0.95, 1)`` at that step (also the reward);
+    ``info["is_success"]`` is True if the coverage is above 0.95, which terminates the episode. An episode is truncated
+    after 300 steps (10 Hz).
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
@@ -45,7 +45,7 @@ class PushTEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 
         Args:
             render_mode: ``None`` or ``"rgb_array"``.
-            image_size: Height and width of a frame, in pixels; of what `render` draws, not of what is observed.
+            image_size: Height and width of a frame that `render` draws, in pixels; observed pictures keep their size.
             observation: ``"features"``, ``"keypoints"`` or ``"image"``.
 
         Raises:
@@ -150,31 +150,31 @@ class PushTEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
             return self._simulator._render(visualize=False)
 
     def draw(self, state: ArrayLike) -> NDArray[np.uint8]:
-        """Draw a state that is no moment of an episode; the next thing to do with this environment is `reset`.
+        """Draw a state that does not belong to an episode; call `reset` before the next step.
 
         Args:
             state: (5,), as for `set_state`.
 
         Returns:
-            (96, 96, 3) uint8, as ``"image"`` is observed.
+            (96, 96, 3) uint8, as in the observation ``"image"``.
 
         Raises:
             ValueError: If the state is not five finite numbers.
         """
         self._place(_checked(state))
-        # What is drawn are the shapes, which follow their bodies at the next physics step or when told to.
+        # gym-pusht draws the shapes, which follow their bodies at the next physics step or when they are reindexed.
         for body in (self._simulator.agent, self._simulator.block):
             self._simulator.space.reindex_shapes_for_body(body)
         return self._picture()
 
     def _place(self, state: NDArray[np.float64]) -> None:
         self._simulator.agent.position = state[:2].tolist()
-        # The angle turns the block about its centre of gravity and so moves its origin: it has to come first.
+        # Setting the angle turns the block about its centre of gravity and so moves its origin: it has to come first.
         self._simulator.block.angle = float(state[4])
         self._simulator.block.position = state[2:4].tolist()
 
     def _begin(self, state: NDArray[np.float64]) -> tuple[Observation, dict[str, Any]]:
-        """Clear what outlives an episode and describe its first state."""
+        """Clear the variables of the previous episode and describe the first state."""
         self._steps = 0
         self._simulator._last_action = None  # drawn as a marker
         coverage = self._simulator._get_coverage()
@@ -185,17 +185,17 @@ class PushTEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
 def pusht_pictures(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Turn the demonstrations' states into the observations of ``observation="image"``, each picture drawn anew.
 
-    After `pusht_hindsight` the recorded pictures no longer show what the states say. Without it these are the recorded
-    ones but for 0.08 of 255 on average.
+    After `pusht_hindsight` the recorded pictures no longer agree with the states. Without it, the drawn pictures differ
+    from the recorded ones by 0.08 of 255 on average.
 
     Args:
-        observations: ``"state"`` (T, 5) alone.
+        observations: ``"state"`` (T, 5), and no other key.
 
     Returns:
         ``"image"`` (T, 96, 96, 3) uint8 and ``"agent_pos"`` (T, 2) float32.
 
     Raises:
-        ValueError: If there is no such state, or another key as well.
+        ValueError: If there is no such state, or if there is another key.
         MissingExtraError: See `PushTEnv`.
     """
     for key in observations:
@@ -207,15 +207,16 @@ def pusht_pictures(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArra
 
 
 def pusht_pictures_and_features(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Draw the demonstrations' states, and keep what ``observation="features"`` tells of them.
+    """Draw the demonstrations' states, and add the observations of ``observation="features"``.
 
-    For a policy that learns to tell features of pictures, and acts on pictures alone (``auxiliary=[state]``).
+    This is for a policy that acts on pictures alone and learns to predict the features from them
+    (``auxiliary=[state]``).
 
     Args:
         observations: As for `pusht_pictures`.
 
     Returns:
-        What `pusht_pictures` returns, and ``"state"`` (T, 40) float32, see `pusht_features`.
+        The result of `pusht_pictures`, and ``"state"`` (T, 40) float32, see `pusht_features`.
 
     Raises:
         ValueError: As for `pusht_pictures`.
@@ -241,7 +242,7 @@ def _agent_pos(state: NDArray[np.float64]) -> NDArray[np.float32]:
 
 
 def _observation_space(observation: str) -> gymnasium.Space[Any]:
-    """Return the space of one of the kinds of observation."""
+    """Return the space of one kind of observation."""
     box = gymnasium.spaces.Box
     if observation == "features":
         return box(-np.inf, np.inf, (FEATURE_DIM,), np.float32)
@@ -255,10 +256,10 @@ def _observation_space(observation: str) -> gymnasium.Space[Any]:
 
 
 def _ordered_coverage(simulator: Any) -> Callable[[], float]:
-    """Build gym-pusht's coverage anew, over the block's two shapes in a fixed order.
+    """Build gym-pusht's coverage function anew, over the block's two shapes in a fixed order.
 
-    Upstream iterates a set of shapes, whose order is that of memory addresses, so its reward wavers in the
-    last bit from run to run. The goal never moves; measuring it once makes up for the features' cost.
+    Upstream iterates a set of shapes in the order of their memory addresses, so the last bit of its reward changes from
+    run to run. The goal never moves: its area is computed once, which saves as much time as the features take.
     """
     from gym_pusht.envs.pusht import pymunk_to_shapely
 
@@ -276,7 +277,7 @@ def _check_pymunk() -> None:
     """Refuse pymunk 7, which dropped the collision handlers that gym-pusht uses.
 
     Raises:
-        MissingExtraError: Naming the pin.
+        MissingExtraError: If pymunk 7 or newer is installed; the message names the pin.
     """
     import pymunk
 

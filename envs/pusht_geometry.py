@@ -1,4 +1,4 @@
-"""The geometry of Push-T: what is observed of a state, and its mirror image; arrays in, arrays out."""
+"""The geometry of Push-T: features and keypoints of a state, hindsight and mirror images, as functions of arrays."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _CORNERS = np.array(
     [[-60, 0], [60, 0], [60, 30], [-60, 30], [-15, 30], [15, 30], [15, 120], [-15, 120]], dtype=np.float64
 )
 _CORNERS.setflags(write=False)
-# Where the target lies, as a block pose: x, y (pixels) and angle (radians).
+# The target as a pose of the block: x, y (pixels) and angle (radians).
 TARGET_POSE = np.array([256.0, 256.0, np.pi / 4])
 TARGET_POSE.setflags(write=False)
-# Pixels: distances from the target that matter, and distances of the agent from the block.
+# Pixels: the scale of the corners' distances from the target, and the limit of the agent's distance from the block.
 NEAR, AROUND = 30.0, 200.0
-# Where `pusht_features` has the corners, their distances from the target, and the agent in the block's frame.
+# Places in `pusht_features` of the corners, their distances from the target, and the agent in the block's frame.
 _CORNERS_AT, _ERRORS_AT, _AGENT_AT = slice(6, 22), slice(22, 38), slice(38, 40)
 
 # The nine points of `keypoint` in the public demonstrations (pusht_cchi_v7_replay.zarr.zip), in the block's own frame:
 # the medians of R(angle)^T (keypoint - block xy) over its 25,650 rows, whose `state` holds the block's origin. Half the
-# rows are within 0.00002 pixels of them. `python -m tests.test_envs_pusht FILE` prints them again.
+# rows are within 0.00002 pixels of them. `python -m tests.envs.test_pusht FILE` prints them again.
 _KEYPOINTS = np.array(
     [
         [9.26979, 90.04097],
@@ -48,16 +48,16 @@ _KEYPOINTS.setflags(write=False)
 
 
 def pusht_features(state: ArrayLike) -> NDArray[np.float32]:
-    """Describe a Push-T state without the jump that an angle has at a full turn.
+    """Describe a Push-T state by features that do not jump when the angle completes a full turn.
 
     Args:
         state: (..., 5) agent x, agent y, block x, block y (pixels, 0 to 512) and block angle (radians).
 
     Returns:
         (..., 40) float32: agent xy, block xy, cosine and sine of the block angle, x, y of the T's eight corners in the
-        world (pixels), in the order of gym-pusht's keypoints; then what the last pixels need: how far each corner is
-        from its place on the target, x and y, as tanh(pixels / 30), and where the agent is as the block sees it
-        (pixels along the block's own axes, held within 200).
+        world (pixels), in the order of gym-pusht's keypoints; then two features for the precise end of the task: the
+        distance of each corner from its place on the target, x and y, as tanh(pixels / 30), and the agent's position in
+        the block's frame (pixels along the block's own axes, clipped to 200).
 
     Raises:
         ValueError: If the last axis is not 5 long.
@@ -82,7 +82,7 @@ def pusht_keypoints(state: ArrayLike) -> NDArray[np.float32]:
 
     Returns:
         (..., 18) float32: x, y of nine points of the T in the world (pixels), in the order of the demonstrations'
-        ``keypoint``. They are not gym-pusht's keypoints, which are the eight corners.
+        ``keypoint``. They differ from gym-pusht's keypoints, which are the eight corners.
 
     Raises:
         ValueError: If the last axis is not 5 long.
@@ -97,7 +97,7 @@ def pusht_state_features(observations: Mapping[str, NDArray[Any]]) -> dict[str, 
         observations: ``"state"`` (T, 5); other keys stay as they are.
 
     Returns:
-        The same with ``"state"`` (T, 40) float32, see `pusht_features`.
+        The observations with ``"state"`` (T, 40) float32, see `pusht_features`.
 
     Raises:
         ValueError: If there is no such state.
@@ -112,7 +112,7 @@ def pusht_agent_pos(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArr
         observations: ``"state"`` (T, 5), and ``"keypoint"`` (T, 9, 2) or ``"image"``; other keys stay as they are.
 
     Returns:
-        The same with ``"agent_pos"`` (T, 2) float32 in the place of the state, and ``"keypoint"`` (T, 18) float32.
+        The observations with ``"agent_pos"`` (T, 2) float32 in place of the state, and ``"keypoint"`` (T, 18) float32.
 
     Raises:
         ValueError: If there is no such state.
@@ -127,23 +127,23 @@ def pusht_agent_pos(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArr
 def pusht_hindsight(
     observations: Mapping[str, NDArray[Any]], actions: NDArray[Any]
 ) -> tuple[dict[str, NDArray[Any]], NDArray[Any]]:
-    """Turn and shift a whole Push-T demonstration so that its block comes to rest exactly on the target.
+    """Rotate and shift a whole Push-T demonstration so that its block comes to rest exactly on the target.
 
-    People stop when it looks right: in the public demonstrations, half the blocks end more than 7 pixels and 2.2
-    degrees from the target. But pushing does not care where on the table it happens, so each is an exact demonstration
-    of bringing the block where it ended (hindsight relabelling; Andrychowicz et al. 2017, arXiv:1707.01495). What
-    little would leave the table is clipped to it.
+    Demonstrators stop when the block looks right: in the public demonstrations, half the blocks end more than 7 pixels
+    and 2.2 degrees from the target. The physics of pushing is the same everywhere on the table, so each demonstration
+    shows exactly how to bring the block to the pose where it ended (hindsight relabelling; Andrychowicz et al. 2017,
+    arXiv:1707.01495). The few positions that would leave the table are clipped to it.
 
     Args:
-        observations: of one episode: ``"state"`` (T, 5), and ``"keypoint"`` (T, 9, 2) where there is one. Pictures
-            cannot be moved: the target is drawn in them.
+        observations: Observations of one episode: ``"state"`` (T, 5), and optionally ``"keypoint"`` (T, 9, 2). Pictures
+            cannot be moved, because the target is drawn in them.
         actions: (T, 2) target positions in pixels.
 
     Returns:
-        Both, moved, of the same keys, shapes and dtypes.
+        Moved observations and actions of the same keys, shapes and dtypes.
 
     Raises:
-        ValueError: If there is no such state, or a key is another one.
+        ValueError: If there is no such state, or if there is an unknown key.
     """
     state = _check_state(_state_of(observations))
     for key in observations:
@@ -170,18 +170,18 @@ def pusht_mirror(
     """Mirror Push-T episodes across the target's axis of symmetry, the table's diagonal x + y = 512.
 
     The T, its target, the table and the finger are all symmetric under it, so the mirror image of a demonstration is
-    another valid demonstration. A point (x, y) goes to (512 - y, 512 - x), a block angle to a quarter turn less it.
+    another valid demonstration. A point (x, y) becomes (512 - y, 512 - x), and a block angle a becomes pi / 2 - a.
 
     Args:
-        observations: By key, with any leading axes: ``"state"`` (..., 40) as `pusht_features` gives it, ``"keypoint"``
-            (..., 18) as `pusht_keypoints` gives it, ``"agent_pos"`` (..., 2), ``"image"`` (..., H, H, channels).
+        observations: Arrays by key, with any leading axes: ``"state"`` (..., 40) of `pusht_features`, ``"keypoint"``
+            (..., 18) of `pusht_keypoints`, ``"agent_pos"`` (..., 2), ``"image"`` (..., H, H, channels).
         actions: (..., 2) float32, target positions in pixels.
 
     Returns:
         The mirror images of both, of the same keys, shapes and dtypes.
 
     Raises:
-        ValueError: If a key is another one, or an array has another shape.
+        ValueError: If a key is unknown, or an array has another shape.
     """
     mirrored = {
         key: _MIRRORS[choose("Push-T observation to mirror", key, _MIRRORS)](value)
@@ -202,12 +202,12 @@ def _mirror_features(features: NDArray[Any]) -> NDArray[Any]:
 
 
 def _swap_corners(points: NDArray[Any]) -> NDArray[Any]:
-    """Let left and right corners change places, in each of the four pairs."""
+    """Exchange the left and the right corner of each of the four pairs."""
     return points.reshape(*points.shape[:-1], 4, 2, 2)[..., ::-1, :].reshape(points.shape)
 
 
 def _mirror_keypoints(keypoints: NDArray[Any]) -> NDArray[Any]:
-    """Mirror the nine points; as they are not symmetric, their counterparts on the T are put together first."""
+    """Mirror the nine points; because they are not symmetric, their counterparts on the T are computed first."""
     _check_width("keypoint", keypoints, KEYPOINT_DIM)
     points = keypoints.reshape(*keypoints.shape[:-1], -1, 2)
     counterparts = (_COUNTERPARTS @ points).reshape(keypoints.shape)
@@ -232,20 +232,20 @@ def _mirror_agent(position: NDArray[Any]) -> NDArray[Any]:
 
 
 def _check_width(key: str, values: NDArray[Any], width: int) -> None:
-    """Refuse another last axis than ``width``.
+    """Refuse an array whose last axis is not ``width`` long.
 
     Raises:
-        ValueError: Naming the shape.
+        ValueError: If it is not; the message names the shape.
     """
     if values.ndim == 0 or values.shape[-1] != width:
         raise ValueError(f"Push-T's {key!r} to mirror is (..., {width}); got shape {values.shape}.")
 
 
 def _counterparts() -> NDArray[np.float32]:
-    """Find the (9, 9) weights that make the left-right counterpart on the T of each keypoint from all nine.
+    """Find the (9, 9) weights that give each keypoint's left-right counterpart on the T as a combination of all nine.
 
-    Any point of the plane is a combination of the nine, with weights that sum to one and that no motion of the T
-    changes; these are the smallest ones.
+    Any point of the plane is a combination of the nine keypoints with weights that sum to one and do not change when
+    the T moves; these weights have the smallest norm.
     """
     ones = np.ones((len(_KEYPOINTS), 1))
     return (np.hstack([_KEYPOINTS * [-1, 1], ones]) @ np.linalg.pinv(np.hstack([_KEYPOINTS, ones]))).astype(np.float32)
@@ -276,7 +276,7 @@ def _check_state(state: ArrayLike) -> NDArray[np.float64]:
 
 
 def _on_table(state: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Move points (N, 2) of the block's own frame to where it lies, (..., 2 N) as x, y, x, y, ..."""
+    """Map points (N, 2) from the block's own frame to the table, (..., 2 N) as x, y, x, y, ..."""
     cosine, sine = np.cos(state[..., 4:]), np.sin(state[..., 4:])
     x = state[..., 2:3] + cosine * points[:, 0] - sine * points[:, 1]
     y = state[..., 3:4] + sine * points[:, 0] + cosine * points[:, 1]
@@ -284,7 +284,7 @@ def _on_table(state: NDArray[np.float64], points: NDArray[np.float64]) -> NDArra
 
 
 def _in_block(state: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Where the agent is in the block's own frame, (..., 2)."""
+    """Map the agent's position into the block's own frame, (..., 2)."""
     cosine, sine = np.cos(state[..., 4]), np.sin(state[..., 4])
     x, y = np.moveaxis(state[..., :2] - state[..., 2:4], -1, 0)
     return np.stack([cosine * x + sine * y, cosine * y - sine * x], axis=-1)

@@ -1,10 +1,7 @@
-"""Frames without a display, and one plain sentence where they cannot be had."""
+"""Checks that frames can be drawn, and one error with a remedy if they cannot."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,30 +12,14 @@ import numpy as np
 from envs.errors import RenderingUnavailableError
 
 
-def prefer_headless_gl() -> None:
-    """Let MuJoCo draw with EGL where nobody chose a backend and there is no display.
-
-    Call it before ``mujoco`` is first imported, which is when MuJoCo reads the variable. Where libEGL
-    cannot be loaded the variable stays unset: MuJoCo could not even be imported with it, and training needs
-    no frames.
-    """
-    if not sys.platform.startswith("linux") or "MUJOCO_GL" in os.environ or os.environ.get("DISPLAY"):
-        return
-    try:
-        ctypes.CDLL("libEGL.so.1")
-    except OSError:
-        return
-    os.environ["MUJOCO_GL"] = "egl"
-
-
 @contextmanager
 def rendering_errors() -> Iterator[None]:
-    """Turn whatever a graphics stack raises into one `RenderingUnavailableError` with the remedy."""
+    """Turn any error of the graphics stack into a `RenderingUnavailableError` that names the remedy."""
     try:
         yield
     except RenderingUnavailableError:
         raise
-    except Exception as error:  # GL backends raise their own, unrelated classes
+    except Exception as error:  # each GL backend raises exceptions of its own, without a common class
         raise RenderingUnavailableError(
             "Cannot render here: install libegl1 and libgl1-mesa-dri (Debian) and start Python with "
             f"MUJOCO_GL=egl, or set MUJOCO_GL=osmesa with libosmesa6 ({_first_line(error)})."
@@ -46,7 +27,7 @@ def rendering_errors() -> Iterator[None]:
 
 
 def require_rgb_array(render_mode: str | None) -> None:
-    """Refuse to draw for an environment that was made without frames.
+    """Refuse to draw for an environment that was made without a render mode.
 
     Raises:
         RenderingUnavailableError: If ``render_mode`` is not ``"rgb_array"``.
@@ -61,10 +42,10 @@ def check_rendering(env: gymnasium.Env[Any, Any]) -> None:
     """Draw one frame, so that a long run fails at its start and not at its first video.
 
     Args:
-        env: Any environment of `envs.make`; it is reset (with seed 0) on the way.
+        env: Any environment of `envs.make`; it is reset with seed 0.
 
     Raises:
-        RenderingUnavailableError: With one sentence that names the remedy.
+        RenderingUnavailableError: If no frame can be drawn; the message names the remedy.
     """
     with rendering_errors():
         env.reset(seed=0)
@@ -77,7 +58,7 @@ def check_rendering(env: gymnasium.Env[Any, Any]) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """Return an error's class and the first line of its text; some GL errors cannot even be printed."""
+    """Return an error's class and the first line of its text; some GL errors have a text that cannot be read."""
     try:
         text = (str(error).splitlines() or [""])[0]
     except Exception:

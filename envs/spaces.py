@@ -1,7 +1,7 @@
-"""What a policy sees and does, whatever a simulator's spaces look like.
+"""Conversion of a simulator's spaces into the plain ones that policies take.
 
-An observation is one array, or a dict of arrays by key. An array is a float32 vector or a (height, width, channels)
-uint8 image. An action is a float32 vector.
+A plain observation is one array, or a dict of arrays by key. An array is a float32 vector or a (height, width,
+channels) uint8 image. A plain action is a float32 vector.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium import Space, spaces
 from gymnasium.spaces.utils import flatten, flatten_space
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from envs.errors import check_action, choose
+from envs.errors import choose
 
 IMAGE_CHANNELS = (1, 3, 4)
 
@@ -25,9 +25,9 @@ class PlainObservations(NamedTuple):
     """A simulator's observations in the form that a policy takes.
 
     Attributes:
-        space: A Box (float32 vector or uint8 image), or a Dict of such.
-        convert: Maps what the simulator returns into ``space``, as arrays of its own. Raises ValueError where the
-            simulator returns something else than its space declares.
+        space: A Box (float32 vector or uint8 image), or a Dict of such Boxes.
+        convert: Maps an observation of the simulator into ``space``, as new arrays. It raises ValueError if the
+            observation does not fit the simulator's declared space.
     """
 
     space: spaces.Box | spaces.Dict
@@ -47,7 +47,7 @@ class PlainActions(NamedTuple):
 
 
 class _Leaf(NamedTuple):
-    """One array of an observation: the way to it through Dicts and Tuples, and how it is converted."""
+    """One array of an observation: its path through Dicts and Tuples, its plain space and its conversion."""
 
     path: tuple[Any, ...]
     space: spaces.Box
@@ -57,16 +57,16 @@ class _Leaf(NamedTuple):
 def plain_observations(
     space: Space[Any], keys: Sequence[str] | None = None, image_size: int | None = None
 ) -> PlainObservations:
-    """Bring any space of arrays into the form that policies take.
+    """Convert any space of arrays into the form that policies take.
 
     A uint8 Box of rank 3 is an image and stays as it is. Any other Box becomes a float32 vector; Discrete,
-    MultiDiscrete and MultiBinary become zeros and ones, as `gymnasium.spaces.utils.flatten` makes them. A Dict stays a
-    dict; the keys of nested Dicts, and the indices of Tuples, are joined by "/", and a "." in a key becomes "/" too.
+    MultiDiscrete and MultiBinary become zeros and ones, as `gymnasium.spaces.utils.flatten` encodes them. A Dict stays
+    a dict; the keys of nested Dicts, and the indices of Tuples, are joined by "/", and a "." in a key becomes "/" too.
 
     Args:
-        space: What the simulator declares.
-        keys: Those of a Dict's keys to keep, by default all; the key of a nested Dict stands for everything in it.
-        image_size: Height and width to which images are resized, by default none are.
+        space: The space that the simulator declares.
+        keys: Keys of a Dict to keep, by default all; the key of a nested Dict selects everything in it.
+        image_size: Height and width to which images are resized; by default they keep their size.
 
     Raises:
         ValueError: If a part of the space has no such form, or a key does not exist.
@@ -92,13 +92,13 @@ def plain_observations(
 
 
 def plain_actions(space: Space[Any]) -> PlainActions:
-    """Bring a Box of any shape, bounds and dtype into the form of a flat float32 vector.
+    """Convert a Box of any shape, bounds and dtype into one of flat float32 vectors.
 
-    On its way to the simulator an action is clipped to the declared bounds (which float32 may miss by a rounding
-    error), and rounded where the dtype is not a floating one.
+    Before the simulator gets an action, it is clipped to the declared bounds (which float32 may miss by a rounding
+    error), and rounded if the dtype is not a floating one.
 
     Args:
-        space: What the simulator declares.
+        space: The space that the simulator declares.
 
     Raises:
         ValueError: If the space is not a Box.
@@ -121,10 +121,20 @@ def plain_actions(space: Space[Any]) -> PlainActions:
     return PlainActions(_float_box(space), convert)
 
 
+def check_action(action: ArrayLike, size: int) -> None:
+    """Refuse an action that a physics engine would accept and turn into nonsense.
+
+    Raises:
+        ValueError: If ``action`` is not ``size`` finite numbers.
+    """
+    if np.shape(action) != (size,) or not np.isfinite(action).all():
+        raise ValueError(f"An action is {size} finite numbers, shape ({size},); got {action!r}.")
+
+
 def _parts(
     space: Space[Any], names: tuple[str, ...], path: tuple[Any, ...]
 ) -> Iterator[tuple[str, tuple[Any, ...], Space[Any]]]:
-    """Yield the key, the path and the space of everything that is not a Dict or a Tuple itself."""
+    """Yield the key, the path and the space of every part that is not itself a Dict or a Tuple."""
     children: list[tuple[Any, Space[Any]]]
     if isinstance(space, spaces.Dict):
         children = list(space.spaces.items())
@@ -138,10 +148,10 @@ def _parts(
 
 
 def _leaf(key: str, path: tuple[Any, ...], space: Space[Any]) -> _Leaf:
-    """Decide what becomes of one array.
+    """Decide how one array is converted.
 
     Raises:
-        ValueError: If it is neither a vector nor an image.
+        ValueError: If it can become neither a vector nor an image.
     """
     if isinstance(space, spaces.Box):
         if space.dtype != np.uint8 or len(space.shape) != 3:
@@ -158,17 +168,17 @@ def _leaf(key: str, path: tuple[Any, ...], space: Space[Any]) -> _Leaf:
         assert isinstance(flat, spaces.Box)
         return _Leaf(path, _float_box(flat), lambda value: _one_hot(key, space, value))
     raise ValueError(
-        f"The {_named(key)} is {_described(space)}, which is no array of a fixed size; allowed are Box, Discrete, "
+        f"The {_named(key)} is {_described(space)}, which is not an array of a fixed size; allowed are Box, Discrete, "
         "MultiDiscrete, MultiBinary, and Dicts and Tuples of them: leave it out with observation_keys, or wrap the "
         "environment."
     )
 
 
 def _resized(leaf: _Leaf, size: int | None) -> _Leaf:
-    """Let an image come in another size; whatever else it is stays as it is."""
+    """Resize an image; any other array stays as it is."""
     if size is None or leaf.space.dtype != np.uint8:
         return leaf
-    from PIL import Image  # only those who resize pay for it
+    from PIL import Image
 
     shape = (size, size, leaf.space.shape[2])
 
@@ -180,8 +190,8 @@ def _resized(leaf: _Leaf, size: int | None) -> _Leaf:
 
 
 def _float_box(space: spaces.Box) -> spaces.Box:
-    """Flatten a Box to float32; an integer Box declares no bound by its dtype's own limits."""
-    # What float32 cannot hold is as good as no bound.
+    """Flatten a Box to float32; the limits of an integer dtype do not count as bounds."""
+    # A bound beyond the range of float32 becomes infinite, which has the same effect.
     with np.errstate(over="ignore"):
         low = np.where(space.bounded_below, space.low, -np.inf).astype(np.float32).flatten()
         high = np.where(space.bounded_above, space.high, np.inf).astype(np.float32).flatten()
@@ -195,7 +205,7 @@ def _vector(key: str, space: spaces.Box, value: Any) -> NDArray[np.float32]:
 
 
 def _image(key: str, space: spaces.Box, value: Any) -> NDArray[np.uint8]:
-    # A float image in [0, 1] would turn black without a word.
+    # A conversion to uint8 would turn a float image in [0, 1] black without a message.
     if np.shape(value) != space.shape or np.asarray(value).dtype != np.uint8:
         raise _misdeclared(key, space, value)
     return np.array(value)
@@ -204,7 +214,7 @@ def _image(key: str, space: spaces.Box, value: Any) -> NDArray[np.uint8]:
 def _one_hot(
     key: str, space: spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary, value: Any
 ) -> NDArray[np.float32]:
-    # Gymnasium's flatten takes a choice out of range for one counted from the end.
+    # Gymnasium's flatten would count a negative choice from the end.
     if not space.contains(value):
         raise _misdeclared(key, space, value)
     return np.asarray(flatten(space, value), dtype=np.float32)
@@ -214,7 +224,7 @@ def _at(observation: Any, key: str, path: tuple[Any, ...]) -> Any:
     """Follow a path into an observation.
 
     Raises:
-        ValueError: If the simulator returned an observation without it.
+        ValueError: If the observation has no such part.
     """
     for name in path:
         try:
@@ -228,13 +238,13 @@ def _at(observation: Any, key: str, path: tuple[Any, ...]) -> Any:
 
 
 def _chosen(names: list[str], keys: Sequence[str]) -> list[str]:
-    """Keep those names that are asked for, or that lie inside of what is asked for, in the space's order.
+    """Select the names that equal one of the keys or lie inside one of them, in the space's order.
 
     Raises:
-        ValueError: If a key names nothing.
+        ValueError: If a key does not exist.
     """
     groups = {name[:i] for name in names for i, letter in enumerate(name) if letter == "/"}
-    # From a command line one key comes as a plain word.
+    # On a command line a single key may be given without a list.
     wanted = [key.replace(".", "/") for key in ([keys] if isinstance(keys, str) else keys)]
     for key in wanted:
         choose("observation key", key, {*names, *groups})
@@ -251,7 +261,7 @@ def _misdeclared(key: str, space: Space[Any], value: Any) -> ValueError:
 
 
 def _described(space: Space[Any]) -> str:
-    """Write a space on one line; the bounds of a Box may take several."""
+    """Write a space on one line; NumPy breaks long bounds of a Box into several."""
     return " ".join(str(space).split())
 
 

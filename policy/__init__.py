@@ -1,26 +1,15 @@
-"""Diffusion policies: train them from demonstrations, roll them out, find out how few denoising steps suffice."""
+"""Diffusion policies: train them from demonstrations, roll them out, find out how few denoising steps suffice.
 
-from policy.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from policy.control.real_time import RealTimeController
-from policy.control.receding_horizon import RecedingHorizonController
-from policy.control.timeline import ControllerSettings
-from policy.diffusion.sampler import Sampler
-from policy.diffusion.schedule import NoiseSchedule, make_schedule
-from policy.model.diffusion_policy import Batch, DiffusionPolicy, PolicyConfig
-from policy.training.loop import TrainSettings
+Importing this package imports nothing heavy: each name is loaded when it is first used.
+"""
 
-__all__ = [
-    "Batch",
-    "Checkpoint",
-    "ControllerSettings",
-    "DiffusionPolicy",
-    "NoiseSchedule",
-    "PolicyConfig",
-    "RealTimeController",
-    "RecedingHorizonController",
-    "Sampler",
-    "TrainSettings",
-    "load_checkpoint",
-    "make_schedule",
-    "save_checkpoint",
-]
+from importlib import import_module
+
+import lazy_loader
+
+from policy.model.storage import provide_storage
+
+# The names and where they come from are in __init__.pyi, which type checkers read too.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+provide_storage(lambda: import_module("policy.checkpoint.hub").HubStorage())

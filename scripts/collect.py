@@ -8,12 +8,11 @@ from typing import Any
 
 import envs
 from policy.common.progress import progress
-from policy.data import check_absent, dataset_name, write_minari
+from policy.data.minari_writer import check_absent, dataset_name, write_minari
 from scripts.command import command
 
 
-@command("collect", "python scripts/collect.py env=metaworld env.task=pick-place-v3 episodes=50")
-def main(
+def collect(
     *,
     env: dict[str, Any],
     episodes: int = 50,
@@ -32,6 +31,10 @@ def main(
     print(f"{episodes} demonstrations of {sum(map(len, recorded))} control steps in all: {path}")
     print(f"next: python scripts/train.py dataset.path={path}")
 
+
+main = command(
+    "collect", "scripts.collect:collect", "python scripts/collect.py env=metaworld env.task=pick-place-v3 episodes=50"
+)
 
 if __name__ == "__main__":
     main()

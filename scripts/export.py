@@ -1,10 +1,9 @@
 """Export a trained policy for programs that have no torch."""
 
-from policy.commands.export import export_policy
 from scripts.command import command
 
 EXAMPLE = "python scripts/export.py checkpoint=outputs/demo/checkpoint format=onnx sampler.ddim_steps=4"
-main = command("export", EXAMPLE)(export_policy)
+main = command("export", "policy.commands.export:export_policy", EXAMPLE)
 
 if __name__ == "__main__":
     main()

@@ -1,10 +1,9 @@
 """Show what is inside a dataset before anybody trains on it."""
 
-from policy.commands.inspect import inspect_demonstrations
 from scripts.command import command
 
 EXAMPLE = "python scripts/inspect_data.py dataset=zarr dataset.path=pusht_cchi_v7_replay.zarr.zip"
-main = command("inspect", EXAMPLE)(inspect_demonstrations)
+main = command("inspect", "policy.commands.inspect:inspect_demonstrations", EXAMPLE)
 
 if __name__ == "__main__":
     main()

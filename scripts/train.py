@@ -1,13 +1,11 @@
 """Train a diffusion policy from demonstrations."""
 
-from functools import partial
-
-import envs
-from policy.commands.train import clone_behaviour
 from scripts.command import command
 
 EXAMPLE = "python scripts/train.py experiment=pusht_state dataset.path=pusht_cchi_v7_replay.zarr.zip"
-main = command("train", EXAMPLE)(partial(clone_behaviour, envs.make))
+main = command(
+    "train", "policy.commands.train:train_policy", EXAMPLE, inline={"policy": "policy.model.config:PolicySettings"}
+)
 
 if __name__ == "__main__":
     main()

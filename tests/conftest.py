@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from policy import PolicyConfig
-from policy.data import Demonstrations
+from policy.data.demonstrations import Demonstrations
 
 # Small networks run no faster on two threads, and tests should not depend on how many there are.
 torch.set_num_threads(1)

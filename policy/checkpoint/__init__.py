@@ -20,10 +20,11 @@ Schemas: 1 had no checksums.json; 2 is the current one.
 """
 
 from policy.checkpoint.environment import check_env, choose_env
-from policy.checkpoint.files import SCHEMA_VERSION, SaveError, is_checkpoint
+from policy.checkpoint.files import SCHEMA_VERSION, is_checkpoint
 from policy.checkpoint.keeping import keep_checkpoint
 from policy.checkpoint.reading import Checkpoint, load_checkpoint, resume_training
 from policy.checkpoint.writing import save_checkpoint
+from policy.common.errors import SaveError
 
 __all__ = [
     "SCHEMA_VERSION",

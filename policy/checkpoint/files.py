@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from policy.common.errors import SaveError
+
 SCHEMA_VERSION = 2
 CONFIG, WEIGHTS, CHECKSUMS = "config.json", "policy.safetensors", "checksums.json"
 TRAINING_WEIGHTS, TRAINING_RECORD = "training.safetensors", "training.json"
@@ -26,10 +28,6 @@ MAX_BYTES = {CONFIG: 2**20, CHECKSUMS: 2**16, TRAINING_RECORD: 2**28, WEIGHTS: 2
 MAX_HEADER_BYTES = 2**22
 # Of an error message: what it quotes may come from a file, at any length.
 MAX_MESSAGE = 600
-
-
-class SaveError(OSError):
-    """A checkpoint could not be written; those before it are whole."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,8 +29,12 @@ from policy.checkpoint.files import (
     read_tensors,
     refusing,
 )
-from policy.hub import Origin
-from policy.model.diffusion_policy import DiffusionPolicy, PolicyConfig, config_from_json, config_to_json
+from policy.common.registry import Registry
+from policy.model.config import PolicyConfig, config_from_json, config_to_json
+from policy.model.denoisers import DENOISERS
+from policy.model.diffusion_policy import DiffusionPolicy
+from policy.model.encoders import ENCODERS
+from policy.model.storage import Origin
 from policy.training.state import TrainState, restore_optimizer, restore_record
 
 # The one size of a policy that its weights do not show.
@@ -149,12 +153,29 @@ def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]
 
 def _policy_config(opened: Folder) -> PolicyConfig:
     config = config_from_json(opened.config["policy"])
+    for registry, spec in ((ENCODERS, config.encoder), (DENOISERS, config.denoiser)):
+        _check_part(opened, registry, spec.get("name"))
     num_steps = config.schedule.get("num_steps", 0)
     if isinstance(num_steps, int) and num_steps > MAX_NUM_STEPS:
         raise ValueError(
             f"{opened.path} asks for schedule.num_steps={num_steps}; a checkpoint may ask for {MAX_NUM_STEPS}"
         )
     return config
+
+
+def _check_part(opened: Folder, registry: Registry[Any], name: Any) -> None:
+    """Reject a part that nobody has registered; the plugins that the checkpoint names are never imported by themselves.
+
+    Raises:
+        ValueError: naming the part, and the plugins that were there in training.
+    """
+    plugins = opened.config.get("plugins")
+    if name in registry or not isinstance(plugins, list):
+        return
+    raise ValueError(
+        f"{opened.path} was trained with the {registry.kind} {name!r}, registered by a plugin: if you trust it, add"
+        f" plugins=[{','.join(map(str, plugins))}]"
+    )
 
 
 def _circumstances(opened: Folder, config: PolicyConfig) -> tuple[dict[str, Any] | None, int, dict[str, Any]]:

@@ -20,7 +20,9 @@ from policy.checkpoint.files import (
     write_json,
     write_tensors,
 )
-from policy.model.diffusion_policy import DiffusionPolicy, config_to_json
+from policy.common.plugins import loaded_plugins
+from policy.model.config import config_to_json
+from policy.model.diffusion_policy import DiffusionPolicy
 from policy.training.state import TrainState, optimizer_tensors, run_record
 
 
@@ -82,6 +84,8 @@ def write_policy(
         "env": dict(env) if env else None,
         "execution_horizon": execution_horizon,
         "training": dict(training),
+        # For a message only: loading a checkpoint imports none of them.
+        **({"plugins": loaded_plugins()} if loaded_plugins() else {}),
         "versions": {
             "python": platform.python_version(),
             **{p: version(p) for p in ("ddim-policy", "numpy")},

@@ -1,4 +1,4 @@
-"""A policy as a folder for programs that have neither torch nor this package.
+"""`ddim-export`: a policy as a folder for programs that have neither torch nor this package.
 
 export/
   model.onnx           observations and noise in, actions out, all in the data's units
@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,14 @@ import numpy as np
 
 from policy.checkpoint import Checkpoint, load_checkpoint
 from policy.common.arguments import unknown_name
+from policy.common.observations import is_image
 from policy.common.output import output_folder
 from policy.diffusion.sampler import Sampler
-from policy.inference.backends import OnnxRun, SamplerProgram, check_weights, compile_sampler
+from policy.inference.backends import Onnx, SamplerProgram, check_weights, compile_sampler
 from policy.inference.onnx_graph import observation_input
-from policy.model.diffusion_policy import is_image
 
 SCHEMA_VERSION = 2
-FORMATS = ("onnx",)
+EXPORT_FORMATS = ("onnx",)
 # Largest difference to the eager actions, in normalised units (a dimension's range is 2 wide), with float32 weights.
 TOLERANCE = 1e-4
 NOTE = (
@@ -61,8 +60,8 @@ def export_policy(
     Raises:
         ValueError: settings that do not fit, a package that is missing, or a model whose actions are not the policy's.
     """
-    if format not in FORMATS:
-        raise unknown_name("format", format, FORMATS)
+    if format not in EXPORT_FORMATS:
+        raise unknown_name("format", format, EXPORT_FORMATS)
     check_weights(weights)
     if sampler.warm_start is not None:
         raise ValueError(
@@ -123,7 +122,7 @@ def _difference(
     example: dict[str, np.ndarray[Any, Any]],
     actions: np.ndarray[Any, Any],
 ) -> float:
-    expected = run_on(compile_sampler(loaded.policy, program.sampler), example)
+    expected = run_on(compile_sampler(loaded.policy, program.sampler, backend="eager"), example)
     return float(np.abs((actions - expected) / program.action_scale).max())
 
 
@@ -145,7 +144,7 @@ def write_export(
         example: a value for every input.
         actions: the program's output for it.
     """
-    assert isinstance(program.run, OnnxRun)
+    assert isinstance(program.run, Onnx)
     model = program.run.model
     inputs = {
         name: {"shape": _free_batch(name, value.shape), "dtype": str(value.dtype)} for name, value in example.items()
@@ -159,7 +158,7 @@ def write_export(
         "output": {"name": "actions", "shape": _free_batch("actions", actions.shape), "dtype": str(actions.dtype)},
         "units": "observations and actions as in the demonstrations; normalisation is inside the model",
         "execution_horizon": loaded.execution_horizon,
-        "sampler": asdict(program.sampler),
+        "sampler": program.sampler.record(),
         "weights": weights,
         "tolerance": TOLERANCE if weights == "float32" else None,
         "env": loaded.env,

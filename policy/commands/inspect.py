@@ -1,4 +1,4 @@
-"""What is inside demonstrations, seen before anybody trains on them: figures, one window's times, a picture."""
+"""`ddim-inspect`: figures, window times and a picture of demonstrations, before anybody trains on them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from dataclasses import asdict
 from pathlib import Path
 
 from policy.common.output import output_folder
-from policy.control.timeline import check_execution_horizon
+from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
 from policy.data.demonstrations import Demonstrations
 from policy.inspection.figures import inspect_dataset, spread
 from policy.inspection.picture import plot_episodes
 from policy.inspection.text import format_inspection
+from policy.model.config import PolicySettings
 
 
 def inspect_demonstrations(
     *,
     dataset: Demonstrations,
-    obs_horizon: int = 2,
-    action_horizon: int = 8,
-    execution_horizon: int = 8,
+    obs_horizon: int = PolicySettings.obs_horizon,
+    action_horizon: int = PolicySettings.action_horizon,
+    execution_horizon: int = EXECUTION_HORIZON,
     episodes: int = 4,
     dimensions: int = 32,
     output_dir: Path | None = None,

@@ -1,116 +1,35 @@
-"""A whole rollout of a trained policy: success with its interval, latency, videos."""
+"""`ddim-rollout`: success of a trained policy with its interval, latency, videos."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gymnasium.spaces import Box
-
-from policy.checkpoint import Checkpoint, choose_env, load_checkpoint
-from policy.common.device import check_device
-from policy.common.output import episode_seeds, output_folder, write_episodes
+from policy.commands.stage import Stage, set_stage
+from policy.common.device import torch_threads
+from policy.common.output import output_folder
 from policy.common.progress import progress
 from policy.control.real_time import Pace, RealTimeController, format_timing, summarize_timing
 from policy.control.receding_horizon import RecedingHorizonController
 from policy.control.timeline import ControllerSettings
 from policy.diffusion.sampler import Sampler
-from policy.inference import SamplerProgram
+from policy.inference.backends import DEFAULT_BACKEND, SamplerProgram
 from policy.model.diffusion_policy import DiffusionPolicy
-from policy.rollout.episodes import (
-    Cell,
-    Env,
-    EpisodeResult,
-    check_num_envs,
-    check_spaces,
-    chunk_latency,
-    controllers_of,
-    format_summary,
-    play_episode,
-    program_of,
-    summarize,
-    torch_threads,
-)
+from policy.rollout.cells import Cell, controllers_of, program_of
+from policy.rollout.episodes import MakeEnv, play_episode, write_episodes
+from policy.rollout.latency import chunk_latency
 from policy.rollout.video import record_videos
 from policy.rollout.workers import RolloutPool
-from policy.tracking.wandb_tracker import StartRun
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """Checkpoints in their environment, everything checked before any work.
-
-    Attributes:
-        checkpoints: loaded.
-        env: settings of the environment.
-        make_env: makes it.
-        seeds: of the episodes.
-        action_space: of the environment.
-    """
-
-    checkpoints: list[Checkpoint]
-    env: dict[str, Any]
-    make_env: Callable[..., Env]
-    seeds: range
-    action_space: Box
-
-
-def prepare(
-    make_env: Callable[..., Env],
-    checkpoints: Sequence[Path],
-    env: dict[str, Any] | None,
-    seed: int,
-    episodes: int,
-    num_envs: int,
-    device: str,
-) -> Setting:
-    """Load checkpoints and check them against each other and their environment, before any work.
-
-    Args:
-        make_env: makes an environment from its settings.
-        checkpoints: folders that training wrote.
-        env: another environment than the checkpoints', or some settings of it.
-        seed: of the first episode.
-        episodes: how many.
-        num_envs: environments at once.
-        device: `cpu` or `cuda`.
-
-    Returns:
-        Everything ready to run.
-
-    Raises:
-        ValueError: what does not fit.
-    """
-    check_num_envs(num_envs)
-    seeds = episode_seeds(seed, episodes)
-    loaded = [load_checkpoint(folder, check_device(device)) for folder in checkpoints]
-    chosen = [choose_env(checkpoint, env) for checkpoint in loaded]
-    if other := next((number for number, settings in enumerate(chosen) if settings != chosen[0]), None):
-        raise ValueError(
-            f"{loaded[0].path} acts in {chosen[0]}, {loaded[other].path} in {chosen[other]}: a sweep compares"
-            " policies in one environment"
-        )
-    with closing(make_env(**chosen[0])) as probe:
-        for checkpoint in loaded:
-            check_spaces(checkpoint.policy.config, probe)
-        action_space = probe.action_space
-    assert isinstance(action_space, Box)
-    return Setting(
-        checkpoints=loaded,
-        env=chosen[0],
-        make_env=partial(make_env, **chosen[0]),
-        seeds=seeds,
-        action_space=action_space,
-    )
+from policy.statistics.results import EpisodeResult, format_summary, summarize
+from policy.tracking.tracker import OpenRun
 
 
 def roll_out(
-    make_env: Callable[..., Env],
+    make_env: MakeEnv,
     *,
     checkpoint: Path,
     episodes: int = 50,
@@ -118,7 +37,7 @@ def roll_out(
     num_envs: int = 32,
     device: str = "cpu",
     sampler: Sampler,
-    backend: str = "fused",
+    backend: str = DEFAULT_BACKEND,
     weights: str = "float32",
     execution_horizon: int | None = None,
     controller: ControllerSettings,
@@ -126,7 +45,7 @@ def roll_out(
     env: dict[str, Any] | None = None,
     video: int = 0,
     output_dir: Path | None = None,
-    tracker: StartRun,
+    tracker: OpenRun,
 ) -> None:
     """Roll a checkpoint out: success with its interval, score, return, latency, and videos of the first episodes.
 
@@ -151,8 +70,8 @@ def roll_out(
     Raises:
         ValueError: settings that do not fit, before any episode starts.
     """
-    setting = prepare(make_env, [checkpoint], env, seed, episodes, num_envs, device)
-    loaded = setting.checkpoints[0]
+    stage = set_stage(make_env, [checkpoint], env=env, seed=seed, episodes=episodes, num_envs=num_envs, device=device)
+    (loaded,) = stage.checkpoints
     policy = loaded.policy
     sampler.check(policy.schedule.num_steps)
     horizon = loaded.execution_horizon if execution_horizon is None else execution_horizon
@@ -161,16 +80,16 @@ def roll_out(
     program = program_of(policy, cell)  # refused here, before any work
     if not 0 <= video <= episodes:
         raise ValueError(f"video must be within 0..{episodes} (the episodes); got {video}")
-    driver = None if control_rate is None else _real_time_controller(policy, cell, program, control_rate, setting)
+    driver = None if control_rate is None else _real_time_controller(policy, cell, program, control_rate, stage)
     folder = output_folder(output_dir, "rollout")
-    tracking = tracker(folder=folder, config={"checkpoint": str(checkpoint), "env": setting.env})
+    tracking = tracker(folder=folder, config={"checkpoint": str(checkpoint), "env": stage.env})
 
     if driver is None:
-        results = _as_fast_as_possible(policy, cell, setting, num_envs)
+        results = _as_fast_as_possible(policy, cell, stage, num_envs)
     else:
-        results = _against_the_clock(driver, setting, folder)
+        results = _against_the_clock(driver, stage, folder)
     summary = {
-        **asdict(sampler),
+        **sampler.record(),
         **asdict(controller),
         **summarize(results),
         **chunk_latency(program, controller.candidates),
@@ -184,26 +103,26 @@ def roll_out(
     )
     print(f"episodes: {write_episodes(results, folder)}")
     if video:
-        (simulated,) = controllers_of([policy], [cell], setting.action_space)
-        _record(simulated, setting.make_env, setting.seeds[:video], folder)
+        (simulated,) = controllers_of([policy], [cell], stage.action_space)
+        _record(simulated, stage.make_env, stage.seeds[:video], folder)
     print(f"next: python scripts/sweep.py checkpoint={checkpoint}")
 
 
-def _as_fast_as_possible(policy: DiffusionPolicy, cell: Cell, setting: Setting, num_envs: int) -> list[EpisodeResult]:
+def _as_fast_as_possible(policy: DiffusionPolicy, cell: Cell, stage: Stage, num_envs: int) -> list[EpisodeResult]:
     """All episodes, in simulated time, in the order of their seeds."""
-    tasks, by_seed = [(0, seed) for seed in setting.seeds], {}
+    tasks, by_seed = [(0, seed) for seed in stage.seeds], {}
     with (
-        RolloutPool([policy], setting.make_env, min(num_envs, len(tasks))) as pool,
+        RolloutPool([policy], stage.make_env, min(num_envs, len(tasks))) as pool,
         progress(total=len(tasks), desc="rollout", unit="episode") as bar,
     ):
         for (_, seed), result in pool.run([cell], tasks):
             by_seed[seed] = result
             bar.update()
-    return [by_seed[seed] for seed in setting.seeds]
+    return [by_seed[seed] for seed in stage.seeds]
 
 
 def _real_time_controller(
-    policy: DiffusionPolicy, cell: Cell, program: SamplerProgram, control_rate: float, setting: Setting
+    policy: DiffusionPolicy, cell: Cell, program: SamplerProgram, control_rate: float, stage: Stage
 ) -> RealTimeController:
     with torch_threads(1):
         return RealTimeController(
@@ -213,20 +132,20 @@ def _real_time_controller(
             execution_horizon=cell.execution_horizon,
             settings=cell.controller,
             program=program,
-            action_space=setting.action_space,
+            action_space=stage.action_space,
         )
 
 
-def _against_the_clock(controller: RealTimeController, setting: Setting, folder: Path) -> list[EpisodeResult]:
+def _against_the_clock(controller: RealTimeController, stage: Stage, folder: Path) -> list[EpisodeResult]:
     """All episodes, one after the other at the control rate; says how the deadlines were kept."""
     results, timings, overruns, control_rate = [], [], 0, controller.control_rate
     with (
         controller,
         torch_threads(1),
-        closing(setting.make_env()) as simulator,
-        progress(total=len(setting.seeds), desc=f"rollout at {control_rate:g} Hz", unit="episode") as bar,
+        closing(stage.make_env()) as simulator,
+        progress(total=len(stage.seeds), desc=f"rollout at {control_rate:g} Hz", unit="episode") as bar,
     ):
-        for seed in setting.seeds:
+        for seed in stage.seeds:
             pace = Pace(control_rate)
             results.append(play_episode(controller, simulator, seed, pace))
             timings.append(controller.timing)
@@ -240,9 +159,7 @@ def _against_the_clock(controller: RealTimeController, setting: Setting, folder:
     return results
 
 
-def _record(
-    controller: RecedingHorizonController, make_env: Callable[..., Env], seeds: Sequence[int], folder: Path
-) -> None:
+def _record(controller: RecedingHorizonController, make_env: MakeEnv, seeds: Sequence[int], folder: Path) -> None:
     """Replay episodes with pictures; where nothing can be drawn, say so in one line."""
 
     def file_of(number: int, result: EpisodeResult) -> Path:

@@ -1,10 +1,11 @@
-"""A whole training run: from demonstrations to a checkpoint that acts."""
+"""`ddim-train`: from demonstrations to a checkpoint that acts."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,41 +16,39 @@ from policy.common.device import check_device
 from policy.common.interrupt import stop_on_signal
 from policy.common.locks import only_process
 from policy.common.output import output_folder
-from policy.control.timeline import check_execution_horizon
+from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.diffusion.sampler import Sampler
-from policy.model.diffusion_policy import DiffusionPolicy, PolicyConfig
-from policy.rollout.episodes import Cell, Env, check_num_envs, check_spaces, run_in_process, summarize
-from policy.tracking.wandb_tracker import StartRun
-from policy.training.loop import TrainSettings, prepare_run
-from policy.training.loop import train as train_loop
+from policy.model.config import PolicyConfig, PolicySettings
+from policy.model.diffusion_policy import DiffusionPolicy
+from policy.rollout.cells import Cell
+from policy.rollout.episodes import MakeEnv, check_num_envs, check_spaces, run_in_process
+from policy.statistics.results import summarize
+from policy.tracking.tracker import OpenRun, TrackedRun
+from policy.training.loop import train
+from policy.training.preparation import Run, prepare_run
+from policy.training.settings import TrainSettings
 from policy.training.state import TrainState
 
 # Episodes rolled out while training, apart from those demonstrated (from 0) and those reported (from 100000).
 ROLLOUT_SEED = 50_000
 
+# The averaged policy to the metrics of a short rollout.
+Rollout = Callable[[DiffusionPolicy], dict[str, float]]
 
-def clone_behaviour(
-    make_env: Callable[..., Env],
+
+def train_policy(
+    make_env: MakeEnv,
     *,
     dataset: Demonstrations,
     env: dict[str, Any] | None = None,
-    encoder: dict[str, Any],
-    denoiser: dict[str, Any],
-    schedule: dict[str, Any],
+    policy: PolicySettings,
     sampler: Sampler,
     train: TrainSettings,
-    tracker: StartRun,
+    tracker: OpenRun,
     augment: Augment | None = None,
-    prediction_type: str = "sample",
     auxiliary: Sequence[str] = (),
-    auxiliary_weight: float = 1.0,
-    loss_weighting: str = "none",
-    min_snr_gamma: float = 5.0,
-    obs_horizon: int = 2,
-    action_horizon: int = 8,
-    obs_size: int = 287,
-    execution_horizon: int = 8,
+    execution_horizon: int = EXECUTION_HORIZON,
     seed: int = 0,
     num_envs: int = 8,
     device: str = "cpu",
@@ -62,27 +61,18 @@ def clone_behaviour(
         make_env: makes an environment from the settings in `env`.
         dataset: the demonstrations.
         env: the environment they come from; a Minari dataset of `scripts/collect.py` brings its own.
-        encoder: `{"name": ..., **settings}`.
-        denoiser: `{"name": ..., **settings}`.
-        schedule: settings of `make_schedule`.
+        policy: see `PolicySettings`.
         sampler: for the rollouts while training.
         train: see `TrainSettings`.
         tracker: opens the tracked run.
         augment: a symmetry of the task, as a function of observations and actions; doubles the training episodes.
-        prediction_type: `epsilon`, `sample` or `v_prediction`.
-        auxiliary: observations that only the demonstrations have, which the policy learns to tell; see `PolicyConfig`.
-        auxiliary_weight: what they count for.
-        loss_weighting: what errors count for at each timestep, `none` or `min_snr`; see `policy.diffusion.schedule.loss_weights`.
-        min_snr_gamma: γ of `min_snr`.
-        obs_horizon: observations looked back on.
-        action_horizon: actions in one chunk.
-        obs_size: width of the observation embedding.
+        auxiliary: keys of privileged observations, see `DataShapes.auxiliary_shapes`.
         execution_horizon: actions executed before the next plan.
         seed: of the split, the weights and every training step.
         num_envs: environments in the rollouts while training.
         device: `cpu` or `cuda`.
         output_dir: receives `checkpoint/`; by default a new folder under outputs/train.
-        expected: what a preset reaches, at each of some `ddim_steps`: `success_rate` and `score_mean`; only printed.
+        expected: success_rate and score_mean that a preset reaches, at each of some `ddim_steps`; only printed.
 
     Raises:
         ValueError: settings that do not fit each other, the data or the environment, before training starts; or
@@ -92,99 +82,157 @@ def clone_behaviour(
     """
     if not env and dataset.metadata.get("env"):
         env = check_env(dataset.metadata["env"], dataset.source)
-    shapes = dataset.observation_shapes
-    for key in auxiliary:
-        if key not in shapes:
-            raise unknown_name("auxiliary observation", key, shapes)
-    config = PolicyConfig(
-        observation_shapes={key: shape for key, shape in shapes.items() if key not in auxiliary},
-        auxiliary_shapes={key: shapes[key] for key in auxiliary},
-        auxiliary_weight=auxiliary_weight,
-        action_dim=dataset.actions.shape[1],
-        obs_horizon=obs_horizon,
-        action_horizon=action_horizon,
-        obs_size=obs_size,
-        prediction_type=prediction_type,
-        loss_weighting=loss_weighting,
-        min_snr_gamma=min_snr_gamma,
-        encoder=encoder,
-        denoiser=denoiser,
-        schedule=schedule,
-    )
-    check_execution_horizon(execution_horizon, action_horizon)
+    config = config_for(policy, dataset, auxiliary)
+    check_execution_horizon(execution_horizon, config.action_horizon)
     check_num_envs(num_envs)
     run = prepare_run(config, dataset, train, seed=seed, device=check_device(device), augment=augment)
     sampler.check(run.state.policy.schedule.num_steps)
+    rollout = None
     if env:
         with closing(make_env(**env)) as probe:
             check_spaces(config, probe)
+        rollout = partial(_rolled_out, partial(make_env, **env), num_envs, train, sampler, execution_horizon)
 
     folder = output_folder(output_dir, "train")
-    checkpoint = folder / "checkpoint"
-    settings = {
-        # Until a first loss that is not finite, runs that would stop and runs that would skip are the same.
-        **{key: value for key, value in vars(train).items() if key != "on_bad_loss"},
-        "seed": seed,
-        "dataset": dataset.source,
-        "episodes": dataset.num_episodes,
-        "augment": augment and getattr(augment, "func", augment).__name__,
-    }
+    record = _Record(
+        folder=folder / "checkpoint",
+        env=env,
+        execution_horizon=execution_horizon,
+        training={
+            # Until a first loss that is not finite, runs that would stop and runs that would skip are the same.
+            **{key: value for key, value in vars(train).items() if key != "on_bad_loss"},
+            "seed": seed,
+            "dataset": dataset.source,
+            "episodes": dataset.num_episodes,
+            "augment": augment and getattr(augment, "func", augment).__name__,
+        },
+        keep_last=train.keep_last,
+    )
     with only_process(folder):
-        if is_checkpoint(checkpoint):
-            resume_training(checkpoint, run.state, settings)
-            print(f"going on at step {run.state.step} of {train.all_steps}: {checkpoint}")
-            if checkpoint.exists():  # a kill may have come after it was saved and before it was kept
-                keep_checkpoint(checkpoint, run.state, keep_last=train.keep_last)
-
-        parameters = sum(p.numel() for p in run.state.policy.parameters())
-        print(
-            f"{len(run.training)} training windows from {len(run.training.episodes)} episodes"
-            f" ({len(run.validation.episodes)} held out), {parameters / 1e6:.2f} M parameters"
-        )
-        if env is None:
-            print("no environment is known, so there are no rollouts while training: env=... adds them")
-        tracking = tracker(folder=folder, config={"env": env, **settings, **vars(config)})
-        rollout = (
-            partial(_rollout, partial(make_env, **env), num_envs, train, sampler, execution_horizon) if env else None
-        )
-
-        def save(state: TrainState) -> None:
-            save_checkpoint(checkpoint, state, env=env, execution_horizon=execution_horizon, training=settings)
-            keep_checkpoint(checkpoint, state, keep_last=train.keep_last)
-
-        first_step, began = run.state.step, time.perf_counter()
-        try:
-            with stop_on_signal() as should_stop:
-                train_loop(run, train, seed=seed, tracker=tracking, save=save, rollout=rollout, should_stop=should_stop)
-        except FloatingPointError as error:
-            kept = f"the last good checkpoint is {checkpoint}" if is_checkpoint(checkpoint) else "nothing was saved yet"
-            raise FloatingPointError(f"{error}; {kept}") from error
-        seconds = time.perf_counter() - began
-        rate = (run.state.step - first_step) * min(train.batch_size, len(run.training)) / seconds
-        print(f"{run.state.step - first_step} steps in {seconds:.1f} s, {rate:.0f} transitions a second")
-        if skipped := run.state.skipped:
-            print(f"{len(skipped)} of {run.state.step} steps skipped, not finite: {', '.join(map(str, skipped))}")
+        record.resume(run.state, train)
+        _describe(run, env)
+        tracking = tracker(folder=folder, config={"env": env, **record.training, **vars(config)})
+        _train(run, train, seed, tracking, record, rollout)
         tracked = tracking.finish()
         if run.state.step < train.all_steps:
             print(f"stopped at step {run.state.step} and saved: the same command with output_dir={folder} goes on")
             raise KeyboardInterrupt  # what would come after a whole training must not start
-        print(f"checkpoint: {checkpoint}" + (f"   tracked: {tracked}" if tracked else ""))
+        print(f"checkpoint: {record.folder}" + (f"   tracked: {tracked}" if tracked else ""))
         for row in expected or []:
             print("the preset as committed reaches: " + ", ".join(f"{name}={value:g}" for name, value in row.items()))
-        print(f"next: python scripts/rollout.py checkpoint={checkpoint}")
+        print(f"next: python scripts/rollout.py checkpoint={record.folder}")
 
 
-def _rollout(
-    make_env: Callable[[], Env],
+def config_for(settings: PolicySettings, dataset: Demonstrations, auxiliary: Sequence[str]) -> PolicyConfig:
+    """The settings of a policy, with the sizes that follow from its demonstrations.
+
+    Args:
+        settings: the user's.
+        dataset: gives the shapes.
+        auxiliary: keys of privileged observations among the dataset's.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: a key that the dataset does not have, or shapes that no policy has.
+    """
+    shapes = dataset.observation_shapes
+    for key in auxiliary:
+        if key not in shapes:
+            raise unknown_name("auxiliary observation", key, shapes)
+    return PolicyConfig(
+        **vars(settings),
+        observation_shapes={key: shape for key, shape in shapes.items() if key not in auxiliary},
+        auxiliary_shapes={key: shapes[key] for key in auxiliary},
+        action_dim=dataset.actions.shape[1],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """The checkpoint of a run, and what is noted in it.
+
+    Attributes:
+        folder: of the newest checkpoint.
+        env: how to make the environment, or None.
+        execution_horizon: of the rollouts.
+        training: how it is trained, JSON data.
+        keep_last: see `TrainSettings`.
+    """
+
+    folder: Path
+    env: dict[str, Any] | None
+    execution_horizon: int
+    training: dict[str, Any]
+    keep_last: int
+
+    def resume(self, state: TrainState, settings: TrainSettings) -> None:
+        """Put the state back where the checkpoint left it, where there is one."""
+        if not is_checkpoint(self.folder):
+            return
+        resume_training(self.folder, state, self.training)
+        print(f"going on at step {state.step} of {settings.all_steps}: {self.folder}")
+        if self.folder.exists():  # a kill may have come after it was saved and before it was kept
+            keep_checkpoint(self.folder, state, keep_last=self.keep_last)
+
+    def save(self, state: TrainState) -> None:
+        """Write the newest checkpoint, and keep it beside the last few and the best."""
+        save_checkpoint(
+            self.folder, state, env=self.env, execution_horizon=self.execution_horizon, training=self.training
+        )
+        keep_checkpoint(self.folder, state, keep_last=self.keep_last)
+
+
+def _describe(run: Run, env: dict[str, Any] | None) -> None:
+    parameters = sum(p.numel() for p in run.state.policy.parameters())
+    print(
+        f"{len(run.training)} training windows from {len(run.training.episodes)} episodes"
+        f" ({len(run.validation.episodes)} held out), {parameters / 1e6:.2f} M parameters"
+    )
+    if env is None:
+        print("no environment is known, so there are no rollouts while training: env=... adds them")
+
+
+def _train(
+    run: Run, settings: TrainSettings, seed: int, tracking: TrackedRun, record: _Record, rollout: Rollout | None
+) -> None:
+    """Train until the end or until a signal, and print how fast it went and which steps were skipped."""
+    first_step, began = run.state.step, time.perf_counter()
+    try:
+        with stop_on_signal() as should_stop:
+            train(
+                run,
+                settings,
+                seed=seed,
+                tracker=tracking,
+                save=record.save,
+                rollout=rollout,
+                should_stop=should_stop,
+            )
+    except FloatingPointError as error:
+        there = is_checkpoint(record.folder)
+        kept = f"the last good checkpoint is {record.folder}" if there else "nothing was saved yet"
+        raise FloatingPointError(f"{error}; {kept}") from error
+    seconds, steps = time.perf_counter() - began, run.state.step - first_step
+    rate = steps * min(settings.batch_size, len(run.training)) / seconds
+    print(f"{steps} steps in {seconds:.1f} s, {rate:.0f} transitions a second")
+    if skipped := run.state.skipped:
+        print(f"{len(skipped)} of {run.state.step} steps skipped, not finite: {', '.join(map(str, skipped))}")
+
+
+def _rolled_out(
+    make_env: MakeEnv,
     num_envs: int,
     settings: TrainSettings,
     sampler: Sampler,
     execution_horizon: int,
     policy: DiffusionPolicy,
 ) -> dict[str, float]:
+    """Metrics of a short rollout with the averaged policy."""
     seeds = range(ROLLOUT_SEED, ROLLOUT_SEED + settings.rollout_episodes)
     simulators = [make_env() for _ in range(min(num_envs, len(seeds)))]
-    cell = Cell(sampler=sampler, execution_horizon=execution_horizon, backend="fused")
+    cell = Cell(sampler=sampler, execution_horizon=execution_horizon)
     results = [result for _, result in run_in_process([policy], simulators, [cell], [(0, seed) for seed in seeds])]
     for simulator in simulators:
         simulator.close()

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import math
-import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-T = TypeVar("T")
+from policy.common.signatures import Declaration, declaration_of
+
+# A function or class, its declaration, or `module:name` of it, which is read from its source and not imported.
+Target = str | Callable[..., Any] | Declaration
 
 
 def unknown_name(what: str, name: str, allowed: Iterable[str]) -> ValueError:
@@ -34,13 +35,13 @@ def unknown_name(what: str, name: str, allowed: Iterable[str]) -> ValueError:
 
 
 def check_arguments(
-    where: str, target: Callable[..., Any], arguments: Mapping[str, Any], *, prefix: str | None = None
+    where: str, target: Target, arguments: Mapping[str, Any], *, prefix: str | None = None
 ) -> dict[str, Any]:
     """Check keyword arguments against a callable's signature and type hints, before calling it.
 
     Args:
         where: what the arguments belong to, for the message (`sampler`, say, so that it names `sampler.eta`).
-        target: a function or class with keyword arguments and type hints.
+        target: a function or class with keyword arguments and type hints, see `Target`.
         arguments: what would be passed.
         prefix: what stands before a setting's name where the user writes it; by default `where` and a dot.
 
@@ -50,17 +51,30 @@ def check_arguments(
     Raises:
         ValueError: an unknown name (with the nearest known one) or a value of the wrong type.
     """
-    parameters = inspect.signature(target).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    function = getattr(target, "func", target)  # inside a functools.partial
-    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    check_names(where, target, arguments)
+    parameters = declaration_of(target).signature.parameters
     prefix = f"{where}." if prefix is None else prefix
-    checked = {}
-    for name, value in arguments.items():
-        if name not in parameters and not takes_any:
+    hints = {name: parameter.annotation for name, parameter in parameters.items()}
+    return {name: _check_type(f"{prefix}{name}", hints.get(name, Any), value) for name, value in arguments.items()}
+
+
+def check_names(where: str, target: Target, names: Iterable[str]) -> None:
+    """Check that a callable takes keyword arguments of these names.
+
+    Args:
+        where: what the arguments belong to, for the message.
+        target: see `check_arguments`.
+        names: of the arguments.
+
+    Raises:
+        ValueError: an unknown name, with the nearest known one.
+    """
+    parameters = declaration_of(target).signature.parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in names:
+        if name not in parameters:
             raise unknown_name(f"setting of {where}", name, parameters)
-        checked[name] = _check_type(f"{prefix}{name}", hints.get(name, Any), value)
-    return checked
 
 
 def _check_type(name: str, hint: Any, value: Any) -> Any:
@@ -113,31 +127,3 @@ def settings_of(where: str, names: Iterable[str]) -> Iterator[None]:
         if str(error).split(" ", 1)[0] not in names:
             raise
         raise ValueError(f"{where}.{error}") from error
-
-
-def construct(what: str, registry: Mapping[str, Callable[..., T]], spec: Mapping[str, Any], **derived: Any) -> T:
-    """Build the thing a spec names, from a registry of allowed things.
-
-    Args:
-        what: the kind of thing, for messages.
-        registry: name to class or function.
-        spec: `{"name": ..., **settings}`.
-        **derived: arguments that follow from elsewhere and cannot be set in the spec.
-
-    Returns:
-        What the registered callable returns.
-
-    Raises:
-        ValueError: no or unknown name, an unknown or derived setting, a value of the wrong type.
-    """
-    settings = dict(spec)
-    if "name" not in settings:
-        raise ValueError(f"{what}.name is missing: set it to one of {', '.join(sorted(registry))}")
-    name = settings.pop("name")
-    if name not in registry:
-        raise unknown_name(what, str(name), registry)
-    if clash := sorted(settings.keys() & derived.keys()):
-        raise ValueError(f"{what}.{clash[0]} follows from the rest of the configuration and cannot be set")
-    checked = check_arguments(what, registry[name], settings)
-    with settings_of(what, checked):
-        return registry[name](**checked, **derived)

@@ -1,6 +1,10 @@
-"""Where tensors live."""
+"""Where tensors live, and the cores and threads that work on them."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -23,3 +27,19 @@ def check_device(device: str) -> str:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={device} cannot be used here ({reason}): use device=cpu") from error
     return device
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Run with `count` torch threads: small networks run no faster on more, and workers share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,51 +1,34 @@
-"""One process at a time: locks that the system lets go of, whatever ends the process that holds them."""
+"""A lock that keeps a second training out of a folder; the system releases it however its process ends."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
 
-
-def claim(file: IO[Any]) -> bool:
-    """Lock an open file for this process until it is closed or the process ends, also by SIGKILL.
-
-    Args:
-        file: open.
-
-    Returns:
-        Whether it is ours now; False where another process has it.
-
-    Raises:
-        OSError: its file system has no locks.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+from filelock import lock_descriptor
 
 
 @contextmanager
 def only_process(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in a folder; they are told who is there.
+    """Keep other processes from training in a folder; each of them is told which process trains there.
 
-    The lock file stays: to remove it would let two processes lock two files of one name.
+    The lock file holds the process's name (its id and host) and is emptied at the end. A name found in a file that
+    nobody has locked is that of a process that was killed. The file is never removed: if it were, two processes could
+    each lock a different file of the same name.
 
     Args:
-        folder: of the run; receives `.train.lock`.
+        folder: folder of the training run; `.train.lock` is written there.
 
     Raises:
-        ValueError: another process trains there, or the folder cannot be locked.
+        ValueError: another process trains in the folder, or the folder cannot be locked.
     """
     path = folder / ".train.lock"
     try:
         file = path.open("a+")
-        ours = claim(file)
+        ours = lock_descriptor(file.fileno(), blocking=False)
     except OSError as error:
         raise ValueError(f"cannot lock {path} ({error}): choose another output_dir=") from error
     with file:
@@ -57,7 +40,7 @@ def only_process(folder: Path) -> Iterator[None]:
                 " choose another output_dir="
             )
         if holder:
-            print(f"process {holder} was killed while it trained in {folder}: what it saved last counts")
+            print(f"process {holder} was killed while it trained in {folder}: its last checkpoint counts")
         try:
             file.truncate(0)
             file.write(f"{os.getpid()} on {platform.node()}")

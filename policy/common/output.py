@@ -1,13 +1,9 @@
-"""Output folders and the result files in them."""
+"""Output folders, and the seeds of the episodes whose results they receive."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-
-from policy.rollout.episodes import EpisodeResult
 
 
 def output_folder(output_dir: Path | None, command: str) -> Path:
@@ -29,21 +25,6 @@ def output_folder(output_dir: Path | None, command: str) -> Path:
     except OSError as error:
         raise ValueError(f"cannot make output_dir={folder} ({error}): choose another") from error
     return folder.expanduser()
-
-
-def write_episodes(results: Sequence[EpisodeResult], folder: Path) -> Path:
-    """Write `episodes.json`, one entry an episode.
-
-    Args:
-        results: of a rollout.
-        folder: where to.
-
-    Returns:
-        The file.
-    """
-    file = folder / "episodes.json"
-    file.write_text(json.dumps([result.row() for result in results], indent=1))
-    return file
 
 
 def episode_seeds(seed: int, episodes: int) -> range:

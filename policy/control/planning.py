@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from policy.common.observations import ByKey, Observation, as_dict, check_observations
 from policy.common.seeding import derive_generator
 from policy.control.timeline import LastPlan
-from policy.inference import SamplerProgram
-from policy.model.diffusion_policy import PolicyConfig, is_image
-
-Observation = NDArray[Any] | Mapping[str, NDArray[Any]]
-ByKey = dict[str, NDArray[Any]]
+from policy.inference.backends import SamplerProgram
+from policy.model.config import PolicyConfig
 
 
 class History:
@@ -139,28 +136,13 @@ def checked_observation(config: PolicyConfig, observation: Observation) -> ByKey
     Raises:
         ValueError: missing or unknown keys, a wrong shape, or a number that is NaN or infinite.
     """
-    by_key, expected = as_dict(observation), config.observation_shapes
-    if by_key.keys() != expected.keys():
-        raise ValueError(f"an observation must have the keys {sorted(expected)}; got {sorted(by_key)}")
+    by_key = {key: np.array(value) for key, value in as_dict(observation).items()}
+    check_observations(by_key, config.observation_shapes)
     for key, value in by_key.items():
-        if np.shape(value) != tuple(expected[key]):
-            raise ValueError(f"observation {key!r} must have shape {tuple(expected[key])}; got {np.shape(value)}")
         if not np.isfinite(value).all():
             where = np.argwhere(~np.isfinite(value))[0].tolist()
             raise ValueError(
-                f"observation {key!r} must hold finite numbers; got {np.asarray(value)[tuple(where)]} at {where}:"
+                f"observation {key!r} must hold finite numbers; got {value[tuple(where)]} at {where}:"
                 " it was not used, and the controller is as it was"
             )
-    return {key: np.array(value) for key, value in by_key.items()}
-
-
-def plain_key(shape: Sequence[int]) -> str:
-    """The key under which an observation without keys stands: `image` for a picture, else `state`."""
-    return "image" if is_image(shape) else "state"
-
-
-def as_dict(observation: Observation) -> ByKey:
-    """An observation as arrays by key."""
-    if isinstance(observation, Mapping):
-        return dict(observation)
-    return {plain_key(np.shape(observation)): observation}
+    return by_key

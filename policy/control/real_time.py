@@ -15,11 +15,12 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from policy.control.planning import History, Observation, PlanRequest, checked_observation, sample_plans
+from policy.common.observations import Observation
+from policy.control.planning import History, PlanRequest, checked_observation, sample_plans
 from policy.control.receding_horizon import clipped, program_for, request_of
-from policy.control.timeline import ControllerSettings, Timeline
+from policy.control.timeline import EXECUTION_HORIZON, ControllerSettings, Timeline
 from policy.diffusion.sampler import Sampler
-from policy.inference import SamplerProgram
+from policy.inference.backends import SamplerProgram
 from policy.model.diffusion_policy import DiffusionPolicy, zero_observations
 
 
@@ -127,7 +128,7 @@ class RealTimeController:
         sampler: how chunks are sampled.
         execution_horizon: actions executed before the next plan is begun.
         settings: the mode, and what to do when a plan is late; `delay_steps` is measured here and must be left at 0.
-        program: the policy's sampling, compiled for `sampler`; by default as `sample_actions` samples.
+        program: the policy's sampling, compiled for `sampler`; by default with the default backend.
         action_space: actions are clipped to it.
         max_age: seconds; an older observation is refused. Two periods by default.
         clock: gives seconds, as `time.monotonic` does.
@@ -157,7 +158,7 @@ class RealTimeController:
         *,
         control_rate: float,
         sampler: Sampler | None = None,
-        execution_horizon: int = 8,
+        execution_horizon: int = EXECUTION_HORIZON,
         settings: ControllerSettings | None = None,
         program: SamplerProgram | None = None,
         action_space: Box | None = None,

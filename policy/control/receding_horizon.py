@@ -10,17 +10,18 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from policy.control.planning import History, Observation, PlanRequest, checked_observation, sample_plans
-from policy.control.timeline import ControllerSettings, Timeline
+from policy.common.observations import Observation
+from policy.control.planning import History, PlanRequest, checked_observation, sample_plans
+from policy.control.timeline import EXECUTION_HORIZON, ControllerSettings, Timeline
 from policy.diffusion.sampler import Sampler
-from policy.inference import SamplerProgram, compile_sampler
+from policy.inference.backends import SamplerProgram, compile_sampler
 from policy.model.diffusion_policy import DiffusionPolicy
 
 Slot = TypeVar("Slot", bound=Hashable)
 
 
 @dataclass
-class _Episode:
+class _Robot:
     """One robot's running episode: what it has seen, and how far it is."""
 
     seed: int
@@ -42,7 +43,7 @@ class RecedingHorizonController:
         execution_horizon: actions executed before the next plan is begun, 1..action_horizon.
         settings: what happens while a plan is made, and how long that takes.
         plan_batch: plans in one network call, see `sample_plans`.
-        program: the policy's sampling, compiled for `sampler`; by default as `sample_actions` samples.
+        program: the policy's sampling, compiled for `sampler`; by default with the default backend.
         action_space: actions are clipped to it; None leaves them as they are.
 
     Raises:
@@ -61,12 +62,12 @@ class RecedingHorizonController:
 
     policy: DiffusionPolicy
     sampler: Sampler = field(default_factory=Sampler)
-    execution_horizon: int = 8
+    execution_horizon: int = EXECUTION_HORIZON
     settings: ControllerSettings = field(default_factory=ControllerSettings)
     plan_batch: int = 1
     program: SamplerProgram | None = None
     action_space: Box | None = None
-    _episodes: dict[Hashable, _Episode] = field(default_factory=dict, init=False, repr=False)
+    _episodes: dict[Hashable, _Robot] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.settings.check(self.execution_horizon, self.policy.config.action_horizon)
@@ -83,7 +84,7 @@ class RecedingHorizonController:
         """
         config = self.policy.config
         timeline = Timeline(self.settings, self.execution_horizon, config.action_horizon, config.action_dim)
-        self._episodes[slot] = _Episode(seed, History(config), timeline)
+        self._episodes[slot] = _Robot(seed, History(config), timeline)
 
     def act(self, observation: Observation) -> NDArray[np.float32]:
         """The next action of the robot in slot 0.
@@ -152,7 +153,7 @@ class RecedingHorizonController:
         """Control steps of a slot's episode for which there was no action of a plan."""
         return self._episodes[slot].timeline.late_steps
 
-    def _episode(self, slot: Hashable) -> _Episode:
+    def _episode(self, slot: Hashable) -> _Robot:
         if slot not in self._episodes:
             raise ValueError(f"slot {slot!r} has no episode: call reset(seed, slot) first")
         return self._episodes[slot]

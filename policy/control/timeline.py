@@ -24,6 +24,9 @@ Chunk = NDArray[np.float32]
 Mode = Literal["synchronous", "asynchronous", "continuous"]
 Late = Literal["hold", "zero"]
 
+# Actions executed before the next plan is begun, where nothing else is chosen.
+EXECUTION_HORIZON = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class ControllerSettings:
@@ -147,7 +150,7 @@ class Timeline:
         return self._current is None
 
     def due(self, delay_steps: int) -> bool:
-        """Whether a plan is to be begun at this control step, if it takes so many.
+        """Whether to start planning now, given that a plan takes `delay_steps` control steps.
 
         Args:
             delay_steps: control steps that the plan will take.

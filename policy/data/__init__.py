@@ -1,18 +1,8 @@
-"""Demonstrations on disk, and training windows over them."""
+"""Demonstrations on disk, and training windows over them.
 
-from policy.data.demonstrations import Demonstrations
-from policy.data.episode import Episode
-from policy.data.minari_writer import check_absent, dataset_name, write_minari
-from policy.data.reading import read_demonstrations
-from policy.data.windows import Windows, split_episodes
+The names of this package stand in `__init__.pyi`; each is imported when it is first used.
+"""
 
-__all__ = [
-    "Demonstrations",
-    "Episode",
-    "Windows",
-    "check_absent",
-    "dataset_name",
-    "read_demonstrations",
-    "split_episodes",
-    "write_minari",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

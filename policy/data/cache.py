@@ -1,7 +1,8 @@
 """Demonstrations as plain arrays on disk, mapped into memory instead of copied.
 
-Public formats compress, split and nest their arrays, so that one training window costs a decompression or a seek in a
-video. They are read once, in order, and laid end to end in a folder of the cache; training maps that.
+Public formats compress, split and nest their arrays, so that reading one training window takes a decompression or a
+seek in a video. Each dataset is therefore read once, in order, and its episodes are written end to end into a folder of
+the cache, an entry, which training maps into memory.
 
 <cache_dir>/<name>-<fingerprint>/
   index.json     shapes, dtypes, episodes, and a checksum of these
@@ -36,7 +37,7 @@ LEFTOVER_SECONDS = 24 * 3600
 
 
 def default_cache_dir() -> Path:
-    """Where converted demonstrations are kept: `ddim-policy` in the user's cache folder ($XDG_CACHE_HOME)."""
+    """The folder of converted demonstrations: `ddim-policy` in the user's cache folder ($XDG_CACHE_HOME)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddim-policy"
 
 
@@ -44,10 +45,10 @@ def open_cached(folder: Path) -> Demonstrations | None:
     """Map demonstrations that were converted before.
 
     Args:
-        folder: of `write_cached`.
+        folder: the entry that `write_cached` made.
 
     Returns:
-        The demonstrations, or None where they are missing or not whole.
+        The demonstrations, or None if the entry is missing or damaged.
     """
     try:
         content = json.loads((folder / INDEX).read_text())
@@ -74,7 +75,7 @@ def _map(file: Path, column: Mapping[str, Any]) -> NDArray[Any]:
     shape, dtype = tuple(column["shape"]), np.dtype(column["dtype"])
     if file.stat().st_size != dtype.itemsize * math.prod(shape):
         raise ValueError(f"{file} is not whole")
-    # A plain array over the mapping: the memmap class costs time at every index.
+    # A plain array over the mapping, because indexing an instance of the memmap class is slower.
     return np.asarray(np.memmap(file, dtype, mode="r", shape=shape))
 
 
@@ -91,21 +92,22 @@ def write_cached(
     """Check episodes one by one and write them end to end; only one is in memory at a time.
 
     Args:
-        folder: appears once it is whole, so that an interrupted conversion leaves nothing that could be taken for one.
-        episodes: name of each, and what reads it.
+        folder: the entry to make. It appears when it is complete, so an interrupted conversion leaves no entry.
+        episodes: the name of each episode, and a function that reads it.
         source: the dataset, for messages.
-        metadata: JSON data.
+        metadata: the dataset's description of itself, JSON data.
         held_out: names of the episodes set aside for validation.
         skip_bad: leave bad episodes out, instead of refusing the dataset.
-        max_episodes: stop after so many good ones.
+        max_episodes: stop after this number of good episodes.
 
     Raises:
-        ValueError: a bad episode, no episode left, a name given twice, a full disk or one that cannot be written to.
+        ValueError: an episode is bad, no good episode is left, two episodes have the same name, the disk is full, or
+            the folder cannot be written to.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder.parent)
-        if open_cached(folder) is None:  # now, as by the end it may be what another process made
+        if open_cached(folder) is None:  # remove it now; later it may be the complete entry of another process
             shutil.rmtree(folder, ignore_errors=True)
         building = Path(tempfile.mkdtemp(prefix=BUILDING, dir=folder.parent))
         try:
@@ -136,9 +138,9 @@ def write_cached(
 
 
 def _remove_leftovers(parent: Path) -> None:
-    """Remove what killed processes left of their conversions, a day after they last wrote to it."""
+    """Remove the folders of killed conversions, a day after they were last written to."""
     for building in parent.glob(f"{BUILDING}*"):
-        with suppress(OSError):  # another process removes or finishes it right now
+        with suppress(OSError):  # another process may remove or finish it at the same time
             newest = max(entry.stat().st_mtime for entry in (building, *building.iterdir()))
             if time.time() - newest > LEFTOVER_SECONDS:
                 shutil.rmtree(building, ignore_errors=True)
@@ -148,7 +150,7 @@ def _put_in_place(building: Path, folder: Path) -> None:
     try:
         building.rename(folder)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster: its result is the same
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster and wrote the same entry
             raise
 
 
@@ -204,7 +206,16 @@ def _write_arrays(
 
 
 def bad_episode(source: str, name: str, reason: object) -> ValueError:
-    """The error for an episode that must not be trained on."""
+    """Build the error for a bad episode.
+
+    Args:
+        source: the dataset.
+        name: the episode's name.
+        reason: the problem.
+
+    Returns:
+        The error, to be raised by the caller.
+    """
     return ValueError(
         f"{source}: episode {name}: {reason}; repair it, or leave bad episodes out with dataset.on_bad_episode=skip"
     )

@@ -1,4 +1,4 @@
-"""Demonstrations laid end to end, with nothing between them; the arrays may be mapped from disk."""
+"""Demonstrations as arrays in which one episode follows the other; the arrays may be mapped from disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Arrays = Mapping[str, NDArray[Any]]
-# A symmetry of the task: maps observations by key (..., *shape) and actions (..., action_dim) to their counterparts.
+# A symmetry of the task: a function that maps observations by key (..., *shape) and actions (..., action_dim) to their
+# images under the symmetry.
 Augment = Callable[[Arrays, NDArray[np.float32]], tuple[Arrays, NDArray[np.float32]]]
 
 
@@ -18,19 +19,22 @@ Augment = Callable[[Arrays, NDArray[np.float32]], tuple[Arrays, NDArray[np.float
 class Demonstrations:
     """Episodes of observations and the actions taken on them.
 
-    Transition t of an episode is the pair (observation seen, action then taken); what was seen after the last
-    action is not part of it.
+    Transition t of an episode is the pair (observation, action taken on it); the observation after the last action is
+    not kept.
 
     Attributes:
-        observations: (N, *shape) under each key: float32 vectors, or uint8 images (height, width, channels). The key of
-            a plain vector is `state`, of a plain image `image`.
+        observations: (N, *shape) under each key: float32 vectors, or uint8 images (height, width, channels). A vector
+            that has no key in the file gets the key `state`, such an image the key `image`.
         actions: (N, action_dim) float32.
         episode_ends: (E,) int64, exclusive end of each episode in the N transitions.
-        episode_names: what the file calls each episode; by default its number.
+        episode_names: the file's name of each episode; by default the episode's number.
         held_out: numbers of the episodes that the file sets aside for validation.
-        source: where they came from, for messages.
-        metadata: what the file says of itself (`env`, `rate_hz`), JSON data.
+        source: the file or folder, for messages.
+        metadata: the file's description of itself (`env`, `rate_hz`), JSON data.
         skipped: episodes left out as bad, name to reason.
+
+    Raises:
+        ValueError: the arrays have different lengths, or the ends do not cut them into episodes.
     """
 
     observations: Arrays
@@ -54,7 +58,7 @@ class Demonstrations:
         for key, values in self.observations.items():
             if len(values) != total:
                 raise ValueError(f"{self.source}: observation {key!r} has {len(values)} rows, actions have {total}")
-        # NumPy would copy a whole array that is not contiguous each time a batch is taken from it.
+        # NumPy would copy a non-contiguous array as a whole each time a batch is taken from it.
         object.__setattr__(self, "observations", {k: np.ascontiguousarray(v) for k, v in self.observations.items()})
         object.__setattr__(self, "actions", np.ascontiguousarray(self.actions))
         if not self.episode_names:
@@ -62,20 +66,20 @@ class Demonstrations:
 
     @property
     def num_episodes(self) -> int:
-        """E."""
+        """The number of episodes E."""
         return len(self.episode_ends)
 
     @property
     def episode_starts(self) -> NDArray[np.int64]:
-        """(E,) int64, first transition of each episode."""
+        """The first transition of each episode, (E,) int64."""
         return np.concatenate([np.zeros(1, np.int64), self.episode_ends[:-1]])
 
     @property
     def episode_lengths(self) -> NDArray[np.int64]:
-        """(E,) int64, transitions of each episode."""
+        """The number of transitions of each episode, (E,) int64."""
         return np.diff(self.episode_ends, prepend=0)
 
     @property
     def observation_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of one observation under each key."""
+        """The shape of one observation under each key."""
         return {key: tuple(values.shape[1:]) for key, values in self.observations.items()}

@@ -1,4 +1,4 @@
-"""What every format's reader gives: episodes one at a time, each checked before it is kept."""
+"""Episodes as every format's reader returns them, the user's request, and the check of each episode."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policy.common.arguments import unknown_name
-from policy.model.diffusion_policy import is_image
+from policy.common.observations import is_image
 
-# Policy key: the file's key.
-Keys = Mapping[str, str]
+# A function of an episode's observations in the file, to observations of the environment.
 Transform = Callable[[dict[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
-# An episode's observations and actions to those of a demonstration of what it achieved.
+# A function of an episode's observations and actions, to those of a demonstration of what the episode achieved.
 Relabel = Callable[[dict[str, NDArray[Any]], NDArray[Any]], tuple[Mapping[str, NDArray[Any]], NDArray[Any]]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Episode:
-    """One demonstration of T transitions: what was seen, and what was then done.
+    """One demonstration of T transitions, each an observation and the action taken on it.
 
     Attributes:
         observations: (T, *shape) under each policy key: images (T, H, W, C), everything else (T, D).
@@ -37,37 +36,38 @@ class EpisodeReader(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """Of its episodes, as the file calls them, in its order; no name twice."""
+        """The file's own names of its episodes, in the file's order, without repetition."""
 
     @property
     def held_out(self) -> Sequence[str]:
-        """The names among them that the file sets aside for validation; empty where it sets none aside."""
+        """The names of the episodes that the file sets aside for validation; empty if there are none."""
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What the file says of itself, JSON data: `format`, and where known `env` and `rate_hz`."""
+        """The file's description of itself as JSON data: `format`, and where known `env` and `rate_hz`."""
 
     def read(self, name: str) -> Episode:
-        """One episode.
+        """Read one episode.
 
         Raises:
-            ValueError: this episode is damaged; names the key where it is one key's fault.
+            ValueError: this episode is damaged; the message names the key if a single key is at fault.
         """
         ...
 
     def close(self) -> None:
-        """Close its files."""
+        """Close the files."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the user asked of a file.
+    """The part of a file that the user asked for.
 
     Attributes:
-        observation_keys: the file's keys, or policy key to the file's key; None takes what the format marks as such.
-        action_key: the file's key; None takes the format's own.
-        subset: a subset of the episodes that the file itself names; None takes all.
+        observation_keys: the file's keys, or policy key to the file's key; None selects the keys that the format marks
+            as observations.
+        action_key: the file's key of the actions; None selects the format's own.
+        subset: a subset of the episodes that the file itself names; None selects all of them.
     """
 
     observation_keys: Sequence[str] | Mapping[str, str] | None = None
@@ -75,19 +75,19 @@ class Request:
     subset: str | None = None
 
     def observations(self, available: Iterable[str], default: Iterable[str], prefix: str = "") -> dict[str, str]:
-        """Which of the file's keys become which of the policy's.
+        """Choose the file's keys to observe, and name them for the policy.
 
         Args:
             available: the file's keys.
-            default: those it marks as observations.
-            prefix: what the format writes before each name and a policy does without, such as `observation.`; the
-                user may leave it out too.
+            default: the keys that the file marks as observations.
+            prefix: a prefix that the format writes before each name, such as `observation.`. Policy keys do not have
+                it, and the user may leave it out.
 
         Returns:
             Policy key to the file's key.
 
         Raises:
-            ValueError: a key that is not there, none, or one name twice.
+            ValueError: a key is not in the file, no key is chosen, or two keys get the same name.
         """
         wanted = list(default) if self.observation_keys is None else self.observation_keys
         if not isinstance(wanted, Mapping):
@@ -113,10 +113,17 @@ class Request:
         return chosen
 
     def action(self, available: Iterable[str], default: str) -> str:
-        """The file's key of the actions.
+        """Choose the file's key of the actions.
+
+        Args:
+            available: the file's keys.
+            default: the format's own key.
+
+        Returns:
+            The key.
 
         Raises:
-            ValueError: it is not there.
+            ValueError: the key is not in the file.
         """
         key = default if self.action_key is None else self.action_key
         options = list(available)
@@ -126,7 +133,7 @@ class Request:
 
 
 def policy_key(key: str) -> str:
-    """A name that a policy can use: modules of torch cannot have dots in their names.
+    """Replace dots in a file's key, because names of torch modules cannot contain them.
 
     >>> policy_key("images.top")
     'images/top'
@@ -136,21 +143,21 @@ def policy_key(key: str) -> str:
 
 @dataclass(kw_only=True)
 class EpisodeChecker:
-    """Refuses episodes that would poison a training, and brings the others into one form.
+    """Refuses episodes that would spoil a training, and converts the others into one form.
 
-    Every episode must have the keys, shapes and kinds of the first good one.
+    Every episode must have the keys and shapes of the first good one.
 
     Attributes:
-        shapes: of one observation under each key and of one action (under `actions`), from the first good episode.
+        shapes: shape of one observation under each key and of one action (under `actions`) in the first good episode.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def check(self, episode: Episode) -> Episode:
-        """The episode as float32 vectors and uint8 images.
+        """Convert an episode to float32 vectors and uint8 images.
 
         Raises:
-            ValueError: saying which key is wrong, where, and how.
+            ValueError: the episode is bad; the message names the key, the transition and the problem.
         """
         arrays = {key: np.asarray(values) for key, values in episode.observations.items()}
         if "actions" in arrays:
@@ -190,10 +197,10 @@ def _as_vectors(key: str, values: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def as_images(key: str, values: NDArray[Any]) -> NDArray[np.uint8]:
-    """(T, height, width, channels) pictures of any number type as uint8.
+    """Convert (T, height, width, channels) pictures of any number type to uint8.
 
     Raises:
-        ValueError: another number of channels, or pixels that are not whole numbers within 0..255.
+        ValueError: the number of channels is not 1, 3 or 4, or a pixel is not a whole number within 0..255.
     """
     if values.shape[-1] not in (1, 3, 4):
         raise ValueError(

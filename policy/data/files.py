@@ -1,4 +1,4 @@
-"""The files of a dataset: what is in its folder, and nothing that lies outside it."""
+"""The files of a dataset, all inside its folder, and a fingerprint of them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 
 
 def list_files(path: Path) -> dict[str, Path]:
-    """All files of a dataset.
+    """List all files of a dataset.
 
     Args:
         path: a file, or a folder.
 
     Returns:
-        Path relative to the folder, with slashes, to the file; a single file stands under its name.
+        Path relative to the folder, with slashes, to the file; for a single file, its name to the file.
 
     Raises:
-        ValueError: nothing is there, a file cannot be read, or a link leads out of the folder.
+        ValueError: there is no file, a file cannot be read, or a link leads out of the folder.
     """
     try:
         files = {path.name: path} if path.is_file() else _files_under(path)
@@ -39,28 +39,28 @@ def _files_under(path: Path) -> dict[str, Path]:
     files = {}
     for folder, folders, names in os.walk(root, onerror=_unless_missing):
         for entry in (Path(folder, name) for name in (*folders, *names)):
-            # realpath, as Path.resolve raises on links that lead in circles.
+            # Path.resolve would raise on circular links; realpath does not.
             if entry.is_symlink() and not Path(os.path.realpath(entry)).is_relative_to(root):
                 raise ValueError(
                     f"{path}: {entry.relative_to(root)} is a link that leaves the folder; if you trust it, copy the"
                     " dataset with its links followed (cp -rL)"
                 )
-            if entry.is_file():  # not a pipe or a device, which could hang; nor a link that leads nowhere
+            if entry.is_file():  # not a pipe or a device, where reading could hang, and not a dangling link
                 files[entry.relative_to(root).as_posix()] = entry
     return dict(sorted(files.items()))
 
 
 def _unless_missing(error: OSError) -> None:
-    """Folders that cannot be listed are no empty folders."""
+    """Raise if a folder cannot be listed, instead of taking it for empty."""
     if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
         raise error
 
 
 def fingerprint(files: Mapping[str, Path], settings: Mapping[str, Any]) -> str:
-    """A short name for what is read from these files with these settings; it changes when either does.
+    """Name the result of reading files with settings; the name changes when a file or a setting changes.
 
     Args:
-        files: of `list_files`.
+        files: the result of `list_files`.
         settings: JSON data.
 
     Returns:

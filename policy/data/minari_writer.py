@@ -7,29 +7,27 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-import gymnasium
-import minari
-from minari.data_collector import EpisodeBuffer
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import gymnasium
+    from numpy.typing import NDArray
 
-# Under this key of the dataset's own metadata stands the environment it was collected in, as keyword data.
+# The key in the dataset's own metadata of the environment in which it was collected, as keyword data.
 ENV_KEY = "ddim_policy_env"
 
-
-# (T + 1, ...), or such arrays by key where the observation space is a Dict.
-Observations = NDArray[Any] | Mapping[str, "Observations"]
+# All observations of an episode: (T + 1, ...), or such arrays by key if the observation space is a Dict.
+RecordedObservations: TypeAlias = "NDArray[Any] | Mapping[str, RecordedObservations]"
 
 
 class RecordedEpisode(Protocol):
     """One episode as a demonstrator recorded it."""
 
     seed: int
-    observations: Observations
+    observations: RecordedObservations
     actions: NDArray[Any]
     rewards: NDArray[Any]
     terminations: NDArray[Any]
@@ -47,20 +45,39 @@ def write_minari(
     """Write episodes as a Minari dataset (HDF5), pictures without loss.
 
     Args:
-        episodes: what was recorded; observations hold one row more than actions.
+        episodes: the recorded episodes; observations hold one row more than actions.
         folder: a Minari root; the dataset becomes a folder in it.
-        dataset_id: Minari's name for it, `name-v0`.
-        env: gives the spaces.
-        env_settings: how to make that environment again; training reads it from the dataset.
+        dataset_id: Minari's name for the dataset, `name-v0`.
+        env: the environment, for its spaces.
+        env_settings: settings that make the environment again; training reads them from the dataset.
 
     Returns:
         The dataset's folder.
 
     Raises:
-        ValueError: a dataset of that name is there already.
+        ValueError: a dataset of that name exists already.
     """
     path = Path(folder) / dataset_id
     check_absent(path)
+    recorded = list(episodes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The dataset gets its name when it is complete, so that nobody finds a half-written one.
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as root:
+        with _minari_root(Path(root).resolve()):  # Minari needs an absolute root
+            _create_dataset(recorded, dataset_id, env, env_settings)
+        (Path(root) / dataset_id).rename(path)
+    return path
+
+
+def _create_dataset(
+    episodes: Sequence[RecordedEpisode],
+    dataset_id: str,
+    env: gymnasium.Env[Any, Any],
+    env_settings: Mapping[str, Any],
+) -> None:
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
     buffers = [
         EpisodeBuffer(
             seed=episode.seed,
@@ -72,13 +89,8 @@ def write_minari(
         )
         for episode in episodes
     ]
-    # Minari wants its root absolute. The dataset gets its name once it is whole: a half-written one is never found.
-    with (
-        tempfile.TemporaryDirectory(prefix=".writing-", dir=_made(path.parent)) as root,
-        _minari_root(Path(root).resolve()),
-        warnings.catch_warnings(),
-    ):
-        # Minari misses an environment spec and contact details; env_settings say how to make the environment.
+    with warnings.catch_warnings():
+        # Minari warns of missing contact details and of a missing environment spec, which `env_settings` replaces.
         warnings.simplefilter("ignore", UserWarning)
         dataset = minari.create_dataset_from_buffers(
             dataset_id,
@@ -91,28 +103,21 @@ def write_minari(
             code_permalink="none",
             description=f"{len(buffers)} demonstrations in {env_settings.get('name')}",
             data_format="hdf5",
-            # A policy acts on pictures without JPEG's traces, so it learns from such.
+            # A policy acts on pictures without JPEG's artefacts, so it has to learn from such pictures.
             jpeg_encoding=False,
         )
         dataset.storage.update_metadata({ENV_KEY: json.dumps(dict(env_settings))})
-        (Path(root) / dataset_id).rename(path)
-    return path
 
 
 def _as_dicts(observations: Any) -> Any:
-    # Minari knows no other mapping.
+    # The only mapping that Minari accepts is a dict.
     if not isinstance(observations, Mapping):
         return observations
     return {key: _as_dicts(values) for key, values in observations.items()}
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def dataset_name(env_settings: Mapping[str, Any]) -> str:
-    """A Minari name for demonstrations in an environment: its name and its task or id, `-v0`.
+    """Name demonstrations for Minari: the environment's name, its task or id, and `-v0`.
 
     >>> dataset_name({"name": "metaworld", "task": "pick-place-v3"})
     'metaworld-pick-place-v3-v0'
@@ -122,10 +127,10 @@ def dataset_name(env_settings: Mapping[str, Any]) -> str:
 
 
 def check_absent(path: Path) -> None:
-    """Refuse to write a dataset over another.
+    """Refuse to overwrite a dataset.
 
     Raises:
-        ValueError: with what to do.
+        ValueError: there is a file or folder at that path; the message says what to do.
     """
     if path.exists():
         raise ValueError(f"{path} is there already: choose another output_dir=, or remove it first")
@@ -133,7 +138,7 @@ def check_absent(path: Path) -> None:
 
 @contextmanager
 def _minari_root(folder: Path) -> Iterator[None]:
-    # Minari knows where to write only from this variable.
+    # This variable is the only way to tell Minari where to write.
     before = os.environ.get("MINARI_DATASETS_PATH")
     os.environ["MINARI_DATASETS_PATH"] = str(folder)
     try:

@@ -1,31 +1,30 @@
-"""Demonstrations from any public format, by one function."""
+"""Read demonstrations of any format into one form, through the cache."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from policy.common.arguments import unknown_name
+from policy.common.observations import is_image
 from policy.common.progress import progress
 from policy.data.cache import bad_episode, default_cache_dir, open_cached, write_cached
 from policy.data.demonstrations import Demonstrations
 from policy.data.episode import Episode, EpisodeReader, Relabel, Request, Transform, as_images
 from policy.data.files import fingerprint, list_files
 from policy.data.formats import FORMATS
-from policy.data.formats.minari import find_minari
-from policy.model.diffusion_policy import is_image
 
-# Raised when what the cache holds changes its meaning.
+# Increase it when the meaning of cached data changes, so that older entries are not found any more.
 CACHE_VERSION = 1
 
 
@@ -46,121 +45,160 @@ def read_demonstrations(
     """Open demonstrations; the first time, they are converted into a cache that training maps into memory.
 
     Args:
-        format: `minari`, `lerobot`, `robomimic` or `zarr` (the Diffusion Policy replay buffer).
-        path: the file or folder; for Minari also an id such as D4RL/door/human-v2, found under the local Minari root or
-            downloaded.
-        observation_keys: which of the file's keys are observed, or policy key to the file's key; by default those that
-            the format marks as observations.
-        action_key: the file's key of the actions, where it is not the format's own.
+        format: `minari`, `lerobot`, `robomimic`, `zarr` (the Diffusion Policy replay buffer) or a format of a plugin.
+        path: the file or folder; for Minari also an id such as D4RL/door/human-v2, which is looked up under the local
+            Minari root and otherwise downloaded.
+        observation_keys: keys of the file to observe, or policy key to the file's key; by default the keys that the
+            format marks as observations.
+        action_key: the file's key of the actions; by default the format's own.
         subset: a subset of the episodes that the file itself names (robomimic's filter keys, LeRobot's splits).
-        max_episodes: only the first so many good episodes.
-        relabel: hindsight: rewrites an episode, the file's observations by key and its actions, as a demonstration of
-            what it achieved.
-        transform: maps the file's observations of an episode, (T, ...) by key, to those the environment gives.
-        image_size: height and width to which images are resized; by default they stay as they are.
+        max_episodes: read only the first good episodes, up to this number.
+        relabel: rewrites an episode, given as the file's observations by key and its actions, as a demonstration of
+            what it achieved (hindsight relabelling).
+        transform: maps an episode's observations in the file, (T, ...) by key, to observations of the environment.
+        image_size: height and width to which images are resized; by default they keep their size.
         on_bad_episode: `error` refuses a dataset with a bad episode, `skip` leaves bad ones out with a warning.
-        cache_dir: where converted demonstrations are kept; by default the user's cache folder.
+        cache_dir: folder of the converted demonstrations; by default the user's cache folder.
 
     Returns:
         The demonstrations, mapped from disk.
 
     Raises:
-        ValueError: the dataset is missing, damaged, or has not what was asked for; names file, episode and key.
+        ValueError: the dataset is missing or damaged, or lacks a requested part; the message names file, episode and
+            key.
     """
     if format not in FORMATS:
-        raise unknown_name("format of demonstrations", format, FORMATS)
+        raise FORMATS.unknown(format)
     if on_bad_episode not in ("error", "skip"):
         raise unknown_name("value of dataset.on_bad_episode", on_bad_episode, ("error", "skip"))
     for name, value in (("max_episodes", max_episodes), ("image_size", image_size)):
         if value is not None and value < 1:
             raise ValueError(f"dataset.{name} must be 1 or more; got {value}")
-    path = find_minari(path) if format == "minari" else Path(path).expanduser()
-    files = list_files(path)
-    settings = {
-        "version": CACHE_VERSION,
-        "format": format,
-        "observation_keys": observation_keys,
-        "action_key": action_key,
-        "subset": subset,
-        "max_episodes": max_episodes,
-        "relabel": relabel and _code_of("relabel", relabel),
-        "transform": transform and _code_of("transform", transform),
-        "image_size": image_size,
-        "path": str(path.resolve()),
-    }
-    folder = (cache_dir or default_cache_dir()).expanduser() / f"{path.name}-{fingerprint(files, settings)}"
-    found = open_cached(folder)
-    if found is None:
-        request = Request(observation_keys=observation_keys, action_key=action_key, subset=subset)
-        reader = _open(format, path, files, request)
-        try:
-            write_cached(
-                folder,
-                _episodes(reader, partial(_prepared, reader, relabel, transform, image_size), max_episodes),
-                source=str(path),
-                metadata=reader.metadata,
-                held_out=reader.held_out,
-                skip_bad=on_bad_episode == "skip",
-                max_episodes=max_episodes,
-            )
-        finally:
-            reader.close()
-        found = open_cached(folder)
-        if found is None:
-            raise ValueError(f"the cache folder {folder.parent} keeps nothing: set dataset.cache_dir to another one")
-    if max_episodes is not None and found.num_episodes < max_episodes:
-        raise ValueError(f"{path} has {found.num_episodes} episodes; dataset.max_episodes asks for {max_episodes}")
-    if found.skipped:
-        name, reason = next(iter(found.skipped.items()))
-        if on_bad_episode == "error":  # converted before, when bad episodes were to be skipped
-            raise bad_episode(str(path), name, reason)
-        warnings.warn(
-            f"{path}: {len(found.skipped)} of {len(found.skipped) + found.num_episodes} episodes are bad and left out;"
-            f" the first one is {name}: {reason}",
-            stacklevel=2,
-        )
+    reading = _Reading(
+        format=format,
+        path=FORMATS[format].find(Path(path)),
+        request=Request(observation_keys=observation_keys, action_key=action_key, subset=subset),
+        max_episodes=max_episodes,
+        relabel=relabel,
+        transform=transform,
+        image_size=image_size,
+        skip_bad=on_bad_episode == "skip",
+    )
+    found = reading.read((cache_dir or default_cache_dir()).expanduser())
+    reading.check(found)
     return found
 
 
-def _open(format: str, path: Path, files: Mapping[str, Path], request: Request) -> EpisodeReader:
-    try:
-        return FORMATS[format](path, files, request)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+@dataclass(frozen=True, kw_only=True)
+class _Reading:
+    """The checked arguments of `read_demonstrations`, with the dataset's own path."""
 
+    format: str
+    path: Path
+    request: Request
+    max_episodes: int | None
+    relabel: Relabel | None
+    transform: Transform | None
+    image_size: int | None
+    skip_bad: bool
 
-def _episodes(
-    reader: EpisodeReader, read: Callable[[str], Episode], max_episodes: int | None
-) -> Iterator[tuple[str, Callable[[], Episode]]]:
-    total = min(len(reader.names), max_episodes or len(reader.names))
-    with progress(reader.names, total=total, desc="read", unit="episode") as names:
-        for name in names:
-            yield name, partial(read, name)
+    def read(self, cache: Path) -> Demonstrations:
+        """Open the dataset's entry in the cache; convert the dataset first if there is no such entry."""
+        files = list_files(self.path)
+        entry = cache / f"{self.path.name}-{fingerprint(files, self._settings())}"
+        found = open_cached(entry)
+        if found is None:
+            reader = self._open(files)
+            try:
+                write_cached(
+                    entry,
+                    self._episodes(reader),
+                    source=str(self.path),
+                    metadata=reader.metadata,
+                    held_out=reader.held_out,
+                    skip_bad=self.skip_bad,
+                    max_episodes=self.max_episodes,
+                )
+            finally:
+                reader.close()
+            found = open_cached(entry)
+        if found is None:
+            raise ValueError(f"the cache folder {cache} keeps nothing: set dataset.cache_dir to another one")
+        return found
 
+    def check(self, found: Demonstrations) -> None:
+        """Check the number of episodes, and warn of those that were left out as bad.
 
-def _prepared(
-    reader: EpisodeReader, relabel: Relabel | None, transform: Transform | None, image_size: int | None, name: str
-) -> Episode:
-    episode = reader.read(name)
-    observations, actions = dict(episode.observations), episode.actions
-    if relabel is not None:
-        with _named("relabel"):
-            relabelled, actions = relabel(observations, actions)
-            observations = dict(relabelled)
-    if transform is not None:
-        with _named("transform"):
-            observations = dict(transform(observations))
-    if image_size is not None:
-        observations = {
-            key: resized(as_images(key, values), image_size) if is_image(values.shape[1:]) else values
-            for key, values in observations.items()
+        Raises:
+            ValueError: there are fewer episodes than requested, or an earlier conversion skipped bad episodes that
+                this one has to refuse.
+        """
+        if self.max_episodes is not None and found.num_episodes < self.max_episodes:
+            raise ValueError(
+                f"{self.path} has {found.num_episodes} episodes; dataset.max_episodes asks for {self.max_episodes}"
+            )
+        if not found.skipped:
+            return
+        name, reason = next(iter(found.skipped.items()))
+        if not self.skip_bad:
+            raise bad_episode(str(self.path), name, reason)
+        total = len(found.skipped) + found.num_episodes
+        warnings.warn(
+            f"{self.path}: {len(found.skipped)} of {total} episodes are bad and left out; the first one is {name}:"
+            f" {reason}",
+            stacklevel=3,
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings on which the converted demonstrations depend, as JSON data."""
+        return {
+            "version": CACHE_VERSION,
+            "format": self.format,
+            "observation_keys": self.request.observation_keys,
+            "action_key": self.request.action_key,
+            "subset": self.request.subset,
+            "max_episodes": self.max_episodes,
+            "relabel": self.relabel and _code_of("relabel", self.relabel),
+            "transform": self.transform and _code_of("transform", self.transform),
+            "image_size": self.image_size,
+            "path": str(self.path.resolve()),
         }
-    return Episode(observations=observations, actions=actions)
+
+    def _open(self, files: dict[str, Path]) -> EpisodeReader:
+        try:
+            return FORMATS[self.format].open(self.path, files, self.request)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
+    def _episodes(self, reader: EpisodeReader) -> Iterator[tuple[str, Callable[[], Episode]]]:
+        """The name of each episode, and a function that reads it."""
+        total = min(len(reader.names), self.max_episodes or len(reader.names))
+        with progress(reader.names, total=total, desc="read", unit="episode") as names:
+            for name in names:
+                yield name, partial(self._prepared, reader, name)
+
+    def _prepared(self, reader: EpisodeReader, name: str) -> Episode:
+        """An episode as it is trained on: relabelled, transformed and resized."""
+        episode = reader.read(name)
+        observations, actions = dict(episode.observations), episode.actions
+        if self.relabel is not None:
+            with _failures_named("relabel"):
+                relabelled, actions = self.relabel(observations, actions)
+                observations = dict(relabelled)
+        if self.transform is not None:
+            with _failures_named("transform"):
+                observations = dict(self.transform(observations))
+        if self.image_size is not None:
+            observations = {
+                key: resized(as_images(key, values), self.image_size) if is_image(values.shape[1:]) else values
+                for key, values in observations.items()
+            }
+        return Episode(observations=observations, actions=actions)
 
 
 @contextmanager
-def _named(setting: str) -> Iterator[None]:
-    """Name the setting whose function, the user's code, fails."""
+def _failures_named(setting: str) -> Iterator[None]:
+    """Turn any failure of a user's function into an error that names the setting."""
     try:
         yield
     except Exception as error:
@@ -168,7 +206,9 @@ def _named(setting: str) -> Iterator[None]:
 
 
 def resized(images: NDArray[Any], size: int) -> NDArray[np.uint8]:
-    """(N, H, W, C) uint8 images as (N, size, size, C), by Pillow's antialiased bilinear filter."""
+    """Resize (N, H, W, C) uint8 images to (N, size, size, C), by Pillow's antialiased bilinear filter."""
+    from PIL import Image
+
     if images.shape[1:3] == (size, size):
         return images
     frames = [Image.fromarray(image.squeeze(axis=2) if image.shape[2] == 1 else image) for image in images]
@@ -177,7 +217,10 @@ def resized(images: NDArray[Any], size: int) -> NDArray[np.uint8]:
 
 
 def _code_of(setting: str, given: Callable[..., Any]) -> str:
-    """A name for a function's file as it is now: edited code must not find what the old code left in the cache."""
+    """Identify a function by its name, its arguments and the content of its file.
+
+    The cache must not return data that an older version of the code converted.
+    """
     function = getattr(given, "func", given)  # inside a functools.partial
     settings = [getattr(given, "args", ()), sorted(getattr(given, "keywords", {}).items())]
     try:

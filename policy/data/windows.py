@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from policy.data.demonstrations import Arrays, Augment, Demonstrations
-from policy.model.diffusion_policy import Batch
 
+if TYPE_CHECKING:
+    from policy.common.observations import Batch
+
+# Transitions in one block of `Windows.blocks`.
 BLOCK_ROWS = 65_536
 
 
 def split_episodes(
     num_episodes: int, val_fraction: float, seed: int, held_out: Sequence[int] = ()
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split episodes into training and validation, the same way for the same seed.
+    """Split episodes into training and validation episodes; the same seed gives the same split.
 
     Args:
-        num_episodes: E.
-        val_fraction: share of episodes for validation, 0 <= share < 1; rounded, and at least one episode trains.
-        seed: of the permutation.
-        held_out: episodes that the file itself sets aside; with any, they are the validation episodes.
+        num_episodes: the number of episodes.
+        val_fraction: fraction of the episodes for validation, 0 <= val_fraction < 1. Their number is rounded, and at
+            least one episode remains for training.
+        seed: seed of the permutation.
+        held_out: episodes that the file itself sets aside; if there are any, they are the validation episodes.
 
     Returns:
         Sorted episode numbers for training and for validation.
 
     Raises:
-        ValueError: a share outside [0, 1), or no episode left to train on.
+        ValueError: the fraction is outside [0, 1), or no episode is left to train on.
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be at least 0 and below 1; got {val_fraction}")
@@ -48,22 +51,22 @@ def split_episodes(
 
 
 class Windows:
-    """Every transition of some episodes as a training window.
+    """The training windows of some episodes, one for each transition.
 
-    Window of transition t, for obs_horizon 2 and action_horizon 8:
+    The window of transition t holds, for obs_horizon 2 and action_horizon 8:
 
-        observations   t-1  t                 (the episode's first one repeated before its start)
-        actions             t  t+1 ... t+7    (its last one repeated after its end, and masked)
+        observations   t-1  t                 (before its start, the episode's first observation is repeated)
+        actions             t  t+1 ... t+7    (after its end, the episode's last action is repeated and masked)
 
-    Windows never cross episodes; every transition of every episode, the last included, has one. With a symmetry of the
-    task, the windows are followed by their counterparts under it.
+    Windows never cross episodes; every transition of every episode, the last included, has a window. With a symmetry of
+    the task, the windows are followed by their images under it, called counterparts.
 
     Args:
         demonstrations: the episodes.
-        episodes: which of them, by number.
-        obs_horizon: observations looked back on, the newest included.
-        action_horizon: actions in a chunk.
-        augment: a symmetry of the task, applied to gathered windows: the data exists once.
+        episodes: numbers of the episodes to use.
+        obs_horizon: number of observations in a window, the newest included.
+        action_horizon: number of actions in a chunk.
+        augment: a symmetry of the task. It is applied to gathered windows, so the counterparts take no memory.
         mask_padding: leave repeated actions after an episode's end out of the loss.
     """
 
@@ -81,11 +84,11 @@ class Windows:
         self.episodes = episodes
         self._starts = demonstrations.episode_starts[episodes]
         self._ends = demonstrations.episode_ends[episodes]
-        # Number of the first window after each episode: all that is kept per episode, and nothing per window.
+        # The number of the first window after each episode. Nothing is stored per window.
         self._window_ends = np.cumsum(self._ends - self._starts)
         self._augment = augment
         self._mask_padding = mask_padding
-        # The newest epoch's permutation, kept because drawing it costs more than a batch.
+        # The newest epoch's permutation is kept, because drawing it takes longer than gathering a batch.
         self._epoch_key: tuple[int, int] | None = None
         self._order: NDArray[Any] = np.empty(0, np.int64)
         self._past = np.arange(1 - obs_horizon, 1)
@@ -93,14 +96,14 @@ class Windows:
 
     @property
     def num_transitions(self) -> int:
-        """Transitions of the episodes, counterparts not counted."""
+        """The number of transitions of the episodes, without counterparts."""
         return int(self._window_ends[-1]) if len(self._window_ends) else 0
 
     def __len__(self) -> int:
         return self.num_transitions * (1 if self._augment is None else 2)
 
     def gather(self, windows: NDArray[np.int64]) -> Batch:
-        """Collect windows into one batch.
+        """Collect windows into one batch, without a Python loop.
 
         Args:
             windows: (B,) window numbers, 0..len - 1.
@@ -108,6 +111,8 @@ class Windows:
         Returns:
             The batch, see `Batch`, as CPU tensors in the data's own dtypes.
         """
+        import torch  # here, so that a command can import this module without it
+
         originals, place = self._locate(windows)
         start, end = self._starts[place, None], self._ends[place, None]
         now = end - (self._window_ends[place, None] - originals[:, None])
@@ -129,21 +134,21 @@ class Windows:
         }
 
     def episodes_of(self, windows: NDArray[np.int64]) -> list[int]:
-        """The episodes that windows come from, by number, each once and in order."""
+        """The sorted numbers of the episodes that windows come from, without repetition."""
         return np.unique(self.episodes[self._locate(windows)[1]]).tolist()
 
     def _locate(self, windows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The windows, or those they are counterparts of, and the place in `episodes` of each one's episode."""
+        """Each window, or the window whose counterpart it is, and the index of its episode in `episodes`."""
         originals = windows % max(self.num_transitions, 1)
         return originals, np.searchsorted(self._window_ends, originals, side="right")
 
     def blocks(self) -> Iterator[tuple[Arrays, NDArray[np.float32]]]:
-        """All transitions of the episodes in blocks of consecutive ones, each followed by its counterpart.
+        """Walk through all transitions in blocks of consecutive ones, each block followed by its counterpart.
 
         Yields:
             Observations (N, *shape) by key and actions (N, action_dim).
         """
-        for start, end in _runs(self._starts, self._ends):
+        for start, end in _spans(self._starts, self._ends):
             for low in range(start, end, BLOCK_ROWS):
                 rows = slice(low, min(low + BLOCK_ROWS, end))
                 observations = {key: values[rows] for key, values in self.demonstrations.observations.items()}
@@ -153,14 +158,14 @@ class Windows:
                     yield self._augment(observations, actions)
 
     def batch_at(self, step: int, batch_size: int, seed: int) -> NDArray[np.int64]:
-        """Window numbers of training step `step`: each epoch is a fresh permutation, drawn from (seed, epoch).
+        """Window numbers of training step `step`; each epoch has a permutation of its own, drawn from (seed, epoch).
 
-        The order has no state: step n's batch is the same whether or not the run was interrupted before it.
+        The order has no state: the batch of a step is the same whether or not the training was interrupted before it.
 
         Args:
-            step: 0 or more.
-            batch_size: windows a step; with fewer windows than this, a batch holds all of them.
-            seed: of the whole run.
+            step: number of the training step, 0 or more.
+            batch_size: windows per step; if there are fewer windows, each batch holds all of them.
+            seed: seed of the training.
 
         Returns:
             (min(batch_size, len(self)),) int64; the incomplete batch at the end of an epoch is left out.
@@ -177,7 +182,7 @@ class Windows:
 def _with_counterparts(
     augment: Augment, observations: Arrays, actions: NDArray[np.float32], where: NDArray[np.bool_]
 ) -> tuple[Arrays, NDArray[np.float32]]:
-    """Replace the rows of a batch that `where` marks by their counterparts."""
+    """Replace the rows of a batch that `where` marks with their counterparts."""
     mirrored, mirrored_actions = augment({key: values[where] for key, values in observations.items()}, actions[where])
     for key, values in observations.items():
         values[where] = mirrored[key]
@@ -185,9 +190,9 @@ def _with_counterparts(
     return observations, actions
 
 
-def _runs(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Join neighbouring episodes into runs of consecutive transitions."""
+def _spans(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Join neighbouring episodes into spans of consecutive transitions, and yield each span's start and end."""
     breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
-    for run in np.split(np.arange(len(starts)), breaks):
-        if len(run):
-            yield int(starts[run[0]]), int(ends[run[-1]])
+    for span in np.split(np.arange(len(starts)), breaks):
+        if len(span):
+            yield int(starts[span[0]]), int(ends[span[-1]])

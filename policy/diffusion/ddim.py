@@ -1,7 +1,7 @@
 """Denoising Diffusion Implicit Models (Song, Meng and Ermon, ICLR 2021, arXiv 2010.02502) as pure functions.
 
-`predict_fn(noisy_actions, timestep, observations)` is any callable, also a module from `build`:
-noisy actions (B, H, A), timestep (B,) int64, observations (B, obs_size); it returns (B, H, A).
+`predict_fn(noisy_actions, timestep, observations)` is any callable: noisy actions (B, H, A), timestep (B,) int64,
+observations (B, obs_size); it returns (B, H, A).
 """
 
 from __future__ import annotations
@@ -10,114 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from policy.diffusion.schedule import NoiseSchedule, make_schedule
-from policy.model.denoisers.residual_mlp import ResidualMLP
+from policy.diffusion.coefficients import ddim_coefficients, ddim_sigma, reverse_process
+from policy.diffusion.schedule import NoiseSchedule
 
 Spacing = Literal["trailing", "leading", "linspace"]
 SPACINGS: tuple[str, ...] = get_args(Spacing)
 
 PredictFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator]
-
-__all__ = [
-    "build",
-    "ddim_sample",
-    "ddim_step",
-    "ddim_timesteps",
-    "make_schedule",
-    "output_size",
-    "param_count",
-    "recommended_defaults",
-]
-
-
-def build(
-    *,
-    obs_size: int,
-    action_dim: int,
-    action_horizon: int = 8,
-    hidden_size: int = 256,
-    num_layers: int = 4,
-    num_steps: int = 1000,
-) -> nn.Module:
-    """Build the noise-prediction network of the source document; the same network serves DDPM.
-
-    Args:
-        obs_size: width of the observation embedding.
-        action_dim: width of one action.
-        action_horizon: actions in one chunk.
-        hidden_size: width of the residual blocks.
-        num_layers: number of residual blocks.
-        num_steps: T of the schedule it will be trained with; timesteps of T or more are refused.
-
-    Returns:
-        A module `forward(noisy_actions (B, H, A), timestep (B,), observations (B, obs_size)) -> (B, H, A)`.
-
-    Raises:
-        ValueError: a size below 1.
-    """
-    return ResidualMLP(
-        obs_size=obs_size,
-        action_dim=action_dim,
-        action_horizon=action_horizon,
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        num_steps=num_steps,
-    )
-
-
-def output_size(*, action_dim: int = 64, action_horizon: int = 8) -> int:
-    """Numbers in one chunk: `action_horizon * action_dim`.
-
-    >>> output_size()
-    512
-    """
-    return action_horizon * action_dim
-
-
-def param_count(
-    *, obs_size: int, action_dim: int, action_horizon: int = 8, hidden_size: int = 256, num_layers: int = 4
-) -> int:
-    """The exact number of parameters of `build(...)`, in closed form.
-
-    Args:
-        obs_size: width of the observation embedding.
-        action_dim: width of one action.
-        action_horizon: actions in one chunk.
-        hidden_size: width h of the residual blocks.
-        num_layers: number of residual blocks.
-
-    Returns:
-        Weights, biases and LayerNorm parameters together.
-
-    >>> param_count(obs_size=287, action_dim=64)
-    2572032
-    """
-    h, chunk = hidden_size, output_size(action_dim=action_dim, action_horizon=action_horizon)
-    observation = obs_size * h + h
-    entry = (chunk + 2 * h) * h + h
-    block = 2 * h + (h * 4 * h + 4 * h) + (4 * h * h + h)
-    exit_ = h * chunk + chunk
-    return observation + entry + num_layers * block + exit_
-
-
-def recommended_defaults() -> dict[str, int | float]:
-    """The source document's sizes and sampler settings.
-
-    Returns:
-        Keyword arguments, shared out between `build`, `make_schedule` and `ddim_sample`.
-    """
-    return {
-        "action_dim": 64,
-        "action_horizon": 8,
-        "hidden_size": 256,
-        "num_layers": 4,
-        "num_steps": 1000,
-        "ddim_steps": 50,
-        "eta": 0.0,
-    }
 
 
 def check_ddim_steps(ddim_steps: int, num_steps: int, name: str = "ddim_steps") -> None:
@@ -145,6 +47,16 @@ def check_eta(eta: float) -> None:
     """
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must lie within 0 (deterministic DDIM) and 1 (DDPM); got {eta!r}")
+
+
+def check_clip(clip: float | None) -> None:
+    """Reject a bound on the clean estimate that is not positive.
+
+    Raises:
+        ValueError: unless None or above 0.
+    """
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be positive, or None for no clipping; got {clip!r}")
 
 
 def check_spacing(spacing: str) -> None:
@@ -204,12 +116,6 @@ def check_generators(generator: Generators | None, rows: int) -> None:
         raise ValueError(f"pass one generator per row: got {len(generator)} for a batch of {rows}")
 
 
-def _sigma(alpha_cumprod: Tensor, alpha_cumprod_prev: Tensor, eta: float) -> Tensor:
-    """σ of DDIM eq. 16: η √((1 - ᾱ_prev) / (1 - ᾱ)) √(1 - ᾱ / ᾱ_prev)."""
-    variance = (1 - alpha_cumprod_prev) / (1 - alpha_cumprod) * (1 - alpha_cumprod / alpha_cumprod_prev)
-    return eta * variance.sqrt()
-
-
 def ddim_step(
     x_t: Tensor,
     predicted: Tensor,
@@ -258,8 +164,7 @@ def ddim_step(
             f"timesteps must satisfy -1 <= prev_timestep < timestep <= {schedule.num_steps - 1};"
             f" got prev_timestep={prev_timestep}, timestep={timestep}"
         )
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip must be positive, or None for no clipping; got {clip!r}")
+    check_clip(clip)
     if eta > 0 and noise is None:
         raise ValueError(f"eta={eta} adds noise at every step: pass noise of shape {tuple(x_t.shape)}, or eta=0")
     if noise is not None and noise.shape != x_t.shape:
@@ -278,7 +183,7 @@ def ddim_step(
     clean = torch.ones((), dtype=torch.float64)
     alpha_cumprod = schedule.alphas_cumprod[timestep]
     alpha_cumprod_prev = schedule.alphas_cumprod[prev_timestep] if prev_timestep >= 0 else clean
-    sigma = _sigma(alpha_cumprod, alpha_cumprod_prev, eta)
+    sigma = ddim_sigma(alpha_cumprod, alpha_cumprod_prev, eta)
     # At the clean end both terms vanish; the clamp only removes a rounding error below zero.
     direction = (1 - alpha_cumprod_prev - sigma**2).clamp(min=0).sqrt()
 
@@ -341,27 +246,24 @@ def ddim_sample(
         torch.Size([1, 8, 2])
     """
     check_eta(eta)
-    timesteps = ddim_timesteps(schedule.num_steps, ddim_steps, spacing).tolist()
+    check_clip(clip)
     check_generators(generator, len(noise))
-    x = noise
-    for timestep, prev_timestep in zip(timesteps, [*timesteps[1:], -1], strict=True):
-        batch_timestep = torch.full((len(x),), timestep, dtype=torch.int64, device=x.device)
-        predicted = predict_fn(x, batch_timestep, observations)
-        step_noise = randn_like(x, generator) if eta > 0 else None
-        x = ddim_step(
-            x,
-            predicted,
-            timestep,
-            prev_timestep,
-            schedule,
-            eta,
-            prediction_type=prediction_type,
-            clip=clip,
-            noise=step_noise,
-            known=known,
-            keep=keep,
-        )
-    return x
+    timesteps = ddim_timesteps(schedule.num_steps, ddim_steps, spacing)
+
+    def predict(step: int, x: Tensor) -> Tensor:
+        timestep = torch.full((len(x),), int(timesteps[step]), dtype=torch.int64, device=x.device)
+        return predict_fn(x, timestep, observations)
+
+    return reverse_process(
+        predict,
+        noise,
+        ddim_coefficients(schedule, timesteps, eta, prediction_type).to(noise),
+        predicts_clean=prediction_type == "sample",
+        clip=clip,
+        step_noise=(lambda step: randn_like(noise, generator)) if eta > 0 else None,
+        known=known,
+        keep=keep,
+    )
 
 
 def randn_like(x: Tensor, generator: Generators | None) -> Tensor:

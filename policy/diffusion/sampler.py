@@ -1,17 +1,25 @@
-"""How to sample: free at inference, whatever the training was."""
+"""How to sample: free at inference, however the policy was trained."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from policy.diffusion.coefficients import SOLVERS
 from policy.diffusion.ddim import check_ddim_steps, check_eta, check_spacing, ddim_timesteps
+from policy.diffusion.schedule import NoiseSchedule
+
+# Settings that came after the first sweeps, with what those sampled with: records name them only where they differ, so
+# that the cells of an older ledger keep their names.
+LATER_SETTINGS = {"solver": "ddim"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Settings of DDIM sampling.
+    """Settings of sampling.
 
     Attributes:
         ddim_steps: denoising steps K, within 1..num_steps of the checkpoint's schedule.
@@ -20,6 +28,7 @@ class Sampler:
         clip: bound on the normalised estimate of the clean chunk, or None.
         warm_start: begin every chunk but an episode's first from the one before, shifted to now and noised to this
             share of the schedule's timesteps, above 0 and up to 1; None begins from noise alone.
+        solver: computes the steps: `ddim`, or one that a plugin registers.
 
     Raises:
         ValueError: a value outside its range.
@@ -30,6 +39,7 @@ class Sampler:
     spacing: str = "trailing"
     clip: float | None = 1.0
     warm_start: float | None = None
+    solver: str = "ddim"
 
     def __post_init__(self) -> None:
         if self.ddim_steps < 1:
@@ -42,9 +52,11 @@ class Sampler:
             raise ValueError(
                 f"sampler.warm_start must be above 0 and at most 1, or null to begin from noise; got {self.warm_start}"
             )
+        if self.solver not in SOLVERS:
+            raise SOLVERS.unknown(self.solver)
 
     def check(self, num_steps: int) -> None:
-        """Refuse more denoising steps than there are timesteps to visit.
+        """Reject more denoising steps than there are timesteps to visit.
 
         Args:
             num_steps: T of the checkpoint's schedule.
@@ -59,14 +71,48 @@ class Sampler:
                 f" ddim_steps={self.ddim_steps}: raise the one or lower the other"
             )
 
-    def timesteps(self, num_steps: int) -> Tensor:
-        """(ddim_steps,) int64 timesteps of a chunk that begins from noise, see `ddim_timesteps`."""
-        return ddim_timesteps(num_steps, self.ddim_steps, self.spacing)
+    def record(self) -> dict[str, Any]:
+        """The settings as JSON data, without those later ones that have the value all samplers had before."""
+        settings = dataclasses.asdict(self)
+        return {name: value for name, value in settings.items() if LATER_SETTINGS.get(name, ...) != value}
 
-    def warm_timesteps(self, num_steps: int) -> Tensor:
-        """(ddim_steps,) int64 timesteps of a chunk that begins from the last one: the lowest share of the schedule."""
-        return ddim_timesteps(self._warm_range(num_steps), self.ddim_steps, self.spacing)
+    def cold_course(self, schedule: NoiseSchedule) -> Course:
+        """The course of a chunk that begins from noise.
+
+        Raises:
+            ValueError: more denoising steps than the schedule has timesteps.
+        """
+        return Course(timesteps=ddim_timesteps(schedule.num_steps, self.ddim_steps, self.spacing))
+
+    def warm_course(self, schedule: NoiseSchedule) -> Course:
+        """The course of a chunk that begins from the previous one, noised to `warm_start` of the schedule.
+
+        Raises:
+            ValueError: more denoising steps than that share has timesteps.
+        """
+        timesteps = ddim_timesteps(self._warm_range(schedule.num_steps), self.ddim_steps, self.spacing)
+        alpha_cumprod = schedule.alphas_cumprod[timesteps[0]].item()
+        return Course(timesteps=timesteps, signal=alpha_cumprod**0.5, noise=(1 - alpha_cumprod) ** 0.5)
+
+    def table(self, schedule: NoiseSchedule, course: Course, prediction_type: str) -> Tensor:
+        """(ddim_steps, 5) float64, the solver's coefficients of each step, see `policy.diffusion.coefficients`."""
+        return SOLVERS[self.solver](schedule, course.timesteps, self.eta, prediction_type)
 
     def _warm_range(self, num_steps: int) -> int:
         assert self.warm_start is not None
         return max(1, round(self.warm_start * num_steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """Where sampling begins, and the timesteps it visits.
+
+    Attributes:
+        timesteps: (ddim_steps,) int64, strictly decreasing; the last step lands on the clean end.
+        signal: share of the previous chunk in the starting point, √ᾱ of the first timestep; 0 begins from noise alone.
+        noise: share of noise in the starting point, √(1 - ᾱ); 1 begins from noise alone.
+    """
+
+    timesteps: Tensor
+    signal: float = 0.0
+    noise: float = 1.0

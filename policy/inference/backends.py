@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,16 +15,43 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from policy.common.arguments import unknown_name
-from policy.diffusion.coefficients import Course, cold_course, warm_course
-from policy.diffusion.ddim import Generators, ddim_step, randn_like
-from policy.diffusion.sampler import Sampler
+from policy.common.observations import Observations, check_observations, is_image
+from policy.diffusion.coefficients import reverse_process
+from policy.diffusion.ddim import Generators, randn_like
+from policy.diffusion.sampler import Course, Sampler
 from policy.inference.onnx_graph import build_model, observation_input, require
-from policy.inference.program import Program
-from policy.model.diffusion_policy import DiffusionPolicy, Observations, PolicyConfig, check_observations, is_image
+from policy.inference.program import Program, SamplingInputs
+from policy.model.config import PolicyConfig
+from policy.model.diffusion_policy import DiffusionPolicy
 
-# (observations, noise, step_noise, previous, keep) to actions.
-Run = Callable[[Observations, Tensor, Tensor | None, Tensor, Tensor], Tensor]
+# What samples where nothing else is chosen, and the weights there are.
+DEFAULT_BACKEND = "fused"
 WEIGHTS = ("float32", "int8")
+
+
+class Runner(Protocol):
+    """Samples chunks from inputs that are checked and on its device."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    def __call__(self, inputs: SamplingInputs) -> Tensor:
+        """Sample one chunk per row: (B, action_horizon, action_dim) in the data's units."""
+
+
+class Backend(Protocol):
+    """Makes a runner: one of the classes in `BACKENDS`."""
+
+    def __call__(self, policy: DiffusionPolicy, sampler: Sampler, course: Course, weights: str) -> Runner:
+        """Compile a policy's sampling.
+
+        Args:
+            policy: a copy, in evaluation mode, without gradients.
+            sampler: the settings.
+            course: where sampling begins, and its timesteps.
+            weights: of `WEIGHTS`.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +62,8 @@ class SamplerProgram:
         config: of the policy.
         sampler: the settings.
         backend: what runs it.
-        run: (observations, noise, step_noise, previous, keep) to actions, everything on `device` and checked.
-        warm_run: the same with a previous chunk to begin from; `run` itself without `sampler.warm_start`.
-        device: where it runs.
+        run: samples a chunk that begins from noise.
+        warm_run: samples a chunk that begins from the previous one; `run` itself without `sampler.warm_start`.
         action_scale: (action_dim,) half the demonstrated range of each action dimension, in the data's units; 1 where
             it is constant. Distances between chunks are measured in it.
     """
@@ -45,9 +71,8 @@ class SamplerProgram:
     config: PolicyConfig
     sampler: Sampler
     backend: str
-    run: Run
-    warm_run: Run
-    device: torch.device
+    run: Runner
+    warm_run: Runner
     action_scale: NDArray[np.float32]
 
     def __call__(
@@ -85,19 +110,19 @@ class SamplerProgram:
         before = torch.zeros_like(start) if previous is None else torch.as_tensor(previous, dtype=torch.float32)
         kept = torch.zeros(start.shape[:2]) if keep is None else torch.as_tensor(keep, dtype=torch.float32)
         self._check(seen, start, added, before, kept)
-        on_device = {
-            key: value.to(self.device, torch.uint8 if is_image(self.config.observation_shapes[key]) else torch.float32)
-            for key, value in seen.items()
-        }
-        run = self.run if previous is None else self.warm_run
+        device = self.run.device
+        images = {key for key, shape in self.config.observation_shapes.items() if is_image(shape)}
+        inputs = SamplingInputs(
+            observations={
+                key: value.to(device, torch.uint8 if key in images else torch.float32) for key, value in seen.items()
+            },
+            noise=start.to(device),
+            step_noise=None if added is None else added.to(device),
+            previous=before.to(device),
+            keep=kept.to(device),
+        )
         with torch.no_grad():
-            return run(
-                on_device,
-                start.to(self.device),
-                None if added is None else added.to(self.device),
-                before.to(self.device),
-                kept.to(self.device),
-            )
+            return (self.run if previous is None else self.warm_run)(inputs)
 
     def sample_actions(
         self,
@@ -133,7 +158,7 @@ class SamplerProgram:
     def _check(
         self, observations: Observations, noise: Tensor, step_noise: Tensor | None, previous: Tensor, keep: Tensor
     ) -> None:
-        check_observations(self.config, observations, rows=len(noise))
+        check_observations(observations, self.config.observation_shapes, (len(noise), self.config.obs_horizon))
         for key, value in observations.items():
             if is_image(self.config.observation_shapes[key]) and value.dtype != torch.uint8:
                 raise ValueError(f"observation {key!r} is an image and must be uint8; got {value.dtype}")
@@ -148,7 +173,7 @@ class SamplerProgram:
 
 
 def compile_sampler(
-    policy: DiffusionPolicy, sampler: Sampler, *, backend: str = "eager", weights: str = "float32"
+    policy: DiffusionPolicy, sampler: Sampler, *, backend: str = DEFAULT_BACKEND, weights: str = "float32"
 ) -> SamplerProgram:
     """Fix a policy's weights and sampler settings, and compile the sampling.
 
@@ -180,15 +205,14 @@ def compile_sampler(
     sampler.check(policy.schedule.num_steps)
     frozen = copy.deepcopy(policy).eval().requires_grad_(False)
     build, schedule = BACKENDS[backend], policy.schedule
-    run, device = build(frozen, sampler, cold_course(schedule, sampler), weights)
-    warm = run if sampler.warm_start is None else build(frozen, sampler, warm_course(schedule, sampler), weights)[0]
+    run = build(frozen, sampler, sampler.cold_course(schedule), weights)
+    is_warm = sampler.warm_start is not None
     return SamplerProgram(
         config=policy.config,
         sampler=sampler,
         backend=backend,
         run=run,
-        warm_run=warm,
-        device=device,
+        warm_run=build(frozen, sampler, sampler.warm_course(schedule), weights) if is_warm else run,
         action_scale=policy.action_normalizer.scale.cpu().numpy(),
     )
 
@@ -216,56 +240,73 @@ def check_weights(weights: str, backend: str = "onnx") -> None:
         raise ValueError(f"weights={weights} needs backend=onnx; got backend={backend}")
 
 
-def _eager(policy: DiffusionPolicy, sampler: Sampler, course: Course, weights: str) -> tuple[Run, torch.device]:
-    timesteps = course.timesteps.tolist()
+class Eager:
+    """Calls the network as `sample_actions` does, step by step: the reference for the other backends."""
 
-    def run(
-        observations: Observations, noise: Tensor, step_noise: Tensor | None, previous: Tensor, keep: Tensor
-    ) -> Tensor:
-        embedding = policy.embed(observations)
-        known = policy.action_normalizer.normalize(previous)
-        x = course.signal * known + course.noise * noise
-        for k, (timestep, prev_timestep) in enumerate(zip(timesteps, [*timesteps[1:], -1], strict=True)):
-            x = ddim_step(
-                x,
-                policy.denoiser(x, torch.full((len(x),), timestep, device=x.device), embedding),
-                timestep,
-                prev_timestep,
-                policy.schedule,
-                sampler.eta,
-                prediction_type=policy.config.prediction_type,
-                clip=sampler.clip,
-                noise=None if step_noise is None else step_noise[k],
-                known=known,
-                keep=keep[..., None],
-            )
-        return policy.action_normalizer.unnormalize(x)
+    def __init__(self, policy: DiffusionPolicy, sampler: Sampler, course: Course, weights: str) -> None:
+        self._policy, self._sampler, self._course = policy, sampler, course
+        table = sampler.table(policy.schedule, course, policy.config.prediction_type)
+        self._table = table.to(policy.device, torch.float32)
+        self.device = policy.device
 
-    return run, policy.device
-
-
-def _fused(policy: DiffusionPolicy, sampler: Sampler, course: Course, weights: str) -> tuple[Run, torch.device]:
-    return Program(policy, sampler, course).eval(), policy.device
+    def __call__(self, inputs: SamplingInputs) -> Tensor:
+        """See `Runner`."""
+        policy, timesteps, step_noise = self._policy, self._course.timesteps.tolist(), inputs.step_noise
+        embedding = policy.embed(inputs.observations)
+        known = policy.action_normalizer.normalize(inputs.previous)
+        chunk = reverse_process(
+            lambda step, x: policy.denoiser(x, torch.full((len(x),), timesteps[step], device=x.device), embedding),
+            self._course.signal * known + self._course.noise * inputs.noise,
+            self._table,
+            predicts_clean=policy.config.prediction_type == "sample",
+            clip=self._sampler.clip,
+            step_noise=None if step_noise is None else step_noise.__getitem__,
+            known=known,
+            keep=inputs.keep[..., None],
+        )
+        return policy.action_normalizer.unnormalize(chunk)
 
 
-def _compile(policy: DiffusionPolicy, sampler: Sampler, course: Course, weights: str) -> tuple[Run, torch.device]:
-    compilers = (os.environ.get("CXX"), "g++", "clang++")
-    if policy.device.type == "cpu" and not any(name and shutil.which(name) for name in compilers):
-        raise ValueError("backend=compile needs a C++ compiler (g++ or clang++): install one, or use backend=onnx")
-    return torch.compile(Program(policy, sampler, course).eval()), policy.device
+class Fused:
+    """Conditions all steps at once, see `policy.inference.program`."""
+
+    def __init__(self, policy: DiffusionPolicy, sampler: Sampler, course: Course, weights: str) -> None:
+        self._program = Program(policy, sampler, course).eval()
+        self.device = policy.device
+
+    def __call__(self, inputs: SamplingInputs) -> Tensor:
+        """See `Runner`."""
+        actions: Tensor = self._program(inputs)
+        return actions
 
 
-def _onnx(policy: DiffusionPolicy, sampler: Sampler, course: Course, weights: str) -> tuple[Run, torch.device]:
-    model = build_model(Program(policy.cpu(), sampler, course), weights)
-    return OnnxRun(model), torch.device("cpu")
+class Compiled:
+    """The fused program through torch.compile."""
+
+    def __init__(self, policy: DiffusionPolicy, sampler: Sampler, course: Course, weights: str) -> None:
+        compilers = (os.environ.get("CXX"), "g++", "clang++")
+        if policy.device.type == "cpu" and not any(name and shutil.which(name) for name in compilers):
+            raise ValueError("backend=compile needs a C++ compiler (g++ or clang++): install one, or use backend=onnx")
+        self._program = torch.compile(Program(policy, sampler, course).eval())
+        self.device = policy.device
+
+    def __call__(self, inputs: SamplingInputs) -> Tensor:
+        """See `Runner`."""
+        actions: Tensor = self._program(inputs)
+        return actions
 
 
-class OnnxRun:
-    """A model in ONNX Runtime, on one thread; it can be sent to another process.
+class Onnx:
+    """The fused program as a model in ONNX Runtime, on one thread of a CPU; it can be sent to another process.
+
+    Attributes:
+        device: the CPU.
 
     Args:
         model: the bytes that `build_model` gives.
     """
+
+    device = torch.device("cpu")
 
     def __init__(self, model: bytes) -> None:
         onnxruntime = require("onnxruntime")
@@ -273,72 +314,76 @@ class OnnxRun:
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3
         self.model = model
-        self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
-    def __reduce__(self) -> tuple[type[OnnxRun], tuple[bytes]]:
-        return OnnxRun, (self.model,)
+    @classmethod
+    def build(cls, policy: DiffusionPolicy, sampler: Sampler, course: Course, weights: str) -> Onnx:
+        """See `Backend`."""
+        return cls(build_model(Program(policy.cpu(), sampler, course), weights))
 
-    def __call__(
-        self, observations: Observations, noise: Tensor, step_noise: Tensor | None, previous: Tensor, keep: Tensor
-    ) -> Tensor:
-        """Checked inputs on the CPU to (B, action_horizon, action_dim)."""
-        feeds = {observation_input(key): value.numpy() for key, value in observations.items()}
-        feeds |= {"noise": noise.numpy(), "previous": previous.numpy(), "keep": keep.numpy()}
-        if step_noise is not None:
-            feeds["step_noise"] = step_noise.numpy()
-        return torch.from_numpy(self.session.run(None, feeds)[0])
+    def __reduce__(self) -> tuple[type[Onnx], tuple[bytes]]:
+        return Onnx, (self.model,)
+
+    def __call__(self, inputs: SamplingInputs) -> Tensor:
+        """See `Runner`."""
+        feeds = {observation_input(key): value.numpy() for key, value in inputs.observations.items()}
+        named = {name: value for name, value in inputs._asdict().items() if isinstance(value, Tensor)}
+        feeds |= {name: value.numpy() for name, value in named.items()}
+        return torch.from_numpy(self._session.run(None, feeds)[0])
 
 
-def _cuda_graph(policy: DiffusionPolicy, sampler: Sampler, course: Course, weights: str) -> tuple[Run, torch.device]:
-    if policy.device.type != "cuda":
-        raise ValueError(
-            f"backend=cuda_graph needs a policy on a GPU; this one is on {policy.device}: use backend=onnx"
-        )
-    program = Program(policy, sampler, course).eval()
-    captured: dict[int, tuple[list[Tensor], torch.cuda.CUDAGraph, Tensor]] = {}
+class CudaGraph:
+    """The fused program recorded as a CUDA graph, once for each batch size."""
 
-    def run(
-        observations: Observations, noise: Tensor, step_noise: Tensor | None, previous: Tensor, keep: Tensor
-    ) -> Tensor:
-        keys = sorted(observations)
+    def __init__(self, policy: DiffusionPolicy, sampler: Sampler, course: Course, weights: str) -> None:
+        if policy.device.type != "cuda":
+            raise ValueError(
+                f"backend=cuda_graph needs a policy on a GPU; this one is on {policy.device}: use backend=onnx"
+            )
+        self._program = Program(policy, sampler, course).eval()
+        self._recorded: dict[int, tuple[SamplingInputs, torch.cuda.CUDAGraph, Tensor]] = {}
+        self.device = policy.device
 
-        def inputs() -> list[Tensor]:
-            given = [*(observations[key] for key in keys), noise, previous, keep]
-            return given if step_noise is None else [*given, step_noise]
-
-        if len(noise) not in captured:
-            held = [value.clone() for value in inputs()]
-            captured[len(noise)] = (held, *_captured(program, keys, held))
-        held, graph, actions = captured[len(noise)]
-        for place, value in zip(held, inputs(), strict=True):
+    def __call__(self, inputs: SamplingInputs) -> Tensor:
+        """See `Runner`."""
+        rows = len(inputs.noise)
+        if rows not in self._recorded:
+            self._recorded[rows] = self._record(inputs)
+        held, graph, actions = self._recorded[rows]
+        for place, value in zip(_tensors(held), _tensors(inputs), strict=True):
             place.copy_(value)
         graph.replay()
         return actions.clone()
 
-    return run, policy.device
+    def _record(self, inputs: SamplingInputs) -> tuple[SamplingInputs, torch.cuda.CUDAGraph, Tensor]:
+        """Record the program on tensors that later inputs are copied into."""
+        held = inputs._replace(
+            observations={key: value.clone() for key, value in inputs.observations.items()},
+            **{name: value.clone() for name, value in inputs._asdict().items() if isinstance(value, Tensor)},
+        )
+        # A side stream: libraries set up their workspaces in the first calls, which must not be recorded.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._program(held)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            actions = self._program(held)
+        return held, graph, actions
 
 
-def _captured(program: Program, keys: list[str], held: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    observations, (noise, previous, keep, *rest) = dict(zip(keys, held, strict=False)), held[len(keys) :]
-    step_noise = rest[0] if rest else None
-    # A side stream: libraries set up their workspaces in the first calls, which must not be recorded.
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            program(observations, noise, step_noise, previous, keep)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        actions = program(observations, noise, step_noise, previous, keep)
-    return graph, actions
+def _tensors(inputs: SamplingInputs) -> list[Tensor]:
+    """All tensors of the inputs, always in the same order."""
+    observed = [inputs.observations[key] for key in sorted(inputs.observations)]
+    return [*observed, *(value for value in inputs if isinstance(value, Tensor))]
 
 
-Build = Callable[[DiffusionPolicy, Sampler, Course, str], tuple[Run, torch.device]]
-BACKENDS: dict[str, Build] = {
-    "eager": _eager,
-    "fused": _fused,
-    "compile": _compile,
-    "onnx": _onnx,
-    "cuda_graph": _cuda_graph,
+BACKENDS: dict[str, Backend] = {
+    "eager": Eager,
+    "fused": Fused,
+    "compile": Compiled,
+    "onnx": Onnx.build,
+    "cuda_graph": CudaGraph,
 }

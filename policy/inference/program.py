@@ -1,20 +1,40 @@
 """Sampling as a program: embed once, condition all K steps at once, then K times the rest of the network.
 
-The observation embedding does not change between steps, and the timesteps are known beforehand. So whatever the
-denoiser does with the two is one batch of K rows, whose weights are read once for a chunk and not once for a step;
-and whatever depends on the timestep alone is a constant of (schedule, ddim_steps).
+The observation embedding does not change between steps, and the timesteps are known beforehand. So the part of the
+denoiser that depends on these two is one batch of K rows, whose weights are read once for a chunk and not once for a
+step; and the part that depends on the timestep alone is a constant of (schedule, ddim_steps).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from policy.diffusion.coefficients import FROM_PREDICTED, FROM_X, TO_CLEAN, TO_NOISE, TO_X, Course, step_coefficients
-from policy.diffusion.sampler import Sampler
+from policy.common.observations import Observations
+from policy.diffusion.coefficients import reverse_process, take_step
+from policy.diffusion.sampler import Course, Sampler
 from policy.model.diffusion_policy import DiffusionPolicy
+
+
+class SamplingInputs(NamedTuple):
+    """Everything that one call of a sampling program takes.
+
+    Attributes:
+        observations: (B, obs_horizon, *shape) under each key, in the data's units.
+        noise: (B, action_horizon, action_dim) standard normal.
+        step_noise: (K, B, action_horizon, action_dim) standard normal; None for eta = 0.
+        previous: (B, action_horizon, action_dim) in the data's units, the chunk before, shifted to now.
+        keep: (B, action_horizon) how much of each previous action to keep, in [0, 1].
+    """
+
+    observations: Observations
+    noise: Tensor
+    step_noise: Tensor | None
+    previous: Tensor
+    keep: Tensor
 
 
 class Prepare(nn.Module):
@@ -77,22 +97,23 @@ class Step(nn.Module):
             x: (B, action_horizon, action_dim) at this timestep.
             known: (B, action_horizon, action_dim) normalised, what to keep.
             keep: (B, action_horizon) how much of it, in [0, 1].
-            coefficients: (5,) of this step, see `step_coefficients`.
+            coefficients: (5,) of this step, see `policy.diffusion.coefficients`.
             conditions: each (B, ...), see `Prepare`.
             noise: (B, action_horizon, action_dim), None for eta = 0.
 
         Returns:
             (B, action_horizon, action_dim) at the next one.
         """
-        clean = self.denoiser.denoise(x, conditions)
-        if not self.predicts_clean:
-            clean = coefficients[FROM_X] * x + coefficients[FROM_PREDICTED] * clean
-        if self.clip is not None:
-            clean = clean.clamp(-self.clip, self.clip)
-        kept = keep[..., None]
-        clean = kept * known + (1 - kept) * clean
-        moved = coefficients[TO_X] * x + coefficients[TO_CLEAN] * clean
-        return moved if noise is None else moved + coefficients[TO_NOISE] * noise
+        return take_step(
+            x,
+            self.denoiser.denoise(x, conditions),
+            coefficients,
+            predicts_clean=self.predicts_clean,
+            clip=self.clip,
+            known=known,
+            keep=keep[..., None],
+            noise=noise,
+        )
 
 
 class Program(nn.Module):
@@ -113,32 +134,29 @@ class Program(nn.Module):
         self.prepare, self.step = Prepare(policy, course), Step(policy, sampler.clip)
         with torch.no_grad():
             embedded = policy.denoiser.embed_timestep(course.timesteps.to(policy.device))[:, None]
-        coefficients = step_coefficients(policy.schedule, course.timesteps, sampler.eta, policy.config.prediction_type)
+        coefficients = sampler.table(policy.schedule, course, policy.config.prediction_type)
         self.register_buffer("embedded_timesteps", embedded, persistent=False)
         self.register_buffer("coefficients", coefficients.to(policy.device, torch.float32), persistent=False)
 
-    def forward(
-        self,
-        observations: Mapping[str, Tensor],
-        noise: Tensor,
-        step_noise: Tensor | None,
-        previous: Tensor,
-        keep: Tensor,
-    ) -> Tensor:
-        """Sample one chunk per row.
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.policy.device
 
-        Args:
-            observations: (B, obs_horizon, *shape) under each key, in the data's units.
-            noise: (B, action_horizon, action_dim) standard normal.
-            step_noise: (K, B, action_horizon, action_dim) standard normal; None for eta = 0.
-            previous: (B, action_horizon, action_dim) in the data's units, the chunk before, shifted to now.
-            keep: (B, action_horizon) how much of it to keep, in [0, 1].
-
-        Returns:
-            (B, action_horizon, action_dim) in the data's units.
-        """
-        x, known, *conditions = self.prepare(observations, self.embedded_timesteps, noise, previous)
-        for k, condition in enumerate(zip(*conditions, strict=True)):
-            added = None if step_noise is None else step_noise[k]
-            x = self.step(x, known, keep, self.coefficients[k], condition, added)
-        return self.policy.action_normalizer.unnormalize(x)
+    def forward(self, inputs: SamplingInputs) -> Tensor:
+        """Sample one chunk per row: (B, action_horizon, action_dim) in the data's units."""
+        x, known, *conditions = self.prepare(
+            inputs.observations, self.embedded_timesteps, inputs.noise, inputs.previous
+        )
+        step_noise = inputs.step_noise
+        chunk = reverse_process(
+            lambda step, x: self.step.denoiser.denoise(x, [condition[step] for condition in conditions]),
+            x,
+            self.coefficients,
+            predicts_clean=self.step.predicts_clean,
+            clip=self.step.clip,
+            step_noise=None if step_noise is None else step_noise.__getitem__,
+            known=known,
+            keep=inputs.keep[..., None],
+        )
+        return self.policy.action_normalizer.unnormalize(chunk)

@@ -1,1 +1,1 @@
-"""What is inside a dataset: figures, a page of text, a picture."""
+"""The content of a dataset as figures, as a page of text and as a picture."""

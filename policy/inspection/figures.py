@@ -1,4 +1,4 @@
-"""The figures of a dataset: episodes, keys, and what its training windows hold."""
+"""The figures of a dataset: its episodes, its keys, and the times in its training windows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from policy.data.demonstrations import Demonstrations
 from policy.data.windows import BLOCK_ROWS, Windows
 from policy.model.normalizer import Limits, Normalizer
 
-# Bytes of one array looked at in one go: 65,536 pictures would be gigabytes.
+# Bytes of one array that are processed at a time: 65,536 pictures would be gigabytes.
 BLOCK_BYTES = 64 * 2**20
 HISTOGRAM_BINS = 10
 
@@ -35,13 +35,13 @@ class KeyFigures:
     """One array of the demonstrations.
 
     Attributes:
-        key: of the observation, or `actions`.
-        shape: of one observation or action.
-        dtype: as it is stored.
-        whole: over all dimensions.
-        dimensions: of each dimension of a vector, or of each channel of an image.
+        key: the key of the observation, or `actions`.
+        shape: shape of one observation or action.
+        dtype: dtype of the stored values.
+        whole: range over all dimensions.
+        dimensions: range of each dimension of a vector, or of each channel of an image.
         constant: dimensions with one value only.
-        nearly_constant: dimensions that the normaliser takes for constants although they move a little.
+        nearly_constant: dimensions that change a little, and that the normaliser treats as constant.
     """
 
     key: str
@@ -55,10 +55,10 @@ class KeyFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowTimes:
-    """What one training window holds, as times within its episode.
+    """The times within its episode that one training window holds.
 
     Attributes:
-        place: of the window in its episode.
+        place: a description of the window's place in its episode.
         now: time of the newest observation.
         observations: obs_horizon times, oldest first.
         actions: action_horizon times.
@@ -74,20 +74,20 @@ class WindowTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeFigures:
-    """The episodes as a whole.
+    """Figures of the episodes as a whole.
 
     Attributes:
-        count: good ones.
-        transitions: of all of them.
-        min: transitions of the shortest.
-        median: transitions of the middle one.
-        max: transitions of the longest.
-        histogram: first length, last length and episodes of each bin.
-        held_out: names of those that the file sets aside for validation.
-        bad: name of each episode left out, and why.
-        identical: names of episodes with the same content, group by group.
-        held_out_copies: held-out episodes that stand among the others too.
-        idle_share: share of the actions that repeat the one before; None where no action has one before it.
+        count: number of good episodes.
+        transitions: number of transitions in all of them.
+        min: transitions of the shortest episode.
+        median: median of the episodes' transitions.
+        max: transitions of the longest episode.
+        histogram: first length, last length and number of episodes of each bin.
+        held_out: names of the episodes that the file sets aside for validation.
+        bad: name of each episode that is left out, and the reason.
+        identical: names of episodes with the same content, in groups.
+        held_out_copies: number of held-out episodes with a copy among the training episodes.
+        idle_share: fraction of the actions that repeat the previous one; None if no action has a previous one.
     """
 
     count: int
@@ -105,20 +105,20 @@ class EpisodeFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """All figures of a dataset; JSON data by `asdict`.
+    """All figures of a dataset; `asdict` turns them into JSON data.
 
     Attributes:
-        source: where it came from.
-        format: as the file's reader names it; None where unknown.
-        env: the environment that the file names; None where it names none.
-        rate_hz: control steps a second; None where the file does not say.
-        episodes: the episodes as a whole.
-        keys: observations, then actions.
-        obs_horizon: of the windows.
-        action_horizon: of the windows.
+        source: the file or folder.
+        format: the format; None if unknown.
+        env: the environment that the file names; None if it names none.
+        rate_hz: control steps per second; None if the file does not state it.
+        episodes: figures of the episodes as a whole.
+        keys: figures of the observations, then of the actions.
+        obs_horizon: observations in a window.
+        action_horizon: actions in a window.
         execution_horizon: actions executed before the next plan.
-        window_episode: the episode of the windows, one of median length.
-        window_episode_length: its transitions.
+        window_episode: name of the episode that the windows belong to, which has median length.
+        window_episode_length: number of its transitions.
         windows: its first, middle and last window.
     """
 
@@ -139,24 +139,24 @@ class Inspection:
 def inspect_dataset(
     demonstrations: Demonstrations, *, obs_horizon: int, action_horizon: int, execution_horizon: int
 ) -> Inspection:
-    """All figures of a dataset, from one block of rows after the other.
+    """Compute all figures of a dataset, one block of rows after the other.
 
     Args:
-        demonstrations: may be mapped from disk and larger than memory.
-        obs_horizon: 1 or more.
-        action_horizon: 1 or more.
-        execution_horizon: 1..action_horizon.
+        demonstrations: the dataset; it may be mapped from disk and larger than memory.
+        obs_horizon: observations in a training window, 1 or more.
+        action_horizon: actions in a training window, 1 or more.
+        execution_horizon: actions executed before the next plan, 1..action_horizon.
 
     Returns:
         The figures.
 
     Raises:
-        ValueError: values that are not finite; names their key.
+        ValueError: a value is not finite; the message names its key.
     """
     arrays = arrays_of(demonstrations)
     keys = progress(arrays.items(), total=len(arrays), desc="inspect", unit="key")
     lengths = demonstrations.episode_lengths
-    # The lower one of two in the middle, so that it is an episode that exists.
+    # For an even number of episodes this is the lower of the two medians, so that an episode has this length.
     typical = int(np.argsort(lengths, kind="stable")[(len(lengths) - 1) // 2])
     metadata = demonstrations.metadata
     return Inspection(
@@ -176,17 +176,17 @@ def inspect_dataset(
 
 
 def key_figures(key: str, values: NDArray[Any]) -> KeyFigures:
-    """Range of each dimension of an array, and which dimensions carry no information.
+    """Compute the range of each dimension of an array, and find the dimensions without information.
 
     Args:
-        key: its name.
+        key: the array's name.
         values: (N, D) vectors, or (N, height, width, channels) images, whose dimensions are their channels.
 
     Returns:
         The figures.
 
     Raises:
-        ValueError: a value that is not finite.
+        ValueError: a value is not finite.
     """
     limits, total = Limits(), np.zeros(math.prod(values.shape[1:]))
     for start, end in _blocks(values, 0, len(values)):
@@ -214,7 +214,7 @@ def key_figures(key: str, values: NDArray[Any]) -> KeyFigures:
 
 
 def episode_figures(demonstrations: Demonstrations) -> EpisodeFigures:
-    """Lengths, bad and identical episodes, and how often an action repeats the one before.
+    """Compute the figures of the episodes as a whole.
 
     Args:
         demonstrations: the episodes.
@@ -240,10 +240,10 @@ def episode_figures(demonstrations: Demonstrations) -> EpisodeFigures:
 
 
 def length_histogram(lengths: NDArray[np.int64]) -> list[tuple[int, int, int]]:
-    """Episodes by length, in bins of whole transitions.
+    """Count episodes by length, in bins of whole transitions.
 
     Args:
-        lengths: (E,) int64.
+        lengths: transitions of each episode, (E,) int64.
 
     Returns:
         First length, last length and number of episodes of each bin.
@@ -259,13 +259,13 @@ def length_histogram(lengths: NDArray[np.int64]) -> list[tuple[int, int, int]]:
 
 
 def identical_episodes(demonstrations: Demonstrations) -> list[list[int]]:
-    """Groups of episodes with the same observations and actions, byte for byte.
+    """Find groups of episodes whose observations and actions are equal byte for byte.
 
     Args:
         demonstrations: the episodes.
 
     Returns:
-        Numbers of two or more episodes in each group.
+        The numbers of the episodes in each group; a group has two or more.
     """
     found: dict[bytes, list[int]] = {}
     bounds = zip(demonstrations.episode_starts.tolist(), demonstrations.episode_ends.tolist(), strict=True)
@@ -279,20 +279,20 @@ def identical_episodes(demonstrations: Demonstrations) -> list[list[int]]:
 
 
 def idle_share(demonstrations: Demonstrations) -> float | None:
-    """Share of the actions that equal the one before in their episode.
+    """Compute the fraction of the actions that equal the previous action of their episode.
 
     Args:
         demonstrations: the episodes.
 
     Returns:
-        0 to 1 of the actions that have one before; None where every episode is one transition long.
+        The fraction, 0 to 1, of the actions that have a previous one; None if every episode is one transition long.
     """
     actions, starts = demonstrations.actions, demonstrations.episode_starts
     repeats = 0
     for start, end in _blocks(actions, 1, len(actions)):
         same = (actions[start:end] == actions[start - 1 : end - 1]).all(axis=1)
         first, last = np.searchsorted(starts, [start, end])
-        same[starts[first:last] - start] = False  # what stands before an episode's first action is another episode's
+        same[starts[first:last] - start] = False  # before an episode's first action stands one of another episode
         repeats += int(same.sum())
     possible = len(actions) - len(starts)
     return repeats / possible if possible else None
@@ -301,14 +301,14 @@ def idle_share(demonstrations: Demonstrations) -> float | None:
 def window_times(
     demonstrations: Demonstrations, episode: int, *, obs_horizon: int, action_horizon: int
 ) -> list[WindowTimes]:
-    """Times that an episode's first, middle and last training window hold.
+    """List the times that an episode's first, middle and last training window hold.
 
-    They are read off windows gathered as in training, from an episode whose observations and actions are their own
-    times. Its neighbours are there too: if windows crossed an episode's ends, their times would show it.
+    The windows are gathered as in training, from an episode whose observations and actions are replaced by their times.
+    The neighbouring episodes are replaced too: if windows crossed an episode's ends, their times would show it.
 
     Args:
-        demonstrations: give the episodes' ends.
-        episode: its number.
+        demonstrations: the episodes, of which only the ends are used.
+        episode: the episode's number.
         obs_horizon: observations in a window.
         action_horizon: actions in a window.
 
@@ -336,7 +336,7 @@ def window_times(
 
 
 def spread(available: int, wanted: int) -> list[int]:
-    """Numbers evenly spread over 0..available - 1, both ends included.
+    """Spread numbers evenly over 0..available - 1, both ends included.
 
     >>> spread(9, 3)
     [0, 4, 8]
@@ -345,12 +345,12 @@ def spread(available: int, wanted: int) -> list[int]:
 
 
 def arrays_of(demonstrations: Demonstrations) -> dict[str, NDArray[Any]]:
-    """Observations by key, then the actions."""
+    """The observations by key, then the actions."""
     return {**demonstrations.observations, "actions": demonstrations.actions}
 
 
 def _blocks(values: NDArray[Any], start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Bounds of consecutive blocks of the rows start..end."""
+    """Yield the bounds of consecutive blocks of the rows from start to end."""
     rows = min(BLOCK_ROWS, max(1, BLOCK_BYTES // max(1, values[:1].nbytes)))
     for low in range(start, end, rows):
         yield low, min(low + rows, end)

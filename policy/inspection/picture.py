@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from policy.common.observations import is_image
 from policy.data.demonstrations import Demonstrations
 from policy.inspection.figures import Inspection, KeyFigures, arrays_of, spread
 from policy.inspection.text import seconds
-from policy.model.diffusion_policy import is_image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,13 +23,13 @@ FRAMES = 5
 
 
 def plot_episodes(demonstrations: Demonstrations, inspection: Inspection, numbers: Sequence[int], path: Path) -> None:
-    """Draw episodes side by side: frames of images, vectors over time, and the paths of two-dimensional ones.
+    """Draw episodes side by side: frames of images, vectors over time, and the paths of two-dimensional vectors.
 
     Args:
         demonstrations: the episodes.
-        inspection: their figures.
-        numbers: which episodes.
-        path: of the PNG.
+        inspection: the figures of these demonstrations.
+        numbers: numbers of the episodes to draw.
+        path: the PNG file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -108,7 +108,7 @@ def _draw_path(axes: Axes, figures: KeyFigures, values: NDArray[Any], rate_hz: f
         for limits, extent in zip(figures.dimensions, extents, strict=True)
     )
     axes.set(xlim=across, ylim=along)
-    if max(extents) < 4 * min(extents):  # otherwise they are different quantities, and one would be a thin line
+    if max(extents) < 4 * min(extents):  # otherwise they are different quantities, and the path would be a thin line
         axes.set_aspect("equal")
     axes.tick_params(labelsize="small")
     axes.set_xlabel(f"{figures.key}[0], from the circle on", fontsize="small")

@@ -5,24 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from policy.common.markdown import markdown_table
+from policy.common.observations import is_image
 from policy.inspection.figures import EpisodeFigures, Inspection, KeyFigures, Range, WindowTimes
-from policy.model.diffusion_policy import is_image
 from policy.model.normalizer import CONSTANT_RANGE
 
-# More than a person reads; `inspect.json` has them all.
+# The largest number of entries in a list; `inspect.json` has all of them.
 LISTED = 8
 MAX_COLUMNS = 14
 
 
 def format_inspection(inspection: Inspection, dimensions: int = 32) -> str:
-    """The figures as a page of text.
+    """Format the figures as a page of text.
 
     Args:
-        inspection: of `inspect_dataset`.
+        inspection: the figures.
         dimensions: vectors up to this width have a row for each dimension.
 
     Returns:
-        Several paragraphs.
+        The page, of several paragraphs.
     """
     parts = [
         _format_summary(inspection),
@@ -49,13 +50,13 @@ def _format_summary(inspection: Inspection) -> str:
         "lengths": lengths,
         "held out": f"{_few(episodes.held_out)}, set aside by the file" if episodes.held_out else "none by the file",
         "identical": _format_identical(episodes),
-        "idle": "no action has one before it"
+        "idle": "no action has a previous one"
         if episodes.idle_share is None
-        else f"{episodes.idle_share:.1%} of the actions repeat the one before",
+        else f"{episodes.idle_share:.1%} of the actions repeat the previous one",
         "bad": "none",
     }
     if episodes.bad:
-        lines["bad"] = f"{len(episodes.bad)} left out, also of all figures here:"
+        lines["bad"] = f"{len(episodes.bad)} left out, and not counted in any figure here:"
     text = [f"{name:<12} {value}" for name, value in lines.items()]
     text += [f"{'':<12}   episode {name}: {reason}" for name, reason in list(episodes.bad.items())[:LISTED]]
     if len(episodes.bad) > LISTED:
@@ -72,7 +73,7 @@ def _format_identical(episodes: EpisodeFigures) -> str:
     groups = [" = ".join(_some(group)) for group in episodes.identical]
     text = f"{copies} of the episodes repeat{'s' * (copies == 1)} another one ({'; '.join(_some(groups))}): copies"
     if episodes.held_out:
-        return f"{text} leak from training into validation; {episodes.held_out_copies} held-out ones do"
+        return f"{text} leak from training into validation; {episodes.held_out_copies} of the held-out episodes do"
     return f"{text} leak from training into validation"
 
 
@@ -88,28 +89,22 @@ def _format_histogram(histogram: Sequence[tuple[int, int, int]]) -> str:
 
 
 def format_keys(keys: Sequence[KeyFigures], dimensions: int) -> str:
-    """The keys as a plain text table; the same text is valid Markdown.
+    """Format the keys as a plain text table, which is also valid Markdown.
 
     Args:
-        keys: of `key_figures`.
+        keys: figures of the keys.
         dimensions: vectors up to this width have a row for each dimension.
 
     Returns:
         The table.
     """
-    rows = [["key", "shape", "dtype", "min", "mean", "max"]]
+    rows = []
     for figures in keys:
         shape = " x ".join(map(str, figures.shape))
         rows.append([figures.key, shape, figures.dtype, *_format_range(figures.whole)])
         if not is_image(figures.shape) and 1 < len(figures.dimensions) <= dimensions:
             rows += [[f"{figures.key}[{n}]", "", "", *_format_range(r)] for n, r in enumerate(figures.dimensions)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)])
-        for row in rows
-    ]
-    rule = f"| {'-' * widths[0]} | " + " | ".join("-" * (w - 1) + ":" for w in widths[1:])
-    return "\n".join(f"{line} |" for line in [lines[0], rule, *lines[1:]])
+    return markdown_table(("key", "shape", "dtype", "min", "mean", "max"), rows, align="lrrrrr")
 
 
 def _format_range(values: Range) -> list[str]:
@@ -133,10 +128,10 @@ def _format_constants(keys: Sequence[KeyFigures]) -> str:
 
 
 def format_windows(inspection: Inspection) -> str:
-    """What an episode's first, middle and last training window hold, column by column around their newest observation.
+    """Format an episode's first, middle and last training window, with a column for each offset from now.
 
     Args:
-        inspection: of `inspect_dataset`.
+        inspection: the figures.
 
     Returns:
         A table and its legend.
@@ -174,7 +169,7 @@ def format_windows(inspection: Inspection) -> str:
 
 
 def _cells(window: WindowTimes) -> dict[str, dict[int, str]]:
-    """Times of a window by row and by offset from now; a mark behind a time says that it is a repetition."""
+    """A window's times by row and by offset from now; a mark after a time says that it is a repetition."""
     seen, done = window.observations, window.actions
     return {
         "observations": {
@@ -185,7 +180,7 @@ def _cells(window: WindowTimes) -> dict[str, dict[int, str]]:
 
 
 def _columns(obs_horizon: int, action_horizon: int) -> list[int | None]:
-    """Offsets from now that a window spans; where they are many, None stands for those left out."""
+    """The offsets from now in a window; if there are too many, some are left out and None stands for them."""
     offsets = range(1 - obs_horizon, action_horizon)
     if len(offsets) <= MAX_COLUMNS:
         return list(offsets)
@@ -197,11 +192,11 @@ def _columns(obs_horizon: int, action_horizon: int) -> list[int | None]:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Cells in columns; a row of one cell is a heading and may run over them."""
+    """Align cells in columns; a row of one cell is a heading and may extend over the columns."""
     tables = [row for row in rows if len(row) > 1]
     first = max(len(row[0]) for row in tables) + 2
     width = max(len(cell) for row in tables for cell in row[1:]) + 1
-    # Times have room for a mark behind them, the heads get the same.
+    # Times are followed by a mark or a space, and so are the heads.
     return [
         (
             row[0].ljust(first) + "".join((cell if cell[-1:] in "*x " else f"{cell} ").rjust(width) for cell in row[1:])
@@ -211,7 +206,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def seconds(value: float) -> str:
-    """Seconds as people write them."""
+    """Format seconds with three decimals at most."""
     return f"{round(value, 3):g}"
 
 

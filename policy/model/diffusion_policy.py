@@ -2,109 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypedDict
-
 import torch
 from torch import Tensor, nn
 
-from policy.common.arguments import check_arguments, construct
+from policy.common.arguments import check_arguments
+from policy.common.observations import Batch, Observations, check_observations, is_image
+from policy.common.registry import construct
 from policy.diffusion.ddim import Generators, ddim_sample, randn_like
-from policy.diffusion.schedule import (
-    check_loss_weighting,
-    check_prediction_type,
-    check_signal,
-    loss_weights,
-    make_schedule,
-)
-from policy.hub import HubPolicy
+from policy.diffusion.sampler import Sampler
+from policy.diffusion.schedule import check_signal, loss_weights, make_schedule
+from policy.model.config import PolicyConfig
 from policy.model.denoisers import DENOISERS
 from policy.model.encoders import ENCODERS
 from policy.model.normalizer import Normalizer
-
-Observations = Mapping[str, Tensor]
-
-
-class Batch(TypedDict):
-    """One training batch, in the data's units.
-
-    Keys:
-        observations: (B, obs_horizon, *shape) under each key, auxiliary ones among them.
-        actions: (B, action_horizon, action_dim).
-        mask: (B, action_horizon) bool, False where the chunk runs past the end of its episode.
-    """
-
-    observations: dict[str, Tensor]
-    actions: Tensor
-    mask: Tensor
+from policy.model.storage import SharedPolicy
 
 
-@dataclass(frozen=True, kw_only=True)
-class PolicyConfig:
-    """Everything that rebuilds a policy's network: plain data, stored as JSON in every checkpoint.
-
-    Attributes:
-        observation_shapes: shape of one observation under each key; follows from the data; rank 1 is a vector, rank 3
-            a uint8 image (height, width, channels).
-        action_dim: width of one action; follows from the data.
-        auxiliary_shapes: of vectors that only demonstrations have. The policy acts without them; in training, its
-            embedding must tell those of the newest observation as well.
-        auxiliary_weight: what their mean squared error, in half ranges, counts for beside that of the actions.
-        obs_horizon: observations looked back on.
-        action_horizon: actions in one chunk; its first action belongs to the newest observation.
-        obs_size: width of the observation embedding.
-        prediction_type: what the denoiser is trained to predict: `epsilon`, `sample` or `v_prediction`.
-        loss_weighting: what errors count for at each timestep, `none` or `min_snr`; see `loss_weights`.
-        min_snr_gamma: γ of `min_snr`.
-        encoder: `{"name": a key of ENCODERS, **settings}`.
-        denoiser: `{"name": a key of DENOISERS, **settings}`.
-        schedule: settings of `make_schedule`.
-    """
-
-    observation_shapes: dict[str, tuple[int, ...]]
-    action_dim: int
-    auxiliary_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    auxiliary_weight: float = 1.0
-    obs_horizon: int = 2
-    action_horizon: int = 8
-    obs_size: int = 287
-    prediction_type: str = "sample"
-    loss_weighting: str = "none"
-    min_snr_gamma: float = 5.0
-    encoder: dict[str, Any] = field(default_factory=lambda: {"name": "state"})
-    denoiser: dict[str, Any] = field(default_factory=lambda: {"name": "modulated_mlp"})
-    schedule: dict[str, Any] = field(default_factory=lambda: {"num_steps": 100, "beta_schedule": "squaredcos_cap_v2"})
-
-    def __post_init__(self) -> None:
-        check_prediction_type(self.prediction_type)
-        check_loss_weighting(self.loss_weighting, self.min_snr_gamma)
-        for name in ("action_dim", "obs_horizon", "action_horizon", "obs_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}")
-        if not self.observation_shapes:
-            raise ValueError("a policy needs at least one observation key")
-        for key, shape in self.observation_shapes.items():
-            if len(shape) not in (1, 3) or min(shape) < 1:
-                raise ValueError(
-                    f"observation {key!r} must be a vector or an image (height, width, channels); got shape {shape}"
-                )
-        for key, shape in self.auxiliary_shapes.items():
-            if len(shape) != 1 or min(shape) < 1 or key in self.observation_shapes:
-                raise ValueError(
-                    f"auxiliary {key!r} must be a vector that the policy does not observe itself; got shape {shape}"
-                )
-        if not self.auxiliary_weight >= 0:
-            raise ValueError(f"auxiliary_weight must be 0 or more; got {self.auxiliary_weight}")
-
-
-def is_image(shape: Sequence[int]) -> bool:
-    """Whether one observation of this shape is an image, (height, width, channels)."""
-    return len(shape) == 3
-
-
-class DiffusionPolicy(nn.Module, HubPolicy):
+class DiffusionPolicy(nn.Module, SharedPolicy):
     """Encode the last observations into one embedding, denoise an action chunk with DDIM.
 
     Args:
@@ -138,7 +52,6 @@ class DiffusionPolicy(nn.Module, HubPolicy):
             {key: Normalizer(shape) for key, shape in config.auxiliary_shapes.items()}
         )
         self.encoder = construct(
-            "encoder",
             ENCODERS,
             config.encoder,
             shapes=config.observation_shapes,
@@ -146,7 +59,6 @@ class DiffusionPolicy(nn.Module, HubPolicy):
             obs_size=config.obs_size,
         )
         self.denoiser = construct(
-            "denoiser",
             DENOISERS,
             config.denoiser,
             obs_size=config.obs_size,
@@ -176,7 +88,7 @@ class DiffusionPolicy(nn.Module, HubPolicy):
         Raises:
             ValueError: missing or unknown keys, or shapes other than the configured ones.
         """
-        check_observations(self.config, observations)
+        check_observations(observations, self.config.observation_shapes, (None, self.config.obs_horizon))
         return self.encoder({key: self._normalized(key, value) for key, value in observations.items()})
 
     def _normalized(self, key: str, value: Tensor) -> Tensor:
@@ -267,10 +179,10 @@ class DiffusionPolicy(nn.Module, HubPolicy):
         self,
         observations: Observations,
         *,
-        ddim_steps: int = 8,
-        eta: float = 0.0,
-        spacing: str = "trailing",
-        clip: float | None = 1.0,
+        ddim_steps: int = Sampler.ddim_steps,
+        eta: float = Sampler.eta,
+        spacing: str = Sampler.spacing,
+        clip: float | None = Sampler.clip,
         generator: Generators | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
@@ -337,39 +249,3 @@ def zero_observations(config: PolicyConfig, rows: int) -> dict[str, Tensor]:
 def observed(config: PolicyConfig, observations: Observations) -> dict[str, Tensor]:
     """Observations without the auxiliary ones, which a policy never sees."""
     return {key: value for key, value in observations.items() if key not in config.auxiliary_shapes}
-
-
-def check_observations(config: PolicyConfig, observations: Observations, rows: int | None = None) -> None:
-    """Refuse an observation history that is not what a policy was made for.
-
-    Args:
-        config: of the policy.
-        observations: (B, obs_horizon, *shape) under each key.
-        rows: B, where it is known.
-
-    Raises:
-        ValueError: missing or unknown keys, or other shapes.
-    """
-    expected = config.observation_shapes
-    if observations.keys() != expected.keys():
-        raise ValueError(f"observations must have the keys {sorted(expected)}; got {sorted(observations)}")
-    for key, value in observations.items():
-        history = (config.obs_horizon, *expected[key])
-        # A traced program must not ask for the batch size: it would hold for that one alone.
-        if tuple(value.shape[1:]) != history or (rows is not None and len(value) != rows):
-            wanted = ", ".join(map(str, ("B" if rows is None else rows, *history)))
-            raise ValueError(f"observation {key!r} must have shape ({wanted}); got {tuple(value.shape)}")
-
-
-def config_to_json(config: PolicyConfig) -> dict[str, Any]:
-    """A policy's configuration as plain JSON data."""
-    return dataclasses.asdict(config)
-
-
-def config_from_json(data: Mapping[str, Any]) -> PolicyConfig:
-    """A policy's configuration from JSON data, every key and type checked.
-
-    Raises:
-        ValueError: an unknown key or a value of the wrong type.
-    """
-    return PolicyConfig(**check_arguments("policy", PolicyConfig, data))

@@ -1,4 +1,4 @@
-"""The ledger of a sweep: every finished episode, on disk at once, exactly once.
+"""The ledger of a sweep: every finished episode, written to disk at once and exactly once.
 
 One JSON object a line: `{"cell": id, "settings": {...}}` introduces a cell, `{"cell": id, "seed": ...}` is an episode.
 """
@@ -12,22 +12,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from policy.common.locks import claim
-from policy.rollout.episodes import EpisodeResult
+from filelock import lock_descriptor
+
+from policy.statistics.results import EpisodeResult
 
 Settings = Mapping[str, Any]
 
 
 def cell_id(settings: Settings) -> str:
-    """A short name for everything that a cell's results depend on, the episode's seed apart."""
+    """A short name for everything that a cell's results depend on, except the episode's seed."""
     return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:12]
 
 
 class Ledger:
     """Results by cell and seed, in a file that is appended to and never rewritten.
 
+    The file is locked until it is closed, or until the process ends in whatever way.
+
     Args:
-        file: made if need be. A last line that a killed process left unfinished is cut off.
+        file: created if it does not exist. A last line that a killed process left unfinished is cut off.
 
     Raises:
         ValueError: the file is damaged, repeats an episode, cannot be written, or is in use by another process.
@@ -38,7 +41,7 @@ class Ledger:
         self._path = file
         try:
             self._file = file.open("a+b")
-            ours = claim(self._file)
+            ours = lock_descriptor(self._file.fileno(), blocking=False)
         except OSError as error:
             raise ValueError(f"cannot write {file} ({error}): choose another output_dir=") from error
         if not ours:
@@ -73,7 +76,7 @@ class Ledger:
         known[result.seed] = result
 
     def introduce(self, settings: Settings) -> str:
-        """Note what a cell is, unless that is known; gives its id."""
+        """Write down a cell's settings, unless the file has them, and return the cell's id."""
         cell = cell_id(settings)
         if cell not in self._results:
             self._results[cell] = {}
@@ -81,10 +84,10 @@ class Ledger:
         return cell
 
     def add(self, cell: str, result: EpisodeResult) -> None:
-        """Write a result down.
+        """Write down an episode's result.
 
         Raises:
-            ValueError: it is there already.
+            ValueError: the cell already has a result for that seed.
         """
         if result.seed in self._results[cell]:
             raise ValueError(f"the episode with seed {result.seed} of cell {cell} was run twice")
@@ -92,14 +95,14 @@ class Ledger:
         self._append({"cell": cell, **result.row()})
 
     def missing(self, cell: str, seeds: Iterable[int]) -> list[int]:
-        """Those of the seeds that have no result yet."""
+        """The seeds for which the cell has no result yet."""
         return [seed for seed in seeds if seed not in self._results[cell]]
 
     def results(self, cell: str, seeds: Sequence[int]) -> list[EpisodeResult]:
-        """Results in the order of the seeds.
+        """The cell's results in the order of the seeds.
 
         Raises:
-            ValueError: there is a gap.
+            ValueError: a seed has no result.
         """
         if gaps := self.missing(cell, seeds):
             raise ValueError(f"{self._path}: cell {cell} lacks {len(gaps)} episodes, the first with seed {gaps[0]}")
@@ -110,7 +113,7 @@ class Ledger:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, which releases its lock."""
         self._file.close()
 
     def __enter__(self) -> Ledger:

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policy.common.progress import progress
-from policy.rollout.episodes import Controller, EpisodeResult, MakeEnv, record_episode
+from policy.rollout.episodes import Controller, MakeEnv, record_episode
+from policy.statistics.results import EpisodeResult
 
 
 def write_video(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int) -> None:

@@ -18,27 +18,16 @@ from typing import Any
 
 import torch
 
-from policy.inference import SamplerProgram
+from policy.common.device import available_cores
+from policy.common.errors import WorkerError
+from policy.common.plugins import load_plugins, loaded_plugins
+from policy.inference.backends import SamplerProgram
 from policy.model.diffusion_policy import DiffusionPolicy
-from policy.rollout.episodes import (
-    Cell,
-    Env,
-    EpisodeResult,
-    MakeEnv,
-    Programs,
-    Task,
-    check_num_envs,
-    controllers_of,
-    portable_programs,
-    run_episodes,
-    run_in_process,
-)
+from policy.rollout.cells import Cell, Programs, Task, controllers_of, portable_programs
+from policy.rollout.episodes import Env, MakeEnv, check_num_envs, run_episodes, run_in_process
+from policy.statistics.results import EpisodeResult
 
 MAX_ATTEMPTS = 3
-
-
-class WorkerError(RuntimeError):
-    """Episodes failed again and again."""
 
 
 @dataclass
@@ -185,7 +174,8 @@ class RolloutPool:
     def _started(self, num_envs: int) -> _Worker:
         context = multiprocessing.get_context("spawn")
         connection, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(self._policies, self._make_env, num_envs, theirs), daemon=True)
+        arguments = (loaded_plugins(), self._policies, self._make_env, num_envs, theirs)
+        process = context.Process(target=_serve, args=arguments, daemon=True)
         process.start()
         theirs.close()  # so that the process's end is seen at once
         return _Worker(process, connection, num_envs)
@@ -221,12 +211,13 @@ class _Fault:
     reason: str
 
 
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _serve(policies: Sequence[DiffusionPolicy], make_env: MakeEnv, num_envs: int, connection: Connection) -> None:
+def _serve(
+    plugins: Sequence[str],
+    policies: Sequence[DiffusionPolicy],
+    make_env: MakeEnv,
+    num_envs: int,
+    connection: Connection,
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # two processes with two spinning threads each would crawl
@@ -237,6 +228,7 @@ def _serve(policies: Sequence[DiffusionPolicy], make_env: MakeEnv, num_envs: int
         return task
 
     try:
+        load_plugins(plugins)
         envs = [make_env() for _ in range(num_envs)]
         while True:
             cells, programs = connection.recv()

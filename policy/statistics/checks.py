@@ -1,4 +1,4 @@
-"""Checks that the statistics share: what came, and what is allowed."""
+"""Argument checks that the statistics share; every message says what came and what is allowed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,20 @@ Array = NDArray[Any]
 
 
 def cells_by_episodes(values: Any, name: str, kind: type) -> Array:
-    """Check and convert an array of cells times episodes."""
+    """Check a matrix of one row per cell and one column per episode, and convert it.
+
+    Args:
+        values: (K, N) finite numbers, K and N 1 or more.
+        name: the argument's name, for messages.
+        kind: type of the elements to return, `float` or `bool`.
+
+    Returns:
+        (K, N) array of `kind`.
+
+    Raises:
+        ValueError: rows of different lengths, another shape, values that are not finite numbers, or, for `bool`, values
+            other than 0 and 1.
+    """
     try:
         matrix = np.asarray(values)
         lengths = None
@@ -31,12 +44,12 @@ def cells_by_episodes(values: Any, name: str, kind: type) -> Array:
 
 
 def check_bounds(values: Array, bounds: tuple[float, float]) -> None:
-    """Refuse values outside the bounds that they are said to have."""
+    """Reject values outside their stated bounds."""
     if not bounds[0] <= values.min() <= values.max() <= bounds[1]:
         raise ValueError(f"values must lie within the bounds {bounds}; got {values.min():g} to {values.max():g}")
 
 
 def check_fraction(name: str, value: float, above: float = 0) -> None:
-    """Refuse what is no fraction within (above, 1)."""
+    """Reject a value outside the open interval from `above` to 1."""
     if not above < value < 1:
         raise ValueError(f"{name} must be above {above:g} and below 1; got {value}")

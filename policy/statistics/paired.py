@@ -1,8 +1,8 @@
-"""Two cells on the same episodes: tests and intervals of their difference.
+"""Two cells on the same episodes: tests of their difference, and intervals for it.
 
 All cells of a sweep run the same episodes, so outcomes are *paired*: column `n` of every array here is the same
-episode. Two cells then differ only on their discordant episodes, those that one of them alone solved, and comparing the
-cells' own intervals would waste most of what the pairing tells.
+episode. Two cells then differ only on their discordant episodes, which are the episodes that exactly one of the two
+solved. Comparing the cells' separate intervals would lose most of the information that the pairing gives.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import bdtrc, ndtr, ndtri
-from scipy.stats import binom
 
 from policy.statistics.checks import Array, cells_by_episodes, check_bounds, check_fraction
-from policy.statistics.intervals import CHUNK, mean_intervals
+from policy.statistics.intervals import RESAMPLES_AT_ONCE, mean_intervals
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference:
-    """A cell against the reference, on the same episodes.
+    """A cell compared with the reference cell on the same episodes.
 
     Attributes:
         difference: mean of the cell minus mean of the reference.
-        low: lower end of its interval.
-        high: upper end.
-        p_value: two-sided, of no difference, for this pair alone.
-        adjusted_p_value: the same after Holm over all pairs of cells: holds also where the data chose the reference.
+        low: lower end of the difference's interval.
+        high: upper end of the difference's interval.
+        p_value: two-sided, for the hypothesis of no difference in this pair alone.
+        adjusted_p_value: `p_value` after Holm's adjustment over all pairs of cells, so that it remains valid if the
+            reference was chosen by looking at the data.
     """
 
     difference: float
@@ -39,17 +39,20 @@ class PairedDifference:
 
 
 def holm(p_values: ArrayLike, *, most_true: int | None = None) -> Array:
-    """Adjusted p-values: those at most alpha hold together with an error probability of alpha (Holm 1979).
+    """Adjust p-values for multiple testing (Holm 1979).
+
+    If every hypothesis with an adjusted p-value of at most alpha is rejected, the probability of one or more false
+    rejections is at most alpha.
 
     Args:
         p_values: (M,), in [0, 1].
-        most_true: how many of the hypotheses can be true at once, if not all (Shaffer 1986).
+        most_true: the greatest number of hypotheses that can be true together, if fewer than M (Shaffer 1986).
 
     Returns:
-        (M,), none below `p_values`, in the same order.
+        (M,) adjusted p-values in the same order, each at least its p-value.
 
     Raises:
-        ValueError: no p-values, or some outside [0, 1].
+        ValueError: no p-values, or p-values outside [0, 1].
 
     Example:
         >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
@@ -66,14 +69,14 @@ def holm(p_values: ArrayLike, *, most_true: int | None = None) -> Array:
 
 
 def mcnemar_test(wins: ArrayLike, losses: ArrayLike) -> Array:
-    """Exact McNemar test of equal success (McNemar 1947; the conditional binomial test).
+    """Exact McNemar test of equal success rates (McNemar 1947; the conditional binomial test).
 
     Args:
-        wins: (...), episodes that only the first of two cells solved.
-        losses: (...), episodes that only the second solved.
+        wins: (...), episodes that only the first cell solved.
+        losses: (...), episodes that only the second cell solved.
 
     Returns:
-        (...) two-sided p-values; 1 without discordant episodes.
+        (...) two-sided p-values; 1 if there are no discordant episodes.
 
     Raises:
         ValueError: negative counts.
@@ -81,27 +84,31 @@ def mcnemar_test(wins: ArrayLike, losses: ArrayLike) -> Array:
     wins, losses = np.asarray(wins), np.asarray(losses)
     if np.any(wins < 0) or np.any(losses < 0):
         raise ValueError("wins and losses must be 0 or more: count the episodes that one cell alone solved")
-    # At a chance of 1/2 the two tails are equal: scipy.stats.binomtest for arrays.
+    # Imported here: scipy.stats takes a second to load, and intervals do not need it.
+    from scipy.stats import binom
+
+    # This is scipy.stats.binomtest for arrays: at a probability of 1/2 the two tails are equal.
     return np.minimum(1, 2 * binom.cdf(np.minimum(wins, losses), wins + losses, 0.5))
 
 
 def paired_interval(wins: ArrayLike, losses: ArrayLike, episodes: int, confidence: float = 0.95) -> tuple[Array, Array]:
-    """Tango's score interval of the difference of two paired success rates (Tango 1998, Stat. Med. 17, 891-908).
+    """Tango's score interval for the difference of two paired success rates (Tango 1998, Stat. Med. 17, 891-908).
 
-    It inverts the score test, as Wilson's does for one rate, and keeps its coverage in small samples and near 0 and 1
-    (Fagerland, Lydersen and Laake 2014, Stat. Med. 33, 2850-2875).
+    It inverts the score test, as Wilson's interval does for one rate. It keeps its coverage in small samples and for
+    rates near 0 and 1 (Fagerland, Lydersen and Laake 2014, Stat. Med. 33, 2850-2875).
 
     Args:
         wins: (...), episodes that only the first cell solved.
-        losses: (...), episodes that only the second solved.
-        episodes: all of them.
-        confidence: two-sided coverage of the interval; each end alone is a bound at (1 + confidence) / 2.
+        losses: (...), episodes that only the second cell solved.
+        episodes: N, the number of all episodes.
+        confidence: two-sided coverage of the interval, in (0, 1); each end alone is a one-sided bound at a confidence
+            of (1 + confidence) / 2.
 
     Returns:
-        Lower and upper ends, (...), within [-1, 1], of the first rate minus the second.
+        Lower and upper ends, (...) each, within [-1, 1], for the first rate minus the second.
 
     Raises:
-        ValueError: counts or a confidence that cannot be.
+        ValueError: impossible counts, or a confidence outside (0, 1).
 
     Example:
         >>> low, high = paired_interval(6, 16, 161)  # Cavo et al. 2012
@@ -125,22 +132,23 @@ def paired_interval(wins: ArrayLike, losses: ArrayLike, episodes: int, confidenc
 def non_inferiority_test(wins: ArrayLike, losses: ArrayLike, episodes: int, margin: float) -> Array:
     """Test that a cell's true success rate is lower than another's by `margin` or more.
 
-    The exact unconditional test on Tango's statistic (Hsueh, Liu and Chen 2001, Biometrics 57, 478-483): the greatest
-    probability of a statistic at least this large, over the unknown rate of episodes that only the first cell solves,
-    taken from a grid; never below the p-value of Tango's own (asymptotic) test, so that it agrees with
-    `paired_interval`: p at most alpha implies a lower end, at confidence 1 - 2 alpha, of -margin or more.
+    This is the exact unconditional test on Tango's statistic (Hsueh, Liu and Chen 2001, Biometrics 57, 478-483). Its
+    p-value is the probability of a statistic at least as large as the observed one, maximised over a grid of the
+    unknown rate of episodes that only the first cell solves. The returned p-value is never below that of Tango's own
+    asymptotic test, so that the two methods here agree: if it is at most alpha, the lower end of `paired_interval` at
+    confidence 1 - 2 alpha is -margin or more.
 
     Args:
         wins: (...), episodes that only the first cell solved.
-        losses: (...), episodes that only the second solved.
-        episodes: N, all of them.
-        margin: in (0, 1).
+        losses: (...), episodes that only the second cell solved.
+        episodes: N, the number of all episodes.
+        margin: a difference of success rates, in (0, 1).
 
     Returns:
-        (...) one-sided p-values; small means not worse than that.
+        (...) one-sided p-values; a small one shows that the first cell is not worse by `margin` or more.
 
     Raises:
-        ValueError: counts or a margin that cannot be.
+        ValueError: impossible counts, or a margin outside (0, 1).
     """
     check_fraction("margin", margin)
     excess, deviation = score_statistic(*discordant_counts(wins, losses, episodes), episodes, -margin)
@@ -149,18 +157,21 @@ def non_inferiority_test(wins: ArrayLike, losses: ArrayLike, episodes: int, marg
 
 
 def compare_success(success: ArrayLike, reference: int, confidence: float = 0.95) -> tuple[PairedDifference, ...]:
-    """Success of every cell against a reference cell: Tango's interval, exact McNemar test, Holm over all pairs.
+    """Compare the success rate of every cell with that of a reference cell.
+
+    The intervals are Tango's. The p-values are those of the exact McNemar test, adjusted by Holm over all pairs of
+    cells.
 
     Args:
         success: (K, N) bool, K cells on the same N episodes.
         reference: index of the cell to compare with, such as the best.
-        confidence: two-sided coverage of each interval by itself.
+        confidence: two-sided coverage of each interval separately, in (0, 1).
 
     Returns:
-        One per cell; the reference differs from itself by 0, with p 1.
+        One comparison per cell; for the reference itself the difference is 0 and the p-value 1.
 
     Raises:
-        ValueError: arrays, a reference or a confidence that cannot be.
+        ValueError: a malformed array, a reference that does not exist, or a confidence outside (0, 1).
     """
     solved = cells_by_episodes(success, "success", bool)
     _check_reference(reference, len(solved))
@@ -174,24 +185,25 @@ def compare_success(success: ArrayLike, reference: int, confidence: float = 0.95
 def compare_means(
     values: ArrayLike, reference: int, confidence: float = 0.95, *, bounds: tuple[float, float] | None = None
 ) -> tuple[PairedDifference, ...]:
-    """Scores or returns of every cell against a reference cell: paired bootstrap, sign-flip test, Holm over all pairs.
+    """Compare the mean score or return of every cell with that of a reference cell.
 
-    The interval is `bootstrap_interval` of the per-episode differences, which reach twice as far as the values: with
-    `bounds` it allows for rare failures not seen yet and is wide until there are some hundred episodes. The p-value
-    flips the sign of each difference at random, 10000 times (Fisher 1935; the paired `scipy.stats.permutation_test`),
-    so it is never below 1 / 10001.
+    The interval is `bootstrap_interval` of the per-episode differences, whose range is twice that of the values. With
+    `bounds` it allows for rare failures that did not occur yet, and is wide below a few hundred episodes. The p-value
+    is that of a sign-flip test: it flips the sign of each difference at random, 10000 times (Fisher 1935; the paired
+    `scipy.stats.permutation_test`), so it is never below 1 / 10001. It is adjusted by Holm over all pairs of cells.
 
     Args:
         values: (K, N), K cells on the same N episodes.
         reference: index of the cell to compare with, such as the best.
-        confidence: two-sided coverage of each interval by itself.
-        bounds: the least and the greatest value there can be, such as (0, 1) for scores; None for returns.
+        confidence: two-sided coverage of each interval separately, in (0, 1).
+        bounds: the least and the greatest possible value, such as (0, 1) for scores; None for returns.
 
     Returns:
-        One per cell; the reference differs from itself by 0, with p 1.
+        One comparison per cell; for the reference itself the difference is 0 and the p-value 1.
 
     Raises:
-        ValueError: arrays, a reference, bounds or a confidence that cannot be.
+        ValueError: a malformed array, a reference that does not exist, values outside the bounds, or a confidence
+            outside (0, 1).
     """
     matrix = cells_by_episodes(values, "values", float)
     _check_reference(reference, len(matrix))
@@ -206,17 +218,17 @@ def compare_means(
 
 
 def score_statistic(wins: Array, losses: Array, episodes: int, difference: ArrayLike) -> tuple[Array, Array]:
-    """Numerator and denominator of Tango's score statistic, under a rate of wins - rate of losses = `difference`.
+    """Numerator and denominator of Tango's score statistic for a hypothesis about the difference of two rates.
 
     Args:
-        wins: (...) float.
-        losses: (...) float.
-        episodes: N.
-        difference: (...), in (-1, 1).
+        wins: (...) float, episodes that only the first cell solved.
+        losses: (...) float, episodes that only the second cell solved.
+        episodes: N, the number of all episodes.
+        difference: (...), in (-1, 1), the hypothesis: the rate of wins minus the rate of losses.
 
     Returns:
-        (...) wins - losses less what is expected, and its standard deviation at the restricted maximum likelihood
-        estimate of the rate of losses (Tango 1998).
+        (...) wins - losses minus its expectation under the hypothesis, and its standard deviation at the restricted
+        maximum likelihood estimate of the rate of losses (Tango 1998).
     """
     difference = np.asarray(difference)
     a = 2 * episodes
@@ -228,29 +240,32 @@ def score_statistic(wins: Array, losses: Array, episodes: int, difference: Array
 
 
 def _exact_p_values(z: Array, episodes: int, margin: float) -> Array:
-    """Greatest probability of a score statistic of `z` or more when the true difference is -margin.
+    """Compute the greatest probability of a score statistic of `z` or more when the true difference is -margin.
 
     Args:
-        z: (K,).
-        episodes: N.
+        z: (K,) observed statistics.
+        episodes: N, the number of all episodes.
         margin: in (0, 1).
 
     Returns:
-        (K,).
+        (K,) probabilities.
     """
+    # Imported here: scipy.stats takes a second to load, and intervals do not need it.
+    from scipy.stats import binom
+
     losses = np.arange(episodes + 1)
-    # For each number of losses the least number of wins that reaches z; the statistic grows with the wins.
+    # Bisect, for each number of losses, the least number of wins that reaches z: the statistic grows with the wins.
     few, many = np.zeros((len(z), episodes + 1), dtype=int), np.tile(episodes - losses + 1, (len(z), 1))
     for _ in range(episodes.bit_length() + 1):
         middle = (few + many) // 2
         excess, deviation = score_statistic(middle.astype(float), losses.astype(float), episodes, -margin)
         reached = excess >= (z[:, None] - 1e-9) * deviation
         few, many = np.where(reached | (few == many), few, middle + 1), np.where(reached, middle, many)
-    # The unknown rate of wins: a grid from 0 to its greatest value, finer at 0.
+    # The rate of wins is unknown: try a grid from 0 to its greatest possible value, finer near 0.
     win_rate = (1 - margin) / 2 * np.linspace(0, 1, 33) ** 2
     weight = binom.pmf(losses, episodes, (win_rate + margin)[:, None])
     likely, lost = np.nonzero(weight > 1e-10)
-    # Given the losses, wins are binomial among the other episodes.
+    # Given the number of losses, the wins are binomial among the remaining episodes.
     trials, rate = episodes - lost, np.minimum(win_rate / (1 - margin - win_rate), 1)[likely]
     needed = many[:, lost]
     tail = np.where(needed > trials, 0.0, np.where(needed == 0, 1.0, bdtrc(needed - 1.0, trials, rate)))
@@ -260,7 +275,16 @@ def _exact_p_values(z: Array, episodes: int, margin: float) -> Array:
 
 
 def bisect(below: Callable[[Array], Array], low: Array, high: Array) -> Array:
-    """Where `below`, true up to a point between `low` and `high` and false from there on, turns."""
+    """Find, for each element, the point at which `below` changes from true to false.
+
+    Args:
+        below: an elementwise predicate, true up to one point between `low` and `high` and false beyond it.
+        low: (...) float, lower ends of the search.
+        high: (...) float, upper ends of the search.
+
+    Returns:
+        (...) the points, from below, after 60 bisections.
+    """
     for _ in range(60):
         middle = (low + high) / 2
         more = below(middle)
@@ -269,19 +293,37 @@ def bisect(below: Callable[[Array], Array], low: Array, high: Array) -> Array:
 
 
 def _sign_flip_test(differences: Array) -> Array:
-    """Two-sided p-values of a mean of 0, one per row of (M, N), when either sign of a difference is as likely."""
+    """Test a mean of 0 under the assumption that both signs of a difference are equally likely.
+
+    Args:
+        differences: (M, N), one row per test.
+
+    Returns:
+        (M,) two-sided p-values.
+    """
     sizes = np.sort(abs(differences), axis=1)
     observed = abs(differences.sum(1)) * (1 - 1e-12)
     generator = np.random.default_rng(0)
-    as_far = np.ones(len(differences))  # the data are one of the arrangements
+    as_far = np.ones(len(differences))  # the observed signs count as one arrangement
     for _ in range(40):
-        signs = generator.choice([-1.0, 1.0], (CHUNK, sizes.shape[1]))
+        signs = generator.choice([-1.0, 1.0], (RESAMPLES_AT_ONCE, sizes.shape[1]))
         as_far += (abs(signs @ sizes.T) >= observed).sum(0)
-    return as_far / (40 * CHUNK + 1)
+    return as_far / (40 * RESAMPLES_AT_ONCE + 1)
 
 
 def _differences(means: Array, low: Array, high: Array, p: Array, reference: int) -> tuple[PairedDifference, ...]:
-    """One row per cell; `p` is of the pairs above the diagonal, row by row."""
+    """Combine means, intervals and p-values into one comparison per cell.
+
+    Args:
+        means: (K,) of the cells.
+        low: (K,) lower ends of the differences from the reference.
+        high: (K,) upper ends of the differences from the reference.
+        p: (K (K - 1) / 2,) p-values of all pairs, row by row above the diagonal of the matrix of pairs.
+        reference: index of the reference cell.
+
+    Returns:
+        One comparison per cell.
+    """
     count = len(means)
     raw, adjusted = np.ones((count, count)), np.ones((count, count))
     upper = np.triu_indices(count, 1)
@@ -302,17 +344,18 @@ def _differences(means: Array, low: Array, high: Array, p: Array, reference: int
 
 
 def discordant_counts(wins: ArrayLike, losses: ArrayLike, episodes: int) -> tuple[Array, Array]:
-    """Check the discordant episodes of pairs of cells; as arrays of one shape."""
+    """Check the numbers of discordant episodes of pairs of cells, and broadcast them to float arrays of one shape."""
     first, second = np.broadcast_arrays(np.asarray(wins, dtype=float), np.asarray(losses, dtype=float))
     if episodes < 1 or not np.all((first >= 0) & (second >= 0) & (first + second <= episodes)):
         raise ValueError(
-            f"wins and losses must be 0 or more, together at most the {episodes} episodes, which are 1 or more"
+            "wins and losses must be 0 or more and together at most the number of episodes, which must be 1 or more;"
+            f" got {episodes} episodes"
         )
     return first, second
 
 
 def wins_over(solved: Array) -> Array:
-    """(K, K) episodes that the row's cell solved and the column's did not, of (K, N) bool."""
+    """Count, from (K, N) bool, the episodes that the row's cell solved and the column's cell did not: (K, K) float."""
     counts = solved.astype(float)
     return counts @ (1 - counts).T
 

@@ -1,4 +1,20 @@
-"""Which cell to recommend: the cheapest that is not worse than the best, or how many episodes would tell."""
+"""The cell to recommend: the cheapest that is not worse than the best, or how many more episodes would decide.
+
+The *best seen* cell is the one with the highest observed success rate. The *truly best* cell, which is not known, is
+the one with the highest true success rate.
+
+A cell is "not worse" when `non_inferiority_test` says so against *every* other cell, not only the best seen. The truly
+best cell is one of them, whichever it is, so the guarantee holds although the data decide which cell is the best seen
+(Hsu 1984, Ann. Stat. 12, 1136-1144: multiple comparisons with the best). A cell's p-value is the greatest of these
+tests', adjusted by Holm over the cells; the truly best cell's hypothesis is false, so at most K - 1 hypotheses are
+true. Hence the probability that *any* cell called "not worse" is in truth worse than the truly best by the margin or
+more, and with it the probability of a wrong recommendation, is at most 1 - confidence for all rates, correlations and
+numbers of episodes (to within 1 % of that value, because the exact test maximises over a grid). The best seen cell is
+tested like the others: after few episodes it may be the best by luck.
+
+A cell is "worse" when one-sided score tests (Bonferroni over the cells that it is compared with, Holm over the cells)
+show that it is worse than some cell by more than the margin. Otherwise it is "open".
+"""
 
 from __future__ import annotations
 
@@ -27,15 +43,18 @@ Verdict = Literal["not worse", "worse", "open"]
 
 @dataclass(frozen=True, kw_only=True)
 class CellVerdict:
-    """What the episodes say of one cell of a `Recommendation`.
+    """The verdict on one cell of a `Recommendation`.
 
     Attributes:
-        difference: success rate minus that of the best seen.
-        low: one-sided lower confidence bound of it, of this pair alone.
-        high: one-sided upper confidence bound.
-        p_value: of "truly worse than the truly best by the margin or more", corrected for the number of cells.
-        verdict: "not worse" (p_value is small), "worse" (the opposite is shown) or "open" (too few episodes).
-        more_episodes: how many more would probably end an open verdict if the cell is as good as the best; else 0.
+        difference: observed success rate minus that of the best seen cell.
+        low: one-sided lower confidence bound of the difference, for this pair alone.
+        high: one-sided upper confidence bound of the difference, for this pair alone.
+        p_value: for the hypothesis that the cell is worse than the truly best cell by the margin or more, adjusted for
+            the number of cells.
+        verdict: "not worse" (that hypothesis is rejected), "worse" (the cell is shown to be worse) or "open" (there are
+            too few episodes).
+        more_episodes: how many more episodes would probably end an open verdict if the cell is as good as the best; 0
+            for the other verdicts.
     """
 
     difference: float
@@ -51,13 +70,14 @@ class Recommendation:
     """The cheapest cell that is not worse than the best.
 
     Attributes:
-        cell: its index; None if no cell is shown to be so.
-        best: index of the highest success rate seen (of equal ones the cheapest).
-        margin: what counts as worse, a difference of rates.
-        confidence: of the verdicts.
+        cell: index of the recommended cell; None if no cell is shown to be not worse than the best.
+        best: index of the cell with the highest observed success rate (of several, the cheapest).
+        margin: the difference of success rates from which a cell counts as worse.
+        confidence: of all verdicts "not worse" together.
         cells: one verdict per cell.
-        more_episodes: how many more episodes would probably improve the answer: give one, or a cheaper one. 0 if none.
-        sentence: all that for people.
+        more_episodes: how many more episodes would probably lead to a recommendation, or to that of a cheaper cell; 0
+            if no cell that would improve the recommendation is open.
+        sentence: the recommendation in words.
     """
 
     cell: int | None
@@ -76,36 +96,25 @@ def recommend(
     margin: float = 0.05,
     confidence: float = 0.95,
 ) -> Recommendation:
-    """The cheapest cell whose success is not worse than the best cell's by `margin` or more.
+    """Recommend the cheapest cell whose success rate is not worse than the best cell's by `margin` or more.
 
-    A cell is "not worse" when `non_inferiority_test` says so against *every* other cell, not only the best seen. The
-    truly best is among them whichever it is, so it makes no difference that the data chose the best seen (Hsu 1984,
-    Ann. Stat. 12, 1136-1144: multiple comparisons with the best). Each cell's p-value is the greatest of these, then
-    goes through Holm over the cells; the truly best is never in the wrong, so at most K - 1 hypotheses are true. Hence
-    the probability that *any* cell called "not worse" is truly worse than the truly best by the margin or more, and
-    with it that of a wrong recommendation, is at most 1 - confidence for any rates, correlation and number of episodes
-    (to a hundredth of it: the exact test takes its maximum over a grid). The best seen is tested like the others: after
-    few episodes it may be the best by luck.
-
-    That is for one look at one set of episodes. Adding episodes until a recommendation appears gives it more chances
-    to be wrong; for two looks, ask for `confidence=0.975` at both.
-
-    A cell is "worse" when it is shown (one-sided score tests, Bonferroni over the cells it is compared with and Holm
-    over the cells) to be worse than some cell by more than the margin, otherwise "open". See `episodes_needed` for
-    `more_episodes`.
+    The module's docstring explains the verdicts, and `episodes_needed` explains `more_episodes`. The guarantee is for
+    one look at one set of episodes. Adding episodes until a recommendation appears gives more chances of a wrong one;
+    for two looks, use `confidence=0.975` for both.
 
     Args:
         success: (K, N) bool, K cells on the same N episodes.
-        cost: (K,) numbers or tuples, compared like tuples: `ddim_steps`, then latency. Of equally cheap cells the more
-            successful one is recommended.
+        cost: (K,) numbers, or tuples in the order of their importance, such as (`ddim_steps`, latency). Of cells with
+            equal costs the more successful one is recommended.
         margin: a difference of success rates, in (0, 1).
-        confidence: one-sided, of all verdicts "not worse" together; `low` and `high` have it each alone.
+        confidence: one-sided, in (0.5, 1), of all verdicts "not worse" together; each `low` and `high` has it
+            separately.
 
     Returns:
         The recommended cell and the verdicts.
 
     Raises:
-        ValueError: arrays, costs, a margin or a confidence that cannot be.
+        ValueError: a malformed array, malformed costs, a margin outside (0, 1) or a confidence outside (0.5, 1).
 
     Example:
         >>> few, many = [True] * 180 + [False] * 20, [True] * 181 + [False] * 19
@@ -120,32 +129,17 @@ def recommend(
     cells, episodes = solved.shape
     rates = solved.mean(1)
     by_cost = sorted(range(cells), key=lambda i: (costs[i], -rates[i]))
-    best = max(by_cost, key=lambda i: rates[i])  # the first, hence cheapest, of equal ones
-
-    wins = wins_over(solved)
-    alpha = 1 - confidence
-    p_values, verdicts, needed = _judge(wins, episodes, margin, alpha)
-    cell = next((i for i in by_cost if verdicts[i] == "not worse"), None)
-    cheaper = [i for i in by_cost if (cell is None or costs[i] < costs[cell]) and needed[i]]
-    more = min((int(needed[i]) for i in cheaper), default=0)
-    low, high = paired_interval(wins[:, best], wins[best], episodes, 1 - 2 * alpha)
-    low[best] = high[best] = 0.0
+    best = max(by_cost, key=lambda i: rates[i])  # of several, the first and hence the cheapest
+    verdicts = _verdicts(wins_over(solved), rates, best, episodes, margin, 1 - confidence)
+    cell = next((i for i in by_cost if verdicts[i].verdict == "not worse"), None)
+    cheaper = [i for i in by_cost if cell is None or costs[i] < costs[cell]]
+    more = min((verdicts[i].more_episodes for i in cheaper if verdicts[i].more_episodes), default=0)
     return Recommendation(
         cell=cell,
         best=best,
         margin=margin,
         confidence=confidence,
-        cells=tuple(
-            CellVerdict(
-                difference=float(rates[i] - rates[best]),
-                low=float(low[i]),
-                high=float(high[i]),
-                p_value=float(p_values[i]),
-                verdict=verdicts[i],
-                more_episodes=int(needed[i]),
-            )
-            for i in range(cells)
-        ),
+        cells=verdicts,
         more_episodes=more,
         sentence=_sentence(cell, best, by_cost[0], cells, margin, confidence, more),
     )
@@ -154,31 +148,31 @@ def recommend(
 def episodes_needed(
     wins: ArrayLike, losses: ArrayLike, episodes: int, margin: float, *, alpha: float = 0.05, power: float = 0.8
 ) -> Array:
-    """How many more episodes `non_inferiority_test` needs, should the two cells truly be equal.
+    """How many more episodes `non_inferiority_test` needs if the two cells are in truth equal.
 
-    After M episodes the N of today still count. The sum of differences is then wins - losses today plus one of mean 0
-    and variance (M - N) d; the score test rejects at alpha when it exceeds z_alpha sqrt(M v) - M margin. It does so
-    with probability `power` at the least M with
+    After M episodes the N episodes of today still count. The sum of differences is then wins - losses of today plus a
+    sum with mean 0 and variance (M - N) d. The score test rejects at alpha when the total exceeds
+    z_alpha sqrt(M v) - M margin. It does so with probability `power` at the least M with
 
         wins - losses + M margin >= z_alpha sqrt(M v) + z_power sqrt((M - N) d),
 
-    where d = (wins + losses + 1) / (N + 2) is the observed rate of discordant episodes, drawn a little away from 0, and
-    v the variance that the score test expects on the margin. The normal approximation of Nam (1997, Biometrics 53,
-    1422-1430), conditional on what was seen.
+    where d = (wins + losses + 1) / (N + 2) is the observed rate of discordant episodes, shrunk slightly away from 0,
+    and v is the variance per episode that the score test expects for a difference of -margin. This is the normal
+    approximation of Nam (1997, Biometrics 53, 1422-1430), conditional on the episodes observed so far.
 
     Args:
         wins: (...), episodes that only the first cell solved.
-        losses: (...), episodes that only the second solved.
-        episodes: N so far.
-        margin: in (0, 1).
-        alpha: level of the test.
-        power: probability of success.
+        losses: (...), episodes that only the second cell solved.
+        episodes: N, the number of episodes so far.
+        margin: a difference of success rates, in (0, 1).
+        alpha: level of the test, in (0, 1).
+        power: probability that the test rejects, in (0, 1).
 
     Returns:
         (...) int, M - N; 0 where the test already rejects.
 
     Raises:
-        ValueError: counts that cannot be, or a margin, alpha or power outside (0, 1).
+        ValueError: impossible counts, or a margin, alpha or power outside (0, 1).
 
     Example:
         >>> episodes_needed([2, 6, 6], [2, 6, 10], 50, 0.05).tolist()
@@ -195,7 +189,7 @@ def episodes_needed(
         noise = z_null * null * np.sqrt(total) + z_power * np.sqrt(discordant * (total - episodes))
         return wins - losses + total * margin < noise
 
-    # The greater root of margin x^2 = noise x + |wins - losses| in x = sqrt(M) is enough for certain.
+    # An upper bound on M: its square root x is the greater root of margin x^2 = noise x + |wins - losses|.
     noise = z_null * null + z_power * np.sqrt(discordant)
     enough = ((noise + np.sqrt(noise**2 + 4 * margin * abs(wins - losses))) / (2 * margin)) ** 2
     now = np.full(wins.shape, float(episodes))
@@ -203,15 +197,35 @@ def episodes_needed(
     return np.where(short(now), np.ceil(total - episodes), 0).astype(int)
 
 
+def _verdicts(
+    wins: Array, rates: Array, best: int, episodes: int, margin: float, alpha: float
+) -> tuple[CellVerdict, ...]:
+    """The verdicts on K cells, from their (K, K) `wins` over each other and their (K,) success `rates`."""
+    p_values, verdicts, more_episodes = _judge(wins, episodes, margin, alpha)
+    low, high = paired_interval(wins[:, best], wins[best], episodes, 1 - 2 * alpha)
+    low[best] = high[best] = 0.0
+    return tuple(
+        CellVerdict(
+            difference=float(rates[i] - rates[best]),
+            low=float(low[i]),
+            high=float(high[i]),
+            p_value=float(p_values[i]),
+            verdict=verdicts[i],
+            more_episodes=int(more_episodes[i]),
+        )
+        for i in range(len(wins))
+    )
+
+
 def _judge(wins: Array, episodes: int, margin: float, alpha: float) -> tuple[Array, list[Verdict], Array]:
-    """`p_value`, `verdict` and `more_episodes` of each of K cells, from their (K, K) `wins` over each other."""
+    """Compute `p_value`, `verdict` and `more_episodes` of each of K cells, from their (K, K) `wins` over each other."""
     cells = len(wins)
     if cells == 1:
         return np.zeros(1), ["not worse"], np.zeros(1, dtype=int)
     excess, deviation = score_statistic(wins, wins.T, episodes, -margin)
     z = excess / deviation
     np.fill_diagonal(z, np.inf)
-    every, hardest = np.arange(cells), z.argmin(1)  # the p-value falls with z: the least z has the greatest
+    every, hardest = np.arange(cells), z.argmin(1)  # the least z has the greatest p-value
     p = non_inferiority_test(wins[every, hardest], wins[hardest, every], episodes, margin)
     p_not_worse = holm(p, most_true=cells - 1)
     p_worse = holm(np.minimum(1, (cells - 1) * ndtr(z.min(1))))
@@ -219,11 +233,11 @@ def _judge(wins: Array, episodes: int, margin: float, alpha: float) -> tuple[Arr
         "not worse" if good <= alpha else "worse" if bad <= alpha else "open"
         for good, bad in zip(p_not_worse, p_worse, strict=True)
     ]
-    # Holm's level for the next cell to pass.
+    # Holm's level for the next cell to be called "not worse".
     level = alpha / np.clip(verdicts.count("open") + verdicts.count("worse"), 1, cells - 1)
     pairs = episodes_needed(wins, wins.T, episodes, margin, alpha=level)
     np.fill_diagonal(pairs, 0)
-    # At least one, where the exact test is just short of the score test that `episodes_needed` thinks of.
+    # One or more: `episodes_needed` uses the score test, which may reject where the exact test does not yet.
     needed = np.where([verdict == "open" for verdict in verdicts], np.maximum(pairs.max(1), 1), 0)
     return p_not_worse, verdicts, needed
 
@@ -231,7 +245,7 @@ def _judge(wins: Array, episodes: int, margin: float, alpha: float) -> tuple[Arr
 def _sentence(
     cell: int | None, best: int, cheapest: int, cells: int, margin: float, confidence: float, more: int
 ) -> str:
-    digits = max(len(str(more)) - 2, 0)  # two are enough for an estimate
+    digits = max(len(str(more)) - 2, 0)  # rounded up to two digits: the number is an estimate
     wait = f"not enough episodes: about {math.ceil(more / 10**digits) * 10**digits} more would decide"
     if cells == 1:
         return "there is one cell only, and nothing to compare it with"
@@ -248,5 +262,5 @@ def _costs(cost: Any, cells: int) -> list[tuple[float, ...]]:
     if len(costs) != cells:
         raise ValueError(f"cost must have one entry per cell; got {len(costs)} for {cells} cells")
     if len({len(entry) for entry in costs}) > 1 or not all(math.isfinite(part) for entry in costs for part in entry):
-        raise ValueError(f"cost must be finite numbers, or tuples of the same length of them; got {cost}")
+        raise ValueError(f"cost must be finite numbers, or tuples of the same length with finite numbers; got {cost}")
     return costs

@@ -1,4 +1,4 @@
-"""The instrument: success against `ddim_steps`, with intervals and latency."""
+"""The cells of a sweep: every combination of settings, on the same episodes, and each cell as a row."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 from policy.checkpoint import Checkpoint
 from policy.common.arguments import check_arguments, unknown_name
 from policy.control.timeline import ControllerSettings
-from policy.diffusion.sampler import Sampler
-from policy.inference import check_backend
-from policy.rollout.episodes import Cell, EpisodeResult, chunk_latency, program_of, summarize
+from policy.diffusion.sampler import LATER_SETTINGS, Sampler
+from policy.inference.backends import DEFAULT_BACKEND, check_backend
+from policy.rollout.cells import Cell, program_of
+from policy.rollout.latency import chunk_latency
 from policy.rollout.ledger import cell_id
+from policy.statistics.results import EpisodeResult, summarize
 
 Row = dict[str, Any]
 
@@ -54,7 +56,8 @@ class SweepCell:
     def settings(self) -> Row:
         """JSON data for the ledger: the policy by its weights, wherever they lie, and the device that rounds."""
         device = self.checkpoint.policy.device.type
-        return {**self.axes, "checkpoint": self.checkpoint.digest, "device": device, "env": dict(self.env)}
+        axes = {**self.axes, "checkpoint": self.checkpoint.digest, "device": device, "env": dict(self.env)}
+        return {name: value for name, value in axes.items() if LATER_SETTINGS.get(name, ...) != value}
 
 
 def make_cells(
@@ -65,7 +68,7 @@ def make_cells(
     sampler: Mapping[str, Any],
     controller: Mapping[str, Any],
     execution_horizon: int | Sequence[int] | None,
-    backend: str | Sequence[str] = "eager",
+    backend: str | Sequence[str] = DEFAULT_BACKEND,
     weights: str | Sequence[str] = "float32",
 ) -> list[SweepCell]:
     """Every combination of the settings; a list of values makes an axis.
@@ -81,7 +84,7 @@ def make_cells(
         weights: of the backend.
 
     Returns:
-        The cells, `ddim_steps` changing fastest.
+        The cells; `ddim_steps` changes fastest.
 
     Raises:
         ValueError: an axis that is empty, repeats a value, or holds one that does not fit.
@@ -165,3 +168,18 @@ def row_of(cell: SweepCell, results: Sequence[EpisodeResult]) -> Row:
 def varying(rows: Sequence[Row]) -> list[str]:
     """The axes besides `ddim_steps` along which the rows differ."""
     return [axis for axis in AXES if axis != "ddim_steps" and len({row.get(axis) for row in rows}) > 1]
+
+
+def uniform(rows: Sequence[Row]) -> list[Row]:
+    """Rows with the same columns: a setting that came later has one only where a row uses it.
+
+    Args:
+        rows: of one sweep, or of several that were written by different versions.
+
+    Returns:
+        The rows, in their order.
+    """
+    used = {name for name, before in LATER_SETTINGS.items() if any(row.get(name, before) != before for row in rows)}
+    unused = LATER_SETTINGS.keys() - used
+    missing = {name: LATER_SETTINGS[name] for name in used}
+    return [{**missing, **{name: row[name] for name in row if name not in unused}} for row in rows]

@@ -1,31 +1,30 @@
-"""Behaviour cloning: the training loop, its optimiser and its weight average."""
+"""The training loop: phases, optimiser steps, the weight average, and what is logged and saved on the way."""
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from statistics import fmean
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from policy.common.observations import Batch
 from policy.common.progress import progress
 from policy.common.seeding import derive_generator, derive_seed
-from policy.data.demonstrations import Augment, Demonstrations
-from policy.data.windows import Windows, split_episodes
-from policy.diffusion.ddim import check_ddim_steps
-from policy.inference import SamplerProgram
-from policy.model.diffusion_policy import Batch, DiffusionPolicy, PolicyConfig
-from policy.model.normalizer import Limits, Normalizer
-from policy.training.rectification import pairs, rectification_loss, start_rectification
+from policy.data.windows import Windows
+from policy.model.diffusion_policy import DiffusionPolicy
+from policy.tracking.tracker import MetricsLog
+from policy.training.preparation import Run
+from policy.training.rectification import Rectified
+from policy.training.settings import TrainSettings, learning_rate
 from policy.training.state import TrainState
 
 VALIDATION_WINDOWS = 1024
@@ -33,223 +32,87 @@ VALIDATION_WINDOWS = 1024
 BATCHES_AHEAD = 2
 # The windows of a training step, and (2,) on its device: the loss and the gradient's norm.
 Outcome = tuple[NDArray[np.int64], torch.Tensor]
-# So many skipped steps in a row are no accident: the weights have gone where no batch helps.
+# Once this many steps in a row are skipped, the weights have gone where no batch helps.
 MOST_SKIPPED_IN_A_ROW = 100
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """Settings of behaviour cloning.
+class Phase(Protocol):
+    """A stretch of training with an objective of its own, and with its own warm-up and cosine."""
 
-    Attributes:
-        steps: optimiser steps on the demonstrations.
-        rectify_steps: optimiser steps after these on the policy's own chunks, with a warm-up and a cosine of their own,
-            see `policy.training.rectification`; 0 for none.
-        rectify_ddim_steps: denoising steps with which those chunks are made.
-        batch_size: windows in a step.
-        timesteps_per_chunk: at how many timesteps a step looks at each window's chunk. Its observations are encoded
-            once: where that is what costs, with images, more timesteps are nearly free.
-        learning_rate: peak, reached after the warm-up, then decayed to zero along a cosine.
-        weight_decay: of AdamW, on weight matrices only.
-        warmup_steps: linear warm-up.
-        grad_clip: largest norm of the gradient.
-        ema_decay: largest decay of the weight average; early on it is (1 + n) / (10 + n) at update n.
-        mask_padding: leave the actions repeated after an episode's end out of the loss.
-        val_fraction: share of episodes held out for the validation loss, where the data's file does not set some aside.
-        log_every: steps between log entries.
-        val_every: steps between validation losses.
-        save_every: steps between checkpoints; there is one after each short rollout, too.
-        keep_last: checkpoints kept besides the best, see `policy.checkpoint`.
-        rollout_every: steps between short rollouts, where the environment is known; 0 for none.
-        rollout_episodes: episodes in each.
-        precision: `bfloat16` computes the loss and its gradient in it where that is safe (`torch.autocast`); weights,
-            optimiser, average and validation stay float32.
-        on_bad_loss: what a step does whose loss or gradient is not finite. It never reaches the weights; `stop` ends
-            the run once it is seen, `skip` goes on without the step.
-    """
+    def begin(self, state: TrainState) -> None:
+        """Called before the first of its steps that this process takes, also where a run is resumed within it."""
 
-    steps: int = 8_000
-    rectify_steps: int = 0
-    rectify_ddim_steps: int = 8
-    batch_size: int = 256
-    timesteps_per_chunk: int = 1
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    warmup_steps: int = 300
-    grad_clip: float = 1.0
-    ema_decay: float = 0.999
-    mask_padding: bool = True
-    val_fraction: float = 0.04
-    log_every: int = 50
-    val_every: int = 500
-    save_every: int = 1_000
-    keep_last: int = 3
-    rollout_every: int = 2_000
-    rollout_episodes: int = 10
-    precision: Literal["float32", "bfloat16"] = "float32"
-    on_bad_loss: Literal["stop", "skip"] = "stop"
+    def examples(self, batch: Batch, generator: torch.Generator) -> Any:
+        """What a step learns from, made of a batch of demonstrations, in float32."""
 
-    def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "rectify_ddim_steps",
-            "batch_size",
-            "timesteps_per_chunk",
-            "log_every",
-            "val_every",
-            "save_every",
-            "rollout_episodes",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be 1 or more; got {getattr(self, name)}")
-        for name in ("learning_rate", "grad_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"train.{name} must be above 0; got {getattr(self, name)}")
-        for name in ("rectify_steps", "weight_decay", "warmup_steps", "keep_last", "rollout_every"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"train.{name} must be 0 or more; got {getattr(self, name)}")
-        for name in ("ema_decay", "val_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be at least 0 and below 1; got {getattr(self, name)}")
-        for name, options in (("precision", ("float32", "bfloat16")), ("on_bad_loss", ("stop", "skip"))):
-            if getattr(self, name) not in options:
-                raise ValueError(f"train.{name} must be one of {', '.join(options)}; got {getattr(self, name)!r}")
-
-    @property
-    def all_steps(self) -> int:
-        """Optimiser steps in all."""
-        return self.steps + self.rectify_steps
+    def loss(self, policy: DiffusionPolicy, examples: Any, generator: torch.Generator) -> torch.Tensor:
+        """() the loss on these examples; computed in `settings.precision`."""
+        ...
 
 
-class Tracker(Protocol):
-    """Where metrics go besides the checkpoint."""
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Record metrics of a training step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A training run, ready to start or to be resumed.
-
-    Attributes:
-        state: what changes.
-        training: windows of the training episodes.
-        validation: windows of the held-out episodes; may be empty.
-    """
-
-    state: TrainState
-    training: Windows
-    validation: Windows
-
-
-def prepare_run(
-    config: PolicyConfig,
-    demonstrations: Demonstrations,
-    settings: TrainSettings,
-    *,
-    seed: int,
-    device: str,
-    augment: Augment | None = None,
-) -> Run:
-    """Split the episodes, fit the normalisers on the training ones, and initialise the policy from the seed.
+class Demonstrated:
+    """The first phase: learn the chunks of the demonstrations.
 
     Args:
-        config: of the policy.
-        demonstrations: all episodes.
-        settings: for the split and the optimiser.
-        seed: of the split and of the initial weights.
-        device: where to train.
-        augment: a symmetry of the task: training windows are joined by their counterparts, validation windows are not.
-
-    Returns:
-        The run at step 0.
-
-    Raises:
-        ValueError: rectification with more denoising steps than the schedule has timesteps.
+        settings: of the training.
     """
-    torch.manual_seed(derive_seed(seed, 0))  # initialisers draw from the global generator
-    policy = DiffusionPolicy(config)
+
+    def __init__(self, settings: TrainSettings) -> None:
+        self._timesteps_per_chunk = settings.timesteps_per_chunk
+
+    def begin(self, state: TrainState) -> None:
+        """Nothing comes before it."""
+
+    def examples(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """The demonstrations themselves."""
+        return batch
+
+    def loss(self, policy: DiffusionPolicy, examples: Batch, generator: torch.Generator) -> torch.Tensor:
+        """() the denoising loss, see `DiffusionPolicy.loss`."""
+        return policy.loss(examples, generator, timesteps_per_chunk=self._timesteps_per_chunk)
+
+
+def phases_of(settings: TrainSettings) -> list[Phase]:
+    """The phases of a training in their order, one for each of `settings.phase_lengths`."""
+    phases: list[Phase] = [Demonstrated(settings)]
     if settings.rectify_steps:
-        check_ddim_steps(settings.rectify_ddim_steps, policy.schedule.num_steps, "train.rectify_ddim_steps")
-    layout: dict[str, Any] = {
-        "obs_horizon": config.obs_horizon,
-        "action_horizon": config.action_horizon,
-        "mask_padding": settings.mask_padding,
-    }
-    train_episodes, val_episodes = split_episodes(
-        demonstrations.num_episodes, settings.val_fraction, seed, demonstrations.held_out
-    )
-    training = Windows(demonstrations, train_episodes, augment=augment, **layout)
-    validation = Windows(demonstrations, val_episodes, **layout)
-    fit_normalizers(policy, training)
-    return Run(state=start_training(policy.to(device), settings), training=training, validation=validation)
+        phases.append(Rectified(settings.rectify_ddim_steps, settings.timesteps_per_chunk))
+    return phases
 
 
-def start_training(policy: DiffusionPolicy, settings: TrainSettings) -> TrainState:
-    """A state at step 0, around a policy whose normalisers are fitted.
+@dataclass(kw_only=True)
+class _Trainer:
+    """One call of `train`: what it was given, and the figures of steps that were not looked at yet."""
 
-    Args:
-        policy: it is trained in place.
-        settings: for the optimiser.
+    run: Run
+    settings: TrainSettings
+    seed: int
+    rollout: Callable[[DiffusionPolicy], dict[str, float]] | None
+    unread: list[Outcome] = field(default_factory=list)
 
-    Returns:
-        The state.
-    """
-    matrices = [p for p in policy.parameters() if p.ndim > 1]
-    vectors = [p for p in policy.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-        fused=True,
-    )
-    ema = copy.deepcopy(policy).eval().requires_grad_(False)
-    return TrainState(policy=policy, ema=ema, optimizer=optimizer)
+    def metrics_due(self) -> dict[str, float]:
+        """What is to be logged after the newest step: losses, the validation loss, a rollout; often nothing."""
+        state, settings, metrics = self.run.state, self.settings, dict[str, float]()
+        last = state.step == settings.all_steps
+        if last or state.step % settings.log_every == 0:
+            self.read()
+            metrics.update(_loss_metrics(state, settings))
+            state.recent.clear()
+        if len(self.run.validation) and (last or state.step % settings.val_every == 0):
+            metrics["val/loss"] = validation_loss(state.ema, self.run.validation)
+        if self.rollout and settings.rollout_every and state.step % settings.rollout_every == 0:
+            metrics.update({f"rollout/{k}": v for k, v in self.rollout(state.ema).items()})
+        return metrics
 
+    def saving_due(self, metrics: Mapping[str, float]) -> bool:
+        """Whether the newest step is one to save after; also after a rollout, as it might be the best so far."""
+        step = self.run.state.step
+        rolled_out = any(key.startswith("rollout/") for key in metrics)
+        return step == self.settings.all_steps or rolled_out or step % self.settings.save_every == 0
 
-def fit_normalizers(policy: DiffusionPolicy, training: Windows) -> None:
-    """Fit the policy's normalisers on the training episodes, and on nothing else.
-
-    Args:
-        policy: its normalisers are set.
-        training: the training windows.
-    """
-    by_key = {**policy.observation_normalizers, **policy.auxiliary_normalizers}
-    limits = {key: Limits() for key in ("actions", *by_key)}
-    for observations, actions in training.blocks():
-        for key, found in limits.items():
-            found.update(actions if key == "actions" else observations[key])
-    policy.action_normalizer.fit(*limits.pop("actions"))
-    for key, found in limits.items():
-        normalizer = by_key[key]
-        assert isinstance(normalizer, Normalizer)
-        normalizer.fit(*found)
-
-
-def learning_rate(step: int, settings: TrainSettings) -> float:
-    """Linear warm-up, then a cosine from the peak to zero at the last step; rectification begins anew."""
-    steps = settings.steps
-    if settings.rectify_steps and step >= steps:
-        step, steps = step - steps, settings.rectify_steps
-    warmup = min(1.0, (step + 1) / (settings.warmup_steps + 1))
-    return settings.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-@torch.no_grad()
-def update_ema(ema: DiffusionPolicy, policy: DiffusionPolicy, updates: int, max_decay: float) -> None:
-    """Move the weight average towards the weights.
-
-    Args:
-        ema: changed in place.
-        policy: the newest weights.
-        updates: how many updates came before this one.
-        max_decay: decay once warmed up; before, it is (1 + n) / (10 + n).
-    """
-    decay = min(max_decay, (1 + updates) / (10 + updates))
-    torch._foreach_lerp_(list(ema.parameters()), list(policy.parameters()), 1 - decay)
+    def read(self) -> None:
+        """Bring the figures of the newest steps to the CPU, into the state."""
+        _read(self.unread, self.run.state, self.run.training, self.settings)
 
 
 def train(
@@ -257,7 +120,7 @@ def train(
     settings: TrainSettings,
     *,
     seed: int,
-    tracker: Tracker,
+    tracker: MetricsLog,
     save: Callable[[TrainState], None],
     rollout: Callable[[DiffusionPolicy], dict[str, float]] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -283,38 +146,66 @@ def train(
         FloatingPointError: a loss or gradient is not finite and `on_bad_loss` is `stop`, or that holds for a hundred
             steps in a row, or the weights are not finite. Nothing was saved since.
     """
-    state, training, validation = run.state, run.training, run.validation
-    unread: list[Outcome] = []
-    teacher: SamplerProgram | None = None
+    state = run.state
+    trainer = _Trainer(run=run, settings=settings, seed=seed, rollout=rollout)
+    phases, begun = phases_of(settings), -1
+    steps = range(state.step, settings.all_steps)
     with progress(total=settings.all_steps, initial=state.step, desc="train", unit="step") as bar:
-        for windows, batch in batches_ahead(training, range(state.step, settings.all_steps), settings.batch_size, seed):
-            if teacher is None and state.step >= settings.steps:
-                teacher = start_rectification(state, settings.rectify_ddim_steps)
-            unread.append((windows, _train_step(state, batch, teacher, settings, seed)))
+        for windows, batch in batches_ahead(run.training, steps, settings.batch_size, seed):
+            number, _ = settings.place(state.step)
+            if number != begun:
+                phases[number].begin(state)
+                begun = number
+            trainer.unread.append((windows, _train_step(state, phases[number], batch, settings, seed)))
             state.step += 1
             bar.update()
-            last = state.step == settings.all_steps
-            metrics: dict[str, float] = {}
-            if last or state.step % settings.log_every == 0:
-                _read(unread, state, training, settings)
-                metrics.update(_loss_metrics(state, settings))
-                state.recent.clear()
-                bar.set_postfix(loss=f"{metrics.get('train/loss', math.nan):.4f}", refresh=False)
-            if len(validation) and (last or state.step % settings.val_every == 0):
-                metrics["val/loss"] = validation_loss(state.ema, validation)
-            if rollout and settings.rollout_every and state.step % settings.rollout_every == 0:
-                metrics.update({f"rollout/{k}": v for k, v in rollout(state.ema).items()})
-            if metrics:
+            if metrics := trainer.metrics_due():
+                if "train/learning_rate" in metrics:
+                    bar.set_postfix(loss=f"{metrics.get('train/loss', math.nan):.4f}", refresh=False)
                 state.history.append({"step": state.step, **metrics})
                 tracker.log(metrics, state.step)
             stopping = should_stop()
-            rolled_out = any(key.startswith("rollout/") for key in metrics)  # it might be the best so far
-            if last or stopping or rolled_out or state.step % settings.save_every == 0:
-                _read(unread, state, training, settings)
+            if stopping or trainer.saving_due(metrics):
+                trainer.read()
                 _check_weights(state)
                 save(state)
             if stopping:
                 break
+
+
+def _train_step(state: TrainState, phase: Phase, batch: Batch, settings: TrainSettings, seed: int) -> torch.Tensor:
+    """One optimiser step and one update of the average: (2,) loss and norm of the gradient, on the device."""
+    torch.manual_seed(derive_seed(seed, 1, state.step))  # the source of dropout and observation noise
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(state.step, settings)
+    state.policy.train()
+    generator = derive_generator(seed, 2, state.step)
+    examples = phase.examples(batch, generator)
+    with torch.autocast(state.policy.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+        loss = phase.loss(state.policy, examples, generator)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(state.policy.parameters(), settings.grad_clip)
+    figures = torch.stack([loss.detach(), norm])
+    # What `torch.amp.GradScaler` sets: where it is 1, the fused kernel touches neither weights nor its own memory.
+    state.optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    update_ema(state.ema, state.policy, state.step, settings.ema_decay)
+    return figures
+
+
+@torch.no_grad()
+def update_ema(ema: DiffusionPolicy, policy: DiffusionPolicy, updates: int, max_decay: float) -> None:
+    """Move the weight average towards the weights.
+
+    Args:
+        ema: changed in place.
+        policy: the newest weights.
+        updates: how many updates came before this one.
+        max_decay: decay once warmed up; before, it is (1 + n) / (10 + n).
+    """
+    decay = min(max_decay, (1 + updates) / (10 + updates))
+    torch._foreach_lerp_(list(ema.parameters()), list(policy.parameters()), 1 - decay)
 
 
 def batches_ahead(
@@ -344,31 +235,6 @@ def batches_ahead(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-def _train_step(
-    state: TrainState, batch: Batch, teacher: SamplerProgram | None, settings: TrainSettings, seed: int
-) -> torch.Tensor:
-    torch.manual_seed(derive_seed(seed, 1, state.step))  # the source of dropout and observation noise
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(state.step, settings)
-    state.policy.train()
-    generator, timesteps = derive_generator(seed, 2, state.step), settings.timesteps_per_chunk
-    made = None if teacher is None else pairs(teacher, batch, generator, timesteps)
-    with torch.autocast(state.policy.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-        if made is None:
-            loss = state.policy.loss(batch, generator, timesteps_per_chunk=timesteps)
-        else:
-            loss = rectification_loss(state.policy, *made, generator)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(state.policy.parameters(), settings.grad_clip)
-    figures = torch.stack([loss.detach(), norm])
-    # What `torch.amp.GradScaler` sets: where it is 1, the fused kernel touches neither weights nor its own memory.
-    state.optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    update_ema(state.ema, state.policy, state.step, settings.ema_decay)
-    return figures
 
 
 def _read(unread: list[Outcome], state: TrainState, training: Windows, settings: TrainSettings) -> None:

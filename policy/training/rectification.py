@@ -19,15 +19,40 @@ import copy
 import torch
 from torch import Tensor
 
+from policy.common.observations import Batch
 from policy.diffusion.sampler import Sampler
-from policy.inference import SamplerProgram, compile_sampler
-from policy.model.diffusion_policy import Batch, DiffusionPolicy, observed
+from policy.inference.backends import SamplerProgram, compile_sampler
+from policy.model.diffusion_policy import DiffusionPolicy, observed
 from policy.training.state import TrainState
 
-# Each pair is noised to so many timesteps: making it costs more than learning from it.
+# Timesteps sampled per (noise, chunk) pair: making a pair costs more than learning from it.
 TIMESTEPS_A_PAIR = 4
 # Of a chunk, in half ranges of the actions: smaller errors count by their square, so that the loss is smooth.
 SMALL_ERROR = 0.003
+
+
+class Rectified:
+    """The phase on the policy's own chunks.
+
+    Args:
+        ddim_steps: denoising steps of the teacher.
+        timesteps_per_chunk: timesteps at which a step on demonstrations looks at each chunk.
+    """
+
+    def __init__(self, ddim_steps: int, timesteps_per_chunk: int) -> None:
+        self._ddim_steps, self._timesteps_per_chunk = ddim_steps, timesteps_per_chunk
+
+    def begin(self, state: TrainState) -> None:
+        """Make the averaged policy the teacher, unless the run was resumed within this phase."""
+        self._teacher = start_rectification(state, self._ddim_steps)
+
+    def examples(self, batch: Batch, generator: torch.Generator) -> tuple[Batch, Tensor]:
+        """Pairs of a noise and the teacher's chunk for it, see `pairs`."""
+        return pairs(self._teacher, batch, generator, self._timesteps_per_chunk)
+
+    def loss(self, policy: DiffusionPolicy, examples: tuple[Batch, Tensor], generator: torch.Generator) -> Tensor:
+        """() see `rectification_loss`."""
+        return rectification_loss(policy, *examples, generator)
 
 
 def start_rectification(state: TrainState, ddim_steps: int) -> SamplerProgram:

@@ -20,8 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from policy import PolicyConfig, TrainSettings
 from policy.common.progress import progress
-from policy.data import Demonstrations, Windows, read_demonstrations
-from policy.training.loop import Run, batches_ahead, prepare_run, train
+from policy.data.demonstrations import Demonstrations
+from policy.data.reading import read_demonstrations
+from policy.data.windows import Windows
+from policy.training.loop import batches_ahead, train
+from policy.training.preparation import Run, prepare_run
 from scripts.bench.report import FOLDER, machine, write_report
 
 TRANSITIONS, EPISODE, OBSERVATION, ACTION = 10_000_000, 200, 39, 4

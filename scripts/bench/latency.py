@@ -27,14 +27,12 @@ from torch import Tensor, nn
 from torch._inductor import aoti_compile_and_package, aoti_load_package
 
 from policy import DiffusionPolicy, PolicyConfig, Sampler
+from policy.common.device import torch_threads
 from policy.common.progress import progress
-from policy.diffusion.coefficients import cold_course
-from policy.inference import compile_sampler
-from policy.inference.backends import OnnxRun
-from policy.inference.program import Program
+from policy.inference.backends import Onnx, compile_sampler
+from policy.inference.program import Program, SamplingInputs
 from policy.model.denoisers.timestep import TimestepEmbedding
 from policy.model.diffusion_policy import zero_observations
-from policy.rollout.episodes import torch_threads
 from scripts.bench.report import machine, write_report
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -74,19 +72,19 @@ def alternatives() -> None:
     with torch_threads(1), torch.no_grad():
         policy, sampler = randomised(DiffusionPolicy(PolicyConfig(**PRESETS["pusht"]))), Sampler(ddim_steps=8)
         calls, _ = _programs(policy, sampler)
-        program = Program(policy, sampler, cold_course(policy.schedule, sampler)).eval().requires_grad_(False)
+        program = Program(policy, sampler, sampler.cold_course(policy.schedule)).eval().requires_grad_(False)
         chunk = torch.zeros(1, 8, 2)
-        given = (zero_observations(policy.config, rows=1), chunk, None, chunk, torch.zeros(1, 8))
+        given = SamplingInputs(zero_observations(policy.config, rows=1), chunk, None, chunk, torch.zeros(1, 8))
         compiled = torch.compile(program)
-        exported = torch.export.export(program, given)
+        exported = torch.export.export(program, (given,))
         with tempfile.TemporaryDirectory() as folder:
             package = aoti_compile_and_package(exported, package_path=f"{folder}/program.pt2")
             ahead = aoti_load_package(package)
         step, _, _ = weight_matrices(policy)
         calls |= {
-            "program, eager": lambda: program(*given),
-            "program, torch.compile": lambda: compiled(*given),
-            "program, AOTInductor": lambda: ahead(*given),
+            "program, eager": lambda: program(given),
+            "program, torch.compile": lambda: compiled(given),
+            "program, AOTInductor": lambda: ahead(given),
             "bare products of the steps, float32": _products(step * 8),
             "bare products of the steps, bfloat16": _products([weight.bfloat16() for weight in step] * 8),
         }
@@ -153,13 +151,14 @@ def _programs(policy: DiffusionPolicy, sampler: Sampler) -> tuple[dict[str, Call
     calls: dict[str, Call] = {
         "sample_actions": lambda: policy.sample_actions(observations, noise=noise, ddim_steps=sampler.ddim_steps)
     }
+    inputs = SamplingInputs(observations, noise, None, torch.zeros_like(noise), torch.zeros(noise.shape[:2]))
     first_call = {}
     for name, settings in {"onnx": {}, "onnx int8": {"weights": "int8"}}.items():
         program = compile_sampler(policy, sampler, backend="onnx", **settings)
         # What a robot waits for: the model's file is at hand, the runtime loads it and samples its first chunk.
-        assert isinstance(program.run, OnnxRun)
+        assert isinstance(program.run, Onnx)
         begin = time.perf_counter()
-        OnnxRun(program.run.model)(observations, noise, None, torch.zeros_like(noise), torch.zeros(noise.shape[:2]))
+        Onnx(program.run.model)(inputs)
         first_call[name] = 1e3 * (time.perf_counter() - begin)
         calls[name] = lambda program=program: program(observations, noise)  # type: ignore[misc]
     return calls, first_call

@@ -25,8 +25,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from envs.metaworld_tasks import MT10
-from policy.data import dataset_name
-from policy.rollout.episodes import EpisodeResult, summarize
+from policy.data.minari_writer import dataset_name
+from policy.statistics.results import EpisodeResult, summarize
 from scripts.bench.report import machine, write_report
 from scripts.bench.trainings import Trained, Unit, file_name, listed, run_units, train_and_sweep
 from scripts.command import CONF

@@ -18,8 +18,10 @@ import torch
 
 import envs
 from policy import DiffusionPolicy, PolicyConfig, RecedingHorizonController, Sampler
-from policy.rollout.episodes import Cell, Env, controllers_of, torch_threads
-from policy.rollout.workers import RolloutPool, available_cores
+from policy.common.device import available_cores, torch_threads
+from policy.rollout.cells import Cell, controllers_of
+from policy.rollout.episodes import Env
+from policy.rollout.workers import RolloutPool
 from scripts.bench.report import machine, write_report
 
 PRESETS: dict[str, tuple[dict[str, Any], int]] = {

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from policy.common.device import available_cores
 from policy.common.progress import progress
-from policy.rollout.workers import available_cores
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from policy import DiffusionPolicy, PolicyConfig, TrainSettings, load_checkpoint, save_checkpoint
 from policy.checkpoint import SaveError, choose_env, files, is_checkpoint, resume_training
 from policy.checkpoint.files import seal
-from policy.tracking.wandb_tracker import NoTracker
-from policy.training.loop import prepare_run, train
+from policy.tracking.tracker import NoTracker
+from policy.training.loop import train
+from policy.training.preparation import prepare_run
 
 CONFIG = PolicyConfig(
     observation_shapes={"state": (3,)},
@@ -420,13 +421,13 @@ def test_a_dataset_cannot_have_a_module_imported(demonstrations, tmp_path, monke
     """A Minari dataset names its environment just as a checkpoint does; training must be as careful."""
     import envs
     from policy import Sampler
-    from policy.commands.train import clone_behaviour
+    from policy.commands.train import train_policy
 
     (tmp_path / "evil2.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     metadata = {"env": {"name": "gym", "id": "evil2:Env-v0"}}
     with pytest.raises(ValueError):
-        clone_behaviour(
+        train_policy(
             envs.make,
             dataset=dataclasses.replace(demonstrations, metadata=metadata),
             encoder=CONFIG.encoder,

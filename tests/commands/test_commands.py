@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from policy import load_checkpoint
-from policy.statistics import wilson_interval
+from policy.statistics.intervals import wilson_interval
 from tests.conftest import ENVIRONMENT, ROOT
 
 

@@ -174,10 +174,10 @@ def test_no_experiment_repeats_a_default_of_the_code(file):
         )
         assert changes.keys() <= inspect.signature(target).parameters.keys()
         assert repeated(changes, target) == set(), group
-    from policy.commands.train import clone_behaviour
+    from policy.commands.train import train_policy
 
-    assert settings.keys() <= inspect.signature(clone_behaviour).parameters.keys()
-    assert repeated(settings, clone_behaviour) == set()
+    assert settings.keys() <= inspect.signature(train_policy).parameters.keys()
+    assert repeated(settings, train_policy) == set()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -195,8 +195,8 @@ def test_the_schedule_of_the_code_is_the_one_that_training_chooses():
 
 def test_the_defaults_of_training_are_those_of_the_policy():
     """Two signatures say them, for two kinds of user: they must say the same."""
-    from policy.commands.train import clone_behaviour
+    from policy.commands.train import train_policy
 
-    command, config = (inspect.signature(target).parameters for target in (clone_behaviour, PolicyConfig))
+    command, config = (inspect.signature(target).parameters for target in (train_policy, PolicyConfig))
     for name in ("prediction_type", "loss_weighting", "min_snr_gamma", "obs_horizon", "action_horizon", "obs_size"):
         assert command[name].default == config[name].default, name

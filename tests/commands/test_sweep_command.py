@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from envs.planar import PlanarEnv
 from policy.checkpoint.files import seal
 from policy.commands import sweep as instrument
+from policy.common.errors import WorkerError
 from policy.rollout import workers
 from policy.rollout.ledger import Ledger
-from policy.rollout.workers import WorkerError
 from policy.sweep import grid as sweep
-from policy.tracking.wandb_tracker import NoTracker
+from policy.tracking.tracker import NoTracker
 from scripts.sweep import main
 from tests.conftest import ENVIRONMENT, ROOT
 from tests.rollout.test_workers import Faulty

@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 import pytest
 
-from policy.common.arguments import check_arguments, construct, unknown_name
+from policy.common.arguments import check_arguments, unknown_name
+from policy.common.registry import construct
 from policy.diffusion.sampler import Sampler
 from policy.diffusion.schedule import make_schedule
 

@@ -14,11 +14,11 @@ from policy import (
     PolicyConfig,
     RealTimeController,
     RecedingHorizonController,
-    real_time,
 )
+from policy.control import real_time
 from policy.control.real_time import Pace, Timing, format_timing, summarize_timing
 from policy.diffusion.sampler import Sampler
-from policy.inference import compile_sampler
+from policy.inference.backends import compile_sampler
 from tests.conftest import randomize
 
 ROOM = 0.25  # seconds of a control period: a busy machine must not decide what a test finds

@@ -10,13 +10,15 @@ from gymnasium.spaces import Box
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from policy.common.observations import as_dict
 from policy.common.seeding import derive_generator, derive_seed
-from policy.control.planning import as_dict, closest
+from policy.control.planning import closest
 from policy.control.receding_horizon import RecedingHorizonController
 from policy.control.timeline import ControllerSettings, LastPlan, kept
 from policy.diffusion.sampler import Sampler
-from policy.inference import compile_sampler
-from policy.model.diffusion_policy import DiffusionPolicy, PolicyConfig
+from policy.inference.backends import compile_sampler
+from policy.model.config import PolicyConfig
+from policy.model.diffusion_policy import DiffusionPolicy
 
 
 class FakePolicy:

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policy import ddim
-from policy.diffusion.ddim import ddim_sample, ddim_step, ddim_timesteps, make_schedule
-from policy.diffusion.schedule import PREDICTION_TYPES, NoiseSchedule
+from policy.diffusion.ddim import ddim_sample, ddim_step, ddim_timesteps
+from policy.diffusion.schedule import PREDICTION_TYPES, NoiseSchedule, make_schedule
 
 SPACINGS = ("trailing", "leading", "linspace")
 ETAS = (0.0, 0.3, 1.0)

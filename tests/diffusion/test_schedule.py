@@ -10,9 +10,9 @@ from diffusers.schedulers.scheduling_ddim import betas_for_alpha_bar, rescale_ze
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.diffusion.coefficients import step_coefficients
-from policy.diffusion.ddim import ddim_sample, ddim_step, ddim_timesteps, make_schedule
-from policy.diffusion.schedule import PREDICTION_TYPES, NoiseSchedule, loss_weights
+from policy.diffusion.coefficients import ddim_coefficients
+from policy.diffusion.ddim import ddim_sample, ddim_step, ddim_timesteps
+from policy.diffusion.schedule import PREDICTION_TYPES, NoiseSchedule, loss_weights, make_schedule
 
 KINDS = ("linear", "squaredcos_cap_v2")
 
@@ -276,7 +276,7 @@ def test_each_step_from_pure_noise_equals_diffusers(kind, prediction_type, clip,
         timesteps = ddim_timesteps(100, ddim_steps)
         assert timesteps.tolist() == theirs.timesteps.tolist()
         assert timesteps[0] == 99
-        table = step_coefficients(schedule, timesteps, eta, prediction_type)
+        table = ddim_coefficients(schedule, timesteps, eta, prediction_type)
         assert bool(table.isfinite().all())
         x = randn(3, 4, 2)
         for k, t in enumerate(timesteps.tolist()):

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from policy import DiffusionPolicy, PolicyConfig, Sampler
-from policy.diffusion.coefficients import step_coefficients
+from policy.diffusion.coefficients import ddim_coefficients
 from policy.diffusion.ddim import SPACINGS, ddim_step, ddim_timesteps
 from policy.diffusion.schedule import PREDICTION_TYPES, make_schedule
-from policy.inference import BACKENDS, compile_sampler, onnx_graph
 from policy.inference import backends as backends_module
+from policy.inference import onnx_graph
+from policy.inference.backends import BACKENDS, compile_sampler
 from policy.inference.int8 import quantized
 from policy.model.denoisers import DENOISERS
 from tests.conftest import randomize
@@ -89,7 +90,7 @@ def test_the_coefficients_are_ddim_steps_written_as_two_sums(prediction_type, et
     schedule = make_schedule(num_steps=50, beta_schedule="linear")
     for spacing, ddim_steps in itertools.product(SPACINGS, (1, 3, 50)):
         timesteps = ddim_timesteps(50, ddim_steps, spacing)
-        table = step_coefficients(schedule, timesteps, eta, prediction_type)
+        table = ddim_coefficients(schedule, timesteps, eta, prediction_type)
         timesteps = timesteps.tolist()
         x, predicted, z = torch.randn(3, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         for row, t, previous in zip(table, timesteps, [*timesteps[1:], -1], strict=True):

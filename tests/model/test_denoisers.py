@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from policy import ddim
-from policy.model.denoisers import DENOISERS, Denoiser, ModulatedMLP, ResidualMLP, Transformer, UNet
+from policy.model.denoisers import DENOISERS
+from policy.model.denoisers.denoiser import Denoiser
+from policy.model.denoisers.modulated_mlp import ModulatedMLP
+from policy.model.denoisers.residual_mlp import ResidualMLP
 from policy.model.denoisers.timestep import sinusoidal_table
-from policy.model.denoisers.transformer import Attention
-from policy.model.denoisers.unet import FiLMBlock
+from policy.model.denoisers.transformer import Attention, Transformer
+from policy.model.denoisers.unet import FiLMBlock, UNet
 
 TASK = {"obs_size": 5, "action_dim": 2, "action_horizon": 4, "num_steps": 20}
 SMALL = {**TASK, "hidden_size": 8, "num_layers": 2}

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from policy.model.config import PolicyConfig, config_from_json, config_to_json
 from policy.model.denoisers import DENOISERS
-from policy.model.diffusion_policy import DiffusionPolicy, PolicyConfig, config_from_json, config_to_json
+from policy.model.diffusion_policy import DiffusionPolicy
 
 LOW, HIGH = torch.tensor([-3.0, 10.0]), torch.tensor([1.0, 30.0])
 SHAPES = {"state": (5,), "goal": (3,)}

@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from policy.model.diffusion_policy import DiffusionPolicy, PolicyConfig
-from policy.model.encoders import ENCODERS, ImageEncoder, StateEncoder
-from policy.model.encoders.image import SpatialSoftmax, random_shift
+from policy.model.config import PolicyConfig
+from policy.model.diffusion_policy import DiffusionPolicy
+from policy.model.encoders import ENCODERS
+from policy.model.encoders.image import ImageEncoder, SpatialSoftmax, random_shift
+from policy.model.encoders.state import StateEncoder
 
 SHAPES = {"front": (32, 40, 3), "wrist": (16, 16, 1), "state": (5,), "goal": (3,)}
 SMALL = {"channels": (16, 32), "features": 8, "hidden_size": 32}

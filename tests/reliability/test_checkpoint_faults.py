@@ -18,8 +18,8 @@ from policy.checkpoint import SaveError, keep_checkpoint, keeping, resume_traini
 from policy.checkpoint.files import SCHEMA_VERSION
 from policy.checkpoint.keeping import rank
 from policy.checkpoint.reading import SETTINGS_OF_BEFORE
-from policy.data import Demonstrations
-from policy.training.loop import prepare_run
+from policy.data.demonstrations import Demonstrations
+from policy.training.preparation import prepare_run
 from tests.conftest import ENVIRONMENT, ROOT, randomize, small_config
 
 DATA = ROOT / "tests" / "data"
@@ -94,7 +94,7 @@ def test_a_checkpoint_without_a_setting_of_today_resumes_with_what_was_done_befo
 
 def test_every_setting_that_the_first_schema_did_not_note_has_a_value_of_before():
     noted = load_checkpoint(GOLDEN[0]).training.keys()
-    # See `clone_behaviour`: what a run does about bad losses is no part of what it is.
+    # See `train_policy`: what a run does about bad losses is no part of what it is.
     assert vars(TrainSettings()).keys() - noted - {"on_bad_loss"} <= SETTINGS_OF_BEFORE.keys()
 
 

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 
 from policy import DiffusionPolicy, PolicyConfig, load_checkpoint
-from policy.hub import Origin
+from policy.model.storage import Origin
 from tests.conftest import ENVIRONMENT, ROOT, randomize
 
 CONFIG = PolicyConfig(

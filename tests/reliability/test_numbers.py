@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from policy import DiffusionPolicy, TrainSettings, load_checkpoint
-from policy.commands.train import clone_behaviour
-from policy.data import Demonstrations
+from policy.commands.train import train_policy
+from policy.data.demonstrations import Demonstrations
 from policy.diffusion.sampler import Sampler
 from policy.model.normalizer import Normalizer
-from policy.tracking.wandb_tracker import NoTracker
-from policy.training.loop import prepare_run, train
+from policy.tracking.tracker import NoTracker
+from policy.training.loop import train
+from policy.training.preparation import prepare_run
 from tests.conftest import small_config
 
 CONFIG = small_config(obs_size=16, hidden_size=32)
@@ -184,7 +185,7 @@ def test_a_stopped_run_names_its_last_good_checkpoint_and_goes_on_from_there_ski
     monkeypatch.setattr(DiffusionPolicy, "loss", loss)
 
     def clone(on_bad_loss):
-        clone_behaviour(
+        train_policy(
             lambda: pytest.fail("no environment is known"),
             dataset=demonstrations,
             encoder=CONFIG.encoder,

@@ -27,7 +27,8 @@ from policy.checkpoint import save_checkpoint
 from policy.diffusion.schedule import make_schedule
 from policy.model.denoisers import DENOISERS
 from policy.model.encoders import ENCODERS
-from policy.training.loop import TrainSettings, start_training
+from policy.training.preparation import start_training
+from policy.training.settings import TrainSettings
 from scripts.command import CONF, GROUPS
 
 # Where the work of each command begins; everything before is checking.

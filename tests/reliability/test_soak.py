@@ -17,10 +17,10 @@ import pytest
 import envs
 from policy import DiffusionPolicy, Sampler, TrainSettings, load_checkpoint, save_checkpoint
 from policy.checkpoint import keep_checkpoint, resume_training
-from policy.data import Demonstrations
-from policy.rollout.episodes import Cell
+from policy.data.demonstrations import Demonstrations
+from policy.rollout.cells import Cell
 from policy.rollout.workers import RolloutPool
-from policy.training.loop import prepare_run
+from policy.training.preparation import prepare_run
 from tests.conftest import PLANAR_CONFIG, randomize, small_config
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")

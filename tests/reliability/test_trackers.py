@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from policy import TrainSettings
-from policy.data import Demonstrations
-from policy.tracking.wandb_tracker import NoTracker, WandbTracker
-from policy.training.loop import prepare_run
+from policy.data.demonstrations import Demonstrations
+from policy.tracking.tracker import NoTracker
+from policy.tracking.wandb_tracker import WandbTracker
 from policy.training.loop import train as train_loop
+from policy.training.preparation import prepare_run
 from tests.conftest import small_config
 from tests.tracking.test_tracking import KEY, server
 

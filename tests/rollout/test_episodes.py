@@ -11,20 +11,12 @@ import pytest
 import torch
 
 from policy import ControllerSettings, DiffusionPolicy, PolicyConfig, RecedingHorizonController, Sampler
-from policy.inference import SamplerProgram, compile_sampler
-from policy.rollout.episodes import (
-    PLAN_BATCH,
-    Cell,
-    EpisodeResult,
-    check_spaces,
-    chunk_latency,
-    format_summary,
-    record_episode,
-    run_episodes,
-    run_in_process,
-    summarize,
-    torch_threads,
-)
+from policy.common.device import torch_threads
+from policy.inference.backends import SamplerProgram, compile_sampler
+from policy.rollout.cells import PLAN_BATCH, Cell
+from policy.rollout.episodes import check_spaces, record_episode, run_episodes, run_in_process
+from policy.rollout.latency import chunk_latency
+from policy.statistics.results import EpisodeResult, format_summary, summarize
 
 CONFIG = PolicyConfig(
     observation_shapes={"state": (3,)},

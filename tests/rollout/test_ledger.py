@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.rollout.episodes import EpisodeResult
 from policy.rollout.ledger import Ledger, cell_id
+from policy.statistics.results import EpisodeResult
 
 SETTINGS = {
     "checkpoint": "0123456789abcdef",

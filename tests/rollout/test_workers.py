@@ -20,9 +20,12 @@ import torch
 import envs
 from envs.planar import PlanarEnv
 from policy import DiffusionPolicy, Sampler
+from policy.common.device import available_cores
+from policy.common.errors import WorkerError
 from policy.rollout import workers
-from policy.rollout.episodes import Cell, run_in_process
-from policy.rollout.workers import RolloutPool, WorkerError, available_cores
+from policy.rollout.cells import Cell
+from policy.rollout.episodes import run_in_process
+from policy.rollout.workers import RolloutPool
 from tests.conftest import ENVIRONMENT, PLANAR_CONFIG, ROOT
 
 SEEDS = [11, 3, 5, 8, 2, 9, 14, 1, 20]

@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from policy.commands.sweep import _telling_seeds, answer_of
-from policy.rollout.episodes import EpisodeResult
-from policy.statistics import recommend
+from policy.statistics.recommendation import recommend
+from policy.statistics.results import EpisodeResult
+from policy.sweep.conclusion import answer_of, telling_seeds
 
 CHROMIUM = shutil.which("chromium")
 
@@ -52,9 +52,9 @@ def test_episodes_that_tell_cells_apart_are_shown_first_and_failures_are_not_hid
         return [EpisodeResult(seed=n, success=s, score=float(s), return_=0.0, steps=1) for n, s in enumerate(solved)]
 
     cells = [results(True, False, False, True), results(True, False, True, True)]
-    assert _telling_seeds(cells, 3) == [2, 0, 1]
-    assert _telling_seeds(cells, 4) == [2, 0, 1, 3]
-    assert _telling_seeds(cells, 0) == []
+    assert telling_seeds(cells, 3) == [2, 0, 1]
+    assert telling_seeds(cells, 4) == [2, 0, 1, 3]
+    assert telling_seeds(cells, 0) == []
 
 
 class Page(HTMLParser):

@@ -16,12 +16,15 @@ from PIL import Image
 from envs.planar import PlanarEnv
 from policy import DiffusionPolicy, PolicyConfig, Sampler
 from policy.checkpoint import Checkpoint
-from policy.rollout.episodes import Cell, run_in_process, summarize
+from policy.rollout.cells import Cell
+from policy.rollout.episodes import run_in_process
 from policy.rollout.ledger import cell_id
-from policy.statistics import wilson_interval
+from policy.statistics.intervals import wilson_interval
+from policy.statistics.results import summarize
 from policy.sweep import grid as sweep
 from policy.sweep.grid import make_cells, row_of, varying
-from policy.sweep.table import COLUMNS, format_table, plot_rows, write_files
+from policy.sweep.plot import plot_rows
+from policy.sweep.table import COLUMNS, format_table, write_files
 
 SEEDS = range(70, 76)
 ENV = {"name": "planar"}

@@ -21,7 +21,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from policy.tracking import wandb_tracker as tracking
-from policy.tracking.wandb_tracker import NoTracker, WandbTracker
+from policy.tracking.tracker import NoTracker
+from policy.tracking.wandb_tracker import WandbTracker
 from tests.conftest import ENVIRONMENT
 
 ROWS = [{"ddim_steps": 1, "success_rate": 0.25}, {"ddim_steps": 2, "success_rate": 0.5}]

@@ -9,11 +9,12 @@ import torch
 from envs import collect_episodes
 from envs.planar import PlanarEnv, PlanarExpert
 from policy import PolicyConfig, RecedingHorizonController, Sampler, TrainSettings
-from policy.data import Demonstrations
+from policy.data.demonstrations import Demonstrations
 from policy.model.denoisers import DENOISERS
 from policy.rollout.episodes import run_episodes
-from policy.tracking.wandb_tracker import NoTracker
-from policy.training.loop import prepare_run, train
+from policy.tracking.tracker import NoTracker
+from policy.training.loop import train
+from policy.training.preparation import prepare_run
 
 EPISODES = 30
 SETTINGS = TrainSettings(

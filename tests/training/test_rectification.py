@@ -8,8 +8,9 @@ import torch
 
 from policy import TrainSettings
 from policy.checkpoint import resume_training, save_checkpoint
-from policy.data import Demonstrations
-from policy.training.loop import learning_rate, prepare_run, train
+from policy.data.demonstrations import Demonstrations
+from policy.training.loop import train
+from policy.training.preparation import prepare_run
 from policy.training.rectification import (
     SMALL_ERROR,
     TIMESTEPS_A_PAIR,
@@ -18,6 +19,7 @@ from policy.training.rectification import (
     rectification_loss,
     start_rectification,
 )
+from policy.training.settings import learning_rate
 from tests.conftest import randomize, small_config
 
 CONFIG = small_config(obs_size=16, hidden_size=32)

@@ -10,10 +10,12 @@ import torch
 
 from policy import TrainSettings
 from policy.common.seeding import derive_generator
-from policy.data import Demonstrations
+from policy.data.demonstrations import Demonstrations
 from policy.data.windows import split_episodes
 from policy.model.diffusion_policy import observed
-from policy.training.loop import learning_rate, prepare_run, start_training, train, update_ema, validation_loss
+from policy.training.loop import train, update_ema, validation_loss
+from policy.training.preparation import prepare_run, start_training
+from policy.training.settings import learning_rate
 from tests.conftest import small_config
 
 CONFIG = small_config(obs_size=16, hidden_size=32)

@@ -1,20 +1,36 @@
-"""One reader per public format of demonstrations."""
+"""The public formats of demonstrations by name; each has a module, which is imported when the format is first read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from policy.common.registry import Registry
 from policy.data.episode import EpisodeReader, Request
-from policy.data.formats.lerobot import open_lerobot
-from policy.data.formats.minari import open_minari
-from policy.data.formats.robomimic import open_robomimic
-from policy.data.formats.zarr_replay import open_zarr_replay
 
-# Each takes the dataset's path, its files by relative path (nothing else may be opened), and what the user asked for.
-FORMATS: dict[str, Callable[[Path, Mapping[str, Path], Request], EpisodeReader]] = {
-    "lerobot": open_lerobot,
-    "minari": open_minari,
-    "robomimic": open_robomimic,
-    "zarr": open_zarr_replay,
-}
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How demonstrations of one format are read.
+
+    Attributes:
+        open: Opens a dataset. It takes the dataset's path, its files by relative path (it must open no others), and
+            the user's request.
+        find: Maps `dataset.path` to the dataset's file or folder. A format whose datasets have names besides paths
+            replaces it.
+    """
+
+    open: Callable[[Path, Mapping[str, Path], Request], EpisodeReader]
+    find: Callable[[Path], Path] = Path.expanduser
+
+
+FORMATS: Registry[Format] = Registry(
+    "format of demonstrations",
+    {
+        "lerobot": "policy.data.formats.lerobot:FORMAT",
+        "minari": "policy.data.formats.minari:FORMAT",
+        "robomimic": "policy.data.formats.robomimic:FORMAT",
+        "zarr": "policy.data.formats.zarr_replay:FORMAT",
+    },
+)

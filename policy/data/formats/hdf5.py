@@ -1,4 +1,4 @@
-"""HDF5 files that someone else wrote, read without leaving the file or filling the memory."""
+"""Safe reading of foreign HDF5 files: no data from outside the file, and no more memory than the file justifies."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-# gzip shrinks to no less than a thousandth; what claims more is damaged.
+# gzip compresses to no less than a thousandth; a file that claims a higher ratio is damaged.
 MAX_COMPRESSION = 2048
-# What texts and JPEGs of different lengths are kept in.
+# The first bytes of a global heap, which stores texts and JPEGs of different lengths.
 HEAP = b"GCOL\x01\0\0\0"
 HEAP_HEADER = 16
 REFERENCE = np.dtype([("size", "<u4"), ("heap", "<u8"), ("index", "<u4")])
-# Deeper than any recording; hard links can run in circles.
+# Groups in groups: deeper than any recording. Hard links can be circular, so the search needs a limit.
 MAX_DEPTH = 16
 
 
 class HDF5Error(ValueError):
-    """Something in a file that cannot be read; says which key."""
+    """A part of a file cannot be read; the message names its key."""
 
 
 class HDF5File:
@@ -33,8 +33,10 @@ class HDF5File:
     Keys are whole paths, such as `data/demo_0/actions`. Only hard links are followed, and only data inside the file is
     read: soft links, external links, external storage and virtual datasets can lead to any file of this machine.
 
+    All methods raise `HDF5Error` if a key is missing or unreadable.
+
     Raises:
-        ValueError: it is not HDF5, or damaged. All methods raise `HDF5Error` where a key is missing or unreadable.
+        ValueError: the file is not HDF5, or is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,15 +58,15 @@ class HDF5File:
         self._file.close()
 
     def names(self, key: str) -> list[str]:
-        """What a group holds, in the file's order; none where there is no such group. The root's key is ''."""
+        """The names in a group, in the file's order; empty if there is no such group. The root's key is ''."""
         with _naming(key):
             node = self._find(key, missing_ok=True)
             return _members(node) if isinstance(node, h5py.Group) else []
 
     def arrays(self, key: str) -> list[str]:
-        """Keys, relative to a group, of all arrays in it and in its groups.
+        """The keys, relative to a group, of all arrays in it and in the groups inside it.
 
-        Links that are not followed are among them: reading one says why it is refused.
+        Links that are not followed are included; reading one raises an error that says why it is refused.
         """
         found: list[str] = []
         groups = [""]
@@ -82,12 +84,12 @@ class HDF5File:
         return sorted(found)
 
     def attribute(self, key: str, name: str) -> Any:
-        """An attribute's value, None where there is none."""
+        """The value of an attribute, or None if there is no such attribute."""
         with _naming(f"{key}@{name}"):
             return self._find(key).attrs.get(name)
 
     def numbers(self, key: str) -> NDArray[Any]:
-        """An array of numbers."""
+        """Read an array of numbers."""
         with _naming(key):
             dataset = self._dataset(key)
             if dataset.dtype.kind not in "biuf":
@@ -97,7 +99,7 @@ class HDF5File:
             return values
 
     def blobs(self, key: str) -> list[bytes] | None:
-        """Rows of bytes of different lengths; None where it is something else."""
+        """Read rows of bytes of different lengths; None if the key holds something else."""
         with _naming(key):
             dataset = self._dataset(key)
             if h5py.check_vlen_dtype(dataset.dtype) != np.uint8 or dataset.ndim != 1:
@@ -105,11 +107,11 @@ class HDF5File:
             return self._rows(dataset)
 
     def strings(self, key: str) -> list[str]:
-        """A list of texts."""
+        """Read a list of texts."""
         with _naming(key):
             dataset = self._dataset(key)
             if h5py.check_string_dtype(dataset.dtype) is None or dataset.ndim != 1:
-                if dataset.size == 0:  # numpy gives an empty list no text type
+                if dataset.size == 0:  # numpy writes an empty list of texts as numbers
                     return []
                 raise HDF5Error(f"{key!r} must be a list of texts; it holds {_kind(dataset.dtype)}")
             texts = dataset[()] if dataset.dtype.kind == "S" else self._rows(dataset)
@@ -145,7 +147,7 @@ class HDF5File:
         created = dataset.id.get_create_plist()
         if created.get_layout() == h5py.h5d.VIRTUAL or created.get_external_count():
             raise HDF5Error(f"{key!r} is stored in other files: copy the data into the file")
-        # A damaged shape must not allocate what was never stored.
+        # A damaged shape must not allocate memory for data that was never stored.
         stored = min(dataset.id.get_storage_size(), self._size)
         limit = stored * MAX_COMPRESSION if created.get_nfilters() else stored
         declared = math.prod(dataset.shape) * dataset.dtype.itemsize
@@ -155,10 +157,10 @@ class HDF5File:
 
 
 class _Heaps:
-    """The global heaps of a file, where rows of different lengths are (HDF5 File Format Specification, III.E).
+    """The global heaps of a file, which store rows of different lengths (HDF5 File Format Specification, III.E).
 
-    They are followed here because HDF5 2.0 crashes on a reference to an object that is not there, and runs in circles
-    for ever on free space of size 0, which is what zeros written over a part of a heap look like.
+    They are parsed here because HDF5 2.0 crashes on a reference to a missing object, and loops forever on free space of
+    size 0, which appears when a part of a heap is overwritten with zeros.
     """
 
     def __init__(self, path: Path) -> None:
@@ -169,10 +171,10 @@ class _Heaps:
         self.data.close()
 
     def check(self) -> None:
-        """Follow every heap to its end.
+        """Walk through the objects of every heap.
 
         Raises:
-            ValueError: one does not lead there.
+            ValueError: a heap is damaged.
         """
         start = self.data.find(HEAP)
         while start != -1:
@@ -180,10 +182,10 @@ class _Heaps:
             start = self.data.find(HEAP, start + 1)
 
     def rows(self, references: NDArray[Any]) -> list[bytes]:
-        """What references lead to.
+        """Read the objects that references point to.
 
         Raises:
-            ValueError: there is no such object, or not so much of it.
+            ValueError: an object is missing, or is shorter than its reference says.
         """
         objects = {heap: self._objects(heap) for heap in set(references["heap"][references["size"] > 0].tolist())}
         rows = []
@@ -195,7 +197,7 @@ class _Heaps:
         return rows
 
     def _objects(self, heap: int) -> dict[int, tuple[int, int]]:
-        """Number of each object to where it starts and how long it is."""
+        """Map the number of each object to its start and its length."""
         if self.data[heap : heap + len(HEAP)] != HEAP:
             raise ValueError("a heap is missing")
         end = min(heap + self._number(heap + 8, 8), len(self.data))
@@ -204,7 +206,7 @@ class _Heaps:
         while position + HEAP_HEADER <= end:
             index, size = self._number(position, 2), self._number(position + 8, 8)
             position += HEAP_HEADER
-            if index == 0:  # free space counts its header
+            if index == 0:  # the size of free space includes its header
                 if size < HEAP_HEADER:
                     raise ValueError("a part of it was overwritten")
                 position += size - HEAP_HEADER
@@ -219,14 +221,14 @@ class _Heaps:
 
 def _members(group: h5py.Group) -> list[str]:
     names: list[Any] = list(group)
-    if broken := [name for name in names if not isinstance(name, str)]:  # h5py gives what is no UTF-8 as bytes
-        raise HDF5Error(f"{group.name!r} holds {broken[0]!r}, which is no name: fetch the file again")
+    if broken := [name for name in names if not isinstance(name, str)]:  # h5py returns invalid UTF-8 as bytes
+        raise HDF5Error(f"{group.name!r} holds {broken[0]!r}, which is not a name: fetch the file again")
     return names
 
 
 def _link(group: h5py.Group, name: str) -> int | None:
     encoded = name.encode()
-    # `in` and `get` of h5py would follow a link.
+    # h5py's own `in` and `get` would follow the link.
     return group.id.links.get_info(encoded).type if group.id.links.exists(encoded) else None
 
 
@@ -246,5 +248,5 @@ def _naming(key: str) -> Iterator[None]:
         yield
     except HDF5Error:
         raise
-    except Exception as error:  # h5py gives the library's failures as whichever Python error is nearest
+    except Exception as error:  # h5py raises many different exceptions for failures of the HDF5 library
         raise HDF5Error(f"{key!r} cannot be read ({error})") from error

@@ -23,27 +23,30 @@ from minari.serialization import deserialize_space
 from numpy.typing import NDArray
 from PIL import Image
 
+from policy.common.observations import is_image
 from policy.data.episode import Episode, EpisodeReader, Request
+from policy.data.formats import Format
 from policy.data.formats.hdf5 import HDF5File
 from policy.data.minari_writer import ENV_KEY
-from policy.model.diffusion_policy import is_image
 
 ACTIONS = "actions"
 OBSERVATIONS = "observations"
 DATASET_ID = re.compile(r"[\w-]+(/[\w-]+)*-v\d+")
-# A choice among more than these is no observation for a network.
+# A choice among more options has a one-hot vector that is too wide for a network.
 MAX_CHOICES = 2**16
-# How far an action may leave its space, as a part of the space's width: float32 misses bounds of float64.
+# The distance by which an action may leave its space, as a fraction of the space's width, because float32 cannot hold
+# every bound of float64.
 TOLERANCE = 1e-4
+# Seconds to wait for the hub's answer.
 REACH_SECONDS = 10
 
-# As they are stored: an array with a row for each observation, or one JPEG for each.
+# Observations as they are stored: an array with a row for each of them, or one JPEG for each of them.
 Rows = NDArray[Any] | list[bytes]
 
 
 @dataclass(frozen=True)
 class _Leaf:
-    """One array of a dataset: the way to it through Dicts (keys) and Tuples (indices), and what it holds."""
+    """One array of a dataset: its path through Dicts (keys) and Tuples (indices), and its space."""
 
     path: tuple[str | int, ...]
     space: gymnasium.Space[Any]
@@ -53,7 +56,7 @@ class _Leaf:
 
 
 def find_minari(path: Path) -> Path:
-    """The folder of a Minari dataset.
+    """Find the folder of a Minari dataset.
 
     Args:
         path: the folder, or an id; an id that is not under Minari's local root is downloaded.
@@ -62,9 +65,9 @@ def find_minari(path: Path) -> Path:
         The folder that holds `data/`.
 
     Raises:
-        ValueError: an id that is not there and cannot be downloaded.
+        ValueError: the id is not under the local root and cannot be downloaded.
     """
-    path = Path(path).expanduser()
+    path = path.expanduser()
     dataset_id = path.as_posix()
     if path.exists() or not DATASET_ID.fullmatch(dataset_id):
         return path
@@ -82,18 +85,18 @@ def _download(dataset_id: str, root: Path, folder: Path) -> None:
         if not folder.exists():
             raise FileNotFoundError(f"the download left nothing at {folder}")
     except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)  # half a dataset would be taken for a whole one
+        shutil.rmtree(folder, ignore_errors=True)  # otherwise half a dataset would be found the next time
         if not isinstance(error, Exception):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{dataset_id} is no folder, is not under Minari's local root {root}, and could not be downloaded"
+            f"{dataset_id} is not a folder, is not under Minari's local root {root}, and could not be downloaded"
             f" ({reason}): correct dataset.path, or connect to the network, or copy the dataset to {folder}"
         ) from error
 
 
 def _check_reachable() -> None:
-    # The hub's client tries again and again for half a minute or more.
+    # Without a network, the hub's client would retry for half a minute or more.
     if os.environ.get("MINARI_REMOTE", "hf://").startswith("hf://"):
         from huggingface_hub import constants, get_session
 
@@ -103,19 +106,19 @@ def _check_reachable() -> None:
 def open_minari(path: Path, files: Mapping[str, Path], request: Request) -> EpisodeReader:
     """Open a Minari dataset.
 
-    Vectors, pictures and choices (one-hot) are observed, each under its key in the observation space; what is nested
-    under `outer/inner`. A plain space stands under `state`, or `image`.
+    Vectors, pictures and choices (one-hot) are observed, each under its key in the observation space; nested keys are
+    joined, as in `outer/inner`. An observation without a key gets `state`, or `image`.
 
     Args:
         path: the dataset's folder.
-        files: in it.
-        request: by default everything is observed that is an array of a fixed size.
+        files: the files in the folder.
+        request: the user's request; by default every array of a fixed size is observed.
 
     Returns:
-        Its reader.
+        The dataset's reader.
 
     Raises:
-        ValueError: not a Minari dataset, a damaged one, or one without what was asked for.
+        ValueError: it is not a Minari dataset, is damaged, or lacks a requested part.
     """
     metadata = _metadata(files)
     if request.action_key is not None:
@@ -140,8 +143,11 @@ def open_minari(path: Path, files: Mapping[str, Path], request: Request) -> Epis
     return MinariReader(storage, observations=observations, action=action, said=said)
 
 
+FORMAT = Format(open=open_minari, find=find_minari)
+
+
 class MinariReader:
-    """Reads episode by episode, and of each only what is asked for."""
+    """Reads one episode at a time, and only the requested arrays of it."""
 
     held_out: Sequence[str] = ()
 
@@ -165,7 +171,7 @@ class MinariReader:
                 )
         actions = _values(rows, self._action)
         self._check_limits(actions)
-        # An episode's last observation was seen after its last action.
+        # The last observation is left out: it follows the last action.
         pairs = zip(self._observations.items(), observed, strict=True)
         return Episode(actions=actions, observations={key: _values(seen[:-1], leaf) for (key, leaf), seen in pairs})
 
@@ -194,7 +200,7 @@ def _limits(space: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         return low - low_slack, high + high_slack
 
 
-# What the metadata says
+# The metadata
 
 
 def _metadata(files: Mapping[str, Path]) -> dict[str, Any]:
@@ -206,7 +212,7 @@ def _metadata(files: Mapping[str, Path]) -> dict[str, Any]:
         metadata = json.loads(files["data/metadata.json"].read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"data/metadata.json is damaged ({error}): fetch it again") from error
-    # Without its spaces Minari would import and build the environment that the file names.
+    # If the spaces are missing, Minari would import and build the environment that the file names.
     if not isinstance(metadata, dict) or not all(
         isinstance(metadata.get(key), str) for key in ("observation_space", "action_space")
     ):
@@ -219,8 +225,8 @@ def _metadata(files: Mapping[str, Path]) -> dict[str, Any]:
 def _space(metadata: Mapping[str, Any], key: str) -> gymnasium.Space[Any]:
     try:
         return deserialize_space(metadata[key])
-    except Exception as error:  # Minari checks nothing: each kind of damage is an error of its own
-        raise ValueError(f"{key} in data/metadata.json is no space that Minari knows ({error!r})") from error
+    except Exception as error:  # Minari does not check its input: each kind of damage raises another exception
+        raise ValueError(f"{key} in data/metadata.json is not a space that Minari knows ({error!r})") from error
 
 
 def _environment(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -236,7 +242,7 @@ def _environment(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
 def _observations(space: gymnasium.Space[Any], request: Request) -> dict[str, _Leaf]:
     leaves = dict[str, _Leaf]()
     for leaf in _leaves(space, ()):
-        name = "/".join(map(str, leaf.path[1:])) or _plain_name(space)
+        name = "/".join(map(str, leaf.path[1:])) or ("image" if _is_picture(space) else "state")
         if name in leaves:
             raise ValueError(f"two of its observations are called {name!r}")
         leaves[name] = leaf
@@ -246,7 +252,7 @@ def _observations(space: gymnasium.Space[Any], request: Request) -> dict[str, _L
     chosen = request.observations(leaves, usable)
     if refused := [name for name in chosen.values() if name not in usable]:
         raise ValueError(
-            f"observation {refused[0]!r} is {leaves[refused[0]].space}, which is no array of a fixed size; usable:"
+            f"observation {refused[0]!r} is {leaves[refused[0]].space}, which is not an array of a fixed size; usable:"
             f" {', '.join(usable)}"
         )
     return {key: leaves[name] for key, name in chosen.items()}
@@ -261,10 +267,6 @@ def _leaves(space: gymnasium.Space[Any], path: tuple[str | int, ...]) -> Iterato
         yield _Leaf((OBSERVATIONS, *path), space)
 
 
-def _plain_name(space: gymnasium.Space[Any]) -> str:
-    return "image" if _is_picture(space) else "state"
-
-
 def _is_picture(space: gymnasium.Space[Any]) -> bool:
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and is_image(space.shape)
 
@@ -276,11 +278,11 @@ def _is_usable(space: gymnasium.Space[Any]) -> bool:
     return isinstance(space, choices) and spaces.utils.flatdim(space) <= MAX_CHOICES
 
 
-# How it is stored
+# The storage
 
 
 class _Storage(Protocol):
-    """One of Minari's ways to store episodes.
+    """One of Minari's storage formats.
 
     Attributes:
         names: numbers of the episodes, in order.
@@ -289,11 +291,11 @@ class _Storage(Protocol):
     names: Sequence[str]
 
     def rows(self, name: str, leaves: Sequence[_Leaf]) -> list[Rows]:
-        """Some arrays of an episode: T rows of actions, T + 1 of observations."""
+        """Read some arrays of an episode: T rows of actions, T + 1 rows of observations."""
         ...
 
     def close(self) -> None:
-        """Close its files."""
+        """Close the files."""
         ...
 
 
@@ -327,7 +329,7 @@ class _HDF5Storage:
         if blobs is not None:
             return blobs
         rows = self._file.numbers(key)
-        # JPEGs that happen to be equally long are a matrix.
+        # Minari stores JPEGs of equal length as a matrix.
         return [row.tobytes() for row in rows] if rows.ndim == 2 else rows
 
     def close(self) -> None:
@@ -335,7 +337,7 @@ class _HDF5Storage:
 
 
 class _ArrowStorage:
-    """A folder for each episode, with columns `observations` (a struct where they are nested) and `actions`."""
+    """A folder for each episode, with columns `observations` (a struct if they are nested) and `actions`."""
 
     def __init__(self, files: Mapping[str, Path], suffix: str) -> None:
         self._parts: dict[str, list[Path]] = {}
@@ -347,19 +349,19 @@ class _ArrowStorage:
     def rows(self, name: str, leaves: Sequence[_Leaf]) -> list[Rows]:
         try:
             table = pa.concat_tables([_read_table(part, leaves) for part in self._parts[name]])
-        except Exception as error:  # pyarrow has errors of its own, and lets Python's through
+        except Exception as error:  # exceptions of pyarrow, and exceptions of Python that it lets through
             raise ValueError(f"{self._parts[name][0].name} cannot be read ({error}): fetch it again") from error
         return [_arrow_rows(table, leaf) for leaf in leaves]
 
     def close(self) -> None:
-        """Nothing stays open."""
+        """Do nothing: no file stays open."""
 
 
 def _read_table(part: Path, leaves: Sequence[_Leaf]) -> pa.Table:
     if part.suffix == ".parquet":
         columns = [".".join(map(str, leaf.path)) for leaf in leaves]
         return pyarrow.parquet.ParquetFile(part).read(columns=columns, use_threads=False)
-    with pa.memory_map(str(part)) as mapped:  # columns that nobody asks for are never touched
+    with pa.memory_map(str(part)) as mapped:  # columns that are not requested are never read
         return pa.ipc.open_file(mapped, options=pa.ipc.IpcReadOptions(use_threads=False)).read_all()
 
 
@@ -390,11 +392,11 @@ def _arrow_values(column: Any, space: gymnasium.Space[Any]) -> Rows:
     return numbers.reshape(len(column), *(space.shape if width == math.prod(space.shape or ()) else (width,)))  # type: ignore[misc]
 
 
-# What the arrays hold
+# The values
 
 
 def _values(rows: Rows, leaf: _Leaf) -> NDArray[Any]:
-    """Vectors (T, D) or pictures (T, H, W, C)."""
+    """Convert stored rows to vectors (T, D) or pictures (T, H, W, C)."""
     space = leaf.space
     values = _pictures(rows, leaf) if isinstance(rows, list) else rows
     if values.shape[1:] != space.shape:
@@ -418,7 +420,7 @@ def _pictures(rows: Sequence[bytes], leaf: _Leaf) -> NDArray[np.uint8]:
                 if (*image.size[::-1], *((3,) if image.mode == "RGB" else ())) != shape:
                     raise ValueError(f"it is {image.mode}, {image.width} x {image.height} pixels; its space is {shape}")
                 pictures[number] = np.asarray(image)
-        except Exception as error:  # Pillow's errors are of many kinds, too
+        except Exception as error:  # Pillow's exceptions have no common class
             raise ValueError(f"'{leaf}' cannot be read at transition {number} ({error})") from error
     return pictures
 
@@ -430,7 +432,7 @@ def _counts(space: gymnasium.Space[Any]) -> Any:
 
 
 def _zeros_and_ones(values: NDArray[Any], leaf: _Leaf) -> NDArray[np.float32]:
-    """Choices (T, C) as `gymnasium.spaces.utils.flatten` lays them out."""
+    """Encode choices (T, C) as `gymnasium.spaces.utils.flatten` does."""
     space: Any = leaf.space
     if values.dtype.kind not in "biu":
         raise ValueError(f"'{leaf}' must hold whole numbers; it holds {values.dtype}")

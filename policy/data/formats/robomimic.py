@@ -14,13 +14,14 @@ import numpy as np
 
 from policy.common.arguments import unknown_name
 from policy.data.episode import Episode, EpisodeReader, Request
+from policy.data.formats import Format
 from policy.data.formats.hdf5 import HDF5Error, HDF5File
 
 OBSERVATIONS = "obs/"
 
 
 class RobomimicReader:
-    """Reads demo by demo from one open file."""
+    """Reads one demo at a time from an open file."""
 
     def __init__(
         self,
@@ -63,16 +64,16 @@ def open_robomimic(path: Path, files: Mapping[str, Path], request: Request) -> E
 
     Args:
         path: the `.hdf5` file.
-        files: that file.
-        request: by default everything under `obs` is observed, and the actions are `actions`; a subset is one of the
-            file's masks. Without one, and where `mask/train` and `mask/valid` are there, their demos are taken, and
-            those of `valid` held out.
+        files: the same file.
+        request: the user's request. By default everything under `obs` is observed, and the actions are `actions`. A
+            subset is one of the file's masks. Without a subset, and if the file has `mask/train` and `mask/valid`, the
+            demos of both are read, and those of `valid` are held out.
 
     Returns:
-        Its reader.
+        The file's reader.
 
     Raises:
-        ValueError: not a robomimic file, a mask that does not fit, or a key or mask that it does not have.
+        ValueError: it is not a robomimic file, a mask contradicts the demos, or a requested key or mask is missing.
     """
     if not path.is_file():
         inside = [name for name in files if name.endswith((".hdf5", ".h5"))]
@@ -94,7 +95,7 @@ def open_robomimic(path: Path, files: Mapping[str, Path], request: Request) -> E
             held_out=held_out,
             observation_keys=request.observations(
                 observed,
-                # What most demos have: one that lacks a key is a bad episode, not the measure of the others.
+                # The keys that most demos have. A demo that lacks one of them is a bad episode.
                 sorted(key for key, count in observed.items() if 2 * count >= len(listed)),
             ),
             action_key=request.action((key for key in counts if not key.startswith(OBSERVATIONS)), "actions"),
@@ -104,13 +105,16 @@ def open_robomimic(path: Path, files: Mapping[str, Path], request: Request) -> E
         raise
 
 
+FORMAT = Format(open=open_robomimic)
+
+
 def _demos(file: HDF5File) -> list[str]:
     demos = file.names("data")
     if not demos:
         raise ValueError("it holds nothing under 'data': not a robomimic file, or it was written partly")
     if others := [name for name in demos if not re.fullmatch(r"demo_\d+", name)]:
         raise ValueError(
-            f"'data' holds {others[0]!r}, which is no demo_<number>: not a robomimic file, or a damaged one"
+            f"'data' holds {others[0]!r}, which is not a demo_<number>: not a robomimic file, or a damaged one"
         )
     return sorted(demos, key=_number)
 
@@ -143,7 +147,7 @@ def _mask(file: HDF5File, demos: Sequence[str], name: str) -> list[str]:
 
 
 def _keys(file: HDF5File, demos: Sequence[str]) -> list[list[str]]:
-    """The arrays of each demo that can be listed; reading the others will say what is wrong with them."""
+    """List the arrays of each demo, without demos that cannot be listed: reading those raises their errors later."""
     listed = []
     damage: HDF5Error | None = None
     for demo in demos:
@@ -180,7 +184,7 @@ def _environment(file: HDF5File) -> dict[str, Any]:
 def _attribute(file: HDF5File, name: str) -> Any:
     try:
         return file.attribute("data", name)
-    except HDF5Error:  # nothing that training needs
+    except HDF5Error:  # training does not need it
         return None
 
 

@@ -1,7 +1,8 @@
-"""The Diffusion Policy zarr replay buffer: `data/<key>` end to end, `meta/episode_ends` exclusive.
+"""The Diffusion Policy zarr replay buffer: arrays `data/<key>` of all episodes, and their ends in `meta/episode_ends`.
 
-zarr decodes; what it would pass over in silence is checked before: chunks that are not there (it reads them as the fill
-value) and chunks cut short (Blosc decodes what lies behind them in memory).
+zarr decodes the arrays. Two kinds of damage that it does not report are checked before: missing chunks (zarr reads them
+as the fill value) and truncated chunks (Blosc decodes the memory behind them). A chunk is zarr's here, a block of an
+array that is stored as one file; it has nothing to do with chunks of actions.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ import zarr
 from numpy.typing import NDArray
 
 from policy.data.episode import Episode, EpisodeReader, Request
+from policy.data.formats import Format
 
 ENDS = "meta/episode_ends"
-METADATA_FILES = (".zarray", "zarr.json")  # of an array, in format 2 and 3
+METADATA_FILES = (".zarray", "zarr.json")  # the metadata of an array, in format 2 and 3
 CHUNK_NAME = re.compile(r"(c[./])?\d+([./]\d+)*")
-# Rows of chunks are decoded together up to so many bytes; a single one may take LARGEST, what is declared larger is
-# damaged or cannot be read in order.
+# Rows of chunks are decoded together up to this number of bytes.
 BLOCK_BYTES = 16 * 2**20
+# The largest row of chunks. An array that declares a larger one is damaged, or does not fit into memory.
 LARGEST = 4 * 2**30
 
 
 class ZarrReplayReader:
-    """Reads episodes in order; each chunk is decoded once."""
+    """Reads one episode at a time; if they are read in order, each chunk is decoded once."""
 
     def __init__(
         self,
@@ -66,18 +68,19 @@ class ZarrReplayReader:
 
 
 def open_zarr_replay(path: Path, files: Mapping[str, Path], request: Request) -> EpisodeReader:
-    """Open a replay buffer of zarr format 2 or 3, a folder or a `.zarr.zip`; it may lie within the folder or zip.
+    """Open a replay buffer of zarr format 2 or 3, a folder or a `.zarr.zip`; it may be a folder inside either.
 
     Args:
-        path: the store.
-        files: of the store.
-        request: by default `state` is observed, and the actions are under `action`; keys may be nested (`obs/image`).
+        path: the folder or zip.
+        files: the files in the folder, or the zip.
+        request: the user's request. By default `state` is observed, and the actions are `action`. Keys may be nested
+            (`obs/image`).
 
     Returns:
-        Its reader.
+        The buffer's reader.
 
     Raises:
-        ValueError: not a replay buffer, a key is not in it, or the ends do not cut the arrays into episodes.
+        ValueError: it is not a replay buffer, a key is not in it, or the ends do not cut the arrays into episodes.
     """
     if request.subset is not None:
         raise ValueError(f"a zarr replay buffer names no subsets; got dataset.subset={request.subset!r}")
@@ -91,13 +94,16 @@ def open_zarr_replay(path: Path, files: Mapping[str, Path], request: Request) ->
         return ZarrReplayReader(arrays, bounds, keys, action_key, stack.pop_all())
 
 
+FORMAT = Format(open=open_zarr_replay)
+
+
 def _read_bounds(store: _Store, arrays: Iterable[_Rows]) -> list[tuple[int, int]]:
-    """First row and exclusive last row of each episode."""
+    """Read the first row and the exclusive last row of each episode."""
     rows = _Rows(store, ENDS)
     if rows.array.ndim != 1 or rows.array.dtype.kind not in "iu":
         raise ValueError(f"{ENDS!r} must hold whole numbers, (episodes,); got {rows.array.dtype} {rows.array.shape}")
     for array in arrays:
-        # Every episode has a transition or more: more ends than rows would be read in vain.
+        # Every episode has at least one transition, so there cannot be more ends than rows.
         if not 0 < len(rows) <= len(array):
             raise ValueError(f"{ENDS!r} names {len(rows)} episodes, {array.name!r} has {len(array)} rows")
     bounds = list(pairwise([0, *rows.read(0, len(rows)).tolist()]))
@@ -114,11 +120,11 @@ def _read_bounds(store: _Store, arrays: Iterable[_Rows]) -> list[tuple[int, int]
 
 
 class _Store:
-    """The files of a replay buffer by their names in it, in a folder or in a zip; nothing else is opened.
+    """The files of a replay buffer in a folder or a zip, by their names; no other file is opened.
 
     Attributes:
-        path: of the folder or zip, for messages.
-        root: where the buffer lies within, "" or a name that ends with a slash.
+        path: the folder or zip, for messages.
+        root: the buffer's place in it, "" or a name that ends with a slash.
     """
 
     def __init__(self, path: Path, files: Mapping[str, Path], stack: ExitStack) -> None:
@@ -129,7 +135,7 @@ class _Store:
         else:
             try:
                 archive = stack.enter_context(zipfile.ZipFile(path))
-            except Exception as error:  # zipfile raises many for damaged directories
+            except Exception as error:  # zipfile raises many different exceptions for damaged directories
                 raise ValueError(f"not a folder and not a whole zip ({error}): fetch it again") from error
             names = [name for name in archive.namelist() if not name.endswith("/")]
             if unsafe := [name for name in names if name.startswith("/") or ".." in name.split("/")]:
@@ -140,7 +146,7 @@ class _Store:
         self.root = self._find_root()
 
     def _close(self) -> None:
-        with suppress(AttributeError):  # zarr 3 opens a zip with its first array, and cannot close it before that
+        with suppress(AttributeError):  # zarr 3 cannot close a zip from which no array was read
             self._zarr.close()
 
     def _find_root(self) -> str:
@@ -153,7 +159,7 @@ class _Store:
         return found.pop()
 
     def arrays(self, group: str) -> list[str]:
-        """Names of all arrays in a group and in the groups within."""
+        """The names of all arrays in a group and in the groups inside it."""
         start, files = f"{self.root}{group}/", tuple(f"/{file}" for file in METADATA_FILES)
         folders = {name.rpartition("/")[0] for name in self._files if name.endswith(files)}
         nodes = {folder.removeprefix(start) for folder in folders if folder.startswith(start)}
@@ -161,31 +167,31 @@ class _Store:
         return sorted(nodes - {str(parent) for node in nodes for parent in PurePosixPath(node).parents})
 
     def array(self, name: str) -> Any:
-        """An array of zarr, not read yet."""
+        """Open an array with zarr, without reading its values."""
         return zarr.open_array(self._zarr, path=self.root + name, mode="r")
 
     def __contains__(self, name: str) -> bool:
         return self.root + name in self._files
 
     def count_chunks(self, array: str) -> int:
-        """How many chunks of an array are there."""
+        """Count the stored chunks of an array."""
         start = f"{self.root}{array}/"
         return sum(name.startswith(start) and bool(CHUNK_NAME.fullmatch(name, len(start))) for name in self._files)
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file."""
+        """Read the bytes of a file."""
         return self._files[self.root + name]()
 
 
 class _Rows:
     """The rows of an array, read from its start to its end.
 
-    A chunk is one file of the array here, also where format 3 shards it. A row of chunks is all chunks that hold the
-    same rows: zarr cuts wide arrays along their columns too.
+    A chunk is one file of the array here, also for a sharded array of format 3. A row of chunks means all chunks that
+    hold the same rows, because zarr also cuts wide arrays along their columns.
 
     Attributes:
-        name: of the array in the store.
-        array: of zarr.
+        name: the array's name in the store.
+        array: zarr's array.
     """
 
     def __init__(self, store: _Store, name: str) -> None:
@@ -194,14 +200,14 @@ class _Rows:
         try:
             self.array = array = store.array(name)
             self._shape, self._chunk = array.shape, getattr(array, "shards", None) or array.chunks
-            # One compressor in zarr 2, any number in zarr 3.
+            # zarr 2 has one compressor, zarr 3 any number of them.
             compressors = array.compressors if hasattr(array, "compressors") else (array.compressor,)
             self._has_filters = bool(array.filters) or len(compressors) > 1
             self._is_blosc = bool(compressors) and type(compressors[-1]).__name__ in ("Blosc", "BloscCodec")
-            self._is_blosc &= self._chunk == array.chunks  # a shard has an index behind its compressed parts
-            # Older numcodecs unpickles with this codec, which runs whatever the file says.
+            self._is_blosc &= self._chunk == array.chunks  # a shard ends in an index and not in compressed data
+            # This codec of older numcodecs unpickles, which can run any code.
             is_pickled = array.dtype.kind == "O" or "pickle" in repr((array.filters, compressors)).lower()
-        except Exception as error:  # damaged metadata makes zarr raise anything
+        except Exception as error:  # damaged metadata makes zarr raise many different exceptions
             raise ValueError(f"array {name!r} cannot be opened ({error})") from error
         if is_pickled:
             raise ValueError(f"array {name!r} holds pickled objects or text, which are never opened")
@@ -213,12 +219,13 @@ class _Rows:
         self._start = 0
         self._values: NDArray[Any] = np.empty(0)
         self._damaged: dict[int, str] = {}
-        # First and last row of chunks of the newest gap in each column of chunks; was it left out when writing?
+        # For each column of chunks: the first and the last row of chunks of the newest gap, and whether the writer left
+        # the gap out because all its values are the fill value.
         self._gaps: dict[tuple[int, ...], tuple[int, int, bool]] = {}
         self._warned = False
 
     def _check_size(self) -> None:
-        """Refuse what would fill the memory, or would be searched for chunks in vain."""
+        """Refuse an array that would fill the memory, or whose chunks are mostly missing."""
         row_bytes = self.array.dtype.itemsize * math.prod(self._shape[1:])
         decoded = row_bytes * min(self._chunk[0], self._shape[0])  # a row of chunks
         if max(decoded, self._chunk_bytes) > LARGEST:
@@ -227,7 +234,7 @@ class _Rows:
                 f" {LARGEST / 2**30:g} GiB of memory: write it again with fewer rows in a chunk"
             )
         stored, declared = self._store.count_chunks(self.name), math.prod(self._grid)
-        if declared > 1000 * stored:  # some may be left out, see `_check_left_out`, but that is far from all
+        if declared > 1000 * stored:  # a writer may leave chunks out, see `_check_left_out`, but not nearly all
             raise ValueError(f"array {self.name!r} is not whole: {stored} of its {declared} chunks are there")
         self._together = max(1, BLOCK_BYTES // max(1, decoded))
 
@@ -235,10 +242,10 @@ class _Rows:
         return int(self._shape[0])
 
     def read(self, start: int, end: int) -> NDArray[Any]:
-        """Rows `start` to `end`, exclusive.
+        """Read the rows from `start` to `end`, exclusive.
 
         Raises:
-            ValueError: a chunk of them is damaged or missing.
+            ValueError: a chunk of these rows is damaged or missing.
         """
         pieces = []
         while start < end:
@@ -246,15 +253,15 @@ class _Rows:
                 self._load(start // self._chunk[0])
             piece = self._values[start - self._start : end - self._start]
             start += len(piece)
-            # A copy, so that the rows around it are not kept while the next are decoded.
+            # A copy, so that the decoded rows around it are freed before the next ones are decoded.
             pieces.append(piece if start == end else piece.copy())
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _load(self, first: int) -> None:
-        """Decode a row of chunks, and what fits into memory after it."""
+        """Decode a row of chunks, and as many after it as `BLOCK_BYTES` allows."""
         if first in self._damaged:
             raise ValueError(self._damaged[first])
-        self._values = np.empty(0)  # first, so that memory never holds two of them
+        self._values = np.empty(0)  # frees the previous block before the next one is decoded
         self._start = first * self._chunk[0]
         try:
             self._values = self._decode(first, min(first + self._together, self._grid[0]))
@@ -262,7 +269,7 @@ class _Rows:
             if self._together == 1:
                 self._damaged[first] = str(error)
                 raise
-            self._together = 1  # from here on one by one, so that only those episodes fail that are damaged
+            self._together = 1  # decode one by one from here on, so that only the damaged episodes fail
             self._load(first)
 
     def _decode(self, first: int, last: int) -> NDArray[Any]:
@@ -270,7 +277,7 @@ class _Rows:
             self._check_stored(chunk)
         try:
             return np.asarray(self.array[first * self._chunk[0] : last * self._chunk[0]])
-        except Exception as error:  # every codec brings its own: look which chunk it is
+        except Exception as error:  # every codec has its own exceptions; find the damaged chunk
             for chunk in self._chunks(first, last):
                 self._decode_alone(chunk)
             raise ValueError(f"array {self.name!r} cannot be decoded ({error})") from error
@@ -291,19 +298,20 @@ class _Rows:
         elif self._is_blosc:
             try:
                 content = self._store.read(file)
-            except Exception as error:  # of the zip, or of the disk
+            except Exception as error:  # an error of the zip or of the disk
                 raise ValueError(f"chunk {file!r} cannot be read ({error})") from error
-            # Blosc's header states both sizes; zarr does not compare them with those of the file and of the chunk.
+            # Blosc's header states both sizes; zarr does not compare them with the sizes of the file and of the chunk.
             decoded, size = (int.from_bytes(content[at : at + 4], "little") for at in (4, 12))
             if size != len(content) or (not self._has_filters and decoded != self._chunk_bytes):
                 raise ValueError(f"chunk {file!r} is damaged: it is cut short or was changed")
 
     def _check_left_out(self, chunk: tuple[int, ...], file: str) -> None:
-        """Refuse a lost chunk, but not one that was never written because it holds nothing but the fill value.
+        """Refuse a lost chunk, but accept one that was left out because it holds nothing but the fill value.
 
-        The file does not tell them apart. zarr 3 leaves out what is all fill value, and there the rows beside what is
-        left out mostly hold it too; beside lost chunks they hold data. Columns without any chunk are left out ones if
-        there are several rows of chunks: no copy that breaks off loses just those.
+        The store does not distinguish them. zarr 3 does not write a chunk that holds nothing but the fill value, and
+        the rows next to such a chunk mostly hold the fill value too; the rows next to a lost chunk hold data. If a
+        column of several chunks is missing as a whole, it was left out, because an interrupted copy does not lose
+        exactly those chunks.
         """
         row, *columns = chunk
         first, last, is_left_out = self._gaps.get(tuple(columns), (-1, -1, False))
@@ -331,10 +339,10 @@ class _Rows:
             )
 
     def _is_fill(self, row: int, chunk: tuple[int, ...]) -> bool:
-        """Whether a row holds nothing but the fill value in the columns of a chunk."""
+        """Whether a row holds nothing but the fill value in a chunk's columns."""
         try:
             return bool((self.array[(row, *self._region(chunk)[1:])] == self.array.fill_value).all())
-        except Exception:  # its own chunk is damaged
+        except Exception:  # the row's own chunk is damaged
             return False
 
     def _region(self, chunk: tuple[int, ...]) -> tuple[slice, ...]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from policy.model.denoisers.denoiser import Denoiser
-from policy.model.denoisers.modulated_mlp import ModulatedMLP
-from policy.model.denoisers.residual_mlp import ResidualMLP
-from policy.model.denoisers.transformer import Transformer
-from policy.model.denoisers.unet import UNet
+from typing import TYPE_CHECKING
 
-# Checkpoints name a denoiser by its key here, never by an import path, so loading one cannot run foreign code.
-DENOISERS: dict[str, type[Denoiser]] = {
-    "residual_mlp": ResidualMLP,
-    "modulated_mlp": ModulatedMLP,
-    "unet": UNet,
-    "transformer": Transformer,
-}
+from policy.common.registry import Registry
 
-__all__ = ["DENOISERS", "Denoiser", "ModulatedMLP", "ResidualMLP", "Transformer", "UNet"]
+if TYPE_CHECKING:
+    from policy.model.denoisers.denoiser import Denoiser
+
+# Checkpoints store a denoiser's name here, never an import path, so loading one cannot run foreign code.
+# A denoiser's parameters without a default follow from the rest of the configuration, the others are its settings.
+DENOISERS: Registry[type[Denoiser]] = Registry(
+    "denoiser",
+    {
+        "residual_mlp": "policy.model.denoisers.residual_mlp:ResidualMLP",
+        "modulated_mlp": "policy.model.denoisers.modulated_mlp:ModulatedMLP",
+        "unet": "policy.model.denoisers.unet:UNet",
+        "transformer": "policy.model.denoisers.transformer:Transformer",
+    },
+)

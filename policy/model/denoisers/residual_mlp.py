@@ -48,10 +48,10 @@ class ResidualMLP(Denoiser):
         *,
         obs_size: int,
         action_dim: int,
-        action_horizon: int = 8,
+        action_horizon: int,
+        num_steps: int,
         hidden_size: int = 256,
         num_layers: int = 4,
-        num_steps: int = 1000,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()

@@ -53,11 +53,11 @@ class Transformer(ModulatedDenoiser):
         *,
         obs_size: int,
         action_dim: int,
-        action_horizon: int = 8,
+        action_horizon: int,
+        num_steps: int,
         hidden_size: int = 128,
         num_layers: int = 4,
         num_heads: int = 4,
-        num_steps: int = 1000,
         dropout: float = 0.0,
     ) -> None:
         check_sizes(

@@ -96,12 +96,12 @@ class UNet(Denoiser):
         *,
         obs_size: int,
         action_dim: int,
-        action_horizon: int = 8,
+        action_horizon: int,
+        num_steps: int,
         widths: tuple[int, ...] = (64, 128),
         kernel_size: int = 5,
         groups: int = 8,
         timestep_size: int = 128,
-        num_steps: int = 1000,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import TYPE_CHECKING
 
-from policy.model.encoders.image import ImageEncoder
-from policy.model.encoders.state import StateEncoder
+from policy.common.registry import Registry
 
-# Checkpoints name an encoder by its key here, never by an import path.
-ENCODERS: dict[str, type[nn.Module]] = {"state": StateEncoder, "image": ImageEncoder}
+if TYPE_CHECKING:
+    from torch import nn
 
-__all__ = ["ENCODERS", "ImageEncoder", "StateEncoder"]
+# Checkpoints store an encoder's name here, never an import path, so loading one cannot run foreign code.
+# An encoder's parameters without a default follow from the rest of the configuration, the others are its settings.
+ENCODERS: Registry[type[nn.Module]] = Registry(
+    "encoder",
+    {
+        "state": "policy.model.encoders.state:StateEncoder",
+        "image": "policy.model.encoders.image:ImageEncoder",
+    },
+)

@@ -106,7 +106,7 @@ class ImageEncoder(nn.Module):
         *,
         shapes: Mapping[str, tuple[int, ...]],
         obs_horizon: int,
-        obs_size: int = 287,
+        obs_size: int,
         channels: tuple[int, ...] = (32, 64, 64),
         features: int = 64,
         hidden_size: int = 256,

@@ -30,7 +30,7 @@ class StateEncoder(nn.Module):
         *,
         shapes: Mapping[str, tuple[int, ...]],
         obs_horizon: int,
-        obs_size: int = 287,
+        obs_size: int,
         hidden_size: int = 256,
         noise: float = 0.0,
         dropout: float = 0.0,

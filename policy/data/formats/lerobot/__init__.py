@@ -1,6 +1,6 @@
-"""LeRobot datasets of version 3.0, and of 2.1 and 2.0, which hold each episode in files of its own.
+"""LeRobot datasets of version 3.0, and of 2.1 and 2.0, which store each episode in files of its own.
 
-The `lerobot` package is not needed: it wants other versions of torch than this library does.
+They are read without the `lerobot` package, which requires other versions of torch than this library.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policy.data.episode import Episode, EpisodeReader, Request
+from policy.data.formats import Format
 from policy.data.formats.lerobot.episodes import EpisodeEntry, choose_episodes, read_episodes, read_tasks
 from policy.data.formats.lerobot.info import INFO, Feature, Info, read_info
 from policy.data.formats.lerobot.pictures import decode_pictures
@@ -21,12 +22,12 @@ from policy.data.formats.lerobot.tables import TableFile, numbers, whole_numbers
 from policy.data.formats.lerobot.video import VideoFile
 
 PREFIX = "observation."
-# Columns of every data file that say where each row belongs.
+# Columns of every data file that state the episode and the place of each row.
 PLACES = ("episode_index", "frame_index", "index")
 
 
 class LeRobotReader:
-    """Reads episodes in the order of the episode table, so that each data and video file is gone through about once."""
+    """Reads one episode at a time; in the order of the episode table, each file is read about once."""
 
     def __init__(
         self,
@@ -117,16 +118,17 @@ def open_lerobot(path: Path, files: Mapping[str, Path], request: Request) -> Epi
     """Open a LeRobot dataset.
 
     Args:
-        path: its folder, for messages.
-        files: of the folder.
-        request: by default all pictures and numbers under `observation.` are observed, and the actions are `action`.
-            Its subset is one of the file's splits; without one, `train` and a validation split are read.
+        path: the dataset's folder, for messages.
+        files: the files in the folder.
+        request: the user's request. By default all pictures and numbers under `observation.` are observed, and the
+            actions are `action`. A subset is one of the file's splits; without one, `train` and a validation split are
+            read.
 
     Returns:
-        Its reader.
+        The dataset's reader.
 
     Raises:
-        ValueError: not a LeRobot dataset, of another version, or what was asked for is not in it.
+        ValueError: it is not a LeRobot dataset, has an unknown version, or lacks a requested part.
     """
     if INFO not in files:
         raise ValueError(
@@ -153,6 +155,9 @@ def open_lerobot(path: Path, files: Mapping[str, Path], request: Request) -> Epi
     )
 
 
+FORMAT = Format(open=open_lerobot)
+
+
 def _wanted(request: Request) -> list[str]:
     keys = request.observation_keys or []
     return [
@@ -168,7 +173,7 @@ def _check_usable(info: Info, key: str) -> None:
 
 
 def _check_places(entry: EpisodeEntry, places: Mapping[str, NDArray[Any]]) -> None:
-    """The rows must be those of the episode, from its first to its last: nothing else ties them to it."""
+    """Check that rows are those of an episode, from its first to its last; only their own columns say so."""
     length = len(places["index"])
     if length != entry.length:
         raise ValueError(f"{entry.data_file} has {length} rows, the episode table says {entry.length}")

@@ -1,4 +1,4 @@
-"""The table of a LeRobot dataset's episodes: where each one's rows and frames are, and which split it is in."""
+"""The table of a LeRobot dataset's episodes: the place of each episode's rows and frames, and the splits."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ EPISODES_FOLDER = "meta/episodes/"
 EPISODES_LINES = "meta/episodes.jsonl"
 TASKS_TABLE = "meta/tasks.parquet"
 TASKS_LINES = "meta/tasks.jsonl"
-# More of them are no description of the dataset any more.
+# A dataset with more tasks is not described by a list of them.
 MAX_TASKS = 100
 VALIDATION = ("val", "valid", "validation")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoSpan:
-    """Where an episode's frames are.
+    """The part of a video that holds an episode's frames.
 
     Attributes:
-        file: of the video.
-        start: when its first frame is shown, seconds.
-        end: when its last frame ends, seconds; None where it is alone.
+        file: the video's file.
+        start: time of the first frame, seconds.
+        end: time at which the last frame ends, seconds; None if the file holds nothing else.
         alone: whether the file holds nothing else.
     """
 
@@ -44,11 +44,11 @@ class EpisodeEntry:
 
     Attributes:
         number: the episode's index.
-        length: how many transitions.
-        data_file: holds them.
-        first_index: of its first transition in the whole dataset; None where the data file holds nothing else.
-        problem: what contradicts itself in the row; empty where nothing does.
-        videos: by feature.
+        length: number of transitions.
+        data_file: name of the file that holds the transitions.
+        first_index: index of the first transition in the whole dataset; None if the data file holds nothing else.
+        problem: a contradiction within the row; empty if there is none.
+        videos: the frames of each feature.
     """
 
     number: int
@@ -59,10 +59,10 @@ class EpisodeEntry:
     problem: str = ""
 
     def check(self) -> None:
-        """Refuse an episode that the table itself contradicts.
+        """Refuse an episode whose row contradicts itself, or that is empty.
 
         Raises:
-            ValueError: saying how.
+            ValueError: the message states the contradiction.
         """
         if self.problem:
             raise ValueError(f"the episode table contradicts itself: {self.problem}")
@@ -71,15 +71,18 @@ class EpisodeEntry:
 
 
 def read_episodes(files: Mapping[str, Path], info: Info, videos: Sequence[str]) -> list[EpisodeEntry]:
-    """All episodes, in the table's order.
+    """Read the table of episodes.
 
     Args:
-        files: of the dataset.
-        info: of the dataset.
-        videos: the features whose frames are needed.
+        files: the dataset's files.
+        info: the dataset's info.
+        videos: the features whose frames are requested.
+
+    Returns:
+        All episodes, in the table's order.
 
     Raises:
-        ValueError: the table is missing, damaged or not complete, or names an episode twice.
+        ValueError: the table is missing, damaged or incomplete, or names an episode twice.
     """
     separate = info.version in ONE_FILE_PER_EPISODE
     entries = list((_entries_of_lines if separate else _entries_of_tables)(files, info, videos))
@@ -98,7 +101,14 @@ def read_episodes(files: Mapping[str, Path], info: Info, videos: Sequence[str]) 
 
 
 def read_tasks(files: Mapping[str, Path], info: Info) -> list[str]:
-    """The instructions of the tasks; empty where the dataset has none, or very many.
+    """Read the instructions of the tasks.
+
+    Args:
+        files: the dataset's files.
+        info: the dataset's info.
+
+    Returns:
+        The instructions; empty if the dataset has none, or more than `MAX_TASKS`.
 
     Raises:
         ValueError: their file is damaged.
@@ -106,7 +116,7 @@ def read_tasks(files: Mapping[str, Path], info: Info) -> list[str]:
     if info.version in ONE_FILE_PER_EPISODE:
         tasks = [line.get("task") for line in _lines(files, TASKS_LINES)] if TASKS_LINES in files else []
     elif TASKS_TABLE in files:
-        # pandas wrote the text as its index; older writers, as a column.
+        # pandas writes the text as its index; older writers wrote it as a column.
         columns = read_columns(TASKS_TABLE, files[TASKS_TABLE], ["__index_level_0__", "task"], optional=True)
         tasks = next(iter(columns.values()), [])
     else:
@@ -117,19 +127,19 @@ def read_tasks(files: Mapping[str, Path], info: Info) -> list[str]:
 def choose_episodes(
     splits: Mapping[str, Any], numbers: Sequence[int], subset: str | None
 ) -> tuple[list[int], list[int]]:
-    """Which episodes to read.
+    """Choose the episodes to read.
 
     Args:
-        splits: of the dataset.
-        numbers: of its episodes.
-        subset: the split asked for; None takes `train` and a validation split, but no test split; or everything, where
-            `train` is the only split: lerobot itself writes that, and not always with the right end.
+        splits: the dataset's splits.
+        numbers: numbers of the dataset's episodes.
+        subset: the requested split. None selects `train` and a validation split, but no test split; if `train` is the
+            only split, it selects all episodes, because lerobot itself writes that split with an end that may be wrong.
 
     Returns:
-        Their numbers, in order, and those among them that are for validation.
+        The numbers of the chosen episodes, in order, and of those among them that are for validation.
 
     Raises:
-        ValueError: an unknown or unreadable split, one without episodes, or training and validation that overlap.
+        ValueError: a split is unknown, unreadable or empty, or training and validation episodes overlap.
     """
     if subset is not None:
         if subset not in splits:

@@ -1,4 +1,4 @@
-"""What `meta/info.json` says of a LeRobot dataset."""
+"""The description of a LeRobot dataset in `meta/info.json`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 INFO = "meta/info.json"
-# Until 2.1 each episode has its own files; 2.0 differs from it in its statistics only, which are not read.
+# Up to 2.1 each episode has its own files. 2.0 differs from 2.1 only in its statistics, which are not read.
 ONE_FILE_PER_EPISODE = ("v2.0", "v2.1")
 VERSIONS = (*ONE_FILE_PER_EPISODE, "v3.0")
 
@@ -21,10 +21,10 @@ class Feature:
     """One column of the dataset.
 
     Attributes:
-        key: its name, such as `observation.state`.
-        dtype: of NumPy, or `video`, `image`, `string`.
-        shape: of one transition's value, unchecked.
-        is_depth: pictures of distances, which are no colours.
+        key: the column's name, such as `observation.state`.
+        dtype: a dtype of NumPy, or `video`, `image`, `string`.
+        shape: shape of one transition's value, not checked yet.
+        is_depth: whether the values are depth pictures, which a policy cannot take.
     """
 
     key: str
@@ -54,19 +54,19 @@ class Feature:
 
     @property
     def kind(self) -> str:
-        """What it holds, for messages."""
+        """A description of its values for messages."""
         return "pictures of depth" if self.is_depth else f"values of dtype {self.dtype!r}"
 
     @property
     def width(self) -> int:
-        """How many numbers one value is."""
+        """The number of numbers in one value."""
         return math.prod(self.shape)
 
     def check_shape(self) -> None:
-        """Refuse a shape that is none.
+        """Refuse an invalid shape.
 
         Raises:
-            ValueError: it is not a list of sizes.
+            ValueError: the shape is not a list of sizes.
         """
         is_list = isinstance(self.shape, list) and len(self.shape) <= 8
         if not is_list or not all(is_count(size) and 0 < size < 10**9 for size in self.shape):
@@ -75,10 +75,10 @@ class Feature:
             )
 
     def check_picture(self, shape: tuple[int, ...]) -> None:
-        """Compare a picture with the shape; writers disagree about the order of height, width and channels.
+        """Compare a picture with the shape, in any order: writers disagree about height, width and channels.
 
         Raises:
-            ValueError: another size.
+            ValueError: the sizes differ.
         """
         if sorted(shape) != sorted(self.shape):
             raise ValueError(f"a picture has shape {shape}; {INFO} says {tuple(self.shape)}")
@@ -86,18 +86,18 @@ class Feature:
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """What is needed of `meta/info.json`, checked.
+    """The checked values of `meta/info.json` that reading needs.
 
     Attributes:
-        version: of the format.
-        fps: transitions a second.
-        features: by key.
+        version: version of the format.
+        fps: transitions per second.
+        features: the columns by key.
         data_path: template of the data files' names.
         video_path: template of the video files' names.
-        chunk_size: episodes in a folder, until 2.1.
-        total_episodes: how many there are, where it says so.
-        splits: name of a subset to what the file says of it, such as `0:40`.
-        robot_type: where it says so.
+        chunk_size: episodes per folder, up to version 2.1.
+        total_episodes: number of episodes; None if the file does not state it.
+        splits: name of a subset to its range, such as `0:40`.
+        robot_type: the robot; None if the file does not state it.
     """
 
     version: str
@@ -112,19 +112,22 @@ class Info:
 
 
 def is_count(value: Any) -> bool:
-    """Whether it is a whole number of 0 or more."""
+    """Whether a value is a whole number of 0 or more."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def parse_json(name: str, text: bytes) -> dict[str, Any]:
-    """A JSON object.
+    """Parse a JSON object.
 
     Args:
-        name: where it stands, for messages.
-        text: UTF-8.
+        name: the file, or the line of a file, for messages.
+        text: the text, UTF-8.
+
+    Returns:
+        The object.
 
     Raises:
-        ValueError: not JSON, or not an object.
+        ValueError: the text is not JSON, or not an object.
     """
     try:
         value = json.loads(text)
@@ -138,8 +141,14 @@ def parse_json(name: str, text: bytes) -> dict[str, Any]:
 def read_info(file: Path) -> Info:
     """Read and check `meta/info.json`.
 
+    Args:
+        file: the file.
+
+    Returns:
+        Its checked values.
+
     Raises:
-        ValueError: not JSON, a version that is not read, or a value that cannot be; names it.
+        ValueError: the file is not JSON, its version is not supported, or a value is invalid; the message names it.
     """
     raw = parse_json(INFO, file.read_bytes())
     version = raw.get("codebase_version")
@@ -176,15 +185,15 @@ def read_info(file: Path) -> Info:
 
 
 def fill_template(template: str, **values: Any) -> str:
-    """A file's name from its template.
+    """Fill the numbers into the template of a file's name.
 
-    Python's own format would do more for the writer of a template than fill in numbers.
+    Python's `str.format` is not used, because a template could make it do more than insert numbers.
 
     >>> fill_template("data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet", chunk_index=0, file_index=12)
     'data/chunk-000/file-012.parquet'
 
     Raises:
-        ValueError: a field that the dataset's version does not have.
+        ValueError: the template has a field that the dataset's version does not have.
     """
 
     def fill(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""Pictures that stand in the data files, or beside them, as PNG or JPEG."""
+"""Pictures in the data files, or in files beside them, as PNG or JPEG."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 from policy.data.formats.lerobot.info import Feature
 
-# What Pillow raises on damaged files, depending on where the damage is.
+# The exceptions that Pillow raises on damaged files, depending on the place of the damage.
 DAMAGE = (OSError, SyntaxError, ValueError, KeyError, IndexError, EOFError, struct.error, Image.DecompressionBombError)
 
 
@@ -24,15 +24,15 @@ def decode_pictures(cells: Sequence[Any], feature: Feature, files: Mapping[str, 
     """Decode an episode's pictures.
 
     Args:
-        cells: T of {bytes, path}; the path is used where there are no bytes.
-        feature: says their shape.
-        files: of the dataset; no other is opened.
+        cells: T cells {bytes, path}; the path is used if there are no bytes.
+        feature: the feature, for the pictures' shape.
+        files: the dataset's files; no other file is opened.
 
     Returns:
-        (T, H, W, C).
+        The pictures, (T, H, W, C).
 
     Raises:
-        ValueError: one is missing, damaged or of another shape.
+        ValueError: a picture is missing or damaged, or has another shape.
     """
     pictures = []
     for transition, cell in enumerate(cells):

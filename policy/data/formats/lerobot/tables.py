@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 
 class TableFile:
-    """A data file, of which only the newest row groups are in memory: it may hold pictures of many episodes."""
+    """A data file. Only the newest row groups are in memory, because the file may hold pictures of many episodes."""
 
     def __init__(self, name: str, file: Path, columns: Sequence[str]) -> None:
         self.name = name
@@ -37,12 +37,12 @@ class TableFile:
 
     @property
     def num_rows(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return int(self._ends[-1])
 
     @cached_property
     def first_index(self) -> int:
-        """The first value of `index`: the number of the first row in the whole dataset.
+        """The first value of `index`, which is the number of the first row in the whole dataset.
 
         Raises:
             ValueError: the file is damaged.
@@ -54,16 +54,16 @@ class TableFile:
         return int(whole_numbers(column)[0])
 
     def rows(self, start: int, stop: int) -> pa.Table:
-        """Some rows.
+        """Read the rows from `start` to `stop`, exclusive.
 
         Raises:
-            ValueError: the file is damaged or does not have them.
+            ValueError: the file is damaged or does not have these rows.
         """
         if not 0 <= start <= stop <= self.num_rows:
             raise ValueError(f"{self.name} has {self.num_rows} rows; rows {start} to {stop} are not there")
         if self._rows is None or not (self._start <= start and stop <= self._start + self._rows.num_rows):
             first, last = (int(n) for n in np.searchsorted(self._ends, [start, max(start, stop - 1)], side="right"))
-            self._rows = None  # frees it before more is read
+            self._rows = None  # frees the old rows before others are read
             with _readable(self.name):
                 rows = self._file.read_row_groups([*range(first, min(last + 1, len(self._ends)))], self._columns)
             self._start = int(self._ends[first - 1]) if first else 0
@@ -78,16 +78,19 @@ class TableFile:
 
 
 def read_columns(name: str, file: Path, columns: Sequence[str], optional: bool = False) -> dict[str, list[Any]]:
-    """Columns of a small file.
+    """Read columns of a small file.
 
     Args:
-        name: of the file, for messages.
-        file: to read.
-        columns: which ones.
-        optional: take those of them that are there.
+        name: the file's name, for messages.
+        file: the file.
+        columns: names of the columns.
+        optional: read the columns that exist, instead of refusing a file that lacks one.
+
+    Returns:
+        The values of each column.
 
     Raises:
-        ValueError: the file is damaged or has no such column.
+        ValueError: the file is damaged or lacks a column.
     """
     with _readable(name, ": fetch it again"), pq.ParquetFile(file) as opened:
         available = opened.schema_arrow.names
@@ -101,21 +104,21 @@ def read_columns(name: str, file: Path, columns: Sequence[str], optional: bool =
 
 
 def numbers(column: pa.ChunkedArray, width: int) -> NDArray[Any]:
-    """A column as an array.
+    """Convert a column to an array.
 
     Args:
-        column: T numbers or, also nested, lists of them.
-        width: how many numbers each value should be.
+        column: T numbers or lists of numbers, which may be nested.
+        width: expected number of numbers in each value.
 
     Returns:
-        (T, width).
+        The array, (T, width).
 
     Raises:
-        ValueError: missing values, other things than numbers, or another width.
+        ValueError: a value is missing, is not made of numbers, or has another width.
     """
     with _readable("its column"):
         values = column.combine_chunks()
-        if isinstance(values, pa.ExtensionArray):  # matrices, where the datasets package is imported
+        if isinstance(values, pa.ExtensionArray):  # a matrix, if the datasets package is imported
             values = values.storage
         while pa.types.is_list(values.type) or pa.types.is_large_list(values.type) or _is_fixed(values.type):
             sizes = pc.unique(pc.list_value_length(values)).to_pylist()
@@ -139,10 +142,10 @@ def numbers(column: pa.ChunkedArray, width: int) -> NDArray[Any]:
 
 
 def whole_numbers(column: pa.ChunkedArray) -> NDArray[Any]:
-    """A column of whole numbers, (T,).
+    """Convert a column to whole numbers, (T,).
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: the column holds other values.
     """
     values = numbers(column, 1)[:, 0]
     if values.dtype.kind not in "iu":
@@ -156,7 +159,7 @@ def _is_fixed(kind: pa.DataType) -> bool:
 
 @contextmanager
 def _readable(name: str, advice: str = "") -> Iterator[None]:
-    """Errors of Arrow as one that names the file, and what to do where not only one episode suffers."""
+    """Turn an error of Arrow into one that names the file and gives advice."""
     try:
         yield
     except (pa.ArrowException, OSError, KeyError, TypeError, OverflowError) as error:

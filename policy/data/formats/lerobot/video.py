@@ -1,4 +1,4 @@
-"""Videos, decoded from one episode to the next."""
+"""Videos, decoded one episode after the other."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from numpy.typing import NDArray
 
 from policy.data.formats.lerobot.info import Feature
 
-# Decoding over a gap costs less than finding the next keyframe, up to about here.
+# Up to about this gap, decoding the frames in between is faster than seeking the next keyframe.
 SKIP_SECONDS = 2.0
-# Where frames are not stored in the order they are shown, a keyframe's place in the file is this much off its time.
+# If frames are not stored in the order of their times, a keyframe's place in the file deviates from its time by up to
+# about this much.
 REORDER_SECONDS = 1.0
 
 
 class VideoFile:
-    """One video file, kept open at the frame that was decoded last: episodes in order cost no seek."""
+    """One video file, kept open at the frame that was decoded last, so that episodes in order need no seek."""
 
     def __init__(self, name: str, file: Path) -> None:
         self.name = name
         try:
-            # Naming the format keeps FFmpeg from taking it for a playlist, which can lead to any other file.
+            # With the format named, FFmpeg cannot take the file for a playlist, which can lead to any other file.
             self._container = av.open(str(file.resolve()), format="mp4")
         except (av.FFmpegError, OSError, ValueError) as error:
             raise self._damaged(error) from error
@@ -38,26 +39,27 @@ class VideoFile:
             raise ValueError(f"{name} does not say when its frames are shown")
         self._time_base = self._stream.time_base
         self._stream.thread_type = "AUTO"
-        # One for all frames: a frame's own to_ndarray() makes a new one each time, which costs more than decoding.
+        # A frame's own to_ndarray() would make a new converter each time, which takes longer than decoding.
         self._converter = VideoReformatter()
         self._frames: Iterator[av.VideoFrame] = self._container.decode(self._stream)
-        self._position = -1.0  # seconds; infinite where only a seek can go on
+        self._position = -1.0  # seconds; infinite if the next frame can be reached only by a seek
 
     def read(self, start: float, fps: float, count: int, feature: Feature, *, alone: bool) -> NDArray[np.uint8]:
         """Decode an episode.
 
         Args:
-            start: when its first frame is shown, seconds; float error does no harm.
-            fps: frames a second.
-            count: how many frames.
-            feature: says their shape.
-            alone: whether there must be no frame after them.
+            start: time of the first frame, seconds; rounding errors do no harm.
+            fps: frames per second.
+            count: number of frames.
+            feature: the feature, for the frames' shape.
+            alone: whether these must be the last frames of the file.
 
         Returns:
-            (count, H, W, 3) RGB.
+            The frames, (count, H, W, 3) RGB.
 
         Raises:
-            ValueError: the file is damaged, or a frame is missing, beyond the last, or of another shape.
+            ValueError: the file is damaged, a frame is missing or has another shape, or there are frames after an
+                episode that must be the last.
         """
         try:
             return self._read(start, fps, count, feature, alone)
@@ -104,7 +106,7 @@ class VideoFile:
         return pictures
 
     def _seek(self, start: float, latest: float) -> None:
-        """Go on at a keyframe from which the frame at `start` can be reached."""
+        """Seek a keyframe from which the frame at `start` can be reached."""
         for target in (start - REORDER_SECONDS, 0.0):
             self._container.seek(self._ticks(target), stream=self._stream)
             frames = self._container.decode(self._stream)

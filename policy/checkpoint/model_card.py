@@ -1,4 +1,4 @@
-"""The model card of a policy: what it takes and gives, how it was trained, and what it was measured to do."""
+"""The model card of a policy: its inputs and outputs, how it was trained, and how it was evaluated."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from policy.common.markdown import markdown_table
 from policy.model.diffusion_policy import DiffusionPolicy
-from policy.rollout.episodes import EpisodeResult, summarize
+from policy.statistics.results import EpisodeResult, summarize
 
+TEMPLATE = "model_card_template.md"
 LIBRARY = "ddim-policy"
 TAGS = ["diffusion-policy", "ddim", "imitation-learning", "robotics"]
 NOT_NOTED = "not noted"
@@ -23,7 +25,7 @@ def model_card(policy: DiffusionPolicy, evaluation: Path | None, license: str | 
     """Write the card.
 
     Args:
-        policy: its `origin`, where it has one, says what it acts in.
+        policy: the policy; if it has an `origin`, the card names its environment and training.
         evaluation: `sweep.json` or `episodes.json` of this policy, or None.
         license: for the metadata, or None.
 
@@ -33,10 +35,12 @@ def model_card(policy: DiffusionPolicy, evaluation: Path | None, license: str | 
     Raises:
         ValueError: the evaluation cannot be read, or is of several checkpoints.
     """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     rows = read_figures(evaluation) if evaluation else []
     origin = policy.origin
     env = str(origin.env["name"]) if origin and origin.env else "an environment of your choice"
-    data = ModelCardData(
+    metadata = ModelCardData(
         library_name=LIBRARY,
         license=license,
         pipeline_tag="robotics",
@@ -44,30 +48,36 @@ def model_card(policy: DiffusionPolicy, evaluation: Path | None, license: str | 
         model_name=f"diffusion policy for {env}",
         eval_results=[_result(row, env) for row in rows] or None,
     )
-    parts = [
-        f"# A diffusion policy for {env}",
-        "It encodes the last observations, denoises a chunk of actions with DDIM, and is asked again once a part of the"
-        f" chunk is executed. Made with `{LIBRARY}`.",
-        _use(policy),
-        _interface(policy),
-        _training(origin.training if origin else {}),
-        _evaluation(rows),
-    ]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+    environment = Environment(  # Markdown: nothing is escaped
+        loader=PackageLoader("policy.checkpoint", ""),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    content = environment.get_template(TEMPLATE).render(
+        metadata=metadata.to_yaml(),
+        env=env,
+        library=LIBRARY,
+        observations="{" + ", ".join(f'"{key}": ...' for key in policy.config.observation_shapes) + "}",
+        interface=_interface(policy),
+        training=_training(origin.training if origin else {}),
+        evaluation=_evaluation(rows),
+    )
+    return ModelCard(content)
 
 
 def read_figures(evaluation: Path) -> list[Figures]:
-    """What was measured: a row for each cell of a sweep, or one for a rollout.
+    """Read the figures of an evaluation: a row for each cell of a sweep, or a single row for a rollout.
 
     Args:
         evaluation: `sweep.json` or `episodes.json`.
 
     Returns:
-        Rows with `episodes success_rate success_low success_high score_mean`; of a sweep also `ddim_steps` and
-        `latency_ms_median`.
+        Rows with `episodes success_rate success_low success_high score_mean`; rows of a sweep also have `ddim_steps`
+        and `latency_ms_median`.
 
     Raises:
-        ValueError: it cannot be read, or is of several checkpoints.
+        ValueError: the file cannot be read, or is of several checkpoints.
     """
     try:
         document = json.loads(evaluation.read_text(encoding="utf-8"))
@@ -76,7 +86,7 @@ def read_figures(evaluation: Path) -> list[Figures]:
         rows = document["cells"]
         names = {row["checkpoint"] for row in rows}
         for row in rows:
-            _line(row)
+            _cells(row)
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
         raise ValueError(
             f"{evaluation} is neither the sweep.json of a finished sweep nor the episodes.json of a rollout ({error!r})"
@@ -87,6 +97,7 @@ def read_figures(evaluation: Path) -> list[Figures]:
 
 
 def _result(row: Figures, env: str) -> EvalResult:
+    """A row as the Hub's metadata has it."""
     noted = ("episodes", "success_low", "success_high", "ddim_steps", "latency_ms_median")
     return EvalResult(
         task_type="robotics",
@@ -99,17 +110,8 @@ def _result(row: Figures, env: str) -> EvalResult:
     )
 
 
-def _use(policy: DiffusionPolicy) -> str:
-    keys = ", ".join(f'"{key}": ...' for key in policy.config.observation_shapes)
-    return (
-        "## Use\n\n```python\nfrom policy import DiffusionPolicy\n\n"
-        'policy = DiffusionPolicy.from_pretrained("owner/name")  # or the folder\n'
-        f"chunk = policy.sample_actions({{{keys}}}, ddim_steps=8)\n```\n\n"
-        "`python scripts/rollout.py checkpoint=FOLDER` runs it in its environment. Loading it executes nothing."
-    )
-
-
 def _interface(policy: DiffusionPolicy) -> str:
+    """Table of the policy's inputs and outputs with their shapes, and of its size."""
     config = policy.config
     shapes = [
         (f"observation `{key}`", f"(B, {config.obs_horizon}, {', '.join(map(str, shape))})")
@@ -117,29 +119,24 @@ def _interface(policy: DiffusionPolicy) -> str:
     ]
     chunk = ("action chunk", f"(B, {config.action_horizon}, {config.action_dim})")
     size = ("parameters", f"{sum(p.numel() for p in policy.parameters()):,}")
-    return "## What it takes and gives\n\n" + _table(("", "shape"), [*shapes, chunk, size])
+    return markdown_table(("", "shape"), [*shapes, chunk, size])
 
 
 def _training(training: Figures) -> str:
+    """Table of what a checkpoint notes about its training, without the dataset's folder; empty if it notes nothing."""
     noted = [(key, training[key]) for key in ("dataset", "episodes", "step", "batch_size", "seed") if key in training]
-    if not noted:
-        return "## Training\n\nNothing is noted about it."
     rows = [(key, Path(str(value)).name if key == "dataset" else str(value)) for key, value in noted]
-    return "## Training\n\n" + _table(("", "value"), rows)
+    return markdown_table(("", "value"), rows) if rows else ""
 
 
 def _evaluation(rows: Sequence[Figures]) -> str:
-    if not rows:
-        return "## Evaluation\n\nNo evaluation was given."
+    """Table of an evaluation's rows; empty without any."""
     heads = ("ddim_steps", "success", "95 % interval", "episodes", "mean score", "latency of a chunk (median)")
-    return (
-        "## Evaluation\n\n"
-        + _table(heads, [_line(row) for row in rows])
-        + "\n\nEpisodes from seeds that training never saw; Wilson intervals; one thread, batch 1."
-    )
+    return markdown_table(heads, [_cells(row) for row in rows]) if rows else ""
 
 
-def _line(row: Figures) -> tuple[str, ...]:
+def _cells(row: Figures) -> tuple[str, ...]:
+    """The cells of one line in the table of the evaluation."""
     latency = f"{row['latency_ms_median']:.1f} ms" if "latency_ms_median" in row else NOT_NOTED
     return (
         str(row.get("ddim_steps", NOT_NOTED)),
@@ -149,8 +146,3 @@ def _line(row: Figures) -> tuple[str, ...]:
         f"{row['score_mean']:.3f}",
         latency,
     )
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

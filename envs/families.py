@@ -1,0 +1,135 @@
+"""The families of environments and their scripted experts by name; each is imported when it is first used."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from envs.errors import choose
+
+if TYPE_CHECKING:
+    import gymnasium
+
+    from envs.collect import Expert, ExpertFactory
+
+# A family makes an environment from keyword arguments with type hints, ``render_mode`` among them.
+Family: TypeAlias = "Callable[..., gymnasium.Env[Any, Any]]"
+
+# Name to ``module:name``, or to the family itself. A command reads the options of a family from the module's source.
+FAMILIES: dict[str, str | Family] = {
+    "gym": "envs.gym_env:make_gym",
+    "metaworld": "envs.metaworld:MetaWorldEnv",
+    "metaworld_tasks": "envs.metaworld_tasks:MetaWorldTasksEnv",
+    "planar": "envs.planar:PlanarEnv",
+    "pusht": "envs.pusht:PushTEnv",
+}
+# The families that have a scripted expert.
+EXPERTS: dict[str, str | ExpertFactory] = {
+    "metaworld": "envs.metaworld:make_metaworld_expert",
+    "metaworld_tasks": "envs.metaworld:make_metaworld_expert",
+    "planar": "envs.planar:make_planar_expert",
+}
+
+
+def register_family(name: str, family: Family, expert: ExpertFactory | None = None) -> None:
+    """Add a family of your own.
+
+    Args:
+        name: What ``env.name`` calls it.
+        family: A function or class with type hints that takes ``render_mode`` and the family's options as keyword
+            arguments, and returns an environment as described in `envs`.
+        expert: Builds the scripted expert of one episode from the environment and the episode's seed.
+
+    Raises:
+        ValueError: If another family has that name.
+    """
+    if FAMILIES.get(name, family) != family:
+        raise ValueError(f"There is an environment {name!r} already; register yours under another name.")
+    FAMILIES[name] = family
+    if expert is not None:
+        EXPERTS[name] = expert
+
+
+def make(name: str, *, render_mode: str | None = None, **kwargs: Any) -> gymnasium.Env[Any, Any]:
+    """Make an environment.
+
+    Args:
+        name: ``"metaworld"`` (``task=``), ``"metaworld_tasks"`` (``tasks=``), ``"pusht"`` (``observation=``),
+            ``"planar"``, ``"gym"`` (``id=``, ``kwargs=``, ``observation_keys=``, ``success=``), or a family of
+            `register_family`.
+        render_mode: ``None`` or ``"rgb_array"``.
+        **kwargs: Options of that family; its class or function describes them.
+
+    Returns:
+        The environment. Its ``observation_space`` is a Box, or a Dict of Boxes, each (D,) float32 or (H, W, C) uint8;
+        its ``action_space`` is a Box (A,) float32, infinite where the simulator sets no bound.
+
+    Raises:
+        MissingExtraError: If its simulator, or a system library, is not installed.
+        ValueError: If a name, an option or a task is unknown; the message names the nearest one.
+    """
+    family = load_family(name)
+    if render_mode not in (None, "rgb_array"):
+        raise ValueError(f"Unknown render_mode {render_mode!r}. Allowed: None, 'rgb_array'.")
+    parameters = inspect.signature(family).parameters
+    for option in kwargs:
+        choose(f"option of {name!r}", option, set(parameters) - {"render_mode"})
+    required = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
+    if missing := sorted(required - set(kwargs)):
+        raise ValueError(f"The environment {name!r} needs the option {missing[0]!r}.")
+    return family(render_mode=render_mode, **kwargs)
+
+
+def make_expert(name: str, env: gymnasium.Env[Any, Any], seed: int) -> Expert:
+    """Build the scripted expert of an environment, for one episode.
+
+    Args:
+        name: The name given to `make`.
+        env: The environment that `make` returned.
+        seed: Seed of the expert's own choices, in a stream apart from the environment's.
+
+    Raises:
+        ValueError: If the environment has no scripted expert: its demonstrations must come from a dataset.
+    """
+    if name in FAMILIES and name not in EXPERTS:
+        raise ValueError(
+            f"{name!r} has no scripted expert; its demonstrations must come from a dataset. Experts:"
+            f" {', '.join(sorted(EXPERTS))}."
+        )
+    expert: ExpertFactory = _load(EXPERTS[choose("expert", name, EXPERTS)])
+    return expert(env, seed)
+
+
+def declared_family(name: str) -> str | Family:
+    """A family, or ``module:name`` where it is to be found: to read its options without importing it.
+
+    Args:
+        name: What ``env.name`` calls it.
+
+    Raises:
+        ValueError: If there is no such family.
+    """
+    hint = " A family of your own comes with plugins=[the module that registers it]."
+    return FAMILIES[choose("environment", name, FAMILIES, hint=hint)]
+
+
+def load_family(name: str) -> Family:
+    """The function or class of a family, imported if need be.
+
+    Args:
+        name: What ``env.name`` calls it.
+
+    Raises:
+        ValueError: If there is no such family.
+    """
+    family: Family = _load(declared_family(name))
+    return family
+
+
+def _load(part: Any) -> Any:
+    if not isinstance(part, str):
+        return part
+    module, _, attribute = part.partition(":")
+    return getattr(importlib.import_module(module), attribute)

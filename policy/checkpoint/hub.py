@@ -1,0 +1,70 @@
+"""Policies on the Hugging Face Hub, by its conventions: the storage behind `DiffusionPolicy.save_pretrained` and so on.
+
+A folder that is shared is a checkpoint folder that acts (config.json, policy.safetensors, checksums.json) with a
+README.md.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from policy.checkpoint.files import CHECKSUMS, CONFIG, TRAINING_RECORD, WEIGHTS, adding
+from policy.checkpoint.model_card import model_card
+from policy.checkpoint.reading import load_checkpoint
+from policy.checkpoint.writing import write_policy
+from policy.model.diffusion_policy import DiffusionPolicy
+from policy.model.storage import Origin
+
+README = "README.md"
+
+
+class HubStorage:
+    """Policies in folders and on the Hub; see `policy.model.storage.SharedPolicy` for arguments and errors."""
+
+    def save(self, policy: DiffusionPolicy, folder: Path, **card: Any) -> None:
+        """Write the policy and its model card into a folder; a README.md in it is kept."""
+        if (folder / TRAINING_RECORD).exists():
+            raise ValueError(f"{folder} is what a training run resumes from: choose another folder")
+        text = None if (folder / README).exists() else policy.generate_model_card(**card)
+        with adding(folder) as new:
+            _write(new, policy)
+            if text is not None:
+                text.save(new / README)
+
+    def push(self, policy: DiffusionPolicy, repo_id: str, **options: Any) -> str:
+        """Upload the policy; gives the address of the commit."""
+        # The library's own upload. It asks nothing of the policy but `save_pretrained`, into a temporary folder.
+        address: str = ModelHubMixin.push_to_hub(policy, repo_id, **options)  # type: ignore[arg-type]
+        return address
+
+    def load(self, name: str, *, device: str, **download: Any) -> DiffusionPolicy:
+        """Load a policy from a folder or from the Hub."""
+        if os.path.isdir(name):
+            return load_checkpoint(name, device).policy
+        try:
+            snapshot = snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, CHECKSUMS], **download)
+        except (OSError, ValueError, EntryNotFoundError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"{name} is no folder here, and neither the Hub nor its local cache gives such a repository ({reason}):"
+                " check the name, the connection and your access"
+            ) from error
+        # The cache keeps a repository's files in a folder beside its snapshots, which link to them.
+        return load_checkpoint(snapshot, device, root=Path(snapshot).parents[1]).policy
+
+    def card(self, policy: DiffusionPolicy, *, evaluation: Path | None, license: str | None) -> ModelCard:
+        """The README.md of a saved policy."""
+        return model_card(policy, evaluation, license)
+
+
+def _write(folder: Path, policy: DiffusionPolicy) -> None:
+    origin = policy.origin or Origin(execution_horizon=policy.config.action_horizon)
+    training = dict(origin.training)
+    if isinstance(training.get("dataset"), str):
+        training["dataset"] = Path(training["dataset"]).name  # the folders of a machine are nobody else's business
+    write_policy(folder, policy, env=origin.env, execution_horizon=origin.execution_horizon, training=training)

@@ -1,0 +1,86 @@
+"""What a rollout and a sweep set up alike: checkpoints in their environment, checked before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gymnasium.spaces import Box
+
+from policy.checkpoint import Checkpoint, choose_env, load_checkpoint
+from policy.common.device import check_device
+from policy.common.output import episode_seeds
+from policy.rollout.episodes import MakeEnv, check_num_envs, check_spaces
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Checkpoints in their environment.
+
+    Attributes:
+        checkpoints: loaded.
+        env: settings of the environment.
+        make_env: makes it.
+        seeds: of the episodes.
+        action_space: of the environment.
+    """
+
+    checkpoints: list[Checkpoint]
+    env: dict[str, Any]
+    make_env: MakeEnv
+    seeds: range
+    action_space: Box
+
+
+def set_stage(
+    make_env: MakeEnv,
+    checkpoints: Sequence[Path],
+    *,
+    env: dict[str, Any] | None,
+    seed: int,
+    episodes: int,
+    num_envs: int,
+    device: str,
+) -> Stage:
+    """Load checkpoints and check them against each other and their environment, before any work.
+
+    Args:
+        make_env: makes an environment from its settings.
+        checkpoints: folders that training wrote.
+        env: another environment than the checkpoints', or some settings of it.
+        seed: of the first episode.
+        episodes: how many.
+        num_envs: environments at once.
+        device: `cpu` or `cuda`.
+
+    Returns:
+        The stage, ready to run.
+
+    Raises:
+        ValueError: a setting out of range, or parts that do not fit each other.
+    """
+    check_num_envs(num_envs)
+    seeds = episode_seeds(seed, episodes)
+    loaded = [load_checkpoint(folder, check_device(device)) for folder in checkpoints]
+    chosen = [choose_env(checkpoint, env) for checkpoint in loaded]
+    if other := next((number for number, settings in enumerate(chosen) if settings != chosen[0]), None):
+        raise ValueError(
+            f"{loaded[0].path} acts in {chosen[0]}, {loaded[other].path} in {chosen[other]}: a sweep compares"
+            " policies in one environment"
+        )
+    with closing(make_env(**chosen[0])) as probe:
+        for checkpoint in loaded:
+            check_spaces(checkpoint.policy.config, probe)
+        action_space = probe.action_space
+    assert isinstance(action_space, Box)
+    return Stage(
+        checkpoints=loaded,
+        env=chosen[0],
+        make_env=partial(make_env, **chosen[0]),
+        seeds=seeds,
+        action_space=action_space,
+    )

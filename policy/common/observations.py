@@ -1,0 +1,76 @@
+"""What an observation and a training batch are, and the one check that observations fit a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# One observation as an environment gives it: a vector, an image, or arrays by key.
+Observation: TypeAlias = NDArray[Any] | Mapping[str, NDArray[Any]]
+# One observation, or a history of them, as arrays by key.
+ByKey: TypeAlias = dict[str, NDArray[Any]]
+# A batch of observation histories, (B, obs_horizon, *shape) under each key.
+Observations: TypeAlias = "Mapping[str, Tensor]"
+# Shape of one observation under each key, without batch and time.
+Shapes: TypeAlias = Mapping[str, Sequence[int]]
+
+
+class Batch(TypedDict):
+    """One training batch, in the data's units.
+
+    Keys:
+        observations: (B, obs_horizon, *shape) under each key, privileged ones included.
+        actions: (B, action_horizon, action_dim).
+        mask: (B, action_horizon) bool, False where the chunk runs past the end of its episode.
+    """
+
+    observations: dict[str, Tensor]
+    actions: Tensor
+    mask: Tensor
+
+
+def is_image(shape: Sequence[int]) -> bool:
+    """Whether one observation of this shape is an image, (height, width, channels)."""
+    return len(shape) == 3
+
+
+def plain_key(shape: Sequence[int]) -> str:
+    """The key of an observation that came without one: `image` for an image, else `state`."""
+    return "image" if is_image(shape) else "state"
+
+
+def as_dict(observation: Observation) -> ByKey:
+    """An observation as arrays by key."""
+    if isinstance(observation, Mapping):
+        return dict(observation)
+    return {plain_key(np.shape(observation)): observation}
+
+
+def check_observations(observations: Mapping[str, Any], shapes: Shapes, leading: Sequence[int | None] = ()) -> None:
+    """Reject observations whose keys or shapes differ from those that a policy was made for.
+
+    Args:
+        observations: arrays or tensors, (*leading, *shape) under each key.
+        shapes: the policy's shapes.
+        leading: sizes of the leading axes; None allows any size. The size of such an axis is never read, because a
+            traced program that reads its batch size holds for that size alone.
+
+    Raises:
+        ValueError: missing or unknown keys, or another shape.
+    """
+    if observations.keys() != shapes.keys():
+        raise ValueError(f"observations must have the keys {sorted(shapes)}; got {sorted(observations)}")
+    for key, value in observations.items():
+        expected = (*leading, *shapes[key])
+        fits = len(value.shape) == len(expected) and all(
+            size is None or value.shape[axis] == size for axis, size in enumerate(expected)
+        )
+        if not fits:
+            wanted = ", ".join("B" if size is None else str(size) for size in expected)
+            raise ValueError(f"observation {key!r} must have shape ({wanted}); got {tuple(value.shape)}")

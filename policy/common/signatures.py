@@ -1,0 +1,251 @@
+"""What a function or class takes, read from its source: to check settings without importing the part they are for.
+
+Importing a denoiser imports torch, which takes seconds. A misspelt setting should be refused before that.
+"""
+
+from __future__ import annotations
+
+import ast
+import collections.abc
+import functools
+import importlib
+import importlib.util
+import inspect
+import pathlib
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+EMPTY = inspect.Parameter.empty
+# What annotations are made of, besides aliases that a module defines itself.
+NAMES = {
+    **{name: getattr(typing, name) for name in ("Any", "Literal")},
+    **{name: getattr(collections.abc, name) for name in ("Callable", "Mapping", "Sequence")},
+    "Path": pathlib.Path,
+}
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A default that is not a plain value: its source."""
+
+    source: str
+
+    def __repr__(self) -> str:
+        return self.source
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """A function or class as its source declares it.
+
+    Attributes:
+        signature: its parameters; an annotation that is not made of plain types is `Any`.
+        doc: its docstring.
+    """
+
+    signature: inspect.Signature
+    doc: str
+
+
+def load(target: str) -> Any:
+    """The thing at `module:name`."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def declaration_of(target: str | Callable[..., Any] | Declaration) -> Declaration:
+    """What a function or class takes.
+
+    Args:
+        target: the thing itself, its declaration, or `module:name`, which is read from the module's source. A module
+            that has no source, or in which the name is not defined by a plain `def`, `class` or `from ... import`, is
+            imported.
+
+    Returns:
+        Its declaration.
+
+    Raises:
+        ImportError: there is no such module.
+        AttributeError: there is no such name in it.
+
+    Example:
+        >>> declaration_of("policy.diffusion.sampler:Sampler").signature.parameters["eta"].default
+        0.0
+    """
+    if isinstance(target, Declaration):
+        return target
+    if isinstance(target, str):
+        found = _declared(*target.split(":"))
+        return _of_object(load(target)) if found is None else found
+    return _of_object(target)
+
+
+def _of_object(target: Any) -> Declaration:
+    function = getattr(target, "func", target)  # inside a functools.partial
+    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    signature = inspect.signature(target)
+    parameters = [p.replace(annotation=hints.get(name, Any)) for name, p in signature.parameters.items()]
+    return Declaration(signature.replace(parameters=parameters), inspect.getdoc(function) or "")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A module that was parsed and not imported."""
+
+    name: str
+    package: str
+    body: tuple[ast.stmt, ...]
+
+    def statements(self) -> Iterator[ast.stmt]:
+        """Those at the top level, and those for type checkers."""
+        for node in self.body:
+            yield node
+            if isinstance(node, ast.If):
+                yield from node.body
+
+    def imported(self, name: str) -> tuple[str, str] | None:
+        """Module and name that `from module import name` brought in."""
+        for node in self.statements():
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    if (alias.asname or alias.name) == name:
+                        base = "." * node.level + (node.module or "")
+                        return importlib.util.resolve_name(base, self.package), alias.name
+        return None
+
+    def value(self, name: str) -> ast.expr | None:
+        """What a name at the top level is set to."""
+        for node in self.statements():
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            if any(isinstance(t, ast.Name) and t.id == name for t in targets):
+                value = getattr(node, "value", None)
+                return value if isinstance(value, ast.expr) else None
+        return None
+
+
+@functools.cache
+def _source(module: str) -> _Source | None:
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+        return None
+    path = pathlib.Path(spec.origin)
+    stub = path.with_suffix(".pyi")  # of a package whose names are imported when they are first used
+    tree = ast.parse((stub if stub.exists() else path).read_text(encoding="utf-8"))
+    is_package = spec.submodule_search_locations is not None
+    return _Source(module, module if is_package else module.rpartition(".")[0], tuple(tree.body))
+
+
+def _declared(module: str, name: str) -> Declaration | None:
+    source = _source(module)
+    if source is None:
+        return None
+    for node in source.statements():
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return _declaration(node, _function_parameters(source, node.args))
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            parameters = _class_parameters(source, node)
+            return None if parameters is None else _declaration(node, parameters)
+    elsewhere = source.imported(name)
+    return _declared(*elsewhere) if elsewhere else None
+
+
+def _declaration(node: ast.FunctionDef | ast.ClassDef, parameters: list[inspect.Parameter]) -> Declaration:
+    ordered = sorted(parameters, key=lambda parameter: parameter.kind)
+    return Declaration(inspect.Signature(ordered), ast.get_docstring(node) or "")
+
+
+def _class_parameters(source: _Source, node: ast.ClassDef) -> list[inspect.Parameter] | None:
+    """Of the class's own `__init__`, or of a dataclass's fields; None where another class decides."""
+    for part in node.body:
+        if isinstance(part, ast.FunctionDef) and part.name == "__init__":
+            return _function_parameters(source, part.args)[1:]
+    if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+        return None
+    parameters: dict[str, inspect.Parameter] = {}
+    for base in reversed(node.bases):
+        inherited = _resolved(source, ast.unparse(base))
+        if inherited is None:
+            return None
+        parameters |= inherited.signature.parameters
+    for part in node.body:
+        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+            parameters[part.target.id] = inspect.Parameter(
+                part.target.id,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=_default(source, part.value),
+                annotation=_annotation(source, part.annotation),
+            )
+    return list(parameters.values())
+
+
+def _resolved(source: _Source, name: str) -> Declaration | None:
+    return _declared(source.name, name) if "." not in name else None
+
+
+def _function_parameters(source: _Source, arguments: ast.arguments) -> list[inspect.Parameter]:
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults)) + [*arguments.defaults]
+    kinds = inspect.Parameter
+    parameters: list[tuple[ast.arg, Any, ast.expr | None]] = [
+        (a, kinds.POSITIONAL_OR_KEYWORD, default) for a, default in zip(positional, defaults, strict=True)
+    ] + [
+        (a, kinds.KEYWORD_ONLY, default) for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    ]
+    if arguments.kwarg is not None:
+        parameters.append((arguments.kwarg, kinds.VAR_KEYWORD, None))
+    return [
+        inspect.Parameter(
+            argument.arg,
+            kind,
+            default=_default(source, default),
+            annotation=_annotation(source, argument.annotation),
+        )
+        for argument, kind, default in parameters
+    ]
+
+
+def _default(source: _Source, node: ast.expr | None) -> Any:
+    if node is None:
+        return EMPTY
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        pass
+    match node:
+        case ast.Name(id=name):
+            if (value := source.value(name)) is not None:
+                return _default(source, value)
+            if elsewhere := source.imported(name):
+                other = _source(elsewhere[0])
+                if other is not None and (value := other.value(elsewhere[1])) is not None:
+                    return _default(other, value)
+        case ast.Attribute(value=ast.Name(id=owner), attr=name):  # a field's default of another settings class
+            found = _declared(source.name, owner)
+            if found and name in found.signature.parameters:
+                return found.signature.parameters[name].default
+        case ast.Call(func=ast.Name(id="field"), keywords=keywords):
+            for keyword in keywords:
+                if keyword.arg == "default":
+                    return _default(source, keyword.value)
+                if keyword.arg == "default_factory" and isinstance(keyword.value, ast.Lambda):
+                    return _default(source, keyword.value.body)
+    return Unread(ast.unparse(node))
+
+
+def _annotation(source: _Source, node: ast.expr | None) -> Any:
+    """The type, where it is made of plain ones, of `NAMES` and of aliases of the same module; else `Any`."""
+    if node is None:
+        return Any
+    names: dict[str, Any] = {}
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name) and part.id not in NAMES and not hasattr(typing, part.id):
+            value = source.value(part.id)
+            if value is not None:
+                names[part.id] = _annotation(source, value)
+    try:
+        # The source is this package's, or a module that its user named.
+        return eval(ast.unparse(node), {**NAMES, **names})
+    except Exception:
+        return Any

@@ -1,0 +1,10 @@
+from .demonstrations import Demonstrations as Demonstrations
+from .episode import Episode as Episode
+from .formats import FORMATS as FORMATS
+from .formats import Format as Format
+from .minari_writer import check_absent as check_absent
+from .minari_writer import dataset_name as dataset_name
+from .minari_writer import write_minari as write_minari
+from .reading import read_demonstrations as read_demonstrations
+from .windows import Windows as Windows
+from .windows import split_episodes as split_episodes

@@ -1,0 +1,109 @@
+"""What a policy's network is made of: what its user chooses, and what follows from the data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from policy.common.arguments import check_arguments
+from policy.diffusion.schedule import check_loss_weighting, check_prediction_type
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySettings:
+    """What a user chooses about a policy: plain data, each default here and nowhere else.
+
+    Attributes:
+        auxiliary_weight: weight of the mean squared error of privileged observations, in half ranges, beside that of
+            the actions; see `DataShapes.auxiliary_shapes`.
+        obs_horizon: observations looked back on.
+        action_horizon: actions in one chunk; its first action belongs to the newest observation.
+        obs_size: width of the observation embedding.
+        prediction_type: what the denoiser is trained to predict: `epsilon`, `sample` or `v_prediction`.
+        loss_weighting: weight of an error at each timestep, `none` or `min_snr`; see `loss_weights`.
+        min_snr_gamma: γ of `min_snr`.
+        encoder: `{"name": a key of ENCODERS, **settings}`.
+        denoiser: `{"name": a key of DENOISERS, **settings}`.
+        schedule: settings of `make_schedule`.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    auxiliary_weight: float = 1.0
+    obs_horizon: int = 2
+    action_horizon: int = 8
+    obs_size: int = 287
+    prediction_type: str = "sample"
+    loss_weighting: str = "none"
+    min_snr_gamma: float = 5.0
+    encoder: dict[str, Any] = field(default_factory=lambda: {"name": "state"})
+    denoiser: dict[str, Any] = field(default_factory=lambda: {"name": "modulated_mlp"})
+    schedule: dict[str, Any] = field(default_factory=lambda: {"num_steps": 100, "beta_schedule": "squaredcos_cap_v2"})
+
+    def __post_init__(self) -> None:
+        check_prediction_type(self.prediction_type)
+        check_loss_weighting(self.loss_weighting, self.min_snr_gamma)
+        for name in ("obs_horizon", "action_horizon", "obs_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}")
+        if not self.auxiliary_weight >= 0:
+            raise ValueError(f"auxiliary_weight must be 0 or more; got {self.auxiliary_weight}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataShapes:
+    """Sizes that follow from the demonstrations.
+
+    Attributes:
+        observation_shapes: shape of one observation under each key; rank 1 is a vector, rank 3 a uint8 image (height,
+            width, channels).
+        action_dim: width of one action.
+        auxiliary_shapes: shapes of privileged observations, vectors that only demonstrations have. The policy acts
+            without them; in training, an auxiliary head learns to predict the newest one from the embedding.
+    """
+
+    observation_shapes: dict[str, tuple[int, ...]]
+    action_dim: int
+    auxiliary_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.action_dim < 1:
+            raise ValueError(f"action_dim must be 1 or more; got {self.action_dim}")
+        if not self.observation_shapes:
+            raise ValueError("a policy needs at least one observation key")
+        for key, shape in self.observation_shapes.items():
+            if len(shape) not in (1, 3) or min(shape) < 1:
+                raise ValueError(
+                    f"observation {key!r} must be a vector or an image (height, width, channels); got shape {shape}"
+                )
+        for key, shape in self.auxiliary_shapes.items():
+            if len(shape) != 1 or min(shape) < 1 or key in self.observation_shapes:
+                raise ValueError(
+                    f"auxiliary {key!r} must be a vector that the policy does not observe itself; got shape {shape}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig(PolicySettings, DataShapes):
+    """Everything that rebuilds a policy's network: `PolicySettings` and `DataShapes`, stored as JSON in checkpoints."""
+
+    def __post_init__(self) -> None:
+        PolicySettings.__post_init__(self)
+        DataShapes.__post_init__(self)
+
+
+def config_to_json(config: PolicyConfig) -> dict[str, Any]:
+    """A policy's configuration as plain JSON data."""
+    return dataclasses.asdict(config)
+
+
+def config_from_json(data: Mapping[str, Any]) -> PolicyConfig:
+    """A policy's configuration from JSON data, every key and type checked.
+
+    Raises:
+        ValueError: an unknown key or a value of the wrong type.
+    """
+    return PolicyConfig(**check_arguments("policy", PolicyConfig, data))

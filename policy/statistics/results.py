@@ -1,0 +1,99 @@
+"""The result of one episode, and the summary of the results of a rollout or a cell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from policy.statistics.intervals import bootstrap_interval, wilson_interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeResult:
+    """The result of one episode.
+
+    Attributes:
+        seed: determines the initial state, the goal and the noise of the sampler.
+        success: whether the task was solved at any step (success ends the episode).
+        score: best progress during the episode, in [0, 1], as the environment defines it.
+        return_: sum of rewards (`return` in files).
+        steps: control steps taken.
+        late_steps: control steps without a planned action, see `ControllerSettings`.
+        attempts: 1, or more if a process failed and the episode was run again with the same seed.
+    """
+
+    seed: int
+    success: bool
+    score: float
+    return_: float
+    steps: int
+    late_steps: int = 0
+    attempts: int = 1
+
+    def row(self) -> dict[str, Any]:
+        """The result as `episodes.json` stores it."""
+        return {
+            "seed": self.seed,
+            "success": self.success,
+            "score": self.score,
+            "return": self.return_,
+            "steps": self.steps,
+            "late_steps": self.late_steps,
+            "attempts": self.attempts,
+        }
+
+    @staticmethod
+    def from_row(row: Mapping[str, Any]) -> EpisodeResult:
+        """The inverse of `row`; rows written before delays were simulated have no `late_steps`.
+
+        Raises:
+            KeyError: a value is missing.
+        """
+        values = {name: row[name] for name in ("seed", "success", "score", "steps", "attempts")}
+        return EpisodeResult(return_=row["return"], late_steps=row.get("late_steps", 0), **values)
+
+
+def summarize(results: Sequence[EpisodeResult]) -> dict[str, Any]:
+    """Success rate with its 95 % Wilson interval, mean score with its 95 % bootstrap interval, and other means.
+
+    Args:
+        results: one or more.
+
+    Returns:
+        JSON data: `episodes successes success_rate success_low success_high score_mean score_low score_high return_mean
+        steps_mean late_steps_mean`.
+
+    Raises:
+        ValueError: no results, or a score outside [0, 1].
+    """
+    successes = sum(result.success for result in results)
+    low, high = wilson_interval(successes, len(results))
+    scores = [result.score for result in results]
+    score_low, score_high = bootstrap_interval(scores, bounds=(0, 1))
+    return {
+        "episodes": len(results),
+        "successes": successes,
+        "success_rate": successes / len(results),
+        "success_low": low,
+        "success_high": high,
+        "score_mean": float(np.mean(scores)),
+        "score_low": score_low,
+        "score_high": score_high,
+        "return_mean": float(np.mean([result.return_ for result in results])),
+        "steps_mean": float(np.mean([result.steps for result in results])),
+        "late_steps_mean": float(np.mean([result.late_steps for result in results])),
+    }
+
+
+def format_summary(summary: Mapping[str, Any]) -> str:
+    """The summary of a rollout in one line, for people."""
+    return (
+        f"success {summary['success_rate']:.0%} ({summary['successes']} of {summary['episodes']},"
+        f" 95 % {summary['success_low']:.0%} to {summary['success_high']:.0%}),"
+        f" score {summary['score_mean']:.3f} ({summary['score_low']:.3f} to {summary['score_high']:.3f}),"
+        f" return {summary['return_mean']:.1f},"
+        f" {summary['steps_mean']:.0f} control steps"
+    )

@@ -1,0 +1,194 @@
+"""What a sweep's episodes say: cells compared with the best one, and the sentence its user came for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from policy.statistics.paired import compare_success
+from policy.statistics.recommendation import Recommendation, recommend
+from policy.statistics.results import EpisodeResult
+from policy.sweep.grid import Row, uniform, varying
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swept:
+    """Cells and their results, whether they ran here or were merged.
+
+    Attributes:
+        rows: one a cell, see `row_of`, with the cell's id as `cell`.
+        results: the episodes of each cell, the same seeds in the same order.
+        env: settings of the environment.
+    """
+
+    rows: list[Row]
+    results: list[list[EpisodeResult]]
+    env: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conclusion:
+    """What is written and shown of a sweep.
+
+    Attributes:
+        title: the environment, in words.
+        rows: of the cells, with their difference to the best cell and the verdict on them.
+        episodes: one row an episode, of all cells.
+        env: settings of the environment.
+        margin: see `recommend`.
+        advice: which cell to take.
+        answer: the advice in a sentence, with its figures.
+    """
+
+    title: str
+    rows: list[Row]
+    episodes: list[Row]
+    env: dict[str, Any]
+    margin: float
+    advice: Recommendation
+    answer: str
+
+    @property
+    def shown(self) -> list[int]:
+        """The cells worth watching side by side: the cheapest, the recommended one and the best."""
+        rows, advice = self.rows, self.advice
+        cheapest = min(range(len(rows)), key=lambda number: (rows[number]["ddim_steps"], number))
+        chosen = advice.best if advice.cell is None else advice.cell
+        return sorted({cheapest, chosen, advice.best}, key=lambda number: (rows[number]["ddim_steps"], number))
+
+    @property
+    def differences(self) -> list[str]:
+        """Each cell's difference of success to the best cell, in points, in words."""
+        return ["best" if n == self.advice.best else _difference(row) for n, row in enumerate(self.rows)]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What else a reader needs to know of the sweep, by name."""
+        seeds = [row["seed"] for row in self.episodes if row["cell"] == self.rows[0]["cell"]]
+        return {
+            "environment": self.env,
+            "checkpoints": ", ".join(dict.fromkeys(row["checkpoint"] for row in self.rows)),
+            "seeds": f"{min(seeds)} to {max(seeds)}",
+            "margin": self.margin,
+        }
+
+
+def conclude(swept: Swept, margin: float) -> Conclusion:
+    """Compare the cells and recommend one; nothing is read, written or printed.
+
+    Args:
+        swept: the cells and their results.
+        margin: a loss of success, as a share, that is small enough not to matter.
+
+    Returns:
+        The conclusion.
+    """
+    rows = uniform(swept.rows)
+    success = [[result.success for result in found] for found in swept.results]
+    cost = [(row["ddim_steps"], row["latency_ms_median"]) for row in rows]
+    advice = recommend(success, cost, margin=margin)
+    differences = [
+        {"difference": c.difference, "difference_low": c.low, "difference_high": c.high, "p_value": c.adjusted_p_value}
+        for c in compare_success(success, advice.best)
+    ]
+    return Conclusion(
+        title=" ".join(str(value) for value in swept.env.values()),
+        rows=[
+            {**row, **to_best, "not_worse": verdict.verdict}
+            for row, to_best, verdict in zip(rows, differences, advice.cells, strict=True)
+        ],
+        episodes=[
+            {"cell": row["cell"], **result.row()}
+            for row, found in zip(rows, swept.results, strict=True)
+            for result in found
+        ],
+        env=swept.env,
+        margin=margin,
+        advice=advice,
+        answer=answer_of(rows, advice),
+    )
+
+
+def answer_of(rows: Sequence[Row], advice: Recommendation) -> str:
+    """The sentence a user came for: how few steps suffice, and what they cost."""
+    if advice.cell is None:
+        return f"No recommendation yet: {advice.sentence}."
+    row = rows[advice.cell]
+    return (
+        f"{label_of(rows, row)}: {advice.sentence}. Success {row['success_rate']:.0%}"
+        f" ({row['success_low']:.0%} to {row['success_high']:.0%}), {row['latency_ms_median']:.1f} ms a chunk: planning"
+        f" keeps pace up to {row['control_rate_hz']:.0f} Hz."
+    )
+
+
+def label_of(rows: Sequence[Row], row: Row) -> str:
+    """The settings that distinguish a row from the others, in words."""
+    return ", ".join(f"{axis} {row[axis]}" for axis in ("ddim_steps", *varying(rows)))
+
+
+def _difference(row: Row) -> str:
+    points = [100 * row[key] for key in ("difference", "difference_low", "difference_high")]
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*points)
+
+
+def telling_seeds(results: Sequence[Sequence[EpisodeResult]], count: int) -> list[int]:
+    """Seeds of the episodes worth watching.
+
+    Args:
+        results: of the cells to watch, the same seeds in the same order.
+        count: at most.
+
+    Returns:
+        Those in which cells differ first, then those that all solved, then the rest, in turns: failures are not hidden.
+    """
+    by_seed = [[found[n].success for found in results] for n in range(len(results[0]))]
+    split = [n for n, solved in enumerate(by_seed) if any(solved) and not all(solved)]
+    solved_by_all = [n for n, solved in enumerate(by_seed) if all(solved)]
+    failed_by_all = [n for n, solved in enumerate(by_seed) if not any(solved)]
+    kinds = [kind for kind in (split, solved_by_all, failed_by_all) if kind]
+    turns = [kind[turn] for turn in range(max(map(len, kinds))) for kind in kinds if turn < len(kind)]
+    return [results[0][n].seed for n in turns[:count]]
+
+
+def read_swept(folders: Sequence[Path]) -> Swept:
+    """The cells of several finished sweeps, side by side.
+
+    Args:
+        folders: each with a `sweep.json`.
+
+    Returns:
+        The cells, in the order of the folders.
+
+    Raises:
+        ValueError: a folder without a finished sweep, other environments or episodes, or one cell twice.
+    """
+    rows: list[Row] = []
+    results: list[list[EpisodeResult]] = []
+    first: dict[str, Any] = {}
+    for folder in folders:
+        try:
+            document = json.loads((folder / "sweep.json").read_text())
+            found = {row["cell"]: row for row in document["cells"]}
+            episodes = {
+                cell: [EpisodeResult.from_row(row) for row in document["episodes"] if row["cell"] == cell]
+                for cell in found
+            }
+            seen = {
+                "env": document["env"],
+                "seeds": sorted({result.seed for listed in episodes.values() for result in listed}),
+            }
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder} holds no finished sweep ({error!r}): run it to its end first") from error
+        first = first or seen
+        if differs := [name for name in seen if seen[name] != first[name]]:
+            raise ValueError(f"{folder} has other {differs[0]} than {folders[0]}: only equal ones can be compared")
+        if repeated := found.keys() & {row["cell"] for row in rows}:
+            raise ValueError(f"{folder} repeats the cell {min(repeated)}: leave it or the other out")
+        rows += found.values()
+        results += episodes.values()
+    if not rows or any([result.seed for result in listed] != first["seeds"] for listed in results):
+        raise ValueError(f"the cells of {', '.join(map(str, folders))} have not all run the same episodes")
+    return Swept(rows=rows, results=results, env=first["env"])

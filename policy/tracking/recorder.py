@@ -1,0 +1,107 @@
+"""The program that talks to Weights & Biases, in a process of its own: the only module that imports wandb.
+
+`WandbTracker` starts it as a script and tells it what to record, one JSON object a line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+KEPT = "the checkpoint's history keeps all metrics, episodes.json and sweep.json all results"
+
+
+def _record(messages: Iterator[dict[str, Any]], answer: TextIO, warn: Callable[[str], None]) -> int:
+    """Record what the caller tells, until it has no more to say.
+
+    Args:
+        messages: a call's name and arguments each; the first opens the run.
+        answer: receives one line, the run's folder.
+        warn: tells the user.
+
+    Returns:
+        The exit code: 1 where recording failed and the reason has been printed.
+    """
+    recorded, exit_code = "nothing", 1  # the run of a caller that falls silent before it finishes has failed
+    try:
+        opening = next(messages)
+        run = _open(**opening["arguments"], warn=warn)
+        print(Path(run.dir).parent, file=answer, flush=True)
+        for message in messages:
+            match message:
+                case {"call": "log", "arguments": {"metrics": metrics, "step": step}}:
+                    run.log({"step": step, **metrics})
+                    recorded = f"steps up to {step}"
+                case {"call": "log_table", "arguments": table}:
+                    run.log(_media(**table))
+                case {"call": "finish"}:
+                    exit_code = 0
+        run.finish(exit_code)
+    except Exception as error:
+        warn(f"W&B failed and has recorded {recorded} ({_line(error)}): {KEPT}")
+        return 1
+    return 0
+
+
+def _open(
+    *, folder: str, config: dict[str, Any], project: str, mode: str, patience: float, warn: Callable[[str], None]
+) -> Any:
+    """A wandb run; offline where an online one cannot be had."""
+    import wandb
+
+    # Charts of the machine show the caller's process, not this one; its output is the caller's as well.
+    settings = wandb.Settings(silent=True, console="off", init_timeout=patience, x_stats_pid=os.getppid())
+
+    def start(mode: Any) -> Any:
+        return wandb.init(project=project, dir=folder, config=config, mode=mode, settings=settings)
+
+    try:
+        run = start(mode)
+    except Exception as error:
+        if mode == "offline":
+            raise
+        run = start("offline")
+        warn(
+            f"W&B cannot be reached ({_line(error)}) and records offline: `wandb login`, then"
+            f" `wandb sync {Path(run.dir).parent}` upload it later; {KEPT}"
+        )
+    # W&B's own steps never go back: it would drop what a resumed run logs again.
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def _media(*, name: str, rows: list[dict[str, Any]], image: str | None, videos: list[str]) -> dict[str, Any]:
+    import wandb
+
+    media: dict[str, Any] = {name: wandb.Table(columns=[*rows[0]], data=[[*row.values()] for row in rows])}
+    if image:
+        media[f"{name}_plot"] = wandb.Image(image)
+    return media | {f"{name}_video/{Path(file).stem}": wandb.Video(file, format="mp4") for file in videos}
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _main() -> int:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the caller's to handle, whose end is this process's
+    # W&B prints, and starts a service: neither may get hold of the caller's pipes and terminal.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry would wait for a server that never answers
+    messages, answer, terminal = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nothing, stream)
+
+    def warn(message: str) -> None:
+        print(f"warning: {message}", file=terminal, flush=True)
+
+    return _record(map(json.loads, messages), answer, warn)
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

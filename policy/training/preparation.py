@@ -1,0 +1,120 @@
+"""Everything before the first training step: split the episodes, fit the normalisers, initialise the policy."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from policy.common.seeding import derive_seed
+from policy.data.demonstrations import Augment, Demonstrations
+from policy.data.windows import Windows, split_episodes
+from policy.diffusion.ddim import check_ddim_steps
+from policy.model.config import PolicyConfig
+from policy.model.diffusion_policy import DiffusionPolicy
+from policy.model.normalizer import Limits, Normalizer
+from policy.training.settings import TrainSettings
+from policy.training.state import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training run, ready to start or to be resumed.
+
+    Attributes:
+        state: what changes.
+        training: windows of the training episodes.
+        validation: windows of the held-out episodes; may be empty.
+    """
+
+    state: TrainState
+    training: Windows
+    validation: Windows
+
+
+def prepare_run(
+    config: PolicyConfig,
+    demonstrations: Demonstrations,
+    settings: TrainSettings,
+    *,
+    seed: int,
+    device: str,
+    augment: Augment | None = None,
+) -> Run:
+    """Split the episodes, fit the normalisers on the training ones, and initialise the policy from the seed.
+
+    Args:
+        config: of the policy.
+        demonstrations: all episodes.
+        settings: for the split and the optimiser.
+        seed: of the split and of the initial weights.
+        device: where to train.
+        augment: a symmetry of the task: training windows are joined by their counterparts, validation windows are not.
+
+    Returns:
+        The run at step 0.
+
+    Raises:
+        ValueError: rectification with more denoising steps than the schedule has timesteps.
+    """
+    torch.manual_seed(derive_seed(seed, 0))  # initialisers draw from the global generator
+    policy = DiffusionPolicy(config)
+    if settings.rectify_steps:
+        check_ddim_steps(settings.rectify_ddim_steps, policy.schedule.num_steps, "train.rectify_ddim_steps")
+    layout: dict[str, Any] = {
+        "obs_horizon": config.obs_horizon,
+        "action_horizon": config.action_horizon,
+        "mask_padding": settings.mask_padding,
+    }
+    train_episodes, val_episodes = split_episodes(
+        demonstrations.num_episodes, settings.val_fraction, seed, demonstrations.held_out
+    )
+    training = Windows(demonstrations, train_episodes, augment=augment, **layout)
+    validation = Windows(demonstrations, val_episodes, **layout)
+    fit_normalizers(policy, training)
+    return Run(state=start_training(policy.to(device), settings), training=training, validation=validation)
+
+
+def start_training(policy: DiffusionPolicy, settings: TrainSettings) -> TrainState:
+    """A state at step 0, around a policy whose normalisers are fitted.
+
+    Args:
+        policy: it is trained in place.
+        settings: for the optimiser.
+
+    Returns:
+        The state.
+    """
+    matrices = [p for p in policy.parameters() if p.ndim > 1]
+    vectors = [p for p in policy.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        fused=True,
+    )
+    ema = copy.deepcopy(policy).eval().requires_grad_(False)
+    return TrainState(policy=policy, ema=ema, optimizer=optimizer)
+
+
+def fit_normalizers(policy: DiffusionPolicy, training: Windows) -> None:
+    """Fit the policy's normalisers on the training episodes, and on nothing else.
+
+    Args:
+        policy: its normalisers are set.
+        training: the training windows.
+    """
+    by_key = {**policy.observation_normalizers, **policy.auxiliary_normalizers}
+    limits = {key: Limits() for key in ("actions", *by_key)}
+    for observations, actions in training.blocks():
+        for key, found in limits.items():
+            found.update(actions if key == "actions" else observations[key])
+    policy.action_normalizer.fit(*limits.pop("actions"))
+    for key, found in limits.items():
+        normalizer = by_key[key]
+        assert isinstance(normalizer, Normalizer)
+        normalizer.fit(*found)

@@ -1,0 +1,112 @@
+"""Settings of training, and the learning rate that follows from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Settings of behaviour cloning.
+
+    Attributes:
+        steps: optimiser steps on the demonstrations.
+        rectify_steps: optimiser steps after these on the policy's own chunks, with a warm-up and a cosine of their own,
+            see `policy.training.rectification`; 0 for none.
+        rectify_ddim_steps: denoising steps with which those chunks are made.
+        batch_size: windows in a step.
+        timesteps_per_chunk: at how many timesteps a step looks at each window's chunk. Its observations are encoded
+            once: where that is what costs, with images, more timesteps are nearly free.
+        learning_rate: peak, reached after the warm-up, then decayed to zero along a cosine.
+        weight_decay: of AdamW, on weight matrices only.
+        warmup_steps: linear warm-up.
+        grad_clip: largest norm of the gradient.
+        ema_decay: largest decay of the weight average; early on it is (1 + n) / (10 + n) at update n.
+        mask_padding: leave the actions repeated after an episode's end out of the loss.
+        val_fraction: share of episodes held out for the validation loss, where the data's file does not set some aside.
+        log_every: steps between log entries.
+        val_every: steps between validation losses.
+        save_every: steps between checkpoints; there is one after each short rollout, too.
+        keep_last: checkpoints kept besides the best, see `policy.checkpoint`.
+        rollout_every: steps between short rollouts, where the environment is known; 0 for none.
+        rollout_episodes: episodes in each.
+        precision: `bfloat16` computes the loss and its gradient in it where that is safe (`torch.autocast`); weights,
+            optimiser, average and validation stay float32.
+        on_bad_loss: what a step does whose loss or gradient is not finite. It never reaches the weights; `stop` ends
+            the run once it is seen, `skip` goes on without the step.
+    """
+
+    steps: int = 8_000
+    rectify_steps: int = 0
+    rectify_ddim_steps: int = 8
+    batch_size: int = 256
+    timesteps_per_chunk: int = 1
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_steps: int = 300
+    grad_clip: float = 1.0
+    ema_decay: float = 0.999
+    mask_padding: bool = True
+    val_fraction: float = 0.04
+    log_every: int = 50
+    val_every: int = 500
+    save_every: int = 1_000
+    keep_last: int = 3
+    rollout_every: int = 2_000
+    rollout_episodes: int = 10
+    precision: Literal["float32", "bfloat16"] = "float32"
+    on_bad_loss: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "rectify_ddim_steps",
+            "batch_size",
+            "timesteps_per_chunk",
+            "log_every",
+            "val_every",
+            "save_every",
+            "rollout_episodes",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be 1 or more; got {getattr(self, name)}")
+        for name in ("learning_rate", "grad_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"train.{name} must be above 0; got {getattr(self, name)}")
+        for name in ("rectify_steps", "weight_decay", "warmup_steps", "keep_last", "rollout_every"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"train.{name} must be 0 or more; got {getattr(self, name)}")
+        for name in ("ema_decay", "val_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 0 and below 1; got {getattr(self, name)}")
+        for name, options in (("precision", ("float32", "bfloat16")), ("on_bad_loss", ("stop", "skip"))):
+            if getattr(self, name) not in options:
+                raise ValueError(f"train.{name} must be one of {', '.join(options)}; got {getattr(self, name)!r}")
+
+    @property
+    def phase_lengths(self) -> list[int]:
+        """Optimiser steps of each phase: demonstrations, then rectification where there is any."""
+        return [self.steps] + ([self.rectify_steps] if self.rectify_steps else [])
+
+    @property
+    def all_steps(self) -> int:
+        """Optimiser steps in all."""
+        return sum(self.phase_lengths)
+
+    def place(self, step: int) -> tuple[int, int]:
+        """Number of the phase that a step belongs to, and its place in that phase; the end belongs to the last one."""
+        phase, lengths = 0, self.phase_lengths
+        while phase + 1 < len(lengths) and step >= lengths[phase]:
+            step -= lengths[phase]
+            phase += 1
+        return phase, step
+
+
+def learning_rate(step: int, settings: TrainSettings) -> float:
+    """Linear warm-up, then a cosine from the peak to zero at the last step; each phase begins anew."""
+    phase, place = settings.place(step)
+    warmup = min(1.0, (place + 1) / (settings.warmup_steps + 1))
+    decay = 0.5 * (1 + math.cos(math.pi * place / settings.phase_lengths[phase]))
+    return settings.learning_rate * warmup * decay

@@ -1,0 +1,112 @@
+"""The whole text of a model card; its parts and figures are looked at in reliability/test_hub.py."""
+
+import json
+
+import pytest
+
+from policy import DiffusionPolicy, PolicyConfig
+from policy.checkpoint.model_card import model_card
+from policy.model.storage import Origin
+
+CONFIG = PolicyConfig(
+    observation_shapes={"state": (4,), "goal|x": (2,)},
+    action_dim=2,
+    obs_size=8,
+    encoder={"name": "state", "hidden_size": 8},
+    denoiser={"name": "modulated_mlp", "hidden_size": 8, "num_layers": 1},
+)
+ROW = {
+    "checkpoint": "run/checkpoint",
+    "episodes": 200,
+    "success_rate": 0.95,
+    "success_low": 0.91,
+    "success_high": 0.973,
+    "score_mean": 0.97,
+    "ddim_steps": 1,
+    "latency_ms_median": 0.42,
+}
+METADATA = """---
+library_name: ddim-policy
+model_name: diffusion policy for an environment of your choice
+pipeline_tag: robotics
+tags:
+- diffusion-policy
+- ddim
+- imitation-learning
+- robotics
+---
+"""
+TEXT = """
+# A diffusion policy for {env}
+
+It encodes the last observations, denoises a chunk of actions with DDIM, and is asked again once a part of the \
+chunk is executed. Made with `ddim-policy`.
+
+## Use
+
+```python
+from policy import DiffusionPolicy
+
+policy = DiffusionPolicy.from_pretrained("owner/name")  # or the folder
+chunk = policy.sample_actions({{"state": ..., "goal|x": ...}}, ddim_steps=8)
+```
+
+`python scripts/rollout.py checkpoint=FOLDER` runs it in its environment. Loading it executes nothing.
+
+## What it takes and gives
+
+|  | shape |
+| --- | --- |
+| observation `state` | (B, 2, 4) |
+| observation `goal\\|x` | (B, 2, 2) |
+| action chunk | (B, 8, 2) |
+| parameters | {parameters} |
+
+## Training
+
+{training}
+
+## Evaluation
+
+{evaluation}
+"""
+
+
+@pytest.fixture
+def policy():
+    return DiffusionPolicy(CONFIG)
+
+
+def text(policy, **parts):
+    return TEXT.format(parameters=f"{sum(p.numel() for p in policy.parameters()):,}", **parts)
+
+
+def test_a_policy_of_which_nothing_is_known_has_a_card(policy):
+    assert str(model_card(policy, None, None)) == METADATA + text(
+        policy,
+        env="an environment of your choice",
+        training="Nothing is noted about it.",
+        evaluation="No evaluation was given.",
+    )
+
+
+def test_everything_that_is_known_stands_on_the_card_as_it_is(policy, tmp_path):
+    """Nothing of it is taken for the template's language, and nothing is escaped: Markdown is not HTML."""
+    env = "<planar> & {{ env }}"
+    policy.origin = Origin(
+        env={"name": env}, execution_horizon=5, training={"dataset": "/home/me/reach-v0", "step": 7, "seed": 1, "x": 2}
+    )
+    (tmp_path / "sweep.json").write_text(json.dumps({"cells": [ROW]}))
+    card = model_card(policy, tmp_path / "sweep.json", "mit")
+    assert card.text == text(
+        policy,
+        env=env,
+        training="|  | value |\n| --- | --- |\n| dataset | reach-v0 |\n| step | 7 |\n| seed | 1 |",
+        evaluation="| ddim_steps | success | 95 % interval | episodes | mean score | latency of a chunk (median) |\n"
+        "| --- | --- | --- | --- | --- | --- |\n"
+        "| 1 | 95.0% | 91.0% to 97.3% | 200 | 0.970 | 0.4 ms |\n\n"
+        "Episodes from seeds that training never saw; Wilson intervals; one thread, batch 1.",
+    )
+    assert card.data.license == "mit"
+    assert card.data.model_name == f"diffusion policy for {env}"
+    assert card.data.eval_results[0].metric_value == 0.95

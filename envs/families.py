@@ -37,7 +37,7 @@ def register_family(name: str, family: Family, expert: ExpertFactory | None = No
     """Add a family of your own.
 
     Args:
-        name: What ``env.name`` calls it.
+        name: Name of the family, as in ``env.name``.
         family: A function or class with type hints that takes ``render_mode`` and the family's options as keyword
             arguments, and returns an environment as described in `envs`.
         expert: Builds the scripted expert of one episode from the environment and the episode's seed.
@@ -103,10 +103,10 @@ def make_expert(name: str, env: gymnasium.Env[Any, Any], seed: int) -> Expert:
 
 
 def declared_family(name: str) -> str | Family:
-    """A family, or ``module:name`` where it is to be found: to read its options without importing it.
+    """Return a family without importing it: itself, or ``module:name`` for one that is not imported.
 
     Args:
-        name: What ``env.name`` calls it.
+        name: Name of the family, as in ``env.name``.
 
     Raises:
         ValueError: If there is no such family.
@@ -116,10 +116,10 @@ def declared_family(name: str) -> str | Family:
 
 
 def load_family(name: str) -> Family:
-    """The function or class of a family, imported if need be.
+    """Return the function or class of a family, and import its module if necessary.
 
     Args:
-        name: What ``env.name`` calls it.
+        name: Name of the family, as in ``env.name``.
 
     Raises:
         ValueError: If there is no such family.

@@ -174,7 +174,7 @@ def make_gym(
         ValueError: If the id is not registered, a space does not fit, or the rule of success is malformed.
     """
     rule = parse_success(success)
-    _require_registered(id)
+    require_registered(id)
     try:
         # Some environments cannot draw and do not take the argument.
         drawing: dict[str, Any] = {"render_mode": render_mode} if render_mode else {}
@@ -229,8 +229,11 @@ def _outcome_from_return(state: EpisodeState, threshold: float) -> Outcome:
     return Outcome(is_success, score)
 
 
-def _require_registered(id: str) -> None:
+def require_registered(id: str) -> None:
     """Look an id up, after importing the module that registers it: the one in the id, or the package known for it.
+
+    Args:
+        id: As for `make_gym`.
 
     Raises:
         MissingExtraError: If a known package is needed and not installed.

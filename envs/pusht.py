@@ -100,7 +100,7 @@ class PushTEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
             state: (5,) agent xy, block xy (pixels), block angle (radians).
 
         Returns:
-            What `reset` returns.
+            The first observation and info, as `reset` does.
 
         Raises:
             ValueError: If the state is not five finite numbers.

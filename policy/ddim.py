@@ -1,6 +1,7 @@
-"""Denoising Diffusion Implicit Models (Song, Meng and Ermon, ICLR 2021, arXiv 2010.02502): the seven functions.
+"""Denoising Diffusion Implicit Models (Song, Meng and Ermon, ICLR 2021, arXiv 2010.02502) as seven functions.
 
-This is the face of `policy.diffusion` and of the source document's network; nothing inside the package imports it.
+The names and defaults are those of the source document. This module is the public interface to `policy.diffusion` and
+to the document's network; no other module of the package imports it.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ def build(
         action_horizon: actions in one chunk.
         hidden_size: width of the residual blocks.
         num_layers: number of residual blocks.
-        num_steps: T of the schedule it will be trained with; timesteps of T or more are refused.
+        num_steps: T of the schedule that it will be trained with; valid timesteps are 0..T - 1.
 
     Returns:
         A module `forward(noisy_actions (B, H, A), timestep (B,), observations (B, obs_size)) -> (B, H, A)`.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size below 1, or an odd `hidden_size`.
     """
     return ResidualMLP(
         obs_size=obs_size,
@@ -61,7 +62,7 @@ def build(
 
 
 def output_size(*, action_dim: int = 64, action_horizon: int = 8) -> int:
-    """Numbers in one chunk: `action_horizon * action_dim`.
+    """Return the number of values in one chunk, `action_horizon * action_dim`.
 
     >>> output_size()
     512
@@ -72,7 +73,7 @@ def output_size(*, action_dim: int = 64, action_horizon: int = 8) -> int:
 def param_count(
     *, obs_size: int, action_dim: int, action_horizon: int = 8, hidden_size: int = 256, num_layers: int = 4
 ) -> int:
-    """The exact number of parameters of `build(...)`, in closed form.
+    """Return the exact number of parameters of `build(...)`, computed in closed form.
 
     Args:
         obs_size: width of the observation embedding.
@@ -82,7 +83,7 @@ def param_count(
         num_layers: number of residual blocks.
 
     Returns:
-        Weights, biases and LayerNorm parameters together.
+        The number of weights, biases and LayerNorm parameters.
 
     >>> param_count(obs_size=287, action_dim=64)
     2572032
@@ -96,10 +97,10 @@ def param_count(
 
 
 def recommended_defaults() -> dict[str, int | float]:
-    """The source document's sizes and sampler settings, as the functions here have them by default.
+    """Return the source document's sizes and sampler settings, read from the defaults of the functions here.
 
     Returns:
-        Keyword arguments, shared out between `build`, `make_schedule` and `ddim_sample`.
+        Keyword arguments; `build`, `make_schedule` and `ddim_sample` each take some of them.
 
     >>> recommended_defaults()["ddim_steps"]
     50

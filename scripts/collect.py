@@ -20,11 +20,23 @@ def collect(
     noise: float = 0.0,
     output_dir: Path = Path("outputs/demonstrations"),
 ) -> None:
-    """Play a scripted expert and write its successful episodes as a Minari dataset (HDF5)."""
+    """Play a scripted expert and write its successful episodes as a Minari dataset (HDF5).
+
+    Args:
+        env: settings of the environment.
+        episodes: number of demonstrations.
+        seed: seed of the first attempt; the others count up from it.
+        noise: standard deviation of the noise on the executed actions, see `envs.collect_episodes`.
+        output_dir: receives the dataset's folder.
+
+    Raises:
+        ValueError: a setting that does not fit, an environment without an expert, or a dataset that exists already.
+        RuntimeError: the expert fails too often.
+    """
     simulator, dataset_id = envs.make(**env), dataset_name(env)
     check_absent(output_dir / dataset_id)
     expert = partial(envs.make_expert, env["name"])
-    expert(simulator, 0)  # an environment without an expert is refused before any work
+    expert(simulator, 0)  # an environment without an expert raises here, before any work
     attempts = envs.collect_episodes(simulator, expert, episodes=episodes, seed=seed, noise=noise)
     recorded = list(progress(attempts, total=episodes, desc="collect", unit="episode"))
     path = write_minari(recorded, folder=output_dir, dataset_id=dataset_id, env=simulator, env_settings=env)

@@ -1,4 +1,4 @@
-"""Turns a function with keyword arguments into a Hydra command with clear errors."""
+"""Turn a function with keyword arguments into a Hydra command with clear errors."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from scripts.settings import CONF, GROUPS, Task, add_registered_options, help_te
 
 
 def command(name: str, target: str, example: str, inline: Mapping[str, str] | None = None) -> Callable[[], None]:
-    """Make a console command of a function: its keyword arguments are the command's settings.
+    """Make a console command from a function, whose keyword arguments are the command's settings.
 
-    A setting's default lives in the function's signature. Overrides follow Hydra's grammar; a setting that the
-    configuration files leave to its default can be overridden like any other.
+    A setting's default is defined in the function's signature. Overrides follow Hydra's grammar; a setting that the
+    configuration files do not mention can be overridden like any other.
 
     Args:
-        name: of the command and of its primary file in conf/, which chooses the groups' defaults.
-        target: the function, as `module:name`; it is imported once its settings are right. A function whose first
+        name: name of the command and of its primary file in conf/, which chooses the groups' defaults.
+        target: the function, as `module:name`; it is imported once its settings are valid. A function whose first
             parameter is `make_env` is given `envs.make`.
         example: a command line for `--help`.
-        inline: parameters of it that take a settings class, as `module:name`: the fields of that class are settings of
-            the command itself.
+        inline: settings classes as `module:name`, by the parameter of the function that takes one; the fields of such a
+            class are settings of the command itself.
 
     Returns:
         A `main` that takes no arguments.
@@ -48,19 +48,19 @@ def _main(task: Task, example: str) -> None:
         print(help_text(task, example))
         return
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    sys.path.append(os.getcwd())  # so that env.id=my_env:MyEnv-v0 and plugins=[my_module] find files of the user's
+    sys.path.append(os.getcwd())  # so that env.id=my_env:MyEnv-v0 and plugins=[my_module] find the user's files
     with _refusals():
         load_plugins(_plugins(sys.argv[1:]))
         sys.argv[1:] = [_allow_defaulted(argument) for argument in sys.argv[1:]]
         add_registered_options()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed and lost
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
     run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=task.name)
     with _refusals():
         run(lambda config: _run(config, task))()
 
 
 def _plugins(arguments: list[str]) -> list[str]:
-    """The modules that `plugins=` names; they come first, as the options that they register can be chosen beside it."""
+    """Return the modules that `plugins=` names. They are imported first: other arguments may choose their options."""
     for argument in arguments:
         if argument.lstrip("+").startswith("plugins="):
             value = OverridesParser.create().parse_override(argument).value()
@@ -75,14 +75,14 @@ def _allow_defaulted(argument: str) -> str:
         except HydraException as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"cannot read {argument!r} ({reason}): write NAME=VALUE, a list as [1,2]") from error
-    # `++` sets a key whether or not a YAML file mentions it: unknown ones are refused against the signatures, later.
+    # `++` sets a key whether or not a YAML file mentions it; unknown keys are rejected later, against the signatures.
     key = argument.split("=", 1)[0]
     plain = "=" in argument and key.split("@")[0] not in GROUPS and key[0] not in "-+~" and not key.startswith("hydra")
     return f"++{argument}" if plain else argument
 
 
 def _run(config: DictConfig, task: Task) -> None:
-    with _refusals():  # inside Hydra, which would otherwise report the error in its own words as well
+    with _refusals():  # inside Hydra, which would otherwise report the error as well
         container = OmegaConf.to_container(config, resolve=True)
         assert isinstance(container, dict)
         settings = {str(key): value for key, value in container.items()}
@@ -98,7 +98,7 @@ def _run(config: DictConfig, task: Task) -> None:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """Bad input ends in one sentence and exit code 2, without a traceback."""
+    """Report errors in one sentence without a traceback, and exit with 2 for invalid input or 1 for failed work."""
     try:
         yield
     except (HydraException, OmegaConfBaseException, ValueError, FloatingPointError) as error:
@@ -108,7 +108,7 @@ def _refusals() -> Iterator[None]:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except WorkerError as error:
-        print(f"error: {' '.join(str(error).split())}; what has finished is on disk", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}; finished work is on disk", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

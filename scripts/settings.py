@@ -1,4 +1,4 @@
-"""A command's settings: checked by name and type before anything is imported or opened, then built."""
+"""The settings of a command are checked by name and type before anything is imported or opened, and then built."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from policy.model.encoders import ENCODERS
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in sorted(CONF.iterdir()) if list(p.glob("*.yaml"))}
-# Groups whose options are registered parts, and groups that are the arguments of one function or class.
+# Groups whose options are registered parts, and groups whose settings are the arguments of one function or class.
 REGISTRIES: dict[str, Registry[Any]] = {"denoiser": DENOISERS, "encoder": ENCODERS}
 TARGETS = {
     "schedule": "policy.diffusion.schedule:make_schedule",
@@ -42,9 +42,10 @@ class Task:
     """The function behind a command.
 
     Attributes:
-        name: of the command and of its primary file in conf/.
-        target: the function, as `module:name`; it is imported once its settings are right.
-        inline: parameters of it that take a settings class, whose fields are settings of the command itself.
+        name: name of the command and of its primary file in conf/.
+        target: the function, as `module:name`; it is imported once its settings are valid.
+        inline: settings classes as `module:name`, by the parameter of the function that takes one; the fields of such a
+            class are settings of the command itself.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Task:
 
     @property
     def declaration(self) -> Declaration:
-        """What the function takes, read from its source."""
+        """The function's declaration, read from its source."""
         return declaration_of(self.target)
 
     @property
@@ -68,7 +69,7 @@ class Task:
         return found
 
     def check(self, settings: Settings) -> None:
-        """Check every setting against the source of the part that it is for; no such part is imported.
+        """Check every setting against the source of the part that it belongs to, without importing that part.
 
         Raises:
             ValueError: an unknown name, a value of the wrong type, or a setting that is missing.
@@ -88,7 +89,7 @@ class Task:
                 raise ValueError(f"{name} is missing: add {name}=...{options} (--help shows an example)")
 
     def run(self, settings: Settings) -> None:
-        """Build the parts that settings describe, demonstrations last, and call the function."""
+        """Build the parts that the settings describe, the dataset last, and call the function."""
         function = load(self.target)
         built = {name: _build(name, settings[name]) for name in sorted(settings, key=lambda name: name == "dataset")}
         for name, target in self.inline.items():
@@ -100,7 +101,7 @@ class Task:
 
 
 def add_registered_options() -> None:
-    """Make GROUP=NAME choose registered parts that have no file in conf/, such as those of plugins."""
+    """Let GROUP=NAME choose registered parts that have no file in conf/, such as those of plugins."""
     registered = {
         **{group: {name: {"name": name} for name in registry} for group, registry in REGISTRIES.items()},
         "env": {name: {"name": name} for name in envs.FAMILIES},
@@ -127,12 +128,12 @@ def _check_node(where: str, node: Settings) -> None:
         check_arguments(where, declared_family(settings.pop("name")), settings)
     elif where == "schedule":
         check_arguments(where, TARGETS[where], settings)
-    elif where in TARGETS:  # of a sweep: each value may be a list
+    elif where in TARGETS:  # names only: in a sweep, each value may be a list
         check_names(where, TARGETS[where], settings)
 
 
 def _path(node: Any) -> str:
-    """`module:name` of what a node builds."""
+    """Return the `module:name` of the object that a node builds."""
     module, _, name = str(node["_target_"]).rpartition(".")
     return f"{module}:{name}"
 
@@ -161,7 +162,7 @@ def _require(where: str, target: str | Callable[..., Any], settings: Settings) -
 
 
 def help_text(task: Task, example: str) -> str:
-    """What `--help` prints: a summary, an example, all settings with their defaults, and the groups."""
+    """Return the text of `--help`: a summary, an example, all settings with their defaults, and the groups."""
     groups = [name for name in GROUPS if f"- {name}:" in (CONF / f"{task.name}.yaml").read_text()]
     summary = task.declaration.doc.split("\n\n")[0]
     lines = [summary, "", f"Example:\n  {example}", "", "Settings (NAME=VALUE):"]
@@ -170,20 +171,20 @@ def help_text(task: Task, example: str) -> str:
     lines += [f"  {'plugins':<26} {'list[str]':<20} modules that register parts of your own"]
     lines += [
         "",
-        "Groups (GROUP=OPTION, and GROUP.setting=VALUE inside one; a wrong setting is refused with the right ones):",
+        "Groups (GROUP=OPTION, and GROUP.setting=VALUE inside one; an unknown setting is reported with the valid ones):",
     ]
     return "\n".join(lines + [f"  {group:<26} {' | '.join(GROUPS[group])}" for group in groups])
 
 
 def _group_settings(group: str) -> dict[str, inspect.Parameter]:
-    """The settings of all options of a group that name what they build."""
+    """Return the settings of all options of a group that have a `_target_`."""
     options = [OmegaConf.load(CONF / group / f"{option}.yaml") for option in GROUPS[group]]
     return {
         name: parameter
         for option in options
         if "_target_" in option
         for name, parameter in declaration_of(_path(option)).signature.parameters.items()
-        # What a node with `_partial_` leaves out is given by the command itself.
+        # The command itself passes the required arguments of a node with `_partial_`.
         if not ("_partial_" in option and parameter.default is parameter.empty)
     }
 

@@ -1,20 +1,20 @@
-"""Checkpoints: folders of safetensors and JSON. Loading one never executes anything it holds.
+"""Checkpoints: folders of safetensors and JSON. Loading one never executes any of its content.
 
 A run folder holds
 
-checkpoint/              the newest, which a resumed run goes on from, and which all commands name
-  config.json            what the policy is made of, its environment, how it was trained
-  policy.safetensors     the averaged weights and the normalisers' statistics: what acts
-  training.safetensors   the newest weights and the optimiser's memory: what a resumed run needs besides
+checkpoint/              the newest checkpoint: a run resumes from it, and other commands are given this folder
+  config.json            the policy's configuration, its environment and its training settings
+  policy.safetensors     the averaged weights and the normalisers' statistics, which acting needs
+  training.safetensors   the newest weights and the optimiser's state, which only resuming needs
   training.json          step and history
   checksums.json         the SHA-256 of every file above
-checkpoints/             acts like any other, but does not resume: config.json, policy.safetensors, checksums.json
-  step_0003000/          the last `train.keep_last`, the newest among them
+checkpoints/             kept checkpoints, which can act but not resume: config.json, policy.safetensors, checksums.json
+  step_0003000/          the last `train.keep_last`, including the newest
   best/                  of those saved right after a rollout, the one with the highest success, then score; without
                          rollouts, of those saved right after a validation, the one with the lowest loss
 
-A folder is written beside its place, synced, and renamed, so that at every moment a whole one can be found. The files
-of `checkpoints/` are hard links where the file system has them: the newest costs no space of its own.
+A folder is written beside its final place, synced and renamed, so that a complete one exists at every moment. The files
+of `checkpoints/` are hard links where the file system supports them, so that the newest takes no extra space.
 
 Schemas: 1 had no checksums.json; 2 is the current one.
 """

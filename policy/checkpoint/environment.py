@@ -1,4 +1,4 @@
-"""Which environment a checkpoint acts in, and who may choose it."""
+"""The environment that a checkpoint acts in, and the check of an environment that a file names."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from policy.checkpoint.reading import Checkpoint
 
 
 def check_env(env: Mapping[str, Any], source: object) -> dict[str, Any]:
-    """Refuse an environment that a file chose and that would import a module: code is the user's to choose.
+    """Reject an environment that a file names if making it would import a module: only the user may choose code.
 
     Args:
-        env: as the file states it.
+        env: settings of the environment, from the file.
         source: the file, for the message.
 
     Returns:
         `env` as a dictionary.
 
     Raises:
-        ValueError: its id is of the form "module:Id".
+        ValueError: the environment's id has the form "module:Id".
     """
     if ":" in str(env.get("id", "")):
         raise ValueError(
@@ -30,17 +30,17 @@ def check_env(env: Mapping[str, Any], source: object) -> dict[str, Any]:
 
 
 def choose_env(checkpoint: Checkpoint, override: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The environment to act in: the checkpoint's own, with some settings changed, or another one.
+    """Choose the environment to act in: the checkpoint's own, possibly with changed settings, or another one.
 
     Args:
-        checkpoint: names its environment.
-        override: with a `name` it replaces the checkpoint's; without one it changes single settings.
+        checkpoint: the checkpoint.
+        override: with a `name`, it replaces the checkpoint's environment; without one, it changes single settings.
 
     Returns:
         `{"name": ..., **settings}`.
 
     Raises:
-        ValueError: the checkpoint names none, or one that only the user may choose.
+        ValueError: the checkpoint names no environment, or one that only the user may choose.
     """
     if override and "name" in override:
         return dict(override)

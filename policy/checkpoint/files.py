@@ -22,11 +22,11 @@ SCHEMA_VERSION = 2
 CONFIG, WEIGHTS, CHECKSUMS = "config.json", "policy.safetensors", "checksums.json"
 TRAINING_WEIGHTS, TRAINING_RECORD = "training.safetensors", "training.json"
 
-# No honest file comes near: larger ones are refused unread.
+# Limits far above the sizes of real files; larger files are rejected before they are read.
 MAX_BYTES = {CONFIG: 2**20, CHECKSUMS: 2**16, TRAINING_RECORD: 2**28, WEIGHTS: 2**34, TRAINING_WEIGHTS: 2**36}
-# Of a safetensors file: room for some 30,000 tensors.
+# Limit of a safetensors file's header: enough for some 30,000 tensors.
 MAX_HEADER_BYTES = 2**22
-# Of an error message: what it quotes may come from a file, at any length.
+# Limit of an error message's length, because a message may quote text of any length from a file.
 MAX_MESSAGE = 600
 
 
@@ -36,9 +36,9 @@ class Folder:
 
     Attributes:
         path: the folder.
-        root: no link may lead out of it.
-        config: of config.json: a known schema version, the rest unchecked.
-        checksums: SHA-256 by file name; None for schema 1, which had none.
+        root: links in `path` may not lead out of this folder.
+        config: content of config.json: a known schema version, the rest unchecked.
+        checksums: SHA-256 by file name; None if the folder has no checksums.json, as in schema 1.
     """
 
     path: Path
@@ -47,10 +47,10 @@ class Folder:
     checksums: dict[str, Any] | None
 
     def verify(self, name: str) -> tuple[Path, str]:
-        """A file that is what was written, and its SHA-256.
+        """Verify a file, and return its path and its SHA-256.
 
         Raises:
-            ValueError: it is missing, too large, a link out of the folder, or not what checksums.json says.
+            ValueError: it is missing, too large, a link out of `root`, or differs from its checksum.
         """
         file = _regular(self.path, name, self.root)
         with refusing(file), file.open("rb") as opened:
@@ -64,17 +64,17 @@ class Folder:
 
 
 def open_folder(folder: Path, root: Path | None = None) -> Folder:
-    """Open a checkpoint folder, or what a killed process left of it.
+    """Open a checkpoint folder, or the previous one, if a process was killed while it replaced the folder.
 
     Args:
         folder: the checkpoint folder.
-        root: where its links may lead; by default nowhere but into the folder.
+        root: folder that its links may not lead out of; by default the checkpoint folder itself.
 
     Returns:
         The folder, its config.json verified.
 
     Raises:
-        ValueError: there is none, it is damaged, or of a schema that this version does not read.
+        ValueError: there is no checkpoint, it is damaged, or this version does not read its schema.
     """
     # A run killed between the two renames of `replacing` leaves its last good checkpoint under this name.
     path = folder if folder.exists() or not _beside(folder, "old").exists() else _beside(folder, "old")
@@ -99,22 +99,22 @@ def open_folder(folder: Path, root: Path | None = None) -> Folder:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a checkpoint, whole or half replaced, is at `folder`."""
+    """Whether there is a checkpoint at `folder`, including one that a killed process left half replaced."""
     return folder.exists() or _beside(folder, "old").exists()
 
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Write a checkpoint folder; what was there before is replaced only once the new one is whole and on disk.
+    """Write a checkpoint folder; the old one is replaced only once the new one is complete and on disk.
 
     Args:
         folder: the checkpoint folder.
 
     Yields:
-        An empty folder to write its files into.
+        An empty folder to write the files into.
 
     Raises:
-        SaveError: they cannot be written: the disk is full, say.
+        SaveError: the files cannot be written, for example because the disk is full.
     """
     new, old = _beside(folder, "new"), _beside(folder, "old")
     try:
@@ -122,8 +122,8 @@ def replacing(folder: Path) -> Iterator[Path]:
         new.mkdir(parents=True)
         yield new
         seal(new)
-        # A folder cannot be replaced in one step. Between these two renames only `old` is there: `open_folder` finds
-        # it. It stays until the new one has its place: after a kill just here, it is the only one.
+        # A folder cannot be replaced in one step. Between these two renames, only `old` exists, and `open_folder` finds
+        # it. After a kill between them, `old` is the only checkpoint, so it is kept until the new one is in place.
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
@@ -131,47 +131,48 @@ def replacing(folder: Path) -> Iterator[Path]:
         _sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(new, ignore_errors=True)  # half a checkpoint only takes the space that the next one needs
+        shutil.rmtree(new, ignore_errors=True)  # an incomplete checkpoint only takes the space that the next one needs
         raise SaveError(
             f"the checkpoint {folder} could not be written ({error}); what was saved before it is whole: make room, or"
-            " mend what is named here, and give the same command again"
+            " fix the cause named here, and give the same command again"
         ) from error
 
 
 @contextmanager
 def adding(folder: Path) -> Iterator[Path]:
-    """Write files into a folder that may hold others; those of the same name are replaced once all of them are whole.
+    """Write files into a folder that may hold others; files of the same name are replaced once all are complete.
 
     Args:
-        folder: made if need be.
+        folder: the folder; made if need be.
 
     Yields:
         An empty folder to write the files into.
 
     Raises:
-        SaveError: they cannot be written: the disk is full, say.
+        SaveError: the files cannot be written, for example because the disk is full.
     """
-    # Inside, not beside: `folder` may be where a file system is mounted, and a file cannot be renamed into another one.
+    # Inside `folder`, not beside it: `folder` may be a mount point, and files cannot be renamed across file systems.
     new, is_made = folder / ".saving", not folder.exists()
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         yield new
         seal(new)
-        for file in sorted(new.iterdir(), key=lambda file: file.name == CHECKSUMS):  # a kill in between is found out
+        # The checksums are replaced last, so that a kill before that is noticed.
+        for file in sorted(new.iterdir(), key=lambda file: file.name == CHECKSUMS):
             file.replace(folder / file.name)
         new.rmdir()
         _sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(folder if is_made else new, ignore_errors=True)
         raise SaveError(
-            f"the policy could not be saved to {folder} ({error}); what was there before is as it was: make room, or"
-            " mend what is named here, and save again"
+            f"the policy could not be saved to {folder} ({error}); what was there before is unchanged: make room, or"
+            " fix the cause named here, and save again"
         ) from error
 
 
 def discard(folder: Path) -> None:
-    """Remove a checkpoint folder; killed halfway, it leaves nothing that looks like one."""
+    """Remove a checkpoint folder, so that a kill halfway leaves nothing that looks like a checkpoint."""
     gone = _beside(folder, "gone")
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
@@ -179,17 +180,17 @@ def discard(folder: Path) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Note the checksums of a folder's files beside them, and bring all of it to the disk.
+    """Write the checksums of a folder's files beside them, and sync everything to disk.
 
     Args:
-        folder: files in it that are none of a checkpoint's are left alone.
+        folder: the folder; files in it that do not belong to a checkpoint are left alone.
     """
     digests = {}
     for name in sorted(MAX_BYTES.keys() - {CHECKSUMS}):
         if (file := folder / name).exists():
             with file.open("rb") as opened:
                 digests[name] = hashlib.file_digest(opened, "sha256").hexdigest()
-            shutil.copymode(folder / CONFIG, file)  # safetensors makes its files readable to their owner only
+            shutil.copymode(folder / CONFIG, file)  # safetensors makes its files readable by their owner only
             _sync(file)
     write_json(folder / CHECKSUMS, digests)
     _sync(folder / CHECKSUMS)
@@ -200,7 +201,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the file cannot be read, or does not hold a JSON object.
     """
     with refusing(file):
         try:
@@ -216,7 +217,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """Read a safetensors file.
 
     Raises:
-        ValueError: it is none, or holds a number that is not finite.
+        ValueError: the file is not a safetensors file, or holds a NaN or an infinity.
     """
     with refusing(file):
         with file.open("rb") as opened:
@@ -236,19 +237,19 @@ def write_json(file: Path, data: Mapping[str, Any]) -> None:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors, wherever they lie, as safetensors."""
+    """Write tensors of any device as safetensors."""
     save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file)
 
 
 @contextmanager
 def refusing(source: Path) -> Iterator[None]:
-    """Whatever goes wrong while a checkpoint is read is a ValueError of bearable length.
+    """Turn every error that the content of a checkpoint causes into a ValueError of limited length.
 
     Args:
         source: the file or folder, for the message.
 
     Raises:
-        ValueError: in place of what the content made a parser or a network's constructor raise.
+        ValueError: in place of the exception that a parser or a network's constructor raised.
     """
     try:
         yield
@@ -263,7 +264,7 @@ def refusing(source: Path) -> Iterator[None]:
         LookupError,
         TypeError,
         AttributeError,
-        RuntimeError,  # also what torch raises, and Python at too deep a nesting
+        RuntimeError,  # raised by torch, and by Python for too deep a nesting
         ArithmeticError,
         MemoryError,
     ) as error:
@@ -277,8 +278,8 @@ def _regular(folder: Path, name: str, root: Path) -> Path:
         raise ValueError(
             f"{file} is a link that leaves the folder: if you trust it, copy the folder with links followed (cp -rL)"
         )
-    if not file.is_file():  # also a pipe or a device, which could hang
-        raise ValueError(f"{file} is missing or damaged (no regular file): use another checkpoint")
+    if not file.is_file():  # such as a pipe or a device, which could block
+        raise ValueError(f"{file} is missing or damaged (not a regular file): use another checkpoint")
     if (size := file.stat().st_size) > MAX_BYTES[name]:
         raise ValueError(f"{file} has {size} bytes; this version reads up to {MAX_BYTES[name]}: use another checkpoint")
     return file

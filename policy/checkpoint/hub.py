@@ -1,7 +1,6 @@
-"""Policies on the Hugging Face Hub, by its conventions: the storage behind `DiffusionPolicy.save_pretrained` and so on.
+"""Policies on the Hugging Face Hub: the storage behind `DiffusionPolicy.save_pretrained`, `push_to_hub` and the like.
 
-A folder that is shared is a checkpoint folder that acts (config.json, policy.safetensors, checksums.json) with a
-README.md.
+A shared folder is a checkpoint folder that can act (config.json, policy.safetensors, checksums.json) with a README.md.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class HubStorage:
     def save(self, policy: DiffusionPolicy, folder: Path, **card: Any) -> None:
         """Write the policy and its model card into a folder; a README.md in it is kept."""
         if (folder / TRAINING_RECORD).exists():
-            raise ValueError(f"{folder} is what a training run resumes from: choose another folder")
+            raise ValueError(f"{folder} is a checkpoint that a training run resumes from: choose another folder")
         text = None if (folder / README).exists() else policy.generate_model_card(**card)
         with adding(folder) as new:
             _write(new, policy)
@@ -37,8 +36,8 @@ class HubStorage:
                 text.save(new / README)
 
     def push(self, policy: DiffusionPolicy, repo_id: str, **options: Any) -> str:
-        """Upload the policy; gives the address of the commit."""
-        # The library's own upload. It asks nothing of the policy but `save_pretrained`, into a temporary folder.
+        """Upload the policy, and return the address of the commit."""
+        # The library's own upload. Of the policy, it only calls `save_pretrained`, with a temporary folder.
         address: str = ModelHubMixin.push_to_hub(policy, repo_id, **options)  # type: ignore[arg-type]
         return address
 
@@ -51,10 +50,10 @@ class HubStorage:
         except (OSError, ValueError, EntryNotFoundError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"{name} is no folder here, and neither the Hub nor its local cache gives such a repository ({reason}):"
-                " check the name, the connection and your access"
+                f"{name} is not a folder here, and neither the Hub nor its local cache gives such a repository"
+                f" ({reason}): check the name, the connection and your access"
             ) from error
-        # The cache keeps a repository's files in a folder beside its snapshots, which link to them.
+        # In the cache, a snapshot's files are links into a folder that lies beside all snapshots of the repository.
         return load_checkpoint(snapshot, device, root=Path(snapshot).parents[1]).policy
 
     def card(self, policy: DiffusionPolicy, *, evaluation: Path | None, license: str | None) -> ModelCard:
@@ -66,5 +65,5 @@ def _write(folder: Path, policy: DiffusionPolicy) -> None:
     origin = policy.origin or Origin(execution_horizon=policy.config.action_horizon)
     training = dict(origin.training)
     if isinstance(training.get("dataset"), str):
-        training["dataset"] = Path(training["dataset"]).name  # the folders of a machine are nobody else's business
+        training["dataset"] = Path(training["dataset"]).name  # the rest of the path is private
     write_policy(folder, policy, env=origin.env, execution_horizon=origin.execution_horizon, training=training)

@@ -19,18 +19,18 @@ Entry = dict[str, float]
 
 
 def keep_checkpoint(checkpoint: Path, state: TrainState, *, keep_last: int) -> None:
-    """Keep the policy of the newest checkpoint beside it, as one of the last few and, if so, as the best.
+    """Keep the policy of the newest checkpoint as one of the last few and, if it is the best so far, as the best.
 
     Args:
-        checkpoint: just written from `state`.
-        state: of the run; its history says what is best.
-        keep_last: how many of the last to keep; older ones are removed.
+        checkpoint: the checkpoint folder, just written from `state`.
+        state: the run's state; its history tells which checkpoint is the best.
+        keep_last: number of recent checkpoints to keep; older ones are removed.
 
     Raises:
-        SaveError: it cannot be written: the disk is full, say.
+        SaveError: the copy cannot be written, for example because the disk is full.
     """
     kept = checkpoint.with_name(KEPT)
-    for half in kept.glob(".step_*"):  # a kill while one was written or removed
+    for half in kept.glob(".step_*"):  # left by a kill while one was written or removed
         shutil.rmtree(half, ignore_errors=True)
     if keep_last:
         _keep(checkpoint, kept / f"step_{state.step:07d}")
@@ -41,13 +41,13 @@ def keep_checkpoint(checkpoint: Path, state: TrainState, *, keep_last: int) -> N
 
 
 def rank(entry: Entry) -> tuple[float, ...] | None:
-    """How good a log entry says the policy is: the higher the better, and any rollout above any validation loss.
+    """Rank a policy by a log entry: higher is better, and any rollout ranks above any validation loss.
 
     Args:
-        entry: of a run's history.
+        entry: an entry of a run's history.
 
     Returns:
-        Numbers to compare, or None for an entry that says nothing about it.
+        Numbers to compare, or None for an entry without a rollout or a validation loss.
     """
     if "rollout/success_rate" in entry:
         return (1.0, entry["rollout/success_rate"], entry["rollout/score_mean"])
@@ -56,7 +56,7 @@ def rank(entry: Entry) -> tuple[float, ...] | None:
 
 
 def _is_best(best: Path, state: TrainState) -> bool:
-    """Whether the state's newest figures are its own, and no worse than those of the best so far."""
+    """Whether the newest log entry is of the state's own step and ranks at least as high as the best so far."""
     now = _rank_at(state.history[-1:], state.step)
     if now is None:
         return False
@@ -72,7 +72,7 @@ def _step_of(folder: Path) -> int:
     try:
         return int(open_folder(folder).config["training"]["step"])
     except (ValueError, LookupError, TypeError):
-        return -1  # damaged: anything is better
+        return -1  # damaged: any other checkpoint is better
 
 
 def _keep(checkpoint: Path, target: Path) -> None:
@@ -85,7 +85,7 @@ def _keep(checkpoint: Path, target: Path) -> None:
 
 
 def _outdated(kept: Path, step: int, keep_last: int) -> list[Path]:
-    """Those before the last few, and those of an earlier run in this folder, which came further."""
+    """The folders to remove: those before the last few, and those of later steps, left by an earlier run."""
     found = sorted(p for p in kept.glob("step_*") if re.fullmatch(r"step_\d{7,}", p.name))
     ours = sorted((p for p in found if _number(p) <= step), key=_number)
     return [p for p in found if _number(p) > step] + ours[: max(0, len(ours) - keep_last)]

@@ -1,4 +1,4 @@
-"""Loading checkpoints: everything is checked before anything of the size that a file asks for is made."""
+"""Loading checkpoints: all content is checked before memory of a size that a file asks for is allocated."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from policy.model.encoders import ENCODERS
 from policy.model.storage import Origin
 from policy.training.state import TrainState, restore_optimizer, restore_record
 
-# The one size of a policy that its weights do not show.
+# Limit of the only size of a policy that the shapes of its weights do not show.
 MAX_NUM_STEPS = 100_000
-# Settings of training that came after the first schema, and what a checkpoint without them was trained with.
+# Training settings added after the first schema, with the values in effect for checkpoints without them.
 SETTINGS_OF_BEFORE = {
     "keep_last": 3,
     "precision": "float32",
@@ -51,15 +51,15 @@ SETTINGS_OF_BEFORE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a checkpoint folder gives back.
+    """A loaded checkpoint.
 
     Attributes:
         policy: ready to act: averaged weights, evaluation mode.
         env: how to make its environment (`{"name": ..., **settings}`), or None.
-        execution_horizon: what it was evaluated with while training.
-        training: how it was trained: JSON data.
+        execution_horizon: the execution horizon of the rollouts during training.
+        training: how it was trained, JSON data.
         path: the folder.
-        digest: of the weights, wherever they lie.
+        digest: start of the SHA-256 of its weights, which does not depend on the folder.
     """
 
     policy: DiffusionPolicy
@@ -71,18 +71,19 @@ class Checkpoint:
 
 
 def load_checkpoint(folder: Path | str, device: str = "cpu", *, root: Path | None = None) -> Checkpoint:
-    """Load a policy that is ready to act. The files that this reads are verified against their checksums.
+    """Load a policy that is ready to act. The files that are read are verified against their checksums.
 
     Args:
         folder: the checkpoint folder.
-        device: where to put it.
-        root: where links in the folder may lead; by default nowhere but into the folder.
+        device: the device of the loaded policy.
+        root: folder that links in the checkpoint may not lead out of; by default the checkpoint folder itself.
 
     Returns:
-        The policy and what was recorded with it.
+        The policy, and the data recorded with it.
 
     Raises:
-        ValueError: no checkpoint there, a damaged one, or one written by a newer version.
+        ValueError: there is no checkpoint, it is damaged, it was written by a newer version, or it needs a plugin
+            that is not loaded.
     """
     opened = open_folder(Path(folder).expanduser(), root)
     with refusing(opened.path / CONFIG):
@@ -106,13 +107,13 @@ def load_checkpoint(folder: Path | str, device: str = "cpu", *, root: Path | Non
 
 
 def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]) -> None:
-    """Put a run back exactly where its checkpoint left it.
+    """Restore a run exactly as its checkpoint stored it.
 
     Args:
         folder: the checkpoint folder.
         state: a fresh state of the same configuration, changed in place.
-        training: how it is trained, as given to `save_checkpoint`; must be the same. Settings that came into being
-            after the checkpoint are compared with what was done without them.
+        training: how it is trained, as given to `save_checkpoint`; must be equal to what was stored. Settings that are
+            newer than the checkpoint must have the values that were in effect without them.
 
     Raises:
         ValueError: the checkpoint is missing, damaged, or of another configuration.
@@ -120,7 +121,7 @@ def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]
     opened = open_folder(folder)
     was, path = opened.config, opened.path
     with refusing(path / CONFIG):
-        # Settings of a policy that the checkpoint's version did not know had then what is their default now.
+        # Policy settings that are newer than the checkpoint had the values that are now their defaults.
         before = {
             "policy": config_to_json(config_from_json(was["policy"])),
             "training": {**SETTINGS_OF_BEFORE, **was["training"]},
@@ -158,16 +159,16 @@ def _policy_config(opened: Folder) -> PolicyConfig:
     num_steps = config.schedule.get("num_steps", 0)
     if isinstance(num_steps, int) and num_steps > MAX_NUM_STEPS:
         raise ValueError(
-            f"{opened.path} asks for schedule.num_steps={num_steps}; a checkpoint may ask for {MAX_NUM_STEPS}"
+            f"{opened.path} asks for schedule.num_steps={num_steps}; a checkpoint may ask for up to {MAX_NUM_STEPS}"
         )
     return config
 
 
 def _check_part(opened: Folder, registry: Registry[Any], name: Any) -> None:
-    """Reject a part that nobody has registered; the plugins that the checkpoint names are never imported by themselves.
+    """Reject a part that is not registered. The plugins that a checkpoint names are never imported automatically.
 
     Raises:
-        ValueError: naming the part, and the plugins that were there in training.
+        ValueError: the message names the part, and the plugins loaded in training.
     """
     plugins = opened.config.get("plugins")
     if name in registry or not isinstance(plugins, list):
@@ -179,7 +180,7 @@ def _check_part(opened: Folder, registry: Registry[Any], name: Any) -> None:
 
 
 def _circumstances(opened: Folder, config: PolicyConfig) -> tuple[dict[str, Any] | None, int, dict[str, Any]]:
-    """Environment, execution horizon and training record."""
+    """Read and check the environment, the execution horizon and the training record."""
     env, horizon, training = (opened.config[key] for key in ("env", "execution_horizon", "training"))
     allowed = {
         "env": env is None or (isinstance(env, dict) and isinstance(env.get("name"), str)),
@@ -193,10 +194,10 @@ def _circumstances(opened: Folder, config: PolicyConfig) -> tuple[dict[str, Any]
 
 
 def _check_fit(config: PolicyConfig, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Refuse weights that are not those of the configured policy, before memory is taken for one.
+    """Reject weights that do not fit the configured policy, before memory for the policy is allocated.
 
     Raises:
-        ValueError: naming what does not fit.
+        ValueError: the message names what does not fit.
     """
     with torch.device("meta"), _at_most(tensors, path):
         expected = DiffusionPolicy(config).state_dict()
@@ -215,14 +216,14 @@ def _check_fit(config: PolicyConfig, tensors: Mapping[str, torch.Tensor], path: 
 
 @contextmanager
 def _at_most(tensors: Mapping[str, torch.Tensor], path: Path) -> Iterator[None]:
-    """Networks made in here stop growing where the weights end: a configuration may ask for a billion layers."""
+    """Stop building a network that has more tensors than the weights: a file may ask for a billion layers."""
     thread, made = threading.get_ident(), 0
 
     def count(module: nn.Module, name: str, value: Any) -> None:
         nonlocal made
         if threading.get_ident() == thread and value is not None:
             made += 1
-            if made > 2 * len(tensors) + 1:  # fixed tables are not stored
+            if made > 2 * len(tensors) + 1:  # twice as many, because fixed tables are not stored
                 raise ValueError(
                     f"the weights in {path} do not fit its {CONFIG}: it asks for more than their {len(tensors)} tensors"
                 )

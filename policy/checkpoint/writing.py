@@ -34,17 +34,17 @@ def save_checkpoint(
     execution_horizon: int,
     training: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint; what was at `folder` before is replaced only once the new one is whole and on disk.
+    """Write a checkpoint; the old one at `folder` is replaced only once the new one is complete and on disk.
 
     Args:
         folder: the checkpoint folder.
-        state: of the run.
+        state: the run's state.
         env: how to make the environment, or None.
         execution_horizon: recorded for rollouts.
         training: how it was trained, JSON data.
 
     Raises:
-        SaveError: it cannot be written: the disk is full, say.
+        SaveError: it cannot be written, for example because the disk is full.
     """
     with replacing(folder) as new:
         write_policy(
@@ -69,11 +69,11 @@ def write_policy(
     execution_horizon: int,
     training: Mapping[str, Any],
 ) -> None:
-    """Write the files that act; `seal` completes the folder.
+    """Write the files that acting needs; `seal` completes the folder.
 
     Args:
-        folder: exists.
-        policy: its weights are written.
+        folder: an existing folder.
+        policy: the policy to write.
         env: how to make the environment, or None.
         execution_horizon: recorded for rollouts.
         training: how it was trained, JSON data.
@@ -84,12 +84,12 @@ def write_policy(
         "env": dict(env) if env else None,
         "execution_horizon": execution_horizon,
         "training": dict(training),
-        # For a message only: loading a checkpoint imports none of them.
+        # Stored for error messages only: loading a checkpoint does not import them.
         **({"plugins": loaded_plugins()} if loaded_plugins() else {}),
         "versions": {
             "python": platform.python_version(),
             **{p: version(p) for p in ("ddim-policy", "numpy")},
-            "torch": str(torch.__version__),  # also says what it was built for; the package's own version may not
+            "torch": str(torch.__version__),  # with its build (such as +cpu), which the package's own version may lack
         },
     }
     write_json(folder / CONFIG, config)

@@ -1,1 +1,1 @@
-"""One file a command, read from top to bottom."""
+"""The commands, one file each, to be read from top to bottom."""

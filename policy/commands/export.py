@@ -1,10 +1,10 @@
-"""`ddim-export`: a policy as a folder for programs that have neither torch nor this package.
+"""`ddim-export`: export a policy to a folder for programs that have neither torch nor this package.
 
 export/
   model.onnx           observations and noise in, actions out, all in the data's units
-  export.json          what the model takes and gives, where it comes from, its checksum
-  example_input.npz    values for every input
-  example_output.npy   the actions for them
+  export.json          the model's inputs and output, its origin and its checksum
+  example_input.npz    example values of every input
+  example_output.npy   the actions for these inputs
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from policy.common.arguments import unknown_name
 from policy.common.observations import is_image
 from policy.common.output import output_folder
 from policy.diffusion.sampler import Sampler
-from policy.inference.backends import Onnx, SamplerProgram, check_weights, compile_sampler
+from policy.inference.backends import DEFAULT_WEIGHTS, Onnx, SamplerProgram, check_weights, compile_sampler
 from policy.inference.onnx_graph import observation_input
 
 SCHEMA_VERSION = 2
 EXPORT_FORMATS = ("onnx",)
-# Largest difference to the eager actions, in normalised units (a dimension's range is 2 wide), with float32 weights.
+# Largest allowed difference to the actions of the backend `eager`, with float32 weights, in normalised units: the range
+# of each dimension is 2 wide.
 TOLERANCE = 1e-4
 NOTE = (
     "Feed every input of `inputs` to the model; the batch size is free. Observations are histories, oldest first, in"
@@ -44,7 +45,7 @@ def export_policy(
     *,
     checkpoint: Path,
     format: str = "onnx",
-    weights: str = "float32",
+    weights: str = DEFAULT_WEIGHTS,
     sampler: Sampler,
     output_dir: Path | None = None,
 ) -> None:
@@ -53,12 +54,12 @@ def export_policy(
     Args:
         checkpoint: the folder that training wrote.
         format: `onnx`.
-        weights: `float32`, or `int8` for the matrices: faster, and no longer the same actions.
-        sampler: how chunks are sampled; fixed in the exported model.
+        weights: `float32`, or `int8` for the matrices, which is faster but changes the actions.
+        sampler: sampling settings, which are fixed in the exported model.
         output_dir: receives the files; by default a new folder under outputs/export.
 
     Raises:
-        ValueError: settings that do not fit, a package that is missing, or a model whose actions are not the policy's.
+        ValueError: settings that do not fit, a missing package, or a model whose actions differ from the policy's.
     """
     if format not in EXPORT_FORMATS:
         raise unknown_name("format", format, EXPORT_FORMATS)
@@ -74,7 +75,7 @@ def export_policy(
     example = example_input(program)
     actions = run_on(program, example)
     difference = _difference(loaded, program, example, actions)
-    if weights == "float32" and not difference <= TOLERANCE:
+    if weights == DEFAULT_WEIGHTS and not difference <= TOLERANCE:
         raise ValueError(
             f"the exported model's actions differ from the policy's by {difference:.1e} in normalised units, more than"
             f" {TOLERANCE:.0e}: use sampler.clip=1, or report this checkpoint"
@@ -87,7 +88,7 @@ def export_policy(
 
 
 def example_input(program: SamplerProgram) -> dict[str, np.ndarray[Any, Any]]:
-    """A made-up value for every input of an exported model: one row, from a fixed seed."""
+    """Made-up values for every input of an exported model: one row, from a fixed seed."""
     config, generator = program.config, np.random.default_rng(0)
     chunk = (1, config.action_horizon, config.action_dim)
     example: dict[str, np.ndarray[Any, Any]] = {}
@@ -108,7 +109,7 @@ def example_input(program: SamplerProgram) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def run_on(program: SamplerProgram, example: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-    """(B, action_horizon, action_dim) actions of a program for inputs under an exported model's names."""
+    """Run a program on inputs under an exported model's names; return (B, action_horizon, action_dim) actions."""
     observations = {key: example[observation_input(key)] for key in program.config.observation_shapes}
     chunk = program(
         observations, example["noise"], example.get("step_noise"), previous=example["previous"], keep=example["keep"]
@@ -137,12 +138,12 @@ def write_export(
     """Write the export folder.
 
     Args:
-        folder: exists.
+        folder: an existing folder.
         loaded: the checkpoint.
         program: its sampling, with the backend `onnx`.
-        weights: of the program.
-        example: a value for every input.
-        actions: the program's output for it.
+        weights: type of the program's weights.
+        example: values of every input.
+        actions: the program's output for them.
     """
     assert isinstance(program.run, Onnx)
     model = program.run.model
@@ -160,7 +161,7 @@ def write_export(
         "execution_horizon": loaded.execution_horizon,
         "sampler": program.sampler.record(),
         "weights": weights,
-        "tolerance": TOLERANCE if weights == "float32" else None,
+        "tolerance": TOLERANCE if weights == DEFAULT_WEIGHTS else None,
         "env": loaded.env,
         "step": loaded.training.get("step"),
         "versions": {
@@ -172,7 +173,7 @@ def write_export(
     (folder / "model.onnx").write_bytes(model)
     np.savez(folder / "example_input.npz", **example)  # type: ignore[arg-type]
     np.save(folder / "example_output.npy", actions)
-    # Last: a folder without it is no export.
+    # Written last: a folder without this file is not a complete export.
     (folder / "export.json").write_text(json.dumps(data, indent=2))
 
 

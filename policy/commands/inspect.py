@@ -1,4 +1,4 @@
-"""`ddim-inspect`: figures, window times and a picture of demonstrations, before anybody trains on them."""
+"""`ddim-inspect`: show figures, window times and a picture of demonstrations before training on them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def inspect_demonstrations(
 
     Args:
         dataset: the demonstrations.
-        obs_horizon: observations looked back on.
+        obs_horizon: observations that the policy looks back on.
         action_horizon: actions in one chunk.
         execution_horizon: actions executed before the next plan.
-        episodes: how many of them, evenly spread, are in the picture.
-        dimensions: vectors up to this width have a row for each dimension.
+        episodes: number of episodes in the picture, evenly spread over the dataset.
+        dimensions: vectors up to this width are printed with a row for each dimension.
         output_dir: receives `inspect.json` and `inspect.png`; by default a new folder under outputs/inspect.
 
     Raises:

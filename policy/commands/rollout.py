@@ -1,4 +1,4 @@
-"""`ddim-rollout`: success of a trained policy with its interval, latency, videos."""
+"""`ddim-rollout`: measure the success and the latency of a trained policy, and record videos."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from policy.commands.stage import Stage, set_stage
+from policy.commands.stage import EPISODES, FIRST_SEED, NUM_ENVS, Stage, set_stage
 from policy.common.device import torch_threads
 from policy.common.output import output_folder
 from policy.common.progress import progress
@@ -17,7 +17,7 @@ from policy.control.real_time import Pace, RealTimeController, format_timing, su
 from policy.control.receding_horizon import RecedingHorizonController
 from policy.control.timeline import ControllerSettings
 from policy.diffusion.sampler import Sampler
-from policy.inference.backends import DEFAULT_BACKEND, SamplerProgram
+from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS, SamplerProgram
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout.cells import Cell, controllers_of, program_of
 from policy.rollout.episodes import MakeEnv, play_episode, write_episodes
@@ -32,13 +32,13 @@ def roll_out(
     make_env: MakeEnv,
     *,
     checkpoint: Path,
-    episodes: int = 50,
-    seed: int = 100_000,
-    num_envs: int = 32,
+    episodes: int = EPISODES,
+    seed: int = FIRST_SEED,
+    num_envs: int = NUM_ENVS,
     device: str = "cpu",
     sampler: Sampler,
     backend: str = DEFAULT_BACKEND,
-    weights: str = "float32",
+    weights: str = DEFAULT_WEIGHTS,
     execution_horizon: int | None = None,
     controller: ControllerSettings,
     control_rate: float | None = None,
@@ -47,23 +47,24 @@ def roll_out(
     output_dir: Path | None = None,
     tracker: OpenRun,
 ) -> None:
-    """Roll a checkpoint out: success with its interval, score, return, latency, and videos of the first episodes.
+    """Roll out a checkpoint: success with its interval, score, return, latency, and videos of the first episodes.
 
     Args:
         make_env: makes an environment from its settings.
         checkpoint: the folder that training wrote.
-        episodes: how many.
-        seed: of the first episode; the others count up from it.
-        num_envs: environments at once; no result depends on it.
+        episodes: number of episodes.
+        seed: seed of the first episode; the others count up from it.
+        num_envs: environments that run at once; no result depends on it.
         device: `cpu` or `cuda`.
-        sampler: how chunks are sampled.
-        backend: what samples: `eager`, `fused`, `compile`, `onnx` or `cuda_graph`.
+        sampler: sampling settings.
+        backend: runs the sampling: `eager`, `fused`, `compile`, `onnx` or `cuda_graph`.
         weights: `float32`, or `int8` with `backend=onnx`.
         execution_horizon: actions executed before the next plan; by default as in training.
-        controller: what happens while a plan is made.
-        control_rate: control steps a second against the clock, in one environment; by default as fast as possible.
-        env: another environment than the checkpoint's, or some settings of it.
-        video: how many of the first episodes to record as mp4.
+        controller: behaviour while a plan is computed, see `ControllerSettings`.
+        control_rate: control steps per second of a real-time rollout in one environment; by default, episodes run in
+            simulated time, as fast as possible.
+        env: another environment, or changed settings of the checkpoint's.
+        video: number of first episodes to record as mp4.
         output_dir: receives `episodes.json` and the videos; by default a new folder under outputs/rollout.
         tracker: opens the tracked run.
 
@@ -77,7 +78,7 @@ def roll_out(
     horizon = loaded.execution_horizon if execution_horizon is None else execution_horizon
     controller.check(horizon, policy.config.action_horizon)
     cell = Cell(sampler=sampler, execution_horizon=horizon, controller=controller, backend=backend, weights=weights)
-    program = program_of(policy, cell)  # refused here, before any work
+    program = program_of(policy, cell)  # invalid settings raise here, before any work
     if not 0 <= video <= episodes:
         raise ValueError(f"video must be within 0..{episodes} (the episodes); got {video}")
     driver = None if control_rate is None else _real_time_controller(policy, cell, program, control_rate, stage)
@@ -109,7 +110,7 @@ def roll_out(
 
 
 def _as_fast_as_possible(policy: DiffusionPolicy, cell: Cell, stage: Stage, num_envs: int) -> list[EpisodeResult]:
-    """All episodes, in simulated time, in the order of their seeds."""
+    """Run all episodes in simulated time; return the results in the order of their seeds."""
     tasks, by_seed = [(0, seed) for seed in stage.seeds], {}
     with (
         RolloutPool([policy], stage.make_env, min(num_envs, len(tasks))) as pool,
@@ -137,7 +138,7 @@ def _real_time_controller(
 
 
 def _against_the_clock(controller: RealTimeController, stage: Stage, folder: Path) -> list[EpisodeResult]:
-    """All episodes, one after the other at the control rate; says how the deadlines were kept."""
+    """Run all episodes one after the other in real time, and report their timing."""
     results, timings, overruns, control_rate = [], [], 0, controller.control_rate
     with (
         controller,
@@ -149,7 +150,7 @@ def _against_the_clock(controller: RealTimeController, stage: Stage, folder: Pat
             pace = Pace(control_rate)
             results.append(play_episode(controller, simulator, seed, pace))
             timings.append(controller.timing)
-            overruns += max(0, pace.overruns - 1)  # the first is the reset
+            overruns += max(0, pace.overruns - 1)  # the first overrun is due to the reset
             bar.update()
     summary = summarize_timing(timings, control_rate, overruns)
     file = folder / "real_time.json"
@@ -160,7 +161,7 @@ def _against_the_clock(controller: RealTimeController, stage: Stage, folder: Pat
 
 
 def _record(controller: RecedingHorizonController, make_env: MakeEnv, seeds: Sequence[int], folder: Path) -> None:
-    """Replay episodes with pictures; where nothing can be drawn, say so in one line."""
+    """Repeat episodes and record them; if rendering is not possible, print one line that says so."""
 
     def file_of(number: int, result: EpisodeResult) -> Path:
         return folder / f"episode_{result.seed}_{'success' if result.success else 'failure'}.mp4"

@@ -1,4 +1,4 @@
-"""What a rollout and a sweep set up alike: checkpoints in their environment, checked before any work."""
+"""The set-up that rollout and sweep share: checkpoints and their environment, checked before any work."""
 
 from __future__ import annotations
 
@@ -16,17 +16,22 @@ from policy.common.device import check_device
 from policy.common.output import episode_seeds
 from policy.rollout.episodes import MakeEnv, check_num_envs, check_spaces
 
+# Defaults that rollouts and sweeps share. Demonstrations use seeds from 0, rollouts during training those from 50000.
+EPISODES = 50
+FIRST_SEED = 100_000
+NUM_ENVS = 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Checkpoints in their environment.
+    """Checkpoints and the environment in which they act.
 
     Attributes:
-        checkpoints: loaded.
+        checkpoints: the loaded checkpoints.
         env: settings of the environment.
-        make_env: makes it.
-        seeds: of the episodes.
-        action_space: of the environment.
+        make_env: makes the environment.
+        seeds: seeds of the episodes.
+        action_space: action space of the environment.
     """
 
     checkpoints: list[Checkpoint]
@@ -51,10 +56,10 @@ def set_stage(
     Args:
         make_env: makes an environment from its settings.
         checkpoints: folders that training wrote.
-        env: another environment than the checkpoints', or some settings of it.
-        seed: of the first episode.
-        episodes: how many.
-        num_envs: environments at once.
+        env: another environment, or changed settings of the checkpoints'.
+        seed: seed of the first episode.
+        episodes: number of episodes.
+        num_envs: environments that run at once.
         device: `cpu` or `cuda`.
 
     Returns:

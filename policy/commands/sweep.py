@@ -1,4 +1,4 @@
-"""`ddim-sweep`: cells run on the same episodes, compared, and summed up in the sentence a user came for."""
+"""`ddim-sweep`: run cells on the same episodes, compare them, and answer in one sentence which one to use."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from policy.commands.stage import Stage, set_stage
+from policy.commands.stage import EPISODES, FIRST_SEED, NUM_ENVS, Stage, set_stage
 from policy.common.output import output_folder
 from policy.common.progress import progress
-from policy.inference.backends import DEFAULT_BACKEND
+from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS
 from policy.rollout.cells import controllers_of
 from policy.rollout.episodes import MakeEnv
 from policy.rollout.ledger import Ledger
@@ -32,16 +32,16 @@ def sweep(
     *,
     checkpoint: Path | list[Path] | None = None,
     ddim_steps: int | list[int] = [1, 2, 4, 8, 16, 50],  # noqa: B006  (never changed)
-    episodes: int = 50,
-    seed: int = 100_000,
-    num_envs: int = 32,
+    episodes: int = EPISODES,
+    seed: int = FIRST_SEED,
+    num_envs: int = NUM_ENVS,
     workers: int | None = None,
     device: str = "cpu",
     sampler: dict[str, Any] | None = None,
     controller: dict[str, Any] | None = None,
     execution_horizon: int | list[int] | None = None,
     backend: str | list[str] = DEFAULT_BACKEND,
-    weights: str | list[str] = "float32",
+    weights: str | list[str] = DEFAULT_WEIGHTS,
     env: dict[str, Any] | None = None,
     margin: float = 0.05,
     videos: int | None = None,
@@ -49,26 +49,26 @@ def sweep(
     output_dir: Path | None = None,
     tracker: OpenRun,
 ) -> None:
-    """Sweep ddim_steps, and any other setting, against success; the same command with the same output_dir goes on.
+    """Sweep ddim_steps, or any other setting, against success; the same command with the same output_dir resumes.
 
     Args:
         make_env: makes an environment from its settings.
         checkpoint: the folder that training wrote, or several.
         ddim_steps: denoising steps; a list makes an axis.
-        episodes: in each cell; all cells run the same episodes with the same initial noise.
-        seed: of the first episode; the others count up from it.
-        num_envs: environments at once; no result depends on it.
-        workers: processes; by default one a core.
+        episodes: episodes in each cell; all cells run the same episodes with the same initial noise.
+        seed: seed of the first episode; the others count up from it.
+        num_envs: environments that run at once; no result depends on it.
+        workers: number of processes; by default one per core.
         device: `cpu` or `cuda`.
         sampler: the other sampler settings; a list makes an axis.
-        controller: what happens while a plan is made, see `ControllerSettings`; a list makes an axis.
+        controller: behaviour while a plan is computed, see `ControllerSettings`; a list makes an axis.
         execution_horizon: actions executed before the next plan, by default as in training; a list makes an axis.
-        backend: what samples: `eager`, `fused`, `compile`, `onnx` or `cuda_graph`; a list makes an axis.
+        backend: runs the sampling: `eager`, `fused`, `compile`, `onnx` or `cuda_graph`; a list makes an axis.
         weights: `float32`, or `int8` with `backend=onnx`; a list makes an axis.
-        env: another environment than the checkpoint's, or some settings of it.
-        margin: a loss of success, as a share, that is small enough not to matter in the recommendation.
-        videos: episodes to record side by side for the report; by default 2.
-        merge: folders of sweeps of single cells; their results are put together instead of running any.
+        env: another environment, or changed settings of the checkpoint's.
+        margin: the difference of success rates from which a cell counts as worse, in (0, 1).
+        videos: episodes to record with each of the shown cells for the report; by default 2.
+        merge: folders of finished sweeps; their results are merged, and no episode is run.
         output_dir: receives the files; by default a new folder under outputs/sweep.
         tracker: opens the tracked run.
 
@@ -79,7 +79,7 @@ def sweep(
         raise ValueError(f"margin is a share of the episodes, above 0 and below 1; got {margin}")
     if merge:
         if checkpoint is not None:
-            raise ValueError("merge= puts sweeps together that have run: leave checkpoint= out")
+            raise ValueError("merge= combines sweeps that have run: leave checkpoint= out")
         merged = read_swept(merge)
         folder = output_folder(output_dir, "sweep")
         run = tracker(folder=folder, config={"merge": [str(path) for path in merge]})
@@ -128,9 +128,9 @@ def publish(
 
     Args:
         folder: receives the files.
-        conclusion: of the sweep.
-        run: receives the table, its picture and the videos.
-        record: numbers of cells to recorded episodes of them; called once the files are written.
+        conclusion: the conclusion of the sweep.
+        run: the tracked run; receives the table, its plot and the videos.
+        record: records episodes of the cells with the given indices; called after the tables are written.
     """
     rows, advice = conclusion.rows, conclusion.advice
     pictures = [folder / "sweep.png", folder / "sweep.svg"]
@@ -165,7 +165,7 @@ def _run_missing(
     num_envs: int,
     workers: int | None,
 ) -> None:
-    """Run the episodes that the ledger does not hold, and write each down as it ends."""
+    """Run the episodes that the ledger does not hold, and add each to it as soon as it ends."""
     tasks = [(number, seed) for number, cell in enumerate(ids) for seed in ledger.missing(cell, stage.seeds)]
     total = len(cells) * len(stage.seeds)
     if len(tasks) < total:
@@ -194,7 +194,7 @@ def _recorded(
     seeds: Sequence[int],
     folder: Path,
 ) -> list[Clip]:
-    """Run episodes again with pictures; where nothing can be drawn, say so in one line."""
+    """Repeat episodes and record them; if rendering is not possible, print one line that says so."""
     policies, shown = [c.policy for c in stage.checkpoints], [cells[number].cell for number in chosen]
     controllers = controllers_of(policies, shown, stage.action_space)
     takes = [
@@ -212,6 +212,6 @@ def _recorded(
             outcome = "success" if result.success else f"failure, score {result.score:.2f}"
             caption = f"{label_of(rows, rows[number])}: {outcome} after {result.steps} steps"
             clips.append(Clip(seed=result.seed, caption=caption, file=file))
-    except (RuntimeError, ValueError) as error:  # an environment need not know how to draw
+    except (RuntimeError, ValueError) as error:  # an environment may not support rendering
         print(f"no video: {error}")
     return clips

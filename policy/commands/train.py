@@ -1,4 +1,4 @@
-"""`ddim-train`: from demonstrations to a checkpoint that acts."""
+"""`ddim-train`: train a policy on demonstrations, and save it as a checkpoint."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from policy.training.preparation import Run, prepare_run
 from policy.training.settings import TrainSettings
 from policy.training.state import TrainState
 
-# Episodes rolled out while training, apart from those demonstrated (from 0) and those reported (from 100000).
+# First seed of the rollouts during training. Demonstrations use seeds from 0, reported results those from 100000.
 ROLLOUT_SEED = 50_000
 
-# The averaged policy to the metrics of a short rollout.
+# Runs a short rollout of the averaged policy, and returns its metrics.
 Rollout = Callable[[DiffusionPolicy], dict[str, float]]
 
 
@@ -55,29 +55,29 @@ def train_policy(
     output_dir: Path | None = None,
     expected: list[dict[str, float]] | None = None,
 ) -> None:
-    """Train a diffusion policy on demonstrations; the same command with the same output_dir goes on where it stopped.
+    """Train a diffusion policy on demonstrations; the same command with the same output_dir resumes where it stopped.
 
     Args:
         make_env: makes an environment from the settings in `env`.
         dataset: the demonstrations.
-        env: the environment they come from; a Minari dataset of `scripts/collect.py` brings its own.
-        policy: see `PolicySettings`.
-        sampler: for the rollouts while training.
-        train: see `TrainSettings`.
+        env: the environment that they come from; a Minari dataset of `scripts/collect.py` names its own.
+        policy: settings of the policy.
+        sampler: sampling settings of the rollouts during training.
+        train: settings of the training.
         tracker: opens the tracked run.
         augment: a symmetry of the task, as a function of observations and actions; doubles the training episodes.
         auxiliary: keys of privileged observations, see `DataShapes.auxiliary_shapes`.
         execution_horizon: actions executed before the next plan.
-        seed: of the split, the weights and every training step.
-        num_envs: environments in the rollouts while training.
+        seed: seed of the split, the weights and every training step.
+        num_envs: environments that run at once in the rollouts during training.
         device: `cpu` or `cuda`.
         output_dir: receives `checkpoint/`; by default a new folder under outputs/train.
-        expected: success_rate and score_mean that a preset reaches, at each of some `ddim_steps`; only printed.
+        expected: success_rate and score_mean that a preset reaches, for some values of `ddim_steps`; only printed.
 
     Raises:
         ValueError: settings that do not fit each other, the data or the environment, before training starts; or
-            another process trains in this folder.
-        FloatingPointError: see `policy.training.loop.train`; names the last good checkpoint.
+            another process is training in this folder.
+        FloatingPointError: see `policy.training.loop.train`; the message names the last good checkpoint.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after saving.
     """
     if not env and dataset.metadata.get("env"):
@@ -99,7 +99,7 @@ def train_policy(
         env=env,
         execution_horizon=execution_horizon,
         training={
-            # Until a first loss that is not finite, runs that would stop and runs that would skip are the same.
+            # Left out: up to the first loss that is not finite, it has no effect, so a resumed run may change it.
             **{key: value for key, value in vars(train).items() if key != "on_bad_loss"},
             "seed": seed,
             "dataset": dataset.source,
@@ -116,7 +116,7 @@ def train_policy(
         tracked = tracking.finish()
         if run.state.step < train.all_steps:
             print(f"stopped at step {run.state.step} and saved: the same command with output_dir={folder} goes on")
-            raise KeyboardInterrupt  # what would come after a whole training must not start
+            raise KeyboardInterrupt  # so that commands that follow a complete training do not start
         print(f"checkpoint: {record.folder}" + (f"   tracked: {tracked}" if tracked else ""))
         for row in expected or []:
             print("the preset as committed reaches: " + ", ".join(f"{name}={value:g}" for name, value in row.items()))
@@ -124,18 +124,18 @@ def train_policy(
 
 
 def config_for(settings: PolicySettings, dataset: Demonstrations, auxiliary: Sequence[str]) -> PolicyConfig:
-    """The settings of a policy, with the sizes that follow from its demonstrations.
+    """Combine the settings of a policy with the sizes that follow from its demonstrations.
 
     Args:
-        settings: the user's.
-        dataset: gives the shapes.
-        auxiliary: keys of privileged observations among the dataset's.
+        settings: the user's settings.
+        dataset: the demonstrations.
+        auxiliary: those of the dataset's keys that are privileged observations.
 
     Returns:
         The configuration.
 
     Raises:
-        ValueError: a key that the dataset does not have, or shapes that no policy has.
+        ValueError: a key that the dataset does not have, or a shape that policies do not support.
     """
     shapes = dataset.observation_shapes
     for key in auxiliary:
@@ -151,13 +151,13 @@ def config_for(settings: PolicySettings, dataset: Demonstrations, auxiliary: Seq
 
 @dataclass(frozen=True, kw_only=True)
 class _Record:
-    """The checkpoint of a run, and what is noted in it.
+    """The checkpoint folder of a run, and the data recorded in every checkpoint.
 
     Attributes:
-        folder: of the newest checkpoint.
+        folder: the folder of the newest checkpoint.
         env: how to make the environment, or None.
-        execution_horizon: of the rollouts.
-        training: how it is trained, JSON data.
+        execution_horizon: recorded for rollouts.
+        training: how the policy is trained, JSON data.
         keep_last: see `TrainSettings`.
     """
 
@@ -168,16 +168,16 @@ class _Record:
     keep_last: int
 
     def resume(self, state: TrainState, settings: TrainSettings) -> None:
-        """Put the state back where the checkpoint left it, where there is one."""
+        """Restore the state from the checkpoint, if there is one."""
         if not is_checkpoint(self.folder):
             return
         resume_training(self.folder, state, self.training)
         print(f"going on at step {state.step} of {settings.all_steps}: {self.folder}")
-        if self.folder.exists():  # a kill may have come after it was saved and before it was kept
+        if self.folder.exists():  # the run may have been killed after saving it and before keeping it
             keep_checkpoint(self.folder, state, keep_last=self.keep_last)
 
     def save(self, state: TrainState) -> None:
-        """Write the newest checkpoint, and keep it beside the last few and the best."""
+        """Write the newest checkpoint, and update the last few and the best."""
         save_checkpoint(
             self.folder, state, env=self.env, execution_horizon=self.execution_horizon, training=self.training
         )
@@ -197,7 +197,7 @@ def _describe(run: Run, env: dict[str, Any] | None) -> None:
 def _train(
     run: Run, settings: TrainSettings, seed: int, tracking: TrackedRun, record: _Record, rollout: Rollout | None
 ) -> None:
-    """Train until the end or until a signal, and print how fast it went and which steps were skipped."""
+    """Train until the end or a signal, and print the speed and the skipped steps."""
     first_step, began = run.state.step, time.perf_counter()
     try:
         with stop_on_signal() as should_stop:
@@ -229,7 +229,7 @@ def _rolled_out(
     execution_horizon: int,
     policy: DiffusionPolicy,
 ) -> dict[str, float]:
-    """Metrics of a short rollout with the averaged policy."""
+    """Run a short rollout of the averaged policy, and return its metrics."""
     seeds = range(ROLLOUT_SEED, ROLLOUT_SEED + settings.rollout_episodes)
     simulators = [make_env() for _ in range(min(num_envs, len(seeds)))]
     cell = Cell(sampler=sampler, execution_horizon=execution_horizon)

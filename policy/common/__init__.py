@@ -1,1 +1,1 @@
-"""What every room uses: settings and their checks, output folders, locks, seeds, progress."""
+"""Modules that all rooms use: settings and their checks, registries, output folders, locks, seeds, progress bars."""

@@ -1,4 +1,4 @@
-"""Checking arguments that arrive by name: from a command line, or from a checkpoint's JSON."""
+"""Checks of arguments that arrive by name: from a command line, or from a checkpoint's JSON."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from policy.common.signatures import Declaration, declaration_of
 
-# A function or class, its declaration, or `module:name` of it, which is read from its source and not imported.
+# A function or class, its declaration, or its `module:name`, which is read from source and not imported.
 Target = str | Callable[..., Any] | Declaration
 
 
 def unknown_name(what: str, name: str, allowed: Iterable[str]) -> ValueError:
-    """The error for a misspelt name: what came, the nearest allowed name, and all of them.
+    """Build the error for a misspelt name; it gives the name, the nearest allowed name and all allowed names.
 
     Args:
-        what: what the name stands for, such as `denoiser`.
-        name: what came.
-        allowed: what would have been accepted.
+        what: kind of thing that the name stands for, such as `denoiser`.
+        name: the unknown name.
+        allowed: the allowed names.
 
     Returns:
         The error, to be raised by the caller.
@@ -40,13 +40,13 @@ def check_arguments(
     """Check keyword arguments against a callable's signature and type hints, before calling it.
 
     Args:
-        where: what the arguments belong to, for the message (`sampler`, say, so that it names `sampler.eta`).
+        where: group that the arguments belong to, for the message (with `sampler` it names `sampler.eta`).
         target: a function or class with keyword arguments and type hints, see `Target`.
-        arguments: what would be passed.
-        prefix: what stands before a setting's name where the user writes it; by default `where` and a dot.
+        arguments: the keyword arguments to check.
+        prefix: text before a setting's name where the user writes it; by default `where` and a dot.
 
     Returns:
-        The arguments, converted to the hinted types where that loses nothing ("8" to 8).
+        The arguments, converted to the hinted types where no information is lost ("8" to 8).
 
     Raises:
         ValueError: an unknown name (with the nearest known one) or a value of the wrong type.
@@ -62,9 +62,9 @@ def check_names(where: str, target: Target, names: Iterable[str]) -> None:
     """Check that a callable takes keyword arguments of these names.
 
     Args:
-        where: what the arguments belong to, for the message.
+        where: group that the arguments belong to, for the message.
         target: see `check_arguments`.
-        names: of the arguments.
+        names: names of the arguments.
 
     Raises:
         ValueError: an unknown name, with the nearest known one.
@@ -97,7 +97,7 @@ def _check_type(name: str, hint: Any, value: Any) -> Any:
 
 
 def _check_numbers(name: str, value: Any) -> None:
-    """Refuse numbers that no setting can mean, also inside lists and dicts."""
+    """Reject numbers that are not finite or exceed 64 bits, also inside lists and dicts."""
     if isinstance(value, dict):
         for key, part in value.items():
             _check_numbers(f"{name}.{key}", part)
@@ -112,14 +112,14 @@ def _check_numbers(name: str, value: Any) -> None:
 
 @contextmanager
 def settings_of(where: str, names: Iterable[str]) -> Iterator[None]:
-    """Name a setting as its user does: `eta must lie within ...` becomes `sampler.eta must lie within ...`.
+    """Name a setting in errors as its user writes it: `eta must lie ...` becomes `sampler.eta must lie ...`.
 
     Args:
-        where: what the settings belong to.
-        names: of the settings.
+        where: group that the settings belong to.
+        names: names of the settings.
 
     Raises:
-        ValueError: the one raised inside, which began with a setting's bare name.
+        ValueError: the error raised inside; `where` is put before its message if it begins with one of the names.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Where tensors live, and the cores and threads that work on them."""
+"""Devices, CPU cores and torch threads."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 
 
 def check_device(device: str) -> str:
-    """Refuse a device that this machine does not have.
+    """Reject a device that this machine does not have.
 
     Args:
         device: `cpu`, `cuda`, `cuda:1`, ...
 
     Returns:
-        The same.
+        The device, unchanged.
 
     Raises:
-        ValueError: unknown, or not there.
+        ValueError: the device is unknown or not available.
     """
     try:
         torch.empty(0, device=device)
@@ -31,7 +31,7 @@ def check_device(device: str) -> str:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Run with `count` torch threads: small networks run no faster on more, and workers share the cores."""
+    """Run with `count` torch threads: small networks are not faster with more, and workers share the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -41,5 +41,5 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def available_cores() -> int:
-    """Cores this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

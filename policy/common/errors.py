@@ -1,11 +1,11 @@
-"""Failures that a command reports in one sentence, although no setting was wrong."""
+"""Errors that a command reports in one sentence although no setting is wrong."""
 
 from __future__ import annotations
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written; those before it are whole."""
+    """A checkpoint could not be written; earlier checkpoints are intact."""
 
 
 class WorkerError(RuntimeError):
-    """Episodes failed again and again."""
+    """Episodes failed repeatedly."""

@@ -1,4 +1,4 @@
-"""Stopping long work between two steps instead of in the middle of one."""
+"""Stop long work between two steps instead of in the middle of one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from types import FrameType
 
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C (or SIGTERM) into a request that the work asks for; a second Ctrl-C interrupts at once.
+    """Turn the first Ctrl-C (or SIGTERM) into a stop request that the work polls; a second Ctrl-C interrupts at once.
 
     Yields:
-        A function that says whether to stop.
+        A function that returns whether to stop.
     """
     asked = False
 

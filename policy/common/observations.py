@@ -1,4 +1,4 @@
-"""What an observation and a training batch are, and the one check that observations fit a policy."""
+"""The types of observations and training batches, and the check that observations fit a policy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import Tensor
 
-# One observation as an environment gives it: a vector, an image, or arrays by key.
+# One observation as an environment returns it: a vector, an image, or arrays by key.
 Observation: TypeAlias = NDArray[Any] | Mapping[str, NDArray[Any]]
 # One observation, or a history of them, as arrays by key.
 ByKey: TypeAlias = dict[str, NDArray[Any]]
@@ -41,12 +41,12 @@ def is_image(shape: Sequence[int]) -> bool:
 
 
 def plain_key(shape: Sequence[int]) -> str:
-    """The key of an observation that came without one: `image` for an image, else `state`."""
+    """Return the key for an observation that has none: `image` for an image, else `state`."""
     return "image" if is_image(shape) else "state"
 
 
 def as_dict(observation: Observation) -> ByKey:
-    """An observation as arrays by key."""
+    """Return an observation as arrays by key."""
     if isinstance(observation, Mapping):
         return dict(observation)
     return {plain_key(np.shape(observation)): observation}

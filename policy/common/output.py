@@ -1,4 +1,4 @@
-"""Output folders, and the seeds of the episodes whose results they receive."""
+"""Output folders of commands, and the seeds of their episodes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 
 
 def output_folder(output_dir: Path | None, command: str) -> Path:
-    """The folder a command writes to, made if need be.
+    """Return the folder that a command writes to; it is created if needed.
 
     Args:
-        output_dir: what the user chose, or None for a new folder named after the command and the time.
-        command: `train`, `rollout`, ...
+        output_dir: the user's choice, or None for a new folder named after the command and the time.
+        command: name of the command: `train`, `rollout`, ...
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: it cannot be made.
+        ValueError: the folder cannot be created.
     """
     folder = output_dir or Path("outputs") / command / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     try:
@@ -28,7 +28,7 @@ def output_folder(output_dir: Path | None, command: str) -> Path:
 
 
 def episode_seeds(seed: int, episodes: int) -> range:
-    """Seeds of so many episodes, counting up from `seed`.
+    """Return the seeds of `episodes` episodes, counting up from `seed`.
 
     Raises:
         ValueError: fewer than one episode, or a negative seed.

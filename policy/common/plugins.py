@@ -1,4 +1,4 @@
-"""Modules of the user's that register parts: `plugins=[my_module]` on any command."""
+"""Plugins: modules of the user that register parts, named by `plugins=[my_module]` on any command."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def load_plugins(names: Iterable[str]) -> None:
     """Import modules, each once.
 
     Args:
-        names: modules that Python finds, such as a file in the folder the command is run in.
+        names: modules that Python finds, such as a file in the folder in which the command is run.
 
     Raises:
-        ValueError: a module that is not there, or that fails.
+        ValueError: a module that does not exist, or whose import fails.
     """
     for name in names:
         try:
@@ -31,5 +31,5 @@ def load_plugins(names: Iterable[str]) -> None:
 
 
 def loaded_plugins() -> list[str]:
-    """The plugins of this process, for the processes that it starts and for what a checkpoint says of itself."""
+    """Return the plugins of this process, for the processes that it starts and for the record in a checkpoint."""
     return list(_LOADED)

@@ -1,4 +1,4 @@
-"""Progress bars that also read well in a log file."""
+"""Progress bars that are also readable in a log file."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tqdm import tqdm
 
 
 def progress(items: Iterable[Any] | None = None, *, total: int, desc: str, unit: str, initial: int = 0) -> tqdm[Any]:
-    """A progress bar on standard error: lively on a terminal, a line every ten seconds elsewhere.
+    """Create a progress bar on standard error, updated continuously on a terminal and every ten seconds elsewhere.
 
     Args:
-        items: what to iterate over; None for a bar that is updated by hand.
-        total: units of work in all.
+        items: the items to iterate over; None for a bar that is updated by hand.
+        total: total units of work.
         desc: name of the stage.
-        unit: what is counted.
-        initial: done already.
+        unit: name of one unit of work.
+        initial: units of work that are already done.
 
     Returns:
         The bar: an iterator over the items, and a context manager.

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from policy.common.arguments import check_arguments, settings_of, unknown_name
-from policy.common.signatures import declaration_of, load
+from policy.common.signatures import Declaration, declaration_of, load
 
 T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Parts of one kind by name; each is imported when it is first asked for.
+    """Parts of one kind by name; each is imported when it is first used.
 
     Args:
-        kind: what the parts are, for messages: `denoiser`, say.
-        parts: name to `module:attribute`.
+        kind: kind of the parts, for messages, such as `denoiser`.
+        parts: `module:attribute` of each part, by name.
 
     Example:
         >>> shapes = Registry("shape", {"path": "pathlib:PurePosixPath"})
@@ -33,11 +34,11 @@ class Registry(Mapping[str, T], Generic[T]):
         self._parts: dict[str, str | T] = dict(parts)
 
     def register(self, name: str, part: T) -> None:
-        """Add a part of your own.
+        """Add a part.
 
         Args:
-            name: what checkpoints and settings call it.
-            part: what takes the place of a built-in part.
+            name: name of the part in checkpoints and settings.
+            part: the class or function, with the interface of the built-in parts.
 
         Raises:
             ValueError: another part has that name.
@@ -47,7 +48,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self._parts[name] = part
 
     def declared(self, name: str) -> str | T:
-        """A part, or `module:attribute` while nobody has asked for it: to look at it without importing it.
+        """Return a part, or its `module:attribute` if it has not been imported yet. Nothing is imported.
 
         Raises:
             ValueError: there is no part of that name.
@@ -57,9 +58,9 @@ class Registry(Mapping[str, T], Generic[T]):
         return self._parts[name]
 
     def unknown(self, name: str) -> ValueError:
-        """The error for a name that no part has."""
+        """Build the error for a name that no part has."""
         error = unknown_name(self.kind, name, self._parts)
-        return ValueError(f"{error}; a {self.kind} of your own comes with plugins=[the module that registers it]")
+        return ValueError(f"{error}; to use your own {self.kind}, add plugins=[the module that registers it]")
 
     def __getitem__(self, name: str) -> T:
         part = self._parts[name]
@@ -84,13 +85,13 @@ def construct(registry: Registry[Any], spec: Mapping[str, Any], **derived: Any) 
     Args:
         registry: the parts to choose from.
         spec: `{"name": ..., **settings}`.
-        **derived: arguments that follow from elsewhere and cannot be set in the spec.
+        **derived: arguments that follow from the rest of the configuration and cannot be set in the spec.
 
     Returns:
         What the registered class or function returns.
 
     Raises:
-        ValueError: no or unknown name, an unknown or derived setting, a value of the wrong type.
+        ValueError: a missing or unknown name, an unknown or derived setting, or a value of the wrong type.
     """
     name, settings = check_spec(registry, spec)
     with settings_of(registry.kind, settings):
@@ -98,9 +99,9 @@ def construct(registry: Registry[Any], spec: Mapping[str, Any], **derived: Any) 
 
 
 def check_spec(registry: Registry[Any], spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Check a spec against what the part that it names takes, without importing that part.
+    """Check a spec against the parameters of the part that it names, without importing that part.
 
-    Its parameters without a default follow from the rest of the configuration: a spec cannot set them.
+    The part's parameters without a default follow from the rest of the configuration, so a spec cannot set them.
 
     Args:
         registry: the parts to choose from.
@@ -110,14 +111,15 @@ def check_spec(registry: Registry[Any], spec: Mapping[str, Any]) -> tuple[str, d
         The name, and the settings converted to the types that the part declares.
 
     Raises:
-        ValueError: no or unknown name, an unknown or derived setting, a value of the wrong type.
+        ValueError: a missing or unknown name, an unknown or derived setting, or a value of the wrong type.
     """
     settings = dict(spec)
     if "name" not in settings:
         raise ValueError(f"{registry.kind}.name is missing: set it to one of {', '.join(sorted(registry))}")
     name = str(settings.pop("name"))
-    declaration = declaration_of(registry.declared(name))
-    for key, parameter in declaration.signature.parameters.items():
-        if key in settings and parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
-            raise ValueError(f"{registry.kind}.{key} follows from the rest of the configuration and cannot be set")
-    return name, check_arguments(registry.kind, declaration, settings)
+    parameters = declaration_of(registry.declared(name)).signature.parameters
+    derived = {key for key, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+    if clash := sorted(settings.keys() & derived):
+        raise ValueError(f"{registry.kind}.{clash[0]} follows from the rest of the configuration and cannot be set")
+    takes = inspect.Signature([parameter for key, parameter in parameters.items() if key not in derived])
+    return name, check_arguments(registry.kind, Declaration(takes, ""), settings)

@@ -1,4 +1,4 @@
-"""One way to derive independent random streams from seeds."""
+"""Derivation of independent random streams from seeds."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import torch
 
 
 def derive_seed(*keys: int) -> int:
-    """A 64-bit seed from whole numbers, well mixed also for small ones.
+    """Derive a 64-bit seed from whole numbers; similar numbers give unrelated seeds.
 
     Args:
-        *keys: non-negative, such as (run seed, step) or (episode seed, plan).
+        *keys: non-negative numbers, such as (run seed, step) or (episode seed, plan).
 
     Returns:
         A seed for torch.
 
     Raises:
-        ValueError: a negative one.
+        ValueError: a negative number.
     """
     if min(keys) < 0:
         raise ValueError(f"seed must be 0 or more; got {min(keys)}")
@@ -24,5 +24,5 @@ def derive_seed(*keys: int) -> int:
 
 
 def derive_generator(*keys: int) -> torch.Generator:
-    """A CPU generator seeded by `derive_seed`."""
+    """Return a CPU generator seeded by `derive_seed`."""
     return torch.Generator().manual_seed(derive_seed(*keys))

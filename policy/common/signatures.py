@@ -1,6 +1,6 @@
-"""What a function or class takes, read from its source: to check settings without importing the part they are for.
+"""Signatures of functions and classes, read from source, so that settings are checked without importing their part.
 
-Importing a denoiser imports torch, which takes seconds. A misspelt setting should be refused before that.
+Importing a denoiser imports torch, which takes seconds. A misspelt setting should be reported before that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 EMPTY = inspect.Parameter.empty
-# What annotations are made of, besides aliases that a module defines itself.
+# Names that annotations are made of, besides aliases that a module defines itself.
 NAMES = {
     **{name: getattr(typing, name) for name in ("Any", "Literal")},
     **{name: getattr(collections.abc, name) for name in ("Callable", "Mapping", "Sequence")},
@@ -28,7 +28,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Unread:
-    """A default that is not a plain value: its source."""
+    """A default that is not a plain value, represented by its source."""
 
     source: str
 
@@ -41,8 +41,8 @@ class Declaration:
     """A function or class as its source declares it.
 
     Attributes:
-        signature: its parameters; an annotation that is not made of plain types is `Any`.
-        doc: its docstring.
+        signature: its parameters; an annotation that is not made of plain types becomes `Any`.
+        doc: its docstring, or an empty string.
     """
 
     signature: inspect.Signature
@@ -50,18 +50,18 @@ class Declaration:
 
 
 def load(target: str) -> Any:
-    """The thing at `module:name`."""
+    """Import and return the object at `module:name`."""
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def declaration_of(target: str | Callable[..., Any] | Declaration) -> Declaration:
-    """What a function or class takes.
+    """Return the declaration of a function or class.
 
     Args:
-        target: the thing itself, its declaration, or `module:name`, which is read from the module's source. A module
-            that has no source, or in which the name is not defined by a plain `def`, `class` or `from ... import`, is
-            imported.
+        target: the function or class, its declaration, or its `module:name`, which is read from the module's source. A
+            module without source, or one that does not define the name by a plain `def`, `class` or
+            `from ... import`, is imported.
 
     Returns:
         Its declaration.
@@ -83,7 +83,7 @@ def declaration_of(target: str | Callable[..., Any] | Declaration) -> Declaratio
 
 
 def _of_object(target: Any) -> Declaration:
-    function = getattr(target, "func", target)  # inside a functools.partial
+    function = getattr(target, "func", target)  # unwrap a functools.partial
     hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
     signature = inspect.signature(target)
     parameters = [p.replace(annotation=hints.get(name, Any)) for name, p in signature.parameters.items()]
@@ -92,21 +92,21 @@ def _of_object(target: Any) -> Declaration:
 
 @dataclass(frozen=True)
 class _Source:
-    """A module that was parsed and not imported."""
+    """A module that was parsed but not imported."""
 
     name: str
     package: str
     body: tuple[ast.stmt, ...]
 
     def statements(self) -> Iterator[ast.stmt]:
-        """Those at the top level, and those for type checkers."""
+        """Yield the statements at the top level and in its `if` blocks, such as those for type checkers."""
         for node in self.body:
             yield node
             if isinstance(node, ast.If):
                 yield from node.body
 
     def imported(self, name: str) -> tuple[str, str] | None:
-        """Module and name that `from module import name` brought in."""
+        """Return the module and name that a top-level `from module import name` imports under this name, or None."""
         for node in self.statements():
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
@@ -116,7 +116,7 @@ class _Source:
         return None
 
     def value(self, name: str) -> ast.expr | None:
-        """What a name at the top level is set to."""
+        """Return the expression that a top-level name is set to, or None."""
         for node in self.statements():
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
             if any(isinstance(t, ast.Name) and t.id == name for t in targets):
@@ -131,7 +131,7 @@ def _source(module: str) -> _Source | None:
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
         return None
     path = pathlib.Path(spec.origin)
-    stub = path.with_suffix(".pyi")  # of a package whose names are imported when they are first used
+    stub = path.with_suffix(".pyi")  # lists the names of a package that imports them when they are first used
     tree = ast.parse((stub if stub.exists() else path).read_text(encoding="utf-8"))
     is_package = spec.submodule_search_locations is not None
     return _Source(module, module if is_package else module.rpartition(".")[0], tuple(tree.body))
@@ -157,7 +157,7 @@ def _declaration(node: ast.FunctionDef | ast.ClassDef, parameters: list[inspect.
 
 
 def _class_parameters(source: _Source, node: ast.ClassDef) -> list[inspect.Parameter] | None:
-    """Of the class's own `__init__`, or of a dataclass's fields; None where another class decides."""
+    """Return the parameters of the class's own `__init__` or of a dataclass's fields, or None if neither is found."""
     for part in node.body:
         if isinstance(part, ast.FunctionDef) and part.name == "__init__":
             return _function_parameters(source, part.args)[1:]
@@ -221,7 +221,7 @@ def _default(source: _Source, node: ast.expr | None) -> Any:
                 other = _source(elsewhere[0])
                 if other is not None and (value := other.value(elsewhere[1])) is not None:
                     return _default(other, value)
-        case ast.Attribute(value=ast.Name(id=owner), attr=name):  # a field's default of another settings class
+        case ast.Attribute(value=ast.Name(id=owner), attr=name):  # default of a field of another settings class
             found = _declared(source.name, owner)
             if found and name in found.signature.parameters:
                 return found.signature.parameters[name].default
@@ -235,7 +235,7 @@ def _default(source: _Source, node: ast.expr | None) -> Any:
 
 
 def _annotation(source: _Source, node: ast.expr | None) -> Any:
-    """The type, where it is made of plain ones, of `NAMES` and of aliases of the same module; else `Any`."""
+    """Return the type if it is made of plain types, `NAMES` and aliases of the same module, else `Any`."""
     if node is None:
         return Any
     names: dict[str, Any] = {}
@@ -245,7 +245,7 @@ def _annotation(source: _Source, node: ast.expr | None) -> Any:
             if value is not None:
                 names[part.id] = _annotation(source, value)
     try:
-        # The source is this package's, or a module that its user named.
+        # The evaluated source is part of this package or of a module that the user named.
         return eval(ast.unparse(node), {**NAMES, **names})
     except Exception:
         return Any

@@ -1,1 +1,1 @@
-"""From observations to actions: when to plan, what to execute, in simulated time or against the clock."""
+"""From observations to actions: when to plan and what to execute, in simulated time or in real time."""

@@ -1,4 +1,4 @@
-"""From observations to chunks: histories, their checks, and one network call for many robots."""
+"""From observations to chunks: observation histories, their checks, and one network call for many robots."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class History:
     """The newest observations of one episode.
 
     Args:
-        config: of the policy, for shapes and the length.
+        config: the policy's configuration; its `obs_horizon` is the length of the history.
     """
 
     def __init__(self, config: PolicyConfig) -> None:
@@ -29,25 +29,25 @@ class History:
         self._seen: deque[ByKey] = deque(maxlen=config.obs_horizon)
 
     def add(self, observation: ByKey) -> None:
-        """Take in what `checked_observation` gave; the first one stands in for the ones before it, as in training."""
+        """Add a checked observation; an episode's first one also stands in for the ones before it, as in training."""
         self._seen.extend([observation] * (1 if self._seen else self._config.obs_horizon))
 
     def stacked(self) -> ByKey:
-        """(obs_horizon, *shape) under each key, oldest first."""
+        """The history, (obs_horizon, *shape) under each key, oldest first."""
         return {key: np.stack([seen[key] for seen in self._seen]) for key in self._seen[-1]}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """What one plan depends on.
+    """Everything that one plan depends on.
 
     Attributes:
-        seed: of the episode.
-        number: of the plan in its episode; noise is drawn from (seed, number), that of candidate n > 0 from (seed,
-            number, n).
+        seed: the episode's seed.
+        number: index of the plan in its episode. The noise is drawn from (seed, number), and that of candidate n > 0
+            from (seed, number, n).
         observations: (obs_horizon, *shape) under each key.
-        last: the plan before; None to begin from noise alone and to compare with nothing.
-        candidates: chunks to draw, of which the one closest to the last plan is taken, the first one without it.
+        last: the previous plan; None to start from noise alone and to take the first candidate.
+        candidates: chunks to sample, of which the one closest to the previous plan is taken.
     """
 
     seed: int
@@ -63,17 +63,17 @@ def sample_plans(
     """Sample one chunk for each request.
 
     Args:
-        program: the policy's sampling.
+        program: samples the chunks.
         requests: one or more.
-        plan_batch: requests in one network call. They are padded up to it, because a matrix product's rounding depends
-            on its number of rows: with a fixed number a chunk is the same alone or among others.
+        plan_batch: requests per network call. Every call is padded to this number, because the rounding of a matrix
+            product depends on its number of rows: with a fixed number, a chunk does not depend on the other requests.
 
     Returns:
         (action_horizon, action_dim) chunks in the data's units, in the order of the requests.
     """
     chunks: dict[int, NDArray[np.float32]] = {}
     kinds = [(request.last is None, request.candidates) for request in requests]
-    for kind in dict.fromkeys(kinds):  # one call's rows are of one kind
+    for kind in dict.fromkeys(kinds):  # all rows of one call are of the same kind
         group = [number for number, other in enumerate(kinds) if other == kind]
         for start in range(0, len(group), plan_batch):
             numbers = group[start : start + plan_batch]
@@ -82,7 +82,10 @@ def sample_plans(
 
 
 def _sampled(program: SamplerProgram, requests: Sequence[PlanRequest], plan_batch: int) -> list[NDArray[np.float32]]:
-    """One chunk a request, in one network call; all requests have a last plan, or none has, and as many candidates."""
+    """Sample one chunk per request in one network call.
+
+    Either all requests have a last plan or none has, and all have the same number of candidates.
+    """
     requests = [*requests, *[requests[-1]] * (plan_batch - len(requests))]
     rows = [(request, number) for request in requests for number in range(request.candidates)]
     observations = {
@@ -103,20 +106,20 @@ def _sampled(program: SamplerProgram, requests: Sequence[PlanRequest], plan_batc
 
 
 def _generator(request: PlanRequest, number: int) -> torch.Generator:
-    """Of one candidate: the first one's noise is that of a plan without candidates."""
+    """The generator of one candidate; the first candidate has the noise of a plan without further candidates."""
     return derive_generator(request.seed, request.number, *([number] if number else []))
 
 
 def closest(candidates: NDArray[np.float32], last: LastPlan, action_scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The candidate that continues the last plan best, by the squared distance over the actions both plans have.
+    """The candidate with the least squared distance to the last plan, over the control steps that both plans cover.
 
     Args:
         candidates: (N, action_horizon, action_dim), one or more.
-        last: what they are to continue; without overlap the first candidate is taken.
-        action_scale: (action_dim,) what a distance is measured in.
+        last: the plan to continue; without overlap the first candidate is taken.
+        action_scale: (action_dim,) unit of the distance in each dimension.
 
     Returns:
-        (action_horizon, action_dim) one of the candidates.
+        (action_horizon, action_dim), one of the candidates.
     """
     apart = ((candidates - last.chunk) / action_scale)[:, : last.overlap]
     chosen: NDArray[np.float32] = candidates[np.square(apart).sum(axis=(1, 2)).argmin()]
@@ -124,17 +127,17 @@ def closest(candidates: NDArray[np.float32], last: LastPlan, action_scale: NDArr
 
 
 def checked_observation(config: PolicyConfig, observation: Observation) -> ByKey:
-    """An observation by key, if it fits the policy.
+    """Check that an observation fits the policy, and return it as arrays by key.
 
     Args:
-        config: of the policy.
+        config: the policy's configuration.
         observation: a vector, an image, or arrays by key.
 
     Returns:
-        Copies: the caller may reuse its buffers, and the history must not change with them.
+        Copies of the arrays: the caller may reuse its buffers, and the history must not change with them.
 
     Raises:
-        ValueError: missing or unknown keys, a wrong shape, or a number that is NaN or infinite.
+        ValueError: missing or unknown keys, a wrong shape, or a value that is NaN or infinite.
     """
     by_key = {key: np.array(value) for key, value in as_dict(observation).items()}
     check_observations(by_key, config.observation_shapes)

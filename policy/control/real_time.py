@@ -1,4 +1,4 @@
-"""Control against the clock: the next chunk is planned in a thread while the last one is executed."""
+"""Real-time control: a thread plans the next chunk while the last one is executed."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from policy.model.diffusion_policy import DiffusionPolicy, zero_observations
 
 
 class Pace:
-    """Waits for the beginning of each control period.
+    """Waits for the start of each control period.
 
     Attributes:
-        overruns: periods that had begun before they were waited for: whatever is called between is too slow.
+        overruns: periods that had already started when they were waited for, because the work between two calls was too
+            slow.
 
     Args:
-        control_rate: periods a second.
+        control_rate: periods per second.
     """
 
     def __init__(self, control_rate: float) -> None:
@@ -39,7 +40,7 @@ class Pace:
         self.overruns = 0
 
     def __call__(self) -> None:
-        """Sleep until the next period begins."""
+        """Sleep until the next period starts."""
         now = time.monotonic()
         if now > self._next:
             self.overruns += 1
@@ -49,20 +50,21 @@ class Pace:
 
 
 LOG = logging.getLogger(__name__)
-# Plans timed before the first episode, and the newest ones that the next one's time is guessed from.
+# How many plans are timed before the first episode, and from how many recent plans the next one's time is estimated.
 REHEARSALS, REMEMBERED = 5, 20
 
 
 @dataclass
 class Timing:
-    """What an episode against the clock was like.
+    """Timing of one episode in real time.
 
     Attributes:
         steps: control steps.
-        missed_deadlines: control steps whose action took longer than a period; an episode's first plan is not counted.
-        late_steps: control steps for which there was no action of a plan, answered as `settings.late` says.
-        plan_ms: milliseconds that each plan took.
-        act_ms: milliseconds that each action took, the first one left out.
+        missed_deadlines: control steps whose action took longer than a period; the first one, which waits for the first
+            plan, is not counted.
+        late_steps: control steps without a planned action, see `ControllerSettings.late`.
+        plan_ms: duration of each plan, in milliseconds.
+        act_ms: duration of each call of `act` but the first, in milliseconds.
     """
 
     steps: int = 0
@@ -73,12 +75,12 @@ class Timing:
 
 
 def summarize_timing(timings: Sequence[Timing], control_rate: float, overruns: int) -> dict[str, float]:
-    """What episodes against the clock were like, together.
+    """Summarise the timing of episodes in real time.
 
     Args:
-        timings: of the episodes, one or more.
-        control_rate: control steps a second.
-        overruns: periods whose beginning the whole loop missed, the simulator's time included.
+        timings: one per episode, at least one.
+        control_rate: control steps per second.
+        overruns: periods whose start the whole loop missed, including the time of the simulator.
 
     Returns:
         JSON data: `control_rate episodes steps missed_deadlines late_steps overruns plans plan_ms_median plan_ms_p99
@@ -102,7 +104,7 @@ def summarize_timing(timings: Sequence[Timing], control_rate: float, overruns: i
 
 
 def format_timing(summary: Mapping[str, float]) -> str:
-    """A timing's summary in one line, for people."""
+    """The summary of `summarize_timing` in one line, for people."""
     return (
         f"{summary['steps']:.0f} control steps at {summary['control_rate']:g} Hz: {summary['missed_deadlines']:.0f}"
         f" missed deadlines, {summary['late_steps']:.0f} late steps, {summary['overruns']:.0f} periods that the whole"
@@ -115,30 +117,32 @@ def format_timing(summary: Mapping[str, float]) -> str:
 class RealTimeController:
     """Drives one robot at a fixed control rate.
 
-    Call `act` once in every control period. In the modes `asynchronous` and `continuous` it never waits for the
-    network: plans are made in a thread, begun early enough for what they were measured to take, and executed from the
-    action for the control step at which they are there. An episode's first plan is waited for: no period has begun.
+    Call `act` once in every control period. In the modes `asynchronous` and `continuous` it does not wait for the
+    network: a thread computes the plans. A plan is started early enough for its estimated duration, and executed from
+    the action for the control step at which it arrives. Only an episode's first plan is waited for, because no control
+    period has started yet.
 
-    Plan n draws its noise from (episode seed, n), but which observation it sees depends on how long plans take: unlike
-    in simulated time, two runs differ.
+    Plan n draws its noise from (episode seed, n), but the observation that it is computed from depends on the duration
+    of plans. Unlike in simulated time, two runs therefore differ.
 
     Args:
-        policy: gives the chunks.
-        control_rate: control steps a second.
-        sampler: how chunks are sampled.
-        execution_horizon: actions executed before the next plan is begun.
-        settings: the mode, and what to do when a plan is late; `delay_steps` is measured here and must be left at 0.
-        program: the policy's sampling, compiled for `sampler`; by default with the default backend.
-        action_space: actions are clipped to it.
-        max_age: seconds; an older observation is refused. Two periods by default.
-        clock: gives seconds, as `time.monotonic` does.
+        policy: samples the chunks.
+        control_rate: control steps per second.
+        sampler: sampling settings.
+        execution_horizon: actions executed before the next plan is started.
+        settings: the mode, and what to execute while a plan is late; `delay_steps` is measured here and must be 0.
+        program: the policy's sampling, compiled for `sampler`; by default it is compiled with the default backend.
+        action_space: actions are clipped to it; None leaves them unchanged.
+        max_age: maximum age of an observation, in seconds; by default two periods.
+        clock: returns the time in seconds, as `time.monotonic` does.
 
     Attributes:
         control_rate: as given.
-        timing: what the episode has been like so far.
+        timing: timing of the current episode so far.
 
     Raises:
-        ValueError: a setting out of range, or plans that take longer than a chunk lasts.
+        ValueError: a setting out of range, a program of another sampler, or, in the modes that do not wait, plans that
+            take as long as a chunk lasts or longer.
 
     Example:
         >>> import numpy as np
@@ -191,10 +195,10 @@ class RealTimeController:
         self._rehearse()
 
     def reset(self, seed: int) -> None:
-        """Begin an episode; a plan of the last one that is still being made is waited for and forgotten.
+        """Start an episode; a plan of the last episode that is still being computed is waited for and discarded.
 
         Args:
-            seed: of the episode; 0 or more.
+            seed: the episode's seed, 0 or more.
         """
         if self._coming is not None:
             self._coming.exception()
@@ -205,18 +209,18 @@ class RealTimeController:
         self.timing = Timing()
 
     def act(self, observation: Observation, observed_at: float | None = None) -> NDArray[np.float32]:
-        """The action of this control step.
+        """Return the action of the current control step.
 
         Args:
             observation: the newest observation: a vector, an image, or arrays by key.
-            observed_at: when it was made, by the controller's clock.
+            observed_at: time of the observation, by the controller's clock; None skips the check of its age.
 
         Returns:
             (action_dim,) action in the data's units.
 
         Raises:
-            ValueError: `reset` was not called, or an observation that does not fit the policy, is not finite or is too
-                old; the controller is then as it was before.
+            ValueError: `reset` was not called, or the observation does not fit the policy, is not finite or is too old.
+                The controller is then unchanged.
         """
         now = self._clock()
         if self._seed is None:
@@ -235,11 +239,11 @@ class RealTimeController:
         return action
 
     def late_steps(self) -> int:
-        """Control steps of the episode for which there was no action of a plan."""
+        """Control steps of the episode without a planned action."""
         return self.timing.late_steps
 
     def close(self) -> None:
-        """End the thread, once it has made its plan."""
+        """Stop the planning thread after its current plan."""
         self._thread.shutdown()
 
     def __enter__(self) -> RealTimeController:
@@ -252,7 +256,7 @@ class RealTimeController:
 
     @property
     def delay_steps(self) -> int:
-        """Control steps that the next plan is expected to take: what the slowest of the last ones took."""
+        """Control steps that the next plan is expected to take: as many as the slowest of the recent plans."""
         return math.ceil(max(self._plan_seconds) / self._period)
 
     def _take_plan(self) -> None:
@@ -285,7 +289,7 @@ class RealTimeController:
         timing.steps = timeline.step
         if timeline.late_steps > timing.late_steps:
             timing.late_steps = timeline.late_steps
-            LOG.warning("control step %d: no plan is there, %s", timing.steps - 1, self._settings.late)
+            LOG.warning("control step %d has no planned action: %s", timing.steps - 1, self._settings.late)
         if is_first:
             return
         timing.act_ms.append(1e3 * seconds)
@@ -294,11 +298,11 @@ class RealTimeController:
             LOG.warning("control step %d took %.1f ms, longer than a period", timing.steps - 1, 1e3 * seconds)
 
     def _rehearse(self) -> None:
-        """Time a few plans before any robot moves."""
+        """Time a few plans before any robot moves, and reject plans that take as long as a chunk."""
         config = self._config
         observations = {key: value[0].numpy() for key, value in zero_observations(config, rows=1).items()}
         request = PlanRequest(seed=0, number=0, observations=observations, candidates=self._settings.candidates)
-        self._planned(request)  # the first call is no measure
+        self._planned(request)  # not counted: the first call is slower than the others
         self._plan_seconds.clear()
         for _ in range(REHEARSALS):
             self._planned(request)

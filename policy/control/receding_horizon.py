@@ -22,7 +22,7 @@ Slot = TypeVar("Slot", bound=Hashable)
 
 @dataclass
 class _Robot:
-    """One robot's running episode: what it has seen, and how far it is."""
+    """The current episode of one robot: its seed, its observation history and its timeline."""
 
     seed: int
     history: History
@@ -31,20 +31,20 @@ class _Robot:
 
 @dataclass(kw_only=True)
 class RecedingHorizonController:
-    """Drives one robot, or many at once, with a policy, in simulated time: it waits for a plan without a step passing.
+    """Drives one robot, or many at once, in simulated time: no control step passes while a plan is computed.
 
-    The observation history and the place in the current chunk live here, one per slot; the policy keeps none. Plan n
-    of an episode draws its noise from (episode seed, n) alone, so that an episode runs the same whatever else runs.
-    `RealTimeController` drives one robot against the clock.
+    The observation history and the position in the current chunk are kept here, for each slot; the policy has no
+    state. Plan n of an episode draws its noise from (episode seed, n) alone, so that an episode does not depend on the
+    episodes that run beside it. `RealTimeController` drives one robot in real time.
 
     Attributes:
-        policy: gives the chunks.
-        sampler: how they are sampled.
-        execution_horizon: actions executed before the next plan is begun, 1..action_horizon.
-        settings: what happens while a plan is made, and how long that takes.
-        plan_batch: plans in one network call, see `sample_plans`.
-        program: the policy's sampling, compiled for `sampler`; by default with the default backend.
-        action_space: actions are clipped to it; None leaves them as they are.
+        policy: samples the chunks.
+        sampler: sampling settings.
+        execution_horizon: actions executed before the next plan is started, 1..action_horizon.
+        settings: behaviour while a plan is computed, and the number of control steps that this takes.
+        plan_batch: plans per network call, see `sample_plans`.
+        program: the policy's sampling, compiled for `sampler`; by default it is compiled with the default backend.
+        action_space: actions are clipped to it; None leaves them unchanged.
 
     Raises:
         ValueError: `execution_horizon`, `settings.delay_steps` or `sampler.ddim_steps` out of range, or a program of
@@ -76,18 +76,18 @@ class RecedingHorizonController:
         self._program = program_for(self.policy, self.sampler, self.program)
 
     def reset(self, seed: int, slot: Hashable = 0) -> None:
-        """Begin an episode.
+        """Start an episode.
 
         Args:
-            seed: of the episode; 0 or more.
-            slot: which robot.
+            seed: the episode's seed, 0 or more.
+            slot: the robot's slot.
         """
         config = self.policy.config
         timeline = Timeline(self.settings, self.execution_horizon, config.action_horizon, config.action_dim)
         self._episodes[slot] = _Robot(seed, History(config), timeline)
 
     def act(self, observation: Observation) -> NDArray[np.float32]:
-        """The next action of the robot in slot 0.
+        """Return the next action of the robot in slot 0.
 
         Args:
             observation: the newest observation: a vector, an image, or arrays by key.
@@ -96,13 +96,13 @@ class RecedingHorizonController:
             (action_dim,) action in the data's units.
 
         Raises:
-            ValueError: `reset` was not called, or an observation that does not fit the policy or is not finite; the
-                controller is then as it was before.
+            ValueError: `reset` was not called, or the observation does not fit the policy or is not finite. The
+                controller is then unchanged.
         """
         return self.act_many({0: observation})[0]
 
     def act_many(self, observations: Mapping[Slot, Observation]) -> dict[Slot, NDArray[np.float32]]:
-        """The next action of several robots, planned together where a plan is due.
+        """Return the next action of several robots; the plans that are due are sampled together.
 
         Args:
             observations: the newest observation of each slot.
@@ -111,7 +111,7 @@ class RecedingHorizonController:
             (action_dim,) action of each slot.
 
         Raises:
-            ValueError: see `act`; no slot has then taken its observation in.
+            ValueError: see `act`. All slots are then unchanged.
         """
         histories = {slot: self._episode(slot).history for slot in observations}
         checked = {slot: checked_observation(self.policy.config, seen) for slot, seen in observations.items()}
@@ -121,14 +121,16 @@ class RecedingHorizonController:
         return {slot: self.next_action(slot) for slot in observations}
 
     def observe(self, observation: Observation, slot: Hashable = 0) -> bool:
-        """Take the newest observation in; `act` in parts, for callers that plan for many slots at once.
+        """Add the newest observation of a slot.
+
+        `observe`, `plan` and `next_action` do in parts what `act` does, for callers that plan for many slots at once.
 
         Args:
-            observation: of the slot's robot.
-            slot: which robot.
+            observation: the newest observation.
+            slot: the robot's slot.
 
         Returns:
-            Whether `plan` must come before `next_action`.
+            Whether `plan` must be called before `next_action`.
 
         Raises:
             ValueError: see `act`.
@@ -138,7 +140,7 @@ class RecedingHorizonController:
         return episode.timeline.due(self.settings.delay_steps)
 
     def plan(self, slots: Iterable[Hashable]) -> None:
-        """Sample a chunk for those of the slots that are due one."""
+        """Sample a chunk for each of the slots that needs a new plan."""
         delay = self.settings.delay_steps
         waiting = [e for e in (self._episodes[slot] for slot in slots) if e.timeline.due(delay)]
         requests = [request_of(e.seed, e.history, e.timeline, self.sampler, delay) for e in waiting]
@@ -146,11 +148,11 @@ class RecedingHorizonController:
             episode.timeline.deliver(chunk, delay)
 
     def next_action(self, slot: Hashable = 0) -> NDArray[np.float32]:
-        """(action_dim,) next action of a slot for which no plan is due."""
+        """Return the (action_dim,) next action of a slot for which no plan is due."""
         return clipped(self._episodes[slot].timeline.next_action(), self.action_space)
 
     def late_steps(self, slot: Hashable = 0) -> int:
-        """Control steps of a slot's episode for which there was no action of a plan."""
+        """Control steps of a slot's episode without a planned action."""
         return self._episodes[slot].timeline.late_steps
 
     def _episode(self, slot: Hashable) -> _Robot:
@@ -160,7 +162,7 @@ class RecedingHorizonController:
 
 
 def program_for(policy: DiffusionPolicy, sampler: Sampler, program: SamplerProgram | None) -> SamplerProgram:
-    """The program given, or the policy's own sampling as one.
+    """The given program, or, if it is None, the policy's sampling compiled with the default backend.
 
     Raises:
         ValueError: more denoising steps than the schedule has timesteps, or a program of another sampler.
@@ -174,17 +176,17 @@ def program_for(policy: DiffusionPolicy, sampler: Sampler, program: SamplerProgr
 
 
 def request_of(seed: int, history: History, timeline: Timeline, sampler: Sampler, delay_steps: int) -> PlanRequest:
-    """Begin an episode's next plan.
+    """Start the next plan of an episode.
 
     Args:
-        seed: of the episode.
-        history: what it has seen.
-        timeline: where it is.
-        sampler: whether plans begin from the last chunk.
+        seed: the episode's seed.
+        history: the episode's observations.
+        timeline: the episode's timeline; it records that a plan was started.
+        sampler: sampling settings; with `warm_start`, plans start from the last chunk.
         delay_steps: control steps that the plan will take.
 
     Returns:
-        What to sample; the last plan and candidates are part of it only where they are used.
+        The request. It has the last plan, and several candidates, only where they have an effect.
     """
     number, observations = timeline.plans, history.stacked()
     last = timeline.begin(delay_steps)
@@ -195,7 +197,7 @@ def request_of(seed: int, history: History, timeline: Timeline, sampler: Sampler
 
 
 def clipped(action: NDArray[np.float32], action_space: Box | None) -> NDArray[np.float32]:
-    """An action within its space."""
+    """Clip an action to its space; None leaves it unchanged."""
     if action_space is None:
         return action
     return np.clip(action, action_space.low, action_space.high).astype(np.float32)

@@ -1,11 +1,12 @@
-"""When to plan, and what to execute at each control step: the bookkeeping of one episode, free of networks and clocks.
+"""When to plan, and what to execute at each control step: the bookkeeping of one episode, without networks or clocks.
 
-Control steps and plans, for action_horizon 8, execution_horizon 5 and a plan that takes 2 control steps:
+The actions of each plan that are executed, for action_horizon 8, execution_horizon 5 and plans that take 2 control
+steps; a dot is a control step during which the plan is computed:
 
     control step   0 1 2 3 4 5 6 7 8 9 ...
-    plan 0         0 1 2 3 4 5 6           the episode begins when it is there
-    plan 1                   . . 2 3 4 5 6   begun at control step 5, there at 7: its actions 0 and 1 are never used
-    plan 2                             . .   begun at 10
+    plan 0         0 1 2 3 4 5 6             the episode starts when this plan arrives
+    plan 1                   . . 2 3 4 5 6   started at control step 5, arrives at 7; its actions 0 and 1 are not used
+    plan 2                             . .   started at control step 10
 
 A synchronous robot stands still at the dots and then executes the new plan from its first action.
 """
@@ -24,7 +25,7 @@ Chunk = NDArray[np.float32]
 Mode = Literal["synchronous", "asynchronous", "continuous"]
 Late = Literal["hold", "zero"]
 
-# Actions executed before the next plan is begun, where nothing else is chosen.
+# Default number of actions executed before the next plan is started.
 EXECUTION_HORIZON = 8
 
 
@@ -33,19 +34,19 @@ class ControllerSettings:
     """How chunks become actions when planning takes time.
 
     Attributes:
-        mode: `synchronous` waits for each plan and then executes it from its first action; `asynchronous` executes the
-            last plan on while the next is made, and then goes over to it at the action for that very control step;
-            `continuous` does the same, with the new plan inpainted around what is executed in the meantime, and drawn
-            towards the rest of the last plan, ever less (after the real-time chunking of Black et al. 2025).
-        delay_steps: control steps that a plan takes, simulated; an episode's first plan takes none.
-        late: what to execute when the last plan is used up and the next is not there: `hold` repeats the last action
-            (right for positions), `zero` is an action of zeros (right for velocities).
-        candidates: chunks drawn for each plan, in one network call; executed is the one that is closest to what the
-            last plan still had in mind (backward coherence of Liu et al. 2024). No effect where the last plan is
-            used up.
+        mode: `synchronous` waits for each plan and executes it from its first action; `asynchronous` goes on executing
+            the last plan while the next one is computed, and then switches to the new plan's action for the current
+            control step; `continuous` does the same, but inpaints the new plan around the actions that are executed in
+            the meantime, and pulls it towards the rest of the last plan with decreasing weight (after the real-time
+            chunking of Black et al. 2025).
+        delay_steps: simulated duration of a plan, in control steps; an episode's first plan takes none.
+        late: action to execute when the last plan is used up and the next one has not arrived: `hold` repeats the last
+            action (for position control), `zero` is an action of zeros (for velocity control).
+        candidates: chunks sampled for each plan, in one network call; the one closest to the rest of the last plan is
+            executed (backward coherence of Liu et al. 2024). No effect where the last plan is used up.
 
     Raises:
-        ValueError: an unknown name, a negative delay, or no candidate.
+        ValueError: an unknown name, a negative delay, or fewer than one candidate.
     """
 
     mode: Mode = "synchronous"
@@ -63,31 +64,32 @@ class ControllerSettings:
             raise ValueError(f"controller.candidates must be 1 or more; got {self.candidates}")
 
     def check(self, execution_horizon: int, action_horizon: int) -> None:
-        """Refuse a prefix that a chunk cannot give.
+        """Reject an execution horizon or a delay that is too long for a chunk.
 
         Args:
-            execution_horizon: actions executed before the next plan is begun.
+            execution_horizon: actions executed before the next plan is started.
             action_horizon: actions in a chunk.
 
         Raises:
-            ValueError: outside 1..action_horizon, or a delay that leaves no action of a chunk to execute.
+            ValueError: `execution_horizon` outside 1..action_horizon, or a delay that leaves no action of a chunk to
+                execute.
         """
         check_execution_horizon(execution_horizon, action_horizon)
         if self.mode != "synchronous" and self.delay_steps >= action_horizon:
             raise ValueError(
                 f"controller.delay_steps must be below the {action_horizon} actions of a chunk with"
-                f" controller.mode={self.mode}: all of it would be past when it comes; got {self.delay_steps}"
+                f" controller.mode={self.mode}: no action would be left to execute; got {self.delay_steps}"
             )
 
 
 def check_execution_horizon(execution_horizon: int, action_horizon: int) -> None:
-    """Refuse to execute more actions than a chunk has.
+    """Reject an execution horizon that does not fit a chunk.
 
     Raises:
-        ValueError: outside 1..action_horizon.
+        ValueError: `execution_horizon` outside 1..action_horizon.
     """
     if not 1 <= execution_horizon <= action_horizon:
-        # Either may be the one that was just set, the other a default or a checkpoint's.
+        # The user may have set either of the two; the other is a default, or stored in a checkpoint.
         raise ValueError(
             f"execution_horizon must be within 1..{action_horizon}; got {execution_horizon}:"
             f" a chunk has action_horizon={action_horizon} actions, so give an execution_horizon that fits,"
@@ -97,13 +99,13 @@ def check_execution_horizon(execution_horizon: int, action_horizon: int) -> None
 
 @dataclass(frozen=True, kw_only=True)
 class LastPlan:
-    """What the plan before means to a new one.
+    """The last plan, aligned with a new one.
 
     Attributes:
-        chunk: (action_horizon, action_dim) shifted to the control step at which the new plan is begun, and continued
-            with its last action.
-        keep: (action_horizon,) how much of each action the new plan is to keep, in [0, 1].
-        overlap: how many actions of it are for control steps that the new plan is for too; the rest is continuation.
+        chunk: (action_horizon, action_dim) the last plan's actions from the control step at which the new plan starts,
+            padded with copies of its last action.
+        keep: (action_horizon,) weight in [0, 1] with which the new plan keeps each of these actions.
+        overlap: number of these actions that are not padding: those for control steps that both plans cover.
     """
 
     chunk: Chunk
@@ -114,21 +116,21 @@ class LastPlan:
 @dataclass
 class _Plan:
     chunk: Chunk
-    first_step: int  # the control step that its first action is for
+    first_step: int  # the control step of its first action
 
 
 @dataclass
 class Timeline:
-    """One episode: which control step it is at, the plan being executed, and the one on its way.
+    """The state of one episode: its control step, the plan being executed and the plan being computed.
 
     Attributes:
         settings: how chunks become actions.
-        execution_horizon: actions executed before the next plan is begun.
+        execution_horizon: actions executed before the next plan is started.
         action_horizon: actions in a chunk.
         action_dim: width of one action.
-        step: the control step at hand; `next_action` ends it.
-        plans: how many were begun.
-        late_steps: control steps without an action of a plan.
+        step: the current control step; `next_action` advances it.
+        plans: number of plans started.
+        late_steps: number of control steps without a planned action.
     """
 
     settings: ControllerSettings
@@ -162,18 +164,18 @@ class Timeline:
             return True
         period = self.execution_horizon
         if self.settings.mode != "synchronous":
-            # The new plan is there before the last one is used up.
+            # Start early enough for the new plan to arrive before the last one is used up.
             period = max(1, min(period, self.action_horizon - delay_steps))
         return self.step - self._current.first_step >= period
 
     def begin(self, delay_steps: int) -> LastPlan | None:
-        """Note that a plan is begun, from this control step's observation.
+        """Record that a plan is started from the observation of the current control step.
 
         Args:
             delay_steps: control steps that the plan will take.
 
         Returns:
-            The last plan; None for an episode's first.
+            The last plan; None for an episode's first plan.
         """
         self._begun = self.step
         self.plans += 1
@@ -188,20 +190,21 @@ class Timeline:
         return LastPlan(chunk=self._current.chunk[ahead], keep=keep, overlap=overlap)
 
     def deliver(self, chunk: Chunk, delay_steps: int = 0) -> None:
-        """Take the plan that was begun.
+        """Accept the plan that was started by `begin`.
 
         Args:
             chunk: (action_horizon, action_dim).
-            delay_steps: control steps from its beginning to the first at which it may be executed.
+            delay_steps: control steps between its start and the first one at which it may be executed; no effect for an
+                episode's first plan.
         """
         assert self._begun is not None, "begin() comes first"
         self._there = self._begun + (0 if self._current is None else delay_steps)
-        # A synchronous robot has not moved in the meantime.
+        # A synchronous robot has stood still in the meantime, so its plan starts with the first action.
         first_step = self._there if self.settings.mode == "synchronous" else self._begun
         self._coming, self._begun = _Plan(chunk, first_step), None
 
     def next_action(self) -> Chunk:
-        """(action_dim,) the action of this control step, which ends it."""
+        """Return the (action_dim,) action of the current control step, and advance to the next step."""
         self._arrive()
         action = self._planned()
         if action is None:
@@ -225,15 +228,15 @@ class Timeline:
 
 
 def kept(overlap: int, committed: int, action_horizon: int) -> NDArray[np.float32]:
-    """How much of the last plan a new one keeps at each of its actions.
+    """Weight with which a new plan keeps each action of the last one.
 
     Args:
         overlap: actions that the last plan still has.
-        committed: those of them that are executed before the new plan is there.
+        committed: the number of these that are executed before the new plan arrives.
         action_horizon: actions in a chunk.
 
     Returns:
-        (action_horizon,) 1 where committed, then falling in equal steps to 0 behind the overlap.
+        (action_horizon,) 1 for committed actions, then decreasing in equal steps to 0 after the overlap.
 
     Example:
         >>> kept(overlap=5, committed=2, action_horizon=8).tolist()

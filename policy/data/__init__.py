@@ -1,6 +1,6 @@
 """Demonstrations on disk, and training windows over them.
 
-The names of this package stand in `__init__.pyi`; each is imported when it is first used.
+The names of this package are listed in `__init__.pyi`; each is imported when it is first used.
 """
 
 import lazy_loader

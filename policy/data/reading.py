@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,19 +108,17 @@ class _Reading:
         entry = cache / f"{self.path.name}-{fingerprint(files, self._settings())}"
         found = open_cached(entry)
         if found is None:
-            reader = self._open(files)
-            try:
+            # On an error the episodes are closed too, so that their progress bar ends before the message.
+            with closing(self._open(files)) as reader, closing(self._episodes(reader)) as episodes:
                 write_cached(
                     entry,
-                    self._episodes(reader),
+                    episodes,
                     source=str(self.path),
                     metadata=reader.metadata,
                     held_out=reader.held_out,
                     skip_bad=self.skip_bad,
                     max_episodes=self.max_episodes,
                 )
-            finally:
-                reader.close()
             found = open_cached(entry)
         if found is None:
             raise ValueError(f"the cache folder {cache} keeps nothing: set dataset.cache_dir to another one")
@@ -170,7 +168,7 @@ class _Reading:
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
 
-    def _episodes(self, reader: EpisodeReader) -> Iterator[tuple[str, Callable[[], Episode]]]:
+    def _episodes(self, reader: EpisodeReader) -> Generator[tuple[str, Callable[[], Episode]], None, None]:
         """The name of each episode, and a function that reads it."""
         total = min(len(reader.names), self.max_episodes or len(reader.names))
         with progress(reader.names, total=total, desc="read", unit="episode") as names:

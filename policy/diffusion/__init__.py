@@ -1,1 +1,1 @@
-"""The diffusion process: its schedule, the DDIM steps, and the settings of a sampler."""
+"""The diffusion process: noise schedule, coefficient tables of the solvers, DDIM, and the settings of a sampler."""

@@ -1,13 +1,13 @@
-"""The arithmetic of every solver: a table of five numbers a step, and the loop that applies it.
+"""The arithmetic of every solver: a table of five coefficients per step, and the loop that applies it.
 
-A denoising step of any solver here is two sums of products:
+A denoising step of any solver consists of two linear combinations:
 
     x̂_0    = clip(FROM_X x_t + FROM_PREDICTED network output)
     x_prev = TO_X x_t + TO_CLEAN x̂_0 + TO_NOISE z
 
-Everything in the table depends on the schedule and the timesteps alone, so it is computed once, in float64. A new
-solver is a function that computes another table; `policy.diffusion.ddim.ddim_step` says what DDIM's table means in the
-terms of the paper.
+The table follows from the schedule, the timesteps, eta and the prediction type alone, so it is computed once, in
+float64. A new solver is a function that computes another table. `policy.diffusion.ddim.ddim_step` performs DDIM's step
+in the terms of the paper.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from policy.diffusion.schedule import NoiseSchedule, check_prediction_type, chec
 # Columns of the table.
 FROM_X, FROM_PREDICTED, TO_X, TO_CLEAN, TO_NOISE = range(5)
 
-# (schedule, timesteps (K,), eta, prediction_type) to a table (K, 5) in float64.
+# Maps (schedule, timesteps (K,), eta, prediction_type) to a (K, 5) table in float64.
 Solver: TypeAlias = Callable[[NoiseSchedule, Tensor, float, str], Tensor]
 
 SOLVERS: Registry[Solver] = Registry("solver", {"ddim": "policy.diffusion.coefficients:ddim_coefficients"})
 
 
 def ddim_coefficients(schedule: NoiseSchedule, timesteps: Tensor, eta: float, prediction_type: str) -> Tensor:
-    """The table of DDIM (Song et al. 2021, eq. 12 and 16).
+    """Compute the coefficient table of DDIM (Song et al. 2021, eq. 12 and 16).
 
-    `ddim_step` computes the same step by step; here ε̂ = (x_t - √ᾱ_t x̂_0) / √(1 - ᾱ_t) is substituted.
+    It is `ddim_step` with ε̂ = (x_t - √ᾱ_t x̂_0) / √(1 - ᾱ_t) substituted.
 
     Args:
         schedule: the noise schedule.
-        timesteps: (K,) int64 timesteps that are visited, strictly decreasing; the last step lands on the clean end.
+        timesteps: (K,) int64 timesteps to visit, strictly decreasing; the last step ends at ᾱ = 1.
         eta: 0 deterministic, 1 DDPM.
-        prediction_type: what the network predicts: `epsilon`, `sample` or `v_prediction`.
+        prediction_type: type of the network's output: `epsilon`, `sample` or `v_prediction`.
 
     Returns:
-        (K, 5) float64, in the order of the steps.
+        (K, 5) float64 coefficients, in the order of the steps.
 
     Raises:
         ValueError: an unknown prediction type, or `epsilon` at a timestep without signal, ᾱ = 0.
@@ -65,7 +65,7 @@ def ddim_coefficients(schedule: NoiseSchedule, timesteps: Tensor, eta: float, pr
 
 
 def ddim_sigma(alpha_cumprod: Tensor, alpha_cumprod_prev: Tensor, eta: float) -> Tensor:
-    """σ of DDIM, eq. 16: η √((1 - ᾱ_prev) / (1 - ᾱ)) √(1 - ᾱ / ᾱ_prev)."""
+    """Compute σ of DDIM (eq. 16): η √((1 - ᾱ_prev) / (1 - ᾱ)) √(1 - ᾱ / ᾱ_prev)."""
     variance = (1 - alpha_cumprod_prev) / (1 - alpha_cumprod) * (1 - alpha_cumprod / alpha_cumprod_prev)
     return eta * variance.sqrt()
 
@@ -81,16 +81,16 @@ def take_step(
     keep: Tensor | float = 0.0,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """One step of the reverse process.
+    """Take one step of the reverse process.
 
     Args:
         x: (B, ...) noised data at this timestep.
         predicted: (B, ...) the network's output for it.
         coefficients: (5,) this step's row of the table, of x's dtype and device.
-        predicts_clean: whether the network predicts x_0 itself, so that nothing is to be converted.
+        predicts_clean: whether the network predicts x_0, so that its output needs no conversion.
         clip: bound on |x̂_0|, or None.
-        known: (B, ...) clean data that is given, or None.
-        keep: share of `known` that takes the place of x̂_0, in [0, 1], broadcast over x.
+        known: (B, ...) known clean data, or None.
+        keep: weight of `known` against x̂_0, in [0, 1], broadcast over x; 1 replaces x̂_0 by `known`.
         noise: (B, ...) standard normal z, or None for a deterministic step.
 
     Returns:
@@ -116,15 +116,15 @@ def reverse_process(
     known: Tensor | None = None,
     keep: Tensor | float = 0.0,
 ) -> Tensor:
-    """All steps of a table, in as many network calls: the one sampling loop.
+    """Take all steps of a table, with one network call per step. All sampling in PyTorch runs this loop.
 
     Args:
-        predict: number of the step and x (B, ...) to the network's output (B, ...).
+        predict: maps the index of the step and x (B, ...) to the network's output (B, ...).
         x: (B, ...) starting point.
-        table: (K, 5) of the solver, of x's dtype and device.
+        table: (K, 5) coefficients of the solver, of x's dtype and device.
         predicts_clean: see `take_step`.
         clip: see `take_step`.
-        step_noise: number of the step to standard normal noise (B, ...); None for a deterministic table.
+        step_noise: maps the index of the step to standard normal noise (B, ...); None for a deterministic table.
         known: see `take_step`.
         keep: see `take_step`.
 

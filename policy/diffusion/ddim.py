@@ -1,7 +1,7 @@
 """Denoising Diffusion Implicit Models (Song, Meng and Ermon, ICLR 2021, arXiv 2010.02502) as pure functions.
 
-`predict_fn(noisy_actions, timestep, observations)` is any callable: noisy actions (B, H, A), timestep (B,) int64,
-observations (B, obs_size); it returns (B, H, A).
+`predict_fn(noisy_actions, timestep, observations)` is any callable. It takes noisy actions (B, H, A), timestep (B,)
+int64 and observations (B, obs_size), and returns (B, H, A).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Generators = torch.Generator | Sequence[torch.Generator]
 
 
 def check_ddim_steps(ddim_steps: int, num_steps: int, name: str = "ddim_steps") -> None:
-    """Refuse a number of denoising steps that the schedule cannot give.
+    """Reject a number of denoising steps that the schedule does not allow.
 
     Args:
-        ddim_steps: K.
-        num_steps: T.
-        name: of the setting, for the message.
+        ddim_steps: K, the number of denoising steps.
+        num_steps: T, the number of timesteps of the schedule.
+        name: name of the setting, for the message.
 
     Raises:
-        ValueError: unless 1 <= ddim_steps <= num_steps and whole.
+        ValueError: `ddim_steps` is not a whole number within 1..`num_steps`.
     """
     if isinstance(ddim_steps, bool) or not isinstance(ddim_steps, int) or not 1 <= ddim_steps <= num_steps:
         raise ValueError(
@@ -40,10 +40,10 @@ def check_ddim_steps(ddim_steps: int, num_steps: int, name: str = "ddim_steps") 
 
 
 def check_eta(eta: float) -> None:
-    """Refuse an `eta` outside 0 (deterministic DDIM) to 1 (DDPM).
+    """Reject an `eta` outside the range from 0 (deterministic DDIM) to 1 (DDPM).
 
     Raises:
-        ValueError: unless 0 <= eta <= 1.
+        ValueError: `eta` is outside [0, 1].
     """
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must lie within 0 (deterministic DDIM) and 1 (DDPM); got {eta!r}")
@@ -53,26 +53,26 @@ def check_clip(clip: float | None) -> None:
     """Reject a bound on the clean estimate that is not positive.
 
     Raises:
-        ValueError: unless None or above 0.
+        ValueError: `clip` is neither None nor above 0.
     """
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be positive, or None for no clipping; got {clip!r}")
 
 
 def check_spacing(spacing: str) -> None:
-    """Refuse an unknown timestep spacing.
+    """Reject an unknown timestep spacing.
 
     Raises:
-        ValueError: naming the allowed values.
+        ValueError: an unknown name; the message lists the allowed ones.
     """
     if spacing not in SPACINGS:
         raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}; got {spacing!r}")
 
 
 def ddim_timesteps(num_steps: int, ddim_steps: int, spacing: str = "trailing") -> Tensor:
-    """The timesteps a sampler visits, from most to least noise.
+    """Return the timesteps that a sampler visits, from most to least noise.
 
-    Exactly `ddim_steps` distinct timesteps for every 1 <= K <= T, also where K does not divide T.
+    There are exactly `ddim_steps` distinct timesteps for every 1 <= K <= T, also where K does not divide T.
 
     Args:
         num_steps: T of the schedule.
@@ -97,7 +97,7 @@ def ddim_timesteps(num_steps: int, ddim_steps: int, spacing: str = "trailing") -
     check_spacing(spacing)
     steps = torch.arange(ddim_steps, dtype=torch.float64)
     if spacing == "trailing":
-        # torch and numpy round halves to even, as the public implementations do.
+        # `round` rounds halves to even, as numpy and the public implementations do.
         return (num_steps - steps * num_steps / ddim_steps).round().long() - 1
     if spacing == "leading":
         return (steps * (num_steps // ddim_steps)).long().flip(0)
@@ -107,10 +107,10 @@ def ddim_timesteps(num_steps: int, ddim_steps: int, spacing: str = "trailing") -
 
 
 def check_generators(generator: Generators | None, rows: int) -> None:
-    """Refuse a sequence of generators that is not one per row.
+    """Reject a sequence of generators that does not hold one generator per row.
 
     Raises:
-        ValueError: naming both numbers.
+        ValueError: the numbers differ; the message gives both.
     """
     if isinstance(generator, Sequence) and len(generator) != rows:
         raise ValueError(f"pass one generator per row: got {len(generator)} for a batch of {rows}")
@@ -130,26 +130,27 @@ def ddim_step(
     known: Tensor | None = None,
     keep: Tensor | float = 0.0,
 ) -> Tensor:
-    """One reverse step from `timestep` to `prev_timestep` (DDIM, eq. 12 and 16).
+    """Take one reverse step from `timestep` to `prev_timestep` (DDIM, eq. 12 and 16).
 
-    x_prev = √ᾱ_prev x̂_0 + √(1 - ᾱ_prev - σ²) ε̂ + σ z, where x̂_0 is the clipped estimate and ε̂ is re-derived from it,
-    so that the three terms agree on one x_0. With `clip=None` ε̂ is what the network implied.
+    The step is x_prev = √ᾱ_prev x̂_0 + √(1 - ᾱ_prev - σ²) ε̂ + σ z. x̂_0 is the clipped estimate, and ε̂ is re-derived
+    from it, so that both terms are consistent with the same x_0. With `clip=None`, ε̂ is the network's own estimate.
 
-    Inpainting: where `keep` is 1, x̂_0 is what is known; so that part of x_prev is the known data under the noise that
-    x_t holds, and the network sees it as it saw data in training (the replacement of Lugmayr et al. 2022, for DDIM).
+    Inpainting: where `keep` is 1, `known` replaces x̂_0. That part of x_prev is then the known data with the noise that
+    x_t contains, like the noised data that the network saw in training (the replacement step of RePaint, Lugmayr et al.
+    2022, adapted to DDIM).
 
     Args:
         x_t: (B, ...) noised data at `timestep`.
         predicted: (B, ...) the network's output for it.
         timestep: t, within 0..T - 1.
-        prev_timestep: where to land, -1 <= prev_timestep < timestep; -1 is the clean end, ᾱ = 1.
+        prev_timestep: the timestep to reach, -1 <= prev_timestep < timestep; -1 is the clean end, ᾱ = 1.
         schedule: the noise schedule.
         eta: 0 deterministic, 1 the DDPM posterior.
-        prediction_type: what `predicted` is: `epsilon`, `sample` or `v_prediction`.
-        clip: bound on |x̂_0|, or None to leave it as it is.
-        noise: (B, ...) standard normal z; needed when eta > 0.
-        known: (B, ...) clean data that is given, or None.
-        keep: how much of `known` takes the place of x̂_0, in [0, 1], broadcast over x_t.
+        prediction_type: type of `predicted`: `epsilon`, `sample` or `v_prediction`.
+        clip: bound on |x̂_0|, or None for no clipping.
+        noise: (B, ...) standard normal z; required when eta > 0.
+        known: (B, ...) known clean data, or None.
+        keep: weight of `known` against x̂_0, in [0, 1], broadcast over x_t.
 
     Returns:
         (B, ...) data at `prev_timestep`.
@@ -179,7 +180,7 @@ def ddim_step(
         x_0 = keep * known + (1 - keep) * x_0
     epsilon = schedule.to_epsilon(x_0, x_t, timestep)
 
-    # Scalars stay in float64 until they meet the data.
+    # Scalars stay in float64 until they are combined with the data.
     clean = torch.ones((), dtype=torch.float64)
     alpha_cumprod = schedule.alphas_cumprod[timestep]
     alpha_cumprod_prev = schedule.alphas_cumprod[prev_timestep] if prev_timestep >= 0 else clean
@@ -210,29 +211,30 @@ def ddim_sample(
 ) -> Tensor:
     """Sample chunks by the reverse process, in exactly `ddim_steps` network calls (DDIM, sec. 4.2).
 
-    The last step always lands on ᾱ = 1 and so returns an x_0, with no noise left in it.
+    The last step always ends at ᾱ = 1, so the result is an x_0 without residual noise.
 
     Args:
         predict_fn: `(noisy_actions (B, H, A), timestep (B,) int64, observations) -> (B, H, A)`.
-        observations: (B, obs_size) observation embedding, handed to `predict_fn` as it is.
-        noise: (B, H, A) standard normal starting point x_T; gives dtype and device of the result.
+        observations: (B, obs_size) observation embedding, passed to `predict_fn` unchanged.
+        noise: (B, H, A) standard normal starting point x_T; its dtype and device are those of the result.
         schedule: the schedule the network was trained with.
         ddim_steps: K, within 1..T.
-        eta: 0 deterministic in `noise`, 1 DDPM.
+        eta: 0 deterministic given `noise`, 1 DDPM.
         spacing: `trailing`, `leading` or `linspace`; see `ddim_timesteps`.
         prediction_type: `epsilon`, `sample` or `v_prediction`.
         clip: bound on |x̂_0| at every step, or None.
-        generator: source of the noise added at each step when eta > 0, on the noise's device: one for the batch, or one
-            per row, so that a row's result does not depend on what else is in the batch. None draws from
+        generator: source of the noise added at each step when eta > 0, on the device of `noise`: one for the batch, or
+            one per row, so that a row's result does not depend on the rest of the batch. None draws from
             torch's global generator.
-        known: (B, H, A) actions that are given, such as those already committed to, or None; see `ddim_step`.
-        keep: how much of `known` to keep, in [0, 1], broadcast over (B, H, A): 1 fixes an action, 0 leaves it free.
+        known: (B, H, A) known actions, such as those already committed to, or None; see `ddim_step`.
+        keep: weight of `known`, in [0, 1], broadcast over (B, H, A): 1 fixes an action, 0 leaves it free.
 
     Returns:
         (B, H, A) sampled chunks.
 
     Raises:
-        ValueError: `ddim_steps` outside 1..T, `eta` outside 0..1, unknown names, or other than B generators.
+        ValueError: `ddim_steps` outside 1..T, `eta` outside 0..1, `clip` not positive, an unknown name, a sequence of
+            generators whose length is not B, or a network output whose shape is not that of `noise`.
 
     Example:
         >>> import torch
@@ -267,17 +269,17 @@ def ddim_sample(
 
 
 def randn_like(x: Tensor, generator: Generators | None) -> Tensor:
-    """Standard normal noise of `x`'s shape, from one generator or from one per row.
+    """Draw standard normal noise of `x`'s shape, from one generator or from one per row.
 
     Args:
-        x: (B, ...) gives shape, dtype and device.
-        generator: one, one per row, or None for torch's global one.
+        x: (B, ...) tensor that gives shape, dtype and device.
+        generator: one generator, one per row, or None for torch's global generator.
 
     Returns:
         (B, ...) noise.
 
     Raises:
-        ValueError: a number of generators other than B.
+        ValueError: a sequence of generators whose length is not B.
     """
     check_generators(generator, len(x))
     if isinstance(generator, Sequence):

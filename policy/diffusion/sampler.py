@@ -1,4 +1,4 @@
-"""How to sample: free at inference, however the policy was trained."""
+"""Settings of a sampler: they are chosen at inference, whatever the policy was trained with."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from policy.diffusion.coefficients import SOLVERS
 from policy.diffusion.ddim import check_ddim_steps, check_eta, check_spacing, ddim_timesteps
 from policy.diffusion.schedule import NoiseSchedule
 
-# Settings that came after the first sweeps, with what those sampled with: records name them only where they differ, so
-# that the cells of an older ledger keep their names.
+# Settings that were added after the first sweeps, with the value that those sweeps used implicitly. A record leaves out
+# a setting with this value, so that the cells of an older ledger keep their names.
 LATER_SETTINGS = {"solver": "ddim"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Settings of sampling.
+    """Settings of a sampler.
 
     Attributes:
         ddim_steps: denoising steps K, within 1..num_steps of the checkpoint's schedule.
         eta: 0 deterministic, 1 DDPM.
         spacing: `trailing`, `leading` or `linspace`.
         clip: bound on the normalised estimate of the clean chunk, or None.
-        warm_start: begin every chunk but an episode's first from the one before, shifted to now and noised to this
-            share of the schedule's timesteps, above 0 and up to 1; None begins from noise alone.
-        solver: computes the steps: `ddim`, or one that a plugin registers.
+        warm_start: begin every chunk except an episode's first from the previous chunk, shifted to now and noised to
+            this share of the schedule's timesteps, above 0 and at most 1; None begins from noise alone.
+        solver: name of the solver: `ddim`, or one that a plugin registers.
 
     Raises:
         ValueError: a value outside its range.
@@ -56,28 +56,28 @@ class Sampler:
             raise SOLVERS.unknown(self.solver)
 
     def check(self, num_steps: int) -> None:
-        """Reject more denoising steps than there are timesteps to visit.
+        """Reject more denoising steps than the schedule, or the share of it that `warm_start` leaves, has timesteps.
 
         Args:
             num_steps: T of the checkpoint's schedule.
 
         Raises:
-            ValueError: naming the range.
+            ValueError: too many denoising steps; the message gives the limit.
         """
         check_ddim_steps(self.ddim_steps, num_steps)
         if self.warm_start is not None and self.ddim_steps > (lowest := self._warm_range(num_steps)):
             raise ValueError(
                 f"sampler.warm_start={self.warm_start} leaves {lowest} of {num_steps} timesteps, fewer than"
-                f" ddim_steps={self.ddim_steps}: raise the one or lower the other"
+                f" ddim_steps={self.ddim_steps}: raise warm_start or lower ddim_steps"
             )
 
     def record(self) -> dict[str, Any]:
-        """The settings as JSON data, without those later ones that have the value all samplers had before."""
+        """Return the settings as JSON data, without those of `LATER_SETTINGS` that have their earlier value."""
         settings = dataclasses.asdict(self)
         return {name: value for name, value in settings.items() if LATER_SETTINGS.get(name, ...) != value}
 
     def cold_course(self, schedule: NoiseSchedule) -> Course:
-        """The course of a chunk that begins from noise.
+        """Return the course of a chunk that begins from noise.
 
         Raises:
             ValueError: more denoising steps than the schedule has timesteps.
@@ -85,7 +85,7 @@ class Sampler:
         return Course(timesteps=ddim_timesteps(schedule.num_steps, self.ddim_steps, self.spacing))
 
     def warm_course(self, schedule: NoiseSchedule) -> Course:
-        """The course of a chunk that begins from the previous one, noised to `warm_start` of the schedule.
+        """Return the course of a chunk that begins from the previous one, noised to `warm_start` of the schedule.
 
         Raises:
             ValueError: more denoising steps than that share has timesteps.
@@ -95,7 +95,7 @@ class Sampler:
         return Course(timesteps=timesteps, signal=alpha_cumprod**0.5, noise=(1 - alpha_cumprod) ** 0.5)
 
     def table(self, schedule: NoiseSchedule, course: Course, prediction_type: str) -> Tensor:
-        """(ddim_steps, 5) float64, the solver's coefficients of each step, see `policy.diffusion.coefficients`."""
+        """Return the solver's coefficients, (ddim_steps, 5) float64; see `policy.diffusion.coefficients`."""
         return SOLVERS[self.solver](schedule, course.timesteps, self.eta, prediction_type)
 
     def _warm_range(self, num_steps: int) -> int:
@@ -105,12 +105,12 @@ class Sampler:
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """Where sampling begins, and the timesteps it visits.
+    """The starting point of sampling and the timesteps that it visits.
 
     Attributes:
-        timesteps: (ddim_steps,) int64, strictly decreasing; the last step lands on the clean end.
-        signal: share of the previous chunk in the starting point, √ᾱ of the first timestep; 0 begins from noise alone.
-        noise: share of noise in the starting point, √(1 - ᾱ); 1 begins from noise alone.
+        timesteps: (ddim_steps,) int64, strictly decreasing; the last step ends at ᾱ = 1.
+        signal: factor of the previous chunk in the starting point, √ᾱ of the first timestep; 0 begins from noise alone.
+        noise: factor of the noise in the starting point, √(1 - ᾱ); 1 begins from noise alone.
     """
 
     timesteps: Tensor

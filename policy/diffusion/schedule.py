@@ -1,4 +1,4 @@
-"""The forward diffusion process: noise levels, and conversions between what a network may predict."""
+"""The forward diffusion process: noise levels, conversions between prediction types, and weights of the loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LossWeighting = Literal["none", "min_snr"]
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 LOSS_WEIGHTINGS: tuple[str, ...] = get_args(LossWeighting)
 
-# ᾱ at the last timestep above which a standard normal is a poor stand-in for the fully noised data.
+# Largest allowed ᾱ at the last timestep: above it, a standard normal approximates the fully noised data poorly.
 MAX_FINAL_ALPHA_CUMPROD = 0.01
 
 
@@ -25,12 +25,15 @@ MAX_FINAL_ALPHA_CUMPROD = 0.01
 class NoiseSchedule:
     """Noise levels of the forward process q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I).
 
-    All levels are computed in float64 from the betas, and cast to the dtype of the data only where they
-    meet it: a float32 cumulative product over 1000 timesteps loses digits where √(1 - ᾱ) is small.
+    All levels are computed in float64 from the betas, and cast to the dtype of the data only where they are combined
+    with it: a float32 cumulative product over 1000 timesteps loses digits where √(1 - ᾱ) is small.
 
     Attributes:
-        betas: (num_steps,) float64, each in (0, 1); the last may be 1, and then leaves no signal: ᾱ = 0.
+        betas: (num_steps,) float64, each in (0, 1); the last may be 1, which leaves no signal, ᾱ = 0.
         alphas_cumprod: (num_steps,) float64, ᾱ_t, derived from the betas.
+
+    Raises:
+        ValueError: `betas` is not a vector, is empty, or holds a value outside its range.
     """
 
     betas: Tensor
@@ -69,11 +72,11 @@ class NoiseSchedule:
         return (1.0 - self.alphas_cumprod).sqrt()
 
     def signal_and_noise(self, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """√ᾱ and √(1 - ᾱ) at a timestep, shaped to broadcast against `like`.
+        """Return √ᾱ and √(1 - ᾱ) at a timestep, shaped to broadcast against `like`.
 
         Args:
             timestep: an int, or (B,) int64 with one timestep per row of `like`; -1 is the clean end, ᾱ = 1.
-            like: (B, ...) the tensor they will multiply; gives dtype and device.
+            like: (B, ...) the tensor that they will multiply; it gives dtype and device.
 
         Returns:
             Two tensors, each () or (B, 1, ..., 1), of `like`'s dtype and device.
@@ -103,12 +106,15 @@ class NoiseSchedule:
 
         Returns:
             (B, ...) noised data.
+
+        Raises:
+            ValueError: see `signal_and_noise`.
         """
         signal, sigma = self.signal_and_noise(timestep, x_0)
         return signal * x_0 + sigma * noise
 
     def target(self, x_0: Tensor, noise: Tensor, timestep: Tensor | int, prediction_type: str) -> Tensor:
-        """What the network should predict for this noised example.
+        """Return the regression target of the network for a noised example.
 
         Args:
             x_0: (B, ...) clean data.
@@ -118,6 +124,9 @@ class NoiseSchedule:
 
         Returns:
             (B, ...) the regression target.
+
+        Raises:
+            ValueError: an unknown prediction type; see also `signal_and_noise`.
         """
         check_prediction_type(prediction_type)
         if prediction_type == "epsilon":
@@ -128,11 +137,11 @@ class NoiseSchedule:
         return signal * noise - sigma * x_0
 
     def to_sample(self, predicted: Tensor, x_t: Tensor, timestep: Tensor | int, prediction_type: str) -> Tensor:
-        """Turn a network's output into its estimate of x_0, whatever it was trained to predict.
+        """Convert a network's output to its estimate of x_0, for any prediction type.
 
         Args:
             predicted: (B, ...) network output.
-            x_t: (B, ...) the noised data it was given.
+            x_t: (B, ...) the noised data that the network was given.
             timestep: an int or (B,) int64.
             prediction_type: `epsilon`, `sample` or `v_prediction`.
 
@@ -140,7 +149,8 @@ class NoiseSchedule:
             (B, ...) the estimate of x_0.
 
         Raises:
-            ValueError: an unknown prediction type, or `epsilon` at a timestep without signal, ᾱ = 0.
+            ValueError: an unknown prediction type, or `epsilon` at a timestep without signal, ᾱ = 0; see also
+                `signal_and_noise`.
         """
         check_prediction_type(prediction_type)
         if prediction_type == "sample":
@@ -152,7 +162,7 @@ class NoiseSchedule:
         return signal * x_t - sigma * predicted
 
     def to_epsilon(self, x_0: Tensor, x_t: Tensor, timestep: Tensor | int) -> Tensor:
-        """The ε that leads from x_0 to x_t: (x_t - √ᾱ_t x_0) / √(1 - ᾱ_t).
+        """Return the ε that leads from x_0 to x_t: (x_t - √ᾱ_t x_0) / √(1 - ᾱ_t).
 
         Args:
             x_0: (B, ...) clean data, or an estimate of it.
@@ -161,43 +171,46 @@ class NoiseSchedule:
 
         Returns:
             (B, ...) the implied noise.
+
+        Raises:
+            ValueError: see `signal_and_noise`.
         """
         signal, sigma = self.signal_and_noise(timestep, x_t)
         return (x_t - signal * x_0) / sigma
 
 
 def check_prediction_type(prediction_type: str) -> None:
-    """Refuse anything but the three prediction types.
+    """Reject an unknown prediction type.
 
     Raises:
-        ValueError: naming the allowed values.
+        ValueError: an unknown name; the message lists the allowed ones.
     """
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}")
 
 
 def check_signal(alpha_cumprod: Tensor, prediction_type: str) -> None:
-    """Refuse to find x_0 from ε where x_t is ε: at ᾱ = 0.
+    """Reject ε prediction at timesteps without signal: at ᾱ = 0, x_t is ε and does not determine x_0.
 
     Args:
-        alpha_cumprod: ᾱ of any timesteps.
-        prediction_type: what is predicted there.
+        alpha_cumprod: ᾱ of the timesteps to check, of any shape.
+        prediction_type: type of the network's output at these timesteps.
 
     Raises:
-        ValueError: `epsilon`, with ᾱ = 0 among the timesteps.
+        ValueError: `epsilon`, and a timestep with ᾱ = 0.
     """
     if prediction_type == "epsilon" and bool((alpha_cumprod == 0).any()):
         raise ValueError(
             "prediction_type=epsilon cannot be sampled from a timestep without signal, such as the first one with"
-            " zero_terminal_snr: the noise there says nothing of the data; use sample or v_prediction"
+            " zero_terminal_snr: the noise there does not determine the data; use sample or v_prediction"
         )
 
 
 def check_loss_weighting(loss_weighting: str, gamma: float) -> None:
-    """Refuse an unknown weighting, and a bound that is no bound.
+    """Reject an unknown weighting or an invalid gamma.
 
     Raises:
-        ValueError: naming the allowed values.
+        ValueError: an unknown name, or a gamma that is not positive and finite.
     """
     if loss_weighting not in LOSS_WEIGHTINGS:
         raise ValueError(f"loss_weighting must be one of {', '.join(LOSS_WEIGHTINGS)}; got {loss_weighting!r}")
@@ -208,28 +221,28 @@ def check_loss_weighting(loss_weighting: str, gamma: float) -> None:
 def loss_weights(
     schedule: NoiseSchedule, prediction_type: str, loss_weighting: str = "none", gamma: float = 5.0
 ) -> Tensor:
-    """What the squared error at each timestep counts for in the loss.
+    """Return the weight of the squared error at each timestep in the loss.
 
-    `min_snr` (Hang et al. 2023, sec. 3.4) weighs errors of x_0 by min(SNR, γ) with SNR = ᾱ / (1 - ᾱ), whatever is
-    predicted: an error of ε is √SNR, and one of v is √(SNR + 1) times the error of x_0 that it leads to. So the weights
-    are
+    `min_snr` (Hang et al. 2023, sec. 3.4) weights the squared error of x_0 by min(SNR, γ), with SNR = ᾱ / (1 - ᾱ), for
+    every prediction type. An error of ε is √SNR times the error of x_0 that it causes, and an error of v √(SNR + 1)
+    times. The weights are therefore
 
         sample        min(SNR, γ)
         epsilon       min(SNR, γ) / SNR
         v_prediction  min(SNR, γ) / (SNR + 1)
 
     Args:
-        schedule: gives ᾱ.
+        schedule: the noise schedule, which gives ᾱ.
         prediction_type: `epsilon`, `sample` or `v_prediction`.
         loss_weighting: `none` (1 everywhere) or `min_snr`.
         gamma: γ, above 0.
 
     Returns:
-        (num_steps,) float64.
+        (num_steps,) float64 weights.
 
     Raises:
-        ValueError: an unknown name, γ out of range, or `min_snr` where a timestep has no signal: sampling starts there,
-            and it would have no weight.
+        ValueError: an unknown name, γ out of range, or `min_snr` with a schedule whose last timestep has no signal: its
+            weight would be 0, although sampling starts there.
     """
     check_prediction_type(prediction_type)
     check_loss_weighting(loss_weighting, gamma)
@@ -255,7 +268,7 @@ def _linear_betas(num_steps: int, beta_start: float, beta_end: float) -> Tensor:
 
 
 def _squared_cosine_betas(num_steps: int, beta_start: float, beta_end: float) -> Tensor:
-    # Improved DDPM (Nichol and Dhariwal 2021), eq. 17, with their cap of 0.999. It has no endpoints to set.
+    # Improved DDPM (Nichol and Dhariwal 2021), eq. 17, with their cap of 0.999. The endpoints are not used.
     def signal(fraction: Tensor) -> Tensor:
         return torch.cos((fraction + 0.008) / 1.008 * math.pi / 2) ** 2
 
@@ -270,7 +283,7 @@ _BETAS: dict[str, Callable[[int, float, float], Tensor]] = {
 
 
 def _without_terminal_signal(betas: Tensor) -> Tensor:
-    """Betas of the schedule whose √ᾱ is shifted to end at 0 and scaled to start as before (Lin et al. 2023, alg. 1)."""
+    """Return betas whose √ᾱ is shifted to end at 0 and scaled to start as before (Lin et al. 2023, alg. 1)."""
     signal = torch.cumprod(1.0 - betas, dim=0).sqrt()
     signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
     alphas_cumprod = signal**2
@@ -287,24 +300,24 @@ def make_schedule(
 ) -> NoiseSchedule:
     """Precompute a noise schedule.
 
-    The linear endpoints are given for 1000 timesteps and scaled by 1000 / `num_steps` (each beta at most 0.999), so
-    that fewer timesteps still end in almost pure noise; at 1000 they are used as they are.
+    The linear endpoints refer to 1000 timesteps. For another `num_steps` they are scaled by 1000 / `num_steps` (each
+    beta at most 0.999), so that fewer timesteps still end in almost pure noise.
 
     Args:
         num_steps: T, the number of timesteps, 1 or more.
         beta_start: first beta of the linear schedule, at T = 1000.
         beta_end: last beta of the linear schedule, at T = 1000.
         beta_schedule: `linear` (DDPM) or `squaredcos_cap_v2` (Improved DDPM, eq. 17; it ignores the endpoints).
-        zero_terminal_snr: rescale the betas so that nothing is left of the data at T - 1, ᾱ = 0: training then sees the
-            pure noise that sampling starts from (Lin et al. 2023, alg. 1). Not for networks that predict ε.
+        zero_terminal_snr: rescale the betas so that no signal is left at T - 1, ᾱ = 0; training then sees the pure
+            noise that sampling starts from (Lin et al. 2023, alg. 1). Not for networks that predict ε.
 
     Returns:
         The schedule, in float64.
 
     Raises:
-        ValueError: an unknown `beta_schedule`, endpoints that are not 0 < start <= end < 1, a schedule whose final ᾱ
-            exceeds 0.01: sampling starts from a standard normal, which would not be where it ended; or a single
-            timestep with `zero_terminal_snr`.
+        ValueError: an unknown `beta_schedule`, `num_steps` below 1, endpoints that violate 0 < start <= end < 1, a
+            single timestep with `zero_terminal_snr`, or a schedule whose final ᾱ exceeds 0.01 (sampling starts from a
+            standard normal, which would not match the fully noised data).
 
     Example:
         >>> schedule = make_schedule(num_steps=100, beta_schedule="squaredcos_cap_v2")
@@ -319,7 +332,7 @@ def make_schedule(
         raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1; got {beta_start} and {beta_end}")
     if zero_terminal_snr and num_steps == 1:
         raise ValueError(
-            "zero_terminal_snr needs num_steps of 2 or more: the only timestep would hold nothing to learn"
+            "zero_terminal_snr needs num_steps of 2 or more: a single timestep would contain no signal to learn from"
         )
     betas = _BETAS[beta_schedule](num_steps, beta_start, beta_end)
     schedule = NoiseSchedule(_without_terminal_signal(betas) if zero_terminal_snr else betas)

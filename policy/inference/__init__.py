@@ -1,1 +1,1 @@
-"""Sampling compiled into one program, behind one name, and written as a model for programs that have no torch."""
+"""Sampling compiled into one program, run by one of several back ends, and exported as a model that needs no torch."""

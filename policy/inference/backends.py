@@ -1,4 +1,4 @@
-"""One call that samples chunks, whatever runs it."""
+"""The back ends: one interface for sampling chunks, implemented in PyTorch, ONNX Runtime and as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -24,33 +24,34 @@ from policy.inference.program import Program, SamplingInputs
 from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
 
-# What samples where nothing else is chosen, and the weights there are.
+# The default back end, and the supported types of weights.
 DEFAULT_BACKEND = "fused"
-WEIGHTS = ("float32", "int8")
+DEFAULT_WEIGHTS = "float32"
+WEIGHTS = (DEFAULT_WEIGHTS, "int8")
 
 
 class Runner(Protocol):
-    """Samples chunks from inputs that are checked and on its device."""
+    """Samples chunks from inputs that have been checked and moved to its device."""
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device that it runs on."""
 
     def __call__(self, inputs: SamplingInputs) -> Tensor:
         """Sample one chunk per row: (B, action_horizon, action_dim) in the data's units."""
 
 
 class Backend(Protocol):
-    """Makes a runner: one of the classes in `BACKENDS`."""
+    """Builds a runner; the values of `BACKENDS` are of this type."""
 
     def __call__(self, policy: DiffusionPolicy, sampler: Sampler, course: Course, weights: str) -> Runner:
         """Compile a policy's sampling.
 
         Args:
             policy: a copy, in evaluation mode, without gradients.
-            sampler: the settings.
-            course: where sampling begins, and its timesteps.
-            weights: of `WEIGHTS`.
+            sampler: settings of the sampler.
+            course: starting point and timesteps of sampling.
+            weights: type of the weights, one of `WEIGHTS`.
         """
 
 
@@ -59,9 +60,9 @@ class SamplerProgram:
     """A policy's sampling with its settings fixed.
 
     Attributes:
-        config: of the policy.
-        sampler: the settings.
-        backend: what runs it.
+        config: the policy's configuration.
+        sampler: settings of the sampler.
+        backend: name of the back end.
         run: samples a chunk that begins from noise.
         warm_run: samples a chunk that begins from the previous one; `run` itself without `sampler.warm_start`.
         action_scale: (action_dim,) half the demonstrated range of each action dimension, in the data's units; 1 where
@@ -90,17 +91,17 @@ class SamplerProgram:
             observations: (B, obs_horizon, *shape) under each key, in the data's units; images uint8.
             noise: (B, action_horizon, action_dim) standard normal starting point.
             step_noise: (ddim_steps, B, action_horizon, action_dim) standard normal, for eta > 0.
-            previous: (B, action_horizon, action_dim) in the data's units: the chunk before, shifted so that its first
-                action is for the newest observation. With it `sampler.warm_start` has its effect.
-            keep: (B, action_horizon) how much of each previous action to keep: 1 fixes it (the new chunk is inpainted
-                around it), 0 leaves it free; None keeps nothing.
+            previous: (B, action_horizon, action_dim) the previous chunk in the data's units, shifted so that its first
+                action is for the newest observation. `sampler.warm_start` has an effect only with it.
+            keep: (B, action_horizon) weight of each previous action: 1 fixes it (the new chunk is inpainted around it),
+                0 leaves it free; None keeps nothing.
 
         Returns:
-            (B, action_horizon, action_dim) float32 in the data's units, as `DiffusionPolicy.sample_actions` gives.
+            (B, action_horizon, action_dim) float32 in the data's units, as `DiffusionPolicy.sample_actions` returns.
 
         Raises:
             ValueError: missing or unknown keys, wrong shapes, an image that is not uint8, step noise that is missing or
-                not used, or something to keep without a previous chunk.
+                not needed, or `keep` without `previous`.
         """
         start = torch.as_tensor(noise, dtype=torch.float32)
         added = None if step_noise is None else torch.as_tensor(step_noise, dtype=torch.float32)
@@ -136,7 +137,7 @@ class SamplerProgram:
 
         Args:
             observations: see `__call__`.
-            generator: source of all noise: one, or one per row.
+            generator: source of all noise: one generator, or one per row.
             previous: see `__call__`.
             keep: see `__call__`.
 
@@ -144,7 +145,7 @@ class SamplerProgram:
             (B, action_horizon, action_dim) float32 in the data's units.
 
         Raises:
-            ValueError: see `__call__`, or other than B generators.
+            ValueError: see `__call__`, or a sequence of generators whose length is not B.
         """
         rows = len(next(iter(observations.values()), ()))
         on = generator.device if isinstance(generator, torch.Generator) else "cpu"
@@ -173,24 +174,25 @@ class SamplerProgram:
 
 
 def compile_sampler(
-    policy: DiffusionPolicy, sampler: Sampler, *, backend: str = DEFAULT_BACKEND, weights: str = "float32"
+    policy: DiffusionPolicy, sampler: Sampler, *, backend: str = DEFAULT_BACKEND, weights: str = DEFAULT_WEIGHTS
 ) -> SamplerProgram:
     """Fix a policy's weights and sampler settings, and compile the sampling.
 
     Args:
-        policy: as it should act; it is copied, and later changes to it have no effect.
-        sampler: the settings.
-        backend: `eager` takes the steps of `sample_actions` and is the reference for the others; `fused` conditions all
-            steps at once (see `policy.inference.program`) and is as plain otherwise; `compile` is that through
-            torch.compile (slow at the first call, needs a C++ compiler on a CPU); `onnx` is one graph in ONNX
-            Runtime, on the CPU, on one thread; `cuda_graph` records all steps, once for each batch size.
-        weights: `float32`, or `int8` for the matrices of `onnx`.
+        policy: the policy to sample from; it is copied, so later changes to it have no effect.
+        sampler: settings of the sampler.
+        backend: `eager` takes the same steps as `sample_actions` and is the reference for the others; `fused` computes
+            the conditions of all steps at once (see `policy.inference.program`) and is plain PyTorch, too; `compile`
+            is `fused` through torch.compile (the first call is slow, and a CPU needs a C++ compiler); `onnx` is one
+            graph in ONNX Runtime, on one CPU thread; `cuda_graph` records `fused` as a CUDA graph, once for each batch
+            size.
+        weights: `float32`, or `int8` for the weight matrices of `onnx`.
 
     Returns:
         The program.
 
     Raises:
-        ValueError: an unknown name, a backend that this machine cannot run, narrower weights for a backend other than
+        ValueError: an unknown name, a back end that this machine cannot run, `int8` weights for a back end other than
             `onnx`, or more denoising steps than the schedule has timesteps.
 
     Example:
@@ -218,10 +220,11 @@ def compile_sampler(
 
 
 def check_backend(backend: str, weights: str) -> None:
-    """Refuse what no backend is called, and weights that it does not have.
+    """Reject an unknown back end, and weights that it does not support.
 
     Raises:
-        ValueError: naming the nearest one.
+        ValueError: an unknown name (the message gives the nearest one), or `int8` weights for a back end other than
+            `onnx`.
     """
     if backend not in BACKENDS:
         raise unknown_name("backend", backend, BACKENDS)
@@ -229,19 +232,19 @@ def check_backend(backend: str, weights: str) -> None:
 
 
 def check_weights(weights: str, backend: str = "onnx") -> None:
-    """Refuse weights that a backend does not have.
+    """Reject weights that a back end does not support.
 
     Raises:
-        ValueError: an unknown name, or narrower weights for a backend other than `onnx`.
+        ValueError: an unknown name, or `int8` weights for a back end other than `onnx`.
     """
     if weights not in WEIGHTS:
         raise unknown_name("weights", weights, WEIGHTS)
-    if weights != "float32" and backend != "onnx":
+    if weights != DEFAULT_WEIGHTS and backend != "onnx":
         raise ValueError(f"weights={weights} needs backend=onnx; got backend={backend}")
 
 
 class Eager:
-    """Calls the network as `sample_actions` does, step by step: the reference for the other backends."""
+    """Calls the network step by step, as `sample_actions` does: the reference for the other back ends."""
 
     def __init__(self, policy: DiffusionPolicy, sampler: Sampler, course: Course, weights: str) -> None:
         self._policy, self._sampler, self._course = policy, sampler, course
@@ -268,7 +271,7 @@ class Eager:
 
 
 class Fused:
-    """Conditions all steps at once, see `policy.inference.program`."""
+    """Computes the conditions of all steps at once; see `policy.inference.program`."""
 
     def __init__(self, policy: DiffusionPolicy, sampler: Sampler, course: Course, weights: str) -> None:
         self._program = Program(policy, sampler, course).eval()
@@ -281,7 +284,7 @@ class Fused:
 
 
 class Compiled:
-    """The fused program through torch.compile."""
+    """The fused program, compiled with torch.compile."""
 
     def __init__(self, policy: DiffusionPolicy, sampler: Sampler, course: Course, weights: str) -> None:
         compilers = (os.environ.get("CXX"), "g++", "clang++")
@@ -297,13 +300,13 @@ class Compiled:
 
 
 class Onnx:
-    """The fused program as a model in ONNX Runtime, on one thread of a CPU; it can be sent to another process.
+    """The fused program as a model in ONNX Runtime, on one CPU thread. It can be pickled and sent to another process.
 
     Attributes:
         device: the CPU.
 
     Args:
-        model: the bytes that `build_model` gives.
+        model: the bytes that `build_model` returns.
     """
 
     device = torch.device("cpu")
@@ -361,7 +364,7 @@ class CudaGraph:
             observations={key: value.clone() for key, value in inputs.observations.items()},
             **{name: value.clone() for name, value in inputs._asdict().items() if isinstance(value, Tensor)},
         )
-        # A side stream: libraries set up their workspaces in the first calls, which must not be recorded.
+        # Warm up on a side stream: libraries set up their workspaces in the first calls, which must not be recorded.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -375,7 +378,7 @@ class CudaGraph:
 
 
 def _tensors(inputs: SamplingInputs) -> list[Tensor]:
-    """All tensors of the inputs, always in the same order."""
+    """Return all tensors of the inputs, always in the same order."""
     observed = [inputs.observations[key] for key in sorted(inputs.observations)]
     return [*observed, *(value for value in inputs if isinstance(value, Tensor))]
 

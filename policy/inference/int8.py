@@ -1,4 +1,4 @@
-"""Matrices of an ONNX model as 8-bit integers, for a quarter of the memory to read."""
+"""Weight matrices of an ONNX model as 8-bit integers, so that a call reads a quarter of the memory."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Weights that share a scale: large blocks run faster, small ones round less. At 128 both are near their best.
+# Numbers of weights that share one scale, the preferred one first. Larger blocks run faster, smaller ones round less;
+# at 128 both are near their best.
 BLOCK_SIZES = (128, 64, 32)
 SMALLEST_OUTPUT = 64
-# The runtime rounds activations to 8 bits too, with one scale a block, and multiplies integers.
+# At this level, the runtime also rounds activations to 8 bits, with one scale per block, and multiplies integers.
 ACCURACY_LEVEL = 4
 ZERO_POINT = 128
 
 
 def quantized(weight: NDArray[np.float32], block_size: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Round a matrix to 8 bits, symmetrically, one scale for each block of a row.
+    """Round a matrix to 8 bits symmetrically, with one scale for each block of a row.
 
     Args:
-        weight: (outputs, inputs).
-        block_size: divides the number of inputs.
+        weight: (outputs, inputs) float32.
+        block_size: number of weights in a block; it must divide the number of inputs.
 
     Returns:
-        (outputs, blocks, block_size) values with zero at 128, and their (outputs, blocks) scales.
+        (outputs, blocks, block_size) uint8 values with zero at 128, and their (outputs, blocks) float32 scales.
 
     Example:
         >>> values, scales = quantized(np.array([[0.0, 1.0, -0.5, 2.0]], np.float32), block_size=2)
@@ -38,11 +39,11 @@ def quantized(weight: NDArray[np.float32], block_size: int) -> tuple[NDArray[np.
 
 
 def narrow(onnx: Any, model: Any) -> None:
-    """Replace the matrix products of an ONNX model by ones with 8-bit weights, in place.
+    """Replace the matrix products of an ONNX model by products with 8-bit weights, in place.
 
     Args:
-        onnx: the package.
-        model: with weights as initializers, each beside the nodes that use it.
+        onnx: the imported package `onnx`.
+        model: the model; its weights are initializers of the graph whose nodes use them.
     """
     for graph in _graphs(model.graph):
         _narrow_graph(onnx, graph)

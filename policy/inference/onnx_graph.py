@@ -1,8 +1,8 @@
 """A sampling program as one ONNX graph: normalise and encode, a Scan over the steps, un-normalise.
 
-The two halves of the program are traced once each, and joined here around a Scan, whose body is one step. So the file
-and the time to make it do not grow with ddim_steps, and each weight is there, and is packed by the runtime, once:
-unrolled steps would each pack their own copy, and read K times as much memory.
+The two halves of the program are traced once each and joined here around a Scan, whose body is one step. The size of
+the file and the time to build it therefore do not grow with ddim_steps, and each weight is stored once and packed once
+by the runtime. Unrolled steps would each pack their own copy, and a call would read K times as much memory.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from policy.inference.program import Program
 from policy.model.diffusion_policy import zero_observations
 
 OPSET = 18
-IR_VERSION = 9  # of ONNX 1.14 (2023): readable by runtimes that are newer than that
-# Two rows: a traced size of 1 would be taken for a constant.
+IR_VERSION = 9  # the version of ONNX 1.14 (2023), which newer runtimes can read
+# Two rows, because the exporter takes a traced size of 1 for a constant.
 TRACED_ROWS = 2
 
 
@@ -37,7 +37,7 @@ def require(package: str) -> Any:
         The package.
 
     Raises:
-        ValueError: it is not installed, with the command that does so.
+        ValueError: the package is not installed; the message gives the command that installs it.
     """
     try:
         return importlib.import_module(package)
@@ -46,28 +46,28 @@ def require(package: str) -> Any:
 
 
 def observation_input(key: str) -> str:
-    """The graph's input for the observation under `key`; the others are `noise` and, for eta > 0, `step_noise`."""
+    """Return the name of the graph's input for the observation under `key`; see `build_model` for all inputs."""
     return f"observations.{key}"
 
 
-def build_model(program: Program, weights: str = "float32") -> bytes:
+def build_model(program: Program, weights: str) -> bytes:
     """Write a program as an ONNX model.
 
     Args:
-        program: on the CPU, in evaluation mode.
-        weights: `float32`, or `int8` for the matrices.
+        program: the program, on the CPU.
+        weights: `float32`, or `int8` for the weight matrices.
 
     Returns:
-        The model's bytes. Inputs, batch size free: `observations.<key>` (B, obs_horizon, *shape) float32, or uint8 for
-        an image, `noise` and `previous` (B, action_horizon, action_dim), `keep` (B, action_horizon) and, for eta > 0,
-        `step_noise` (K, B, action_horizon, action_dim); output: `actions` (B, action_horizon, action_dim).
-        Observations, `previous` and `actions` are in the data's units; see `SamplerProgram` for what they mean.
+        The model's bytes. Its inputs, with any batch size B, are `observations.<key>` (B, obs_horizon, *shape) float32,
+        or uint8 for an image, `noise` and `previous` (B, action_horizon, action_dim), `keep` (B, action_horizon) and,
+        for eta > 0, `step_noise` (K, B, action_horizon, action_dim). Its output is `actions` (B, action_horizon,
+        action_dim). Observations, `previous` and `actions` are in the data's units; `SamplerProgram` describes them.
 
     Raises:
-        ValueError: a package is not installed.
+        ValueError: an optional package is not installed.
     """
     onnx = require("onnx")
-    require("onnxscript")  # the tracer's own need
+    require("onnxscript")  # the exporter needs it
     prepare, step = _traced(program)
     model = _joined(onnx, program, prepare, step)
     if weights == "int8":
@@ -92,8 +92,8 @@ def _traced(program: Program) -> tuple[Any, Any]:
         dynamic=({key: {0: batch} for key in observations}, {0: steps}, {0: batch}, {0: batch}),
     )
     noisy = sampler.eta > 0
-    # As in a Scan's body: first what is carried on, then one row of everything that is scanned. `known` and `keep`
-    # are the same in all steps, and come from outside of the body.
+    # The inputs have the order of a Scan's body: the carried state first, then one row of each scanned tensor. `known`
+    # and `keep` are the same in all steps, and the body takes them from the graph around it.
     step = _trace(
         program.step,
         (
@@ -138,7 +138,7 @@ def _trace(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of packages that are not needed here."""
+    """Silence the exporter, which warns of packages that are not needed here."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -190,7 +190,7 @@ def _joined(onnx: Any, program: Program, prepare: Any, step: Any) -> Any:
 
 
 def _under(prefix: str, graph: Any, outer: Collection[str]) -> Any:
-    """The graph with its names prefixed, as a Scan's body shares them with what is around it; `outer` ones stay."""
+    """Prefix the graph's names, because a Scan's body shares them with the graph around it; `outer` ones stay."""
     inputs = [value for value in graph.input if value.name not in outer]
     del graph.input[:]
     graph.input.extend(inputs)

@@ -1,8 +1,9 @@
-"""Sampling as a program: embed once, condition all K steps at once, then K times the rest of the network.
+"""Sampling as one program: embed once, compute the conditions of all K steps, then run the rest of the network K times.
 
-The observation embedding does not change between steps, and the timesteps are known beforehand. So the part of the
-denoiser that depends on these two is one batch of K rows, whose weights are read once for a chunk and not once for a
-step; and the part that depends on the timestep alone is a constant of (schedule, ddim_steps).
+The observation embedding does not change between steps, and the timesteps are known beforehand. The part of the
+denoiser that depends on these two alone is therefore computed as one batch of K rows, which reads its weights once per
+chunk instead of once per step. The part that depends on the timestep alone is a constant of the schedule and the
+sampler.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from policy.model.diffusion_policy import DiffusionPolicy
 
 
 class SamplingInputs(NamedTuple):
-    """Everything that one call of a sampling program takes.
+    """The inputs of one call of a sampling program.
 
     Attributes:
         observations: (B, obs_horizon, *shape) under each key, in the data's units.
         noise: (B, action_horizon, action_dim) standard normal.
         step_noise: (K, B, action_horizon, action_dim) standard normal; None for eta = 0.
-        previous: (B, action_horizon, action_dim) in the data's units, the chunk before, shifted to now.
-        keep: (B, action_horizon) how much of each previous action to keep, in [0, 1].
+        previous: (B, action_horizon, action_dim) the previous chunk in the data's units, shifted to now.
+        keep: (B, action_horizon) weight of each previous action, in [0, 1].
     """
 
     observations: Observations
@@ -38,11 +39,11 @@ class SamplingInputs(NamedTuple):
 
 
 class Prepare(nn.Module):
-    """All that happens before the first step: normalise, encode, condition all steps, begin.
+    """The work before the first step: normalise, encode, compute the conditions of all steps and the starting point.
 
     Args:
-        policy: gives normalisers, encoder and denoiser.
-        course: where sampling begins.
+        policy: the policy with its normalisers, encoder and denoiser.
+        course: starting point of sampling.
     """
 
     def __init__(self, policy: DiffusionPolicy, course: Course) -> None:
@@ -70,10 +71,10 @@ class Prepare(nn.Module):
 
 
 class Step(nn.Module):
-    """One step: what is left of the network, and the move to the next timestep.
+    """One denoising step: the rest of the network, and the move to the next timestep.
 
     Args:
-        policy: gives the denoiser.
+        policy: the policy with its denoiser.
         clip: bound on the estimate of the clean chunk, or None.
     """
 
@@ -91,18 +92,18 @@ class Step(nn.Module):
         conditions: Sequence[Tensor],
         noise: Tensor | None = None,
     ) -> Tensor:
-        """One step.
+        """Take the step.
 
         Args:
-            x: (B, action_horizon, action_dim) at this timestep.
-            known: (B, action_horizon, action_dim) normalised, what to keep.
-            keep: (B, action_horizon) how much of it, in [0, 1].
-            coefficients: (5,) of this step, see `policy.diffusion.coefficients`.
-            conditions: each (B, ...), see `Prepare`.
-            noise: (B, action_horizon, action_dim), None for eta = 0.
+            x: (B, action_horizon, action_dim) noisy chunk at this timestep.
+            known: (B, action_horizon, action_dim) normalised previous chunk.
+            keep: (B, action_horizon) weight of each previous action, in [0, 1].
+            coefficients: (5,) coefficients of this step, see `policy.diffusion.coefficients`.
+            conditions: the denoiser's conditions of this step, each (B, ...), see `Prepare`.
+            noise: (B, action_horizon, action_dim) standard normal; None for eta = 0.
 
         Returns:
-            (B, action_horizon, action_dim) at the next one.
+            (B, action_horizon, action_dim) chunk at the next timestep.
         """
         return take_step(
             x,
@@ -117,12 +118,12 @@ class Step(nn.Module):
 
 
 class Program(nn.Module):
-    """A policy's whole sampling with its settings fixed.
+    """A policy's complete sampling with its settings fixed.
 
     Args:
-        policy: in evaluation mode.
-        sampler: the settings.
-        course: of its timesteps.
+        policy: the policy, in evaluation mode.
+        sampler: settings of the sampler.
+        course: starting point and timesteps of sampling.
     """
 
     embedded_timesteps: Tensor
@@ -140,7 +141,7 @@ class Program(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.policy.device
 
     def forward(self, inputs: SamplingInputs) -> Tensor:

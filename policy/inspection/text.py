@@ -116,10 +116,10 @@ def _format_constants(keys: Sequence[KeyFigures]) -> str:
     for figures in keys:
         for kind, numbers in (("constant", figures.constant), ("nearly constant", figures.nearly_constant)):
             found = [f"{n} ({figures.dimensions[n].mean:.4g})" for n in numbers]
-            what = "channels" if is_image(figures.shape) else "dimensions"
+            unit = "channels" if is_image(figures.shape) else "dimensions"
             if found:
                 lines.append(
-                    f"{kind}: {len(found)} of {len(figures.dimensions)} {what} of {figures.key}: {_few(found)}"
+                    f"{kind}: {len(found)} of {len(figures.dimensions)} {unit} of {figures.key}: {_few(found)}"
                 )
     if not lines:
         return "constant: no dimension"

@@ -1,1 +1,1 @@
-"""The networks: a diffusion policy, its encoders, denoisers and normalisers."""
+"""The diffusion policy: its configuration, encoders, denoisers and normalisers."""

@@ -1,4 +1,4 @@
-"""What a policy's network is made of: what its user chooses, and what follows from the data."""
+"""The configuration of a policy: settings that the user chooses, and shapes that follow from the data."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from policy.diffusion.schedule import check_loss_weighting, check_prediction_typ
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySettings:
-    """What a user chooses about a policy: plain data, each default here and nowhere else.
+    """The settings of a policy that a user chooses. Each default is defined here and nowhere else.
 
     Attributes:
-        auxiliary_weight: weight of the mean squared error of privileged observations, in half ranges, beside that of
-            the actions; see `DataShapes.auxiliary_shapes`.
-        obs_horizon: observations looked back on.
+        auxiliary_weight: weight of the auxiliary loss, the mean squared error of privileged observations in half
+            ranges, relative to the error of the actions; see `DataShapes.auxiliary_shapes`.
+        obs_horizon: number of observations that the policy looks back on, the newest included.
         action_horizon: actions in one chunk; its first action belongs to the newest observation.
         obs_size: width of the observation embedding.
-        prediction_type: what the denoiser is trained to predict: `epsilon`, `sample` or `v_prediction`.
-        loss_weighting: weight of an error at each timestep, `none` or `min_snr`; see `loss_weights`.
+        prediction_type: training target of the denoiser: `epsilon`, `sample` or `v_prediction`.
+        loss_weighting: weighting of the timesteps in the loss, `none` or `min_snr`; see `loss_weights`.
         min_snr_gamma: γ of `min_snr`.
         encoder: `{"name": a key of ENCODERS, **settings}`.
         denoiser: `{"name": a key of DENOISERS, **settings}`.
@@ -55,7 +55,7 @@ class PolicySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DataShapes:
-    """Sizes that follow from the demonstrations.
+    """The shapes that follow from the demonstrations.
 
     Attributes:
         observation_shapes: shape of one observation under each key; rank 1 is a vector, rank 3 a uint8 image (height,
@@ -63,6 +63,10 @@ class DataShapes:
         action_dim: width of one action.
         auxiliary_shapes: shapes of privileged observations, vectors that only demonstrations have. The policy acts
             without them; in training, an auxiliary head learns to predict the newest one from the embedding.
+
+    Raises:
+        ValueError: a size below 1, no observation, a shape of another rank, or an auxiliary observation that the policy
+            observes itself.
     """
 
     observation_shapes: dict[str, tuple[int, ...]]
@@ -88,7 +92,7 @@ class DataShapes:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig(PolicySettings, DataShapes):
-    """Everything that rebuilds a policy's network: `PolicySettings` and `DataShapes`, stored as JSON in checkpoints."""
+    """Everything needed to rebuild a policy: `PolicySettings` and `DataShapes`, stored as JSON in checkpoints."""
 
     def __post_init__(self) -> None:
         PolicySettings.__post_init__(self)
@@ -96,14 +100,14 @@ class PolicyConfig(PolicySettings, DataShapes):
 
 
 def config_to_json(config: PolicyConfig) -> dict[str, Any]:
-    """A policy's configuration as plain JSON data."""
+    """Convert a policy's configuration to plain JSON data."""
     return dataclasses.asdict(config)
 
 
 def config_from_json(data: Mapping[str, Any]) -> PolicyConfig:
-    """A policy's configuration from JSON data, every key and type checked.
+    """Build a policy's configuration from JSON data and check every key and type.
 
     Raises:
-        ValueError: an unknown key or a value of the wrong type.
+        ValueError: an unknown key, or a value of the wrong type or outside its range.
     """
     return PolicyConfig(**check_arguments("policy", PolicyConfig, data))

@@ -1,4 +1,4 @@
-"""The diffusion policy: observation history in, action chunk out. It knows nothing of environments or queues."""
+"""The diffusion policy: it maps an observation history to an action chunk, independent of environments and queues."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from policy.model.storage import SharedPolicy
 
 
 class DiffusionPolicy(nn.Module, SharedPolicy):
-    """Encode the last observations into one embedding, denoise an action chunk with DDIM.
+    """Encode the last observations into one embedding, and denoise an action chunk with DDIM.
 
     Args:
-        config: sizes and parts.
+        config: sizes and parts of the policy.
 
     Raises:
-        ValueError: a part that does not exist, settings it does not take, or parts that do not go together.
+        ValueError: a part that does not exist, a setting that a part does not take, or parts that are incompatible.
 
     Example:
         >>> import torch
@@ -66,14 +66,14 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
             action_horizon=config.action_horizon,
             num_steps=self.schedule.num_steps,
         )
-        # Last, so that the weights of all else are drawn as without it.
+        # Built last, so that the initial weights of the other parts are the same with and without auxiliary heads.
         self.auxiliary_heads = nn.ModuleDict(
             {key: nn.Linear(config.obs_size, shape[0]) for key, shape in config.auxiliary_shapes.items()}
         )
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.action_normalizer.center.device
 
     def embed(self, observations: Observations) -> Tensor:
@@ -92,21 +92,22 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         return self.encoder({key: self._normalized(key, value) for key, value in observations.items()})
 
     def _normalized(self, key: str, value: Tensor) -> Tensor:
-        on_device = value.to(self.device)  # bytes travel, floats do not
+        on_device = value.to(self.device)  # before the conversion to float: images are transferred as bytes
         if key in self.observation_normalizers:
             return self.observation_normalizers[key].normalize(on_device.to(torch.float32))  # type: ignore[operator]
-        # In place on a copy: a batch of images is large, and new memory for each step costs more than the step.
+        # The arithmetic is done in place on one copy: for a large batch of images, allocating memory for each operation
+        # costs more than the operation.
         return on_device.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None, timesteps_per_chunk: int = 1) -> Tensor:
-        """Mean squared error of the denoiser on one batch, weighted by timestep, padding left out (DDPM, eq. 14).
+        """Compute the mean squared error of the denoiser on one batch (DDPM, eq. 14).
 
-        With auxiliary observations, theirs is added, times `auxiliary_weight`.
+        The errors are weighted by timestep, and padding is left out. `auxiliary_loss` is added.
 
         Args:
             batch: see `Batch`.
             generator: source of timesteps and noise, on the CPU.
-            timesteps_per_chunk: at how many timesteps each chunk is looked at; its observations are encoded once.
+            timesteps_per_chunk: number of timesteps sampled for each chunk; its observations are encoded only once.
 
         Returns:
             () loss.
@@ -123,11 +124,11 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         return (errors * mask).sum() / mask.sum().clamp(min=1) + self.auxiliary_loss(batch, embedding)
 
     def auxiliary_loss(self, batch: Batch, embedding: Tensor) -> Tensor:
-        """Mean squared error of what the embedding tells of auxiliary observations, weighted; 0 where there are none.
+        """Compute the weighted mean squared error of the auxiliary heads; it is 0 without auxiliary observations.
 
         Args:
-            batch: B of them, see `Batch`.
-            embedding: (B, obs_size) of what is observed in it.
+            batch: B training samples, see `Batch`.
+            embedding: (B, obs_size) embedding of their observations.
 
         Returns:
             () loss.
@@ -140,19 +141,19 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         return loss
 
     def squared_errors(self, batch: Batch, embedding: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """Squared error of the denoiser at each action, weighted by timestep, padding included.
+        """Compute the squared error of the denoiser at each action, weighted by timestep, padding included.
 
         Args:
-            batch: B chunks, see `Batch`.
-            embedding: (B, obs_size) of their observations.
-            timestep: (N,) int64 on the CPU, N a multiple of B: those of one chunk one after the other.
-            noise: (N, action_horizon, action_dim) for each of them.
+            batch: B training samples, see `Batch`.
+            embedding: (B, obs_size) embedding of their observations.
+            timestep: (N,) int64 on the CPU, N a multiple of B; the timesteps of one chunk follow one another.
+            noise: (N, action_horizon, action_dim) standard normal, one sample for each timestep.
 
         Returns:
-            (N, action_horizon).
+            (N, action_horizon) errors.
 
         Raises:
-            ValueError: actions, a mask, timesteps or noise of another shape.
+            ValueError: actions, mask or noise of another shape, or N not a multiple of B.
         """
         rows, chunk = len(batch["actions"]), (self.config.action_horizon, self.config.action_dim)
         given = (
@@ -165,7 +166,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
                 raise ValueError(f"{name} must have shape {expected}; got {tuple(value.shape)}")
         times, left = divmod(len(timestep), max(rows, 1))
         if left:
-            raise ValueError(f"there must be as many timesteps for each of {rows} chunks; got {len(timestep)} in all")
+            raise ValueError(f"the number of timesteps must be a multiple of the {rows} chunks; got {len(timestep)}")
         x_0 = self.action_normalizer.normalize(_repeated(batch["actions"].to(self.device, torch.float32), times))
         noise = noise.to(self.device)
         x_t = self.schedule.add_noise(x_0, noise, timestep)
@@ -194,7 +195,8 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
             eta: 0 deterministic given the noise, 1 DDPM.
             spacing: timestep spacing, see `ddim_timesteps`.
             clip: bound on the normalised estimate of the clean chunk, or None.
-            generator: source of the initial noise (unless given) and of the steps' noise: one, or one per row.
+            generator: source of the initial noise (unless it is given) and of the noise added at each step: one
+                generator, or one per row.
             noise: (B, action_horizon, action_dim) standard normal starting point.
 
         Returns:
@@ -226,16 +228,16 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
 
 
 def _repeated(rows: Tensor, times: int) -> Tensor:
-    """Each row so many times in a row."""
+    """Repeat each row `times` times, the copies next to each other."""
     return rows.repeat_interleave(times, dim=0) if times > 1 else rows
 
 
 def zero_observations(config: PolicyConfig, rows: int) -> dict[str, Tensor]:
-    """Observations that only their shapes and types matter of: to trace a network, or to time it.
+    """Build observations for tracing or timing a network, where only shapes and types matter.
 
     Args:
-        config: of the policy.
-        rows: B.
+        config: the policy's configuration.
+        rows: the batch size B.
 
     Returns:
         (B, obs_horizon, *shape) zeros under each key: uint8 for an image, else float32.
@@ -247,5 +249,5 @@ def zero_observations(config: PolicyConfig, rows: int) -> dict[str, Tensor]:
 
 
 def observed(config: PolicyConfig, observations: Observations) -> dict[str, Tensor]:
-    """Observations without the auxiliary ones, which a policy never sees."""
+    """Return the observations without the auxiliary ones, which a policy never sees."""
     return {key: value for key, value in observations.items() if key not in config.auxiliary_shapes}

@@ -9,24 +9,25 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-# A dimension whose range is below this share of its magnitude is noise around a constant, not a signal.
+# A dimension whose range is at most this share of its largest magnitude counts as constant: its variation is noise.
 CONSTANT_RANGE = 1e-4
-# In half ranges from the middle. Training ends at 1; what comes from beyond 10 (a broken sensor, another unit) tells a
-# network nothing but that it is far out, and must not drive it to infinity.
+# Bound of normalised values, in half ranges from the middle; training data lies within 1. A value beyond 10 (from a
+# broken sensor, or in another unit) only tells the network that it is far out, and must not drive it to infinity.
 FARTHEST = 10.0
 
 
 class Normalizer(nn.Module):
-    """Maps each dimension's fitted range onto [-1, 1], and back.
+    """Map each dimension's fitted range onto [-1, 1], and back.
 
-    Clipping in the sampler relies on this bounded range. A constant or near-constant dimension (its range is below 1e-4
-    of its largest magnitude) normalises to 0 whatever comes, and un-normalises to its constant: it carries no
-    information, and dividing by its range would turn rounding errors into full-scale signals. A single episode, or a
-    single transition, is a data set like any other: what does not move in it is constant.
+    Clipping in the sampler relies on this bounded range. A constant or near-constant dimension (its range is at most
+    1e-4 of its largest magnitude) always normalises to 0 and un-normalises to its constant: it carries no information,
+    and dividing by its range would turn rounding errors into full-scale signals. A dataset of a single episode or a
+    single transition needs no special treatment: the dimensions that do not vary in it are constant.
 
-    Values outside the fitted range keep their place up to 10 half ranges from its middle; what lies farther, infinity
-    included, normalises to 10 (or -10). So a policy's actions are finite wherever it is, and within the demonstrated
-    range as long as its sampler clips, as it does by default. NaN has no place in a range and stays NaN.
+    Values outside the fitted range are mapped linearly up to 10 half ranges from its middle. Values farther away,
+    infinity included, normalise to 10 or -10. A policy's actions are therefore finite for every observation without
+    NaN, and within the demonstrated range as long as its sampler clips, as it does by default. NaN stays NaN, except in
+    a constant dimension.
 
     The statistics are buffers: they are saved with the weights, and a checkpoint without them does not load.
 
@@ -69,21 +70,21 @@ class Normalizer(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """(*shape) what differences are divided by: half the fitted range, 1 where a dimension is constant."""
+        """(*shape) divisor of `normalize`: half the fitted range, or 1 where a dimension is constant."""
         return torch.where(self.half_range == 0, 1.0, self.half_range)
 
     def normalize(self, x: Tensor) -> Tensor:
-        """(..., *shape) in the data's units to (..., *shape): in [-1, 1] inside the fitted range, else in [-10, 10]."""
+        """Map (..., *shape) from the data's units to [-1, 1] inside the fitted range, and to [-10, 10] outside it."""
         scaled = (x - self.center) / self.scale
         return torch.where(self.half_range == 0, 0.0, scaled.clamp(-FARTHEST, FARTHEST))
 
     def unnormalize(self, x: Tensor) -> Tensor:
-        """The inverse of `normalize` up to where that ends: (..., *shape) back to the data's units."""
+        """Map (..., *shape) back to the data's units: the inverse of `normalize` within [-10, 10]."""
         return x * self.half_range + self.center
 
 
 class Limits:
-    """Smallest and largest value of each dimension of data that comes in blocks.
+    """The smallest and largest value of each dimension of data that arrives in blocks.
 
     Example:
         >>> import numpy as np
@@ -99,7 +100,7 @@ class Limits:
         self._high: NDArray[np.float64] | float = -np.inf
 
     def update(self, values: NDArray[np.generic]) -> None:
-        """Take a block (N, ...) into account."""
+        """Update the limits with a block (N, ...)."""
         self._low = np.minimum(self._low, values.min(axis=0).astype(np.float64))
         self._high = np.maximum(self._high, values.max(axis=0).astype(np.float64))
 

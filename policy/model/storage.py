@@ -1,7 +1,7 @@
 """Saving, loading and sharing a policy, as methods of the policy itself.
 
-A model does not know checkpoints. These methods ask a storage, which `policy.checkpoint.hub` provides and
-`policy/__init__` puts in.
+The model must not import the checkpoint room. These methods therefore call a storage object, which
+`policy.checkpoint.hub` defines and `policy/__init__` provides.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a loaded policy comes from: it is saved with the policy again.
+    """The origin of a loaded policy. It is saved again together with the policy.
 
     Attributes:
-        env: how to make its environment, or None.
-        execution_horizon: the execution horizon that it was evaluated with while training.
-        training: how it was trained: JSON data.
+        env: settings that make its environment, or None.
+        execution_horizon: the execution horizon of the rollouts during its training.
+        training: the record of its training, as JSON data.
     """
 
     env: dict[str, Any] | None = None
@@ -31,13 +31,13 @@ class Origin:
 
 
 class PolicyStorage(Protocol):
-    """Saves and loads policies; `SharedPolicy` says what each method takes and raises."""
+    """Saves and loads policies; see `SharedPolicy` for the arguments and exceptions of each method."""
 
     def save(self, policy: Any, folder: Path, **card: Any) -> None:
         """Write the policy and its model card into a folder."""
 
     def push(self, policy: Any, repo_id: str, **options: Any) -> str:
-        """Upload the policy; gives the address of the commit."""
+        """Upload the policy and return the address of the commit."""
         ...
 
     def load(self, name: str, *, device: str, **download: Any) -> Any:
@@ -45,7 +45,7 @@ class PolicyStorage(Protocol):
         ...
 
     def card(self, policy: Any, *, evaluation: Path | None, license: str | None) -> ModelCard:
-        """The README.md of a saved policy."""
+        """Return the README.md of a saved policy."""
         ...
 
 
@@ -53,15 +53,15 @@ _providers: list[Callable[[], PolicyStorage]] = []
 
 
 def provide_storage(provider: Callable[[], PolicyStorage]) -> None:
-    """Say what gives the storage; it is asked when a policy is saved or loaded. The newest provider counts."""
+    """Set the function that returns the storage. It is called when a policy is saved or loaded."""
     _providers[:] = [provider]
 
 
 class SharedPolicy:
-    """The methods by which `DiffusionPolicy` is saved and shared, with the names and conventions of the Hub.
+    """The methods that save, load and share a `DiffusionPolicy`, with the names and conventions of the Hub.
 
     Attributes:
-        origin: where a loaded policy comes from; None for a policy that was not loaded.
+        origin: the origin of a loaded policy; None for a policy that was not loaded.
     """
 
     origin: Origin | None = None
@@ -78,22 +78,22 @@ class SharedPolicy:
     ) -> str | None:
         """Save the policy and its model card into a folder that `from_pretrained` and all commands load.
 
-        It leaves the files of an earlier call as they were until everything new is written.
+        The files of an earlier call stay unchanged until all new ones are written.
 
         Args:
-            save_directory: made if need be; a README.md in it is kept.
-            config: not used: the policy's own is saved.
-            repo_id: with `push_to_hub`, as `owner/name`; by default the folder's name.
-            push_to_hub: upload it afterwards.
-            model_card_kwargs: of `generate_model_card`, such as `{"evaluation": "sweep.json"}`.
-            **push_to_hub_kwargs: of `push_to_hub`.
+            save_directory: the folder; it is created if needed, and a README.md in it is kept.
+            config: not used; the policy's own configuration is saved.
+            repo_id: repository for `push_to_hub`, as `owner/name`; by default the folder's name.
+            push_to_hub: whether to upload the policy afterwards.
+            model_card_kwargs: arguments of `generate_model_card`, such as `{"evaluation": "sweep.json"}`.
+            **push_to_hub_kwargs: arguments of the method `push_to_hub`.
 
         Returns:
             The address of the commit with `push_to_hub=True`, else None.
 
         Raises:
-            ValueError: a training run resumes from that folder, or `generate_model_card` refuses.
-            SaveError: it cannot be written, because the disk is full, say.
+            ValueError: a training run resumes from that folder, or `generate_model_card` fails.
+            SaveError: the policy cannot be written, for example because the disk is full.
         """
         folder, card = Path(save_directory), model_card_kwargs or {}
         _storage().save(self, folder, **card)
@@ -105,9 +105,9 @@ class SharedPolicy:
         """Upload the policy to the Hugging Face Hub, in one commit.
 
         Args:
-            repo_id: the repository, as `owner/name`; made if need be.
-            **options: of `huggingface_hub.ModelHubMixin.push_to_hub`, such as `private`, `token`, `commit_message` and
-                `model_card_kwargs`, the arguments of `generate_model_card`.
+            repo_id: the repository, as `owner/name`; it is created if needed.
+            **options: arguments of `huggingface_hub.ModelHubMixin.push_to_hub`, such as `private`, `token`,
+                `commit_message` and `model_card_kwargs`, the arguments of `generate_model_card`.
 
         Returns:
             The address of the commit.
@@ -129,22 +129,22 @@ class SharedPolicy:
         revision: str | None = None,
         device: str = "cpu",
     ) -> Self:
-        """Load a policy that is ready to act, from a folder or from the Hub. It executes nothing that it loads.
+        """Load a policy that is ready to act, from a folder or from the Hub. No loaded code is executed.
 
         Args:
             pretrained_model_name_or_path: a folder, or a repository of the Hub as `owner/name`.
-            force_download: even if it is in the cache.
-            token: of the Hub; by default that of `hf auth login`.
-            cache_dir: of the Hub's files; by default the usual one.
-            local_files_only: use the cache alone.
+            force_download: download the files even if they are in the cache.
+            token: access token of the Hub; by default that of `hf auth login`.
+            cache_dir: cache folder of the Hub's files; by default the library's own.
+            local_files_only: use only the cache.
             revision: a branch, tag or commit.
-            device: where to put it.
+            device: device for the policy.
 
         Returns:
             The policy in evaluation mode, without gradients; its `origin` names its environment.
 
         Raises:
-            ValueError: nothing there, or nothing that can be loaded; see `load_checkpoint`.
+            ValueError: nothing is found there, or it cannot be loaded; see `load_checkpoint`.
         """
         loaded: Self = _storage().load(
             str(pretrained_model_name_or_path),
@@ -158,17 +158,17 @@ class SharedPolicy:
         return loaded
 
     def generate_model_card(self, *, evaluation: str | Path | None = None, license: str | None = None) -> ModelCard:
-        """The README.md of a saved policy.
+        """Return the README.md of a saved policy.
 
         Args:
-            evaluation: `sweep.json` or `episodes.json` of this policy, for the figures.
-            license: for the card's metadata, such as `mit`; left to the user.
+            evaluation: `sweep.json` or `episodes.json` of this policy, for the card's figures.
+            license: licence for the card's metadata, such as `mit`; None leaves it to the user.
 
         Returns:
             The card.
 
         Raises:
-            ValueError: the evaluation cannot be read, or is of several checkpoints.
+            ValueError: the evaluation cannot be read, or covers several checkpoints.
         """
         path = None if evaluation is None else Path(evaluation)
         return _storage().card(self, evaluation=path, license=license)

@@ -1,1 +1,1 @@
-"""Episodes in a simulator: in this process or in several, recorded and written down."""
+"""Episodes in a simulator: run in this process or in several, filmed, and written to files."""

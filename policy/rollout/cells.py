@@ -1,4 +1,4 @@
-"""Ways to act that are compared on the same episodes, and the controllers that act so."""
+"""Cells (combinations of settings that are compared on the same episodes) and their controllers."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from gymnasium.spaces import Box
 from policy.control.receding_horizon import RecedingHorizonController
 from policy.control.timeline import ControllerSettings
 from policy.diffusion.sampler import Sampler
-from policy.inference.backends import DEFAULT_BACKEND, SamplerProgram, compile_sampler
+from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS, SamplerProgram, compile_sampler
 from policy.model.diffusion_policy import DiffusionPolicy
 
-# Rows of one planning call in rollouts, always: see RecedingHorizonController.plan_batch.
+# The `plan_batch` of all rollouts: a fixed number, so that results do not depend on the number of environments.
 PLAN_BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One way to act: what a sweep compares with others on the same episodes.
+    """One combination of settings, which a sweep compares with others on the same episodes.
 
     Attributes:
-        policy: which of the policies at hand, by number.
-        sampler: how chunks are sampled.
+        policy: index of the policy that acts.
+        sampler: sampling settings.
         execution_horizon: actions executed before the next plan.
-        controller: what happens while a plan is made.
-        backend: what samples, see `compile_sampler`.
-        weights: of the backend.
+        controller: behaviour while a plan is computed, see `ControllerSettings`.
+        backend: runs the sampling, see `compile_sampler`.
+        weights: type of the backend's weights, see `compile_sampler`.
     """
 
     sampler: Sampler
@@ -37,12 +37,12 @@ class Cell:
     controller: ControllerSettings = field(default_factory=ControllerSettings)
     policy: int = 0
     backend: str = DEFAULT_BACKEND
-    weights: str = "float32"
+    weights: str = DEFAULT_WEIGHTS
 
 
-# Number of a cell, and the episode's seed.
+# Index of a cell, and seed of an episode.
 Task = tuple[int, int]
-# Compiled sampling by the number of its cell.
+# Compiled sampling by the index of its cell.
 Programs = Mapping[int, SamplerProgram]
 
 
@@ -52,16 +52,16 @@ def controllers_of(
     action_space: gymnasium.Space[Any],
     programs: Programs = {},  # noqa: B006  (never changed)
 ) -> list[RecedingHorizonController]:
-    """One controller a cell, planning in batches of the size that all rollouts use.
+    """Make one controller per cell, with the `plan_batch` of all rollouts.
 
     Args:
-        policies: what acts.
+        policies: the policies that the cells refer to.
         cells: one for each controller.
-        action_space: a `Box`.
-        programs: those of the cells, by number, that are compiled already.
+        action_space: the environment's, a `Box`.
+        programs: programs that are compiled already, by the index of their cell.
 
     Returns:
-        The controllers.
+        The controllers, in the order of the cells.
     """
     assert isinstance(action_space, Box)
     return [
@@ -79,10 +79,10 @@ def controllers_of(
 
 
 def program_of(policy: DiffusionPolicy, cell: Cell) -> SamplerProgram:
-    """The compiled sampling of a cell."""
+    """Compile the sampling of a cell."""
     return compile_sampler(policy, cell.sampler, backend=cell.backend, weights=cell.weights)
 
 
 def portable_programs(policies: Sequence[DiffusionPolicy], cells: Iterable[Cell]) -> dict[Cell, SamplerProgram]:
-    """The programs of those cells whose backend takes seconds to compile and can be sent to other processes."""
+    """Compile the cells whose backend takes seconds to compile and whose programs other processes can receive."""
     return {cell: program_of(policies[cell.policy], cell) for cell in cells if cell.backend == "onnx"}

@@ -28,14 +28,14 @@ class Controller(Protocol):
     """Drives one robot."""
 
     def reset(self, seed: int) -> None:
-        """Begin an episode."""
+        """Start an episode."""
 
     def act(self, observation: Observation) -> NDArray[np.float32]:
-        """The next action."""
+        """Return the next action, (action_dim,)."""
         ...
 
     def late_steps(self) -> int:
-        """Control steps without an action of a plan."""
+        """Control steps of the episode without a planned action."""
         ...
 
 
@@ -55,14 +55,14 @@ class _Running(_Tally):
 
 
 def check_spaces(config: PolicyConfig, env: Env) -> None:
-    """Refuse an environment whose spaces do not fit the policy.
+    """Reject an environment whose spaces do not fit the policy.
 
     Args:
-        config: of the policy.
-        env: gives the spaces.
+        config: the policy's configuration.
+        env: the environment.
 
     Raises:
-        ValueError: naming both sides.
+        ValueError: a key or shape differs; the message names those of both sides.
     """
     space = env.observation_space
     spaces = space.spaces if isinstance(space, gymnasium.spaces.Dict) else {plain_key(space.shape or ()): space}
@@ -81,10 +81,10 @@ def check_spaces(config: PolicyConfig, env: Env) -> None:
 
 
 def check_num_envs(num_envs: int) -> None:
-    """Refuse to roll out in no environment.
+    """Reject a number of environments below 1.
 
     Raises:
-        ValueError: below 1.
+        ValueError: `num_envs` is below 1.
     """
     if num_envs < 1:
         raise ValueError(f"num_envs must be 1 or more; got {num_envs}")
@@ -97,18 +97,18 @@ def _describe(shapes: Mapping[str, tuple[int, ...]]) -> str:
 def run_episodes(
     controllers: Sequence[RecedingHorizonController], envs: Sequence[Env], next_task: Callable[[], Task | None]
 ) -> Iterator[tuple[Task, EpisodeResult]]:
-    """Run episodes in several environments at once; a finished one starts on the next task.
+    """Run episodes in several environments at once; an environment that is done takes the next task.
 
-    Each environment runs on its own to the end of its chunk. Then all wait for a plan at the same time, and one network
-    call serves them all.
+    Each environment acts until its next plan is due. Then all of them need a plan at the same time, and those of one
+    cell share the network calls.
 
     Args:
-        controllers: one a cell; each uses one slot an environment.
+        controllers: one per cell; each uses one slot per environment.
         envs: identical environments with `info["is_success"]` and `info["score"]`.
-        next_task: gives the next task, or None when there are no more.
+        next_task: returns the next task, or None when there are no more.
 
     Yields:
-        Results, as episodes end: at success, or when the environment ends them.
+        Each task with its result, when the episode ends: at success, or when the environment ends it.
     """
     running: dict[int, _Running] = {}
 
@@ -139,7 +139,7 @@ def run_episodes(
 
 
 def _execute_chunk(env: Env, episode: _Running, slot: int) -> bool | None:
-    """Act until the next plan is due; gives whether the episode succeeded once it is over."""
+    """Act until the next plan is due (returns None) or the episode is over (returns whether it succeeded)."""
     while True:
         over, success = _step(env, episode, episode.controller.next_action(slot))
         if over:
@@ -174,13 +174,13 @@ def run_in_process(
     """Run tasks in this process, on one thread.
 
     Args:
-        policies: what acts.
+        policies: the policies that the cells refer to.
         envs: identical environments, all used at once.
-        cells: what the tasks refer to.
-        tasks: distinct ones.
+        cells: the cells that the tasks refer to.
+        tasks: distinct tasks.
 
     Yields:
-        Each task with its result, as they come.
+        Each task with its result, in the order in which the episodes end.
     """
     remaining = iter(tasks)
     with torch_threads(1):
@@ -192,9 +192,9 @@ def play_episode(controller: Controller, env: Env, seed: int, watch: Callable[[]
     """Run one episode in one environment.
 
     Args:
-        controller: drives it.
-        env: as for `run_episodes`.
-        seed: of the episode.
+        controller: drives the robot.
+        env: the environment, as for `run_episodes`.
+        seed: the episode's seed.
         watch: called after the reset and after every control step.
 
     Returns:
@@ -212,15 +212,15 @@ def play_episode(controller: Controller, env: Env, seed: int, watch: Callable[[]
 
 
 def record_episode(controller: Controller, env: Env, seed: int) -> tuple[EpisodeResult, list[NDArray[np.uint8]]]:
-    """Run one episode and keep its pictures.
+    """Run one episode and keep its frames.
 
     Args:
-        controller: drives it.
-        env: with `render_mode="rgb_array"`.
-        seed: of the episode.
+        controller: drives the robot.
+        env: the environment, with `render_mode="rgb_array"`.
+        seed: the episode's seed.
 
     Returns:
-        The result, and (H, W, 3) uint8 frames, the initial one included.
+        The result, and (H, W, 3) uint8 frames, including the initial one.
     """
     frames: list[NDArray[np.uint8]] = []
     result = play_episode(controller, env, seed, lambda: frames.append(_frame(env)))
@@ -234,11 +234,11 @@ def _frame(env: Env) -> NDArray[np.uint8]:
 
 
 def write_episodes(results: Sequence[EpisodeResult], folder: Path) -> Path:
-    """Write `episodes.json`, one entry an episode.
+    """Write `episodes.json`, with one entry per episode.
 
     Args:
-        results: of a rollout.
-        folder: where to.
+        results: the results of a rollout.
+        folder: receives the file.
 
     Returns:
         The file.

@@ -1,4 +1,4 @@
-"""How long one robot waits for one plan."""
+"""The latency of a plan: how long one robot waits for it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from policy.model.diffusion_policy import zero_observations
 
 
 def chunk_latency(program: SamplerProgram, candidates: int = 1, repeats: int = 30) -> dict[str, float]:
-    """How long one robot waits for one plan: on one thread, batch 1, or as many rows as it has candidates.
+    """Measure how long one robot waits for one plan, on one thread, with one row per candidate.
 
     Args:
-        program: the policy's sampling; with `sampler.warm_start` a chunk after the first is timed.
-        candidates: chunks drawn for a plan.
-        repeats: timed calls at least; as many as fit into half a second, after a fifth of a second untimed.
+        program: the policy's sampling; with `sampler.warm_start`, chunks that start from a previous one are timed.
+        candidates: chunks sampled per plan.
+        repeats: minimum number of timed calls. Calls are timed for at least half a second, after an untimed warm-up of
+            a fifth of a second.
 
     Returns:
         `latency_ms_median` and `latency_ms_p90`, in milliseconds.

@@ -19,9 +19,9 @@ def write_video(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int) -> No
     """Write an mp4 (H.264) that browsers and phones play.
 
     Args:
-        path: of the file.
-        frames: (H, W, 3) uint8, equal shapes; an odd row or column at the edge is cut off, as H.264 needs even sizes.
-        fps: pictures a second.
+        path: the file.
+        frames: (H, W, 3) uint8, all of one shape; an odd last row or column is cut off, because H.264 needs even sizes.
+        fps: frames per second.
     """
     height, width = (size - size % 2 for size in frames[0].shape[:2])
     with av.open(str(path), "w") as container:
@@ -38,18 +38,18 @@ def record_videos(
     takes: Sequence[tuple[Controller, int]],
     file_of: Callable[[int, EpisodeResult], Path],
 ) -> Iterator[tuple[EpisodeResult, Path]]:
-    """Run episodes with pictures and write each as a video.
+    """Run episodes and write a video of each.
 
     Args:
-        make_env: takes `render_mode`.
-        takes: controller and seed of each.
-        file_of: where the video of a take goes, given its number and its result.
+        make_env: makes an environment; accepts `render_mode`.
+        takes: the controller and the seed of each episode.
+        file_of: returns the path of a video, given the index of its take and the result.
 
     Yields:
-        The result and the file of each.
+        The result and the video file of each episode.
 
     Raises:
-        RuntimeError: nothing can be drawn here.
+        RuntimeError: rendering is not possible on this machine.
     """
     with (
         closing(make_env(render_mode="rgb_array")) as env,

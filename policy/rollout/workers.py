@@ -32,7 +32,7 @@ MAX_ATTEMPTS = 3
 
 @dataclass
 class _Worker:
-    """The parent's side of a process."""
+    """A process, as its parent sees it."""
 
     process: Any
     connection: Connection
@@ -42,13 +42,13 @@ class _Worker:
     heard: float = field(default_factory=time.monotonic)
 
     def give(self, cells: Sequence[Cell], programs: Programs) -> None:
-        """Begin a run."""
+        """Start a run."""
         self.asking = self.num_envs
         self.heard = time.monotonic()
         self._send((cells, programs))
 
     def answer(self, task: Task | None) -> None:
-        """Give a free environment its next task, or none."""
+        """Give a free environment its next task, or None if there are no more."""
         if task is None:
             self.asking -= 1
         else:
@@ -56,24 +56,24 @@ class _Worker:
         self._send(task)
 
     def _send(self, message: Any) -> None:
-        with suppress(OSError):  # a process that has ended is noticed when it is next read from
+        with suppress(OSError):  # if the process has ended, the next read from it shows that
             self.connection.send(message)
 
 
 class RolloutPool:
-    """Runs episodes on all cores and gives each its seed's own result, however many run at once.
+    """Runs episodes on all cores; the result of an episode does not depend on how many run at once.
 
-    With one environment, or on one core, everything runs in this process. Otherwise each core gets a spawned process
-    with its share of the environments; a free environment takes the next task. A process that crashes, raises or hangs
-    is replaced. Its unfinished episodes are run again with the same seeds, last and each alone in a process: one that
-    always fails holds up no other, and is known by its seed.
+    With one environment, on one core or on a GPU, everything runs in this process. Otherwise each core gets a spawned
+    process with its share of the environments, and a free environment takes the next task. A process that crashes,
+    raises or hangs is replaced. Its unfinished episodes are run again with the same seeds, after all others and each
+    alone in a process, so that an episode that always fails does not hold up others and is identified by its seed.
 
     Args:
-        policies: what acts.
+        policies: the policies that cells refer to.
         make_env: makes one environment; picklable.
-        num_envs: environments in all.
-        workers: processes; by default one a core.
-        patience: seconds without a word from a process after which it counts as hanging.
+        num_envs: number of environments in all processes together.
+        workers: number of processes; by default one per core.
+        patience: seconds without a message from a process after which it counts as hanging.
 
     Raises:
         ValueError: `num_envs` below 1.
@@ -96,7 +96,7 @@ class RolloutPool:
         self._workers: list[_Worker] = []
         self._envs: list[Env] = []
         self._programs: dict[Cell, SamplerProgram] = {}
-        # A GPU is shared by batching in one process, cores by processes.
+        # A GPU serves all environments in batches from one process; on the CPU, each core has its own process.
         count = min(num_envs, workers or available_cores()) if policies[0].device.type == "cpu" else 1
         if count == 1:
             self._envs = [make_env() for _ in range(num_envs)]
@@ -111,14 +111,14 @@ class RolloutPool:
         """Run one episode per task.
 
         Args:
-            cells: what the tasks refer to.
-            tasks: distinct ones.
+            cells: the cells that the tasks refer to.
+            tasks: distinct tasks.
 
         Yields:
-            Each task with its result, as they come, in any order.
+            Each task with its result, in the order in which the episodes end.
 
         Raises:
-            WorkerError: an episode failed three times, or processes fail again and again before they finish any.
+            WorkerError: an episode failed three times, or processes failed repeatedly without finishing any episode.
         """
         if not self._workers:
             yield from run_in_process(self._policies, self._envs, cells, tasks)
@@ -128,11 +128,11 @@ class RolloutPool:
         fresh, suspects, unfinished = deque(tasks), deque[Task](), set(tasks)
         attempts, fruitless = Counter[Task](), 0
         for worker in list(self._workers):
-            if worker.asking:  # an earlier run was left before its end
+            if worker.asking:  # an earlier run was abandoned before its end
                 self._replace(worker, cells, programs)
             else:
                 worker.give(cells, programs)
-        # Also until every environment has been told that there is no more: then all processes wait for the next run.
+        # Goes on until every environment has been told that no task is left: all processes then wait for the next run.
         while unfinished or any(worker.asking for worker in self._workers):
             for worker, message in self._messages():
                 match message:
@@ -157,9 +157,9 @@ class RolloutPool:
                         self._replace(worker, cells, programs)
 
     def _messages(self) -> Iterator[tuple[_Worker, Any]]:
-        """Whatever the processes have to say by now; a fault is the last that is heard of one."""
+        """The messages that have come from the processes; a process sends nothing more after a fault."""
         ready = wait([worker.connection for worker in self._workers], timeout=1.0)
-        now = time.monotonic()  # what the caller does between two messages is no silence of the others
+        now = time.monotonic()  # read once, so that the caller's time between two messages is not counted as silence
         for worker in list(self._workers):
             if worker.connection in ready:
                 worker.heard = time.monotonic()
@@ -177,7 +177,7 @@ class RolloutPool:
         arguments = (loaded_plugins(), self._policies, self._make_env, num_envs, theirs)
         process = context.Process(target=_serve, args=arguments, daemon=True)
         process.start()
-        theirs.close()  # so that the process's end is seen at once
+        theirs.close()  # so that the end of the process is noticed at once
         return _Worker(process, connection, num_envs)
 
     def _replace(self, worker: _Worker, cells: Sequence[Cell], programs: Programs) -> None:
@@ -206,7 +206,7 @@ class RolloutPool:
 
 @dataclass(frozen=True)
 class _Fault:
-    """Why a process can do no more."""
+    """The reason why a process cannot continue."""
 
     reason: str
 
@@ -218,9 +218,9 @@ def _serve(
     num_envs: int,
     connection: Connection,
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)  # two processes with two spinning threads each would crawl
+    torch.set_num_threads(1)  # processes with several spinning threads each would slow each other down
 
     def next_task() -> Task | None:
         connection.send("next")
@@ -241,7 +241,7 @@ def _serve(
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed cannot stop its processes: they must not run on without it."""
+    """End this process when its parent ends: a parent that was killed cannot stop its processes itself."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

@@ -1,4 +1,4 @@
-"""What a sweep's episodes say: cells compared with the best one, and the sentence its user came for."""
+"""The conclusion of a sweep: its cells compared with the best one, and its answer in one sentence."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from policy.sweep.grid import Row, uniform, varying
 
 @dataclass(frozen=True, kw_only=True)
 class Swept:
-    """Cells and their results, whether they ran here or were merged.
+    """The cells of a sweep with their results, run here or merged from other sweeps.
 
     Attributes:
-        rows: one a cell, see `row_of`, with the cell's id as `cell`.
+        rows: one per cell, see `row_of`, with the cell's id as `cell`.
         results: the episodes of each cell, the same seeds in the same order.
         env: settings of the environment.
     """
@@ -31,16 +31,16 @@ class Swept:
 
 @dataclass(frozen=True, kw_only=True)
 class Conclusion:
-    """What is written and shown of a sweep.
+    """The results of a sweep, as they are written and shown.
 
     Attributes:
         title: the environment, in words.
-        rows: of the cells, with their difference to the best cell and the verdict on them.
-        episodes: one row an episode, of all cells.
+        rows: one per cell, with its difference to the best cell and its verdict.
+        episodes: one row per episode, of all cells.
         env: settings of the environment.
         margin: see `recommend`.
-        advice: which cell to take.
-        answer: the advice in a sentence, with its figures.
+        advice: the recommendation.
+        answer: the recommendation in a sentence, with its figures.
     """
 
     title: str
@@ -53,7 +53,7 @@ class Conclusion:
 
     @property
     def shown(self) -> list[int]:
-        """The cells worth watching side by side: the cheapest, the recommended one and the best."""
+        """Indices of the cells to watch side by side: the cheapest, the recommended one and the best."""
         rows, advice = self.rows, self.advice
         cheapest = min(range(len(rows)), key=lambda number: (rows[number]["ddim_steps"], number))
         chosen = advice.best if advice.cell is None else advice.cell
@@ -61,12 +61,12 @@ class Conclusion:
 
     @property
     def differences(self) -> list[str]:
-        """Each cell's difference of success to the best cell, in points, in words."""
+        """Each cell's difference of success rate to the best cell with its interval, in points, as text."""
         return ["best" if n == self.advice.best else _difference(row) for n, row in enumerate(self.rows)]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What else a reader needs to know of the sweep, by name."""
+        """Further facts about the sweep that a reader needs, by name."""
         seeds = [row["seed"] for row in self.episodes if row["cell"] == self.rows[0]["cell"]]
         return {
             "environment": self.env,
@@ -81,10 +81,13 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
 
     Args:
         swept: the cells and their results.
-        margin: a loss of success, as a share, that is small enough not to matter.
+        margin: the difference of success rates from which a cell counts as worse, in (0, 1).
 
     Returns:
         The conclusion.
+
+    Raises:
+        ValueError: see `recommend`.
     """
     rows = uniform(swept.rows)
     success = [[result.success for result in found] for found in swept.results]
@@ -113,7 +116,7 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
 
 
 def answer_of(rows: Sequence[Row], advice: Recommendation) -> str:
-    """The sentence a user came for: how few steps suffice, and what they cost."""
+    """The answer in one sentence: the recommended settings, their success and their latency."""
     if advice.cell is None:
         return f"No recommendation yet: {advice.sentence}."
     row = rows[advice.cell]
@@ -135,14 +138,15 @@ def _difference(row: Row) -> str:
 
 
 def telling_seeds(results: Sequence[Sequence[EpisodeResult]], count: int) -> list[int]:
-    """Seeds of the episodes worth watching.
+    """Choose the seeds of the episodes that are worth watching.
 
     Args:
-        results: of the cells to watch, the same seeds in the same order.
-        count: at most.
+        results: results of the cells to watch, the same seeds in the same order.
+        count: maximum number of seeds.
 
     Returns:
-        Those in which cells differ first, then those that all solved, then the rest, in turns: failures are not hidden.
+        Seeds taken in turns from three kinds of episodes, so that failures are not hidden: those on which cells differ,
+        those that all cells solved, and those that all cells failed.
     """
     by_seed = [[found[n].success for found in results] for n in range(len(results[0]))]
     split = [n for n, solved in enumerate(by_seed) if any(solved) and not all(solved)]
@@ -154,7 +158,7 @@ def telling_seeds(results: Sequence[Sequence[EpisodeResult]], count: int) -> lis
 
 
 def read_swept(folders: Sequence[Path]) -> Swept:
-    """The cells of several finished sweeps, side by side.
+    """Read the cells of several finished sweeps.
 
     Args:
         folders: each with a `sweep.json`.
@@ -163,7 +167,7 @@ def read_swept(folders: Sequence[Path]) -> Swept:
         The cells, in the order of the folders.
 
     Raises:
-        ValueError: a folder without a finished sweep, other environments or episodes, or one cell twice.
+        ValueError: a folder without a finished sweep, different environments or episodes, or a cell that occurs twice.
     """
     rows: list[Row] = []
     results: list[list[EpisodeResult]] = []
@@ -186,7 +190,7 @@ def read_swept(folders: Sequence[Path]) -> Swept:
         if differs := [name for name in seen if seen[name] != first[name]]:
             raise ValueError(f"{folder} has other {differs[0]} than {folders[0]}: only equal ones can be compared")
         if repeated := found.keys() & {row["cell"] for row in rows}:
-            raise ValueError(f"{folder} repeats the cell {min(repeated)}: leave it or the other out")
+            raise ValueError(f"{folder} repeats the cell {min(repeated)}: leave one of them out")
         rows += found.values()
         results += episodes.values()
     if not rows or any([result.seed for result in listed] != first["seeds"] for listed in results):

@@ -1,4 +1,4 @@
-"""The cells of a sweep: every combination of settings, on the same episodes, and each cell as a row."""
+"""The cells of a sweep, one for each combination of its settings, and the row of results of each cell."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from policy.checkpoint import Checkpoint
 from policy.common.arguments import check_arguments, unknown_name
 from policy.control.timeline import ControllerSettings
 from policy.diffusion.sampler import LATER_SETTINGS, Sampler
-from policy.inference.backends import DEFAULT_BACKEND, check_backend
+from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS, check_backend
 from policy.rollout.cells import Cell, program_of
 from policy.rollout.latency import chunk_latency
 from policy.rollout.ledger import cell_id
@@ -20,7 +20,7 @@ from policy.statistics.results import EpisodeResult, summarize
 
 Row = dict[str, Any]
 
-# What may differ between cells, in the order of the table's first columns.
+# The settings that may differ between cells, in the order of the table's first columns.
 SAMPLER_AXES = tuple(field.name for field in dataclasses.fields(Sampler))
 CONTROLLER_AXES = tuple(field.name for field in dataclasses.fields(ControllerSettings))
 AXES = ("checkpoint", *SAMPLER_AXES, "execution_horizon", *CONTROLLER_AXES, "backend", "weights")
@@ -28,11 +28,11 @@ AXES = ("checkpoint", *SAMPLER_AXES, "execution_horizon", *CONTROLLER_AXES, "bac
 
 @dataclass(frozen=True, kw_only=True)
 class SweepCell:
-    """A cell with what its results depend on, the episode's seed apart.
+    """A cell with everything that its results depend on, except the episode's seed.
 
     Attributes:
-        cell: how it acts.
-        checkpoint: whose policy.
+        cell: its settings.
+        checkpoint: the checkpoint whose policy acts.
         env: settings of the environment.
     """
 
@@ -42,7 +42,7 @@ class SweepCell:
 
     @property
     def axes(self) -> Row:
-        """The values that tell it from other cells."""
+        """The values that distinguish it from other cells."""
         return {
             "checkpoint": str(self.checkpoint.path),
             **dataclasses.asdict(self.cell.sampler),
@@ -54,7 +54,11 @@ class SweepCell:
 
     @property
     def settings(self) -> Row:
-        """JSON data for the ledger: the policy by its weights, wherever they lie, and the device that rounds."""
+        """JSON data for the ledger.
+
+        The checkpoint is identified by its weights, wherever the folder is. The device is included, because results
+        depend on its rounding.
+        """
         device = self.checkpoint.policy.device.type
         axes = {**self.axes, "checkpoint": self.checkpoint.digest, "device": device, "env": dict(self.env)}
         return {name: value for name, value in axes.items() if LATER_SETTINGS.get(name, ...) != value}
@@ -69,9 +73,9 @@ def make_cells(
     controller: Mapping[str, Any],
     execution_horizon: int | Sequence[int] | None,
     backend: str | Sequence[str] = DEFAULT_BACKEND,
-    weights: str | Sequence[str] = "float32",
+    weights: str | Sequence[str] = DEFAULT_WEIGHTS,
 ) -> list[SweepCell]:
-    """Every combination of the settings; a list of values makes an axis.
+    """Make a cell of every combination of the settings; a list of values makes an axis.
 
     Args:
         checkpoints: one or more.
@@ -80,14 +84,15 @@ def make_cells(
         sampler: the other sampler settings, by name.
         controller: settings of `ControllerSettings`, by name.
         execution_horizon: actions executed before the next plan; None takes each checkpoint's own.
-        backend: what samples, see `compile_sampler`.
-        weights: of the backend.
+        backend: runs the sampling, see `compile_sampler`.
+        weights: type of the backend's weights, see `compile_sampler`.
 
     Returns:
         The cells; `ddim_steps` changes fastest.
 
     Raises:
-        ValueError: an axis that is empty, repeats a value, or holds one that does not fit.
+        ValueError: an axis that is empty, repeats a value or holds one that does not fit; an unknown setting; or two
+            equal cells.
     """
     if "ddim_steps" in sampler:
         raise ValueError(
@@ -118,7 +123,7 @@ def make_cells(
 
 
 def _cell(number: int, checkpoint: Checkpoint, settings: Row) -> Cell:
-    """One combination of the axes, everything in it checked."""
+    """Make the cell of one combination of the axes, and check its settings."""
     chosen = Sampler(**check_arguments("sampler", Sampler, {k: v for k, v in settings.items() if k in SAMPLER_AXES}))
     chosen.check(checkpoint.policy.schedule.num_steps)
     given = {name: value for name, value in settings.items() if name in CONTROLLER_AXES}
@@ -132,10 +137,10 @@ def _cell(number: int, checkpoint: Checkpoint, settings: Row) -> Cell:
 
 
 def axis_values(name: str, given: Any) -> list[Any]:
-    """The values of an axis: those of a list, or the one value given.
+    """The values of an axis: those of a list, or a single value.
 
     Raises:
-        ValueError: none, or one twice.
+        ValueError: the list is empty, or repeats a value.
     """
     values = list(given) if isinstance(given, (list, tuple)) else [given]
     if not values:
@@ -146,11 +151,11 @@ def axis_values(name: str, given: Any) -> list[Any]:
 
 
 def row_of(cell: SweepCell, results: Sequence[EpisodeResult]) -> Row:
-    """One cell as JSON data: its settings, its figures with their intervals, and the latency of a chunk.
+    """The row of a cell as JSON data: its settings, its figures with their intervals, and its measured latency.
 
     Args:
         cell: the cell.
-        results: of its episodes.
+        results: the results of its episodes.
 
     Returns:
         The row.
@@ -160,26 +165,26 @@ def row_of(cell: SweepCell, results: Sequence[EpisodeResult]) -> Row:
         **cell.axes,
         **summarize(results),
         **latency,
-        # Planning between two chunks leaves the robot waiting at any rate above this.
+        # The highest control rate at which a plan takes no longer than the execution of its actions.
         "control_rate_hz": 1e3 * cell.cell.execution_horizon / latency["latency_ms_median"],
     }
 
 
 def varying(rows: Sequence[Row]) -> list[str]:
-    """The axes besides `ddim_steps` along which the rows differ."""
+    """The axes other than `ddim_steps` along which the rows differ."""
     return [axis for axis in AXES if axis != "ddim_steps" and len({row.get(axis) for row in rows}) > 1]
 
 
 def uniform(rows: Sequence[Row]) -> list[Row]:
-    """Rows with the same columns: a setting that came later has one only where a row uses it.
+    """Give all rows the same columns; a setting that was added later gets one only if a row uses it.
 
     Args:
-        rows: of one sweep, or of several that were written by different versions.
+        rows: the rows of one sweep, or of several that different versions wrote.
 
     Returns:
         The rows, in their order.
     """
     used = {name for name, before in LATER_SETTINGS.items() if any(row.get(name, before) != before for row in rows)}
     unused = LATER_SETTINGS.keys() - used
-    missing = {name: LATER_SETTINGS[name] for name in used}
-    return [{**missing, **{name: row[name] for name in row if name not in unused}} for row in rows]
+    filled = [{**row, **{name: LATER_SETTINGS[name] for name in used - row.keys()}} for row in rows]
+    return [{name: value for name, value in row.items() if name not in unused} for row in filled]

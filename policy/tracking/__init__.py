@@ -1,1 +1,1 @@
-"""Where metrics go: nowhere, or to Weights & Biases."""
+"""Experiment tracking: metrics are recorded with Weights & Biases, or not at all."""

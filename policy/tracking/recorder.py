@@ -1,6 +1,6 @@
-"""The program that talks to Weights & Biases, in a process of its own: the only module that imports wandb.
+"""A program that records to Weights & Biases in its own process. It is the only module that imports wandb.
 
-`WandbTracker` starts it as a script and tells it what to record, one JSON object a line.
+`WandbTracker` starts it as a script and sends it the calls to record, one JSON object per line.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ KEPT = "the checkpoint's history keeps all metrics, episodes.json and sweep.json
 
 
 def _record(messages: Iterator[dict[str, Any]], answer: TextIO, warn: Callable[[str], None]) -> int:
-    """Record what the caller tells, until it has no more to say.
+    """Record the caller's messages until they end.
 
     Args:
-        messages: a call's name and arguments each; the first opens the run.
+        messages: the name and the arguments of one call each; the first call opens the run.
         answer: receives one line, the run's folder.
-        warn: tells the user.
+        warn: prints a warning for the user.
 
     Returns:
-        The exit code: 1 where recording failed and the reason has been printed.
+        The exit code: 0, or 1 if recording failed and the reason has been printed.
     """
-    recorded, exit_code = "nothing", 1  # the run of a caller that falls silent before it finishes has failed
+    recorded, exit_code = "nothing", 1  # the run has failed if the messages end without `finish`
     try:
         opening = next(messages)
         run = _open(**opening["arguments"], warn=warn)
@@ -51,10 +51,10 @@ def _record(messages: Iterator[dict[str, Any]], answer: TextIO, warn: Callable[[
 def _open(
     *, folder: str, config: dict[str, Any], project: str, mode: str, patience: float, warn: Callable[[str], None]
 ) -> Any:
-    """A wandb run; offline where an online one cannot be had."""
+    """Open a wandb run; if an online run cannot be opened, open an offline one."""
     import wandb
 
-    # Charts of the machine show the caller's process, not this one; its output is the caller's as well.
+    # The system charts show the caller's process, not this one, and console output is left to the caller.
     settings = wandb.Settings(silent=True, console="off", init_timeout=patience, x_stats_pid=os.getppid())
 
     def start(mode: Any) -> Any:
@@ -70,7 +70,7 @@ def _open(
             f"W&B cannot be reached ({_line(error)}) and records offline: `wandb login`, then"
             f" `wandb sync {Path(run.dir).parent}` upload it later; {KEPT}"
         )
-    # W&B's own steps never go back: it would drop what a resumed run logs again.
+    # W&B's own step counter never goes back: W&B would drop the steps that a resumed run logs again.
     run.define_metric("*", step_metric="step")
     return run
 
@@ -89,8 +89,8 @@ def _line(error: Exception) -> str:
 
 
 def _main() -> int:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the caller's to handle, whose end is this process's
-    # W&B prints, and starts a service: neither may get hold of the caller's pipes and terminal.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the caller handles it, and this process ends with the caller
+    # W&B prints output and starts a service process: neither may hold the caller's pipes or terminal.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry would wait for a server that never answers
     messages, answer, terminal = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w")
     nothing = os.open(os.devnull, os.O_RDWR)

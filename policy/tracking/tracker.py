@@ -1,4 +1,4 @@
-"""What a tracker is, and the one that records nothing."""
+"""The interfaces of a tracker, and a tracker that records nothing."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 
 
 class MetricsLog(Protocol):
-    """Where the metrics of training steps go."""
+    """Receives the metrics of training steps."""
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Record metrics of a training step."""
+        """Record the metrics of a training step."""
 
 
 class TrackedRun(MetricsLog, Protocol):
@@ -20,15 +20,15 @@ class TrackedRun(MetricsLog, Protocol):
     def log_table(
         self, name: str, rows: list[dict[str, Any]], image: Path | None = None, videos: Sequence[Path] = ()
     ) -> None:
-        """Record a table, a picture of it, and videos."""
+        """Record rows with equal keys as a table, a picture of it, and mp4 videos."""
 
     def finish(self) -> str:
-        """Close the run; says where it is, or nothing."""
+        """Close the run and return its folder, or an empty string if there is none."""
 
 
 @runtime_checkable
 class OpenRun(Protocol):
-    """Opens a run once its folder and configuration are known: `WandbTracker` or `NoTracker`, settings filled in."""
+    """Opens a run once its folder and configuration are known: a tracker class with its settings filled in."""
 
     def __call__(self, *, folder: Path, config: Mapping[str, Any]) -> TrackedRun:
         """Open the run."""
@@ -36,7 +36,7 @@ class OpenRun(Protocol):
 
 
 class NoTracker:
-    """Records nothing.
+    """A tracker that records nothing.
 
     Args:
         folder: not used.
@@ -47,13 +47,13 @@ class NoTracker:
         pass
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def log_table(
         self, name: str, rows: list[dict[str, Any]], image: Path | None = None, videos: Sequence[Path] = ()
     ) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def finish(self) -> str:
-        """Has nothing to say."""
+        """Return an empty string."""
         return ""

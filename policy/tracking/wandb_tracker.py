@@ -1,4 +1,4 @@
-"""Experiment tracking with Weights & Biases, which never holds up its caller."""
+"""Experiment tracking with Weights & Biases that never blocks its caller."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from typing import Any, Literal
 
 from policy.tracking import recorder
 
-# Entries that may wait for W&B: hours of training, a few megabytes.
+# Largest number of entries that wait for W&B: hours of training, a few megabytes.
 WAITING = 10_000
 
 
 class WandbTracker:
-    """A Weights & Biases run, offline unless asked otherwise: no account, no network.
+    """A Weights & Biases run. It is offline by default and then needs neither an account nor a network.
 
-    W&B lives in a process of its own that is told what to record and never waited for: whatever befalls it (no login,
-    no network, a crash, a call that never returns) costs the caller a warning. Only `finish` waits, within bounds.
+    W&B runs in its own process, which receives the calls to record and is never waited for. Any failure there (no
+    login, no network, a crash, a call that never returns) costs the caller only a warning. Only `finish` waits, for a
+    limited time.
 
     Args:
-        folder: the run's files go to `folder/wandb`.
-        config: what the run was made with.
+        folder: folder of the run; W&B's files go to `folder/wandb`.
+        config: configuration to record with the run.
         project: W&B project.
-        mode: `offline`, or `online`, which records offline where there is no login or no answer.
-        patience: seconds that `finish` waits at most; half of them for the server's answer to a new online run.
+        mode: `offline`, or `online`, which records offline if there is no login or the server does not answer.
+        patience: longest time that `finish` waits, in seconds; a new online run waits half of it for the server.
 
     Raises:
         ValueError: `patience` is not a positive number of seconds.
@@ -53,21 +54,21 @@ class WandbTracker:
         self._patience = patience
         self._lost = 0
         self._waiting: queue.Queue[str | None] = queue.Queue(WAITING)
-        # No pipe: what W&B leaves behind could hold one open. `finish` closes it.
+        # A file and not a pipe: processes that W&B leaves behind could hold a pipe open. `finish` closes the file.
         self._answer = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
-            # Without -P, the modules beside that file would hide some of the standard library.
+            # Without -P, modules beside that file could hide modules of the standard library.
             [sys.executable, "-P", recorder.__file__],
             stdin=subprocess.PIPE,
             stdout=self._answer,
             text=True,
-            start_new_session=True,  # Ctrl-C is the caller's to handle
+            start_new_session=True,  # Ctrl-C reaches only the caller, which handles it
         )
         threading.Thread(target=self._write, name="tracker", daemon=True).start()
         self._tell("open", folder=folder, config=config, project=project, mode=mode, patience=patience / 2)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Record metrics of a training step."""
+        """Record the metrics of a training step."""
         self._tell("log", metrics=metrics, step=step)
 
     def log_table(
@@ -77,7 +78,7 @@ class WandbTracker:
         self._tell("log_table", name=name, rows=rows, image=image, videos=videos)
 
     def finish(self) -> str:
-        """Close the run; gives its folder, or nothing if there is none."""
+        """Close the run and return its folder, or an empty string if there is none."""
         fault = self._end()
         with self._answer:
             self._answer.seek(0)
@@ -88,7 +89,7 @@ class WandbTracker:
         return folder
 
     def _end(self) -> str:
-        """Wait for the process, within bounds; gives what went wrong and was not said yet."""
+        """Wait for the process for a limited time, and return a fault that has not been reported yet, or ''."""
         deadline = time.monotonic() + self._patience
         try:
             for last in (_message("finish"), None):
@@ -109,10 +110,10 @@ class WandbTracker:
             self._lost += 1
 
     def _write(self) -> None:
-        """Wait for the process in the caller's stead: what a thread does."""
+        """Write the waiting entries to the process, in a thread, so that the caller does not wait for it."""
         assert self._process.stdin is not None
         while (line := self._waiting.get()) is not None:
-            with suppress(OSError):  # a process that has ended said why
+            with suppress(OSError):  # a process that has ended has printed the reason
                 print(line, file=self._process.stdin, flush=True)
         with suppress(OSError):
             self._process.stdin.close()

@@ -1,4 +1,4 @@
-"""The training loop: phases, optimiser steps, the weight average, and what is logged and saved on the way."""
+"""The training loop: phases, optimiser steps, the weight average, logging and saving."""
 
 from __future__ import annotations
 
@@ -30,50 +30,50 @@ from policy.training.state import TrainState
 VALIDATION_WINDOWS = 1024
 # Batches gathered ahead of the trainer, so that it does not wait for page faults.
 BATCHES_AHEAD = 2
-# The windows of a training step, and (2,) on its device: the loss and the gradient's norm.
+# Of one training step: the numbers of its windows, and (2,) the loss and the gradient's norm, on the training device.
 Outcome = tuple[NDArray[np.int64], torch.Tensor]
-# Once this many steps in a row are skipped, the weights have gone where no batch helps.
+# Training fails after this many skipped steps in a row, because the weights have then diverged.
 MOST_SKIPPED_IN_A_ROW = 100
 
 
 class Phase(Protocol):
-    """A stretch of training with an objective of its own, and with its own warm-up and cosine."""
+    """A part of training with an objective, a warm-up and a cosine of its own."""
 
     def begin(self, state: TrainState) -> None:
-        """Called before the first of its steps that this process takes, also where a run is resumed within it."""
+        """Prepare for the phase; called before its first step, and again when a run is resumed within it."""
 
     def examples(self, batch: Batch, generator: torch.Generator) -> Any:
-        """What a step learns from, made of a batch of demonstrations, in float32."""
+        """Make the examples that a step learns from out of a batch of demonstrations, in float32."""
 
     def loss(self, policy: DiffusionPolicy, examples: Any, generator: torch.Generator) -> torch.Tensor:
-        """() the loss on these examples; computed in `settings.precision`."""
+        """Compute the loss () on these examples, in `settings.precision`."""
         ...
 
 
 class Demonstrated:
-    """The first phase: learn the chunks of the demonstrations.
+    """The first phase: learning the chunks of the demonstrations.
 
     Args:
-        settings: of the training.
+        settings: the training settings.
     """
 
     def __init__(self, settings: TrainSettings) -> None:
         self._timesteps_per_chunk = settings.timesteps_per_chunk
 
     def begin(self, state: TrainState) -> None:
-        """Nothing comes before it."""
+        """Do nothing: the first phase needs no preparation."""
 
     def examples(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """The demonstrations themselves."""
+        """Return the demonstrations themselves."""
         return batch
 
     def loss(self, policy: DiffusionPolicy, examples: Batch, generator: torch.Generator) -> torch.Tensor:
-        """() the denoising loss, see `DiffusionPolicy.loss`."""
+        """Compute the denoising loss (), see `DiffusionPolicy.loss`."""
         return policy.loss(examples, generator, timesteps_per_chunk=self._timesteps_per_chunk)
 
 
 def phases_of(settings: TrainSettings) -> list[Phase]:
-    """The phases of a training in their order, one for each of `settings.phase_lengths`."""
+    """The phases of a training in order, one for each of `settings.phase_lengths`."""
     phases: list[Phase] = [Demonstrated(settings)]
     if settings.rectify_steps:
         phases.append(Rectified(settings.rectify_ddim_steps, settings.timesteps_per_chunk))
@@ -82,7 +82,7 @@ def phases_of(settings: TrainSettings) -> list[Phase]:
 
 @dataclass(kw_only=True)
 class _Trainer:
-    """One call of `train`: what it was given, and the figures of steps that were not looked at yet."""
+    """One call of `train`: its arguments, and the outcomes of steps that have not been read yet."""
 
     run: Run
     settings: TrainSettings
@@ -91,7 +91,7 @@ class _Trainer:
     unread: list[Outcome] = field(default_factory=list)
 
     def metrics_due(self) -> dict[str, float]:
-        """What is to be logged after the newest step: losses, the validation loss, a rollout; often nothing."""
+        """The metrics to log after the newest step: losses and the results of a rollout; empty after most steps."""
         state, settings, metrics = self.run.state, self.settings, dict[str, float]()
         last = state.step == settings.all_steps
         if last or state.step % settings.log_every == 0:
@@ -105,13 +105,13 @@ class _Trainer:
         return metrics
 
     def saving_due(self, metrics: Mapping[str, float]) -> bool:
-        """Whether the newest step is one to save after; also after a rollout, as it might be the best so far."""
+        """Whether to save after the newest step: at intervals, at the end, and after every rollout."""
         step = self.run.state.step
         rolled_out = any(key.startswith("rollout/") for key in metrics)
         return step == self.settings.all_steps or rolled_out or step % self.settings.save_every == 0
 
     def read(self) -> None:
-        """Bring the figures of the newest steps to the CPU, into the state."""
+        """Copy the loss and the gradient norm of the newest steps to the CPU and into the state."""
         _read(self.unread, self.run.state, self.run.training, self.settings)
 
 
@@ -125,26 +125,26 @@ def train(
     rollout: Callable[[DiffusionPolicy], dict[str, float]] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Train until `settings.all_steps`, from wherever the state is.
+    """Train from the state's step up to `settings.all_steps`.
 
-    Step n draws its windows, timesteps, noise and dropout from (seed, n) alone, so that an interrupted and resumed
-    run is the same run.
+    Step n draws its windows, timesteps, noise and dropout from (seed, n) alone, so that a run that is interrupted and
+    resumed gives the same result as an uninterrupted one.
 
-    A step whose loss or gradient is not finite leaves the weights as they were, on the device itself. The trainer
-    learns of it when it next logs or saves: looking at each step's loss would make a GPU wait for the CPU.
+    A step whose loss or gradient is not finite leaves the weights unchanged; the device itself checks this. The trainer
+    reads the losses only when it logs or saves, because reading each step's loss would make a GPU wait for the CPU.
 
     Args:
         run: its state is changed in place.
         settings: see `TrainSettings`.
-        seed: of the whole run.
-        tracker: receives the metrics as they come.
+        seed: the run's seed.
+        tracker: receives the metrics.
         save: called every `save_every` steps, after rollouts, and at the end, also when stopped.
-        rollout: called with the averaged policy every `rollout_every` steps; gives metrics.
-        should_stop: asked after every step; True saves and returns.
+        rollout: called with the averaged policy every `rollout_every` steps; returns metrics.
+        should_stop: called after every step; if it returns True, the state is saved and training ends.
 
     Raises:
-        FloatingPointError: a loss or gradient is not finite and `on_bad_loss` is `stop`, or that holds for a hundred
-            steps in a row, or the weights are not finite. Nothing was saved since.
+        FloatingPointError: a loss or gradient is not finite and `on_bad_loss` is `stop`, or a hundred steps in a row
+            have such a loss or gradient, or the weights are not finite. The state is then not saved.
     """
     state = run.state
     trainer = _Trainer(run=run, settings=settings, seed=seed, rollout=rollout)
@@ -174,7 +174,7 @@ def train(
 
 
 def _train_step(state: TrainState, phase: Phase, batch: Batch, settings: TrainSettings, seed: int) -> torch.Tensor:
-    """One optimiser step and one update of the average: (2,) loss and norm of the gradient, on the device."""
+    """Take one optimiser step and update the average; return (2,) loss and gradient norm, on the device."""
     torch.manual_seed(derive_seed(seed, 1, state.step))  # the source of dropout and observation noise
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, settings)
@@ -186,7 +186,7 @@ def _train_step(state: TrainState, phase: Phase, batch: Batch, settings: TrainSe
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(state.policy.parameters(), settings.grad_clip)
     figures = torch.stack([loss.detach(), norm])
-    # What `torch.amp.GradScaler` sets: where it is 1, the fused kernel touches neither weights nor its own memory.
+    # As `torch.amp.GradScaler` does: if `found_inf` is 1, the fused kernel changes neither weights nor optimiser state.
     state.optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]
     state.optimizer.step()
     state.optimizer.zero_grad()
@@ -201,8 +201,8 @@ def update_ema(ema: DiffusionPolicy, policy: DiffusionPolicy, updates: int, max_
     Args:
         ema: changed in place.
         policy: the newest weights.
-        updates: how many updates came before this one.
-        max_decay: decay once warmed up; before, it is (1 + n) / (10 + n).
+        updates: number n of updates before this one.
+        max_decay: upper bound of the decay, which is (1 + n) / (10 + n) until it reaches this.
     """
     decay = min(max_decay, (1 + updates) / (10 + updates))
     torch._foreach_lerp_(list(ema.parameters()), list(policy.parameters()), 1 - decay)
@@ -211,16 +211,16 @@ def update_ema(ema: DiffusionPolicy, policy: DiffusionPolicy, updates: int, max_
 def batches_ahead(
     training: Windows, steps: range, batch_size: int, seed: int
 ) -> Iterator[tuple[NDArray[np.int64], Batch]]:
-    """The batches of training steps, gathered by a thread ahead of whoever takes them.
+    """Yield the batches of training steps, which a thread gathers in advance.
 
     Args:
         training: the windows.
-        steps: whose batches.
-        batch_size: windows in each.
-        seed: of the run.
+        steps: the steps whose batches are gathered.
+        batch_size: windows per batch.
+        seed: the run's seed.
 
     Yields:
-        One batch a step, after the numbers of its windows; see `Windows.batch_at`.
+        For each step, the numbers of its windows (see `Windows.batch_at`) and its batch.
     """
 
     def gather(step: int) -> tuple[NDArray[np.int64], Batch]:
@@ -238,7 +238,7 @@ def batches_ahead(
 
 
 def _read(unread: list[Outcome], state: TrainState, training: Windows, settings: TrainSettings) -> None:
-    """Bring the figures of the newest steps to the CPU, into the state, and deal with those that are not finite."""
+    """Copy the outcomes of the newest steps to the CPU and into the state; warn or raise if one is not finite."""
     if not unread:
         return
     all_windows, figures = zip(*unread, strict=True)
@@ -262,7 +262,7 @@ def _read(unread: list[Outcome], state: TrainState, training: Windows, settings:
 
 
 def _loss_metrics(state: TrainState, settings: TrainSettings) -> dict[str, float]:
-    """What is logged of the training steps since the newest log entry."""
+    """Metrics of the training steps since the last log entry."""
     metrics = {"train/learning_rate": learning_rate(state.step, settings)}
     if state.recent:
         metrics["train/loss"] = fmean(state.recent)
@@ -272,14 +272,14 @@ def _loss_metrics(state: TrainState, settings: TrainSettings) -> dict[str, float
 
 
 def _check_weights(state: TrainState) -> None:
-    """A finite loss and gradient can still throw the weights out of float32, at an absurd learning rate."""
+    """Raise if a weight is not finite: at an absurd learning rate, a finite gradient can still overflow float32."""
     if not torch.stack([p.isfinite().all() for p in state.policy.parameters()]).all():
         raise FloatingPointError(f"the weights are not finite after step {state.step}: lower train.learning_rate")
 
 
 @torch.no_grad()
 def validation_loss(policy: DiffusionPolicy, validation: Windows) -> float:
-    """The loss over held-out episodes, with the same windows, timesteps and noise each time.
+    """The loss on held-out episodes, with the same windows, timesteps and noise in every call.
 
     Args:
         policy: in evaluation mode.

@@ -1,4 +1,4 @@
-"""Everything before the first training step: split the episodes, fit the normalisers, initialise the policy."""
+"""Preparation of a training run: split the episodes, fit the normalisers, initialise the policy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Run:
     """A training run, ready to start or to be resumed.
 
     Attributes:
-        state: what changes.
+        state: everything that training changes.
         training: windows of the training episodes.
         validation: windows of the held-out episodes; may be empty.
     """
@@ -46,20 +46,21 @@ def prepare_run(
     """Split the episodes, fit the normalisers on the training ones, and initialise the policy from the seed.
 
     Args:
-        config: of the policy.
+        config: the policy's configuration.
         demonstrations: all episodes.
-        settings: for the split and the optimiser.
-        seed: of the split and of the initial weights.
-        device: where to train.
-        augment: a symmetry of the task: training windows are joined by their counterparts, validation windows are not.
+        settings: settings of the split and the optimiser.
+        seed: seed of the split and of the initial weights.
+        device: the device to train on.
+        augment: a symmetry of the task. It adds a counterpart to every training window, and none to validation windows.
 
     Returns:
         The run at step 0.
 
     Raises:
-        ValueError: rectification with more denoising steps than the schedule has timesteps.
+        ValueError: rectification with more denoising steps than the schedule has timesteps; see also `DiffusionPolicy`
+            and `split_episodes`.
     """
-    torch.manual_seed(derive_seed(seed, 0))  # initialisers draw from the global generator
+    torch.manual_seed(derive_seed(seed, 0))  # initialisers draw from torch's global generator
     policy = DiffusionPolicy(config)
     if settings.rectify_steps:
         check_ddim_steps(settings.rectify_ddim_steps, policy.schedule.num_steps, "train.rectify_ddim_steps")
@@ -78,11 +79,11 @@ def prepare_run(
 
 
 def start_training(policy: DiffusionPolicy, settings: TrainSettings) -> TrainState:
-    """A state at step 0, around a policy whose normalisers are fitted.
+    """Make the training state at step 0.
 
     Args:
-        policy: it is trained in place.
-        settings: for the optimiser.
+        policy: the policy to train in place; its normalisers are fitted.
+        settings: settings of the optimiser.
 
     Returns:
         The state.
@@ -102,10 +103,10 @@ def start_training(policy: DiffusionPolicy, settings: TrainSettings) -> TrainSta
 
 
 def fit_normalizers(policy: DiffusionPolicy, training: Windows) -> None:
-    """Fit the policy's normalisers on the training episodes, and on nothing else.
+    """Fit the policy's normalisers on the training episodes alone.
 
     Args:
-        policy: its normalisers are set.
+        policy: its normalisers are changed in place.
         training: the training windows.
     """
     by_key = {**policy.observation_normalizers, **policy.auxiliary_normalizers}

@@ -1,15 +1,15 @@
-"""Rectification: a policy learns from its own chunks, so that few denoising steps give what many do.
+"""Rectification: a policy learns from its own chunks, so that few denoising steps do as well as many.
 
-Where demonstrations allow several chunks, one denoising step gives their mean; more steps take a noise to one of them.
-A rectified policy is trained on pairs instead: a noise, and the chunk that DDIM made of this very noise with the policy
-as it was before. For a pair there is one answer at every timestep, so that one step can find it (reflow: Liu et al.
-2022, "Flow Straight and Fast", arXiv:2209.03003; for diffusion and any prediction type: Wang et al. 2024, "Rectified
+Where demonstrations allow several chunks, one denoising step yields their mean, and more steps lead to one of them. A
+rectified policy is trained on pairs instead: a noise, and the chunk that DDIM makes of this noise with the policy as it
+was before. A pair has the same answer at every timestep, so that a single step can find it (reflow: Liu et al. 2022,
+"Flow Straight and Fast", arXiv:2209.03003; for diffusion and any prediction type: Wang et al. 2024, "Rectified
 Diffusion", arXiv:2410.07303).
 
-Between noises that lead to one chunk and those that lead to another there is an edge, which no network follows exactly.
-There the square of the error asks for a chunk between the two, and the error itself for one of them: the loss here is a
-pseudo-Huber one, nearly the root mean square error of each chunk (Lee et al. 2024, "Improving the Training of Rectified
-Flows", arXiv:2405.20320).
+Between noises that lead to one chunk and noises that lead to another, the target jumps, which no network can follow
+exactly. There the squared error favours a chunk between the two, and the absolute error favours one of them. The loss
+is therefore a pseudo-Huber loss, which is close to the root mean square error of each chunk (Lee et al. 2024,
+"Improving the Training of Rectified Flows", arXiv:2405.20320).
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from policy.inference.backends import SamplerProgram, compile_sampler
 from policy.model.diffusion_policy import DiffusionPolicy, observed
 from policy.training.state import TrainState
 
-# Timesteps sampled per (noise, chunk) pair: making a pair costs more than learning from it.
+# Timesteps sampled per (noise, chunk) pair; there are several, because making a pair costs more than learning from it.
 TIMESTEPS_A_PAIR = 4
-# Of a chunk, in half ranges of the actions: smaller errors count by their square, so that the loss is smooth.
+# The pseudo-Huber constant c, in half ranges of the actions: smaller root mean square errors of a chunk count
+# quadratically, so that the loss is smooth.
 SMALL_ERROR = 0.003
 
 
 class Rectified:
-    """The phase on the policy's own chunks.
+    """The phase that trains on the policy's own chunks.
 
     Args:
         ddim_steps: denoising steps of the teacher.
-        timesteps_per_chunk: timesteps at which a step on demonstrations looks at each chunk.
+        timesteps_per_chunk: timesteps per chunk in the phase on demonstrations, see `pairs`.
     """
 
     def __init__(self, ddim_steps: int, timesteps_per_chunk: int) -> None:
@@ -47,23 +48,23 @@ class Rectified:
         self._teacher = start_rectification(state, self._ddim_steps)
 
     def examples(self, batch: Batch, generator: torch.Generator) -> tuple[Batch, Tensor]:
-        """Pairs of a noise and the teacher's chunk for it, see `pairs`."""
+        """Make pairs of a noise and the teacher's chunk for it, see `pairs`."""
         return pairs(self._teacher, batch, generator, self._timesteps_per_chunk)
 
     def loss(self, policy: DiffusionPolicy, examples: tuple[Batch, Tensor], generator: torch.Generator) -> Tensor:
-        """() see `rectification_loss`."""
+        """Compute the loss (), see `rectification_loss`."""
         return rectification_loss(policy, *examples, generator)
 
 
 def start_rectification(state: TrainState, ddim_steps: int) -> SamplerProgram:
-    """Make the averaged policy the teacher and the point from which training goes on, unless that was done before.
+    """Make the averaged policy the teacher and the starting point of this phase, unless that was done before.
 
     Args:
-        state: at the end of plain training, or resumed after it; changed in place.
+        state: the state after the phase on demonstrations, or resumed within this phase; changed in place.
         ddim_steps: denoising steps of the teacher.
 
     Returns:
-        The teacher's deterministic sampling.
+        The teacher's sampling, which is deterministic given the noise.
     """
     if state.teacher is None:
         state.teacher = copy.deepcopy(state.ema)
@@ -75,17 +76,17 @@ def start_rectification(state: TrainState, ddim_steps: int) -> SamplerProgram:
 def pairs(
     teacher: SamplerProgram, batch: Batch, generator: torch.Generator, timesteps_per_chunk: int
 ) -> tuple[Batch, Tensor]:
-    """Noises and the chunks that the teacher makes of them, for a part of a batch's observations.
+    """Draw noises, and let the teacher make chunks of them, for a part of a batch's observations.
 
     Args:
         teacher: makes the chunks.
         batch: its observations are used, not its actions.
         generator: source of the noises.
-        timesteps_per_chunk: at how many timesteps a step on demonstrations looks at each chunk.
+        timesteps_per_chunk: timesteps per chunk in a step on demonstrations.
 
     Returns:
-        A batch of B pairs, as many as make a step at `TIMESTEPS_A_PAIR` timesteps each about as large as one on
-        demonstrations, and its noises (B, action_horizon, action_dim).
+        A batch with the B chunks, and their noises (B, action_horizon, action_dim). B is such that a step with
+        `TIMESTEPS_A_PAIR` timesteps per pair is about as large as a step on demonstrations.
     """
     rows = min(max(len(batch["actions"]) * timesteps_per_chunk // TIMESTEPS_A_PAIR, 1), len(batch["actions"]))
     observations = {key: values[:rows] for key, values in batch["observations"].items()}
@@ -99,12 +100,15 @@ def pairs(
 
 
 def rectification_loss(policy: DiffusionPolicy, batch: Batch, noise: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean over chunks of the root mean square error, √(e² + c²) - c: see the module; auxiliary observations as before.
+    """Pseudo-Huber loss: the mean of √(e² + c²) - c over chunks, plus the auxiliary loss.
+
+    Here e is the root mean square error of a chunk at a timestep, weighted by timestep, and c is `SMALL_ERROR`. See the
+    module's docstring for the source.
 
     Args:
-        policy: learns.
-        batch: see `pairs`.
-        noise: as well.
+        policy: the policy being trained.
+        batch: the chunks of B pairs, see `pairs`.
+        noise: (B, action_horizon, action_dim) their noises.
         generator: source of the timesteps.
 
     Returns:
@@ -118,16 +122,16 @@ def rectification_loss(policy: DiffusionPolicy, batch: Batch, noise: Tensor, gen
 
 
 def pair_timesteps(num_steps: int, rows: int, generator: torch.Generator) -> Tensor:
-    """Where each pair is looked at: most often where few denoising steps look.
+    """Draw the timesteps of each pair, most often those that sampling with few denoising steps visits.
 
     Args:
         num_steps: T of the schedule.
-        rows: pairs.
-        generator: source of all but the first.
+        rows: number of pairs.
+        generator: source of all timesteps but the first.
 
     Returns:
-        (rows, TIMESTEPS_A_PAIR) int64: the last timestep, where sampling begins; one that is often near it; the others
-        anywhere.
+        (rows, TIMESTEPS_A_PAIR) int64: first the last timestep, where sampling starts; then one that is often close to
+        it; the others are uniformly distributed.
     """
     timesteps = torch.randint(num_steps, (rows, TIMESTEPS_A_PAIR), generator=generator)
     timesteps[:, 0] = num_steps - 1

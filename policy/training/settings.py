@@ -1,4 +1,4 @@
-"""Settings of training, and the learning rate that follows from them."""
+"""Training settings, and the learning rate that follows from them."""
 
 from __future__ import annotations
 
@@ -13,29 +13,32 @@ class TrainSettings:
 
     Attributes:
         steps: optimiser steps on the demonstrations.
-        rectify_steps: optimiser steps after these on the policy's own chunks, with a warm-up and a cosine of their own,
-            see `policy.training.rectification`; 0 for none.
-        rectify_ddim_steps: denoising steps with which those chunks are made.
+        rectify_steps: further optimiser steps on the policy's own chunks, with a warm-up and a cosine of their own, see
+            `policy.training.rectification`; 0 for none.
+        rectify_ddim_steps: denoising steps with which those chunks are sampled.
         batch_size: windows in a step.
-        timesteps_per_chunk: at how many timesteps a step looks at each window's chunk. Its observations are encoded
-            once: where that is what costs, with images, more timesteps are nearly free.
+        timesteps_per_chunk: timesteps sampled for each window's chunk in a step. The observations are encoded once, so
+            that more timesteps cost little where encoding dominates, as with images.
         learning_rate: peak, reached after the warm-up, then decayed to zero along a cosine.
         weight_decay: of AdamW, on weight matrices only.
         warmup_steps: linear warm-up.
-        grad_clip: largest norm of the gradient.
-        ema_decay: largest decay of the weight average; early on it is (1 + n) / (10 + n) at update n.
+        grad_clip: a gradient with a larger norm is scaled down to it.
+        ema_decay: upper bound of the weight average's decay, which is (1 + n) / (10 + n) at update n.
         mask_padding: leave the actions repeated after an episode's end out of the loss.
-        val_fraction: share of episodes held out for the validation loss, where the data's file does not set some aside.
+        val_fraction: share of episodes held out for the validation loss, unless the data's file sets some aside.
         log_every: steps between log entries.
         val_every: steps between validation losses.
-        save_every: steps between checkpoints; there is one after each short rollout, too.
-        keep_last: checkpoints kept besides the best, see `policy.checkpoint`.
-        rollout_every: steps between short rollouts, where the environment is known; 0 for none.
+        save_every: steps between checkpoints; one is also saved after each short rollout.
+        keep_last: number of recent checkpoints kept besides the best, see `policy.checkpoint`.
+        rollout_every: steps between short rollouts, if the environment is known; 0 for none.
         rollout_episodes: episodes in each.
-        precision: `bfloat16` computes the loss and its gradient in it where that is safe (`torch.autocast`); weights,
-            optimiser, average and validation stay float32.
-        on_bad_loss: what a step does whose loss or gradient is not finite. It never reaches the weights; `stop` ends
-            the run once it is seen, `skip` goes on without the step.
+        precision: `bfloat16` computes the loss and its gradient in bfloat16 where that is safe (`torch.autocast`);
+            weights, optimiser, average and validation stay float32.
+        on_bad_loss: reaction to a step whose loss or gradient is not finite. Such a step never changes the weights;
+            `stop` ends the run once it is noticed, `skip` continues without the step.
+
+    Raises:
+        ValueError: a value outside its range.
     """
 
     steps: int = 8_000
@@ -87,7 +90,7 @@ class TrainSettings:
 
     @property
     def phase_lengths(self) -> list[int]:
-        """Optimiser steps of each phase: demonstrations, then rectification where there is any."""
+        """Optimiser steps of each phase: demonstrations, then rectification if there is any."""
         return [self.steps] + ([self.rectify_steps] if self.rectify_steps else [])
 
     @property
@@ -96,7 +99,7 @@ class TrainSettings:
         return sum(self.phase_lengths)
 
     def place(self, step: int) -> tuple[int, int]:
-        """Number of the phase that a step belongs to, and its place in that phase; the end belongs to the last one."""
+        """Index of a step's phase, and the step's number within it; the end of training is part of the last phase."""
         phase, lengths = 0, self.phase_lengths
         while phase + 1 < len(lengths) and step >= lengths[phase]:
             step -= lengths[phase]
@@ -105,7 +108,7 @@ class TrainSettings:
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
-    """Linear warm-up, then a cosine from the peak to zero at the last step; each phase begins anew."""
+    """The learning rate of a step: a linear warm-up, then a cosine from the peak to zero, anew in each phase."""
     phase, place = settings.place(step)
     warmup = min(1.0, (place + 1) / (settings.warmup_steps + 1))
     decay = 0.5 * (1 + math.cos(math.pi * place / settings.phase_lengths[phase]))

@@ -1,4 +1,4 @@
-"""What a training run is at one step, and how it becomes tensors and JSON and back."""
+"""The state of a training run, and its conversion to tensors and JSON and back."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from policy.model.diffusion_policy import DiffusionPolicy
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Everything a run needs to go on exactly where it stopped.
+    """Everything that a run needs to continue exactly where it stopped.
 
     Attributes:
         policy: the weights being optimised.
-        ema: their average, which is what acts and what checkpoints hold as the policy.
+        ema: their average, which acts, and which checkpoints store as the policy.
         optimizer: AdamW over `policy`.
-        step: steps done, also the average's update count.
-        history: what was logged.
-        recent: losses since the newest log entry, finite ones only.
-        teacher: the policy whose chunks are learnt from, during rectification.
-        skipped: steps left out because their loss or gradient was not finite, counted from 1 as in `history`.
+        step: number of steps done, and of updates of the average.
+        history: the log entries.
+        recent: the finite losses since the last log entry.
+        teacher: during rectification, the policy that makes the chunks; None before.
+        skipped: steps that were skipped because their loss or gradient was not finite, counted from 1 as in `history`.
     """
 
     policy: DiffusionPolicy
@@ -36,27 +36,27 @@ class TrainState:
 
 
 def run_record(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint notes of a run besides tensors, as JSON data."""
+    """The part of the state that is not tensors, as JSON data for a checkpoint."""
     return {"step": state.step, "history": state.history, "recent": state.recent, "skipped": state.skipped}
 
 
 def restore_record(state: TrainState, record: dict[str, Any]) -> None:
-    """Put back what `run_record` gave.
+    """Restore the part of the state that `run_record` returned.
 
     Raises:
-        KeyError: no step or no history in it.
-        TypeError: something in it is of another type.
-        ValueError: as before.
+        KeyError: the step or the history is missing.
+        TypeError: a value is of the wrong type.
+        ValueError: a value cannot be converted to a number.
     """
     state.step = int(record["step"])
     state.history = list(record["history"])
-    # The first checkpoints noted neither.
+    # The first checkpoints stored neither of these.
     state.recent = [float(loss) for loss in record.get("recent", [])]
     state.skipped = [int(step) for step in record.get("skipped", [])]
 
 
 def optimizer_tensors(state: TrainState) -> dict[str, torch.Tensor]:
-    """The optimiser's memory as named tensors, for a checkpoint."""
+    """The optimiser's state as named tensors, for a checkpoint."""
     return {
         f"{index}.{name}": torch.as_tensor(value)
         for index, memory in state.optimizer.state_dict()["state"].items()
@@ -65,10 +65,10 @@ def optimizer_tensors(state: TrainState) -> dict[str, torch.Tensor]:
 
 
 def restore_optimizer(state: TrainState, tensors: dict[str, torch.Tensor]) -> None:
-    """Put the optimiser's memory back, as `optimizer_tensors` gave it.
+    """Restore the optimiser's state from the tensors that `optimizer_tensors` returned.
 
     Raises:
-        ValueError: tensors of another optimiser: a parameter without memory, or memory of another shape.
+        ValueError: the tensors do not fit the optimiser: one is missing, unknown or of another shape.
     """
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     expected = {

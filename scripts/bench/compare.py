@@ -1,11 +1,11 @@
-"""Change one thing about a policy at a time, and compare on the same episodes.
+"""Change one thing about a policy at a time, and compare the variants on the same episodes.
 
     python -m scripts.bench.compare dataset.path=pusht_cchi_v7_replay.zarr.zip
     python -m scripts.bench.compare dataset.path=pusht_cchi_v7_replay.zarr.zip variants=[base,obs_horizon=1] seeds=[0]
 
-Each variant of `experiment=pusht_state` is trained on a small, equal budget of windows, without rectification, with
-three training seeds, and rolled out on the same episodes, whose seeds begin at 200000: on these, choices may be made.
-Other settings are the training's and hold for all variants. Interrupt it when you like: the same command goes on.
+Each variant of `experiment=pusht_state` is trained with three training seeds on a small, equal budget of windows,
+without rectification. It is rolled out on the same episodes, whose seeds start at 200000: episodes on which choices may
+be made. Other settings are passed to the training of all variants. The same command resumes an interrupted comparison.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
     variants = listed(given.get("variants", ",".join(VARIANTS)))
     seeds = listed(given.get("seeds", ",".join(SEEDS)))
     training = {name: value for name, value in given.items() if name not in OWN}
-    # All variants with one seed before any with the next: an interrupted comparison is a fair one of fewer seeds.
+    # All variants of one seed come before the next seed: an interrupted comparison is a fair one of fewer seeds.
     units = [_unit(variant, seed, training, given.get("episodes", "100")) for seed in seeds for variant in variants]
     print(machine("gymnasium"))
     began = time.perf_counter()
@@ -81,7 +81,7 @@ def _say(trained: Trained) -> None:
 
 
 def _row(variant: str, trained: Sequence[Trained]) -> dict[str, Any]:
-    """One variant: the mean over its training seeds, and each of them."""
+    """The row of a variant: the mean over its training seeds, and the value of each seed."""
     row: dict[str, Any] = {"variant": variant, "train_s": fmean(one.train_s for one in trained)}
     for number, steps in enumerate(DDIM_STEPS):
         cells = [one.swept["cells"][number] for one in trained]

@@ -1,4 +1,4 @@
-"""How large demonstrations can get, and how fast windows are gathered, beside a PyTorch DataLoader.
+"""Measure how training copes with large demonstrations, and how fast windows are gathered, beside a PyTorch DataLoader.
 
 Writes 10 million transitions (39-wide observations, 4-wide actions, 1.7 GB) as a zarr replay buffer, once, and opens
 them the way training does.
@@ -60,7 +60,7 @@ def _size_rows(folder: Path) -> Iterator[Row]:
     yield from _growth("after 10 training steps", before)
     for name, held in (("0.1 M", _opened(small, folder)), ("10 M", data)):
         windows = _windows(held)
-        for _ in windows.blocks():  # every page has been read: what remains is memory's own latency, and our cost
+        for _ in windows.blocks():  # read every page first: then only the latency of memory and our own cost remain
             pass
         bare = _spread(lambda windows=windows: _take(windows, 300), 300)  # type: ignore[misc]
         ours = _spread(lambda windows=windows: _gather(windows, 300), 300)  # type: ignore[misc]
@@ -76,7 +76,7 @@ def _growth(when: str, before: dict[str, float]) -> Iterator[Row]:
 
 
 def _take(windows: Windows, batches: int) -> float:
-    """The floor of `_gather`: the same number of random rows, known beforehand."""
+    """The floor of `_gather`: taking as many random rows, whose numbers are known beforehand."""
     data = windows.demonstrations
     newest = np.random.default_rng(0).integers(2, len(data.actions) - ACTION_HORIZON, (batches, BATCH, 1))
     past, future = np.arange(1 - OBS_HORIZON, 1), np.arange(ACTION_HORIZON)
@@ -169,7 +169,7 @@ def _speed_rows(name: str, data: Demonstrations) -> Iterator[Row]:
 
 
 class _WindowDataset(Dataset[dict[str, torch.Tensor]]):
-    """The same windows as an item a time, as a DataLoader takes them."""
+    """The same windows, one item each, as a DataLoader takes them."""
 
     def __init__(self, windows: Windows) -> None:
         self.data = windows.demonstrations
@@ -193,7 +193,7 @@ def _load(windows: Windows, workers: int, batches: int) -> float:
     generator = torch.Generator().manual_seed(0)
     loader = DataLoader(_WindowDataset(windows), BATCH, shuffle=True, num_workers=workers, generator=generator)
     batch_stream = iter(loader)
-    next(batch_stream)  # the workers have started
+    next(batch_stream)  # wait until the workers have started
     begin = time.perf_counter()
     done = 0
     while done < batches and next(batch_stream, None) is not None:
@@ -202,7 +202,7 @@ def _load(windows: Windows, workers: int, batches: int) -> float:
 
 
 def _gather(windows: Windows, batches: int) -> float:
-    windows.batch_at(0, BATCH, 0)  # the epoch's order is drawn
+    windows.batch_at(0, BATCH, 0)  # draws the epoch's order
     begin = time.perf_counter()
     for step in range(batches):
         windows.gather(windows.batch_at(step % (len(windows) // BATCH), BATCH, 0))

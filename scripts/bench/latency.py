@@ -1,14 +1,15 @@
-"""How long one chunk takes beside what the machine allows, and beside the reference implementation's U-Net.
+"""Compare the latency of a chunk with the limits of the machine, and with the reference implementation's U-Net.
 
-The Push-T and Meta-World presets at K = 1, 2, 4, 8, 16, batch 1, one thread. Everything that is divided by something
-else is timed in turns with it, so that both meet the same load.
+The Push-T and Meta-World presets are timed at K = 1, 2, 4, 8, 16 with batch 1 on one thread. Values whose ratio is
+reported are timed in turns, so that both meet the same load.
 
-Floors, for each K:
+The floors are lower bounds of the time, for each K:
   floor        the weights that a chunk needs: those of a step K times, all others once
-  plain floor  all the network's weights K times, and the encoder's once
-Bytes are divided by the highest rate at which this machine reads so many (bare matrix-vector products, or a sum), and
-operations by the highest rate of multiply-adds at batch 1 (the same products on weights that stay in the nearest
-caches); the larger of the two is the floor. The floor of 8-bit weights is the time to read a quarter of the bytes.
+  plain floor  all weights of the network K times, and those of the encoder once
+One bound is the time to read these bytes at the highest rate that this machine reaches for as many (with bare
+matrix-vector products, or with sums). The other is the time for the operations at the highest rate of multiply-adds at
+batch 1 (the same products with weights that stay in the nearest caches). The floor is the larger of the two. The floor
+of 8-bit weights is the time to read a quarter of the bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "metaworld": {"observation_shapes": {"state": (39,)}, "action_dim": 4},
 }
 DDIM_STEPS = (1, 2, 4, 8, 16)
-# Seconds of timed calls of all contenders together, and calls of each at least: a 99th percentile needs some.
+# Minimum duration of the timed calls of all contenders together, in seconds, and minimum number of calls of each, which
+# the 99th percentile needs.
 SECONDS, CALLS = 3.0, 100
 REFERENCE_CALLS = 5
 BYTES = 4
@@ -68,7 +70,7 @@ def main() -> None:
 
 
 def alternatives() -> None:
-    """The Push-T preset at K = 8: why the backend is what it is. Needs a C++ compiler, and minutes to compile."""
+    """Time other ways to run the Push-T preset at K = 8. This needs a C++ compiler, and minutes to compile."""
     with torch_threads(1), torch.no_grad():
         policy, sampler = randomised(DiffusionPolicy(PolicyConfig(**PRESETS["pusht"]))), Sampler(ddim_steps=8)
         calls, _ = _programs(policy, sampler)
@@ -103,7 +105,7 @@ def alternatives() -> None:
 
 
 def measure(preset: str, policy: DiffusionPolicy, reference: UNet, ddim_steps: int) -> list[Row]:
-    """The rows of one preset at one K."""
+    """Measure the rows of one preset at one K."""
     sampler = Sampler(ddim_steps=ddim_steps)
     programs, first_call = _programs(policy, sampler)
     step, once, plain = weight_matrices(policy)
@@ -155,7 +157,7 @@ def _programs(policy: DiffusionPolicy, sampler: Sampler) -> tuple[dict[str, Call
     first_call = {}
     for name, settings in {"onnx": {}, "onnx int8": {"weights": "int8"}}.items():
         program = compile_sampler(policy, sampler, backend="onnx", **settings)
-        # What a robot waits for: the model's file is at hand, the runtime loads it and samples its first chunk.
+        # The time that a robot waits at its start: the runtime loads an existing model and samples the first chunk.
         assert isinstance(program.run, Onnx)
         begin = time.perf_counter()
         Onnx(program.run.model)(inputs)
@@ -165,7 +167,7 @@ def _programs(policy: DiffusionPolicy, sampler: Sampler) -> tuple[dict[str, Call
 
 
 def measure_on_gpu(preset: str, policy: DiffusionPolicy, ddim_steps: int) -> list[Row]:
-    """Batch 1 for one robot's wait, batch 256 for chunks a second; with the time to bring inputs and actions over."""
+    """Time batch 1 (the wait of one robot) and batch 256 (chunks per second), with the copies to and from the GPU."""
     config = policy.config
     program = compile_sampler(copy.deepcopy(policy).to("cuda"), Sampler(ddim_steps=ddim_steps), backend="cuda_graph")
     rows = []
@@ -190,12 +192,12 @@ def in_turns(calls: Mapping[str, Call], seconds: float, least: int) -> dict[str,
     """Time contenders one after the other, again and again, so that all of them meet the same load.
 
     Args:
-        calls: by name.
-        seconds: to spend at least.
-        least: calls of each at least.
+        calls: the contenders, by name.
+        seconds: minimum duration of the timed calls.
+        least: minimum number of timed calls of each.
 
     Returns:
-        Milliseconds of each call by name; a tenth of the rounds before are not counted.
+        Milliseconds of each call, by name. A tenth of `least` rounds are run before, untimed.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(max(1, least // 10)):
@@ -221,7 +223,7 @@ def weight_matrices(policy: DiffusionPolicy) -> tuple[list[Tensor], list[Tensor]
         plain.append(weight)
         if "modulate" in name or "project_observation" in name:
             once.append(weight)
-        elif id(weight) not in embedding:  # the timesteps' embeddings are constants
+        elif id(weight) not in embedding:  # the program computes the embeddings of its timesteps once, as constants
             step.append(weight)
     return step, once, plain
 
@@ -232,7 +234,7 @@ def encoder_matrices(policy: DiffusionPolicy) -> list[Tensor]:
 
 
 def _products(weights: list[Tensor]) -> Call:
-    """Bare matrix-vector products, nothing between them."""
+    """Bare matrix-vector products, with nothing between them."""
     work = [(w, w.new_ones(w.shape[1]), w.new_empty(w.shape[0])) for w in weights]
 
     def call() -> None:
@@ -254,7 +256,7 @@ PROBES = {"products": _products, "sums": _sums}
 
 
 def multiply_add_rate() -> float:
-    """Multiply-adds a second of a matrix-vector product whose matrix (256 kB) stays in the nearest caches."""
+    """Multiply-adds per second of a matrix-vector product whose matrix (256 kB) stays in the nearest caches."""
     weight, x, out = torch.ones(256, 256), torch.ones(256), torch.empty(256)
 
     def call() -> None:
@@ -266,7 +268,7 @@ def multiply_add_rate() -> float:
 
 
 def randomised(policy: DiffusionPolicy) -> DiffusionPolicy:
-    """Random weights at a trained network's scale: an untrained one predicts zeros."""
+    """Give a policy random weights at the scale of a trained network, because an untrained one predicts zeros."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -276,7 +278,7 @@ def randomised(policy: DiffusionPolicy) -> DiffusionPolicy:
 
 
 def count(network: nn.Module) -> int:
-    """Parameters of a network."""
+    """Number of parameters of a network."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -288,7 +290,7 @@ REFERENCE_KERNEL, REFERENCE_GROUPS, REFERENCE_TIMESTEP = 5, 8, 256
 
 
 def reference_sizes(config: PolicyConfig) -> dict[str, int]:
-    """Sizes of the reference for the same observations and actions, two observations long."""
+    """Sizes of the reference for the same observations (a history of two) and actions."""
     return {"action_dim": config.action_dim, "condition": 2 * config.observation_shapes["state"][0]}
 
 
@@ -301,7 +303,7 @@ def _convolution(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class _Residual(nn.Module):
-    """Two convolutions, scale and shift from the condition between them (FiLM)."""
+    """Two convolutions; between them, the condition scales and shifts the features (FiLM)."""
 
     def __init__(self, inputs: int, outputs: int, condition: int) -> None:
         super().__init__()
@@ -350,7 +352,7 @@ class UNet(nn.Module):
         self.leave = nn.Sequential(_convolution(first, first), nn.Conv1d(first, action_dim, 1))
 
     def forward(self, noisy_actions: Tensor, timestep: Tensor, observation: Tensor) -> Tensor:
-        """(B, 16, action_dim), (B,) and (B, condition) to (B, 16, action_dim)."""
+        """Map (B, 16, action_dim), (B,) and (B, condition) to (B, 16, action_dim)."""
         condition = torch.cat([self.embed_timestep(timestep), observation], dim=1)
         x = noisy_actions.transpose(1, 2)
         skipped = []
@@ -365,7 +367,7 @@ class UNet(nn.Module):
         return self.leave(x).transpose(1, 2)
 
     def sample(self, noise: Tensor, observation: Tensor, ddim_steps: int) -> Tensor:
-        """K network calls and a cheap update after each: what any DDIM sampler needs at least."""
+        """Make K network calls with a cheap update after each, which is the least that any DDIM sampler needs."""
         x = noise
         for k in range(ddim_steps):
             x = 0.5 * x + 0.5 * self(x, torch.full((len(x),), k), observation)

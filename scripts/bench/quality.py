@@ -1,15 +1,15 @@
-"""Retrain a preset, roll it out on held-out episodes, and compare with the score that the preset carries.
+"""Retrain a preset, roll it out on held-out episodes, and compare with the score that the preset states.
 
     python -m scripts.bench.quality pusht_state dataset.path=pusht_cchi_v7_replay.zarr.zip
     python -m scripts.bench.quality metaworld
     python -m scripts.bench.quality metaworld tasks=[assembly-v3,reach-v3] episodes=20 train.steps=500
     python -m scripts.bench.quality metaworld_tasks
 
-A preset of demonstrations that people recorded is trained with three seeds; `metaworld` on every task, each with its
-own scripted demonstrations; `metaworld_tasks` once, on those of ten tasks together. `demonstrations` and `episodes` of
-these two are numbers for each task. As many trainings as there are cores run side by side, one thread each. Other
-settings of the training, and other `demonstrations`, get folders and a report of their own, and are not compared with
-the preset's score. Interrupt it when you like: the same command goes on.
+A preset of recorded human demonstrations is trained with three seeds. `metaworld` is trained on every task, each with
+its own scripted demonstrations, and `metaworld_tasks` once on those of ten tasks together; for these two,
+`demonstrations` and `episodes` are numbers per task. As many trainings as there are cores run side by side, with one
+thread each. Runs with other training settings or other `demonstrations` get folders and a report of their own, and are
+not compared with the preset's score. The same command resumes an interrupted benchmark.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from scripts.command import CONF
 FOLDER = Path("outputs/quality")
 SEEDS = (0, 1, 2)
 DDIM_STEPS = [8, 1]
-# What is the benchmark's own among the overrides; everything else is the training's.
+# Overrides of the benchmark itself; all others are passed to the training.
 OWN = ("tasks", "seeds", "episodes", "demonstrations")
-# What of it, and of the training's, makes no other training.
+# Overrides that do not make a run another training of the preset.
 SAME = ("tasks", "seeds", "episodes", "dataset.path")
 SUMMARY = ("episodes", "successes", "success_rate", "success_low", "success_high", "score_mean")
 
@@ -44,7 +44,7 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    """Run the benchmark; exit code 1 where the preset does not reach its score."""
+    """Run the benchmark; exit with code 1 if the preset does not reach its score."""
     preset, overrides = _arguments(sys.argv[1:])
     promised = _promised(preset)
     ddim_steps = list(promised) or DDIM_STEPS
@@ -53,7 +53,7 @@ def main() -> None:
     began = time.perf_counter()
     rows = [row for trained in run_units(units, preset, _say) for row in _rows(trained)]
     changes = variant(overrides)
-    binding = {} if changes else promised  # the preset promises nothing of another training
+    binding = {} if changes else promised  # the preset states no score of another training
     totals = [_total(k, [row for row in rows if row["ddim_steps"] == k], binding.get(k, {})) for k in ddim_steps]
     write_report("_".join(["quality", preset, *changes]), rows + totals)
     print(f"{len(units)} trainings in {time.perf_counter() - began:.0f} s")
@@ -73,13 +73,13 @@ def _file(preset: str) -> Path:
 
 
 def _promised(preset: str) -> dict[int, Row]:
-    """The preset's own figures by `ddim_steps`; none if it has no `expected`."""
+    """The figures that the preset states, by `ddim_steps`; empty if it has no `expected`."""
     settings: Any = OmegaConf.to_container(OmegaConf.load(_file(preset)))
     return {row["ddim_steps"]: row for row in settings.get("expected") or ()}
 
 
 def variant(overrides: Mapping[str, str]) -> list[str]:
-    """What in the overrides makes another training of the preset, as names for files; none for the preset itself.
+    """The overrides that change the preset's training, as names of files; empty for the preset itself.
 
     >>> variant({"dataset.path": "data/pusht.zarr.zip", "episodes": "20", "denoiser": "unet", "env.id": "a/B-v0"})
     ['denoiser-unet', 'env.id-a-B-v0']
@@ -116,7 +116,7 @@ def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) ->
 
 
 def _tasks(preset: str) -> Sequence[str]:
-    """All that a preset can be trained on."""
+    """All tasks that a preset can be trained on."""
     if preset == "metaworld_tasks":
         return MT10
     from metaworld.policies import ENV_POLICY_MAP
@@ -135,9 +135,9 @@ def _scripted(
     training: Sequence[str],
     ddim_steps: Sequence[int],
 ) -> Unit:
-    """One policy of Meta-World's scripted demonstrations, so many of each task."""
+    """The unit of one policy, trained on `demonstrations` scripted demonstrations of each of some Meta-World tasks."""
     together = preset == "metaworld_tasks"
-    # Other tasks are other demonstrations, and fifty names are too long for a folder's.
+    # Other tasks need a folder of their own, and fifty names are too long for the name of a folder.
     name = f"{len(tasks)}-tasks-{zlib.crc32(','.join(tasks).encode()):08x}" if together else tasks[0]
     env = {"name": preset} | ({} if together else {"task": tasks[0]})
     data = collected / name / "demonstrations" / dataset_name(env)
@@ -170,7 +170,7 @@ def _say(trained: Trained) -> None:
 
 
 def _rows(trained: Trained) -> list[Row]:
-    """What a sweep found in each cell; where one policy played several tasks, in each of them."""
+    """One row per cell of a sweep, or per cell and task if one policy played several tasks."""
     names = trained.unit.tasks or (trained.unit.name,)
     rows = []
     for cell in trained.swept["cells"]:
@@ -183,7 +183,7 @@ def _rows(trained: Trained) -> list[Row]:
 
 
 def _total(ddim_steps: int, rows: Sequence[Row], promised: Mapping[str, float]) -> Row:
-    """The mean over all trainings, and whether it is what the preset promises, less two standard errors."""
+    """The mean over all trainings, and whether it reaches the preset's score less two standard errors."""
     episodes = sum(row["episodes"] for row in rows)
     total: Row = {"training": "mean", "ddim_steps": ddim_steps, "episodes": episodes}
     for name in ("success_rate", "score_mean"):

@@ -1,4 +1,4 @@
-"""What every benchmark writes: the machine, the versions, a table, and its rows as JSON."""
+"""The output of every benchmark: the machine, the versions, a table, and its rows as JSON."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from policy.common.markdown import markdown_table
+
 FOLDER = Path("outputs/bench")
 
 
 def machine(*packages: str) -> str:
-    """One line that says where figures come from."""
+    """Describe the machine and the versions that figures come from, in one line."""
     names = ("torch", "numpy", *packages)
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     return (
@@ -37,19 +39,15 @@ def write_report(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Print the rows as a table and write them to `outputs/bench/<name>.json`.
 
     Args:
-        name: of the benchmark.
+        name: the benchmark's name.
         rows: JSON data; a row may lack columns that others have.
 
     Returns:
         The file.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for number, line in enumerate(cells):
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
-        if number == 0:
-            print("| " + " | ".join("-" * width for width in widths) + " |")
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    print(markdown_table(columns, cells, align="l" * len(columns)))
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{name}.json"
     path.write_text(json.dumps(list(rows), indent=2))

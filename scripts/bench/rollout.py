@@ -1,7 +1,7 @@
-"""How fast episodes roll out, against the raw environment alone on every core.
+"""Measure how fast episodes roll out, compared with the raw environment on every core.
 
-The raw environment replays the very actions that the policy took, so that both simulate the same physics. The policy
-has the preset's size and random weights: its actions differ from a trained one's, its cost does not.
+The raw environment replays the actions that the policy took, so that both simulate the same physics. The policy has the
+preset's size and random weights: its actions differ from those of a trained policy, but its cost is the same.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _rows(preset: str, env: dict[str, Any], episodes: int) -> list[Row]:
     policy, cores, rows = _policy(simulator), available_cores(), []
     for backend, num_envs in itertools.product(BACKENDS, NUM_ENVS):
         cell = Cell(sampler=Sampler(ddim_steps=DDIM_STEPS), execution_horizon=8, backend=backend)
-        # Beside each rate, so that both meet the same load.
+        # Measured right before each rate, so that both meet the same load.
         raw, share = _raw_and_share(policy, simulator, cell, range(4))
         rate = _pool_rate(policy, env, cell, num_envs, episodes)
         rows.append(
@@ -75,13 +75,13 @@ def _policy(env: Env) -> DiffusionPolicy:
     policy = DiffusionPolicy(config).eval().requires_grad_(False)
     space: Any = env.action_space
     policy.action_normalizer.fit(space.low, space.high)
-    for parameter in policy.denoiser.parameters():  # its zeros would stand still
+    for parameter in policy.denoiser.parameters():  # the zeros that it starts with would not move the robot
         parameter.data += 0.02 * torch.randn_like(parameter)
     return policy
 
 
 def _raw_and_share(policy: DiffusionPolicy, env: Env, cell: Cell, seeds: Sequence[int]) -> tuple[float, float]:
-    """Steps a second of the environment alone, and the share of a rollout that the policy takes in full batches."""
+    """Steps per second of the environment alone, and the policy's share of a rollout's time with full batches."""
     controller = controllers_of([policy], [cell], env.action_space)[0]
     played: list[list[np.ndarray[Any, Any]]] = []
     with torch_threads(1):
@@ -112,7 +112,7 @@ def _replay(env: Env, seeds: Sequence[int], played: Sequence[Sequence[Any]]) -> 
 
 
 def _planning_seconds(controller: RecedingHorizonController, observation: Any) -> float:
-    """Seconds that planning takes per chunk, in a batch as rollouts plan it."""
+    """Seconds of planning per chunk, in batches of the size that rollouts use."""
     slots, times = range(controller.plan_batch), []
     for repeat in range(20):
         for slot in slots:
@@ -126,7 +126,7 @@ def _planning_seconds(controller: RecedingHorizonController, observation: Any) -
 
 def _pool_rate(policy: DiffusionPolicy, env: dict[str, Any], cell: Cell, num_envs: int, episodes: int) -> float:
     with RolloutPool([policy], partial(envs.make, **env), num_envs) as pool:
-        list(pool.run([cell], [(0, seed) for seed in range(num_envs)]))  # the processes have started
+        list(pool.run([cell], [(0, seed) for seed in range(num_envs)]))  # wait until the processes have started
         begin = time.perf_counter()
         steps = sum(result.steps for _, result in pool.run([cell], [(0, seed) for seed in range(episodes)]))
         return steps / (time.perf_counter() - begin)

@@ -1,4 +1,4 @@
-"""Trainings with their evaluation, by the real commands, side by side and resumable."""
+"""Trainings and their evaluations, run side by side with the real commands, and resumable."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from policy.common.progress import progress
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """One training with its evaluation.
+    """One training and its evaluation.
 
     Attributes:
-        name: what tells it from the others.
-        commands: in order; each goes on where it stopped, and ends at once where all is done.
-        folder: where they write.
-        tasks: where one policy plays several, by seed: each becomes a row.
+        name: distinguishes it from the others.
+        commands: the commands in order; each resumes where it stopped, and ends at once if nothing is left to do.
+        folder: the folder that the commands write to.
+        tasks: the tasks of a policy that plays several, chosen by the episode's seed; each becomes a row.
     """
 
     name: str
@@ -37,13 +37,16 @@ class Unit:
 def train_and_sweep(
     folder: Path, training: Sequence[str], sweep: Sequence[str], ddim_steps: Sequence[int]
 ) -> list[list[str]]:
-    """The commands that train a policy and roll it out at each of some `ddim_steps`.
+    """The commands that train a policy and roll it out with several values of `ddim_steps`.
 
     Args:
         folder: receives `checkpoint/` and `sweep/`.
         training: overrides of `scripts.train`.
         sweep: overrides of `scripts.sweep`.
         ddim_steps: cells of the sweep.
+
+    Returns:
+        The arguments of each command.
     """
     steps = ",".join(map(str, ddim_steps))
     return [
@@ -62,12 +65,12 @@ def train_and_sweep(
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What came of a unit.
+    """The results of a unit.
 
     Attributes:
-        unit: it.
-        train_s: seconds of its training, interruptions left out.
-        swept: what its `sweep.json` holds.
+        unit: the unit.
+        train_s: seconds of its training, without interruptions.
+        swept: content of its `sweep.json`.
     """
 
     unit: Unit
@@ -80,11 +83,11 @@ def run_units(units: Sequence[Unit], title: str, done: Callable[[Trained], None]
 
     Args:
         units: the trainings.
-        title: of the progress bar.
-        done: called as each comes to its end.
+        title: title of the progress bar.
+        done: called when a unit ends.
 
     Returns:
-        What came of them, in their order. A command that fails ends the program with its log's name.
+        The results, in the order of the units. If a command fails, the program exits with a message that names its log.
     """
 
     def run(unit: Unit) -> Trained:
@@ -101,7 +104,7 @@ def run_units(units: Sequence[Unit], title: str, done: Callable[[Trained], None]
 
 
 def _run(unit: Unit) -> Trained:
-    """One training with its evaluation, in processes of one thread; what they print is in `log.txt`."""
+    """Run one training and its evaluation in processes of one thread; `log.txt` receives their output."""
     unit.folder.mkdir(parents=True, exist_ok=True)
     path = unit.folder / "log.txt"
     with path.open("a") as log:
@@ -113,13 +116,13 @@ def _run(unit: Unit) -> Trained:
                 stderr=subprocess.STDOUT,
                 check=True,
             )
-    # What the training says at its end and where it is interrupted; only what ends in SIGKILL goes uncounted.
+    # The training prints this at its end and when it is interrupted; only time before a SIGKILL is not counted.
     train_s = sum(map(float, re.findall(r"^\d+ steps in ([\d.]+) s, ", path.read_text(), re.MULTILINE)))
     return Trained(unit=unit, train_s=train_s, swept=json.loads((unit.folder / "sweep/sweep.json").read_text()))
 
 
 def file_name(overrides: Mapping[str, str]) -> list[str]:
-    """Settings as names for files.
+    """Turn settings into names of files.
 
     >>> file_name({"denoiser": "unet", "env.id": "a/B-v0"})
     ['denoiser-unet', 'env.id-a-B-v0']
@@ -128,5 +131,5 @@ def file_name(overrides: Mapping[str, str]) -> list[str]:
 
 
 def listed(text: str) -> list[str]:
-    """The parts of `[a,b]`."""
+    """The items of a list written as `[a,b]`."""
     return [part.strip() for part in text.strip("[]").split(",")]

@@ -1,4 +1,4 @@
-"""Writes checkpoint_schema<N>/ beside itself: a checkpoint of the current schema, and what it answers.
+"""Writes checkpoint_schema<N>/ beside itself: a checkpoint of the current schema, and actions sampled from it.
 
     python tests/data/make_golden_checkpoint.py
 
@@ -27,7 +27,7 @@ DATA, RUN = "demonstrations", "run"
 
 
 def run(script, *overrides):
-    # Relative paths: a checkpoint states where its demonstrations were, and this one must not name a machine's folders.
+    # The paths are relative: a checkpoint states the path of its demonstrations, and this one must not name a machine's.
     subprocess.run([sys.executable, SCRIPTS / f"{script}.py", *overrides], check=True)
 
 
@@ -44,7 +44,7 @@ def main():
         os.chdir(HERE)
     policy = load_checkpoint(golden).policy
     generator = torch.Generator().manual_seed(0)
-    inside = torch.rand((3, 2, 4), generator=generator) * 2 - 1  # of the range that training saw
+    inside = torch.rand((3, 2, 4), generator=generator) * 2 - 1  # within the range of the training data
     given = {
         "observations": policy.observation_normalizers["state"].unnormalize(inside),
         "noise": torch.randn((3, 8, 2), generator=generator),

@@ -93,7 +93,7 @@ def statistics(row: dict, features: dict) -> dict:
 
 
 def copy_packets(source: Path, target: Path, starts: list[int]) -> None:
-    """Copy the compressed frames from each start on, and show them one after the other."""
+    """Copy the compressed frames from each start on, with consecutive times."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(source)) as opened, av.open(str(target), "w", options={"fflags": "+bitexact"}) as written:
         stream = opened.streams.video[0]
@@ -110,7 +110,7 @@ def copy_packets(source: Path, target: Path, starts: list[int]) -> None:
 
 
 def replace(table: pa.Table, **columns) -> pa.Table:
-    """Other values in some columns; the schema stays."""
+    """Replace the values of some columns, and keep the schema."""
     for name, values in columns.items():
         position = table.schema.get_field_index(name)
         field = table.schema.field(position)

@@ -16,7 +16,7 @@ from unittest import mock
 import h5py
 import numpy as np
 
-# robomimic imports its networks and displays, too, which writing a file needs nothing of.
+# robomimic also imports its networks and displays, which are not needed to write a file.
 for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.models", "six"):
     sys.modules[name] = mock.MagicMock()
 
@@ -27,7 +27,7 @@ SETTINGS = {"env_name": "Lift", "type": EnvType.GYM_TYPE, "env_kwargs": {"contro
 
 
 class Env(EnvBase):
-    """Its state is (x, y), an action is added to it, and its observations tell it."""
+    """An environment whose state (x, y) is observed, and whose actions are added to the state."""
 
     def __init__(self):
         self.state = np.zeros(2)
@@ -64,7 +64,7 @@ Env.__abstractmethods__ = frozenset()
 
 
 def write(path: Path) -> None:
-    """Twelve demos of 2 to 5 transitions; an action of transition t is (t, demo)."""
+    """Twelve demos of 2 to 5 transitions; the action of transition t is (t, demo)."""
     with tempfile.TemporaryDirectory() as folder:
         states = Path(folder, "states.hdf5")
         with h5py.File(states, "w") as file:

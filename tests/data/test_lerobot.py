@@ -1,4 +1,4 @@
-"""The LeRobot reader, against a dataset that the `lerobot` package wrote and cuts of it (see data/)."""
+"""The LeRobot reader, against a dataset that the `lerobot` package wrote, and against cuts of it beside this file."""
 
 import hashlib
 import io
@@ -19,18 +19,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from policy.data import read_demonstrations
 from policy.data.formats.lerobot.info import Feature
 from policy.data.formats.lerobot.video import VideoFile
+from policy.data.reading import read_demonstrations
 
 HERE = Path(__file__).parent
 V30, V21 = HERE / "lerobot_v30", HERE / "lerobot_v21"
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 REAL, REPLAY = SHARED / "pusht_lerobot_v3", SHARED / "pusht_cchi_v7_replay.zarr.zip"
-# Of pusht_lerobot_v3.md, beside the dataset.
+# Checksums in pusht_lerobot_v3.md, beside the dataset.
 STATES = "f616c079f7dcf15b5a33e73f6fc411f0440d7fae738229d8e5782c8aaca7baa3"
 ACTIONS = "2c4360657987d837fbebcb0ffa87277971b040838047bad6fe5d62bac5faca17"
-LENGTH = 24  # of the cut episodes
+LENGTH = 24  # transitions of a cut episode
 
 INFO = "meta/info.json"
 TABLE = "meta/episodes/chunk-000/file-000.parquet"
@@ -76,7 +76,7 @@ def change_feature(root: Path, key: str, **changes) -> None:
 
 
 def change_table(file: Path, **columns) -> None:
-    """Other values in some columns, or other columns; None leaves a column out."""
+    """Replace or add columns; None removes a column."""
     table = pq.read_table(file)
     for name, values in columns.items():
         position = table.schema.get_field_index(name)
@@ -101,7 +101,7 @@ def columns(demonstrations) -> dict[str, np.ndarray]:
     return {**demonstrations.observations, "actions": demonstrations.actions}
 
 
-# What is read is what was written.
+# The values that are read are those that were written.
 
 
 @real
@@ -184,7 +184,7 @@ def test_files_that_only_describe_may_be_missing(read, v30):
     assert demonstrations.num_episodes == 2
 
 
-# What is asked for.
+# The user's request.
 
 
 def test_keys_are_chosen_with_and_without_their_prefix(read):
@@ -224,7 +224,7 @@ def test_text_and_depth_are_no_observations(read, v30):
 
 
 def write_numbers(root: Path, lengths: list[int], **info) -> Path:
-    """A dataset of numbers alone, in the fixture's manner; the state is the number of the episode."""
+    """Write a dataset like the fixture without videos; the state is the number of the episode."""
     shutil.copytree(V30, root)
     shutil.rmtree(root / "videos")
     ends = np.cumsum(lengths)
@@ -269,7 +269,7 @@ def write_numbers(root: Path, lengths: list[int], **info) -> Path:
         ({"train": "0:3", "test": "3:5"}, None, "012", []),
         ({"train": "0:3", "val": "3:5"}, "val", "34", []),
         ({"train": "0:3", "val": "3:5"}, "train", "012", []),
-        ({"train": "0:50"}, None, "01234", []),  # as cut datasets are left behind
+        ({"train": "0:50"}, None, "01234", []),  # a dataset that was cut without correcting the split
         ({"train": "0:4"}, None, "01234", []),
         ({}, None, "01234", []),
     ],
@@ -291,11 +291,11 @@ def test_matrices_are_laid_out_flat(read, v30, inner):
     np.testing.assert_array_equal(read(v30).observations["grid"], matrices.reshape(48, 6))
 
 
-# Where things are.
+# The places of rows and frames.
 
 
 def spread(root: Path) -> None:
-    """The same episodes over several files of everything, with numbers that agree nowhere."""
+    """Spread the same episodes over several files of each kind, whose chunk and file numbers all differ."""
     table, data = pq.read_table(root / TABLE), pq.read_table(root / DATA)
     shutil.rmtree(root / "data")
     shutil.rmtree(root / "videos")
@@ -369,7 +369,7 @@ def test_pictures_in_the_data_files(read, v30, kind):
 
 
 def write_counting_video(file: Path, count: int, fps: int, **options) -> None:
-    """H.264 as others write it: few keyframes, and frames stored in another order than shown; frame n has gray 4n."""
+    """Write H.264 with few keyframes and reordered frames, as other writers do; frame n is gray 4n."""
     with av.open(str(file), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options={"qp": "0", **options})
         stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
@@ -670,7 +670,7 @@ def test_a_file_is_no_dataset(read):
 
 
 def forge_size(png: bytes, size: int) -> bytes:
-    """A small file that claims to be a large picture, and would be decoded into one."""
+    """Make a small file that claims to be a large picture, and that Pillow would decode as such."""
     header = b"IHDR" + struct.pack(">II", size, size) + png[24:29]
     return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
 
@@ -723,7 +723,7 @@ def test_a_playlist_leads_to_no_other_file(read, v21, tmp_path, text):
         read(v21)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(deadline=None, derandomize=True, database=None)
 @given(
     name=st.sampled_from([INFO, TABLE, DATA, VIDEO, "meta/tasks.parquet"]),
     from_end=st.booleans(),

@@ -1,4 +1,4 @@
-"""Minari datasets: what Minari writes, what this project writes, and what others damage."""
+"""Minari datasets: those that Minari writes, those that this project writes, and damaged ones."""
 
 import dataclasses
 import json
@@ -20,10 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from minari.data_collector import EpisodeBuffer
 
-from policy.data import dataset_name, read_demonstrations, write_minari
 from policy.data.formats import minari as reader
+from policy.data.minari_writer import dataset_name, write_minari
+from policy.data.reading import read_demonstrations
 
-FORMATS = ("hdf5", "arrow", "parquet")
+DATA_FORMATS = ("hdf5", "arrow", "parquet")
 LENGTHS = (3, 1, 5)
 ACTIONS = spaces.Box(-1, 1, (2,))
 VECTOR = spaces.Box(-10, 10, (4,))
@@ -41,7 +42,7 @@ NESTED = spaces.Dict(
 
 
 def sample(space, rows, generator):
-    """Observations as Minari wants them: Dicts of arrays, Tuples of arrays."""
+    """Draw observations in Minari's form: dicts of arrays, tuples of arrays."""
     if isinstance(space, spaces.Dict):
         return {key: sample(part, rows, generator) for key, part in space.spaces.items()}
     if isinstance(space, spaces.Tuple):
@@ -95,10 +96,10 @@ def flattened(space, values):
     return np.stack([flatten(space, value) for value in values]).astype(np.float32)
 
 
-# What Minari writes
+# Datasets that Minari writes
 
 
-@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("data_format", DATA_FORMATS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_vectors_read_back_exactly(tmp_path, data_format, dtype):
     space = spaces.Box(-10, 10, (4,), dtype)
@@ -113,7 +114,7 @@ def test_vectors_read_back_exactly(tmp_path, data_format, dtype):
     assert found.metadata == {"format": "minari", "env": None, "dataset_id": "task/expert-v0"}
 
 
-@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("data_format", DATA_FORMATS)
 def test_nested_observations_stand_under_joined_keys_as_gymnasium_flattens_them(tmp_path, data_format):
     episodes = buffers(NESTED)
     found = read(create(tmp_path, episodes, NESTED, data_format=data_format))
@@ -151,7 +152,7 @@ def test_nested_observations_agree_with_those_of_a_simulator(tmp_path):
         np.testing.assert_array_equal(values, [row[key] for row in rows], err_msg=key)
 
 
-@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("data_format", DATA_FORMATS)
 @pytest.mark.parametrize("jpeg", [True, False])
 def test_pictures_stay_pictures(tmp_path, data_format, jpeg):
     episodes = buffers(PICTURE)
@@ -162,10 +163,10 @@ def test_pictures_stay_pictures(tmp_path, data_format, jpeg):
     assert np.abs(pictures.astype(int) - expected).max() <= (4 if jpeg else 0)
 
 
-@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("data_format", DATA_FORMATS)
 @pytest.mark.parametrize("noise", [True, False])
 def test_jpegs_of_different_and_of_equal_length_are_read(tmp_path, data_format, noise):
-    """In HDF5, Minari keeps the ones as rows of their own lengths, the others as a matrix."""
+    """In HDF5, Minari stores JPEGs of different lengths as rows of bytes, and JPEGs of equal length as a matrix."""
     generator = np.random.default_rng(0)
     episodes = buffers(PICTURE)
     for episode in episodes:
@@ -200,7 +201,7 @@ def test_pictures_beside_vectors_and_a_choice_of_keys(tmp_path):
     assert read(path, observation_keys={"camera": "pixels"}).observation_shapes == {"camera": (32, 40, 3)}
 
 
-@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("data_format", DATA_FORMATS)
 def test_infos_of_one_dimension_do_not_matter(tmp_path, data_format):
     """Minari's own reader of arrow fails on them."""
     episodes = buffers(infos=lambda n: {"success": np.zeros(n + 1), "nested": {"value": np.arange(n + 1.0)}})
@@ -208,7 +209,7 @@ def test_infos_of_one_dimension_do_not_matter(tmp_path, data_format):
     np.testing.assert_array_equal(found.observations["state"], joined(episodes))
 
 
-@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("data_format", DATA_FORMATS)
 def test_actions_of_any_shape_are_flattened(tmp_path, data_format):
     space = spaces.Box(-1, 1, (2, 3))
     episodes = buffers(action_space=space)
@@ -227,8 +228,8 @@ def test_text_is_left_out_and_refused_only_when_asked_for(tmp_path):
         read(path)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=14), data_format=st.sampled_from(FORMATS))
+@settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=14), data_format=st.sampled_from(DATA_FORMATS))
 def test_order_and_lengths_are_kept(tmp_path_factory, lengths, data_format):
     episodes = buffers(lengths=lengths)
     found = read(create(tmp_path_factory.mktemp("lengths"), episodes, data_format=data_format))
@@ -236,7 +237,7 @@ def test_order_and_lengths_are_kept(tmp_path_factory, lengths, data_format):
     np.testing.assert_array_equal(found.observations["state"], joined(episodes))
 
 
-# Where a dataset is
+# Finding a dataset
 
 
 def test_an_id_is_found_under_the_local_root(tmp_path, monkeypatch):
@@ -270,7 +271,7 @@ def test_a_download_that_fails_says_why_and_leaves_nothing(elsewhere, monkeypatc
 
     monkeypatch.setattr(minari, "download_dataset", fail)
     expected = (
-        r"D4RL/door/human-v2 is no folder, is not under Minari's local root .*root, and could not be downloaded"
+        r"D4RL/door/human-v2 is not a folder, is not under Minari's local root .*root, and could not be downloaded"
         r" \(Name or service not known\): correct dataset.path, or connect .*, or copy the dataset to .*human-v2$"
     )
     with pytest.raises(ValueError, match=expected):
@@ -295,7 +296,7 @@ def test_what_is_no_id_is_never_asked_for(elsewhere, monkeypatch, path):
         read_demonstrations(format="minari", path=Path(path))
 
 
-# What this project writes
+# Datasets that this project writes
 
 
 @dataclasses.dataclass
@@ -403,11 +404,11 @@ def test_a_relative_folder_works_and_a_failed_write_leaves_nothing_behind(tmp_pa
     assert [entry.name for entry in Path("a/b").iterdir()] == ["kept-v0"]
 
 
-# What cannot be read
+# Damaged datasets
 
 
 def edit(change):
-    """A damage done to the HDF5 file; `change` gets it opened."""
+    """Make a function that damages the HDF5 file; `change` is called with the opened file."""
 
     def damage(path: Path) -> None:
         with h5py.File(path / "data" / "main_data.hdf5", "a") as file:
@@ -478,7 +479,7 @@ def no_transitions(file):
     file["episode_1/actions"].resize(0, 0)
 
 
-# Damages to episode 1 alone, and what is said of it.
+# Damages to episode 1 alone, and the expected messages.
 BAD_EPISODES = {
     "missing observations": (edit(lambda f: f.__delitem__("episode_1/observations")), "no 'episode_1/observations'"),
     "missing actions": (edit(lambda f: f.__delitem__("episode_1/actions")), "no 'episode_1/actions'"),
@@ -542,7 +543,7 @@ def test_actions_may_miss_their_bounds_by_a_rounding_error(tmp_path):
         read(path)
 
 
-@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("data_format", DATA_FORMATS)
 @pytest.mark.parametrize("choice", [1, 5])
 def test_a_choice_outside_of_its_space_is_a_bad_episode(tmp_path, data_format, choice):
     space = spaces.Dict(mode=spaces.Discrete(3, start=2))
@@ -553,7 +554,7 @@ def test_a_choice_outside_of_its_space_is_a_bad_episode(tmp_path, data_format, c
         read(path)
 
 
-@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("data_format", DATA_FORMATS)
 def test_a_jpeg_that_is_none_is_a_bad_episode(tmp_path, data_format, monkeypatch):
     from PIL import Image
 
@@ -609,7 +610,7 @@ def no_episodes(path: Path) -> None:
 
 
 def overwrite_heap(path: Path) -> None:
-    """Zeros over a part of the heap of JPEGs: HDF5 itself would run in circles there."""
+    """Write zeros over a part of the heap of JPEGs: HDF5 itself would loop forever there."""
     file = path / "data" / "main_data.hdf5"
     content = bytearray(file.read_bytes())
     start = content.index(b"GCOL") + 16
@@ -698,7 +699,7 @@ def test_two_observations_of_one_name_are_refused(tmp_path):
 
 
 def test_a_dataset_without_spaces_builds_no_environment(written, tmp_path, monkeypatch):
-    """Minari would make the environment of `env_spec`, which imports what its entry point names."""
+    """Minari would make the environment of `env_spec`, and so import the module that its entry point names."""
     (tmp_path / "trap.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     spec = gymnasium.envs.registration.EnvSpec(id="Trap-v0", entry_point="trap:Env")
@@ -717,13 +718,14 @@ def test_a_dataset_without_spaces_builds_no_environment(written, tmp_path, monke
 def small(tmp_path_factory):
     space = spaces.Dict(p=VECTOR, mode=spaces.Discrete(3), image=PICTURE)
     return {
-        f: create(tmp_path_factory.mktemp(f), buffers(space, lengths=[3, 2]), space, data_format=f) for f in FORMATS
+        f: create(tmp_path_factory.mktemp(f), buffers(space, lengths=[3, 2]), space, data_format=f)
+        for f in DATA_FORMATS
     }
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
-    data_format=st.sampled_from(FORMATS),
+    data_format=st.sampled_from(DATA_FORMATS),
     flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8),
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -1,8 +1,10 @@
-"""What all formats share: the files of a dataset, the check of each episode, the cache, and reading as a whole."""
+"""The code that all formats share: the files of a dataset, the check of each episode, the cache, and reading."""
 
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from policy.data import Episode, read_demonstrations
+from policy.common.registry import Registry
+from policy.data import reading
 from policy.data.cache import open_cached
-from policy.data.episode import EpisodeChecker, Request, as_images
+from policy.data.episode import Episode, EpisodeChecker, Request, as_images
 from policy.data.files import fingerprint, list_files
-from policy.data.formats import FORMATS
+from policy.data.formats import Format
+from policy.data.reading import read_demonstrations
 
 # The files of a dataset
 
@@ -120,7 +124,7 @@ def test_a_fingerprint_changes_with_files_and_settings(folder):
     assert len(set(seen)) == len(seen)
 
 
-# What the user asks for
+# The user's request
 
 
 @pytest.mark.parametrize(
@@ -180,7 +184,7 @@ def columns(draw):
     return draw(hnp.arrays(dtype, shape))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(deadline=None, derandomize=True, database=None)
 @given(st.dictionaries(st.sampled_from(["state", "goal"]), columns(), min_size=1), columns())
 def test_the_checker_accepts_exactly_finite_numeric_consistent_episodes(observations, actions):
     arrays = {**observations, "actions": actions}
@@ -199,16 +203,16 @@ def test_the_checker_accepts_exactly_finite_numeric_consistent_episodes(observat
     if not good:
         with pytest.raises(ValueError, match=r"'(state|goal|actions)'|no transitions"):
             checker.check(episode)
-        assert checker.shapes == {}  # a bad episode does not set what the others must be like
+        assert checker.shapes == {}  # a bad episode does not determine the shapes of the others
         return
     checked = checker.check(episode)
     for key, values in {**checked.observations, "actions": checked.actions}.items():
         assert values.dtype == np.float32
         np.testing.assert_array_equal(values, expected[key])
-    checker.check(episode)  # alike, so good again
+    checker.check(episode)  # an episode of the same shapes is good again
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(deadline=None, derandomize=True, database=None)
 @given(
     hnp.arrays(
         st.sampled_from([np.dtype(kind) for kind in ("u1", "i2", "f4", "f8", "?")]),
@@ -277,7 +281,7 @@ BAD = {
 
 
 class Memory:
-    """A reader of episodes in memory; an exception in their place is raised."""
+    """A reader of episodes in memory; an exception in place of an episode is raised."""
 
     def __init__(self, episodes):
         self.held_out = ["last"]
@@ -298,12 +302,16 @@ class Memory:
 
 @pytest.fixture
 def dataset(tmp_path, monkeypatch):
-    """Reads given episodes as a dataset; `opened` lists the readers."""
+    """Reads the given episodes as a dataset; `opened` lists the readers."""
 
     def read(*episodes, **request):
-        monkeypatch.setitem(
-            FORMATS, "memory", lambda path, files, request: read.opened.append(Memory(episodes)) or read.opened[-1]
-        )
+        def open_memory(path, files, request):
+            read.opened.append(Memory(episodes))
+            return read.opened[-1]
+
+        formats = Registry("format", {})
+        formats.register("memory", Format(open=open_memory))
+        monkeypatch.setattr(reading, "FORMATS", formats)
         return read_demonstrations(format="memory", path=read.path, cache_dir=read.cache, **request)
 
     read.opened = []
@@ -425,8 +433,38 @@ def test_settings_out_of_range_are_refused(dataset, request_, message):
 
 
 def test_an_unknown_format_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown format of demonstrations 'zar' \(did you mean 'zarr'\?\)"):
+    with pytest.raises(ValueError, match=r"unknown format of demonstrations 'zar' \(did you mean 'zarr'\?\).*plugins="):
         read_demonstrations(format="zar", path=tmp_path)
+
+
+def test_a_format_of_ones_own_is_read_by_its_name_and_can_have_names_for_its_datasets(tmp_path, monkeypatch):
+    formats = Registry("format", {})
+    monkeypatch.setattr(reading, "FORMATS", formats)
+    (tmp_path / "set.mem").touch()
+    asked = []
+
+    def open_memory(path, files, request):
+        asked.append((path, list(files), request.subset))
+        return Memory(GOOD)
+
+    formats.register("memory", Format(open=open_memory, find=lambda name: tmp_path / f"{name}.mem"))
+    assert_good(read_demonstrations(format="memory", path="set", subset="some", cache_dir=tmp_path / "cache"))
+    assert asked == [(tmp_path / "set.mem", ["set.mem"], "some")]
+
+
+HEAVY = ("torch", "minari", "gymnasium", "h5py", "pyarrow", "zarr", "av", "PIL", "scipy", "pandas")
+
+
+def test_only_the_format_that_is_read_is_imported():
+    heavy = f"print(*(name for name in {HEAVY} if name in sys.modules), sep=',')"
+    statements = [
+        "import sys, policy.data.demonstrations, policy.data.minari_writer, policy.data.reading, policy.data.windows",
+        heavy,
+        "policy.data.reading.FORMATS['robomimic']",
+        heavy,
+    ]
+    done = subprocess.run([sys.executable, "-c", ";".join(statements)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["", "h5py"]
 
 
 # The cache
@@ -567,7 +605,7 @@ def test_the_transform_maps_the_observations_of_an_episode(dataset):
     found = dataset(*GOOD, transform=doubled)
     assert found.observation_shapes == {"twice": (2,)}
     np.testing.assert_array_equal(found.observations["twice"][:, 0], 2 * np.arange(6))
-    assert_good(dataset(*GOOD))  # not what the transform left in the cache
+    assert_good(dataset(*GOOD))  # not the entry that the transform left in the cache
 
 
 def test_pictures_are_resized(dataset):
@@ -592,7 +630,7 @@ def test_an_episode_is_relabelled_before_it_is_transformed(dataset):
     found = dataset(*GOOD, relabel=swapped, transform=doubled)
     np.testing.assert_array_equal(found.observations["twice"], 2 * (plain.observations["state"] + 1))
     np.testing.assert_array_equal(found.actions, plain.actions[:, ::-1])
-    assert_good(dataset(*GOOD))  # not what the other left in the cache
+    assert_good(dataset(*GOOD))  # not the entry of the relabelled episodes
 
 
 def test_a_relabelling_that_fails_is_named(dataset):

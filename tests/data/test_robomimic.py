@@ -1,4 +1,4 @@
-"""robomimic's files: one that robomimic's own commands wrote (tests/data), and what others damage."""
+"""robomimic's files: one that robomimic's own commands wrote (tests/data), and damaged ones."""
 
 import json
 from itertools import count
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from policy.data import read_demonstrations
+from policy.data.reading import read_demonstrations
 
 FIXTURE = Path(__file__).parent / "robomimic.hdf5"
 SETTINGS = {"env_name": "Lift", "type": 1, "env_kwargs": {"control_freq": 20, "robots": ["Panda"]}}
@@ -65,11 +65,11 @@ def path(tmp_path) -> Path:
     return write(tmp_path / "demos.hdf5")
 
 
-# What robomimic writes
+# A file that robomimic wrote
 
 
 def test_a_file_of_robomimic_reads_back_as_it_was_made(tmp_path):
-    """Its script: an action is (t, demo), a state the sum of the actions before it, the observations tell the state."""
+    """In its script, an action is (t, demo), and the observed state is the sum of the previous actions."""
     found = read_demonstrations(format="robomimic", path=FIXTURE, cache_dir=tmp_path)
     assert found.episode_names == [f"demo_{number}" for number in range(12)]  # 10 comes after 9
     assert found.episode_lengths.tolist() == [2 + number % 4 for number in range(12)]
@@ -122,7 +122,7 @@ def test_observations_and_actions_can_be_chosen(path, key):
     np.testing.assert_array_equal(found.actions, joined(key))
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(deadline=None, derandomize=True)
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=14), data=st.data())
 def test_order_and_lengths_are_kept(tmp_path_factory, lengths, data):
     names = [f"demo_{number}" for number in range(len(lengths))]
@@ -162,7 +162,7 @@ def test_what_a_file_says_of_its_environment_is_taken_where_it_can_be_read(tmp_p
     assert found.metadata == {"format": "robomimic", "total": 9, **said}
 
 
-# What cannot be read
+# Damaged files
 
 
 def change(key, values=None, **options):
@@ -284,7 +284,7 @@ def test_groups_in_groups_without_end_do_no_harm(path):
     with h5py.File(path, "a") as file:
         file["data/demo_1/obs/again"] = file["data/demo_1/obs"]
         file["mask/one"] = np.array(["demo_1"], "S")
-    assert read(path).num_episodes == 3  # the other demos say what is observed
+    assert read(path).num_episodes == 3  # the other demos determine the observed keys
     with pytest.raises(ValueError, match="'data/demo_1' holds groups in groups without end"):
         read(path, subset="one")
 
@@ -385,13 +385,13 @@ def test_zeros_over_a_heap_are_found_before_hdf5_runs_in_circles(path):
         read(path)
 
 
-# Without a heap: one flip in some tens of thousands ends HDF5 itself there.
+# The file has no heap: there, one flip in some tens of thousands crashes HDF5 itself.
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     return write(tmp_path_factory.mktemp("small") / "demos.hdf5", (3, 2), env_args=np.bytes_(b"{}"))
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8))
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_flipped_bytes_give_an_error_or_demonstrations(small, flips):

@@ -13,7 +13,7 @@ from policy.data.windows import Windows, split_episodes
 
 
 def demonstrations(lengths):
-    """Observation and action of transition t in episode e both spell out (e, t)."""
+    """The observation and the action of transition t in episode e both contain (e, t)."""
     rows = [(e, t) for e, length in enumerate(lengths) for t in range(length)]
     names = np.array(rows, dtype=np.float32)
     return Demonstrations(
@@ -45,7 +45,7 @@ def naive(case):
             yield past, future, [t + i < lengths[e] for i in range(action_horizon)]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None)
 @given(case=cases())
 def test_windows_equal_a_plain_loop(case):
     windows, reference = windows_of(case), list(naive(case))
@@ -59,7 +59,7 @@ def test_windows_equal_a_plain_loop(case):
     assert torch.equal(images[:, :, 0].float() - 100, batch["observations"]["state"])
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None)
 @given(case=cases())
 def test_windows_stay_inside_their_episode_and_none_is_left_out(case):
     lengths, episodes, _, action_horizon = case
@@ -76,12 +76,12 @@ def test_windows_stay_inside_their_episode_and_none_is_left_out(case):
     for e in episodes:
         last = (episode == e) & (seen[:, -1, 1] == lengths[e] - 1)
         assert batch["mask"][last].tolist() == [[True] + [False] * (action_horizon - 1)]
-    # Behind the end stands the last action, before the start the first observation.
+    # The last action is repeated after the end, and the first observation before the start.
     ends = torch.tensor(lengths)[episode.long()] - 1
     assert (done[:, :, 1] == torch.minimum(seen[:, -1:, 1] + torch.arange(action_horizon), ends[:, None])).all()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None)
 @given(case=cases(), seed=st.integers(0, 100))
 def test_a_window_is_the_same_in_any_batch(case, seed):
     windows = windows_of(case)
@@ -108,7 +108,7 @@ def test_batches_keep_the_datas_dtypes_and_are_copies():
 # --- the order ---------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None)
 @given(case=cases(), batch_size=st.integers(1, 12), seed=st.integers(0, 2**32), first_epoch=st.integers(0, 3))
 def test_an_epoch_visits_each_window_once_up_to_the_incomplete_batch(case, batch_size, seed, first_epoch):
     windows = windows_of(case)
@@ -122,7 +122,7 @@ def test_an_epoch_visits_each_window_once_up_to_the_incomplete_batch(case, batch
         assert set(visited.tolist()) <= set(range(len(windows)))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None)
 @given(
     case=cases(), batch_size=st.integers(1, 12), seeds=st.tuples(st.integers(0, 9), st.integers(0, 9)), data=st.data()
 )
@@ -162,7 +162,7 @@ def test_changing_a_batch_in_place_does_not_change_later_ones():
 # --- the split ---------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None)
 @given(num_episodes=st.integers(1, 300), val_fraction=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 2**32))
 def test_the_split_is_disjoint_complete_and_repeatable(num_episodes, val_fraction, seed):
     train, val = split_episodes(num_episodes, val_fraction, seed)
@@ -260,7 +260,7 @@ def with_symmetry(case, **settings):
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None)
 @given(case=cases(), seed=st.integers(0, 99))
 def test_each_window_has_one_counterpart_under_a_symmetry(case, seed):
     plain, doubled = windows_of(case), with_symmetry(case)
@@ -276,7 +276,7 @@ def test_each_window_has_one_counterpart_under_a_symmetry(case, seed):
     assert torch.equal(batch["mask"], originals["mask"])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None)
 @given(case=cases())
 def test_the_mask_can_be_left_off(case):
     lengths, episodes, obs_horizon, action_horizon = case
@@ -293,7 +293,7 @@ def test_the_mask_can_be_left_off(case):
 
 
 @pytest.mark.parametrize("block_rows", [1, 3, 1000])
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 def test_blocks_hold_each_transition_of_the_episodes_once(block_rows, case, monkeypatch):
     monkeypatch.setattr("policy.data.windows.BLOCK_ROWS", block_rows)

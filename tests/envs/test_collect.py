@@ -90,12 +90,16 @@ def test_an_argument_out_of_range_is_refused_at_the_call(argument):
         envs.collect_episodes(envs.make("planar"), PLANAR, **({"episodes": 1, "seed": 0} | argument))
 
 
-@pytest.mark.parametrize("linger_steps", [0, 1, 7])
-def test_demonstrations_end_soon_after_their_first_success(linger_steps):
+@pytest.fixture(scope="module")
+def reach():
     pytest.importorskip("metaworld", reason="pip install 'ddim-policy[metaworld]'")
-    env = envs.make("metaworld", task="reach-v3")
+    return envs.make("metaworld", task="reach-v3")
+
+
+@pytest.mark.parametrize("linger_steps", [0, 1, 7])
+def test_demonstrations_end_soon_after_their_first_success(reach, linger_steps):
     factory = partial(envs.make_expert, "metaworld")
-    (episode,) = envs.collect_episodes(env, factory, episodes=1, seed=0, linger_steps=linger_steps)
+    (episode,) = envs.collect_episodes(reach, factory, episodes=1, seed=0, linger_steps=linger_steps)
     assert len(episode) == int(episode.is_success.argmax()) + 1 + linger_steps
     assert episode.truncations[-1]
     assert not episode.terminations.any()

@@ -1,5 +1,6 @@
-"""Meta-World: seeds that mean something, an observable goal, the task's own success, upright frames."""
+"""Meta-World: resets reproducible from seeds, an observable goal, the task's own success, upright frames."""
 
+import functools
 import sys
 import time
 
@@ -7,13 +8,19 @@ import numpy as np
 import pytest
 
 import envs
-from envs.errors import import_extra
+from envs.errors import MissingExtraError, import_extra
 from envs.rendering import rendering_errors
 
 pytest.importorskip("metaworld", reason="pip install 'ddim-policy[metaworld]'")
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
 QUICK_TASKS = ["pick-place-v3", "door-open-v3", "box-close-v3"]
+
+
+@functools.cache
+def used(task):
+    """An environment that other tests have used too. Making one takes a quarter of a second."""
+    return envs.make("metaworld", task=task)
 
 
 def expert_rollout(env, seed, steps):
@@ -29,15 +36,15 @@ def expert_rollout(env, seed, steps):
     return np.array(observations), np.array(rewards), np.array(successes)
 
 
-def assert_a_seed_means_one_episode(task):
-    fresh, used = envs.make("metaworld", task=task), envs.make("metaworld", task=task)
-    expert_rollout(used, seed=99, steps=150)
-    used.reset()
+def assert_a_seed_means_one_episode(task, steps):
+    fresh, other = envs.make("metaworld", task=task), used(task)
+    expert_rollout(other, seed=99, steps=steps + 50)
+    other.reset()
     generator = np.random.default_rng(0)
     for _ in range(20):
-        used.step(generator.uniform(-1, 1, 4).astype(np.float32))
-    expected = expert_rollout(fresh, seed=7, steps=100)
-    actual = expert_rollout(used, seed=7, steps=100)
+        other.step(generator.uniform(-1, 1, 4).astype(np.float32))
+    expected = expert_rollout(fresh, seed=7, steps=steps)
+    actual = expert_rollout(other, seed=7, steps=steps)
     for ours, theirs in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     goals = expected[0][:, 36:39]
@@ -51,19 +58,19 @@ SLOW_TASKS = sorted(set(ALL_V3_ENVIRONMENTS) - set(QUICK_TASKS))
 
 @pytest.mark.parametrize("task", QUICK_TASKS)
 def test_a_seed_means_one_episode_whatever_happened_before(task):
-    assert_a_seed_means_one_episode(task)
+    assert_a_seed_means_one_episode(task, steps=50)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", SLOW_TASKS)
 def test_a_seed_means_one_episode_in_every_other_task(task):
-    assert_a_seed_means_one_episode(task)
+    assert_a_seed_means_one_episode(task, steps=100)
 
 
 def test_every_seed_has_its_own_goal_inside_the_tasks_randomisation_space():
-    env = envs.make("metaworld", task="reach-v3")
-    goals = np.array([env.reset(seed=seed)[0][36:39] for seed in range(60)])
-    assert len(np.unique(goals, axis=0)) == 60  # upstream freezes 50
+    env = used("reach-v3")
+    goals = np.array([env.reset(seed=seed)[0][36:39] for seed in range(52)])
+    assert len(np.unique(goals, axis=0)) == 52  # upstream freezes 50
     space = env._simulator.goal_space
     assert (goals >= space.low - 1e-6).all()
     assert (goals <= space.high + 1e-6).all()
@@ -71,7 +78,7 @@ def test_every_seed_has_its_own_goal_inside_the_tasks_randomisation_space():
 
 
 def test_unseeded_resets_differ_and_follow_from_the_last_seed():
-    env = envs.make("metaworld", task="reach-v3")
+    env = used("reach-v3")
     env.reset(seed=1)
     first, second = env.reset()[0], env.reset()[0]
     env.reset(seed=1)
@@ -80,7 +87,7 @@ def test_unseeded_resets_differ_and_follow_from_the_last_seed():
 
 
 def assert_agrees_with_the_bare_task(task):
-    env = envs.make("metaworld", task=task)
+    env = used(task)
     ours = expert_rollout(env, seed=3, steps=80)
     bare = ALL_V3_ENVIRONMENTS[task]()
     bare._partially_observable = False
@@ -108,7 +115,7 @@ def test_agrees_with_the_bare_task_step_by_step_in_every_other_task(task):
 
 
 def test_info_spaces_and_truncation():
-    env = envs.make("metaworld", task="pick-place-v3")
+    env = used("pick-place-v3")
     observation, info = env.reset(seed=0)
     assert info == {"is_success": False, "score": 0.0}
     assert env.observation_space.contains(observation)
@@ -137,18 +144,18 @@ def test_the_expert_stays_inside_the_action_space():
 
 
 def test_costs_little_on_top_of_the_bare_task():
-    env = envs.make("metaworld", task="pick-place-v3")
+    env = used("pick-place-v3")
     action = np.zeros(4, np.float32)
     ratios = []
-    for _ in range(9):
+    for _ in range(7):
         env.reset(seed=0)
-        start = time.perf_counter()
-        for _ in range(60):
+        start = time.process_time()
+        for _ in range(30):
             env._simulator.step(action)
-        middle = time.perf_counter()
-        for _ in range(60):
+        middle = time.process_time()
+        for _ in range(30):
             env.step(action)
-        ratios.append((middle - start) / (time.perf_counter() - middle))
+        ratios.append((middle - start) / (time.process_time() - middle))
     assert np.median(ratios) > 0.8  # measured 0.98; the slack is for a busy machine
 
 
@@ -177,7 +184,7 @@ def test_a_missing_system_library_ends_in_its_debian_package(monkeypatch, error,
         raise error
 
     monkeypatch.setattr("envs.errors.importlib.import_module", fail)
-    with pytest.raises(envs.MissingExtraError, match=f"apt-get install {package} "):
+    with pytest.raises(MissingExtraError, match=f"apt-get install {package} "):
         import_extra("metaworld", title="Meta-World", extra="metaworld")
 
 
@@ -217,7 +224,7 @@ def test_frames_are_upright(camera):
 
 @pytest.mark.parametrize("action", [np.full(4, np.nan), np.zeros(5), np.zeros((1, 4))])
 def test_an_action_that_is_not_four_finite_numbers_is_refused(action):
-    env = envs.make("metaworld")
+    env = used("pick-place-v3")
     env.reset(seed=0)
     with pytest.raises(ValueError, match="An action is 4 finite numbers"):
         env.step(action)
@@ -226,7 +233,7 @@ def test_an_action_that_is_not_four_finite_numbers_is_refused(action):
 def test_features_are_where_the_parts_of_the_scene_are_from_each_other():
     env, plain = (
         envs.make("metaworld", task="peg-insert-side-v3", observation="features"),
-        envs.make("metaworld", task="peg-insert-side-v3"),
+        used("peg-insert-side-v3"),
     )
     for _ in range(2):
         observation, state = env.reset(seed=4)[0], plain.reset(seed=4)[0]
@@ -241,10 +248,10 @@ def test_features_are_where_the_parts_of_the_scene_are_from_each_other():
 
 
 def test_one_of_several_tasks_is_played_as_its_seed_says():
-    tasks = ["reach-v3", "door-open-v3", "drawer-close-v3"]
-    env = envs.make("metaworld_tasks", tasks=tasks, observation="features")
+    tasks = ["reach-v3", "door-open-v3", "pick-place-v3"]
+    env = envs.make("metaworld_tasks", tasks=tasks)
     for seed in (7, 5, 7):
-        alone = envs.make("metaworld", task=tasks[seed % 3], observation="features")
+        alone = used(tasks[seed % 3])
         expert, own = envs.make_expert("metaworld_tasks", env, seed), envs.make_expert("metaworld", alone, seed)
         (ours, info), (theirs, _) = env.reset(seed=seed), alone.reset(seed=seed)
         assert info == {"is_success": False, "score": 0.0}

@@ -1,4 +1,4 @@
-"""Push-T: features that are pymunk's own geometry, exact states, the upstream reward."""
+"""Push-T: features that agree with pymunk's geometry, exact states, the upstream reward."""
 
 import sys
 
@@ -7,6 +7,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import envs
+from envs import pusht_geometry
 
 gym_pusht = pytest.importorskip("gym_pusht.envs", reason="pip install 'ddim-policy[pusht]'")
 pymunk = pytest.importorskip("pymunk", reason="pip install 'ddim-policy[pusht]'")
@@ -62,7 +63,7 @@ def test_features_say_how_far_the_block_is_from_the_target():
     np.testing.assert_allclose(shifted, np.tanh([[0.1, -0.2]] * 8), atol=1e-5)
     upstream = Upstream()
     upstream.reset(seed=0)
-    np.testing.assert_allclose(upstream.goal_pose, envs.pusht_geometry.TARGET_POSE)
+    np.testing.assert_allclose(upstream.goal_pose, pusht_geometry.TARGET_POSE)
 
 
 def test_features_say_where_the_agent_is_for_the_block():
@@ -128,7 +129,7 @@ def test_initial_states_and_rewards_are_gym_pushts():
             theirs, expected, expected_terminated, _, _ = upstream.step(target.astype(np.float64))
             np.testing.assert_array_equal(ours, envs.pusht_features(theirs))
             assert terminated == expected_terminated
-            assert reward == pytest.approx(expected, abs=1e-12)  # upstream's wavers in the last bit
+            assert reward == pytest.approx(expected, abs=1e-12)  # the last bit of upstream's varies
             assert info["score"] == reward
 
 
@@ -307,7 +308,7 @@ def test_pictures_drawn_of_states_are_those_that_the_environment_shows():
     for seed in range(3):
         shown, _ = env.reset(seed=seed)
         state = np.asarray(env.unwrapped._simulator.get_obs(), np.float32)
-        # States of another time drawn before and after: nothing of them may stay.
+        # Other states are drawn before and after: the picture must not show any trace of them.
         drawn = envs.pusht_pictures({"state": np.stack([state + 30, state, state - 30])})
         assert env.observation_space.contains({key: values[1] for key, values in drawn.items()})
         assert np.abs(drawn["image"][1].astype(int) - shown["image"]).mean() < 0.02
@@ -356,8 +357,8 @@ def test_mirror_commutes_with_the_features_and_with_the_physics() -> None:
 
 
 def demonstration(states):
-    """States as an episode has them, and actions that ask for the agent's next places."""
-    observations = {"state": states, "keypoint": envs.pusht_geometry.pusht_keypoints(states).reshape(-1, 9, 2)}
+    """An episode's observations of given states, and actions near the agent's positions."""
+    observations = {"state": states, "keypoint": pusht_geometry.pusht_keypoints(states).reshape(-1, 9, 2)}
     return observations, states[:, :2] + 3.0
 
 
@@ -379,7 +380,7 @@ def test_hindsight_ends_on_the_target_and_keeps_everything_about_the_block():
     for before, after in ((states[:, :2], moved["state"][:, :2]), (actions, moved_actions)):
         np.testing.assert_allclose(in_block(after, moved["state"]), in_block(before, states), atol=1e-3)
     np.testing.assert_allclose(
-        moved["keypoint"], envs.pusht_geometry.pusht_keypoints(moved["state"]).reshape(-1, 9, 2), atol=1e-3
+        moved["keypoint"], pusht_geometry.pusht_keypoints(moved["state"]).reshape(-1, 9, 2), atol=1e-3
     )
     again, again_actions = envs.pusht_hindsight(moved, moved_actions)
     np.testing.assert_allclose(again["state"], moved["state"], atol=1e-3)
@@ -398,7 +399,7 @@ def test_hindsight_keeps_dtypes_and_stays_on_the_table():
 
 
 def test_a_moved_demonstration_is_what_the_simulator_does():
-    """The physics does not know where on the table it happens: replayed actions move the block as before, elsewhere."""
+    """The physics is the same everywhere on the table: moved actions move the block in the same way, elsewhere."""
     env, elsewhere = envs.make("pusht"), envs.make("pusht")
     start = np.array([250.0, 180.0, 256.0, 256.0, 0.2])
     push = np.stack([np.full(25, 250.0), np.linspace(180, 300, 25)], axis=1).astype(np.float32)
@@ -446,7 +447,7 @@ def test_a_mirrored_picture_is_that_of_the_mirrored_state():
         mirrored, _ = envs.pusht_mirror(observation, np.zeros(2, np.float32))
         expected, _ = mirrored_env.set_state(mirror_state(state))
         difference = np.abs(mirrored["image"].astype(float) - expected["image"])
-        # The table is 512 pixels wide, so a mirrored edge lies one of them off, a fifth of a pixel here.
+        # A mirrored edge is one of the table's 512 pixels off, which is a fifth of a pixel in this picture.
         assert difference.mean() < 1.0
         assert np.abs(observation["image"].astype(float) - expected["image"]).mean() > 2.0
         assert (difference.max(axis=-1) > 100).mean() < 0.01

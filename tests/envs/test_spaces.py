@@ -1,4 +1,4 @@
-"""Observations and actions of every kind: what a policy gets of them, and what is refused."""
+"""Observation and action spaces of every kind: their conversion for a policy, and the spaces that are refused."""
 
 import gymnasium
 import numpy as np
@@ -14,7 +14,7 @@ from policy.data.reading import resized
 
 
 class Recorder(gymnasium.Env):
-    """Returns samples of the observation space it is told, or what it is told to return; keeps the actions it gets."""
+    """Returns samples of a given observation space, or a given observation, and keeps the actions that it gets."""
 
     metadata = {"render_modes": [], "render_fps": 10}  # noqa: RUF012
 
@@ -181,7 +181,7 @@ def test_keys_can_be_chosen(keys, expected):
         (NESTED, [], ["choose one key or more"]),
         (spaces.Dict({}), None, ["choose one key or more"]),
         (ARM, ["arm"], ["['arm']", "needs a Dict"]),
-        (spaces.Text(5), None, ["Text", "no array of a fixed size", "wrap"]),
+        (spaces.Text(5), None, ["Text", "not an array of a fixed size", "wrap"]),
         (spaces.Dict({"arm": ARM, "task": spaces.Text(5)}), None, ["'task'", "Text", "observation_keys"]),
         (spaces.Dict({"a": spaces.Dict({"b": spaces.Sequence(ARM)})}), None, ["'a/b'", "Sequence"]),
         (spaces.Dict({"g": spaces.Graph(ARM, None)}), None, ["'g'", "Graph"]),

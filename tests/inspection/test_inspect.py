@@ -1,9 +1,6 @@
-"""The inspection of a dataset: its figures against plainly computed ones, its timeline, its picture, its command."""
+"""The inspection of a dataset: its figures against directly computed ones, its timeline, its picture, its command."""
 
 import json
-import shutil
-import subprocess
-import sys
 import textwrap
 import tracemalloc
 
@@ -12,9 +9,9 @@ import pytest
 import zarr
 from PIL import Image
 
-from policy.commands.inspect import figures as figures_module
 from policy.commands.inspect import inspect_demonstrations
-from policy.data import Demonstrations
+from policy.data.demonstrations import Demonstrations
+from policy.inspection import figures as figures_module
 from policy.inspection.figures import (
     identical_episodes,
     idle_share,
@@ -23,7 +20,6 @@ from policy.inspection.figures import (
     length_histogram,
 )
 from policy.inspection.text import format_inspection, format_windows
-from tests.conftest import ENVIRONMENT, ROOT
 
 RED = (250, 10, 20)
 
@@ -84,9 +80,9 @@ def test_dimensions_without_information_are_found():
         ramp,
         np.full(50, 3.0),
         np.zeros(50),
-        1000 + 0.09 * ramp,  # moves by 0.9e-4 of its size: noise
-        1000 + 0.11 * ramp,  # and this is a signal
-        1e-6 * ramp,  # small, but all of it moves
+        1000 + 0.09 * ramp,  # changes by 0.9e-4 of its magnitude: noise
+        1000 + 0.11 * ramp,  # a signal
+        1e-6 * ramp,  # small, but not constant
     ]
     figures = key_figures("state", np.stack(columns, axis=1))
     assert figures.constant == [1, 2]
@@ -140,7 +136,7 @@ def test_idle_actions_are_counted_inside_episodes_only(monkeypatch, block_rows):
     data = Demonstrations(
         observations={"state": np.zeros((7, 1), np.float32)}, actions=actions, episode_ends=np.array([4, 7])
     )
-    # First episode: repeats, new, repeats. Second: its first one repeats another episode's; repeats, new.
+    # First episode: repeats, new, repeats. Second: its first action repeats one of another episode; repeats, new.
     assert idle_share(data) == 3 / 5
     assert idle_share(laid_out([1, 1])) is None
 
@@ -156,8 +152,9 @@ def test_the_histogram_has_every_episode_in_its_bin():
     assert length_histogram(np.array([6, 6])) == [(6, 6, 2)]
 
 
-def test_memory_does_not_grow_with_the_data(tmp_path):
-    rows, width = 300_000, 64
+def test_memory_does_not_grow_with_the_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures_module, "BLOCK_ROWS", 4096)
+    rows, width = 60_000, 64
     state = np.memmap(tmp_path / "state", np.float32, "w+", shape=(rows, width))
     state[:, 0] = np.arange(rows)
     data = Demonstrations(
@@ -278,15 +275,16 @@ def refuse_constant(name):
     raise AssertionError(f"{name} is not JSON")
 
 
-def test_the_command_prints_and_writes_what_is_inside(run_script, replay, tmp_path):
-    out = run_script(
-        "inspect",
+def test_the_command_prints_and_writes_what_is_inside(run_command, replay, tmp_path):
+    out = run_command(
+        "inspect_data",
         "dataset=zarr",
         f"dataset.path={replay}",
         "dataset.observation_keys=[state,img]",
         f"dataset.cache_dir={tmp_path}/cache",
         "action_horizon=4",
         "execution_horizon=3",
+        "episodes=2",
         f"output_dir={tmp_path}/out",
     ).stdout
     for line in (
@@ -294,7 +292,7 @@ def test_the_command_prints_and_writes_what_is_inside(run_script, replay, tmp_pa
         "episodes     4 with 28 transitions",
         "lengths      6 to 9 transitions, median 6.5",
         "rate         not stated",
-        "bad          1 left out, also of all figures here:",
+        "bad          1 left out, and not counted in any figure here:",
         "episode 2: 'state' holds a NaN or infinity at transition 2",
         "identical    1 of the episodes repeats another one (0 = 4)",
         "constant: 1 of 3 dimensions of state: 1 (4)",
@@ -318,9 +316,7 @@ def test_the_command_prints_and_writes_what_is_inside(run_script, replay, tmp_pa
     assert (np.abs(picture.astype(int) - RED).max(axis=-1) < 3).mean() > 0.005
 
 
-def test_bad_input_is_refused_in_one_sentence(replay, tmp_path, monkeypatch, capsys):
-    from scripts.inspect import main
-
+def test_bad_input_is_refused_in_one_sentence(run_command, replay, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     known = ["dataset=zarr", f"dataset.path={replay}", f"dataset.cache_dir={tmp_path}/cache"]
     for overrides, message in (
@@ -333,93 +329,8 @@ def test_bad_input_is_refused_in_one_sentence(replay, tmp_path, monkeypatch, cap
         ([*known, "execution_horizon=9"], "execution_horizon must be within 1..8; got 9"),
         ([*known, "horizon=9"], "unknown setting of inspect 'horizon'"),
     ):
-        monkeypatch.setattr(sys, "argv", ["inspect.py", *overrides])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        err = capsys.readouterr().err
-        assert stop.value.code == 2, overrides
-        # A bar of the reader's may stand before it on its line.
-        assert message in err.splitlines()[-1].partition("error: ")[2], overrides
+        err = run_command("inspect_data", *overrides, check=2).stderr
+        assert err.splitlines()[-1].startswith("error: "), overrides  # after the reader's progress bar, not on its line
+        assert message in err.splitlines()[-1], overrides
         assert "Traceback" not in err, overrides
     assert not (tmp_path / "outputs").exists()
-
-
-# --- the module's name -------------------------------------------------------------------------------------------
-
-STANDARD = "import inspect; assert inspect.signature(print) and not hasattr(inspect, 'main'), inspect"
-ENTRY_POINT = "import sys; from scripts.inspect import main; sys.exit(main())"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "folder"),
-    [
-        (["scripts/inspect.py", "--help"], "."),
-        (["inspect.py", "--help"], "scripts"),
-        (["-m", "scripts.inspect", "--help"], "."),
-        (["-c", ENTRY_POINT, "--help"], "."),  # what the console command ddim-inspect does
-        (["-c", ENTRY_POINT, "--help"], "scripts"),
-    ],
-)
-def test_each_way_to_start_it_shows_its_help(arguments, folder):
-    out = run_python(arguments, ROOT / folder)
-    assert "python scripts/inspect.py dataset=zarr" in out
-    assert "dataset.path" in out
-    assert "execution_horizon" in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "folder"),
-    [
-        (["scripts/train.py", "--help"], "."),
-        (["train.py", "--help"], "scripts"),
-        (["-m", "scripts.train", "--help"], "."),
-    ],
-)
-def test_the_scripts_beside_it_start(arguments, folder):
-    assert "python scripts/train.py" in run_python(arguments, ROOT / folder)
-
-
-@pytest.mark.parametrize("folder", [".", "scripts"])
-@pytest.mark.parametrize(
-    "code",
-    [
-        STANDARD,
-        f"import scripts.inspect; {STANDARD}; assert scripts.inspect.main",
-        f"{STANDARD}; import scripts.inspect; assert scripts.inspect.main; {STANDARD}",
-        f"import dataclasses, torch, hydra; {STANDARD}",
-        f"import importlib; assert importlib.import_module('inspect').getsource; {STANDARD}",
-    ],
-)
-def test_the_standard_librarys_inspect_is_what_everybody_else_gets(code, folder):
-    assert run_python(["-c", f"{code}; print('fine')"], ROOT / folder) == "fine\n"
-
-
-def test_processes_spawned_by_a_script_beside_it_get_the_standard_librarys(tmp_path):
-    shutil.copy(ROOT / "scripts/inspect.py", tmp_path)
-    (tmp_path / "script.py").write_text(
-        "import multiprocessing, sys\n"
-        "def child(_):\n"
-        "    import inspect\n"
-        "    return inspect.__file__\n"
-        "if __name__ == '__main__':\n"
-        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
-        f"        sys.path.insert(0, {str(tmp_path)!r})\n"
-        "        print(*pool.map(child, [0]))\n"
-        # A child copies the path: with this folder first in it, whatever happened in the parent.
-        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
-        "        print(*pool.map(child, [0]))\n"
-    )
-    for arguments, folder in ((["script.py"], tmp_path), ([str(tmp_path / "script.py")], ROOT)):
-        files = run_python(arguments, folder).split()
-        assert len(files) == 2
-        for file in files:
-            assert file.endswith("inspect.py")
-            assert not file.startswith(str(tmp_path))
-
-
-def run_python(arguments, folder):
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout

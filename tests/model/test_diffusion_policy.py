@@ -187,7 +187,7 @@ def test_each_chunk_at_three_timesteps_is_a_batch_of_three_copies_whose_observat
 @pytest.mark.parametrize(
     ("timesteps", "noises", "message"),
     [
-        (6, 6, "as many timesteps for each of 4 chunks; got 6 in all"),
+        (6, 6, "a multiple of the 4 chunks; got 6"),
         (8, 4, r"noise must have shape \(8, 8, 2\); got \(4, 8, 2\)"),
     ],
 )

@@ -139,7 +139,7 @@ class _Store:
                 raise ValueError(f"not a folder and not a whole zip ({error}): fetch it again") from error
             names = [name for name in archive.namelist() if not name.endswith("/")]
             if unsafe := [name for name in names if name.startswith("/") or ".." in name.split("/")]:
-                raise ValueError(f"the zip names a file outside itself, {unsafe[0]!r}: it is not what zarr writes")
+                raise ValueError(f"the zip names a file outside itself, {unsafe[0]!r}: it was not written by zarr")
             self._files = {name: partial(archive.read, name) for name in names}
             self._zarr = zarr.storage.ZipStore(path, mode="r")
             stack.callback(self._close)

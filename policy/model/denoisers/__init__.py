@@ -1,4 +1,4 @@
-"""Networks `forward(noisy_actions (B, H, A), timestep (B,), obs_embedding (B, obs_size)) -> (B, H, A)`."""
+"""Denoisers: `forward(noisy_actions (B, H, A), timestep (B,), obs_embedding (B, obs_size)) -> (B, H, A)`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from policy.common.registry import Registry
 if TYPE_CHECKING:
     from policy.model.denoisers.denoiser import Denoiser
 
-# Checkpoints store a denoiser's name here, never an import path, so loading one cannot run foreign code.
-# A denoiser's parameters without a default follow from the rest of the configuration, the others are its settings.
+# Checkpoints store a denoiser's name, never an import path, so loading a checkpoint cannot run foreign code.
+# A denoiser's parameters without a default follow from the rest of the configuration; the others are its settings.
 DENOISERS: Registry[type[Denoiser]] = Registry(
     "denoiser",
     {

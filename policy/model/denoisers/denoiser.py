@@ -1,4 +1,4 @@
-"""What every denoiser is: a network in two parts, one of which needs no actions."""
+"""The base class of all denoisers: a network in two parts, one of which does not depend on the actions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 class Denoiser(nn.Module):
     """Predicts the schedule's target from a noisy chunk, the timestep and the observation.
 
-    What the network does with timestep and observation alone is kept apart in `conditions`, so that a sampler can do
-    it for all its timesteps at once; `denoise` is what is left to do at each of them.
+    `conditions` computes everything that depends on the timestep and the observation alone, so that a sampler can do it
+    for all its timesteps at once. `denoise` computes the rest at each timestep.
 
     Attributes:
-        embed_timestep: (B,) int64 timesteps, within 0..num_steps - 1, to (B, width).
+        embed_timestep: maps (B,) int64 timesteps, within 0..num_steps - 1, to (B, width).
     """
 
     embed_timestep: nn.Module
@@ -33,23 +33,23 @@ class Denoiser(nn.Module):
         return self.denoise(noisy_actions, self.conditions(self.embed_timestep(timestep), obs_embedding))
 
     def conditions(self, embedded_timestep: Tensor, obs_embedding: Tensor) -> tuple[Tensor, ...]:
-        """All that the network does with timestep and observation, for one timestep or, with leading axes, for many.
+        """Compute everything that depends on timestep and observation alone; leading axes hold several timesteps.
 
         Args:
             embedded_timestep: (..., B or 1, width) from `embed_timestep`.
             obs_embedding: (B, obs_size).
 
         Returns:
-            Tensors (..., B, *), as `denoise` wants them.
+            Tensors (..., B, *), as `denoise` takes them.
         """
         raise NotImplementedError
 
     def denoise(self, noisy_actions: Tensor, conditions: Sequence[Tensor]) -> Tensor:
-        """What is left to do at one timestep.
+        """Predict the schedule's target at one timestep from the noisy actions and the conditions.
 
         Args:
             noisy_actions: (B, action_horizon, action_dim).
-            conditions: of this timestep, each (B, *).
+            conditions: conditions of this timestep, each (B, *).
 
         Returns:
             (B, action_horizon, action_dim).

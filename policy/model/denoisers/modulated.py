@@ -1,4 +1,4 @@
-"""Residual blocks that timestep and observation modulate (adaLN-Zero), and what the networks made of them share."""
+"""Residual blocks modulated by timestep and observation (adaLN-Zero), and the base class of networks made of them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from policy.model.denoisers.timestep import TimestepEmbedding
 
 
 def zeroed(layer: nn.Linear) -> nn.Linear:
-    """The layer, putting out zeros until it is trained."""
+    """Set a layer's weights to zero, so that it outputs zeros until it is trained, and return it."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 class ModulatedBlock(nn.Module):
-    """x + gate * change((1 + scale) * LayerNorm(x) + shift) (Peebles and Xie 2023, sec. 3.2)."""
+    """Residual block x + gate * change((1 + scale) * LayerNorm(x) + shift) (Peebles and Xie 2023, sec. 3.2)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -27,21 +27,21 @@ class ModulatedBlock(nn.Module):
         self.modulate = zeroed(nn.Linear(width, 3 * width))
 
     def modulation(self, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(..., width) to 1 + scale, shift and gate, each (..., width)."""
+        """Map a condition (..., width) to 1 + scale, shift and gate, each (..., width)."""
         scale, shift, gate = self.modulate(condition).chunk(3, dim=-1)
         return 1 + scale, shift, gate
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
-        """(..., width) and its `modulation` to (..., width)."""
+        """Apply the block to x (..., width) with its `modulation`; returns (..., width)."""
         return x + gate * self.change(self.norm(x) * scale + shift)
 
     def change(self, h: Tensor) -> Tensor:
-        """What the block does inside: (..., width) to (..., width)."""
+        """Compute the inner function of the block, (..., width) to (..., width)."""
         raise NotImplementedError
 
 
 class FeedForward(ModulatedBlock):
-    """Two linear layers, four times wider in between."""
+    """A modulated block of two linear layers with a hidden layer of 4 * width."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__(width)
@@ -50,16 +50,16 @@ class FeedForward(ModulatedBlock):
         self.contract = nn.Linear(4 * width, width)
 
     def change(self, h: Tensor) -> Tensor:
-        """(..., width) to (..., width)."""
+        """Apply both layers, (..., width) to (..., width)."""
         return self.contract(self.dropout(nn.functional.silu(self.expand(h))))
 
 
 class ModulatedDenoiser(Denoiser):
-    """A stack of modulated blocks; a network made of it brings the way in, the blocks and the way out.
+    """A stack of modulated blocks. A subclass defines the input layer, the blocks and the output layer.
 
     Args:
         obs_size: width of the observation embedding.
-        width: of the blocks (even).
+        width: width of the blocks (even).
         num_steps: T of the schedule.
     """
 
@@ -73,12 +73,12 @@ class ModulatedDenoiser(Denoiser):
         self.project_observation = nn.Linear(obs_size, width)
 
     def conditions(self, embedded_timestep: Tensor, obs_embedding: Tensor) -> tuple[Tensor, ...]:
-        """Three tensors (..., B, width) for each block in turn, see `ModulatedBlock.modulation`."""
+        """Return three tensors (..., B, width) for each block in turn; see `ModulatedBlock.modulation`."""
         condition = nn.functional.silu(embedded_timestep + self.project_observation(obs_embedding))
         return tuple(part for block in self.blocks for part in block.modulation(condition))  # type: ignore[operator]
 
     def through_blocks(self, x: Tensor, conditions: Sequence[Tensor]) -> Tensor:
-        """One timestep's `conditions`, and x that broadcasts against them, through all blocks."""
+        """Apply all blocks to x with the `conditions` of one timestep, which x must broadcast against."""
         for number, block in enumerate(self.blocks):
             x = block(x, *conditions[3 * number : 3 * number + 3])
         return x

@@ -1,4 +1,4 @@
-"""A residual MLP whose every block is modulated by the timestep and the observation (adaLN-Zero)."""
+"""A residual MLP in which the timestep and the observation modulate every block (adaLN-Zero)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from policy.model.denoisers.timestep import check_sizes
 
 
 class ModulatedMLP(ModulatedDenoiser):
-    """Timestep and observation embedding steer every block, instead of entering once.
+    """A residual MLP in which timestep and observation embedding modulate every block, instead of entering only once.
 
     Args:
         obs_size: width of the observation embedding.
@@ -20,10 +20,10 @@ class ModulatedMLP(ModulatedDenoiser):
         hidden_size: width of the residual blocks (even).
         num_layers: number of residual blocks.
         num_steps: T of the schedule.
-        dropout: dropped share inside the blocks while training.
+        dropout: dropout probability inside the blocks.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size below 1, or an odd `hidden_size`.
     """
 
     def __init__(
@@ -53,6 +53,6 @@ class ModulatedMLP(ModulatedDenoiser):
         self.leave = zeroed(nn.Linear(hidden_size, chunk_size))
 
     def denoise(self, noisy_actions: Tensor, conditions: Sequence[Tensor]) -> Tensor:
-        """The whole chunk through the blocks; shapes as in `Denoiser.denoise`."""
+        """Apply the blocks to the flattened chunk; see `Denoiser.denoise` for the shapes."""
         x = self.through_blocks(self.enter(noisy_actions.flatten(1)), conditions)
         return self.leave(self.norm(x)).unflatten(1, noisy_actions.shape[1:])

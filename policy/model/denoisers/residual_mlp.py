@@ -12,7 +12,7 @@ from policy.model.denoisers.timestep import TimestepEmbedding, check_sizes
 
 
 class ResidualBlock(nn.Module):
-    """x + W₂ SiLU(W₁ LayerNorm(x)), four times wider inside."""
+    """Residual block x + W₂ SiLU(W₁ LayerNorm(x)) with a hidden layer of 4 * width."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -22,13 +22,13 @@ class ResidualBlock(nn.Module):
         self.contract = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width) to (B, width)."""
+        """Apply the block, (B, width) to (B, width)."""
         h = nn.functional.silu(self.expand(self.norm(x)))
         return x + self.contract(self.dropout(h))
 
 
 class ResidualMLP(Denoiser):
-    """Noisy chunk, timestep and observation embedding are joined once, at the entry.
+    """A residual MLP that joins noisy chunk, timestep and observation embedding once, in its first layer.
 
     Args:
         obs_size: width of the observation embedding.
@@ -37,10 +37,10 @@ class ResidualMLP(Denoiser):
         hidden_size: width of the residual blocks (even).
         num_layers: number of residual blocks.
         num_steps: T of the schedule.
-        dropout: dropped share inside the blocks while training.
+        dropout: dropout probability inside the blocks.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size below 1, or an odd `hidden_size`.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ResidualMLP(Denoiser):
         self.leave = nn.Linear(hidden_size, chunk_size)
 
     def forward(self, noisy_actions: Tensor, timestep: Tensor, obs_embedding: Tensor) -> Tensor:
-        """As the source document has it, all three joined in one layer; shapes as in `Denoiser.forward`."""
+        """Join all three inputs in one layer, as in the source document; see `Denoiser.forward` for the shapes."""
         parts = [
             noisy_actions.flatten(1),
             self.embed_timestep(timestep),
@@ -81,13 +81,13 @@ class ResidualMLP(Denoiser):
         return self.leave(self.blocks(x)).unflatten(1, noisy_actions.shape[1:])
 
     def conditions(self, embedded_timestep: Tensor, obs_embedding: Tensor) -> tuple[Tensor, ...]:
-        """The share of timestep and observation in the entry layer, one tensor (..., B, hidden_size)."""
+        """Return the contribution of timestep and observation to the first layer, one tensor (..., B, hidden_size)."""
         _, for_timestep, for_observation = self._entry_weights()
         observed = nn.functional.linear(self.project_observation(obs_embedding), for_observation)
         return (nn.functional.linear(embedded_timestep, for_timestep, self.enter.bias) + observed,)
 
     def denoise(self, noisy_actions: Tensor, conditions: Sequence[Tensor]) -> Tensor:
-        """Equals `forward` up to rounding, as the entry's sum is taken in parts."""
+        """Predict as `forward` does, up to rounding: the sum in the first layer is computed in parts."""
         (condition,) = conditions
         for_actions, _, _ = self._entry_weights()
         x = nn.functional.silu(nn.functional.linear(noisy_actions.flatten(1), for_actions) + condition)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 def sinusoidal_table(num_steps: int, width: int) -> Tensor:
-    """Embeddings of the timesteps 0..num_steps - 1 (Vaswani et al. 2017, sec. 3.5, with cosines after sines).
+    """Compute the embeddings of timesteps 0..num_steps - 1 (Vaswani et al. 2017, sec. 3.5, with cosines after sines).
 
     Args:
-        num_steps: T.
+        num_steps: T of the schedule.
         width: even width of one embedding.
 
     Returns:
@@ -34,15 +34,15 @@ class TimestepEmbedding(nn.Module):
         self.register_buffer("table", sinusoidal_table(num_steps, width), persistent=False)
 
     def forward(self, timestep: Tensor) -> Tensor:
-        """Look up (B,) int64 timesteps, giving (B, width)."""
+        """Look up the embeddings (B, width) of (B,) int64 timesteps."""
         return nn.functional.embedding(timestep, self.table)
 
 
 def check_sizes(**sizes: int) -> None:
-    """Refuse sizes that are not whole numbers of 1 or more, and odd widths of a timestep's embedding.
+    """Reject sizes that are not whole numbers of 1 or more, and odd widths of a timestep embedding.
 
     Raises:
-        ValueError: naming the size.
+        ValueError: an invalid size; the message names it.
     """
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:

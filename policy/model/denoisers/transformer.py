@@ -12,7 +12,7 @@ from policy.model.denoisers.timestep import check_sizes
 
 
 class Attention(ModulatedBlock):
-    """Every token looks at every other one (Vaswani et al. 2017, sec. 3.2)."""
+    """A modulated block of multi-head self-attention over all tokens (Vaswani et al. 2017, sec. 3.2)."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__(width)
@@ -21,7 +21,7 @@ class Attention(ModulatedBlock):
         self.join = nn.Linear(width, width)
 
     def change(self, h: Tensor) -> Tensor:
-        """(B, tokens, width) to (B, tokens, width)."""
+        """Apply the attention, (B, tokens, width) to (B, tokens, width)."""
         query, key, value = (
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.project(h).chunk(3, dim=-1)
         )
@@ -32,7 +32,7 @@ class Attention(ModulatedBlock):
 class Transformer(ModulatedDenoiser):
     """Attention and feed-forward blocks over the actions, each modulated by timestep and observation.
 
-    It is the diffusion transformer with adaLN-Zero (Peebles and Xie 2023), the observation taking their label's place.
+    It is the diffusion transformer with adaLN-Zero (Peebles and Xie 2023), with the observation in place of the label.
 
     Args:
         obs_size: width of the observation embedding.
@@ -40,12 +40,12 @@ class Transformer(ModulatedDenoiser):
         action_horizon: actions in one chunk.
         hidden_size: width of a token (even, a multiple of `num_heads`).
         num_layers: number of pairs of an attention and a feed-forward block.
-        num_heads: attention heads.
+        num_heads: number of attention heads.
         num_steps: T of the schedule.
-        dropout: dropped share inside the feed-forward blocks while training.
+        dropout: dropout probability inside the feed-forward blocks.
 
     Raises:
-        ValueError: a size below 1, or a width that the heads cannot share.
+        ValueError: a size below 1, or a `hidden_size` that is odd or not a multiple of `num_heads`.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Transformer(ModulatedDenoiser):
         self.leave = zeroed(nn.Linear(hidden_size, action_dim))
 
     def denoise(self, noisy_actions: Tensor, conditions: Sequence[Tensor]) -> Tensor:
-        """The chunk's actions as tokens through the blocks; shapes as in `Denoiser.denoise`."""
+        """Apply the blocks to the actions as tokens; see `Denoiser.denoise` for the shapes."""
         for_all_tokens = [condition.unsqueeze(1) for condition in conditions]
         x = self.through_blocks(self.enter(noisy_actions) + self.positions, for_all_tokens)
         return self.leave(self.norm(x))

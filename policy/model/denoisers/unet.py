@@ -14,14 +14,14 @@ from policy.model.denoisers.timestep import TimestepEmbedding, check_sizes
 
 
 def convolution(inputs: int, outputs: int, kernel_size: int, groups: int) -> nn.Sequential:
-    """(B, inputs, T) to (B, outputs, T), normalised in groups of channels."""
+    """Build a convolution with group norm and Mish, (B, inputs, T) to (B, outputs, T)."""
     return nn.Sequential(
         nn.Conv1d(inputs, outputs, kernel_size, padding=kernel_size // 2), nn.GroupNorm(groups, outputs), nn.Mish()
     )
 
 
 class FiLMBlock(nn.Module):
-    """x + two convolutions, with a scale and a shift for each channel in between (FiLM, Perez et al. 2018)."""
+    """Residual block of two convolutions, with a scale and a shift per channel in between (FiLM, Perez et al. 2018)."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class FiLMBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.first = convolution(inputs, outputs, kernel_size, groups)
-        # One linear layer on timestep and observation side by side, in its two parts.
+        # Together these two are one linear layer on the concatenation of timestep and observation.
         self.modulate_by_timestep = nn.Linear(timestep_size, 2 * outputs)
         self.modulate_by_observation = nn.Linear(obs_size, 2 * outputs, bias=False)
         self.dropout = nn.Dropout(dropout)
@@ -44,13 +44,13 @@ class FiLMBlock(nn.Module):
         self.skip = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def modulation(self, timestep: Tensor, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., B or 1, timestep_size) and (B, obs_size) to 1 + scale and shift, each (..., B, outputs)."""
+        """Map (..., B or 1, timestep_size) and (B, obs_size) to 1 + scale and shift, each (..., B, outputs)."""
         modulated = self.modulate_by_timestep(timestep) + self.modulate_by_observation(observation)
         scale, shift = modulated.chunk(2, dim=-1)
         return 1 + scale, shift
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """(B, inputs, T) and its `modulation` (B, outputs) to (B, outputs, T)."""
+        """Apply the block to x (B, inputs, T) with its `modulation` (B, outputs); returns (B, outputs, T)."""
         h = self.first(x) * scale.unsqueeze(2) + shift.unsqueeze(2)
         return self.second(self.dropout(h)) + self.skip(x)
 
@@ -63,32 +63,32 @@ class Level(nn.Module):
         self.first, self.second = block(inputs, outputs), block(outputs, outputs)
 
     def modulation(self, timestep: Tensor, observation: Tensor) -> tuple[Tensor, ...]:
-        """Both blocks' `FiLMBlock.modulation`."""
+        """Return the four tensors of both blocks; see `FiLMBlock.modulation`."""
         return *self.first.modulation(timestep, observation), *self.second.modulation(timestep, observation)
 
     def forward(self, x: Tensor, *modulation: Tensor) -> Tensor:
-        """(B, inputs, T) and the level's `modulation` to (B, outputs, T)."""
+        """Apply both blocks to x (B, inputs, T) with the level's `modulation`; returns (B, outputs, T)."""
         return self.second(self.first(x, *modulation[:2]), *modulation[2:])
 
 
 class UNet(Denoiser):
-    """Convolutions over the chunk at several lengths, each half the one before (Chi et al. 2023, the CNN).
+    """A U-Net of convolutions over the chunk at several lengths, each half the previous one (Chi et al. 2023, the CNN).
 
-    Any `action_horizon` will do: odd lengths are rounded up on the way down, and cut on the way up.
+    Any `action_horizon` works: odd lengths are rounded up on the way down and cropped on the way up.
 
     Args:
         obs_size: width of the observation embedding.
         action_dim: width of one action.
         action_horizon: actions in one chunk.
-        widths: channels at each length, from the whole chunk to the shortest; multiples of `groups`, and larger.
-        kernel_size: actions that one convolution looks at (odd).
-        groups: groups of channels that are normalised together.
-        timestep_size: width of the timestep's embedding (even).
+        widths: channels at each length, from the whole chunk to the shortest; multiples of `groups` and larger than it.
+        kernel_size: number of actions that one convolution covers (odd).
+        groups: number of channel groups in each group norm.
+        timestep_size: width of the timestep embedding (even).
         num_steps: T of the schedule.
-        dropout: dropped share inside the blocks while training.
+        dropout: dropout probability inside the blocks.
 
     Raises:
-        ValueError: a size below 1, an even kernel, or widths that do not divide into groups.
+        ValueError: a size below 1, an even kernel, an odd `timestep_size`, or widths that do not divide into groups.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class UNet(Denoiser):
         )
         check_widths(widths, groups)
         if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, to look as far back as ahead; got {kernel_size}")
+            raise ValueError(f"kernel_size must be odd, so that a convolution is centred; got {kernel_size}")
         self.embed_timestep = nn.Sequential(
             TimestepEmbedding(num_steps, timestep_size),
             nn.Linear(timestep_size, 4 * timestep_size),
@@ -144,13 +144,13 @@ class UNet(Denoiser):
         self.leave = nn.Conv1d(widths[0], action_dim, 1)
 
     def conditions(self, embedded_timestep: Tensor, obs_embedding: Tensor) -> tuple[Tensor, ...]:
-        """Four tensors (..., B, channels) for each level in turn, see `Level.modulation`."""
+        """Return four tensors (..., B, channels) for each level in turn; see `Level.modulation`."""
         timestep, observation = nn.functional.mish(embedded_timestep), nn.functional.mish(obs_embedding)
         levels = [*self.down, self.middle, *self.up]
         return tuple(part for level in levels for part in level.modulation(timestep, observation))
 
     def denoise(self, noisy_actions: Tensor, conditions: Sequence[Tensor]) -> Tensor:
-        """The chunk down to its shortest length and up again; shapes as in `Denoiser.denoise`."""
+        """Reduce the chunk to its shortest length and expand it again; see `Denoiser.denoise` for the shapes."""
         modulations = (conditions[first : first + 4] for first in range(0, len(conditions), 4))
         x = noisy_actions.transpose(1, 2)
         passed = []
@@ -165,12 +165,12 @@ class UNet(Denoiser):
 
 
 def check_widths(widths: Sequence[int], groups: int) -> None:
-    """Refuse channels that cannot be normalised in groups.
+    """Reject channel widths that group norm cannot divide into groups of two or more channels.
 
     Raises:
-        ValueError: naming the widths.
+        ValueError: invalid widths; the message gives them.
     """
-    # A group of one channel would, for a chunk of one action, normalise a single number to zero.
+    # With groups of one channel, group norm of a chunk of one action would map every number to zero.
     if not widths or any(
         isinstance(width, bool) or not isinstance(width, int) or width % groups or width <= groups for width in widths
     ):

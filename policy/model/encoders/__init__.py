@@ -1,4 +1,4 @@
-"""From an observation history, (B, obs_horizon, *shape) under each key, to one embedding (B, obs_size)."""
+"""Encoders: they map an observation history, (B, obs_horizon, *shape) under each key, to an embedding (B, obs_size)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from policy.common.registry import Registry
 if TYPE_CHECKING:
     from torch import nn
 
-# Checkpoints store an encoder's name here, never an import path, so loading one cannot run foreign code.
-# An encoder's parameters without a default follow from the rest of the configuration, the others are its settings.
+# Checkpoints store an encoder's name, never an import path, so loading a checkpoint cannot run foreign code.
+# An encoder's parameters without a default follow from the rest of the configuration; the others are its settings.
 ENCODERS: Registry[type[nn.Module]] = Registry(
     "encoder",
     {

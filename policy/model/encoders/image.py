@@ -1,4 +1,4 @@
-"""An encoder for observations that hold images, with or without state vectors beside them."""
+"""An encoder for observations that contain images, with or without state vectors."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from torch import Tensor, nn
 
 from policy.model.encoders.parts import final_mlp, join_vectors
 
-# Channels of one group of the group norm, as in the published code of Diffusion Policy (Chi et al. 2023).
+# Channels per group of the group norm, as in the published code of Diffusion Policy (Chi et al. 2023).
 GROUP_WIDTH = 16
-# Kernel size and stride of each convolution, the last pair for all later ones: shrinking early is what makes the
-# network cheap, and the spatial softmax locates what it sees between the grid points that are left.
+# Kernel size and stride of each convolution; the last pair also applies to all later ones. Early strides make the
+# network cheap, and the spatial softmax interpolates positions between the remaining grid points.
 CONVOLUTIONS = ((8, 4), (3, 2), (3, 1))
 SMALLEST_IMAGE = 16
 
 
 class SpatialSoftmax(nn.Module):
-    """The expected position of each feature map (Levine et al. 2016): what is where, in two numbers.
+    """Spatial softmax (Levine et al. 2016): the expected position of each feature map, two coordinates per map.
 
-    Each map learns how sharply it points. At a sharpness of 1, maps as a norm leaves them give all positions much the
-    same weight: whatever is seen, the answer is the middle, and next to no gradient says otherwise.
+    Each map has a learned sharpness, the inverse of the softmax temperature. At a sharpness of 1, normalised feature
+    maps give all positions nearly the same weight: the expected position is then close to the centre of every image,
+    and the gradient is too small to change that.
 
     Args:
-        channels: C.
-        sharpness: what it begins with, the inverse of a temperature.
+        channels: number C of feature maps.
+        sharpness: initial sharpness of each map.
     """
 
     def __init__(self, channels: int, sharpness: float = 5.0) -> None:
@@ -34,7 +35,7 @@ class SpatialSoftmax(nn.Module):
         self.sharpness = nn.Parameter(torch.full((channels, 1), sharpness))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, 2 * C): all positions across, then all positions down, within -1..1."""
+        """Map (N, C, H, W) to (N, 2 * C): all horizontal positions, then all vertical ones, within -1..1."""
         height, width = x.shape[2:]
         weights = (self.sharpness * x.flatten(2)).softmax(dim=2).unflatten(2, (height, width))
         across = torch.linspace(-1, 1, width, dtype=x.dtype, device=x.device)
@@ -43,9 +44,9 @@ class SpatialSoftmax(nn.Module):
 
 
 def random_shift(images: Tensor, pixels: int) -> Tensor:
-    """Move each row's images by a random whole number of pixels, repeating the border (DrQ, Yarats et al. 2021).
+    """Shift each row's images by a random whole number of pixels, repeating the border (DrQ, Yarats et al. 2021).
 
-    All images of a row move alike, so that what moves between them stays visible. The shifts come from torch's global
+    All images of a row are shifted alike, so that motion between them is preserved. The shifts come from torch's global
     generator on the CPU, whatever device the images are on.
 
     Args:
@@ -53,22 +54,22 @@ def random_shift(images: Tensor, pixels: int) -> Tensor:
         pixels: largest shift in each direction.
 
     Returns:
-        (B, obs_horizon, H, W, C).
+        (B, obs_horizon, H, W, C) shifted images.
     """
     batch, _, height, width, _ = images.shape
     padded = nn.functional.pad(images, (0, 0, *(pixels,) * 4), mode="replicate")
     down, across = torch.randint(2 * pixels + 1, (2, batch)).tolist()
-    # Slices are copied in runs of whole rows, some ten times faster than indexing pixel by pixel.
+    # Slicing copies runs of pixels, which is about ten times faster than indexing pixel by pixel.
     return torch.stack(
         [rows[:, y : y + height, x : x + width] for rows, y, x in zip(padded, down, across, strict=True)]
     )
 
 
 def camera_network(in_channels: int, channels: tuple[int, ...], features: int) -> nn.Sequential:
-    """Convolutions and a spatial softmax, (N, in_channels, H, W) to (N, features).
+    """Build convolutions, a spatial softmax and a linear layer, (N, in_channels, H, W) to (N, features).
 
-    Group norm, since a row's embedding must not depend on the rest of its batch, and since averaged weights do not
-    carry batch statistics along (Chi et al. 2023, sec. III-B).
+    The norm is group norm: a row's embedding must not depend on the rest of its batch, and averaged weights do not
+    include batch statistics (Chi et al. 2023, sec. III-B).
     """
     layers: list[nn.Module] = []
     for width, (kernel, stride) in zip(channels, chain(CONVOLUTIONS, repeat(CONVOLUTIONS[-1])), strict=False):
@@ -83,19 +84,19 @@ def camera_network(in_channels: int, channels: tuple[int, ...], features: int) -
 
 
 class ImageEncoder(nn.Module):
-    """A small CNN per camera; an MLP over the history of their features and of all state vectors.
+    """A small CNN per camera, and an MLP over the history of the image features and all state vectors.
 
     Args:
         shapes: shape of one observation under each key, without batch and time: (H, W, C) for an image of 1, 3 or 4
             channels, (D,) for a vector.
-        obs_horizon: observations looked back on; a camera's network is the same for all of them.
+        obs_horizon: number of observations in the history; a camera's CNN is the same for all of them.
         obs_size: width of the embedding.
         channels: widths of the convolutions, multiples of 16.
-        features: width of what one image becomes.
+        features: number of features of one image.
         hidden_size: width of the hidden layer.
-        shift: largest random shift of the images in pixels while training, one for each row and camera; 0 for none.
-        noise: standard deviation of the Gaussian noise added to the normalised vectors while training.
-        dropout: dropped share of the hidden layer while training.
+        shift: largest random shift of the images in training, in pixels, drawn for each row and camera; 0 for none.
+        noise: standard deviation of the Gaussian noise added to the normalised vectors in training.
+        dropout: dropout probability of the hidden layer.
 
     Raises:
         ValueError: no image at all, an image that is too small or not (H, W, C), or a setting out of range.
@@ -133,7 +134,7 @@ class ImageEncoder(nn.Module):
                 raise ValueError(f"encoder.{name} must be {least} or more; got {size}")
         self.shift = shift
         self.noise = noise
-        # A list, not a dict by key: names of modules must not contain dots, which keys like observation.image do.
+        # A list, because names in a ModuleDict must not contain dots, and keys such as observation.image do.
         self.cameras = nn.ModuleList(camera_network(shapes[key][2], channels, features) for key in self.images)
         width = obs_horizon * (features * len(self.images) + sum(shapes[key][0] for key in self.vectors))
         self.layers = final_mlp(width, hidden_size, obs_size, dropout)
@@ -153,9 +154,9 @@ class ImageEncoder(nn.Module):
         return self.layers(torch.cat(parts, dim=1))
 
     def _see(self, camera: nn.Module, images: Tensor) -> Tensor:
-        """(B, obs_horizon, H, W, C) to (B, obs_horizon * features)."""
+        """Map (B, obs_horizon, H, W, C) to (B, obs_horizon * features)."""
         if self.training and self.shift > 0:
             images = random_shift(images, self.shift)
-        # This view has the layout that torch calls channels_last: the convolutions take it without a copy.
+        # This view has torch's channels_last layout, which the convolutions take without a copy.
         seen = camera(images.flatten(0, 1).permute(0, 3, 1, 2))
         return seen.unflatten(0, images.shape[:2]).flatten(1)

@@ -1,4 +1,4 @@
-"""What the encoders share: the joined state vectors, and the MLP that ends in the embedding."""
+"""Functions that the encoders share: joining the state vectors, and the MLP that outputs the embedding."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 
 def join_vectors(observations: Mapping[str, Tensor], keys: Sequence[str], noise: float) -> Tensor:
-    """The history of all state vectors, side by side.
+    """Concatenate the histories of all state vectors.
 
     Args:
         observations: (B, obs_horizon, D) under each of the keys.
-        keys: which observations, and their order; one or more.
+        keys: keys of the observations, in this order; one or more.
         noise: standard deviation of Gaussian noise to add, from torch's global generator; at 0 nothing is drawn.
 
     Returns:
@@ -24,10 +24,10 @@ def join_vectors(observations: Mapping[str, Tensor], keys: Sequence[str], noise:
 
 
 def final_mlp(width: int, hidden_size: int, obs_size: int, dropout: float) -> nn.Sequential:
-    """One hidden layer, dropped out in part while training: (B, width) to (B, obs_size).
+    """Build an MLP with one hidden layer and dropout, (B, width) to (B, obs_size).
 
     Raises:
-        ValueError: a hidden layer of no width.
+        ValueError: `hidden_size` below 1.
     """
     if hidden_size < 1:
         raise ValueError(f"encoder.hidden_size must be 1 or more; got {hidden_size}")

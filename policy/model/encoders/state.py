@@ -14,12 +14,12 @@ class StateEncoder(nn.Module):
 
     Args:
         shapes: shape of one observation under each key, without batch and time.
-        obs_horizon: observations looked back on.
+        obs_horizon: number of observations in the history.
         obs_size: width of the embedding.
         hidden_size: width of the hidden layer.
-        noise: standard deviation of the Gaussian noise added to the normalised observations while training: states
-            near the demonstrated ones should lead to the same actions.
-        dropout: dropped share of the hidden layer while training.
+        noise: standard deviation of the Gaussian noise added to the normalised observations in training, so that
+            states near the demonstrated ones lead to the same actions.
+        dropout: dropout probability of the hidden layer.
 
     Raises:
         ValueError: an observation that is not a vector (an image, for instance), or a setting out of range.

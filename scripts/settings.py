@@ -171,7 +171,7 @@ def help_text(task: Task, example: str) -> str:
     lines += [f"  {'plugins':<26} {'list[str]':<20} modules that register parts of your own"]
     lines += [
         "",
-        "Groups (GROUP=OPTION, and GROUP.setting=VALUE inside one; an unknown setting is reported with the valid ones):",
+        "Groups (GROUP=OPTION, and GROUP.setting=VALUE inside one; an unknown one is reported with the valid ones):",
     ]
     return "\n".join(lines + [f"  {group:<26} {' | '.join(GROUPS[group])}" for group in groups])
 

@@ -51,7 +51,7 @@ def check_arguments(
     Raises:
         ValueError: an unknown name (with the nearest known one) or a value of the wrong type.
     """
-    check_names(where, target, arguments)
+    check_names(where, target, arguments.keys())
     parameters = declaration_of(target).signature.parameters
     prefix = f"{where}." if prefix is None else prefix
     hints = {name: parameter.annotation for name, parameter in parameters.items()}

@@ -25,7 +25,7 @@ from PIL import Image
 
 from policy.common.observations import is_image
 from policy.data.episode import Episode, EpisodeReader, Request
-from policy.data.formats import Format
+from policy.data.formats.format import Format
 from policy.data.formats.hdf5 import HDF5File
 from policy.data.minari_writer import ENV_KEY
 

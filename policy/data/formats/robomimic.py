@@ -14,7 +14,7 @@ import numpy as np
 
 from policy.common.arguments import unknown_name
 from policy.data.episode import Episode, EpisodeReader, Request
-from policy.data.formats import Format
+from policy.data.formats.format import Format
 from policy.data.formats.hdf5 import HDF5Error, HDF5File
 
 OBSERVATIONS = "obs/"

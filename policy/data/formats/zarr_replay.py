@@ -23,7 +23,7 @@ import zarr
 from numpy.typing import NDArray
 
 from policy.data.episode import Episode, EpisodeReader, Request
-from policy.data.formats import Format
+from policy.data.formats.format import Format
 
 ENDS = "meta/episode_ends"
 METADATA_FILES = (".zarray", "zarr.json")  # the metadata of an array, in format 2 and 3

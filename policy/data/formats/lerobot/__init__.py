@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policy.data.episode import Episode, EpisodeReader, Request
-from policy.data.formats import Format
+from policy.data.formats.format import Format
 from policy.data.formats.lerobot.episodes import EpisodeEntry, choose_episodes, read_episodes, read_tasks
 from policy.data.formats.lerobot.info import INFO, Feature, Info, read_info
 from policy.data.formats.lerobot.pictures import decode_pictures

@@ -1,0 +1,24 @@
+"""What a format of demonstrations is: how its datasets are found and opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from policy.data.episode import EpisodeReader, Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How demonstrations of one format are read.
+
+    Attributes:
+        open: Opens a dataset. It takes the dataset's path, its files by relative path (it must open no others), and
+            the user's request.
+        find: Maps `dataset.path` to the dataset's file or folder. A format whose datasets have names besides paths
+            replaces it.
+    """
+
+    open: Callable[[Path, Mapping[str, Path], Request], EpisodeReader]
+    find: Callable[[Path], Path] = Path.expanduser

@@ -36,7 +36,7 @@ class Batch(TypedDict):
 
 
 def is_image(shape: Sequence[int]) -> bool:
-    """Whether one observation of this shape is an image, (height, width, channels)."""
+    """Return whether one observation of this shape is an image, (height, width, channels)."""
     return len(shape) == 3
 
 

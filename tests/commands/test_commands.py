@@ -106,6 +106,7 @@ def test_sweep_writes_a_row_per_cell_in_json_csv_and_a_picture(planar_run, conso
         f"checkpoint={planar_run}/checkpoint",
         "ddim_steps=[1,2,4]",
         "episodes=4",
+        "videos=1",
         "workers=1",
         "tracker=wandb",
         f"output_dir={tmp_path}",
@@ -126,7 +127,7 @@ def test_sweep_writes_a_row_per_cell_in_json_csv_and_a_picture(planar_run, conso
 
 def test_inspect_describes_demonstrations_and_draws_them(planar_run, console, tmp_path):
     out = console("inspect", f"dataset.path={planar_run}/planar-v0", f"output_dir={tmp_path}/out")
-    assert "40 episodes" in out
+    assert "episodes     40 with " in out
     assert (tmp_path / "out" / "inspect.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "out" / "inspect.json").read_text())
 
@@ -139,9 +140,12 @@ def test_interrupted_training_saves_says_how_to_go_on_and_equals_an_uninterrupte
         f"dataset.path={planar_run}/planar-v0",
         "tracker=none",
         "train.steps=400",
-        "train.batch_size=64",
+        "train.batch_size=32",
         "train.warmup_steps=20",
-        "train.save_every=100",
+        "train.save_every=50",
+        "train.rollout_every=0",
+        "obs_size=32",
+        "encoder.hidden_size=32",
         "denoiser.hidden_size=16",
         "encoder.noise=0.01",
         "denoiser.dropout=0.1",

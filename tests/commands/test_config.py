@@ -1,6 +1,8 @@
 """conf/: everything composes, everything builds, and no value is written where the code already says it."""
 
+import importlib
 import inspect
+import typing
 from pathlib import Path
 
 import hydra
@@ -11,10 +13,12 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 import envs
+from envs.families import load_family
 from policy import DiffusionPolicy, PolicyConfig
+from policy.common.signatures import Unread, declaration_of, load
 from policy.model.denoisers import DENOISERS
 from policy.model.encoders import ENCODERS
-from scripts.command import CONF, GROUPS, _build
+from scripts.settings import CONF, GROUPS, READ, TARGETS, _build
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("collect", "inspect", "train", "rollout", "sweep", "export")
@@ -112,7 +116,7 @@ def test_an_experiment_gives_way_to_the_command_line(experiment):
     config = composed("train", f"experiment={experiment}", "++train.steps=7", "denoiser=residual_mlp", "tracker=none")
     assert config["train"]["steps"] == 7
     assert config["denoiser"]["name"] == "residual_mlp"
-    assert config["tracker"]["_target_"] == "policy.tracking.wandb_tracker.NoTracker"
+    assert config["tracker"]["_target_"] == "policy.tracking.tracker.NoTracker"
 
 
 @pytest.mark.parametrize("option", GROUPS["tracker"])
@@ -126,8 +130,8 @@ def test_every_tracker_opens_a_run_and_none_uploads_unasked(option, tmp_path):
 @pytest.mark.parametrize("option", GROUPS["env"])
 def test_every_environment_is_a_family(option):
     settings = composed("train", f"env={option}")["env"]
-    factory = envs.FAMILIES[settings.pop("name")]
-    assert settings.keys() <= inspect.signature(factory).parameters.keys()
+    family = load_family(settings.pop("name"))
+    assert settings.keys() <= inspect.signature(family).parameters.keys()
 
 
 def target_of(file: Path):
@@ -135,10 +139,12 @@ def target_of(file: Path):
     group, settings = file.parts[0], settings_of(file)
     if "_target_" in settings:
         return hydra.utils.get_object(settings["_target_"])
-    named = {"encoder": ENCODERS, "denoiser": DENOISERS, "env": envs.FAMILIES}
-    if group in named:
-        return named[group][settings["name"]]
-    return None
+    return part_of(group, settings["name"]) if "name" in settings else None
+
+
+def part_of(group: str, name: str):
+    """The part that a name stands for."""
+    return load_family(name) if group == "env" else {"encoder": ENCODERS, "denoiser": DENOISERS}[group][name]
 
 
 def repeated(settings: dict, target) -> set[str]:
@@ -167,17 +173,12 @@ def test_no_experiment_repeats_a_default_of_the_code(file):
         if group == "schedule":
             continue
         chosen = config[group]
-        target = (
-            hydra.utils.get_object(chosen["_target_"])
-            if "_target_" in chosen
-            else {"encoder": ENCODERS, "denoiser": DENOISERS, "env": envs.FAMILIES}[group][chosen["name"]]
-        )
+        target = hydra.utils.get_object(chosen["_target_"]) if "_target_" in chosen else part_of(group, chosen["name"])
         assert changes.keys() <= inspect.signature(target).parameters.keys()
         assert repeated(changes, target) == set(), group
-    from policy.commands.train import train_policy
-
-    assert settings.keys() <= inspect.signature(train_policy).parameters.keys()
-    assert repeated(settings, train_policy) == set()
+    parameters = task_of("train").parameters
+    assert settings.keys() <= parameters.keys()
+    assert {name for name, value in settings.items() if parameters[name].default == value} == set()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -194,9 +195,60 @@ def test_the_schedule_of_the_code_is_the_one_that_training_chooses():
 
 
 def test_the_defaults_of_training_are_those_of_the_policy():
-    """Two signatures say them, for two kinds of user: they must say the same."""
-    from policy.commands.train import train_policy
-
-    command, config = (inspect.signature(target).parameters for target in (train_policy, PolicyConfig))
+    """Two kinds of user see them: one types a command, the other writes Python."""
+    command, config = task_of("train").parameters, inspect.signature(PolicyConfig).parameters
     for name in ("prediction_type", "loss_weighting", "min_snr_gamma", "obs_horizon", "action_horizon", "obs_size"):
         assert command[name].default == config[name].default, name
+
+
+# --- what is read from the source is what Python makes of it -----------------------------------------------------
+
+
+def task_of(command: str):
+    """What a command was made of."""
+    script = {"inspect": "inspect_data"}.get(command, command)
+    return importlib.import_module(f"scripts.{script}").main.args[0]
+
+
+def declared() -> set[str]:
+    """Everything whose settings a command reads from its source, as `module:name`."""
+    tasks = [task_of(command) for command in COMMANDS]
+    options = [settings_of(file)["_target_"] for file in FILES if "_target_" in settings_of(file)]
+    built_in = [registry.declared(name) for registry in (DENOISERS, ENCODERS) for name in registry]
+    return {
+        *(task.target for task in tasks),
+        *(target for task in tasks for target in task.inline.values()),
+        *(":".join(target.rsplit(".", 1)) for target in (*options, READ)),
+        *TARGETS.values(),
+        *(part for part in (*built_in, *envs.FAMILIES.values()) if isinstance(part, str)),
+    }
+
+
+def test_every_part_is_declared_in_source_as_it_is():
+    targets = declared()
+    assert {"policy.commands.sweep:sweep", "policy.model.config:PolicySettings", "envs.planar:PlanarEnv"} <= targets
+    assert len(targets) > 20
+    for target in sorted(targets):
+        real = load(target)
+        read, signature = declaration_of(target), inspect.signature(real)
+        hints = typing.get_type_hints(real.__init__ if inspect.isclass(real) else real)
+        assert read.doc == inspect.getdoc(real), target
+        assert read.signature.parameters.keys() == signature.parameters.keys(), target
+        for name, parameter in signature.parameters.items():
+            found = read.signature.parameters[name]
+            assert found.annotation in (hints.get(name, typing.Any), typing.Any), f"{target}: {name}"
+            if isinstance(found.default, Unread) or "factory" in repr(parameter.default):
+                continue  # not a plain value: only shown to the user
+            assert found.default == parameter.default, f"{target}: {name}"
+
+
+def test_settings_of_plain_types_are_declared_with_these():
+    """Otherwise a value of the wrong type would be noticed late, once the part is imported."""
+    for target in sorted(declared()):
+        real = load(target)
+        hints = typing.get_type_hints(real.__init__ if inspect.isclass(real) else real)
+        for name, parameter in declaration_of(target).signature.parameters.items():
+            plain = {int, float, bool, str, Path, type(None)}
+            parts = {hints.get(name), *typing.get_args(hints.get(name))}
+            if parts <= plain:
+                assert parameter.annotation == hints[name], f"{target}: {name}"

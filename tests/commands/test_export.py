@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from policy import DiffusionPolicy, PolicyConfig, Sampler, load_checkpoint, save_checkpoint
-from policy.commands.export import TOLERANCE, export_policy
 from policy.commands import export as export_module
+from policy.commands.export import TOLERANCE, export_policy
 from policy.inference.backends import compile_sampler
 from policy.training.state import TrainState
 from tests.conftest import ROOT, randomize

@@ -18,13 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from envs.planar import PlanarEnv
 from policy.checkpoint.files import seal
-from policy.commands import sweep as instrument
+from policy.commands import sweep as sweep_command
 from policy.common.errors import WorkerError
 from policy.rollout import workers
 from policy.rollout.ledger import Ledger
-from policy.sweep import grid as sweep
+from policy.sweep import grid
 from policy.tracking.tracker import NoTracker
-from scripts.sweep import main
 from tests.conftest import ENVIRONMENT, ROOT
 from tests.rollout.test_workers import Faulty
 
@@ -34,22 +33,14 @@ COMPARED = {"difference", "difference_low", "difference_high", "p_value", "not_w
 
 
 @pytest.fixture
-def run_sweep(monkeypatch, capsys):
-    """The command in this process, where that makes no difference: a process each would take minutes."""
-    monkeypatch.setattr(workers, "available_cores", lambda: 1)
+def run_sweep(run_command, monkeypatch):
+    """The command without videos, and with made-up latencies; gives what it printed, or its refusal."""
     latency = {"latency_ms_median": 2.0, "latency_ms_p90": 3.0}
-    monkeypatch.setattr(sweep, "chunk_latency", lambda program, candidates: latency)
+    monkeypatch.setattr(grid, "chunk_latency", lambda program, candidates: latency)
 
     def run(*overrides, check=0):
-        monkeypatch.setattr(sys, "argv", ["sweep.py", "videos=0", *map(str, overrides)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        assert code == check, err
-        return err if check else out
+        done = run_command("sweep", "videos=0", *overrides, check=check)
+        return done.stderr if check else done.stdout
 
     return run
 
@@ -183,7 +174,7 @@ def test_what_finished_before_an_episode_that_always_fails_is_kept(planar_run, r
     context = multiprocessing.get_context("fork")
     monkeypatch.setattr(workers.multiprocessing, "get_context", lambda method: context)
     sweep_planar = partial(
-        instrument.sweep,
+        sweep_command.sweep,
         checkpoint=planar_run / "checkpoint",
         ddim_steps=[1, 2],
         episodes=6,
@@ -355,7 +346,7 @@ def nothing_starts(monkeypatch, resets, tmp_path):
     def start(*arguments):
         raise AssertionError("rollouts were started")
 
-    monkeypatch.setattr(instrument, "RolloutPool", start)
+    monkeypatch.setattr(sweep_command, "RolloutPool", start)
     yield
     assert resets == []
     assert not (tmp_path / "out").exists()

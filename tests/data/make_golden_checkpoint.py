@@ -27,7 +27,7 @@ DATA, RUN = "demonstrations", "run"
 
 
 def run(script, *overrides):
-    # The paths are relative: a checkpoint states the path of its demonstrations, and this one must not name a machine's.
+    # Relative paths: a checkpoint states the path of its demonstrations, which must not name a machine's folders.
     subprocess.run([sys.executable, SCRIPTS / f"{script}.py", *overrides], check=True)
 
 

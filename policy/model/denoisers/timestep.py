@@ -8,6 +8,15 @@ import torch
 from torch import Tensor, nn
 
 
+def made_for_shapes() -> bool:
+    """Return whether modules are made for their shapes alone, under `torch.device("meta")`.
+
+    Loading a checkpoint begins so. Arithmetic and random draws there would import torch's compiler, which takes longer
+    than all the rest of loading.
+    """
+    return torch.get_default_device().type == "meta"
+
+
 def sinusoidal_table(num_steps: int, width: int) -> Tensor:
     """Compute the embeddings of timesteps 0..num_steps - 1 (Vaswani et al. 2017, sec. 3.5, with cosines after sines).
 
@@ -18,6 +27,8 @@ def sinusoidal_table(num_steps: int, width: int) -> Tensor:
     Returns:
         (num_steps, width) float32.
     """
+    if made_for_shapes():
+        return torch.empty(num_steps, width)
     half = width // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float64) / half)
     angles = torch.arange(num_steps, dtype=torch.float64)[:, None] * frequencies

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from policy.model.denoisers.modulated import FeedForward, ModulatedBlock, ModulatedDenoiser, zeroed
-from policy.model.denoisers.timestep import check_sizes
+from policy.model.denoisers.timestep import check_sizes, made_for_shapes
 
 
 class Attention(ModulatedBlock):
@@ -75,7 +75,8 @@ class Transformer(ModulatedDenoiser):
             )
         super().__init__(obs_size=obs_size, width=hidden_size, num_steps=num_steps)
         self.enter = nn.Linear(action_dim, hidden_size)
-        self.positions = nn.Parameter(0.02 * torch.randn(action_horizon, hidden_size))
+        size = (action_horizon, hidden_size)
+        self.positions = nn.Parameter(torch.empty(size) if made_for_shapes() else 0.02 * torch.randn(size))
         self.blocks = nn.ModuleList(
             block
             for _ in range(num_layers)

@@ -1,6 +1,7 @@
 """Compare two checkouts of this project: does a user see the same files, to the byte?
 
-    python -m scripts.bench.same BEFORE AFTER [dataset.path=pusht_cchi_v7_replay.zarr.zip]
+    python -m scripts.bench.same BEFORE AFTER dataset.path=pusht_cchi_v7_replay.zarr.zip
+    python -m scripts.bench.same BEFORE AFTER presets=[planar]
 
 Each checkout runs its own scripts with its own `.venv` (where it has none: with the Python that runs this), on one
 thread. For each preset both collect demonstrations, train 200 steps on those that BEFORE collected, roll out, and
@@ -10,8 +11,9 @@ Both also load the golden checkpoints and sample actions from the same noise.
 
 Not compared are measured times, and what a sweep concludes from them: where two cells succeed equally often, the faster
 one counts as the best. `merge=` concludes again from times on disk, and there everything is compared. Pictures and the
-report show times, so that only their names are compared; so do hidden files (locks). Paths of the work folder are
-replaced by `WORK`. All files are in `outputs/same` of AFTER. Exit code 1 where anything differs.
+report show times, so that only their names are compared; what commands print and hidden files (locks) are not compared
+at all. Paths of the work folder are replaced by `WORK`. Everything written, with a `log.txt` of all commands and what
+they printed, is in `outputs/same` of AFTER. Exit code 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -134,7 +136,7 @@ def main() -> None:
         _introduce(side)
     rows, began = [], time.perf_counter()
     try:
-        for row in _all_rows(before, after, settings.get("dataset.path")):
+        for row in _all_rows(before, after, settings):
             rows.append(row)
             print(f"{time.perf_counter() - began:4.0f} s  " + ": ".join(filter(None, row.values())), flush=True)
     except subprocess.CalledProcessError as error:
@@ -147,9 +149,14 @@ def main() -> None:
 def _arguments(arguments: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
     folders = [Path(argument).resolve() for argument in arguments if "=" not in argument]
     settings = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    if len(folders) != 2 or settings.keys() - {"dataset.path"}:
-        sys.exit(f"usage: python -m scripts.bench.same BEFORE AFTER [dataset.path=PUSHT.zarr.zip]; got {arguments}")
+    if len(folders) != 2 or settings.keys() - {"dataset.path", "presets"} or set(_chosen(settings)) - set(PRESETS):
+        usage = f"BEFORE AFTER [dataset.path=PUSHT.zarr.zip] [presets=[{','.join(PRESETS)}]]"
+        sys.exit(f"usage: python -m scripts.bench.same {usage}; got {arguments}")
     return folders, settings
+
+
+def _chosen(settings: Mapping[str, str]) -> list[str]:
+    return settings["presets"].strip("[]").split(",") if "presets" in settings else list(PRESETS)
 
 
 def _introduce(side: Checkout) -> None:
@@ -161,21 +168,22 @@ def _introduce(side: Checkout) -> None:
     print(f"{side.work.name}: {side.path}, torch {torch}, numpy {numpy}")
 
 
-def _all_rows(before: Checkout, after: Checkout, data: str | None) -> Iterator[Row]:
+def _all_rows(before: Checkout, after: Checkout, settings: Mapping[str, str]) -> Iterator[Row]:
     yield from _golden(before, after)
-    for name, (collect, training) in PRESETS.items():
+    for name in _chosen(settings):
+        collect, training = PRESETS[name]
         one, other = (replace(side, work=side.work / name) for side in (before, after))
         if collect:
             folders = _both(one, other, "collect", ("collect", *collect))
             yield {"preset": name, **_row("collect", *folders)}
             given = next(path for path in folders[0].iterdir() if path.is_dir())
-        elif data:
-            given = Path(data).resolve()
+        elif "dataset.path" in settings:
+            given = Path(settings["dataset.path"]).resolve()
         else:
             print(f"{name}: not compared without dataset.path=...")
             continue
-        settings = (f"experiment={name}", *training, *BRIEF, f"dataset.path={given}", "dataset.cache_dir=WORK/cache")
-        for row in chain(_side_by_side(one, other, settings), _handed_over(one, other, settings)):
+        training = (f"experiment={name}", *training, *BRIEF, f"dataset.path={given}", "dataset.cache_dir=WORK/cache")
+        for row in chain(_side_by_side(one, other, training), _handed_over(one, other, training)):
             yield {"preset": name, **row}
 
 
@@ -187,7 +195,7 @@ def _golden(before: Checkout, after: Checkout) -> Iterator[Row]:
         largest = max((ours[key] - theirs[key]).abs().max().item() for key in ours)
         result = "same" if largest <= ROUNDING else "differs"
         where = f"largest difference of an action: {largest:.2g}"
-        yield {"preset": "golden", "what": f"actions of {folder.name}", "result": result, "where": where}
+        yield {"preset": "golden", "what": f"actions of {folder.name}", "result": result, "files": "", "where": where}
 
 
 def _side_by_side(before: Checkout, after: Checkout, training: Settings) -> Iterator[Row]:
@@ -248,7 +256,8 @@ def _step(record: Path) -> int:
 def _row(what: str, ours: Path, theirs: Path, *, times: bool = False) -> Row:
     """Compare two folders; with `times` only the files in both, measured times and all."""
     names, others = _files(ours), _files(theirs)
-    compared = sorted(names & others)
+    # Checksums last: they differ because another file does.
+    compared = sorted(names & others, key=lambda name: (name.endswith("checksums.json"), name))
     found = [f"{name}: only on one side" for name in sorted(names ^ others) if not times]
     for name in compared:
         if Path(name).suffix not in NAME_ONLY and (where := _first_difference(ours / name, theirs / name, times)):
@@ -256,9 +265,9 @@ def _row(what: str, ours: Path, theirs: Path, *, times: bool = False) -> Row:
     if not compared:
         found.append("no file to compare")
     more = f" (and {len(found) - 1} more files)" if len(found) > 1 else ""
-    kinds = ", ".join(dict.fromkeys(Path(name).name for name in compared))
+    read = dict.fromkeys(Path(name).name for name in compared if Path(name).suffix not in NAME_ONLY)
     where = found[0] + more if found else ""
-    return {"what": what, "files": kinds, "result": "differs" if found else "same", "where": where}
+    return {"what": what, "result": "differs" if found else "same", "files": ", ".join(read), "where": where}
 
 
 def _files(folder: Path) -> set[str]:
@@ -288,7 +297,7 @@ def _normalized(file: Path, times: bool) -> bytes:
         return content
     text = re.sub(r"/[^\s\",]*/outputs/same/(before|after)/\w+", "WORK", content.decode())
     fields = () if times else (*MEASURED, *CONCLUDED)
-    if file.suffix == ".csv":
+    if file.name == "sweep.csv" and fields:
         rows = csv.DictReader(io.StringIO(text))
         text = json.dumps([{key: "" if key in fields else value for key, value in row.items()} for row in rows])
     elif file.suffix == ".jsonl":  # in the order in which episodes ended

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 def made_for_shapes() -> bool:
-    """Return whether modules are made for their shapes alone, under `torch.device("meta")`.
+    """Return whether modules are being built for their shapes alone, under `torch.device("meta")`.
 
-    Loading a checkpoint begins so. Arithmetic and random draws there would import torch's compiler, which takes longer
-    than all the rest of loading.
+    Loading a checkpoint begins in this way. Arithmetic and random draws on that device would import torch's compiler,
+    which takes longer than the rest of loading.
     """
     return torch.get_default_device().type == "meta"
 

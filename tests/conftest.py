@@ -1,7 +1,6 @@
 """Fixtures shared by the tests."""
 
 import contextlib
-import functools
 import importlib
 import io
 import os

@@ -22,7 +22,7 @@ from policy.commands import sweep as sweep_command
 from policy.common.errors import WorkerError
 from policy.rollout import workers
 from policy.rollout.ledger import Ledger
-from policy.sweep import grid
+from policy.sweep import grid, report
 from policy.tracking.tracker import NoTracker
 from tests.conftest import ENVIRONMENT, ROOT
 from tests.rollout.test_workers import Faulty
@@ -34,9 +34,13 @@ COMPARED = {"difference", "difference_low", "difference_high", "p_value", "not_w
 
 @pytest.fixture
 def run_sweep(run_command, monkeypatch):
-    """The command without videos, and with made-up latencies; gives what it printed, or its refusal."""
+    """The command without videos and plots in its report, and with made-up latencies.
+
+    The returned function gives what the command printed, or its refusal.
+    """
     latency = {"latency_ms_median": 2.0, "latency_ms_p90": 3.0}
     monkeypatch.setattr(grid, "chunk_latency", lambda program, candidates: latency)
+    monkeypatch.setattr(report, "_plot", lambda rows, dark: "<svg></svg>")  # a second each; tests/sweep looks at them
 
     def run(*overrides, check=0):
         done = run_command("sweep", "videos=0", *overrides, check=check)
@@ -116,7 +120,7 @@ def interrupt(settings, folder, total, dice, number=signal.SIGKILL, code=-9, mea
         assert process.wait(timeout=30) == code, log.read_text()
 
 
-def settings_of(planar_run, episodes, num_envs):
+def settings_of(planar_run, episodes, num_envs, *others):
     return [
         f"checkpoint={planar_run}/checkpoint",
         "ddim_steps=[1,16]",
@@ -124,6 +128,7 @@ def settings_of(planar_run, episodes, num_envs):
         f"episodes={episodes}",
         f"num_envs={num_envs}",
         "videos=0",
+        *others,
     ]
 
 
@@ -131,19 +136,19 @@ def test_a_sweep_that_was_killed_twice_goes_on_and_ends_with_the_files_of_an_und
     planar_run, run_sweep, tmp_path
 ):
     dice, killed, whole = random.Random(time.time_ns()), tmp_path / "killed", tmp_path / "whole"
-    settings, second = settings_of(planar_run, 30, 3), settings_of(planar_run, 30, 8)
+    settings, second = settings_of(planar_run, 20, 3), settings_of(planar_run, 20, 8, "workers=1")
 
     def refused():
         err = run_sweep(*settings, f"output_dir={killed}", check=2)
         assert err.startswith(f"error: {killed}/episodes.jsonl is in use by another process: wait for it, or choose")
 
-    interrupt(settings, killed, 60, dice, meanwhile=refused)
-    interrupt(second, killed, 60, dice)
+    interrupt(settings, killed, 40, dice, meanwhile=refused)
+    interrupt(second, killed, 40, dice)
     assert not (killed / "sweep.json").exists()
     done = len(ledger_of(killed)[1])
-    assert f"{done} of 60 episodes are on disk already" in run_sweep(*settings, f"output_dir={killed}")
-    check_exactly_once(killed, cells=2, episodes=30)
-    assert "on disk already" not in run_sweep(*settings_of(planar_run, 30, 1), f"output_dir={whole}")
+    assert f"{done} of 40 episodes are on disk already" in run_sweep(*settings, f"output_dir={killed}")
+    check_exactly_once(killed, cells=2, episodes=20)
+    assert "on disk already" not in run_sweep(*settings_of(planar_run, 20, 1), f"output_dir={whole}")
     assert document_of(killed) == document_of(whole)
     assert (killed / "episodes.csv").read_bytes() == (whole / "episodes.csv").read_bytes()
 
@@ -299,7 +304,7 @@ def test_several_checkpoints_are_compared_on_the_same_episodes(planar_run, other
         assert single["episodes"] == document["episodes"][3 * number : 3 * number + 3]
     first, second = (document["episodes"][start : start + 3] for start in (0, 3))
     assert [line["seed"] for line in first] == [line["seed"] for line in second]
-    assert [line["score"] for line in first] != [line["score"] for line in second]
+    assert [line["return"] for line in first] != [line["return"] for line in second]
 
 
 def test_a_single_number_is_a_sweep_of_one_cell(planar_run, run_sweep, tmp_path):

@@ -65,7 +65,7 @@ def controller_of(policy, **changes):
 # --- one robot ---------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None)
 @given(execution_horizon=st.integers(1, 8), steps=st.integers(1, 40))
 def test_a_prefix_of_each_chunk_is_executed_and_then_replanned(execution_horizon, steps):
     policy = FakePolicy()
@@ -78,7 +78,7 @@ def test_a_prefix_of_each_chunk_is_executed_and_then_replanned(execution_horizon
     assert len(policy.calls) == -(-steps // execution_horizon)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None)
 @given(obs_horizon=st.integers(1, 5), execution_horizon=st.integers(1, 8), steps=st.integers(1, 20))
 def test_each_plan_sees_the_newest_observations_with_the_first_one_repeated(obs_horizon, execution_horizon, steps):
     policy = FakePolicy(obs_horizon=obs_horizon)
@@ -199,7 +199,7 @@ def played(mode, delay_steps, execution_horizon, steps, late="hold", sampler=Non
     return actions, policy.calls
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None)
 @given(
     mode=st.sampled_from(["synchronous", "asynchronous", "continuous"]),
     delay_steps=st.integers(0, 7),

@@ -162,7 +162,7 @@ def test_one_timestep_per_row_equals_each_row_on_its_own():
             assert torch.equal(back[one], schedule.to_sample(predicted[one], x_t[one], timestep, kind))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None)
 @given(
     num_steps=st.sampled_from([20, 100, 1000]),
     kind=st.sampled_from(KINDS),

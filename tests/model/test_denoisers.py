@@ -74,7 +74,7 @@ def test_weight_matrices_count_what_the_document_says():
     assert count(network) == 2_572_032 == ddim.param_count(obs_size=287, action_dim=64)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None)
 @given(
     obs_size=st.integers(1, 40),
     action_dim=st.integers(1, 10),

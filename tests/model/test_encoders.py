@@ -144,7 +144,7 @@ def test_the_state_encoder_names_the_way_out_for_an_image(shape):
 CAMERAS = st.tuples(st.integers(16, 50), st.integers(16, 50), st.sampled_from([1, 3, 4]))
 
 
-@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.settings(deadline=None)
 @hypothesis.given(
     cameras=st.lists(CAMERAS, min_size=1, max_size=3),
     vectors=st.lists(st.integers(1, 9), max_size=2),

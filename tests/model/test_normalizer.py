@@ -30,7 +30,7 @@ def ranges(draw):
     return np.array(low), np.array(high)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None)
 @given(limit=ranges(), fractions=st.lists(st.floats(-0.5, 1.5), min_size=1, max_size=5))
 def test_unnormalize_undoes_normalize_inside_and_outside_the_range(limit, fractions):
     low, high = limit
@@ -45,7 +45,7 @@ def test_unnormalize_undoes_normalize_inside_and_outside_the_range(limit, fracti
     assert ((normalized - expected).abs() <= 1e-6 * (1 + magnitude / half_range)).all()
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None)
 @given(limit=ranges(), seed=st.integers(0, 1000))
 def test_normalize_undoes_unnormalize(limit, seed):
     normalizer = fitted(*limit)

@@ -103,9 +103,9 @@ def test_a_policy_that_was_never_trained_is_saved_too(tmp_path):
     assert (loaded.env, loaded.execution_horizon) == (None, 8)
 
 
-def test_the_commands_act_from_a_saved_folder(policy, tmp_path, run_script):
+def test_the_commands_act_from_a_saved_folder(policy, tmp_path, run_command):
     policy.save_pretrained(tmp_path / "reach")
-    done = run_script(
+    done = run_command(
         "rollout",
         f"checkpoint={tmp_path}/reach",
         "episodes=2",

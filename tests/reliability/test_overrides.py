@@ -7,7 +7,6 @@ import contextlib
 import inspect
 import io
 import re
-import sys
 import time
 import typing
 from collections import Counter
@@ -22,14 +21,17 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import envs
+from envs.families import load_family
 from policy import DiffusionPolicy, PolicyConfig
 from policy.checkpoint import save_checkpoint
+from policy.common.signatures import load
 from policy.diffusion.schedule import make_schedule
 from policy.model.denoisers import DENOISERS
 from policy.model.encoders import ENCODERS
 from policy.training.preparation import start_training
 from policy.training.settings import TrainSettings
-from scripts.command import CONF, GROUPS
+from scripts.settings import CONF, GROUPS
+from tests.conftest import as_a_process
 
 # Where the work of each command begins; everything before is checking.
 WORK = {
@@ -63,16 +65,21 @@ def target_of(config, group: str):
         return hydra.utils.get_object(chosen["_target_"])
     if group == "schedule":
         return make_schedule
-    return {"denoiser": DENOISERS, "encoder": ENCODERS, "env": envs.FAMILIES}[group][chosen["name"]]
+    if group == "env":
+        return load_family(chosen["name"])
+    return {"denoiser": DENOISERS, "encoder": ENCODERS}[group][chosen["name"]]
 
 
 def fields_of(command: str) -> dict[str, object]:
     """Every setting of a command in full, with its type hint."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_container(hydra.compose(command, ["env=planar"] if command == "collect" else []))
-    task = task_of(command)
-    hints = typing.get_type_hints(getattr(task, "func", task))
-    fields = {name: hints[name] for name in inspect.signature(task).parameters if name not in GROUPS}
+    task = main_of(command).args[0]
+    hints = typing.get_type_hints(load(task.target))
+    for name, settings_class in task.inline.items():
+        del hints[name]
+        hints |= typing.get_type_hints(load(settings_class))
+    fields = {name: hint for name, hint in hints.items() if name not in {*GROUPS, "make_env", "return"}}
     for group in GROUPS.keys() & config.keys():
         if config[group] is not None:
             target = target_of(config, group)
@@ -84,10 +91,9 @@ def fields_of(command: str) -> dict[str, object]:
     return dict(sorted(fields.items()))
 
 
-def task_of(command: str):
-    """The function behind a command, which its decorator keeps."""
-    main = import_module(f"scripts.{command}").main
-    return next(c.cell_contents for c in main.__closure__ if callable(c.cell_contents))
+def main_of(command: str):
+    """What the console command runs."""
+    return import_module(f"scripts.{'inspect_data' if command == 'inspect' else command}").main
 
 
 FIELDS = {command: fields_of(command) for command in WORK}
@@ -127,19 +133,20 @@ def outcome(command: str, overrides: list[str], *, stop: bool = True) -> str:
     Anything but an acceptance or one sentence with exit code 2 fails the test.
     """
     said, code = io.StringIO(), None
-    argv, path = sys.argv, list(sys.path)
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stderr(said),
+        contextlib.redirect_stdout(said),
+        as_a_process(command, *overrides),
+    ):
         if stop:
             patch.setattr(WORK[command], begin_collecting if command == "collect" else begin)
-        sys.argv = [command, *overrides]
         try:
-            import_module(f"scripts.{command}").main()
+            main_of(command)()
         except WorkBegins:
             return ""
         except SystemExit as refusal:
             code = refusal.code
-        finally:
-            sys.argv, sys.path[:] = argv, path
     assert code in (None, 2), (overrides, said.getvalue())
     errors = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
     assert not stop or len(errors) == 1, (overrides, said.getvalue())
@@ -154,7 +161,6 @@ def mentions(sentence: str, field: str) -> bool:
 def elsewhere(tmp_path, monkeypatch):
     """What an accepted folder name makes is made in a folder of the test."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
 
 
 NUMBERS = ["0", "-1", "1.5", "1e30", "10000000000000000000000", "true", "null", "[]", "[1,2]", "[-1]", "{a:1}", "''"]
@@ -225,7 +231,7 @@ def fuzz(given_files, examples: int) -> None:
 
 
 def test_overrides_are_accepted_or_refused_in_one_sentence(given_files):
-    fuzz(given_files, 100)
+    fuzz(given_files, settings().max_examples)
 
 
 @pytest.mark.reliability

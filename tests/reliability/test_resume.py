@@ -104,15 +104,17 @@ def data(planar_run) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(data, tmp_path_factory) -> Path:
+def whole(data, run_command, made_once) -> Path:
     """A run that nothing disturbs."""
-    folder = tmp_path_factory.mktemp("whole")
-    code, out, err = Training(data, folder).end()
-    assert code == 0, out + err
-    return folder
+    return made_once("whole", lambda folder: finish(run_command, data, folder))
 
 
-def test_stopped_killed_and_locked_out_a_run_ends_as_if_nothing_had_been(data, whole, tmp_path):
+def finish(run_command, data: Path, folder: Path, **settings) -> subprocess.CompletedProcess[str]:
+    """The same training in this process, to its end."""
+    return run_command("train", *SETTINGS, f"dataset.path={data}", f"output_dir={folder}", **settings)
+
+
+def test_stopped_killed_and_locked_out_a_run_ends_as_if_nothing_had_been(data, whole, run_command, tmp_path):
     training = Training(data, tmp_path)
     training.wait_for_start()
     wait_until(lambda: step_of(tmp_path) > 10, training)
@@ -130,15 +132,13 @@ def test_stopped_killed_and_locked_out_a_run_ends_as_if_nothing_had_been(data, w
     training.process.send_signal(signal.SIGSTOP)  # it stays where it is, however long a second one takes to start
     with pytest.raises(ValueError, match=rf"{tmp_path} is in use by process {pid} on "), only_process(tmp_path):
         pass
-    code, out, err = Training(data, tmp_path).end()
-    assert code == 2
+    err = finish(run_command, data, tmp_path, check=2).stderr
     assert re.match(rf"^error: {tmp_path} is in use by process {pid} on \S+: wait for it, stop it with", err), err
     training.process.send_signal(signal.SIGCONT)
     wait_until(half_written(tmp_path).exists, training)
     assert training.end(signal.SIGKILL)[0] == -signal.SIGKILL
 
-    code, out, err = Training(data, tmp_path).end()
-    assert code == 0, err
+    out = finish(run_command, data, tmp_path).stdout
     assert f"process {pid} on " in out
     assert "was killed while it trained" in out
     assert_same_run(tmp_path, whole)

@@ -73,6 +73,15 @@ def fresh_megabyte() -> mmap.mmap:
     return mapped
 
 
+@pytest.fixture(autouse=True)
+def what_was_there_before():
+    """Leave objects of other tests alone: looking through all of them at each mark would take most of the time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.parametrize(
     ("leak", "reason"),
     [

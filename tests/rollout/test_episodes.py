@@ -3,7 +3,6 @@
 import dataclasses
 import heapq
 import itertools
-import json
 
 import gymnasium
 import numpy as np
@@ -16,7 +15,7 @@ from policy.inference.backends import SamplerProgram, compile_sampler
 from policy.rollout.cells import PLAN_BATCH, Cell
 from policy.rollout.episodes import check_spaces, record_episode, run_episodes, run_in_process
 from policy.rollout.latency import chunk_latency
-from policy.statistics.results import EpisodeResult, format_summary, summarize
+from policy.statistics.results import EpisodeResult
 
 CONFIG = PolicyConfig(
     observation_shapes={"state": (3,)},
@@ -288,16 +287,6 @@ def test_a_recorded_episode_is_the_same_episode(policy):
         np.testing.assert_array_equal(one, other)
 
 
-def test_the_row_of_a_result_calls_its_return_return_and_gives_the_result_back():
-    row = {"seed": 3, "success": True, "score": 0.3, "return": 15.0, "steps": 5, "late_steps": 0, "attempts": 1}
-    assert expected(3).row() == row
-    again = EpisodeResult(seed=3, success=False, score=1 / 3, return_=-1e-17, steps=5, late_steps=2, attempts=3)
-    assert EpisodeResult.from_row(json.loads(json.dumps(again.row()))) == again
-    for name in row.keys() - {"late_steps"}:
-        with pytest.raises(KeyError, match=name):
-            EpisodeResult.from_row({key: value for key, value in row.items() if key != name})
-
-
 class Dictionary(Counter):
     observation_space = gymnasium.spaces.Dict({"a": Counter.observation_space, "b": Counter.observation_space})
 
@@ -333,15 +322,20 @@ def test_a_chunk_takes_longer_with_more_denoising_steps(policy):
 @pytest.mark.parametrize("warm_start", [None, 0.5])
 def test_latency_is_timed_over_so_many_calls_of_one_robot(policy, warm_start):
     calls, program = [], compile_sampler(policy, Sampler(ddim_steps=3, eta=0.5, warm_start=warm_start))
-    runs = {name: getattr(program, name) for name in ("run", "warm_run")}
 
-    def counted(name):
-        return lambda *given: (calls.append((name, given)), runs[name](*given))[1]
+    class Counted:
+        def __init__(self, name):
+            self.name, self.runner = name, getattr(program, name)
+            self.device = self.runner.device
 
-    chunk_latency(dataclasses.replace(program, **{name: counted(name) for name in runs}), repeats=4)
+        def __call__(self, given):
+            calls.append((self.name, given))
+            return self.runner(given)
+
+    chunk_latency(dataclasses.replace(program, run=Counted("run"), warm_run=Counted("warm_run")), repeats=4)
     assert len(calls) > 4  # and some untimed before them
-    for name, (observations, *_) in calls:
-        assert observations["state"].shape == (1, 2, 3)
+    for name, given in calls:
+        assert given.observations["state"].shape == (1, 2, 3)
         assert name == ("run" if warm_start is None else "warm_run")
 
 
@@ -351,36 +345,3 @@ def test_threads_are_put_back_also_after_an_error():
         assert torch.get_num_threads() == before + 1
         raise KeyError
     assert torch.get_num_threads() == before
-
-
-def test_summary_figures():
-    results = [
-        EpisodeResult(seed=i, success=i < 45, score=1.0 if i < 45 else 0.5, return_=float(i), steps=10 + i)
-        for i in range(50)
-    ]
-    summary = summarize(results)
-    low, high = summary.pop("success_low"), summary.pop("success_high")
-    score_low, score_high = summary.pop("score_low"), summary.pop("score_high")
-    # One more observation at either bound, weights drawn uniformly (Learned-Miller and Thomas 2019), by hand.
-    draw = np.random.default_rng(0).dirichlet
-    lower = draw([1, 5, 45], 200_000) @ [0.0, 0.5, 1.0]
-    upper = draw([5, 46], 200_000) @ [0.5, 1.0]
-    by_hand = (np.quantile(lower, 0.025), np.quantile(upper, 0.975))
-    assert (score_low, score_high) == pytest.approx(by_hand, abs=0.005)
-    assert summary == {
-        "episodes": 50,
-        "successes": 45,
-        "success_rate": 0.9,
-        "score_mean": pytest.approx(0.95),
-        "return_mean": 24.5,
-        "steps_mean": 34.5,
-        "late_steps_mean": 0.0,
-    }
-    z, p, n = 1.959963984540054, 0.9, 50  # Wilson (1927), by hand
-    centre, half = (p + z * z / (2 * n)), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    assert (low, high) == pytest.approx(((centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)))
-    line = format_summary(summarize(results))
-    assert line == (
-        f"success 90% (45 of 50, 95 % 79% to 96%), score 0.950 ({score_low:.3f} to {score_high:.3f}),"
-        " return 24.5, 34 control steps"
-    )

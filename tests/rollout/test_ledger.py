@@ -5,13 +5,19 @@ import os
 import signal
 import time
 from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from policy.diffusion.coefficients import SOLVERS, ddim_coefficients
+from policy.diffusion.sampler import LATER_SETTINGS, Sampler
 from policy.rollout.ledger import Ledger, cell_id
 from policy.statistics.results import EpisodeResult
+from policy.sweep.grid import make_cells, uniform
 
 SETTINGS = {
     "checkpoint": "0123456789abcdef",
@@ -77,7 +83,7 @@ def test_every_result_is_on_disk_as_soon_as_it_was_added(file):
             assert lines[1:] == [{"cell": cell, **result(seed).row()} for seed in range(1, count + 1)]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None)
 @given(
     values=st.fixed_dictionaries(
         {
@@ -216,7 +222,7 @@ values_of_settings = {
 }
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None)
 @given(one=st.fixed_dictionaries(values_of_settings), other=st.fixed_dictionaries(values_of_settings), data=st.data())
 def test_a_cells_id_depends_on_each_setting_and_on_nothing_else(one, other, data):
     shuffled = {name: one[name] for name in data.draw(st.permutations(list(one)))}
@@ -232,3 +238,109 @@ def test_ids_of_recorded_cells_stay():
     """Changing this would make every sweep on disk begin anew."""
     assert cell_id(SETTINGS) == "774593c525c8"
     assert cell_id({**SETTINGS, "env": {"image_size": 96, "name": "planar"}}) == cell_id(SETTINGS)
+
+
+# --- settings that came later than ledgers on disk ---------------------------------------------------------------
+
+# What a sweep wrote into its ledger before samplers had solvers, and the id that it had there.
+BEFORE_SOLVERS = {
+    "checkpoint": "0123456789abcdef",
+    "ddim_steps": 4,
+    "eta": 0.0,
+    "spacing": "trailing",
+    "clip": 1.0,
+    "warm_start": None,
+    "execution_horizon": 8,
+    "mode": "synchronous",
+    "delay_steps": 0,
+    "late": "hold",
+    "candidates": 1,
+    "backend": "fused",
+    "weights": "float32",
+    "device": "cpu",
+    "env": {"name": "planar", "image_size": 96},
+}
+CONTINUOUS = {"ddim_steps": 2, "eta": 0.5, "clip": None, "warm_start": 0.5, "mode": "continuous", "delay_steps": 2}
+
+
+def cell_of(ddim_steps=4, sampler=(), controller=()):
+    """One cell of a sweep today."""
+    policy = SimpleNamespace(
+        device=torch.device("cpu"),
+        schedule=SimpleNamespace(num_steps=100),
+        config=SimpleNamespace(action_horizon=8),
+    )
+    checkpoint = SimpleNamespace(
+        path=Path("run/checkpoint"), digest="0123456789abcdef", execution_horizon=8, policy=policy
+    )
+    (cell,) = make_cells(
+        [checkpoint],
+        {"name": "planar", "image_size": 96},
+        ddim_steps=ddim_steps,
+        sampler=dict(sampler),
+        controller=dict(controller),
+        execution_horizon=8,
+    )
+    return cell
+
+
+@pytest.fixture
+def heun(monkeypatch):
+    """The name of another solver."""
+    monkeypatch.setattr(SOLVERS, "_parts", {**SOLVERS._parts, "heun": ddim_coefficients})
+    return "heun"
+
+
+def test_a_cell_of_today_has_the_id_that_it_had_before_there_were_solvers():
+    assert cell_of().settings == BEFORE_SOLVERS
+    assert cell_id(cell_of().settings) == cell_id(BEFORE_SOLVERS) == "e581b93e3209"
+    sampler = {name: CONTINUOUS[name] for name in ("eta", "clip", "warm_start")}
+    controller = {name: CONTINUOUS[name] for name in ("mode", "delay_steps")}
+    cell = cell_of(2, sampler, controller)
+    assert cell.settings == {**BEFORE_SOLVERS, **CONTINUOUS}
+    assert cell_id(cell.settings) == "996b5322ad8b"
+
+
+def test_the_episodes_of_an_older_ledger_are_not_run_again(file):
+    with Ledger(file) as ledger:
+        cell = ledger.introduce(BEFORE_SOLVERS)
+        ledger.add(cell, result(7))
+    before = file.read_bytes()
+    with Ledger(file) as ledger:
+        assert ledger.missing(ledger.introduce(cell_of().settings), [7, 8]) == [8]
+        assert file.read_bytes() == before
+
+
+def test_another_solver_makes_another_cell_and_is_recorded(heun):
+    cell = cell_of(sampler={"solver": heun})
+    assert cell.settings == {**BEFORE_SOLVERS, "solver": heun}
+    assert cell_id(cell.settings) != cell_id(BEFORE_SOLVERS)
+    assert cell_of(sampler={"solver": "ddim"}).settings == BEFORE_SOLVERS  # said or not
+
+
+def test_rows_of_the_default_solver_have_no_column_for_it():
+    rows = [{**cell_of(steps).axes, "success_rate": 0.5} for steps in (1, 2)]
+    assert all("solver" in row for row in rows)  # axes name all, so that they can be compared
+    for row, written in zip(rows, uniform(rows), strict=True):
+        assert written == {name: value for name, value in row.items() if name not in LATER_SETTINGS}
+    assert uniform([]) == []
+
+
+def test_rows_have_the_column_of_a_later_setting_once_one_of_them_uses_it(heun):
+    """Also rows of before, which know nothing of it."""
+    rows = [
+        {"ddim_steps": 1, "success_rate": 0.25},
+        {**cell_of(2).axes, "success_rate": 0.5},
+        {**cell_of(4, {"solver": heun}).axes, "success_rate": 0.75},
+    ]
+    given = [dict(row) for row in rows]
+    written = uniform(rows)
+    assert [row["solver"] for row in written] == ["ddim", "ddim", heun]
+    assert [row["ddim_steps"] for row in written] == [1, 2, 4]
+    assert [row["success_rate"] for row in written] == [0.25, 0.5, 0.75]
+    assert written[1].keys() == written[2].keys()
+    assert rows == given  # not changed in place
+
+
+def test_the_values_of_before_are_what_samplers_have():
+    assert LATER_SETTINGS == {"solver": Sampler().solver}

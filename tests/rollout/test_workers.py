@@ -5,8 +5,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -17,19 +15,20 @@ import gymnasium
 import pytest
 import torch
 
-import envs
 from envs.planar import PlanarEnv
 from policy import DiffusionPolicy, Sampler
 from policy.common.device import available_cores
 from policy.common.errors import WorkerError
+from policy.inference.backends import BACKENDS, Eager
 from policy.rollout import workers
 from policy.rollout.cells import Cell
 from policy.rollout.episodes import run_in_process
 from policy.rollout.workers import RolloutPool
-from tests.conftest import ENVIRONMENT, PLANAR_CONFIG, ROOT
+from tests.conftest import PLANAR_CONFIG
+from tests.rollout.short import ShortPlanar
 
 SEEDS = [11, 3, 5, 8, 2, 9, 14, 1, 20]
-PLANAR = partial(envs.make, "planar")
+PLANAR = partial(ShortPlanar)
 CELLS = [
     Cell(policy=0, sampler=Sampler(ddim_steps=2, eta=0.0), execution_horizon=4),
     Cell(policy=1, sampler=Sampler(ddim_steps=5, eta=1.0), execution_horizon=8),
@@ -57,7 +56,7 @@ def alone(policies):
     results = {}
     for number, seed in TASKS:
         cell = replace(CELLS[number], policy=0)
-        ((_, result),) = run_in_process([policies[CELLS[number].policy]], [PlanarEnv()], [cell], [(0, seed)])
+        ((_, result),) = run_in_process([policies[CELLS[number].policy]], [PLANAR()], [cell], [(0, seed)])
         results[number, seed] = result
     return results
 
@@ -109,10 +108,37 @@ def test_one_process_with_many_environments_gives_each_task_its_own_result(polic
         assert roll(pool, tasks) == some_of(alone, tasks)
 
 
-def test_processes_run_the_very_programs_that_were_compiled_for_them(policies):
+class Compiled(Eager):
+    """Stands in for a back end that takes seconds to compile and can be sent to other processes."""
+
+    def __init__(self, policy, sampler, course, weights, *, made):
+        super().__init__(policy, sampler, course, weights)
+        made.append(os.getpid())
+        assert os.getpid() == made[0], "a rollout process compiled a program itself"
+
+
+@pytest.mark.usefixtures("quick_start")
+def test_processes_run_the_very_programs_that_were_compiled_for_them(policies, monkeypatch):
+    """Each is compiled once, for all processes and runs."""
+    made = [os.getpid()]
+    monkeypatch.setitem(BACKENDS, "onnx", partial(Compiled, made=made))
     cells = [replace(cell, backend="onnx") for cell in CELLS]
     tasks = [(number, seed) for number in range(len(cells)) for seed in SEEDS[:4]]
-    expected = dict(run_in_process(policies, [PlanarEnv()], cells, tasks))
+    expected = dict(run_in_process(policies, [PLANAR()], cells, tasks))
+    made[1:] = []
+    with RolloutPool(policies, PLANAR, 4) as pool:
+        for _ in range(2):
+            assert roll(pool, tasks, cells) == expected
+            assert len(made) == 1 + len(cells)
+
+
+@pytest.mark.slow  # exports three programs
+def test_spawned_processes_run_onnx_programs(policies, cores):
+    cores(2)
+    pytest.importorskip("onnxruntime")
+    cells = [replace(cell, backend="onnx") for cell in CELLS]
+    tasks = [(number, seed) for number in range(len(cells)) for seed in SEEDS[:4]]
+    expected = dict(run_in_process(policies, [PLANAR()], cells, tasks))
     with RolloutPool(policies, PLANAR, 4) as pool:
         assert roll(pool, tasks, cells) == expected
 
@@ -146,8 +172,8 @@ def test_worker_processes_with_several_environments_each_give_the_same_results(p
 # --- faults ------------------------------------------------------------------------------------------------------
 
 
-class Faulty(PlanarEnv):
-    """Planar, but at step 3 of certain seeds something goes wrong, so many times."""
+class Faults:
+    """Mixed into an environment: at step 3 of certain seeds something goes wrong, this many times."""
 
     def __init__(self, folder, faults, times=1):
         super().__init__()
@@ -169,6 +195,14 @@ class Faulty(PlanarEnv):
                     opened.write(b".")
                 go_wrong(fault)
         return super().step(action)
+
+
+class Faulty(Faults, PlanarEnv):
+    """Used by the tests of the sweep command, too."""
+
+
+class ShortFaulty(Faults, ShortPlanar):
+    pass
 
 
 def go_wrong(fault):
@@ -205,7 +239,7 @@ def attempts(results):
 @pytest.mark.parametrize("num_envs", [2, 6])
 def test_episodes_of_a_process_that_fails_are_run_again_with_the_same_result(policies, alone, tmp_path, num_envs):
     faults = {5: "exit", 9: "kill", 1: "raise", 20: "leave"}
-    with RolloutPool(policies, partial(Faulty, tmp_path, faults), num_envs) as pool:
+    with RolloutPool(policies, partial(ShortFaulty, tmp_path, faults), num_envs) as pool:
         before = {process.pid for process in multiprocessing.active_children()}
         results = roll(pool)
         after = {process.pid for process in multiprocessing.active_children()}
@@ -252,7 +286,7 @@ def test_a_hanging_process_is_replaced(policies, alone, tmp_path, monkeypatch):
         return time.monotonic() + hour
 
     monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=clock))
-    with RolloutPool(policies, partial(Faulty, tmp_path, {5: "hang"}), 2, patience=600) as pool:
+    with RolloutPool(policies, partial(ShortFaulty, tmp_path, {5: "hang"}), 2, patience=600) as pool:
         results = roll(pool)
     assert undisturbed(results) == alone
     assert attempts(results) == {(0, 5): 2}
@@ -262,7 +296,7 @@ def test_a_hanging_process_is_replaced(policies, alone, tmp_path, monkeypatch):
 def test_patience_is_counted_in_seconds_of_silence(policies, alone, cores, tmp_path):
     cores(2)
     start = time.monotonic()
-    with RolloutPool(policies, partial(Faulty, tmp_path, {5: "hang"}), 2, patience=15) as pool:
+    with RolloutPool(policies, partial(ShortFaulty, tmp_path, {5: "hang"}), 2, patience=15) as pool:
         results = roll(pool)
     assert 15 < time.monotonic() - start < 60
     assert undisturbed(results) == alone
@@ -299,7 +333,7 @@ def test_an_episode_that_always_fails_is_an_error_that_names_its_seed_after_all_
         for task, result in run:
             results[task] = result
 
-    with RolloutPool(policies, partial(Faulty, tmp_path, {3: fault}, times=99), num_envs) as pool:
+    with RolloutPool(policies, partial(ShortFaulty, tmp_path, {3: fault}, times=99), num_envs) as pool:
         with pytest.raises(WorkerError, match=f"^the episode with seed 3 failed 3 times: {reason}$"):
             collect(pool.run(CELLS, [*good[:3], (1, 3), *good[3:]]))
         assert (tmp_path / "3").read_bytes() == b"..."  # three attempts, no more
@@ -312,7 +346,7 @@ def test_an_episode_that_always_fails_is_an_error_that_names_its_seed_after_all_
 @pytest.mark.usefixtures("quick_start")
 def test_episodes_that_all_fail_are_an_error_soon(policies, tmp_path):
     faults = dict.fromkeys(range(1000), "exit")
-    with RolloutPool(policies, partial(Faulty, tmp_path, faults), 2) as pool:
+    with RolloutPool(policies, partial(ShortFaulty, tmp_path, faults), 2) as pool:
         with pytest.raises(WorkerError, match=r"failed 6 times in a row: .*exit code 7"):
             roll(pool, [(0, seed) for seed in range(1000)])
         assert 6 <= len(list(tmp_path.iterdir())) <= 8  # another may have begun when the last one failed
@@ -357,21 +391,6 @@ def test_an_interruption_leaves_no_process(policies):
     assert not any(process.is_alive() for process in processes)
 
 
-PARENT = """
-import itertools, multiprocessing
-from policy.rollout import workers
-from policy.rollout.workers import RolloutPool
-from tests.rollout.test_workers import CELLS, PLANAR, make_policy
-
-workers.available_cores = lambda: 2
-with RolloutPool([make_policy(0), make_policy(1)], PLANAR, 4) as pool:
-    tasks = itertools.product(range(len(CELLS)), range(100_000))
-    for number, (task, result) in enumerate(pool.run(CELLS, list(tasks))):
-        if number == 10:
-            print(*(process.pid for process in multiprocessing.active_children()), flush=True)
-"""
-
-
 def is_running(pid):
     status = Path(f"/proc/{pid}/stat")
     try:
@@ -380,14 +399,30 @@ def is_running(pid):
         return False
 
 
+@pytest.mark.usefixtures("quick_start")
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-def test_processes_end_with_a_parent_that_is_killed():
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, cwd=ROOT, env=ENVIRONMENT)
-    children = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(children) == 2
-    assert all(is_running(pid) for pid in children)
-    parent.kill()
-    parent.communicate()
+def test_processes_end_with_a_parent_that_is_killed(policies):
+    read, write = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        try:
+            with RolloutPool(policies, PLANAR, 4) as pool:
+                tasks = itertools.product(range(len(CELLS)), range(10_000))
+                for number, _ in enumerate(pool.run(CELLS, list(tasks))):
+                    if number == 10:
+                        children = [str(process.pid) for process in multiprocessing.active_children()]
+                        os.write(write, " ".join(children).encode())
+        finally:
+            os._exit(1)
+    try:
+        children = [int(pid) for pid in os.read(read, 1000).split()]
+        assert len(children) == 2
+        assert all(is_running(pid) for pid in children)
+    finally:
+        os.kill(parent, signal.SIGKILL)
+        os.waitpid(parent, 0)
+        os.close(read)
+        os.close(write)
     deadline = time.monotonic() + 5
     while any(is_running(pid) for pid in children) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -1,47 +1,83 @@
-"""The benchmark of presets: trainings and their evaluation, by the real commands."""
+"""The benchmarks that train: presets against their promised scores, and variants of one policy.
+
+They start the real commands as processes. Here, one test does that; in the others the commands run in this process.
+"""
 
 import json
-import os
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from scripts.bench.quality import _total, _units, main
+from scripts.bench import compare, quality, trainings
+from scripts.bench.quality import _total, _units
+from tests.conftest import ENVIRONMENT, ROOT
 
 
-def quality(folder, *arguments, benchmark="quality"):
-    return subprocess.run(
-        [sys.executable, "-m", f"scripts.bench.{benchmark}", *arguments],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+class OneAfterTheOther:
+    """In place of a pool of threads: the commands change what belongs to the whole process, such as `sys.argv`."""
+
+    def __init__(self, threads):
+        self.map = map
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
 
 
-def test_a_preset_is_trained_with_each_seed_rolled_out_and_not_done_twice(planar_run, tmp_path):
-    command = ["planar", f"dataset.path={planar_run}/planar-v0", "seeds=[0,1]", "episodes=4", "train.steps=30"]
-    done = quality(tmp_path, *command)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "outputs/bench/quality_planar_train.steps-30.json").read_text())
+@pytest.fixture
+def bench(run_command, tmp_path, monkeypatch, capsys):
+    """Run a benchmark in an empty folder, its commands in this process; gives what it printed."""
+
+    def run(command, *, env, stdout, stderr, check):
+        assert command[:2] == [sys.executable, "-m"]
+        assert (env["OMP_NUM_THREADS"], stderr, check) == ("1", subprocess.STDOUT, True)
+        stdout.write(run_command(re.fullmatch(r"scripts\.(\w+)", command[2])[1], *command[3:]).stdout)
+
+    def bench(benchmark, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(trainings, "ThreadPoolExecutor", OneAfterTheOther)
+        processes = SimpleNamespace(run=run, STDOUT=subprocess.STDOUT, CalledProcessError=subprocess.CalledProcessError)
+        monkeypatch.setattr(trainings, "subprocess", processes)
+        monkeypatch.setattr(sys, "argv", [benchmark.__name__, *arguments])
+        benchmark.main()
+        return capsys.readouterr().out
+
+    return bench
+
+
+def test_a_preset_is_trained_with_each_seed_rolled_out_and_not_done_twice(planar_run, bench, tmp_path):
+    command = [quality, "planar", f"dataset.path={planar_run}/planar-v0", "seeds=[0,1]", "episodes=4", "train.steps=10"]
+    bench(*command)
+    rows = json.loads((tmp_path / "outputs/bench/quality_planar_train.steps-10.json").read_text())
     assert [(row["training"], row["ddim_steps"], row["episodes"]) for row in rows] == [
         *((f"seed {seed}", steps, 4) for seed in (0, 1) for steps in (8, 1)),
         ("mean", 8, 8),
         ("mean", 1, 8),
     ]
     assert all(row["train_s"] > 0 for row in rows[:4])
-    weights = tmp_path / "outputs/quality/planar/train.steps-30/seed_1/checkpoint/policy.safetensors"
+    weights = tmp_path / "outputs/quality/planar/train.steps-10/seed_1/checkpoint/policy.safetensors"
     written = weights.stat().st_mtime_ns
-    assert quality(tmp_path, *command).returncode == 0
+    bench(*command)
     assert weights.stat().st_mtime_ns == written
-    assert json.loads((tmp_path / "outputs/bench/quality_planar_train.steps-30.json").read_text()) == rows
+    assert json.loads((tmp_path / "outputs/bench/quality_planar_train.steps-10.json").read_text()) == rows
 
 
 def test_a_training_that_fails_is_named(tmp_path):
-    done = quality(tmp_path, "planar", "dataset.path=nowhere", "seeds=[0]")
+    """In processes, as a user runs it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.bench.quality", "planar", "dataset.path=nowhere", "seeds=[0]"],
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode != 0
     assert "scripts.train experiment=planar" in done.stderr
     assert "see log.txt" in done.stderr
@@ -52,14 +88,13 @@ def test_a_training_that_fails_is_named(tmp_path):
 def test_another_preset_is_refused_with_those_there_are(arguments, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["quality", *arguments])
     with pytest.raises(SystemExit, match=r"planar\|pusht_image\|pusht_keypoints\|pusht_state"):
-        main()
+        quality.main()
 
 
-def test_a_policy_of_several_tasks_has_a_row_for_each(tmp_path):
+def test_a_policy_of_several_tasks_has_a_row_for_each(bench, tmp_path):
     pytest.importorskip("metaworld", reason="pip install 'ddim-policy[metaworld]'")
     sizes = ["train.steps=5", "denoiser.hidden_size=16", "denoiser.num_layers=1"]
-    done = quality(tmp_path, "metaworld_tasks", "tasks=[reach-v3,push-v3]", "demonstrations=2", "episodes=1", *sizes)
-    assert done.returncode == 0, done.stderr
+    bench(quality, "metaworld_tasks", "tasks=[reach-v3,push-v3]", "demonstrations=2", "episodes=1", *sizes)
     (report,) = (tmp_path / "outputs/bench").glob("quality_metaworld_tasks_*.json")
     rows = json.loads(report.read_text())
     assert [(row["training"], row["ddim_steps"], row["episodes"]) for row in rows] == [
@@ -104,11 +139,10 @@ def test_a_promise_is_kept_within_two_standard_errors_of_the_trainings():
     assert _total(8, rows, {})["success_rate"] == pytest.approx(0.84)
 
 
-def test_variants_are_trained_alike_but_for_one_thing_and_compared_on_the_same_episodes(planar_run, tmp_path):
+def test_variants_are_trained_alike_but_for_one_thing_and_compared_on_the_same_episodes(planar_run, bench, tmp_path):
     shared = ["experiment=planar", f"dataset.path={planar_run}/planar-v0", "train.steps=5", "episodes=3"]
     variants = "variants=[base,prediction_type=epsilon loss_weighting=min_snr]"
-    done = quality(tmp_path, *shared, variants, "seeds=[1]", benchmark="compare")
-    assert done.returncode == 0, done.stderr
+    bench(compare, *shared, variants, "seeds=[1]")
     rows = json.loads((tmp_path / "outputs/bench/compare.json").read_text())
     assert [row["variant"] for row in rows] == ["base", "prediction_type=epsilon loss_weighting=min_snr"]
     folder = tmp_path / "outputs/compare/experiment-planar/train.steps-5"

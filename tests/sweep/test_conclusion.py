@@ -1,4 +1,4 @@
-"""The instrument as a whole: the sentence, the report in a browser, merging, and launchers that exist."""
+"""What a sweep ends with: the sentence, the report in a browser, merging, and launchers that exist."""
 
 import csv
 import json
@@ -68,23 +68,20 @@ class Page(HTMLParser):
         self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
 
 
-@pytest.fixture(scope="module")
-def swept(planar_run, run_script, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("swept")
-    out = run_script(
-        "sweep",
-        f"checkpoint={planar_run}/checkpoint",
-        "ddim_steps=[1,4]",
-        "sampler.eta=[0.0,1.0]",
-        "episodes=12",
-        "videos=2",
-        f"output_dir={folder}",
-    ).stdout
-    return folder, out
+@pytest.fixture(scope="session")
+def swept(planar_run, run_command, made_once):
+    """The folder of a sweep of four cells, with what the command printed in `out.txt`."""
+
+    def sweep(folder):
+        settings = ["ddim_steps=[1,4]", "sampler.eta=[0.0,1.0]", "episodes=8", "videos=2", f"output_dir={folder}"]
+        done = run_command("sweep", f"checkpoint={planar_run}/checkpoint", *settings)
+        (folder / "out.txt").write_text(done.stdout)
+
+    return made_once("swept", sweep)
 
 
 def test_the_report_is_one_file_that_needs_no_other(swept):
-    text = (swept[0] / "report.html").read_text()
+    text = (swept / "report.html").read_text()
     page = Page(text)
     assert page.links
     assert all(link.startswith(("data:video/mp4;base64,", "#")) for link in page.links)
@@ -94,11 +91,11 @@ def test_the_report_is_one_file_that_needs_no_other(swept):
     assert 4 <= page.tags.count("video") <= 6  # two episodes at the cheapest, the recommended and the best cell
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
-    assert json.loads((swept[0] / "sweep.json").read_text())["answer"] in swept[1]
+    assert json.loads((swept / "sweep.json").read_text())["answer"] in (swept / "out.txt").read_text()
 
 
 def test_each_row_says_how_it_compares_with_the_best(swept):
-    rows = json.loads((swept[0] / "sweep.json").read_text())["cells"]
+    rows = json.loads((swept / "sweep.json").read_text())["cells"]
     best = max(rows, key=lambda r: r["success_rate"])["success_rate"]
     for cell in rows:
         assert cell["difference"] == pytest.approx(cell["success_rate"] - best)
@@ -122,7 +119,7 @@ def test_a_browser_shows_the_report_on_a_screen_and_on_a_phone_light_and_dark(
       video.readyState > 0 ? done() : video.onloadedmetadata = done;
     };</script></body>"""
     page = tmp_path / "page.html"
-    page.write_text((swept[0] / "report.html").read_text().replace("</body>", probe))
+    page.write_text((swept / "report.html").read_text().replace("</body>", probe))
     done = subprocess.run(
         [
             CHROMIUM,
@@ -149,27 +146,27 @@ def test_a_browser_shows_the_report_on_a_screen_and_on_a_phone_light_and_dark(
     assert seen["frames"] > 0
 
 
-def test_cells_that_ran_apart_are_merged_into_the_same_sweep(swept, planar_run, run_script, tmp_path):
+def test_cells_that_ran_apart_are_merged_into_the_same_sweep(swept, planar_run, run_command, tmp_path):
     for steps in (1, 4):
-        run_script(
+        run_command(
             "sweep",
             f"checkpoint={planar_run}/checkpoint",
             f"ddim_steps={steps}",
             "sampler.eta=[0.0,1.0]",
-            "episodes=12",
+            "episodes=8",
             "videos=0",
             f"output_dir={tmp_path}/{steps}",
         )
-    out = run_script("sweep", f"merge=[{tmp_path}/1,{tmp_path}/4]", f"output_dir={tmp_path}/all").stdout
+    out = run_command("sweep", f"merge=[{tmp_path}/1,{tmp_path}/4]", f"output_dir={tmp_path}/all").stdout
     assert "| ddim_steps |" in out
-    whole = episodes_of(swept[0])
+    whole = episodes_of(swept)
     assert episodes_of(tmp_path / "all") == whole
-    assert len(whole) == 48
-    twice = run_script("sweep", f"merge=[{tmp_path}/1,{tmp_path}/1]", f"output_dir={tmp_path}/x", check=2).stderr
+    assert len(whole) == 32
+    twice = run_command("sweep", f"merge=[{tmp_path}/1,{tmp_path}/1]", f"output_dir={tmp_path}/x", check=2).stderr
     assert "repeats the cell" in twice
-    other = run_script("sweep", f"merge=[{tmp_path}/none]", f"output_dir={tmp_path}/x", check=2).stderr
+    other = run_command("sweep", f"merge=[{tmp_path}/none]", f"output_dir={tmp_path}/x", check=2).stderr
     assert "holds no finished sweep" in other
-    both = run_script("sweep", f"merge=[{tmp_path}/1]", f"checkpoint={planar_run}/checkpoint", check=2).stderr
+    both = run_command("sweep", f"merge=[{tmp_path}/1]", f"checkpoint={planar_run}/checkpoint", check=2).stderr
     assert "leave checkpoint= out" in both
 
 

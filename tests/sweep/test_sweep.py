@@ -21,7 +21,7 @@ from policy.rollout.episodes import run_in_process
 from policy.rollout.ledger import cell_id
 from policy.statistics.intervals import wilson_interval
 from policy.statistics.results import summarize
-from policy.sweep import grid as sweep
+from policy.sweep import grid
 from policy.sweep.grid import make_cells, row_of, varying
 from policy.sweep.plot import plot_rows
 from policy.sweep.table import COLUMNS, format_table, write_files
@@ -186,7 +186,7 @@ def test_latency_is_that_of_the_cells_sampler_and_policy(swept, monkeypatch):
     cells, results = swept
     seen = []
     monkeypatch.setattr(
-        sweep, "chunk_latency", lambda program, candidates: seen.append(program) or {"latency_ms_median": 20.0}
+        grid, "chunk_latency", lambda program, candidates: seen.append(program) or {"latency_ms_median": 20.0}
     )
     assert row_of(cells[1], results[1])["control_rate_hz"] == 250.0  # five control steps in every 20 ms
     assert [(p.config, p.sampler) for p in seen] == [(cells[1].checkpoint.policy.config, cells[1].cell.sampler)]

@@ -23,7 +23,6 @@ from matplotlib.figure import Figure
 from policy.tracking import wandb_tracker as tracking
 from policy.tracking.tracker import NoTracker
 from policy.tracking.wandb_tracker import WandbTracker
-from tests.conftest import ENVIRONMENT
 
 ROWS = [{"ddim_steps": 1, "success_rate": 0.25}, {"ddim_steps": 2, "success_rate": 0.5}]
 KEY = "0123456789" * 4
@@ -314,14 +313,14 @@ def test_no_tracker_writes_nothing_and_does_not_need_wandb(tmp_path, monkeypatch
 
 
 def test_a_sweep_ends_with_its_files_and_its_table_where_no_server_answers(
-    planar_run, run_script, tmp_path, monkeypatch
+    planar_run, run_command, tmp_path, monkeypatch, capfd
 ):
     """The whole command, online by one override, with a login and a server that never answers."""
     sweep = tmp_path / "sweep"
     with server("never answers") as address:
-        for name, value in {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": address}.items():
-            monkeypatch.setitem(ENVIRONMENT, name, value)
-        done = run_script(
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        run_command(
             "sweep",
             f"checkpoint={planar_run}/checkpoint",
             "ddim_steps=[1,2]",
@@ -332,7 +331,7 @@ def test_a_sweep_ends_with_its_files_and_its_table_where_no_server_answers(
             "tracker.patience=16",
             f"output_dir={sweep}",
         )
-    assert done.stderr.count("warning: W&B cannot be reached") == 1
+    assert capfd.readouterr().err.count("warning: W&B cannot be reached") == 1
     rows = json.loads((sweep / "sweep.json").read_text())["cells"]
     videos = sorted((sweep / "videos").glob("*.mp4"))
     assert (sweep / "report.html").exists()

@@ -153,6 +153,12 @@ def run_script() -> Callable[..., Done]:
     return run
 
 
+@pytest.fixture
+def plain_reports(monkeypatch) -> None:
+    """Leave the plots out of the reports of sweeps: they take seconds, and `tests/sweep` looks at them."""
+    monkeypatch.setattr("policy.sweep.report._plot", lambda rows, scheme: "<svg></svg>")
+
+
 def _said(done: Done) -> str:
     return f"{done.args}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
 

@@ -6,12 +6,20 @@ import pkgutil
 
 import pytest
 
+import envs
 import policy
+import scripts
 from tests.conftest import ROOT
 
-MODULES = ["policy", *(m.name for m in pkgutil.walk_packages(policy.__path__, "policy."))]
+MODULES = [
+    name
+    for package in (policy, envs, scripts)
+    for name in (package.__name__, *(m.name for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")))
+]
 # The ones a reader meets first; others are free to have examples too.
 WITH_EXAMPLES = {
+    "policy.common.registry",
+    "policy.common.signatures",
     "policy.control.receding_horizon",
     "policy.diffusion.ddim",
     "policy.model.diffusion_policy",
@@ -33,6 +41,13 @@ def test_examples_in_docstrings_hold(name):
     result = doctest.testmod(module)
     assert result.failed == 0
     assert result.attempted == examples_in(module)
+
+
+def test_every_module_is_looked_at():
+    files = [file for room in ("policy", "envs", "scripts") for file in (ROOT / room).rglob("*.py")]
+    names = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files}
+    assert len(names) > 100
+    assert set(MODULES) == names
 
 
 def test_there_are_examples_to_run():

@@ -6,11 +6,11 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
+import gymnasium
 import pytest
 
-from tests.conftest import ENVIRONMENT, ROOT
+from tests.conftest import ENVIRONMENT, PROGRAMS, ROOT
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
@@ -22,7 +22,9 @@ def test_python_examples_print_what_the_readme_says():
     assert results.failed == 0
 
 
-def test_own_environment_and_own_demonstrations_train_and_sweep(tmp_path):
+@pytest.fixture
+def own_files(tmp_path):
+    """The README's own environment and demonstrations in a folder, and the commands that use them, word by word."""
     files = {}
     for language, code in BLOCKS:
         if language == "python" and (name := re.match(r"# (\w+\.py)\n", code)):
@@ -31,15 +33,44 @@ def test_own_environment_and_own_demonstrations_train_and_sweep(tmp_path):
     assert files.keys() == {"my_env.py", "my_demos.py"}
     assert len([line for line in files["my_env.py"].splitlines() if line.strip()]) <= 18
     commands = next(code for language, code in BLOCKS if language == "bash" and "my_demos.py" in code)
-    binaries = {"python": [sys.executable]}
-    for line in commands.strip().splitlines():
-        program, *arguments = shlex.split(line)
-        command = [*binaries.get(program, [str(Path(sys.executable).parent / program)]), *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-    rows = json.loads(next(tmp_path.glob("outputs/sweep/*/sweep.json")).read_text())["cells"]
+    return tmp_path, [shlex.split(line) for line in commands.strip().splitlines()]
+
+
+def check_swept(folder):
+    rows = json.loads(next(folder.glob("outputs/sweep/*/sweep.json")).read_text())["cells"]
     assert [row["ddim_steps"] for row in rows] == [1, 2, 8]
     assert max(row["success_rate"] for row in rows) > 0.5
+
+
+def test_own_environment_and_own_demonstrations_train_and_sweep(own_files, run_command, monkeypatch):
+    """The commands in this process, with a smaller network."""
+    folder, (demonstrate, train, sweep) = own_files
+    assert [line[0] for line in (demonstrate, train, sweep)] == ["python", "ddim-train", "ddim-sweep"]
+    assert run_in(folder, [sys.executable, *demonstrate[1:]]).returncode == 0
+    monkeypatch.chdir(folder)
+    small = ["denoiser.hidden_size=64", "train.batch_size=64", "tracker=none"]
+    try:
+        run_command("train", *train[1:], *small)
+        run_command("sweep", *sweep[1:], "videos=0")
+    finally:
+        sys.modules.pop("my_env", None)
+        gymnasium.registry.pop("PointReach-v0", None)
+    check_swept(folder)
+
+
+@pytest.mark.slow
+def test_own_environment_and_own_demonstrations_train_and_sweep_word_by_word(own_files):
+    """The commands as a reader types them."""
+    folder, commands = own_files
+    for program, *arguments in commands:
+        run = sys.executable if program == "python" else PROGRAMS / program
+        done = run_in(folder, [run, *arguments])
+        assert done.returncode == 0, f"{program} {arguments}\n{done.stdout}\n{done.stderr}"
+    check_swept(folder)
+
+
+def run_in(folder, command):
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 def test_every_command_in_the_readme_exists_and_takes_its_settings():

@@ -201,7 +201,12 @@ def _golden(before: Checkout, after: Checkout) -> Iterator[Row]:
 def _side_by_side(before: Checkout, after: Checkout, training: Settings) -> Iterator[Row]:
     """What each side does on its own."""
     yield _row("train", *_both(before, after, "train", ("train", *training)))
-    yield _row("cached demonstrations", before.work / "cache", after.work / "cache")
+    entries = [next((side.work / "cache").iterdir()) for side in (before, after)]
+    yield _row("cached demonstrations", *entries)
+    # A new name costs a user another conversion. It follows from the files of the preset's functions, comments included.
+    ours, theirs = (entry.name for entry in entries)
+    result, where = ("same", "") if ours == theirs else ("differs", f"{ours} is now {theirs}")
+    yield {"what": "name of the cached demonstrations", "result": result, "files": "", "where": where}
     for name, stage in STAGES.items():
         yield _row(name, *_both(before, after, name, stage))
 

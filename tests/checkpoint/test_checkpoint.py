@@ -65,9 +65,21 @@ def run(demonstrations):
     return advance(new_run(demonstrations), 6)
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Gives the checkpoint of `run`, which is trained and saved once."""
+    folder = tmp_path_factory.mktemp("made") / "checkpoint"
+
+    def make(demonstrations):
+        return folder if folder.exists() else save(folder, advance(new_run(demonstrations), 6))
+
+    return make
+
+
 @pytest.fixture
-def saved(run, tmp_path) -> Path:
-    return save(tmp_path / "checkpoint", run)
+def saved(made, demonstrations, tmp_path) -> Path:
+    """A copy of it, to do with as one likes."""
+    return shutil.copytree(made(demonstrations), tmp_path / "checkpoint")
 
 
 def test_a_loaded_policy_acts_bit_for_bit_like_the_saved_average(run, saved):
@@ -212,7 +224,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(saved, damage):
         seal(saved)  # with its checksums put right, what a file says must still be refused
     with pytest.raises(ValueError) as error:
         load_checkpoint(saved)
-    assert any(part in str(error.value) for part in ("checkpoint", "denoiser", "policy.diffusion.schedule"))
+    assert any(part in str(error.value) for part in ("checkpoint", "denoiser", "policy.schedule"))
 
 
 RESUME_DAMAGES = {
@@ -420,22 +432,21 @@ def test_a_checkpoint_cannot_have_a_module_imported(saved, tmp_path, monkeypatch
 def test_a_dataset_cannot_have_a_module_imported(demonstrations, tmp_path, monkeypatch):
     """A Minari dataset names its environment just as a checkpoint does; training must be as careful."""
     import envs
-    from policy import Sampler
+    from policy import PolicySettings, Sampler
     from policy.commands.train import train_policy
 
     (tmp_path / "evil2.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     metadata = {"env": {"name": "gym", "id": "evil2:Env-v0"}}
-    with pytest.raises(ValueError):
+    settings = PolicySettings(encoder=CONFIG.encoder, denoiser=CONFIG.denoiser, schedule=CONFIG.schedule)
+    with pytest.raises(ValueError, match=r"would import a module.*env=gym env\.id=evil2:Env-v0"):
         train_policy(
             envs.make,
             dataset=dataclasses.replace(demonstrations, metadata=metadata),
-            encoder=CONFIG.encoder,
-            denoiser=CONFIG.denoiser,
-            schedule=CONFIG.schedule,
+            policy=settings,
             sampler=Sampler(),
             train=SETTINGS,
-            tracker={"name": "none"},
+            tracker=NoTracker,
             output_dir=tmp_path / "out",
         )
     assert not (tmp_path / "ran").exists()

@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import typing
 from pathlib import Path
 
 import hydra
@@ -15,10 +14,11 @@ from omegaconf import OmegaConf
 import envs
 from envs.families import load_family
 from policy import DiffusionPolicy, PolicyConfig
-from policy.common.signatures import Unread, declaration_of, load
+from policy.common.signatures import load
 from policy.model.denoisers import DENOISERS
 from policy.model.encoders import ENCODERS
 from scripts.settings import CONF, GROUPS, READ, TARGETS, _build
+from tests.common import test_signatures
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("collect", "inspect", "train", "rollout", "sweep", "export")
@@ -201,9 +201,6 @@ def test_the_defaults_of_training_are_those_of_the_policy():
         assert command[name].default == config[name].default, name
 
 
-# --- what is read from the source is what Python makes of it -----------------------------------------------------
-
-
 def task_of(command: str):
     """What a command was made of."""
     script = {"inspect": "inspect_data"}.get(command, command)
@@ -224,31 +221,9 @@ def declared() -> set[str]:
     }
 
 
-def test_every_part_is_declared_in_source_as_it_is():
+def test_every_part_that_a_command_reads_from_its_source_is_compared_with_what_python_makes_of_it():
     targets = declared()
     assert {"policy.commands.sweep:sweep", "policy.model.config:PolicySettings", "envs.planar:PlanarEnv"} <= targets
     assert len(targets) > 20
-    for target in sorted(targets):
-        real = load(target)
-        read, signature = declaration_of(target), inspect.signature(real)
-        hints = typing.get_type_hints(real.__init__ if inspect.isclass(real) else real)
-        assert read.doc == inspect.getdoc(real), target
-        assert read.signature.parameters.keys() == signature.parameters.keys(), target
-        for name, parameter in signature.parameters.items():
-            found = read.signature.parameters[name]
-            assert found.annotation in (hints.get(name, typing.Any), typing.Any), f"{target}: {name}"
-            if isinstance(found.default, Unread) or "factory" in repr(parameter.default):
-                continue  # not a plain value: only shown to the user
-            assert found.default == parameter.default, f"{target}: {name}"
-
-
-def test_settings_of_plain_types_are_declared_with_these():
-    """Otherwise a value of the wrong type would be noticed late, once the part is imported."""
-    for target in sorted(declared()):
-        real = load(target)
-        hints = typing.get_type_hints(real.__init__ if inspect.isclass(real) else real)
-        for name, parameter in declaration_of(target).signature.parameters.items():
-            plain = {int, float, bool, str, Path, type(None)}
-            parts = {hints.get(name), *typing.get_args(hints.get(name))}
-            if parts <= plain:
-                assert parameter.annotation == hints[name], f"{target}: {name}"
+    compared = {load(target) for target in test_signatures.TARGETS}
+    assert {target for target in targets if load(target) not in compared} == set()

@@ -17,7 +17,7 @@ from policy.commands import export as export_module
 from policy.commands.export import TOLERANCE, export_policy
 from policy.inference.backends import compile_sampler
 from policy.training.state import TrainState
-from tests.conftest import ROOT, randomize
+from tests.conftest import ROOT, randomize, small_config
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
@@ -37,8 +37,8 @@ sys.meta_path.insert(0, Block())
 """
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+@pytest.fixture(scope="session")
+def checkpoint(made_once):
     config = PolicyConfig(
         observation_shapes={"state": (5,), "camera.front": (16, 16, 3)},
         action_dim=2,
@@ -46,20 +46,29 @@ def checkpoint(tmp_path_factory):
         encoder={"name": "image"},
         denoiser={"name": "modulated_mlp", "hidden_size": 32, "num_layers": 2},
     )
+    return made_once("to-export", lambda folder: make_checkpoint(folder, config)) / "checkpoint"
+
+
+@pytest.fixture
+def small_checkpoint(tmp_path):
+    """One whose export takes a second less."""
+    make_checkpoint(tmp_path, small_config(obs_size=8, hidden_size=8))
+    return tmp_path / "checkpoint"
+
+
+def make_checkpoint(folder, config):
     policy = DiffusionPolicy(config)
     randomize(policy)
     policy.action_normalizer.fit([-3, 10], [5, 11])
     state = TrainState(policy=policy, ema=policy, optimizer=torch.optim.AdamW(policy.parameters()))
-    folder = tmp_path_factory.mktemp("checkpoint") / "checkpoint"
-    save_checkpoint(folder, state, env=None, execution_horizon=6, training={})
-    return folder
+    save_checkpoint(folder / "checkpoint", state, env=None, execution_horizon=6, training={})
 
 
-@pytest.fixture(scope="module")
-def exported(checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export")
-    export_policy(checkpoint=checkpoint, sampler=SAMPLER, output_dir=folder)
-    return folder
+@pytest.fixture(scope="session")
+def exported(checkpoint, made_once):
+    return made_once(
+        "exported", lambda folder: export_policy(checkpoint=checkpoint, sampler=SAMPLER, output_dir=folder)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +173,10 @@ def test_the_example_refuses_what_it_cannot_run(exported, example, tmp_path):
         policy({name: value for name, value in given.items() if name != "step_noise"})
 
 
-def test_an_export_whose_actions_are_not_the_policys_is_not_written(checkpoint, tmp_path, monkeypatch):
+def test_an_export_whose_actions_are_not_the_policys_is_not_written(small_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(export_module, "TOLERANCE", 0.0)
     with pytest.raises(ValueError, match="the exported model's actions differ from the policy's by"):
-        export_policy(checkpoint=checkpoint, sampler=Sampler(ddim_steps=8), output_dir=tmp_path / "export")
+        export_policy(checkpoint=small_checkpoint, sampler=Sampler(ddim_steps=2), output_dir=tmp_path / "export")
     assert not (tmp_path / "export").exists()
 
 
@@ -182,9 +191,10 @@ def test_settings_that_do_not_fit_are_refused_in_a_sentence(checkpoint):
         export_policy(checkpoint=checkpoint, sampler=Sampler(ddim_steps=101))
 
 
-def test_the_command_exports(checkpoint, run_script, tmp_path):
-    out = run_script("export", f"checkpoint={checkpoint}", "sampler.ddim_steps=2", f"output_dir={tmp_path}").stdout
+def test_the_command_exports(small_checkpoint, run_script, run_command, tmp_path):
+    settings = [f"checkpoint={small_checkpoint}", "sampler.ddim_steps=2", f"output_dir={tmp_path}"]
+    out = run_script("export", *settings).stdout
     assert f"next: python docs/examples/run_exported_policy.py {tmp_path}" in out
     assert json.loads((tmp_path / "export.json").read_text())["sampler"]["ddim_steps"] == 2
-    refused = run_script("export", f"checkpoint={tmp_path}/none", check=2)
+    refused = run_command("export", f"checkpoint={tmp_path}/none", check=2)
     assert refused.stderr.startswith("error: no checkpoint at")

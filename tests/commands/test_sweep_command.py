@@ -22,7 +22,7 @@ from policy.commands import sweep as sweep_command
 from policy.common.errors import WorkerError
 from policy.rollout import workers
 from policy.rollout.ledger import Ledger
-from policy.sweep import grid, report
+from policy.sweep import grid
 from policy.tracking.tracker import NoTracker
 from tests.conftest import ENVIRONMENT, ROOT
 from tests.rollout.test_workers import Faulty
@@ -33,14 +33,10 @@ COMPARED = {"difference", "difference_low", "difference_high", "p_value", "not_w
 
 
 @pytest.fixture
-def run_sweep(run_command, monkeypatch):
-    """The command without videos and plots in its report, and with made-up latencies.
-
-    The returned function gives what the command printed, or its refusal.
-    """
+def run_sweep(run_command, plain_reports, monkeypatch):
+    """The command without videos and with made-up latencies; gives what it printed, or its refusal."""
     latency = {"latency_ms_median": 2.0, "latency_ms_p90": 3.0}
     monkeypatch.setattr(grid, "chunk_latency", lambda program, candidates: latency)
-    monkeypatch.setattr(report, "_plot", lambda rows, dark: "<svg></svg>")  # a second each; tests/sweep looks at them
 
     def run(*overrides, check=0):
         done = run_command("sweep", "videos=0", *overrides, check=check)
@@ -290,7 +286,7 @@ def test_any_setting_makes_an_axis(planar_run, run_sweep, tmp_path):
 
 def test_several_checkpoints_are_compared_on_the_same_episodes(planar_run, other_checkpoint, run_sweep, tmp_path):
     both = [planar_run / "checkpoint", other_checkpoint]
-    settings = ["ddim_steps=4", "episodes=3"]
+    settings = ["ddim_steps=1", "episodes=3"]
     run_sweep(f"checkpoint=[{both[0]},{both[1]}]", *settings, f"output_dir={tmp_path}/both")
     document = document_of(tmp_path / "both")
     assert [cell["checkpoint"] for cell in document["cells"]] == [str(folder) for folder in both]
@@ -304,7 +300,7 @@ def test_several_checkpoints_are_compared_on_the_same_episodes(planar_run, other
         assert single["episodes"] == document["episodes"][3 * number : 3 * number + 3]
     first, second = (document["episodes"][start : start + 3] for start in (0, 3))
     assert [line["seed"] for line in first] == [line["seed"] for line in second]
-    assert [line["return"] for line in first] != [line["return"] for line in second]
+    assert [line["score"] for line in first] != [line["score"] for line in second]
 
 
 def test_a_single_number_is_a_sweep_of_one_cell(planar_run, run_sweep, tmp_path):

@@ -240,8 +240,8 @@ def test_timings_are_summed_up():
     assert "5 control steps at 10 Hz: 1 missed deadlines, 2 late steps" in format_timing(summary)
 
 
-def test_the_rollout_command_runs_against_the_clock(planar_run, run_script, tmp_path):
-    done = run_script(
+def test_the_rollout_command_runs_against_the_clock(planar_run, run_command, tmp_path):
+    done = run_command(
         "rollout",
         f"checkpoint={planar_run}/checkpoint",
         "episodes=2",
@@ -255,5 +255,5 @@ def test_the_rollout_command_runs_against_the_clock(planar_run, run_script, tmp_
     assert timing["steps"] == sum(episode["steps"] for episode in episodes)
     assert timing["late_steps"] == sum(episode["late_steps"] for episode in episodes)
     assert f"{timing['steps']} control steps at 50 Hz" in done.stdout
-    again = run_script("rollout", f"checkpoint={planar_run}/checkpoint", "control_rate=-1", check=2)
+    again = run_command("rollout", f"checkpoint={planar_run}/checkpoint", "control_rate=-1", check=2)
     assert "control_rate must be above 0" in again.stderr

@@ -207,9 +207,11 @@ def test_training_fits_a_few_chunks(denoiser):
     for _ in range(300):
         optimizer.zero_grad()
         loss = (network(noisy, timestep, observations) - target).square().mean()
+        if loss.item() < 0.01 * target.square().mean().item():
+            return
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.01 * target.square().mean().item()
+    pytest.fail(f"after 300 steps the loss is {loss.item()}")
 
 
 @pytest.mark.parametrize("denoiser", [ModulatedMLP, Transformer])

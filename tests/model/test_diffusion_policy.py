@@ -289,7 +289,7 @@ def test_training_with_min_snr_lowers_the_plain_loss(prediction_type):
     def error():
         plain.load_state_dict(policy.state_dict())
         with torch.no_grad():
-            return sum(plain.loss(batch(), generator=seeded(s)).item() for s in range(50)) / 50
+            return plain.loss(batch(), generator=seeded(0), timesteps_per_chunk=50).item()
 
     before = error()
     for _ in range(150):
@@ -305,13 +305,19 @@ def test_a_policy_with_zero_terminal_snr_trains_and_samples_in_one_step(predicti
     policy = make_policy(prediction_type=prediction_type, schedule=schedule)
     optimizer, generator, given = torch.optim.Adam(policy.parameters(), lr=3e-3), seeded(0), batch()
     given["mask"] = torch.ones(4, 8, dtype=torch.bool)
-    for _ in range(400):
-        optimizer.zero_grad()
-        policy.loss(given, generator=generator).backward()
-        optimizer.step()
-    for ddim_steps in (1, 8):
+
+    def error(ddim_steps):
         chunk = policy.sample_actions(given["observations"], ddim_steps=ddim_steps, generator=seeded(5))
-        assert ((chunk - given["actions"]).abs() / (HIGH - LOW)).mean() < 0.15  # 0.23 or more untrained
+        return ((chunk - given["actions"]).abs() / (HIGH - LOW)).mean().item()
+
+    for _ in range(8):
+        for _ in range(50):
+            optimizer.zero_grad()
+            policy.loss(given, generator=generator).backward()
+            optimizer.step()
+        if max(error(1), error(8)) < 0.15:  # 0.23 or more untrained
+            return
+    pytest.fail(f"after 400 steps it is off by {error(1)} with one step and by {error(8)} with eight")
 
 
 @pytest.mark.parametrize("denoiser", DENOISERS)
@@ -322,16 +328,20 @@ def test_training_lowers_the_loss_and_reaches_every_parameter(denoiser):
 
     def validation():
         with torch.no_grad():
-            return sum(policy.loss(given, generator=seeded(s)).item() for s in range(50)) / 50
+            return policy.loss(given, generator=seeded(0), timesteps_per_chunk=50).item()
 
-    before = validation()
-    for _ in range(150):
-        optimizer.zero_grad()
-        policy.loss(given, generator=generator).backward()
-        reached |= {name for name, p in policy.named_parameters() if p.grad.abs().max() > 0}
-        optimizer.step()
+    before, names = validation(), {name for name, _ in policy.named_parameters()}
+    for _ in range(6):
+        for _ in range(25):
+            optimizer.zero_grad()
+            policy.loss(given, generator=generator).backward()
+            if reached != names:
+                reached |= {name for name, p in policy.named_parameters() if p.grad.abs().max() > 0}
+            optimizer.step()
+        if validation() < 0.5 * before:
+            break
     assert validation() < 0.5 * before
-    assert reached == {name for name, _ in policy.named_parameters()}
+    assert reached == names
 
 
 @pytest.mark.parametrize(

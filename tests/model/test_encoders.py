@@ -23,7 +23,8 @@ def seeded(seed):
 
 def make(name="image", shapes=SHAPES, **changes):
     torch.manual_seed(0)
-    return ENCODERS[name](**{"shapes": shapes, "obs_horizon": 2, **(SMALL if name == "image" else {}), **changes})
+    sizes = {"shapes": shapes, "obs_horizon": 2, "obs_size": 287}
+    return ENCODERS[name](**{**sizes, **(SMALL if name == "image" else {}), **changes})
 
 
 def observations(rows=4, shapes=SHAPES, horizon=2, seed=0):
@@ -38,7 +39,7 @@ CASES = [("state", {"state": (5,), "goal": (3,)}), ("image", SHAPES), ("image", 
 
 @pytest.mark.parametrize(("name", "shapes"), CASES)
 @pytest.mark.parametrize("horizon", [1, 3])
-def test_a_history_becomes_one_embedding_of_287_or_the_size_asked_for(name, shapes, horizon):
+def test_a_history_becomes_one_embedding_of_the_size_asked_for(name, shapes, horizon):
     given = observations(shapes=shapes, horizon=horizon)
     assert make(name, shapes, obs_horizon=horizon)(given).shape == (4, 287)
     assert make(name, shapes, obs_horizon=horizon, obs_size=16)(given).shape == (4, 16)
@@ -136,7 +137,7 @@ def test_the_state_encoder_names_the_way_out_for_an_image(shape):
     with pytest.raises(
         ValueError, match=r"'camera' has shape .*encoder=image, or .*dataset\.observation_keys=\[\.\.\.\]"
     ):
-        StateEncoder(shapes={"state": (2,), "camera": shape}, obs_horizon=2)
+        StateEncoder(shapes={"state": (2,), "camera": shape}, obs_horizon=2, obs_size=287)
 
 
 # --- images ------------------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ def test_images_of_any_size_and_any_number_of_cameras_and_vectors_are_taken(came
     ],
 )
 def test_the_number_of_parameters_is_the_one_worked_out_by_hand(shapes, expected):
-    encoder = ImageEncoder(shapes=shapes, obs_horizon=2)
+    encoder = ImageEncoder(shapes=shapes, obs_horizon=2, obs_size=287)
     assert sum(p.numel() for p in encoder.parameters()) == expected
 
 
@@ -283,18 +284,20 @@ def test_the_image_encoder_learns_where_a_spot_is():
     model = nn.Sequential(encoder, nn.Linear(32, 2))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     generator = seeded(0)
-    for _ in range(300):
-        images, position = blobs(32, generator)
-        optimizer.zero_grad()
-        (model(images) - position).square().mean().backward()
-        optimizer.step()
-    images, position = blobs(500, seeded(1))
-    with torch.no_grad():
-        error = (model.eval()(images) - position).square().mean().sqrt().item()
-    mean = position.std().item()  # what predicting the mean comes to: 0.46
+    unseen, where = blobs(500, seeded(1))
+    mean = where.std().item()  # what predicting the mean comes to: 0.46
     pixel = 2 / 31
-    assert error < pixel / 2
-    assert error < mean / 15
+    for _ in range(6):
+        for _ in range(50):
+            images, position = blobs(32, generator)
+            optimizer.zero_grad()
+            (model(images) - position).square().mean().backward()
+            optimizer.step()
+        with torch.no_grad():
+            error = (model(unseen) - where).square().mean().sqrt().item()
+        if error < min(pixel / 2, mean / 15):
+            return
+    pytest.fail(f"after 300 steps it is off by {error}")
 
 
 # --- as a part of the policy -------------------------------------------------------------------------------------
@@ -346,4 +349,4 @@ def test_what_the_image_encoder_cannot_take_is_refused(changes, message):
 @pytest.mark.parametrize("hidden_size", [0, -1])
 def test_a_state_encoder_without_a_hidden_layer_is_refused(hidden_size):
     with pytest.raises(ValueError, match=rf"encoder\.hidden_size must be 1 or more; got {hidden_size}"):
-        ENCODERS["state"](shapes={"state": (3,)}, obs_horizon=2, hidden_size=hidden_size)
+        make("state", {"state": (3,)}, hidden_size=hidden_size)

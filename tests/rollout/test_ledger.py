@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policy.diffusion.coefficients import SOLVERS, ddim_coefficients
-from policy.diffusion.sampler import LATER_SETTINGS, Sampler
+from policy.diffusion.sampler import LATER_SETTINGS
 from policy.rollout.ledger import Ledger, cell_id
 from policy.statistics.results import EpisodeResult
 from policy.sweep.grid import make_cells, uniform
@@ -340,7 +340,3 @@ def test_rows_have_the_column_of_a_later_setting_once_one_of_them_uses_it(heun):
     assert [row["success_rate"] for row in written] == [0.25, 0.5, 0.75]
     assert written[1].keys() == written[2].keys()
     assert rows == given  # not changed in place
-
-
-def test_the_values_of_before_are_what_samplers_have():
-    assert LATER_SETTINGS == {"solver": Sampler().solver}

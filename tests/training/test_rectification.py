@@ -40,7 +40,7 @@ class Silent:
         pass
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def forked() -> Demonstrations:
     """Left or right from one and the same place: the mean of the two leads nowhere."""
     episodes = 64
@@ -120,42 +120,48 @@ def sides(policy, ddim_steps):
 
 def test_one_step_of_a_rectified_policy_chooses_where_a_plain_one_averages(forked):
     settings = dataclasses.replace(
-        SETTINGS, steps=500, rectify_steps=500, learning_rate=5e-3, save_every=500, batch_size=128
+        SETTINGS, steps=250, rectify_steps=250, learning_rate=1e-2, batch_size=64, val_every=500, save_every=250
     )
     kept = {}
-    go(prepared(forked, settings), settings, lambda state: kept.setdefault(state.step, sides(state.ema, 1)))
-    policy = go(prepared(forked, settings), settings).ema
-    assert kept[500] < 0.5
+    state = go(prepared(forked, settings), settings, lambda state: kept.setdefault(state.step, sides(state.ema, 1)))
+    policy = state.ema
+    assert kept[250] < 0.5
     assert sides(policy, 1) > 0.8
     assert sides(policy, 8) > 0.8
     left = policy.sample_actions(rows(256), ddim_steps=1, generator=torch.Generator().manual_seed(0))[:, 0, 0] < 0
     assert 0.3 < left.float().mean() < 0.7
 
 
+@pytest.fixture(scope="module", params=[{}, {"side": (1,)}], ids=["plain", "auxiliary"])
+def whole(forked, request):
+    """Demonstrations, a configuration, and the state at the end of a run that nothing stopped."""
+    told = {key: forked.actions[:, :1] for key in request.param}
+    demonstrations = dataclasses.replace(forked, observations={**forked.observations, **told})
+    config = dataclasses.replace(CONFIG, auxiliary_shapes=request.param)
+    return demonstrations, config, go(prepared(demonstrations, config=config))
+
+
 @pytest.mark.parametrize("stop_at", [19, 20, 21, 33])
-@pytest.mark.parametrize("auxiliary", [{}, {"side": (1,)}])
-def test_stopped_anywhere_it_ends_as_if_it_had_not_been(forked, tmp_path, stop_at, auxiliary):
-    settings, config = SETTINGS, dataclasses.replace(CONFIG, auxiliary_shapes=auxiliary)
-    told = {key: forked.actions[:, :1] for key in auxiliary}
-    forked = dataclasses.replace(forked, observations={**forked.observations, **told})
+def test_stopped_anywhere_it_ends_as_if_it_had_not_been(whole, tmp_path, stop_at):
+    demonstrations, config, expected = whole
+    settings = dataclasses.replace(SETTINGS, save_every=7)
 
     def save(state):
         save_checkpoint(tmp_path / "checkpoint", state, env=None, execution_horizon=8, training={})
 
-    whole = go(prepared(forked, config=config))
-    run = prepared(forked, config=config)
+    run = prepared(demonstrations, config=config)
     go(run, settings, save, should_stop=lambda: run.state.step >= stop_at)
-    resumed = prepared(forked, config=config)
+    resumed = prepared(demonstrations, config=config)
     resume_training(tmp_path / "checkpoint", resumed.state, {})
     assert resumed.state.step == stop_at
     assert (resumed.state.teacher is not None) == (stop_at > settings.steps)
     state = go(resumed, settings)
-    assert state.history == whole.history
-    assert whole.teacher is not None
+    assert state.history == expected.history
+    assert expected.teacher is not None
     assert state.teacher is not None
     for name in ("policy", "ema", "teacher"):
         for one, other in zip(
-            getattr(state, name).state_dict().values(), getattr(whole, name).state_dict().values(), strict=True
+            getattr(state, name).state_dict().values(), getattr(expected, name).state_dict().values(), strict=True
         ):
             assert torch.equal(one, other)
 

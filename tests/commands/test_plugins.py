@@ -1,0 +1,339 @@
+"""Parts from outside the package: one of each kind, chosen by name on any command; and what a new setting takes."""
+
+import contextlib
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hydra.core.config_store import ConfigStore
+
+import envs
+from envs import families
+from policy import DENOISERS, ENCODERS, FORMATS, SOLVERS
+from policy.common import plugins
+from tests.conftest import ENVIRONMENT, ROOT
+
+# A user's module, in the folder that the commands are run in.
+MY_PARTS = """
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import envs
+import policy
+from envs.planar import PlanarEnv, make_planar_expert
+from policy.data.episode import Episode
+from policy.data.formats.format import Format
+from policy.diffusion.coefficients import TO_CLEAN, ddim_coefficients
+from policy.model.denoisers.denoiser import Denoiser
+
+HERE = Path(__file__).parent
+
+
+def timid(schedule, timesteps, eta, prediction_type):
+    table = ddim_coefficients(schedule, timesteps, eta, prediction_type)
+    table[:, TO_CLEAN] *= 0.5
+    return table
+
+
+class MyDenoiser(Denoiser):
+    def __init__(self, *, obs_size: int, action_dim: int, action_horizon: int, num_steps: int, hidden_size: int = 64):
+        super().__init__()
+        self.embed_timestep = nn.Embedding(num_steps, hidden_size)
+        self.observe = nn.Linear(obs_size, hidden_size)
+        self.enter = nn.Linear(action_horizon * action_dim, hidden_size)
+        self.leave = nn.Linear(hidden_size, action_horizon * action_dim)
+
+    def conditions(self, embedded_timestep, obs_embedding):
+        return (embedded_timestep + self.observe(obs_embedding),)
+
+    def denoise(self, noisy_actions, conditions):
+        hidden = nn.functional.silu(self.enter(noisy_actions.flatten(1)) + conditions[0])
+        return self.leave(hidden).unflatten(1, noisy_actions.shape[1:])
+
+
+class MyEncoder(nn.Module):
+    def __init__(self, *, shapes: dict, obs_horizon: int, obs_size: int, scale: float = 1.0):
+        super().__init__()
+        self.scale = scale
+        self.layer = nn.Linear(obs_horizon * shapes["state"][0], obs_size)
+
+    def forward(self, observations):
+        return self.scale * self.layer(observations["state"].flatten(1))
+
+
+class MyReader:
+    def __init__(self, path, request):
+        self.names = [file.name for file in sorted(path.glob("*.npz"))]
+        self.held_out, self.metadata, self.path = [], {"format": "mine"}, path
+
+    def read(self, name):
+        with np.load(self.path / name) as arrays:
+            return Episode(observations={"state": arrays["state"]}, actions=arrays["action"])
+
+    def close(self):
+        pass
+
+
+def open_mine(path, files, request):
+    return MyReader(path, request)
+
+
+def make_mine(*, render_mode: str | None = None, size: int = 32):
+    with (HERE / "processes.txt").open("a") as file:
+        print(os.getpid(), file=file)
+    return PlanarEnv(render_mode=render_mode, image_size=size)
+
+
+policy.SOLVERS.register("mine", timid)
+policy.DENOISERS.register("mine", MyDenoiser)
+policy.ENCODERS.register("mine", MyEncoder)
+policy.FORMATS.register("mine", Format(open=open_mine))
+envs.register_family("mine", make_mine, make_planar_expert)
+"""
+PLUGIN = "plugins=[my_parts]"
+SMALL = ["train.steps=4", "train.warmup_steps=1", "train.batch_size=8", "train.rollout_every=4", "obs_size=8"]
+
+
+@contextlib.contextmanager
+def a_user(folder):
+    """In a folder of the user's; what plugins registered is gone afterwards, as with the process."""
+    registries = (SOLVERS, DENOISERS, ENCODERS, FORMATS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for registry in registries:
+            patch.setattr(registry, "_parts", dict(registry._parts))
+        patch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+        patch.setattr(envs, "FAMILIES", families.FAMILIES)
+        patch.setattr(families, "EXPERTS", dict(families.EXPERTS))
+        patch.setattr(plugins, "_LOADED", [])
+        patch.setattr(ConfigStore.instance(), "repo", copy.deepcopy(ConfigStore.instance().repo))
+        patch.setattr(sys, "modules", sys.modules)
+        before = set(sys.modules)
+        try:
+            yield
+        finally:
+            for name in set(sys.modules) - before:
+                if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
+                    del sys.modules[name]
+
+
+@pytest.fixture
+def here(tmp_path):
+    """A user's folder, with `my_parts.py`."""
+    (tmp_path / "my_parts.py").write_text(MY_PARTS)
+    with a_user(tmp_path):
+        yield tmp_path
+
+
+@pytest.fixture(scope="module")
+def trained(run_command, tmp_path_factory):
+    """A folder of a user who demonstrated and trained with parts of their own."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "my_parts.py").write_text(MY_PARTS)
+    (folder / "demos").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(3):
+        state = generator.uniform(-1, 1, (9, 4)).astype(np.float32)
+        np.savez(folder / "demos" / f"{number}.npz", state=state, action=state[:, 2:] - state[:, :2])
+    with a_user(folder):
+        run_command("collect", PLUGIN, "env=mine", "env.size=16", "episodes=2", "output_dir=collected")
+        run_command(
+            "train",
+            *(PLUGIN, "dataset=mine", "dataset.path=demos", "env=mine", "env.size=24", "tracker=none"),
+            *("denoiser=mine", "denoiser.hidden_size=16", "encoder=mine", "encoder.scale=0.5", "sampler.solver=mine"),
+            *(*SMALL, "train.rollout_episodes=1", "output_dir=run"),
+        )
+    return folder
+
+
+def one_sentence(error):
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    return error
+
+
+def test_a_checkpoint_stores_the_registered_names_and_no_import_path(trained):
+    config = json.loads((trained / "run/checkpoint/config.json").read_text())
+    assert config["policy"]["denoiser"] == {"name": "mine", "hidden_size": 16}
+    assert config["policy"]["encoder"] == {"name": "mine", "scale": 0.5}
+    assert config["env"] == {"name": "mine", "size": 24}
+    assert config.pop("plugins") == ["my_parts"]  # for the sentence that asks for it
+    files = [file for file in (trained / "run/checkpoint").iterdir() if file.suffix == ".json"]
+    assert "my_parts" not in json.dumps(config)
+    assert all("my_parts" not in file.read_text() for file in files if file.name != "config.json")
+    history = json.loads((trained / "run/checkpoint/training.json").read_text())["history"]
+    assert "rollout/score_mean" in history[-1]
+    assert (trained / "collected/mine-v0").is_dir()
+
+
+def test_it_rolls_out_and_is_swept_over_solvers_in_processes_that_load_the_plugin_too(trained, run_command):
+    checkpoint = "checkpoint=run/checkpoint"
+    with a_user(trained):
+        run_command("rollout", PLUGIN, checkpoint, "episodes=2", "num_envs=2", "output_dir=rollout")
+        (trained / "processes.txt").unlink()
+        run_command(
+            "sweep",
+            *(PLUGIN, checkpoint, "sampler.solver=[ddim,mine]", "ddim_steps=[1,2]", "episodes=2"),
+            *("num_envs=2", "workers=2", "videos=0", "output_dir=sweep"),
+        )
+    assert len(json.loads((trained / "rollout/episodes.json").read_text())) == 2
+    processes = set((trained / "processes.txt").read_text().split())
+    assert len(processes - {str(os.getpid())}) == 2
+    document = json.loads((trained / "sweep/sweep.json").read_text())
+    cells = {(cell["solver"], cell["ddim_steps"]): cell["cell"] for cell in document["cells"]}
+    assert list(cells) == [("ddim", 1), ("ddim", 2), ("mine", 1), ("mine", 2)]
+    scores = {key: [row["score"] for row in document["episodes"] if row["cell"] == cell] for key, cell in cells.items()}
+    assert scores["mine", 1] != scores["ddim", 1]  # it does what it was written for
+
+
+def test_without_the_plugin_a_checkpoint_is_refused_in_one_sentence_that_names_the_part_and_the_plugin(
+    trained, run_command
+):
+    with a_user(trained):
+        for command in ("rollout", "sweep", "export"):
+            error = one_sentence(run_command(command, "checkpoint=run/checkpoint", check=2).stderr)
+            assert "'mine'" in error
+            assert "plugins=[my_parts]" in error
+    code = "import policy, sys\ntry: policy.load_checkpoint('run/checkpoint')\nexcept ValueError as error: print(error)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=trained, env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("\n") == 1
+    assert "encoder 'mine'" in done.stdout
+    assert "plugins=[my_parts]" in done.stdout
+
+
+@pytest.mark.parametrize("kept", ["denoiser", "encoder", "env"])
+def test_each_part_of_a_plugin_that_is_missing_is_named_with_it(kept, trained, run_command, tmp_path):
+    """Where all else is built in."""
+    settings = {
+        "denoiser": ["denoiser=mine", "denoiser.hidden_size=16"],
+        "encoder": ["encoder=mine"],
+        "env": ["env=mine"],
+    }[kept]
+    others = {"denoiser": ["denoiser.hidden_size=16"], "encoder": [], "env": ["denoiser.hidden_size=16", "env=mine"]}
+    given = [*settings, *(["env=planar"] if kept != "env" else []), *(others[kept] if kept == "encoder" else [])]
+    with a_user(trained):
+        run_command(
+            "train",
+            PLUGIN,
+            "dataset=mine",
+            "dataset.path=demos",
+            "tracker=none",
+            *given,
+            *SMALL,
+            f"output_dir={tmp_path}",
+        )
+    with a_user(trained):
+        error = one_sentence(run_command("rollout", f"checkpoint={tmp_path}/checkpoint", check=2).stderr)
+        assert "'mine'" in error
+        assert "plugins=[my_parts]" in error
+
+
+@pytest.mark.parametrize(
+    "setting", ["sampler.solver=mine", "dataset=mine", "denoiser=mine", "encoder=mine", "env=mine"]
+)
+def test_a_part_that_nobody_registered_is_refused_with_those_there_are(setting, here, run_command):
+    error = one_sentence(run_command("train", "dataset.path=x", setting, check=2).stderr)
+    assert "mine" in error
+    assert any(name in error for name in ("ddim", "zarr", "unet", "state", "planar"))
+
+
+def test_a_misspelt_setting_of_an_own_part_is_refused_with_the_nearest_one(here, run_command):
+    for settings, nearest in (
+        (["denoiser=mine", "denoiser.hiden_size=3"], "'hidden_size'"),
+        (["encoder=mine", "encoder.scal=3"], "'scale'"),
+        (["env=mine", "env.siz=3"], "'size'"),
+        (["dataset=mine", "dataset.pth=x"], "'path'"),
+        (["sampler.solver=min"], "'mine'"),
+    ):
+        error = one_sentence(run_command("train", PLUGIN, "dataset.path=x", *settings, check=2).stderr)
+        assert f"did you mean {nearest}" in error, settings
+
+
+@pytest.mark.parametrize(
+    ("plugin", "source", "said"),
+    [
+        ("my_prts", "", "No module named 'my_prts'"),
+        ("my_own", "import nowhere_to_be_found\n", "No module named 'nowhere_to_be_found'"),
+        ("my_own", "1 / 0\n", "ZeroDivisionError"),
+        ("my_own", "def broken(:\n", "SyntaxError"),
+        ("my_own", "raise RuntimeError('first line\\nsecond line')\n", "RuntimeError: first line second line"),
+    ],
+)
+def test_a_plugin_that_cannot_be_imported_is_refused_in_one_sentence(plugin, source, said, here, run_command):
+    (here / "my_own.py").write_text(source)
+    for command in ("collect", "inspect_data", "train", "rollout", "sweep", "export"):
+        error = one_sentence(run_command(command, f"plugins=[{plugin}]", check=2).stderr)
+        assert f"plugins={plugin} cannot be imported" in error
+        assert said in error
+
+
+@pytest.mark.parametrize(
+    ("registry", "name"), [(SOLVERS, "ddim"), (DENOISERS, "unet"), (ENCODERS, "state"), (FORMATS, "zarr")]
+)
+def test_a_name_that_is_taken_is_refused(registry, name, here):
+    built_in = registry[name]
+    with pytest.raises(ValueError, match=f"there is a {registry.kind} '{name}' already: register yours under another"):
+        registry.register(name, object())
+    registry.register(name, built_in)  # the same part again, as when a module is imported twice
+    assert registry[name] is built_in
+
+
+def test_a_family_that_is_taken_is_refused_and_a_plugin_that_takes_one_says_so(here, run_command):
+    with pytest.raises(ValueError, match="There is an environment 'planar' already"):
+        envs.register_family("planar", object)
+    (here / "my_own.py").write_text("import policy\npolicy.DENOISERS.register('unet', object)\n")
+    error = one_sentence(run_command("train", "plugins=[my_own]", "dataset.path=x", check=2).stderr)
+    assert "there is a denoiser 'unet' already: register yours under another name" in error
+
+
+# --- settings ----------------------------------------------------------------------------------------------------
+
+
+def test_a_new_setting_of_the_policy_or_of_training_is_one_line(planar_run, tmp_path):
+    """In a copy of the code with two lines more: in the help, checked, and in what a checkpoint records."""
+    for room in ("policy", "envs", "conf", "scripts"):
+        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for file, line, more in (
+        ("policy/model/config.py", "    obs_horizon: int = 2\n", '    colour: str = "red"\n'),
+        ("policy/training/settings.py", "    batch_size: int = 256\n", "    patience: int = 7\n"),
+    ):
+        source = (tmp_path / file).read_text()
+        assert source.count(line) == 1
+        (tmp_path / file).write_text(source.replace(line, line + more))
+
+    def train(*settings, code=0):
+        done = subprocess.run(
+            [sys.executable, tmp_path / "scripts/train.py", *settings],
+            cwd=tmp_path,
+            env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == code, done.stderr
+        return done
+
+    shown = train("--help").stdout.splitlines()
+    assert [line.split() for line in shown if "colour" in line or "patience" in line] == [
+        ["colour", "str", "default", "red"],
+        ["train.patience", "int", "default", "7"],
+    ]
+    assert "did you mean 'colour'?" in train("colur=blue", code=2).stderr
+    assert "train.patience should be int; got 'long'" in train("train.patience=long", code=2).stderr
+    data = f"dataset.path={planar_run}/planar-v0"
+    train(data, "colour=blue", "train.patience=3", "tracker=none", *SMALL, f"output_dir={tmp_path}/run")
+    config = json.loads((tmp_path / "run/checkpoint/config.json").read_text())
+    assert config["policy"]["colour"] == "blue"
+    assert config["training"]["patience"] == 3

@@ -1,0 +1,85 @@
+"""Settings of sampling: what they refuse, where sampling begins, and what records of them hold."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from policy.diffusion.ddim import ddim_timesteps
+from policy.diffusion.sampler import LATER_SETTINGS, Course, Sampler
+from policy.diffusion.schedule import make_schedule
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ddim_steps": 0}, r"ddim_steps must be .*1.*got 0"),
+        ({"eta": 1.5}, "eta must lie within 0"),
+        ({"spacing": "karras"}, "trailing, leading, linspace; got 'karras'"),
+        ({"clip": 0.0}, "clip must be positive"),
+        ({"clip": float("nan")}, "clip must be positive"),
+        ({"solver": "dimm"}, r"unknown solver 'dimm' \(did you mean 'ddim'\?\); allowed: .*plugins="),
+    ],
+)
+def test_a_sampler_refuses_values_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Sampler(**settings)
+
+
+def test_a_sampler_is_checked_against_a_schedule_when_there_is_one():
+    Sampler(ddim_steps=100).check(100)
+    with pytest.raises(ValueError, match=r"within 1\.\.100 .*got 101"):
+        Sampler(ddim_steps=101).check(100)
+    Sampler(ddim_steps=40, warm_start=0.4).check(100)
+    with pytest.raises(ValueError, match=r"warm_start=0\.4 leaves 40 of 100 timesteps, fewer than ddim_steps=41"):
+        Sampler(ddim_steps=41, warm_start=0.4).check(100)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+def test_a_cold_course_begins_from_noise_alone_and_visits_the_grid(spacing):
+    course = Sampler(ddim_steps=7, spacing=spacing).cold_course(make_schedule(num_steps=100))
+    assert torch.equal(course.timesteps, ddim_timesteps(100, 7, spacing))
+    assert (course.signal, course.noise) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize("warm_start", [0.01, 0.33, 1.0])
+def test_a_warm_course_begins_from_the_previous_chunk_under_the_noise_of_its_first_timestep(spacing, warm_start):
+    schedule = make_schedule(num_steps=100)
+    steps = 1 if warm_start == 0.01 else 5
+    course = Sampler(ddim_steps=steps, spacing=spacing, warm_start=warm_start).warm_course(schedule)
+    assert torch.equal(course.timesteps, ddim_timesteps(round(100 * warm_start), steps, spacing))
+    previous, noise = torch.randn(2, 3, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = schedule.add_noise(previous, noise, int(course.timesteps[0]))
+    torch.testing.assert_close(course.signal * previous + course.noise * noise, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_course_is_what_begins_from_noise_unless_it_says_more():
+    course = Course(timesteps=torch.tensor([3, 1]))
+    assert (course.signal, course.noise) == (0.0, 1.0)
+
+
+# --- records -----------------------------------------------------------------------------------------------------
+
+
+def test_a_record_holds_every_setting_but_later_ones_that_have_the_value_of_before():
+    record = Sampler(ddim_steps=3).record()
+    assert record == {"ddim_steps": 3, "eta": 0.0, "spacing": "trailing", "clip": 1.0, "warm_start": None}
+    assert json.loads(json.dumps(record)) == record
+    assert Sampler(**record) == Sampler(ddim_steps=3)
+
+
+def test_later_settings_are_settings_and_their_values_of_before_are_the_defaults():
+    """With another default, a new record without the setting would be read as one of before."""
+    defaults = {field.name: field.default for field in fields(Sampler)}
+    assert LATER_SETTINGS
+    assert {name: defaults[name] for name in LATER_SETTINGS} == LATER_SETTINGS
+
+
+def test_a_later_setting_is_recorded_where_it_differs(monkeypatch):
+    monkeypatch.setitem(LATER_SETTINGS, "eta", 0.0)
+    plain = Sampler()
+    assert "eta" not in plain.record()
+    assert replace(plain, eta=0.5).record()["eta"] == 0.5
+    assert "solver" not in replace(plain, eta=0.5).record()

@@ -1,0 +1,174 @@
+"""Sampling programs in ONNX Runtime: the eager back end's actions, from a file that does not grow with the steps."""
+
+import copy
+import functools
+import importlib.util
+import itertools
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.onnx._internal.exporter import _registration
+
+from policy import Sampler
+from policy.diffusion.ddim import SPACINGS
+from policy.diffusion.schedule import PREDICTION_TYPES
+from policy.inference import onnx_graph
+from policy.inference.backends import compile_sampler
+from policy.inference.int8 import quantized
+from policy.model.config import config_to_json
+from policy.model.denoisers import DENOISERS
+from tests.inference.cases import (
+    TOLERANCE,
+    check_continuation,
+    check_refusals,
+    difference,
+    inputs,
+    make_policy,
+    shared_policy,
+    shared_program,
+)
+
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
+    reason="needs pip install 'ddim-policy[export]'",
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _traced_once():
+    """Trace equal programs once, however their weights are stored then: tracing takes almost all of the time."""
+    traced, known = onnx_graph._traced, {}
+
+    def once(program):
+        settings = json.dumps(config_to_json(program.policy.config)), program.sampler, program.prepare.signal
+        if settings not in known:  # the weights of `make_policy` follow from the configuration
+            known[settings] = traced(program)
+        return copy.deepcopy(known[settings])
+
+    registry = _registration.ONNXRegistry  # torch fills a new one for every trace, which takes a third of its time
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "from_torchlib", staticmethod(functools.cache(registry.from_torchlib)))
+        patch.setattr(onnx_graph, "_traced", once)
+        yield
+
+
+# Every denoiser, prediction type, kind of observation and kind of step, each in as few programs as that takes.
+WIDE = {"hidden_size": 192, "num_layers": 1}
+CASES = {
+    "stochastic": (("modulated_mlp", "sample"), WIDE, Sampler(ddim_steps=4, eta=0.5)),
+    "warm": (("modulated_mlp", "epsilon"), WIDE, Sampler(ddim_steps=4, eta=0.5, spacing="leading", warm_start=0.4)),
+    "one step": (("residual_mlp", "v_prediction"), {}, Sampler(ddim_steps=1, clip=None, spacing="linspace")),
+    "all steps": (("residual_mlp", "v_prediction"), {}, Sampler(ddim_steps=100, clip=None, spacing="linspace")),
+    "images": (("modulated_mlp", "sample", True), {}, Sampler(ddim_steps=2)),
+    "unet": (("unet", "v_prediction"), {}, Sampler(ddim_steps=8)),
+    "transformer": (("transformer", "sample"), WIDE, Sampler(ddim_steps=3, eta=1.0)),
+}
+
+
+def case(name, **settings):
+    """Policy, sampler and ONNX program of a case."""
+    kind, sizes, sampler = CASES[name]
+    policy = shared_policy(*kind, **sizes)
+    return policy, sampler, shared_program(policy, sampler, backend="onnx", **settings)
+
+
+@needs_onnx
+@pytest.mark.parametrize("name", CASES)
+def test_onnx_gives_the_eager_actions_at_any_batch_size(name):
+    policy, sampler, program = case(name)
+    eager = compile_sampler(policy, sampler, backend="eager")
+    for rows in (1, 7):
+        observations, noise, step_noise = inputs(policy, sampler, rows)
+        expected = eager(observations, noise, step_noise)
+        assert difference(policy, program(observations, noise, step_noise), expected) < TOLERANCE
+        other, _, _ = inputs(policy, sampler, rows, seed=2)
+        assert difference(policy, eager(other, noise, step_noise), expected) > 100 * TOLERANCE
+
+
+@needs_onnx
+@pytest.mark.parametrize("name", ["stochastic", "warm", "one step"])
+def test_an_onnx_program_continues_a_chunk_as_ddim_step_does(name):
+    """Each prediction type once, and from noise as well as from the previous chunk."""
+    policy, sampler, _ = case(name)
+    check_continuation(policy, sampler, "onnx")
+
+
+SETTINGS = [
+    Sampler(ddim_steps=k, eta=eta, clip=clip, spacing=spacing)
+    for k, eta, clip, spacing in itertools.product((1, 2, 3, 8, 16), (0.0, 0.5, 1.0), (None, 1.0, 0.5), SPACINGS)
+]
+
+
+@pytest.mark.slow  # minutes of tracing
+@needs_onnx
+@pytest.mark.parametrize("denoiser", DENOISERS)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_onnx_gives_the_eager_actions_under_many_settings(denoiser, prediction_type):
+    policy = shared_policy(denoiser, prediction_type)
+    for sampler in SETTINGS[:: 7 if denoiser == "modulated_mlp" else 11]:
+        given = inputs(policy, sampler)
+        expected = compile_sampler(policy, sampler, backend="eager")(*given)
+        program = compile_sampler(policy, sampler, backend="onnx")
+        assert difference(policy, program(*given), expected) < TOLERANCE, sampler
+
+
+@pytest.mark.slow  # minutes of tracing
+@needs_onnx
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("warm_start", [None, 0.4])
+def test_an_onnx_program_continues_a_chunk_whatever_is_predicted(prediction_type, warm_start):
+    sampler = Sampler(ddim_steps=4, eta=0.5, warm_start=warm_start)
+    check_continuation(shared_policy(prediction_type=prediction_type), sampler, "onnx")
+
+
+@needs_onnx
+def test_the_size_of_an_onnx_program_does_not_grow_with_its_steps():
+    small, large = (case(name)[2].run.model for name in ("one step", "all steps"))
+    assert len(large) - len(small) < 99 * 4 * (32 + 5 + 2)  # a timestep's embedding and coefficients for each step
+
+
+@needs_onnx
+def test_an_onnx_program_can_be_sent_to_another_process():
+    policy, sampler, program = case("stochastic")
+    again = pickle.loads(pickle.dumps(program))
+    given = inputs(policy, sampler)
+    assert torch.equal(again(*given), program(*given))
+
+
+@needs_onnx
+@pytest.mark.parametrize("name", ["stochastic", "transformer"])  # networks of matrices alone
+def test_int8_weights_are_smaller_and_come_close(name):
+    policy, sampler, exact = case(name)
+    _, _, narrow = case(name, weights="int8")
+    assert len(narrow.run.model) < 0.35 * len(exact.run.model)
+    given = inputs(policy, sampler)
+    off = difference(policy, narrow(*given), exact(*given))
+    assert 1e-6 < off < 0.1
+
+
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_quantized_weights_are_off_by_half_a_step_at_most(block_size):
+    weight = np.random.default_rng(0).standard_normal((6, 128)).astype(np.float32)
+    weight[2] = 0
+    values, scales = quantized(weight, block_size)
+    assert values.shape == (6, 128 // block_size, block_size)
+    restored = (values.astype(np.float32) - 128) * scales[..., None]
+    assert (np.abs(restored.reshape(6, 128) - weight) <= 0.5001 * scales.repeat(block_size, axis=1)).all()
+    assert values.min() == 1 or values.max() == 255
+
+
+@needs_onnx
+def test_inputs_that_do_not_fit_are_refused_in_a_sentence():
+    check_refusals("onnx")
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(onnx_graph.importlib, "import_module", missing)
+    with pytest.raises(ValueError, match=r"needs the package onnx: pip install 'ddim-policy\[export\]'"):
+        compile_sampler(make_policy(), Sampler(), backend="onnx")

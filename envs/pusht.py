@@ -22,6 +22,8 @@ from envs.pusht_geometry import (
 from envs.rendering import rendering_errors, require_rgb_array
 from envs.spaces import Observation, check_action
 
+# Names the code of this file in the cache of converted demonstrations; raise it with every change of what it computes.
+CACHE_REVISION = "3f303a64342c6647d7b6d63745988e2f18e57f02a2bb88d68b811a793c2b54db"
 MAX_STEPS = 300
 SUCCESS_COVERAGE = 0.95
 PICTURE_SIZE = 96  # height and width of an observed picture, as in the public demonstrations

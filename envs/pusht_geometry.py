@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from envs.errors import choose
 
+# Names the code of this file in the cache of converted demonstrations; raise it with every change of what it computes.
+CACHE_REVISION = "a80451f38198d76709708dd939409064c49cfa1a6bb7ba3746b5dcd78fe9be72"
 FEATURE_DIM = 40
 KEYPOINT_DIM = 18
 TABLE_SIZE = np.float32(512)

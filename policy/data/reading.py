@@ -217,7 +217,8 @@ def resized(images: NDArray[Any], size: int) -> NDArray[np.uint8]:
 def _code_of(setting: str, given: Callable[..., Any]) -> str:
     """Identify a function by its name, its arguments and the content of its file.
 
-    The cache must not return data that an older version of the code converted.
+    The cache must not return data that an older version of the code converted. A module may name its code by a
+    `CACHE_REVISION` instead, so that a change of its comments leaves the cache as it is.
     """
     function = getattr(given, "func", given)  # inside a functools.partial
     settings = [getattr(given, "args", ()), sorted(getattr(given, "keywords", {}).items())]
@@ -225,4 +226,5 @@ def _code_of(setting: str, given: Callable[..., Any]) -> str:
         code = Path(inspect.getfile(function)).read_bytes()
     except (TypeError, OSError) as error:
         raise ValueError(f"dataset.{setting} must be a function from a file; got {given!r}") from error
-    return f"{function.__module__}.{function.__qualname__} {settings!r} {hashlib.sha256(code).hexdigest()}"
+    revision = getattr(inspect.getmodule(function), "CACHE_REVISION", None) or hashlib.sha256(code).hexdigest()
+    return f"{function.__module__}.{function.__qualname__} {settings!r} {revision}"

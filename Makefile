@@ -7,7 +7,7 @@ DEMO_TASK := pick-place-v3
 DEMO_DATA := $(DEMO)/demonstrations/metaworld-$(DEMO_TASK)-v0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-reliability test-versions lint types format bench-data bench-latency bench-rollout bench-quality bench-compare clean
+.PHONY: help setup demo test test-all test-reliability test-versions lint types format bench-data bench-latency bench-rollout bench-quality bench-compare bench-start clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[export,launchers,metaworld,pusht,robotics,dev]'
 	@touch $@
 
-demo: $(DEMO)/sweep.json ## demonstrations, training, rollout and sweep on a Meta-World task, in 4 minutes on two cores
+demo: $(DEMO)/sweep.json ## demonstrations, training, rollout and sweep on a Meta-World task
 	@echo
 	@echo "Made in $(DEMO):"
 	@echo "  demonstrations/  50 scripted demonstrations of $(DEMO_TASK) (Minari)"
@@ -51,11 +51,17 @@ $(DEMO)/episodes.json: | $(DEMO)/trained
 $(DEMO)/sweep.json: | $(DEMO)/episodes.json
 	$(BIN)/python scripts/sweep.py checkpoint=$(DEMO)/checkpoint ddim_steps=[1,2,4,8,16,50] episodes=50 output_dir=$(DEMO)
 
-test: setup lint types ## linter, types and tests (`pytest -m slow` runs the long ones)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+test: setup lint types ## linter, types and the tests that take minutes together
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE)
+
+test-all: setup lint types ## every test, also those marked slow or reliability, with more examples of each property
+	HYPOTHESIS_PROFILE=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' $(SIDE_BY_SIDE)
 
 test-reliability: setup ## kills, full disks, hostile files, fuzz, soak and the wheel, with their figures
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m reliability -s
+
+# As many tests side by side as there are cores; a worker that is done takes from another one.
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # What pyproject.toml allows at least, and the newest there is: each in an environment of its own, which is kept. Torch
 # for GPUs comes along where pip finds no other: several gigabytes. VERSION_TESTS=tests/test_ddim.py runs less.
@@ -98,6 +104,9 @@ bench-rollout: setup ## environment steps a second beside the raw environment on
 
 bench-quality: setup ## retrain PRESET (with DATA=... where it needs a file) and compare with the score it promises
 	$(BIN)/python -m scripts.bench.quality $(PRESET) $(if $(DATA),dataset.path=$(DATA)) $(OVERRIDES)
+
+bench-start: setup ## CPU seconds until each command answers, and its five heaviest imports
+	$(BIN)/python -m scripts.bench.start
 
 bench-compare: setup ## denoisers, targets, schedules and horizons on Push-T, one change at a time: DATA=...
 	$(BIN)/python -m scripts.bench.compare dataset.path=$(DATA) $(OVERRIDES)

@@ -203,7 +203,7 @@ def _side_by_side(before: Checkout, after: Checkout, training: Settings) -> Iter
     yield _row("train", *_both(before, after, "train", ("train", *training)))
     entries = [next((side.work / "cache").iterdir()) for side in (before, after)]
     yield _row("cached demonstrations", *entries)
-    # A new name costs a user another conversion. It follows from the files of the preset's functions, comments included.
+    # A new name would cost a user another conversion.
     ours, theirs = (entry.name for entry in entries)
     result, where = ("same", "") if ours == theirs else ("differs", f"{ours} is now {theirs}")
     yield {"what": "name of the cached demonstrations", "result": result, "files": "", "where": where}

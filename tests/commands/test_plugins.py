@@ -1,7 +1,6 @@
 """Parts from outside the package: one of each kind, chosen by name on any command; and what a new setting takes."""
 
 import contextlib
-import copy
 import json
 import os
 import shutil
@@ -115,8 +114,6 @@ def a_user(folder):
         patch.setattr(envs, "FAMILIES", families.FAMILIES)
         patch.setattr(families, "EXPERTS", dict(families.EXPERTS))
         patch.setattr(plugins, "_LOADED", [])
-        patch.setattr(ConfigStore.instance(), "repo", copy.deepcopy(ConfigStore.instance().repo))
-        patch.setattr(sys, "modules", sys.modules)
         before = set(sys.modules)
         try:
             yield
@@ -124,6 +121,8 @@ def a_user(folder):
             for name in set(sys.modules) - before:
                 if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
                     del sys.modules[name]
+            for group in ("dataset", "denoiser", "encoder", "env"):
+                ConfigStore.instance().repo.get(group, {}).pop("mine.yaml", None)
 
 
 @pytest.fixture
@@ -326,7 +325,7 @@ def test_a_new_setting_of_the_policy_or_of_training_is_one_line(planar_run, tmp_
         return done
 
     shown = train("--help").stdout.splitlines()
-    assert [line.split() for line in shown if "colour" in line or "patience" in line] == [
+    assert [line.split() for line in shown if "colour" in line or "train.patience" in line] == [
         ["colour", "str", "default", "red"],
         ["train.patience", "int", "default", "7"],
     ]

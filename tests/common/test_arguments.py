@@ -116,6 +116,6 @@ def test_the_arguments_given_are_not_changed():
 
 @pytest.mark.parametrize("given", ["small", ["width"], 3, None])
 def test_arguments_that_are_not_given_by_name_are_not_taken_for_names(given):
-    """A damaged configuration may have anything in this place: a text is no list of letters."""
+    """A damaged configuration may hold anything here; the letters of a text are not names."""
     with pytest.raises(AttributeError):
         check_arguments("part", Part, given)

@@ -64,7 +64,7 @@ test-reliability: setup ## kills, full disks, hostile files, fuzz, soak and the 
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # What pyproject.toml allows at least, and the newest there is: each in an environment of its own, which is kept. Torch
-# for GPUs comes along where pip finds no other: several gigabytes. VERSION_TESTS=tests/test_ddim.py runs less.
+# for GPUs comes along where pip finds no other: several gigabytes. VERSION_TESTS=tests/diffusion/test_ddim.py runs less.
 OLDEST := torch==2.7.0 gymnasium==1.2.0 numpy==2.0.0
 VERSIONS := outputs/versions
 VERSION_TESTS := tests

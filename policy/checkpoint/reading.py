@@ -60,6 +60,7 @@ class Checkpoint:
         training: how it was trained, JSON data.
         path: the folder.
         digest: start of the SHA-256 of its weights, which does not depend on the folder.
+        plugins: names of the plugins that were loaded when it was trained, for messages only.
     """
 
     policy: DiffusionPolicy
@@ -68,6 +69,7 @@ class Checkpoint:
     training: dict[str, Any]
     path: Path
     digest: str
+    plugins: tuple[str, ...] = ()
 
 
 def load_checkpoint(folder: Path | str, device: str = "cpu", *, root: Path | None = None) -> Checkpoint:
@@ -103,6 +105,7 @@ def load_checkpoint(folder: Path | str, device: str = "cpu", *, root: Path | Non
         training=training,
         path=opened.path,
         digest=digest[:16],
+        plugins=_plugins(opened),
     )
 
 
@@ -164,18 +167,23 @@ def _policy_config(opened: Folder) -> PolicyConfig:
     return config
 
 
+def _plugins(opened: Folder) -> tuple[str, ...]:
+    noted = opened.config.get("plugins")
+    return tuple(map(str, noted)) if isinstance(noted, list) else ()
+
+
 def _check_part(opened: Folder, registry: Registry[Any], name: Any) -> None:
     """Reject a part that is not registered. The plugins that a checkpoint names are never imported automatically.
 
     Raises:
         ValueError: the message names the part, and the plugins loaded in training.
     """
-    plugins = opened.config.get("plugins")
-    if name in registry or not isinstance(plugins, list):
+    plugins = _plugins(opened)
+    if name in registry or not plugins:
         return
     raise ValueError(
         f"{opened.path} was trained with the {registry.kind} {name!r}, registered by a plugin: if you trust it, add"
-        f" plugins=[{','.join(map(str, plugins))}]"
+        f" plugins=[{','.join(plugins)}]"
     )
 
 

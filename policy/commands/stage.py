@@ -14,7 +14,8 @@ from gymnasium.spaces import Box
 from policy.checkpoint import Checkpoint, choose_env, load_checkpoint
 from policy.common.device import check_device
 from policy.common.output import episode_seeds
-from policy.rollout.episodes import MakeEnv, check_num_envs, check_spaces
+from policy.common.plugins import loaded_plugins
+from policy.rollout.episodes import Env, MakeEnv, check_num_envs, check_spaces
 
 # Defaults that rollouts and sweeps share. Demonstrations use seeds from 0, rollouts during training those from 50000.
 EPISODES = 50
@@ -77,7 +78,7 @@ def set_stage(
             f"{loaded[0].path} acts in {chosen[0]}, {loaded[other].path} in {chosen[other]}: a sweep compares"
             " policies in one environment"
         )
-    with closing(make_env(**chosen[0])) as probe:
+    with closing(_probe(make_env, chosen[0], loaded[0])) as probe:
         for checkpoint in loaded:
             check_spaces(checkpoint.policy.config, probe)
         action_space = probe.action_space
@@ -89,3 +90,16 @@ def set_stage(
         seeds=seeds,
         action_space=action_space,
     )
+
+
+def _probe(make_env: MakeEnv, settings: dict[str, Any], checkpoint: Checkpoint) -> Env:
+    """Make the environment, and name the plugins that were loaded in training where it cannot be made without them."""
+    try:
+        return make_env(**settings)
+    except ValueError as error:
+        missing = [plugin for plugin in checkpoint.plugins if plugin not in loaded_plugins()]
+        if not missing:
+            raise
+        raise ValueError(
+            f"{error} {checkpoint.path} was trained with a plugin: if you trust it, add plugins=[{','.join(missing)}]"
+        ) from error

@@ -111,7 +111,6 @@ def a_user(folder):
         for registry in registries:
             patch.setattr(registry, "_parts", dict(registry._parts))
         patch.setattr(families, "FAMILIES", dict(families.FAMILIES))
-        patch.setattr(envs, "FAMILIES", families.FAMILIES)
         patch.setattr(families, "EXPERTS", dict(families.EXPERTS))
         patch.setattr(plugins, "_LOADED", [])
         before = set(sys.modules)
@@ -212,31 +211,22 @@ def test_without_the_plugin_a_checkpoint_is_refused_in_one_sentence_that_names_t
     assert "plugins=[my_parts]" in done.stdout
 
 
-@pytest.mark.parametrize("kept", ["denoiser", "encoder", "env"])
-def test_each_part_of_a_plugin_that_is_missing_is_named_with_it(kept, trained, run_command, tmp_path):
-    """Where all else is built in."""
-    settings = {
-        "denoiser": ["denoiser=mine", "denoiser.hidden_size=16"],
-        "encoder": ["encoder=mine"],
-        "env": ["env=mine"],
-    }[kept]
-    others = {"denoiser": ["denoiser.hidden_size=16"], "encoder": [], "env": ["denoiser.hidden_size=16", "env=mine"]}
-    given = [*settings, *(["env=planar"] if kept != "env" else []), *(others[kept] if kept == "encoder" else [])]
+@pytest.mark.parametrize(
+    ("part", "settings", "hint"),
+    [
+        ("denoiser", ["denoiser=mine", "env=planar"], "plugins=[my_parts]"),
+        ("encoder", ["encoder=mine", "env=planar"], "plugins=[my_parts]"),
+        ("environment", ["env=mine"], "plugins=[my_parts]"),
+    ],
+)
+def test_each_missing_part_is_named_where_all_others_are_built_in(part, settings, hint, trained, run_command, tmp_path):
+    data = ["dataset=mine", "dataset.path=demos", "tracker=none"]
     with a_user(trained):
-        run_command(
-            "train",
-            PLUGIN,
-            "dataset=mine",
-            "dataset.path=demos",
-            "tracker=none",
-            *given,
-            *SMALL,
-            f"output_dir={tmp_path}",
-        )
+        run_command("train", PLUGIN, *data, *settings, *SMALL, f"output_dir={tmp_path}")
     with a_user(trained):
         error = one_sentence(run_command("rollout", f"checkpoint={tmp_path}/checkpoint", check=2).stderr)
-        assert "'mine'" in error
-        assert "plugins=[my_parts]" in error
+    assert f"{part} 'mine'" in error
+    assert hint in error
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,7 @@ def finish(run_command, data: Path, folder: Path, **settings) -> subprocess.Comp
     return run_command("train", *SETTINGS, f"dataset.path={data}", f"output_dir={folder}", **settings)
 
 
+@pytest.mark.reliability
 def test_stopped_killed_and_locked_out_a_run_ends_as_if_nothing_had_been(data, whole, run_command, tmp_path):
     training = Training(data, tmp_path)
     training.wait_for_start()

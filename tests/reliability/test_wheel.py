@@ -62,7 +62,7 @@ def environment(wheel, tmp_path_factory) -> Path:
 
 
 def test_the_wheel_holds_every_file_of_the_rooms(wheel):
-    kept = {".py", ".yaml", ".html", ".typed"}
+    kept = {".py", ".pyi", ".yaml", ".html", ".md", ".typed"}
     expected = {
         str(file.relative_to(ROOT)) for room in ROOMS for file in (ROOT / room).rglob("*") if file.suffix in kept
     }

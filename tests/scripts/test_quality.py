@@ -92,6 +92,7 @@ def test_another_preset_is_refused_with_those_there_are(arguments, monkeypatch):
         quality.main()
 
 
+@pytest.mark.slow
 def test_a_policy_of_several_tasks_has_a_row_for_each(bench, tmp_path):
     pytest.importorskip("metaworld", reason="pip install 'ddim-policy[metaworld]'")
     sizes = ["train.steps=5", "denoiser.hidden_size=16", "denoiser.num_layers=1"]

@@ -96,9 +96,9 @@ def test_a_single_value_makes_a_single_cell_with_the_checkpoints_own_horizon(che
 def test_settings_say_the_weights_and_axes_their_folder(checkpoints):
     (cell,) = cells_of(checkpoints[:1], sampler={"eta": 1}, env={"name": "planar", "image_size": 64})
     shared = {"ddim_steps": 4, "eta": 1.0, "spacing": "trailing", "clip": 1.0, "execution_horizon": 5}
-    shared |= {"backend": "eager", "weights": "float32", "warm_start": None}
+    shared |= {"backend": "fused", "weights": "float32", "warm_start": None}
     shared |= {"mode": "synchronous", "delay_steps": 0, "late": "hold", "candidates": 1}
-    assert cell.axes == {"checkpoint": "runs/a", **shared}
+    assert cell.axes == {"checkpoint": "runs/a", "solver": "ddim", **shared}
     assert cell.settings == {
         "checkpoint": "weights of a",
         **shared,

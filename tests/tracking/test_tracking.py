@@ -202,7 +202,10 @@ def server(kind: str):
         broken.shutdown()
 
 
-@pytest.mark.parametrize("kind", ["no login", "closed", "never answers", "answers 500"])
+@pytest.mark.parametrize(
+    "kind",
+    ["no login", "never answers", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("closed", "answers 500"))],
+)
 def test_online_without_login_or_server_records_offline_and_says_how_to_upload(
     kind, nobody, tmp_path, monkeypatch, capfd
 ):
@@ -238,6 +241,7 @@ def test_without_wandb_a_run_goes_on_untracked(nobody, tmp_path, monkeypatch, ca
     assert "checkpoint's history" in line
 
 
+@pytest.mark.slow
 def test_the_death_of_wandbs_service_costs_a_warning_and_what_came_after(nobody, tmp_path, capfd):
     tracker = WandbTracker(folder=tmp_path, config={})
     tracker.log({"train/loss": 0.5}, 1)

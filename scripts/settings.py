@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 import envs
-from envs.families import declared_family
+from envs import families
 from policy.common.arguments import check_arguments, check_names, settings_of
 from policy.common.registry import Registry, check_spec
 from policy.common.signatures import Declaration, declaration_of, load
@@ -104,7 +104,7 @@ def add_registered_options() -> None:
     """Let GROUP=NAME choose registered parts that have no file in conf/, such as those of plugins."""
     registered = {
         **{group: {name: {"name": name} for name in registry} for group, registry in REGISTRIES.items()},
-        "env": {name: {"name": name} for name in envs.FAMILIES},
+        "env": {name: {"name": name} for name in families.FAMILIES},
         "dataset": {name: {"_target_": READ, "format": name} for name in FORMATS},
     }
     store = ConfigStore.instance()
@@ -125,7 +125,7 @@ def _check_node(where: str, node: Settings) -> None:
     elif where in REGISTRIES:
         check_spec(REGISTRIES[where], node)
     elif where == "env" and "name" in node:
-        check_arguments(where, declared_family(settings.pop("name")), settings)
+        check_arguments(where, families.declared_family(settings.pop("name")), settings)
     elif where == "schedule":
         check_arguments(where, TARGETS[where], settings)
     elif where in TARGETS:  # names only: in a sweep, each value may be a list

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -105,13 +106,11 @@ SMALL = ["train.steps=4", "train.warmup_steps=1", "train.batch_size=8", "train.r
 @contextlib.contextmanager
 def a_user(folder):
     """In a folder of the user's; what plugins registered is gone afterwards, as with the process."""
-    registries = (SOLVERS, DENOISERS, ENCODERS, FORMATS)
-    with pytest.MonkeyPatch.context() as patch:
+    registered = [registry._parts for registry in (SOLVERS, DENOISERS, ENCODERS, FORMATS)]
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as restored:
+        for parts in (*registered, families.FAMILIES, families.EXPERTS):
+            restored.enter_context(mock.patch.dict(parts))
         patch.chdir(folder)
-        for registry in registries:
-            patch.setattr(registry, "_parts", dict(registry._parts))
-        patch.setattr(families, "FAMILIES", dict(families.FAMILIES))
-        patch.setattr(families, "EXPERTS", dict(families.EXPERTS))
         patch.setattr(plugins, "_LOADED", [])
         before = set(sys.modules)
         try:

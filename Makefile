@@ -7,7 +7,7 @@ DEMO_TASK := pick-place-v3
 DEMO_DATA := $(DEMO)/demonstrations/metaworld-$(DEMO_TASK)-v0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-reliability test-versions lint types format bench-data bench-latency bench-rollout bench-quality bench-compare bench-start clean
+.PHONY: help setup demo test quick-tests test-all test-reliability test-versions lint types format bench-data bench-latency bench-rollout bench-quality bench-compare bench-start clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -51,7 +51,11 @@ $(DEMO)/episodes.json: | $(DEMO)/trained
 $(DEMO)/sweep.json: | $(DEMO)/episodes.json
 	$(BIN)/python scripts/sweep.py checkpoint=$(DEMO)/checkpoint ddim_steps=[1,2,4,8,16,50] episodes=50 output_dir=$(DEMO)
 
-test: setup lint types ## linter, types and the tests that take minutes together
+test: setup lint ## linter, types and the tests that take minutes together
+	@$(MAKE) --no-print-directory --jobs=2 types quick-tests
+
+# The type checker keeps one core busy for the time in which the tests start.
+quick-tests: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-all: setup lint types ## every test, also those marked slow or reliability, with more examples of each property

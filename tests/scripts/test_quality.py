@@ -68,6 +68,7 @@ def test_a_preset_is_trained_with_each_seed_rolled_out_and_not_done_twice(planar
     assert json.loads((tmp_path / "outputs/bench/quality_planar_train.steps-10.json").read_text()) == rows
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_is_named(tmp_path):
     """In processes, as a user runs it."""
     done = subprocess.run(
@@ -141,6 +142,7 @@ def test_a_promise_is_kept_within_two_standard_errors_of_the_trainings():
     assert _total(8, rows, {})["success_rate"] == pytest.approx(0.84)
 
 
+@pytest.mark.slow
 def test_variants_are_trained_alike_but_for_one_thing_and_compared_on_the_same_episodes(planar_run, bench, tmp_path):
     shared = ["experiment=planar", f"dataset.path={planar_run}/planar-v0", "train.steps=5", "episodes=3"]
     variants = "variants=[base,prediction_type=epsilon loss_weighting=min_snr]"

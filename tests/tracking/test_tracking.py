@@ -204,7 +204,7 @@ def server(kind: str):
 
 @pytest.mark.parametrize(
     "kind",
-    ["no login", "never answers", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("closed", "answers 500"))],
+    ["no login", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("closed", "never answers", "answers 500"))],
 )
 def test_online_without_login_or_server_records_offline_and_says_how_to_upload(
     kind, nobody, tmp_path, monkeypatch, capfd
@@ -316,6 +316,7 @@ def test_no_tracker_writes_nothing_and_does_not_need_wandb(tmp_path, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_its_files_and_its_table_where_no_server_answers(
     planar_run, run_command, tmp_path, monkeypatch, capfd
 ):

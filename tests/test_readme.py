@@ -42,13 +42,13 @@ def check_swept(folder):
     assert max(row["success_rate"] for row in rows) > 0.5
 
 
-def test_own_environment_and_own_demonstrations_train_and_sweep(own_files, run_command, monkeypatch):
+def test_own_environment_and_own_demonstrations_train_and_sweep(own_files, run_command, plain_reports, monkeypatch):
     """The commands in this process, with a smaller network."""
     folder, (demonstrate, train, sweep) = own_files
     assert [line[0] for line in (demonstrate, train, sweep)] == ["python", "ddim-train", "ddim-sweep"]
     assert run_in(folder, [sys.executable, *demonstrate[1:]]).returncode == 0
     monkeypatch.chdir(folder)
-    small = ["denoiser.hidden_size=64", "train.batch_size=64", "tracker=none"]
+    small = ["obs_size=64", "denoiser.hidden_size=32", "denoiser.num_layers=2", "train.batch_size=64", "tracker=none"]
     try:
         run_command("train", *train[1:], *small)
         run_command("sweep", *sweep[1:], "videos=0")

@@ -173,7 +173,9 @@ def test_a_checkpoint_stores_the_registered_names_and_no_import_path(trained):
     assert (trained / "collected/mine-v0").is_dir()
 
 
-def test_it_rolls_out_and_is_swept_over_solvers_in_processes_that_load_the_plugin_too(trained, run_command):
+def test_it_rolls_out_and_is_swept_over_solvers_in_processes_that_load_the_plugin_too(
+    trained, run_command, plain_reports
+):
     checkpoint = "checkpoint=run/checkpoint"
     with a_user(trained):
         run_command("rollout", PLUGIN, checkpoint, "episodes=2", "num_envs=2", "output_dir=rollout")

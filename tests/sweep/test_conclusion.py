@@ -146,7 +146,7 @@ def test_a_browser_shows_the_report_on_a_screen_and_on_a_phone_light_and_dark(
     assert seen["frames"] > 0
 
 
-def test_cells_that_ran_apart_are_merged_into_the_same_sweep(swept, planar_run, run_command, tmp_path):
+def test_cells_that_ran_apart_are_merged_into_the_same_sweep(swept, planar_run, run_command, plain_reports, tmp_path):
     for steps in (1, 4):
         run_command(
             "sweep",

@@ -13,12 +13,12 @@ from tests.conftest import ENVIRONMENT, ROOT
 
 HEAVY = {
     *("torch", "scipy", "matplotlib", "wandb", "pyarrow", "h5py", "zarr", "minari", "av", "gymnasium"),
-    *("jinja2", "huggingface_hub", "onnx", "mujoco", "metaworld", "gym_pusht"),
+    *("jinja2", "huggingface_hub", "onnx", "mujoco", "metaworld", "gym_pusht", "numpy"),
 }
 # A rollout needs torch and gymnasium; these it does not.
 NOT_FOR_A_ROLLOUT = {
     *("scipy.stats", "matplotlib", "wandb", "pyarrow", "h5py", "zarr", "minari", "jinja2", "huggingface_hub"),
-    *("onnx", "mujoco", "metaworld", "gym_pusht"),
+    *("onnx", "mujoco", "metaworld", "gym_pusht", "sympy", "torch._dynamo"),
 }
 
 # Runs a command with each list of settings in turn, and writes down what it said, loaded and opened.

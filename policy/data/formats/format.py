@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from policy.data.episode import EpisodeReader, Request
+if TYPE_CHECKING:  # numpy would make up a fifth of a command's start
+    from policy.data.episode import EpisodeReader, Request
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -170,7 +170,7 @@ def _class_parameters(source: _Source, node: ast.ClassDef) -> list[inspect.Param
             return None
         parameters |= inherited.signature.parameters
     for part in node.body:
-        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name) and _is_parameter(part):
             parameters[part.target.id] = inspect.Parameter(
                 part.target.id,
                 inspect.Parameter.KEYWORD_ONLY,
@@ -178,6 +178,14 @@ def _class_parameters(source: _Source, node: ast.ClassDef) -> list[inspect.Param
                 annotation=_annotation(source, part.annotation),
             )
     return list(parameters.values())
+
+
+def _is_parameter(field: ast.AnnAssign) -> bool:
+    """Return whether a dataclass's field is a parameter: no class variable, and not `field(init=False)`."""
+    if "ClassVar" in ast.unparse(field.annotation):
+        return False
+    keywords = field.value.keywords if isinstance(field.value, ast.Call) else []
+    return not any(k.arg == "init" and ast.unparse(k.value) == "False" for k in keywords)
 
 
 def _resolved(source: _Source, name: str) -> Declaration | None:
@@ -229,8 +237,11 @@ def _default(source: _Source, node: ast.expr | None) -> Any:
             for keyword in keywords:
                 if keyword.arg == "default":
                     return _default(source, keyword.value)
-                if keyword.arg == "default_factory" and isinstance(keyword.value, ast.Lambda):
-                    return _default(source, keyword.value.body)
+                match keyword:
+                    case ast.keyword(arg="default_factory", value=ast.Lambda(body=body)):
+                        return _default(source, body)
+                    case ast.keyword(arg="default_factory", value=ast.Name(id="dict" | "list" | "tuple" as container)):
+                        return {"dict": {}, "list": [], "tuple": ()}[container]
     return Unread(ast.unparse(node))
 
 

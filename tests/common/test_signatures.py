@@ -204,7 +204,7 @@ def test_defaults_may_be_names_of_this_or_another_module_and_fields_of_other_set
         from __future__ import annotations
 
         from dataclasses import dataclass, field
-        from typing import Literal
+        from typing import ClassVar, Literal
 
         from {other} import WIDTH, Base
 
@@ -220,6 +220,9 @@ def test_defaults_may_be_names_of_this_or_another_module_and_fields_of_other_set
             kinds: tuple[str, ...] = KINDS
             kind: Kind = "a"
             sizes: list[int] = field(default_factory=lambda: [1, 2])
+            options: dict[str, int] = field(default_factory=dict)
+            made: int = field(default=0, init=False)
+            shared: ClassVar[int] = 3
             label: str = field(default="x")
             needed: float
         """
@@ -232,6 +235,7 @@ def test_defaults_may_be_names_of_this_or_another_module_and_fields_of_other_set
         "kinds": ("a", "b"),
         "kind": "a",
         "sizes": [1, 2],
+        "options": {},
         "label": "x",
         "needed": EMPTY,
     }

@@ -339,6 +339,7 @@ def test_a_policy_sees_bytes_and_vectors_and_acts():
         ({"features": 0}, "features must be 1 or more; got 0"),
         ({"hidden_size": 0}, "hidden_size must be 1 or more; got 0"),
         ({"shift": -1}, "shift must be 0 or more; got -1"),
+        ({"noise": -0.1}, r"encoder\.noise must be 0 or more; got -0.1"),
     ],
 )
 def test_what_the_image_encoder_cannot_take_is_refused(changes, message):
@@ -350,3 +351,9 @@ def test_what_the_image_encoder_cannot_take_is_refused(changes, message):
 def test_a_state_encoder_without_a_hidden_layer_is_refused(hidden_size):
     with pytest.raises(ValueError, match=rf"encoder\.hidden_size must be 1 or more; got {hidden_size}"):
         make("state", {"state": (3,)}, hidden_size=hidden_size)
+
+
+@pytest.mark.parametrize("noise", [-0.1, float("nan")])
+def test_a_state_encoder_with_negative_noise_is_refused(noise):
+    with pytest.raises(ValueError, match=rf"encoder\.noise must be 0 or more; got {noise}"):
+        make("state", {"state": (3,)}, noise=noise)

@@ -8,7 +8,7 @@ from itertools import chain, repeat
 import torch
 from torch import Tensor, nn
 
-from policy.model.encoders.parts import final_mlp, join_vectors
+from policy.model.encoders.parts import check_noise, final_mlp, join_vectors
 
 # Channels per group of the group norm, as in the published code of Diffusion Policy (Chi et al. 2023).
 GROUP_WIDTH = 16
@@ -132,6 +132,7 @@ class ImageEncoder(nn.Module):
         for name, size, least in (("features", features, 1), ("shift", shift, 0)):
             if size < least:
                 raise ValueError(f"encoder.{name} must be {least} or more; got {size}")
+        check_noise(noise)
         self.shift = shift
         self.noise = noise
         # A list, because names in a ModuleDict must not contain dots, and keys such as observation.image do.

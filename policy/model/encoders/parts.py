@@ -23,6 +23,16 @@ def join_vectors(observations: Mapping[str, Tensor], keys: Sequence[str], noise:
     return x + noise * torch.randn_like(x) if noise > 0 else x
 
 
+def check_noise(noise: float) -> None:
+    """Reject a standard deviation below 0.
+
+    Raises:
+        ValueError: a negative number.
+    """
+    if not noise >= 0:
+        raise ValueError(f"encoder.noise must be 0 or more; got {noise}")
+
+
 def final_mlp(width: int, hidden_size: int, obs_size: int, dropout: float) -> nn.Sequential:
     """Build an MLP with one hidden layer and dropout, (B, width) to (B, obs_size).
 

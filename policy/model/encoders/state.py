@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from policy.model.encoders.parts import final_mlp, join_vectors
+from policy.model.encoders.parts import check_noise, final_mlp, join_vectors
 
 
 class StateEncoder(nn.Module):
@@ -42,6 +42,7 @@ class StateEncoder(nn.Module):
                     f"the state encoder takes vectors; observation {key!r} has shape {tuple(shape)}: "
                     "choose encoder=image, or leave the key out with dataset.observation_keys=[...]"
                 )
+        check_noise(noise)
         self.keys = sorted(shapes)
         self.noise = noise
         width = obs_horizon * sum(shape[0] for shape in shapes.values())

@@ -20,6 +20,14 @@ class MissingExtraError(ValueError):
     """An optional simulator, or a system library that it needs, is not installed."""
 
 
+class EnvContractError(ValueError):
+    """A simulator returned what Gymnasium, or the rule of success, has no place for; running on makes no sense."""
+
+
+class DeviationError(ValueError):
+    """A simulator returned something that ends its episode, such as NaN; the text is the whole reason."""
+
+
 class RenderingUnavailableError(RuntimeError):
     """This machine (or this environment, as it was made) cannot draw a frame."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from envs.errors import choose
@@ -12,6 +13,7 @@ from envs.errors import choose
 if TYPE_CHECKING:
     import gymnasium
 
+    from envs.checked import CheckedEnv
     from envs.collect import Expert, ExpertFactory
 
 # A family makes an environment from keyword arguments with type hints, ``render_mode`` among them.
@@ -52,14 +54,17 @@ def register_family(name: str, family: Family, expert: ExpertFactory | None = No
         EXPERTS[name] = expert
 
 
-def make(name: str, *, render_mode: str | None = None, **kwargs: Any) -> gymnasium.Env[Any, Any]:
-    """Make an environment.
+def make(
+    name: str, *, render_mode: str | None = None, max_episode_steps: int | None = None, **kwargs: Any
+) -> CheckedEnv:
+    """Make an environment, whose every value is checked.
 
     Args:
         name: ``"metaworld"`` (``task=``), ``"metaworld_tasks"`` (``tasks=``), ``"pusht"`` (``observation=``),
             ``"planar"``, ``"gym"`` (``id=``, ``kwargs=``, ``observation_keys=``, ``success=``), or a family of
             `register_family`.
         render_mode: ``None`` or ``"rgb_array"``.
+        max_episode_steps: Control steps after which an episode is truncated, by default the environment's own limit.
         **kwargs: Options of that family; its class or function describes them.
 
     Returns:
@@ -68,18 +73,26 @@ def make(name: str, *, render_mode: str | None = None, **kwargs: Any) -> gymnasi
 
     Raises:
         MissingExtraError: If its simulator, or a system library, is not installed.
-        ValueError: If a name, an option or a task is unknown; the message names the nearest one.
+        ValueError: If a name, an option or a task is unknown (the message names the nearest one), or the environment
+            has no time limit and none was given.
     """
+    from envs.checked import CheckedEnv
+
     family = load_family(name)
     if render_mode not in (None, "rgb_array"):
         raise ValueError(f"Unknown render_mode {render_mode!r}. Allowed: None, 'rgb_array'.")
     parameters = inspect.signature(family).parameters
     for option in kwargs:
-        choose(f"option of {name!r}", option, set(parameters) - {"render_mode"})
+        choose(f"option of {name!r}", option, {*parameters, "max_episode_steps"} - {"render_mode"})
     required = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
     if missing := sorted(required - set(kwargs)):
         raise ValueError(f"The environment {name!r} needs the option {missing[0]!r}.")
-    return family(render_mode=render_mode, **kwargs)
+    if max_episode_steps is not None and (type(max_episode_steps) is not int or max_episode_steps < 1):
+        raise ValueError(f"max_episode_steps must be a whole number, 1 or more; got {max_episode_steps!r}.")
+    if "max_episode_steps" in parameters:  # the simulator's own limit may be longer too
+        kwargs["max_episode_steps"] = max_episode_steps
+    title = str(kwargs.get("id", name))
+    return CheckedEnv(partial(family, render_mode=render_mode, **kwargs), title, max_episode_steps)
 
 
 def make_expert(name: str, env: gymnasium.Env[Any, Any], seed: int) -> Expert:

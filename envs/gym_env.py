@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -12,7 +13,8 @@ import numpy as np
 from gymnasium.wrappers import TransformAction, TransformObservation
 from numpy.typing import NDArray
 
-from envs.errors import import_extra, nearest
+from envs.checked import as_bool, missing_success
+from envs.errors import EnvContractError, import_extra, nearest
 from envs.rendering import rendering_errors, require_rgb_array
 from envs.spaces import Observation, plain_actions, plain_observations
 
@@ -52,7 +54,9 @@ class Outcome(NamedTuple):
 class EpisodeState(NamedTuple):
     """The facts about an episode after a control step, from which success is judged."""
 
+    name: str  # of the environment, for messages
     info: dict[str, Any]
+    keys: AbstractSet[str]  # of every info so far, those of earlier episodes too
     terminated: bool
     truncated: bool
     total: float  # sum of rewards so far
@@ -93,7 +97,9 @@ class GymEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
         observed = TransformObservation(env, observations.convert, observations.space)
         super().__init__(TransformAction[Any, Any, Any](observed, actions.convert, actions.space))
         self._rule = rule
+        self._name = env.spec.id if env.spec else type(env.unwrapped).__name__
         self._return = 0.0
+        self._keys: set[str] = set()
         self.metadata = {**env.metadata, "render_fps": control_hz or _control_hz(env)}
 
     def reset(
@@ -113,7 +119,7 @@ class GymEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
         """
         observation, info = self.env.reset(seed=seed, options=options)
         self._return = 0.0
-        score = self._rule(EpisodeState(info, False, False, 0.0)).score
+        score = self._rule(EpisodeState(self._name, info, self._keys, False, False, 0.0)).score
         return observation, {**info, "is_success": False, "score": score}
 
     def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -131,8 +137,9 @@ class GymEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
         """
         observation, reward, terminated, truncated, info = self.env.step(action)
         self._return += float(reward)
-        outcome = self._rule(EpisodeState(info, bool(terminated), bool(truncated), self._return))
-        return observation, float(reward), bool(terminated), bool(truncated), {**info, **outcome._asdict()}
+        self._keys.update(info)
+        outcome = self._rule(EpisodeState(self._name, info, self._keys, terminated, truncated, self._return))
+        return observation, float(reward), terminated, truncated, {**info, **outcome._asdict()}
 
     def render(self) -> Any:
         """Draw a frame, (H, W, 3) uint8.
@@ -154,6 +161,7 @@ def make_gym(
     image_size: int | None = None,
     success: str = "info:is_success",
     control_hz: float | None = None,
+    max_episode_steps: int | None = None,
 ) -> GymEnv:
     """Make any registered environment with a Box action.
 
@@ -168,6 +176,7 @@ def make_gym(
         success: The rule of success, see `parse_success`.
         control_hz: Control steps per second; by default 1 / ``env.dt``, or else
             ``metadata["render_fps"]``, or else 10. Only videos depend on it.
+        max_episode_steps: Control steps after which an episode is truncated, by default as the id is registered.
 
     Raises:
         MissingExtraError: If the id belongs to one of these packages and the package is not installed.
@@ -178,7 +187,9 @@ def make_gym(
     try:
         # Some environments cannot draw and do not take the argument.
         drawing: dict[str, Any] = {"render_mode": render_mode} if render_mode else {}
-        env: gymnasium.Env[Any, Any] = gymnasium.make(id, disable_env_checker=True, **drawing, **(kwargs or {}))
+        env: gymnasium.Env[Any, Any] = gymnasium.make(
+            id, max_episode_steps=max_episode_steps, disable_env_checker=True, **drawing, **(kwargs or {})
+        )
     except TypeError as error:
         raise ValueError(f"{id} does not accept kwargs={kwargs!r}: {error}") from error
     except (gymnasium.error.DependencyNotInstalled, gymnasium.error.Error) as error:
@@ -208,7 +219,7 @@ def parse_success(text: str) -> SuccessRule:
         return lambda state: Outcome(state.terminated, float(state.terminated))
     if match := re.fullmatch(r"info:(\w+)", text):
         keys = ("is_success", "success") if match[1] == "is_success" else (match[1],)
-        return lambda state: _outcome_from_info(state.info, keys)
+        return lambda state: _outcome_from_info(state, keys)
     if match := re.fullmatch(r"return>=(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text):
         threshold = float(match[1])
         return lambda state: _outcome_from_return(state, threshold)
@@ -217,8 +228,14 @@ def parse_success(text: str) -> SuccessRule:
     )
 
 
-def _outcome_from_info(info: dict[str, Any], keys: tuple[str, ...]) -> Outcome:
-    is_success = any(bool(info.get(key, False)) for key in keys)
+def _outcome_from_info(state: EpisodeState, keys: tuple[str, ...]) -> Outcome:
+    found = {key: as_bool(state.name, f"info[{key!r}]", state.info[key]) for key in keys if key in state.info}
+    if len(set(found.values())) > 1:
+        said = " and ".join(f"{key}={value}" for key, value in found.items())
+        raise EnvContractError(f"{state.name}: info has {said}: choose one, with env.success=info:KEY")
+    if (state.terminated or state.truncated) and not state.keys & set(keys):
+        raise missing_success(state.name, keys, state.keys)
+    is_success = any(found.values())
     return Outcome(is_success, float(is_success))
 
 

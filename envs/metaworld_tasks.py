@@ -35,6 +35,7 @@ class MetaWorldTasksEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]])
     """
 
     metadata = MetaWorldEnv.metadata
+    max_episode_steps = MetaWorldEnv.max_episode_steps
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ class PlanarEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}  # noqa: RUF012
+    max_episode_steps = MAX_STEPS
 
     def __init__(self, *, render_mode: str | None = None, image_size: int = 256) -> None:
         """Build the environment.

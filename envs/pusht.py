@@ -41,6 +41,7 @@ class PushTEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+    max_episode_steps = MAX_STEPS
 
     def __init__(self, *, render_mode: str | None = None, image_size: int = 256, observation: str = "features") -> None:
         """Build the environment.

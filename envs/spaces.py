@@ -14,7 +14,7 @@ from gymnasium import Space, spaces
 from gymnasium.spaces.utils import flatten, flatten_space
 from numpy.typing import ArrayLike, NDArray
 
-from envs.errors import choose
+from envs.errors import DeviationError, choose
 
 IMAGE_CHANNELS = (1, 3, 4)
 
@@ -230,7 +230,7 @@ def _at(observation: Any, key: str, path: tuple[Any, ...]) -> Any:
         try:
             observation = observation[name]
         except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(
+            raise DeviationError(
                 f"The simulator returned no {_named(key)}, which its space declares: correct its observation_space, or "
                 "leave the key out with observation_keys."
             ) from error
@@ -251,10 +251,10 @@ def _chosen(names: list[str], keys: Sequence[str]) -> list[str]:
     return [name for name in names if any(name == key or name.startswith(f"{key}/") for key in wanted)]
 
 
-def _misdeclared(key: str, space: Space[Any], value: Any) -> ValueError:
+def _misdeclared(key: str, space: Space[Any], value: Any) -> DeviationError:
     array = np.asarray(value)
     held = f"{array.item()!r}" if array.ndim == 0 else f"shape {array.shape}"
-    return ValueError(
+    return DeviationError(
         f"The simulator's {_named(key)} is declared as {_described(space)}, but it returned {held} ({array.dtype}): "
         "correct its observation_space, or leave the key out with observation_keys."
     )

@@ -125,11 +125,18 @@ def _check_node(where: str, node: Settings) -> None:
     elif where in REGISTRIES:
         check_spec(REGISTRIES[where], node)
     elif where == "env" and "name" in node:
-        check_arguments(where, families.declared_family(settings.pop("name")), settings)
+        check_arguments(where, _environment(settings.pop("name")), settings)
     elif where == "schedule":
         check_arguments(where, TARGETS[where], settings)
     elif where in TARGETS:  # names only: in a sweep, each value may be a list
         check_names(where, TARGETS[where], settings)
+
+
+def _environment(name: str) -> Declaration:
+    """Return the declaration of an environment's settings: those of its family, and the one that all have."""
+    family = declaration_of(families.declared_family(name)).signature.parameters
+    limit = declaration_of("envs.families:make").signature.parameters["max_episode_steps"]
+    return Declaration(inspect.Signature([*({limit.name: limit} | dict(family)).values()]), "")
 
 
 def _path(node: Any) -> str:

@@ -14,7 +14,7 @@ import envs.pusht_geometry
 REVISIONS = {
     envs.pusht: (
         "3f303a64342c6647d7b6d63745988e2f18e57f02a2bb88d68b811a793c2b54db",
-        "b2a21cf276f631a79c266864b70cbab8e176f11d0cf4186343d6aec3a8188687",
+        "a87430b3a64c5bec8911857ad71f21f7f3a77d32092854024a6bdbd46bea69bd",
     ),
     envs.pusht_geometry: (
         "a80451f38198d76709708dd939409064c49cfa1a6bb7ba3746b5dcd78fe9be72",

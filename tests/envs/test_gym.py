@@ -41,8 +41,8 @@ class Buttons(Counter):
     action_space = spaces.Discrete(2)
 
 
-gymnasium.register("envs_test/Counter-v0", entry_point=Counter)
-gymnasium.register("envs_test/Buttons-v0", entry_point=Buttons)
+gymnasium.register("envs_test/Counter-v0", entry_point=Counter, max_episode_steps=10)
+gymnasium.register("envs_test/Buttons-v0", entry_point=Buttons, max_episode_steps=10)
 
 
 def outcomes(**kwargs):

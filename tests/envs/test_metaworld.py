@@ -71,7 +71,7 @@ def test_every_seed_has_its_own_goal_inside_the_tasks_randomisation_space():
     env = used("reach-v3")
     goals = np.array([env.reset(seed=seed)[0][36:39] for seed in range(52)])
     assert len(np.unique(goals, axis=0)) == 52  # upstream freezes 50
-    space = env._simulator.goal_space
+    space = env.unwrapped._simulator.goal_space
     assert (goals >= space.low - 1e-6).all()
     assert (goals <= space.high + 1e-6).all()
     assert (goals.std(axis=0) > 0.2 * (space.high - space.low)).all()
@@ -93,7 +93,7 @@ def assert_agrees_with_the_bare_task(task):
     bare._partially_observable = False
     del bare.sawyer_observation_space
     bare._set_task_called = True
-    bare._last_rand_vec = env._simulator._last_rand_vec  # a goal frozen as MT1 freezes it
+    bare._last_rand_vec = env.unwrapped._simulator._last_rand_vec  # a goal frozen as MT1 freezes it
     observation, _ = bare.reset()
     expert = envs.make_expert("metaworld", env, 3)
     for step in range(80):
@@ -120,7 +120,7 @@ def test_info_spaces_and_truncation():
     assert info == {"is_success": False, "score": 0.0}
     assert env.observation_space.contains(observation)
     assert env.action_space.shape == (4,)
-    assert env.metadata["render_fps"] == round(1 / env._simulator.dt) == 80
+    assert env.metadata["render_fps"] == round(1 / env.unwrapped._simulator.dt) == 80
     expert = envs.make_expert("metaworld", env, 0)
     seen_success = False
     for step in range(1, 501):
@@ -151,7 +151,7 @@ def test_costs_little_on_top_of_the_bare_task():
         env.reset(seed=0)
         start = time.process_time()
         for _ in range(30):
-            env._simulator.step(action)
+            env.unwrapped._simulator.step(action)
         middle = time.process_time()
         for _ in range(30):
             env.step(action)

@@ -101,7 +101,7 @@ def test_a_seed_means_one_episode_whatever_happened_before():
     fresh, used = envs.make("pusht"), envs.make("pusht")
     used.reset(seed=8)
     push(used, seed=1)
-    used.set_state([100, 100, 250, 250, 1.0])
+    used.unwrapped.set_state([100, 100, 250, 250, 1.0])
     push(used, seed=2, steps=10)
     np.testing.assert_array_equal(used.reset(seed=5)[0], fresh.reset(seed=5)[0])
     for ours, theirs in zip(push(used, seed=3), push(fresh, seed=3), strict=True):
@@ -136,22 +136,22 @@ def test_initial_states_and_rewards_are_gym_pushts():
 def test_set_state_is_exact_and_repeatable():
     env = envs.make("pusht")
     for state in random_states(20, seed=1):
-        observation, info = env.set_state(state)
+        observation, info = env.unwrapped.set_state(state)
         np.testing.assert_allclose(observation, envs.pusht_features(state), atol=1e-3)
         assert 0.0 <= info["score"] <= 1.0
     state = [150.0, 300.0, 256.0, 256.0, 0.5]
-    env.set_state(state)
+    env.unwrapped.set_state(state)
     first = push(env, seed=0)
-    env.set_state(state)
+    env.unwrapped.set_state(state)
     for ours, theirs in zip(push(env, seed=0), first, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     with pytest.raises(ValueError, match="five finite numbers"):
-        env.set_state([1.0, 2.0, 3.0])
+        env.unwrapped.set_state([1.0, 2.0, 3.0])
 
 
 def test_the_goal_pose_is_success_and_terminates():
     env = envs.make("pusht")
-    _, info = env.set_state([50.0, 50.0, 256.0, 256.0, np.pi / 4])
+    _, info = env.unwrapped.set_state([50.0, 50.0, 256.0, 256.0, np.pi / 4])
     assert info["is_success"] is False  # success belongs to control steps
     assert info["score"] == 1.0
     _, reward, terminated, truncated, info = env.step(np.array([50.0, 50.0], np.float32))
@@ -162,7 +162,7 @@ def test_the_goal_pose_is_success_and_terminates():
 
 def test_truncates_after_300_steps():
     env = envs.make("pusht")
-    env.set_state([60.0, 60.0, 350.0, 350.0, 0.0])
+    env.unwrapped.set_state([60.0, 60.0, 350.0, 350.0, 0.0])
     for step in range(1, 301):
         _, _, terminated, truncated, info = env.step(np.array([60.0, 60.0], np.float32))
         assert (terminated, truncated) == (False, step == 300)
@@ -219,7 +219,7 @@ def test_an_unknown_observation_is_refused():
 def test_every_observation_is_of_the_same_physics():
     features, keypoints, image = (envs.make("pusht", observation=kind) for kind in KINDS)
     for state in random_states(5):
-        described, pointed, seen = (env.set_state(state)[0] for env in (features, keypoints, image))
+        described, pointed, seen = (env.unwrapped.set_state(state)[0] for env in (features, keypoints, image))
         for target in np.random.default_rng(1).uniform(100, 400, size=(10, 2)).astype(np.float32):
             np.testing.assert_array_equal(pointed["agent_pos"], described[:2])
             np.testing.assert_array_equal(seen["agent_pos"], described[:2])
@@ -276,13 +276,13 @@ def test_keypoints_are_those_of_the_demonstrations(row):
     state, keypoints = RECORDED[row]
     # The angle is rounded to 0.0005 rad here, and the furthest point is 124 pixels off the origin.
     np.testing.assert_allclose(envs.pusht_keypoints(state), keypoints, atol=0.08)
-    observation, _ = envs.make("pusht", observation="keypoints").set_state(state)
+    observation, _ = envs.make("pusht", observation="keypoints").unwrapped.set_state(state)
     np.testing.assert_allclose(observation["keypoint"], keypoints, atol=0.08)
     np.testing.assert_allclose(observation["agent_pos"], state[:2], atol=1e-4)
 
 
 def test_the_picture_shows_what_the_demonstrations_show():
-    observation, _ = envs.make("pusht", observation="image").set_state(RECORDED[12345][0])
+    observation, _ = envs.make("pusht", observation="image").unwrapped.set_state(RECORDED[12345][0])
     shades = {pixel: observation["image"][pixel].tolist() for pixel in SHADES}
     assert shades == {pixel: pytest.approx(shade, abs=2) for pixel, shade in SHADES.items()}
 
@@ -433,8 +433,8 @@ def test_hindsight_refuses_what_it_cannot_move(observations, words):
 def test_mirrored_keypoints_are_those_of_the_mirrored_state():
     env, mirrored_env = (envs.make("pusht", observation="keypoints") for _ in range(2))
     for state in random_states(20):
-        mirrored, _ = envs.pusht_mirror(env.set_state(state)[0], np.zeros(2, np.float32))
-        expected, _ = mirrored_env.set_state(mirror_state(state))
+        mirrored, _ = envs.pusht_mirror(env.unwrapped.set_state(state)[0], np.zeros(2, np.float32))
+        expected, _ = mirrored_env.unwrapped.set_state(mirror_state(state))
         for key in ("keypoint", "agent_pos"):
             assert mirrored[key].dtype == np.float32
             np.testing.assert_allclose(mirrored[key], expected[key], atol=1e-3)
@@ -443,9 +443,9 @@ def test_mirrored_keypoints_are_those_of_the_mirrored_state():
 def test_a_mirrored_picture_is_that_of_the_mirrored_state():
     env, mirrored_env = (envs.make("pusht", observation="image") for _ in range(2))
     for state in random_states(20):
-        observation, _ = env.set_state(state)
+        observation, _ = env.unwrapped.set_state(state)
         mirrored, _ = envs.pusht_mirror(observation, np.zeros(2, np.float32))
-        expected, _ = mirrored_env.set_state(mirror_state(state))
+        expected, _ = mirrored_env.unwrapped.set_state(mirror_state(state))
         difference = np.abs(mirrored["image"].astype(float) - expected["image"])
         # A mirrored edge is one of the table's 512 pixels off, which is a fifth of a pixel in this picture.
         assert difference.mean() < 1.0

@@ -108,7 +108,7 @@ def test_a_name_that_is_taken_is_refused(name):
     envs.register_family("mine", lambda *, render_mode=None: PlanarEnv(render_mode=render_mode))
     with pytest.raises(ValueError, match=f"There is an environment '{name}' already; register yours under another"):
         envs.register_family(name, make_small)
-    assert envs.make(name).image_size == 256
+    assert envs.make(name).unwrapped.image_size == 256
 
 
 def test_an_unknown_family_is_answered_with_the_nearest_and_with_plugins():

@@ -88,7 +88,7 @@ class CheckedEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
                 self._discard()
                 self.env = self._made()
                 self._broken = False
-            observation, info = self.env.reset(seed=seed, options=options)
+            observation, info = self.env.reset(seed=seed, **({} if options is None else {"options": options}))
             self._check(observation)
         except EnvContractError:
             raise
@@ -205,12 +205,13 @@ class _Protocol(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         try:
-            returned: Any = self.env.reset(seed=seed, options=options)
+            # An environment need not take options unless somebody gives it some.
+            returned: Any = self.env.reset(seed=seed, **({} if options is None else {"options": options}))
         except TypeError as error:
             if "unexpected keyword argument" not in str(error):
                 raise
             raise EnvContractError(
-                f"{self._name}: reset() does not take seed= and options= ({error}); Gymnasium (0.26 and later) asks for"
+                f"{self._name}: reset() cannot be called with seed= ({error}); Gymnasium (0.26 and later) asks for"
                 " reset(self, *, seed=None, options=None)"
             ) from error
         if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[1], dict):

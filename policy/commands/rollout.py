@@ -7,11 +7,21 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from policy.commands.stage import EPISODES, FIRST_SEED, NUM_ENVS, Stage, set_stage
+from policy.commands.stage import (
+    EPISODES,
+    FIRST_SEED,
+    NUM_ENVS,
+    OnEnvError,
+    Stage,
+    check_broken,
+    set_stage,
+    stop_if_broken,
+)
 from policy.common.device import torch_threads
 from policy.common.output import output_folder
+from policy.common.plugins import plugins_argument
 from policy.common.progress import progress
 from policy.control.real_time import Pace, RealTimeController, format_timing, summarize_timing
 from policy.control.receding_horizon import RecedingHorizonController
@@ -24,7 +34,7 @@ from policy.rollout.episodes import MakeEnv, play_episode, write_episodes
 from policy.rollout.latency import chunk_latency
 from policy.rollout.video import record_videos
 from policy.rollout.workers import RolloutPool
-from policy.statistics.results import EpisodeResult, format_summary, summarize
+from policy.statistics.results import EpisodeResult, describe_broken, format_summary, summarize
 from policy.tracking.tracker import OpenRun
 
 
@@ -43,6 +53,7 @@ def roll_out(
     controller: ControllerSettings,
     control_rate: float | None = None,
     env: dict[str, Any] | None = None,
+    on_env_error: Literal["count", "stop"] = "count",
     video: int = 0,
     output_dir: Path | None = None,
     tracker: OpenRun,
@@ -64,12 +75,15 @@ def roll_out(
         control_rate: control steps per second of a real-time rollout in one environment; by default, episodes run in
             simulated time, as fast as possible.
         env: another environment, or changed settings of the checkpoint's.
+        on_env_error: what to do with an episode that the simulator cannot end: `count` it as a failure with its
+            reason, or `stop` the rollout.
         video: number of first episodes to record as mp4.
         output_dir: receives `episodes.json` and the videos; by default a new folder under outputs/rollout.
         tracker: opens the tracked run.
 
     Raises:
         ValueError: settings that do not fit, before any episode starts.
+        WorkerError: more than 5 % of the episodes broke off, after all files are written.
     """
     stage = set_stage(make_env, [checkpoint], env=env, seed=seed, episodes=episodes, num_envs=num_envs, device=device)
     (loaded,) = stage.checkpoints
@@ -86,9 +100,9 @@ def roll_out(
     tracking = tracker(folder=folder, config={"checkpoint": str(checkpoint), "env": stage.env})
 
     if driver is None:
-        results = _as_fast_as_possible(policy, cell, stage, num_envs)
+        results = _as_fast_as_possible(policy, cell, stage, num_envs, on_env_error)
     else:
-        results = _against_the_clock(driver, stage, folder)
+        results = _against_the_clock(driver, stage, folder, on_env_error)
     summary = {
         **sampler.record(),
         **asdict(controller),
@@ -98,6 +112,8 @@ def roll_out(
     tracking.log_table("rollout", [summary])
     tracking.finish()
     print(format_summary(summary))
+    for warning in describe_broken(results):
+        print(f"warning: {warning}")
     print(
         f"one plan: {summary['latency_ms_median']:.1f} ms with {sampler.ddim_steps} ddim_steps"
         f" (median, batch {controller.candidates}, one thread)"
@@ -106,10 +122,13 @@ def roll_out(
     if video:
         (simulated,) = controllers_of([policy], [cell], stage.action_space)
         _record(simulated, stage.make_env, stage.seeds[:video], folder)
-    print(f"next: python scripts/sweep.py checkpoint={checkpoint}")
+    print(f"next: python scripts/sweep.py checkpoint={checkpoint}{plugins_argument()}")
+    check_broken(results)
 
 
-def _as_fast_as_possible(policy: DiffusionPolicy, cell: Cell, stage: Stage, num_envs: int) -> list[EpisodeResult]:
+def _as_fast_as_possible(
+    policy: DiffusionPolicy, cell: Cell, stage: Stage, num_envs: int, on_env_error: OnEnvError
+) -> list[EpisodeResult]:
     """Run all episodes in simulated time; return the results in the order of their seeds."""
     tasks, by_seed = [(0, seed) for seed in stage.seeds], {}
     with (
@@ -118,6 +137,7 @@ def _as_fast_as_possible(policy: DiffusionPolicy, cell: Cell, stage: Stage, num_
     ):
         for (_, seed), result in pool.run([cell], tasks):
             by_seed[seed] = result
+            stop_if_broken(result, on_env_error)
             bar.update()
     return [by_seed[seed] for seed in stage.seeds]
 
@@ -137,7 +157,9 @@ def _real_time_controller(
         )
 
 
-def _against_the_clock(controller: RealTimeController, stage: Stage, folder: Path) -> list[EpisodeResult]:
+def _against_the_clock(
+    controller: RealTimeController, stage: Stage, folder: Path, on_env_error: OnEnvError
+) -> list[EpisodeResult]:
     """Run all episodes one after the other in real time, and report their timing."""
     results, timings, overruns, control_rate = [], [], 0, controller.control_rate
     with (
@@ -150,6 +172,7 @@ def _against_the_clock(controller: RealTimeController, stage: Stage, folder: Pat
             pace = Pace(control_rate)
             results.append(play_episode(controller, simulator, seed, pace))
             timings.append(controller.timing)
+            stop_if_broken(results[-1], on_env_error)
             overruns += max(0, pace.overruns - 1)  # the first overrun is due to the reset
             bar.update()
     summary = summarize_timing(timings, control_rate, overruns)

@@ -7,20 +7,25 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gymnasium.spaces import Box
 
 from policy.checkpoint import Checkpoint, choose_env, load_checkpoint
 from policy.common.device import check_device
+from policy.common.errors import WorkerError
 from policy.common.output import episode_seeds
 from policy.common.plugins import loaded_plugins
 from policy.rollout.episodes import Env, MakeEnv, check_num_envs, check_spaces
+from policy.statistics.results import EpisodeResult, describe_broken, too_many_broken
 
 # Defaults that rollouts and sweeps share. Demonstrations use seeds from 0, rollouts during training those from 50000.
 EPISODES = 50
 FIRST_SEED = 100_000
 NUM_ENVS = 32
+
+# What to do with an episode that broke off.
+OnEnvError = Literal["count", "stop"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,3 +108,23 @@ def _probe(make_env: MakeEnv, settings: dict[str, Any], checkpoint: Checkpoint) 
         raise ValueError(
             f"{error} {checkpoint.path} was trained with a plugin: if you trust it, add plugins=[{','.join(missing)}]"
         ) from error
+
+
+def stop_if_broken(result: EpisodeResult, on_env_error: OnEnvError) -> None:
+    """End a run at the first episode that broke off, if the user asked for that.
+
+    Raises:
+        WorkerError: the episode broke off, and `on_env_error` is `stop`.
+    """
+    if result.broke_off and on_env_error == "stop":
+        raise WorkerError(f"the episode with seed {result.seed} broke off: {result.broke_off} (on_env_error=stop)")
+
+
+def check_broken(results: Sequence[EpisodeResult]) -> None:
+    """Refuse, after all work, a success rate that too many broken episodes have decided.
+
+    Raises:
+        WorkerError: more than 5 % of 20 or more episodes broke off.
+    """
+    if too_many_broken(results):
+        raise WorkerError(f"the simulator cannot be relied on: {'; '.join(describe_broken(results))}")

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from policy.commands.stage import EPISODES, FIRST_SEED, NUM_ENVS, Stage, set_stage
+from policy.commands.stage import (
+    EPISODES,
+    FIRST_SEED,
+    NUM_ENVS,
+    OnEnvError,
+    Stage,
+    check_broken,
+    set_stage,
+    stop_if_broken,
+)
 from policy.common.output import output_folder
 from policy.common.progress import progress
 from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS
@@ -43,6 +52,7 @@ def sweep(
     backend: str | list[str] = DEFAULT_BACKEND,
     weights: str | list[str] = DEFAULT_WEIGHTS,
     env: dict[str, Any] | None = None,
+    on_env_error: Literal["count", "stop"] = "count",
     margin: float = 0.05,
     videos: int | None = None,
     merge: list[Path] | None = None,
@@ -66,6 +76,8 @@ def sweep(
         backend: runs the sampling: `eager`, `fused`, `compile`, `onnx` or `cuda_graph`; a list makes an axis.
         weights: `float32`, or `int8` with `backend=onnx`; a list makes an axis.
         env: another environment, or changed settings of the checkpoint's.
+        on_env_error: what to do with an episode that the simulator cannot end: `count` it as a failure with its
+            reason, or `stop` the sweep.
         margin: the difference of success rates from which a cell counts as worse, in (0, 1).
         videos: episodes to record with each of the shown cells for the report; by default 2.
         merge: folders of finished sweeps; their results are merged, and no episode is run.
@@ -74,6 +86,7 @@ def sweep(
 
     Raises:
         ValueError: settings that do not fit, before any episode starts.
+        WorkerError: more than 5 % of the episodes broke off, after all files are written.
     """
     if not 0 < margin < 1:
         raise ValueError(f"margin is a share of the episodes, above 0 and below 1; got {margin}")
@@ -107,7 +120,7 @@ def sweep(
     with Ledger(folder / LEDGER) as ledger:
         run = tracker(folder=folder, config={"checkpoint": [str(c) for c in checkpoints], "env": stage.env})
         ids = [ledger.introduce(cell.settings) for cell in cells]
-        _run_missing(stage, cells, ids, ledger, num_envs, workers)
+        _run_missing(stage, cells, ids, ledger, num_envs, workers, on_env_error)
         results = [ledger.results(cell, stage.seeds) for cell in ids]
     ran = zip(ids, cells, results, strict=True)
     timed = progress(ran, total=len(cells), desc="latency", unit="cell")  # some backends compile for seconds
@@ -119,6 +132,7 @@ def sweep(
         return _recorded(stage, cells, rows, chosen, seeds, folder / "videos") if seeds else []
 
     publish(folder, conclude(Swept(rows=rows, results=results, env=stage.env), margin), run, record)
+    check_broken([result for found in results for result in found])
 
 
 def publish(
@@ -136,9 +150,13 @@ def publish(
     pictures = [folder / "sweep.png", folder / "sweep.svg"]
     plot_rows(rows, pictures, title=conclusion.title)
     summary = {"env": conclusion.env, "margin": conclusion.margin, "answer": conclusion.answer}
+    if conclusion.warnings:
+        summary["warnings"] = conclusion.warnings
     files = write_files(folder, rows, conclusion.episodes, summary)
     print(format_table(rows))
     print(conclusion.answer)
+    for warning in conclusion.warnings:
+        print(f"warning: {warning}")
     clips = record(conclusion.shown)
     report = folder / "report.html"
     write_report(
@@ -146,6 +164,7 @@ def publish(
         rows,
         title=conclusion.title,
         answer=conclusion.answer,
+        warnings=conclusion.warnings,
         chosen=advice.cell,
         differences=conclusion.differences,
         clips=clips,
@@ -164,6 +183,7 @@ def _run_missing(
     ledger: Ledger,
     num_envs: int,
     workers: int | None,
+    on_env_error: OnEnvError,
 ) -> None:
     """Run the episodes that the ledger does not hold, and add each to it as soon as it ends."""
     tasks = [(number, seed) for number, cell in enumerate(ids) for seed in ledger.missing(cell, stage.seeds)]
@@ -180,6 +200,7 @@ def _run_missing(
         outcomes: dict[int, list[bool]] = {number: [] for number in range(len(cells))}
         for (number, _), result in pool.run([cell.cell for cell in cells], tasks):
             ledger.add(ids[number], result)
+            stop_if_broken(result, on_env_error)
             outcomes[number].append(result.success)
             success = sum(outcomes[number]) / len(outcomes[number])
             bar.set_postfix(cell=f"{number + 1}/{len(cells)}", success=f"{success:.0%}", refresh=False)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from policy.common.device import check_device
 from policy.common.interrupt import stop_on_signal
 from policy.common.locks import only_process
 from policy.common.output import output_folder
+from policy.common.plugins import plugins_argument
 from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.diffusion.sampler import Sampler
@@ -23,7 +25,7 @@ from policy.model.config import PolicyConfig, PolicySettings
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout.cells import Cell
 from policy.rollout.episodes import MakeEnv, check_num_envs, check_spaces, run_in_process
-from policy.statistics.results import summarize
+from policy.statistics.results import describe_broken, summarize
 from policy.tracking.tracker import OpenRun, TrackedRun
 from policy.training.loop import train
 from policy.training.preparation import Run, prepare_run
@@ -120,7 +122,7 @@ def train_policy(
         print(f"checkpoint: {record.folder}" + (f"   tracked: {tracked}" if tracked else ""))
         for row in expected or []:
             print("the preset as committed reaches: " + ", ".join(f"{name}={value:g}" for name, value in row.items()))
-        print(f"next: python scripts/rollout.py checkpoint={record.folder}")
+        print(f"next: python scripts/rollout.py checkpoint={record.folder}{plugins_argument()}")
 
 
 def config_for(settings: PolicySettings, dataset: Demonstrations, auxiliary: Sequence[str]) -> PolicyConfig:
@@ -201,13 +203,19 @@ def _train(
     first_step, began = run.state.step, time.perf_counter()
     try:
         with stop_on_signal() as should_stop:
+
+            def interruptible(policy: DiffusionPolicy) -> dict[str, float]:
+                assert rollout is not None
+                with should_stop.at_once():  # the state was saved before
+                    return rollout(policy)
+
             train(
                 run,
                 settings,
                 seed=seed,
                 tracker=tracking,
                 save=record.save,
-                rollout=rollout,
+                rollout=rollout and interruptible,
                 should_stop=should_stop,
             )
     except FloatingPointError as error:
@@ -231,10 +239,11 @@ def _rolled_out(
 ) -> dict[str, float]:
     """Run a short rollout of the averaged policy, and return its metrics."""
     seeds = range(ROLLOUT_SEED, ROLLOUT_SEED + settings.rollout_episodes)
-    simulators = [make_env() for _ in range(min(num_envs, len(seeds)))]
     cell = Cell(sampler=sampler, execution_horizon=execution_horizon)
-    results = [result for _, result in run_in_process([policy], simulators, [cell], [(0, seed) for seed in seeds])]
-    for simulator in simulators:
-        simulator.close()
+    with ExitStack() as simulators:
+        opened = [simulators.enter_context(closing(make_env())) for _ in range(min(num_envs, len(seeds)))]
+        results = [result for _, result in run_in_process([policy], opened, [cell], [(0, seed) for seed in seeds])]
+    for sentence in describe_broken(results):
+        warnings.warn(sentence, stacklevel=2)
     summary = summarize(sorted(results, key=lambda result: result.seed))
     return {key: summary[key] for key in ("success_rate", "score_mean", "return_mean")}

@@ -44,6 +44,7 @@ class _Tally:
     seed: int
     observation: Any
     score: float
+    broke_off: str
     return_: float = 0.0
     steps: int = 0
 
@@ -104,7 +105,7 @@ def run_episodes(
 
     Args:
         controllers: one per cell; each uses one slot per environment.
-        envs: identical environments with `info["is_success"]` and `info["score"]`.
+        envs: identical environments of `envs.make`, or others with `is_success` and `score` in every info.
         next_task: returns the next task, or None when there are no more.
 
     Yields:
@@ -112,30 +113,32 @@ def run_episodes(
     """
     running: dict[int, _Running] = {}
 
-    def start(slot: int) -> None:
+    def start(slot: int) -> Iterator[tuple[Task, EpisodeResult]]:
+        """Start the slot's next episode; yield those that break off at once."""
         running.pop(slot, None)
-        if (task := next_task()) is not None:
+        while (task := next_task()) is not None:
             cell, seed = task
             observation, info = envs[slot].reset(seed=seed)
+            episode = _Running(
+                task=task, controller=controllers[cell], seed=seed, observation=observation, **_first(info)
+            )
+            if episode.broke_off:
+                yield task, _result(episode, False, 0)
+                continue
             controllers[cell].reset(seed, slot)
             controllers[cell].observe(observation, slot)
-            running[slot] = _Running(
-                task=task,
-                controller=controllers[cell],
-                seed=seed,
-                observation=observation,
-                score=float(info["score"]),
-            )
+            running[slot] = episode
+            return
 
     for slot in range(len(envs)):
-        start(slot)
+        yield from start(slot)
     while running:
         for controller in controllers:
             controller.plan([slot for slot, episode in running.items() if episode.controller is controller])
         for slot, episode in list(running.items()):
             if (success := _execute_chunk(envs[slot], episode, slot)) is not None:
                 yield episode.task, _result(episode, success, episode.controller.late_steps(slot))
-                start(slot)
+                yield from start(slot)
 
 
 def _execute_chunk(env: Env, episode: _Running, slot: int) -> bool | None:
@@ -156,15 +159,22 @@ def _result(episode: _Tally, success: bool, late_steps: int) -> EpisodeResult:
         return_=episode.return_,
         steps=episode.steps,
         late_steps=late_steps,
+        broke_off=episode.broke_off,
     )
+
+
+def _first(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What the info of a reset says of an episode."""
+    return {"score": float(info["score"]), "broke_off": info.get("broke_off", "")}
 
 
 def _step(env: Env, episode: _Tally, action: NDArray[np.float32]) -> tuple[bool, bool]:
     episode.observation, reward, terminated, truncated, info = env.step(action)
     episode.return_ += float(reward)
-    episode.score = max(episode.score, float(info["score"]))
+    episode.score = max(episode.score, info["score"])
     episode.steps += 1
-    success = bool(info["is_success"])
+    episode.broke_off = info.get("broke_off", "")
+    success: bool = info["is_success"]
     return success or terminated or truncated, success
 
 
@@ -202,9 +212,9 @@ def play_episode(controller: Controller, env: Env, seed: int, watch: Callable[[]
     """
     observation, info = env.reset(seed=seed)
     controller.reset(seed)
-    episode = _Tally(seed=seed, observation=observation, score=float(info["score"]))
+    episode = _Tally(seed=seed, observation=observation, **_first(info))
     watch()
-    over = success = False
+    over, success = bool(episode.broke_off), False
     while not over:
         over, success = _step(env, episode, controller.act(episode.observation))
         watch()

@@ -118,6 +118,7 @@ class RolloutPool:
             Each task with its result, in the order in which the episodes end.
 
         Raises:
+            ValueError: the environment does not keep to its contract.
             WorkerError: an episode failed three times, or processes failed repeatedly without finishing any episode.
         """
         if not self._workers:
@@ -144,6 +145,8 @@ class RolloutPool:
                         unfinished.discard(task)
                         fruitless = 0
                         yield task, replace(result, attempts=1 + attempts[task])
+                    case _Fault(refused=True) as fault:
+                        raise ValueError(fault.reason)
                     case _Fault() as fault:
                         attempts.update(worker.assigned)
                         fruitless += 1
@@ -206,9 +209,15 @@ class RolloutPool:
 
 @dataclass(frozen=True)
 class _Fault:
-    """The reason why a process cannot continue."""
+    """The reason why a process cannot continue.
+
+    Attributes:
+        reason: in words.
+        refused: whether another attempt would end in the same way, because something is wrong with the input.
+    """
 
     reason: str
+    refused: bool = False
 
 
 def _serve(
@@ -235,6 +244,8 @@ def _serve(
             controllers = controllers_of(policies, cells, envs[0].action_space, programs)
             for result in run_episodes(controllers, envs, next_task):
                 connection.send(result)
+    except ValueError as error:
+        connection.send(_Fault(str(error), refused=True))
     except Exception as error:
         traceback.print_exc()
         connection.send(_Fault(f"{type(error).__name__}: {error}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,12 @@ from typing import Any
 import numpy as np
 
 from policy.statistics.intervals import bootstrap_interval, wilson_interval
+
+# Of the seeds with which episodes broke off, a sentence names so many.
+NAMED_SEEDS = 5
+# The share of episodes that may break off, and the number of episodes from which it counts.
+MOST_BROKEN = 0.05
+MANY_EPISODES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +30,8 @@ class EpisodeResult:
         steps: control steps taken.
         late_steps: control steps without a planned action, see `ControllerSettings`.
         attempts: 1, or more if a process failed and the episode was run again with the same seed.
+        broke_off: why the simulator could not go on, which counts as a failure; empty for an episode that came to its
+            end.
     """
 
     seed: int
@@ -32,9 +41,10 @@ class EpisodeResult:
     steps: int
     late_steps: int = 0
     attempts: int = 1
+    broke_off: str = ""
 
     def row(self) -> dict[str, Any]:
-        """The result as `episodes.json` stores it."""
+        """The result as `episodes.json` stores it; `broke_off` is there only for an episode that did."""
         return {
             "seed": self.seed,
             "success": self.success,
@@ -43,6 +53,7 @@ class EpisodeResult:
             "steps": self.steps,
             "late_steps": self.late_steps,
             "attempts": self.attempts,
+            **({"broke_off": self.broke_off} if self.broke_off else {}),
         }
 
     @staticmethod
@@ -53,7 +64,8 @@ class EpisodeResult:
             KeyError: a value is missing.
         """
         values = {name: row[name] for name in ("seed", "success", "score", "steps", "attempts")}
-        return EpisodeResult(return_=row["return"], late_steps=row.get("late_steps", 0), **values)
+        later = {"late_steps": row.get("late_steps", 0), "broke_off": row.get("broke_off", "")}
+        return EpisodeResult(return_=row["return"], **later, **values)
 
 
 def summarize(results: Sequence[EpisodeResult]) -> dict[str, Any]:
@@ -64,7 +76,7 @@ def summarize(results: Sequence[EpisodeResult]) -> dict[str, Any]:
 
     Returns:
         JSON data: `episodes successes success_rate success_low success_high score_mean score_low score_high return_mean
-        steps_mean late_steps_mean`.
+        steps_mean late_steps_mean broke_off`, the last one the number of episodes that broke off.
 
     Raises:
         ValueError: no results, or a score outside [0, 1].
@@ -85,7 +97,32 @@ def summarize(results: Sequence[EpisodeResult]) -> dict[str, Any]:
         "return_mean": float(np.mean([result.return_ for result in results])),
         "steps_mean": float(np.mean([result.steps for result in results])),
         "late_steps_mean": float(np.mean([result.late_steps for result in results])),
+        "broke_off": sum(bool(result.broke_off) for result in results),
     }
+
+
+def describe_broken(results: Sequence[EpisodeResult]) -> list[str]:
+    """Say how many episodes broke off, one sentence for each reason, the most frequent first.
+
+    Args:
+        results: the results of a rollout, or of all cells of a sweep.
+
+    Returns:
+        The sentences; none if every episode came to its end.
+    """
+    reasons = Counter(result.broke_off for result in results if result.broke_off)
+    sentences = []
+    for reason, count in reasons.most_common():
+        seeds = sorted({result.seed for result in results if result.broke_off == reason})
+        named = ", ".join(map(str, seeds[:NAMED_SEEDS])) + (", ..." if len(seeds) > NAMED_SEEDS else "")
+        sentences.append(f"{count} of {len(results)} episodes broke off: {reason} (seeds {named})")
+    return sentences
+
+
+def too_many_broken(results: Sequence[EpisodeResult]) -> bool:
+    """Whether more than 5 % of 20 or more episodes broke off: such a success rate is one of the simulator."""
+    broken = sum(bool(result.broke_off) for result in results)
+    return len(results) >= MANY_EPISODES and broken > MOST_BROKEN * len(results)
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from policy.statistics.paired import compare_success
 from policy.statistics.recommendation import Recommendation, recommend
-from policy.statistics.results import EpisodeResult
+from policy.statistics.results import EpisodeResult, describe_broken
 from policy.sweep.grid import Row, uniform, varying
 
 
@@ -41,6 +41,7 @@ class Conclusion:
         margin: see `recommend`.
         advice: the recommendation.
         answer: the recommendation in a sentence, with its figures.
+        warnings: what a reader must know besides, in sentences.
     """
 
     title: str
@@ -50,6 +51,7 @@ class Conclusion:
     margin: float
     advice: Recommendation
     answer: str
+    warnings: list[str]
 
     @property
     def shown(self) -> list[int]:
@@ -103,15 +105,19 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
             {**row, **to_best, "not_worse": verdict.verdict}
             for row, to_best, verdict in zip(rows, differences, advice.cells, strict=True)
         ],
-        episodes=[
-            {"cell": row["cell"], **result.row()}
-            for row, found in zip(rows, swept.results, strict=True)
-            for result in found
-        ],
+        episodes=uniform(
+            [
+                {"cell": row["cell"], **result.row()}
+                for row, found in zip(rows, swept.results, strict=True)
+                for result in found
+            ],
+            later={"broke_off": ""},
+        ),
         env=swept.env,
         margin=margin,
         advice=advice,
         answer=answer_of(rows, advice),
+        warnings=describe_broken([result for found in swept.results for result in found]),
     )
 
 
@@ -188,7 +194,7 @@ def read_swept(folders: Sequence[Path]) -> Swept:
             raise ValueError(f"{folder} holds no finished sweep ({error!r}): run it to its end first") from error
         first = first or seen
         if differs := [name for name in seen if seen[name] != first[name]]:
-            raise ValueError(f"{folder} has other {differs[0]} than {folders[0]}: only equal ones can be compared")
+            raise ValueError(f"{differs[0]} of {folder} and of {folders[0]} differ: only equal ones can be compared")
         if repeated := found.keys() & {row["cell"] for row in rows}:
             raise ValueError(f"{folder} repeats the cell {min(repeated)}: leave one of them out")
         rows += found.values()

@@ -23,6 +23,8 @@ Row = dict[str, Any]
 # The settings that may differ between cells, in the order of the table's first columns.
 SAMPLER_AXES = tuple(field.name for field in dataclasses.fields(Sampler))
 CONTROLLER_AXES = tuple(field.name for field in dataclasses.fields(ControllerSettings))
+# Columns of the table that older sweeps do not have: settings, and the number of episodes that broke off.
+LATER_COLUMNS = {**LATER_SETTINGS, "broke_off": 0}
 AXES = ("checkpoint", *SAMPLER_AXES, "execution_horizon", *CONTROLLER_AXES, "backend", "weights")
 
 
@@ -175,16 +177,17 @@ def varying(rows: Sequence[Row]) -> list[str]:
     return [axis for axis in AXES if axis != "ddim_steps" and len({row.get(axis) for row in rows}) > 1]
 
 
-def uniform(rows: Sequence[Row]) -> list[Row]:
-    """Give all rows the same columns; a setting that was added later gets one only if a row uses it.
+def uniform(rows: Sequence[Row], later: Mapping[str, Any] = LATER_COLUMNS) -> list[Row]:
+    """Give all rows the same columns; one that was added later is left out unless a row uses it.
 
     Args:
         rows: the rows of one sweep, or of several that different versions wrote.
+        later: the columns that were added later, with the value that means what was so before.
 
     Returns:
         The rows, in their order.
     """
-    used = {name for name, before in LATER_SETTINGS.items() if any(row.get(name, before) != before for row in rows)}
-    unused = LATER_SETTINGS.keys() - used
-    filled = [{**row, **{name: LATER_SETTINGS[name] for name in used - row.keys()}} for row in rows]
+    used = {name for name, before in later.items() if any(row.get(name, before) != before for row in rows)}
+    unused = later.keys() - used
+    filled = [{**row, **{name: later[name] for name in used - row.keys()}} for row in rows]
     return [{name: value for name, value in row.items() if name not in unused} for row in filled]

@@ -44,6 +44,7 @@ def write_report(
     *,
     title: str,
     answer: str,
+    warnings: Sequence[str] = (),
     chosen: int | None,
     differences: Sequence[str],
     clips: Sequence[Clip],
@@ -57,6 +58,7 @@ def write_report(
         rows: the cells' rows.
         title: says what was swept.
         answer: the recommendation, in a sentence.
+        warnings: what a reader must know besides, in sentences.
         chosen: index of the recommended row, or None.
         differences: how each row compares with the best one, in words.
         clips: recorded episodes; those with the same seed stand side by side.
@@ -79,6 +81,7 @@ def write_report(
         title=title,
         episodes_per_cell=rows[0]["episodes"],
         answer=answer,
+        warnings=warnings,
         plots={scheme: _plot(rows, scheme) for scheme in STYLES},
         heads=[*heads, "against the best"],
         lines=[[*line, difference] for line, difference in zip(lines, differences, strict=True)],

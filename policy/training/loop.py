@@ -88,10 +88,13 @@ class _Trainer:
     settings: TrainSettings
     seed: int
     rollout: Callable[[DiffusionPolicy], dict[str, float]] | None
+    should_stop: Callable[[], bool]
+    tracker: MetricsLog
+    save: Callable[[TrainState], None]
     unread: list[Outcome] = field(default_factory=list)
 
     def metrics_due(self) -> dict[str, float]:
-        """The metrics to log after the newest step: losses and the results of a rollout; empty after most steps."""
+        """The losses to log after the newest step; empty after most steps."""
         state, settings, metrics = self.run.state, self.settings, dict[str, float]()
         last = state.step == settings.all_steps
         if last or state.step % settings.log_every == 0:
@@ -100,15 +103,54 @@ class _Trainer:
             state.recent.clear()
         if len(self.run.validation) and (last or state.step % settings.val_every == 0):
             metrics["val/loss"] = validation_loss(state.ema, self.run.validation)
-        if self.rollout and settings.rollout_every and state.step % settings.rollout_every == 0:
-            metrics.update({f"rollout/{k}": v for k, v in self.rollout(state.ema).items()})
         return metrics
 
-    def saving_due(self, metrics: Mapping[str, float]) -> bool:
-        """Whether to save after the newest step: at intervals, at the end, and after every rollout."""
+    def rollout_due(self) -> bool:
+        """Whether the newest step is followed by a rollout that is not in the history yet."""
+        state, every = self.run.state, self.settings.rollout_every
+        if not (self.rollout and every and state.step and state.step % every == 0):
+            return False
+        return not any(name.startswith("rollout/") for name in self.recorded())
+
+    def roll_out(self) -> bool:
+        """Roll out the averaged policy, record its metrics and save; return False if the user interrupted it."""
+        assert self.rollout is not None
+        try:
+            self.record({f"rollout/{name}": value for name, value in self.rollout(self.run.state.ema).items()})
+        except KeyboardInterrupt:
+            if not self.should_stop():
+                raise
+            return False
+        except Exception as error:  # whatever a simulator does, training goes on
+            step = self.run.state.step
+            warnings.warn(f"the rollout at step {step} did not finish, training goes on: {error}", stacklevel=2)
+        self.tracker.log(self.recorded(), self.run.state.step)
+        self.save_now()
+        return True
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """Add metrics to the newest step's entry in the history."""
+        state = self.run.state
+        if not self.recorded():
+            state.history.append({"step": state.step})
+        state.history[-1].update(metrics)
+
+    def recorded(self) -> dict[str, float]:
+        """The metrics of the newest step in the history; empty if it has none."""
+        state = self.run.state
+        entry = state.history[-1] if state.history and state.history[-1]["step"] == state.step else {}
+        return {name: value for name, value in entry.items() if name != "step"}
+
+    def save_now(self) -> None:
+        """Save the state, once every step in it has been read and its weights are known to be finite."""
+        self.read()
+        _check_weights(self.run.state)
+        self.save(self.run.state)
+
+    def saving_due(self) -> bool:
+        """Whether to save after the newest step: at intervals and at the end."""
         step = self.run.state.step
-        rolled_out = any(key.startswith("rollout/") for key in metrics)
-        return step == self.settings.all_steps or rolled_out or step % self.settings.save_every == 0
+        return step == self.settings.all_steps or step % self.settings.save_every == 0
 
     def read(self) -> None:
         """Copy the loss and the gradient norm of the newest steps to the CPU and into the state."""
@@ -138,8 +180,9 @@ def train(
         settings: see `TrainSettings`.
         seed: the run's seed.
         tracker: receives the metrics.
-        save: called every `save_every` steps, after rollouts, and at the end, also when stopped.
-        rollout: called with the averaged policy every `rollout_every` steps; returns metrics.
+        save: called every `save_every` steps, before and after rollouts, and at the end, also when stopped.
+        rollout: called with the averaged policy every `rollout_every` steps; returns metrics. One that raises is a
+            warning without metrics; one that was interrupted is repeated when training goes on.
         should_stop: called after every step; if it returns True, the state is saved and training ends.
 
     Raises:
@@ -147,13 +190,16 @@ def train(
             have such a loss or gradient, or the weights are not finite. The state is then not saved.
     """
     state = run.state
-    trainer = _Trainer(run=run, settings=settings, seed=seed, rollout=rollout)
+    trainer = _Trainer(
+        run=run, settings=settings, seed=seed, rollout=rollout, should_stop=should_stop, tracker=tracker, save=save
+    )
     phases, begun = phases_of(settings), -1
-    steps = range(state.step, settings.all_steps)
+    if trainer.rollout_due() and not trainer.roll_out():  # the run had been interrupted in it
+        return
     with progress(total=settings.all_steps, initial=state.step, desc="train", unit="step") as bar:
-        for windows, batch in batches_ahead(run.training, steps, settings.batch_size, seed):
-            number, _ = settings.place(state.step)
-            if number != begun:
+        ahead = batches_ahead(run.training, range(state.step, settings.all_steps), settings.batch_size, seed)
+        for windows, batch in ahead:
+            if (number := settings.place(state.step)[0]) != begun:
                 phases[number].begin(state)
                 begun = number
             trainer.unread.append((windows, _train_step(state, phases[number], batch, settings, seed)))
@@ -162,14 +208,14 @@ def train(
             if metrics := trainer.metrics_due():
                 if "train/learning_rate" in metrics:
                     bar.set_postfix(loss=f"{metrics.get('train/loss', math.nan):.4f}", refresh=False)
-                state.history.append({"step": state.step, **metrics})
+                trainer.record(metrics)
+            rollout_due = trainer.rollout_due()
+            if metrics and not rollout_due:
                 tracker.log(metrics, state.step)
             stopping = should_stop()
-            if stopping or trainer.saving_due(metrics):
-                trainer.read()
-                _check_weights(state)
-                save(state)
-            if stopping:
+            if stopping or rollout_due or trainer.saving_due():
+                trainer.save_now()
+            if stopping or (rollout_due and not trainer.roll_out()):
                 break
 
 

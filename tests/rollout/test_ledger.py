@@ -94,6 +94,7 @@ def test_every_result_is_on_disk_as_soon_as_it_was_added(file):
             "steps": st.integers(1, 10**6),
             "late_steps": st.integers(0, 10**6),
             "attempts": st.integers(1, 3),
+            "broke_off": st.just("") | st.text(),
         }
     )
 )

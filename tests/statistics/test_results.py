@@ -49,6 +49,7 @@ def test_summary_figures():
         "return_mean": 24.5,
         "steps_mean": 34.5,
         "late_steps_mean": 0.0,
+        "broke_off": 0,
     }
     z, p, n = 1.959963984540054, 0.9, 50  # Wilson (1927), by hand
     centre, half = (p + z * z / (2 * n)), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))

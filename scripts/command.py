@@ -13,14 +13,15 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from policy.common.arguments import unknown_name
 from policy.common.errors import SaveError, WorkerError
 from policy.common.plugins import load_plugins
-from scripts.settings import CONF, GROUPS, Task, add_registered_options, help_text
+from scripts.settings import CONF, GROUPS, Task, add_registered_options, help_text, registered_options
 
 
 def command(name: str, target: str, example: str, inline: Mapping[str, str] | None = None) -> Callable[[], None]:
@@ -61,11 +62,22 @@ def _main(task: Task, example: str) -> None:
 
 def _plugins(arguments: list[str]) -> list[str]:
     """Return the modules that `plugins=` names. They are imported first: other arguments may choose their options."""
-    for argument in arguments:
-        if argument.lstrip("+").startswith("plugins="):
-            value = OverridesParser.create().parse_override(argument).value()
-            return [str(part) for part in (value if isinstance(value, list) else [value])]
-    return []
+    given = [argument for argument in arguments if argument.lstrip("+").startswith("plugins=")]
+    return _module_names(OverridesParser.create().parse_override(given[-1]).value()) if given else []
+
+
+def _module_names(value: object) -> list[str]:
+    """Check the value of `plugins`.
+
+    Raises:
+        ValueError: it is neither the name of a module nor a list of them.
+    """
+    names: list[str] = []
+    for name in value if isinstance(value, list) else [value]:
+        if not (isinstance(name, str) and all(part.isidentifier() for part in name.split("."))):
+            raise ValueError(f"plugins takes modules as Python imports them, such as plugins=[my_own]; got {value!r}")
+        names.append(name)
+    return names
 
 
 def _allow_defaulted(argument: str) -> str:
@@ -81,13 +93,21 @@ def _allow_defaulted(argument: str) -> str:
     return f"++{argument}" if plain else argument
 
 
+def _no_such_option(error: MissingConfigException) -> Exception:
+    """Say a choice that a group does not have as other misspelt names are said."""
+    group, _, option = (error.missing_cfg_file or "").partition("/")
+    if group not in GROUPS or not option:
+        return error
+    known = {*GROUPS[group], *registered_options().get(group, {})}
+    return ValueError(f"{unknown_name(group, option, known)}; one of your own comes with plugins=[its module]")
+
+
 def _run(config: DictConfig, task: Task) -> None:
     with _refusals():  # inside Hydra, which would otherwise report the error as well
         container = OmegaConf.to_container(config, resolve=True)
         assert isinstance(container, dict)
         settings = {str(key): value for key, value in container.items()}
-        plugins = settings.pop("plugins", None) or []
-        load_plugins([str(plugin) for plugin in (plugins if isinstance(plugins, list) else [plugins])])
+        load_plugins(_module_names(settings.pop("plugins", [])))
         hydra_config = HydraConfig.get()
         if hydra_config.mode is RunMode.MULTIRUN and "output_dir" in task.parameters:
             # Jobs that run side by side must not write into one folder.
@@ -101,6 +121,9 @@ def _refusals() -> Iterator[None]:
     """Report errors in one sentence without a traceback, and exit with 2 for invalid input or 1 for failed work."""
     try:
         yield
+    except MissingConfigException as error:
+        print(f"error: {' '.join(str(_no_such_option(error)).split())}", file=sys.stderr)
+        sys.exit(2)
     except (HydraException, OmegaConfBaseException, ValueError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -32,6 +32,8 @@ TARGETS = {
     "sampler": "policy.diffusion.sampler:Sampler",
     "controller": "policy.control.timeline:ControllerSettings",
 }
+# The setting that every command has.
+PLUGINS = inspect.Parameter("plugins", inspect.Parameter.KEYWORD_ONLY, default=(), annotation=list[str])
 READ = "policy.data.reading.read_demonstrations"
 
 Settings = dict[str, Any]
@@ -78,8 +80,8 @@ class Task:
         for name, value in settings.items():
             if name in parameters and isinstance(value, dict):
                 _check_node(name, value)
-        takes = Declaration(inspect.Signature(list(parameters.values())), "")
-        check_arguments(self.name, takes, settings, prefix="")
+        known = inspect.Signature([*parameters.values(), PLUGINS])
+        check_arguments(self.name, Declaration(known, ""), settings, prefix="")
         for name, value in settings.items():
             if isinstance(value, dict) and "_target_" in value and not value.get("_partial_", False):
                 _require(name, _path(value), value)
@@ -100,15 +102,19 @@ class Task:
         function(**check_arguments(self.name, function, built, prefix=""))
 
 
-def add_registered_options() -> None:
-    """Let GROUP=NAME choose registered parts that have no file in conf/, such as those of plugins."""
-    registered = {
+def registered_options() -> dict[str, dict[str, Settings]]:
+    """The registered parts that GROUP=NAME may choose, each with the settings that choose it."""
+    return {
         **{group: {name: {"name": name} for name in registry} for group, registry in REGISTRIES.items()},
         "env": {name: {"name": name} for name in families.FAMILIES},
         "dataset": {name: {"_target_": READ, "format": name} for name in FORMATS},
     }
+
+
+def add_registered_options() -> None:
+    """Let GROUP=NAME choose registered parts that have no file in conf/, such as those of plugins."""
     store = ConfigStore.instance()
-    for group, options in registered.items():
+    for group, options in registered_options().items():
         for name, node in options.items():
             if not (CONF / group / f"{name}.yaml").exists():
                 store.store(group=group, name=name, node=node)
@@ -136,7 +142,8 @@ def _environment(name: str) -> Declaration:
     """Return the declaration of an environment's settings: those of its family, and the one that all have."""
     family = declaration_of(families.declared_family(name)).signature.parameters
     limit = declaration_of("envs.families:make").signature.parameters["max_episode_steps"]
-    return Declaration(inspect.Signature([*({limit.name: limit} | dict(family)).values()]), "")
+    takes = {limit.name: limit, **family}
+    return Declaration(inspect.Signature(sorted(takes.values(), key=lambda parameter: parameter.kind)), "")
 
 
 def _path(node: Any) -> str:

@@ -77,7 +77,8 @@ def imports(path, outside_functions=False):
                 f"{module}.{alias.name}" for alias in node.names if module.split(".")[0] in FIRST_PARTY
             }
         elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
-            names |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+            given = [*node.args, *(keyword.value for keyword in node.keywords)]
+            names |= {a.value for a in given if isinstance(a, ast.Constant) and isinstance(a.value, str)}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not outside_functions:
             module, colon, name = node.value.partition(":")
             if colon and name.isidentifier() and module.split(".")[0] in FIRST_PARTY and " " not in module:
@@ -111,6 +112,10 @@ def wrong_ways():
         here = room_of(module_of(path))
         for name in imports(path) if here else ():
             there = room_of(name)
+            if there is None and name.split(".")[0] == "policy":
+                found.append(
+                    f"{path.relative_to(ROOT)} ({here}) imports {name} from the face, which leads to every room"
+                )
             if there is not None and ROOMS.index(there) > ROOMS.index(here):
                 found.append(f"{path.relative_to(ROOT)} ({here}) imports {name} ({there}), a room after its own")
     return sorted(found)
@@ -172,6 +177,21 @@ def test_every_file_of_policy_is_in_a_room():
 def test_each_room_imports_only_from_rooms_before_it():
     assert len(files("policy")) > 80
     assert wrong_ways() == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from policy import load_checkpoint",
+        "def f():\n    import policy\n    return policy.load_checkpoint",
+        "from importlib import import_module\nimport_module(name='policy.commands.train')",
+    ],
+)
+def test_an_import_through_the_face_or_by_keyword_is_found_too(line, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "policy" / "common").mkdir(parents=True)
+    (tmp_path / "policy" / "common" / "late.py").write_text(f"{line}\n")
+    assert any("policy/common/late.py (common) imports" in words for words in wrong_ways())
 
 
 def test_an_import_from_a_later_room_is_named_with_both_rooms(tmp_path, monkeypatch):

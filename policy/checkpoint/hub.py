@@ -66,4 +66,11 @@ def _write(folder: Path, policy: DiffusionPolicy) -> None:
     training = dict(origin.training)
     if isinstance(training.get("dataset"), str):
         training["dataset"] = Path(training["dataset"]).name  # the rest of the path is private
-    write_policy(folder, policy, env=origin.env, execution_horizon=origin.execution_horizon, training=training)
+    write_policy(
+        folder,
+        policy,
+        env=origin.env,
+        execution_horizon=origin.execution_horizon,
+        training=training,
+        plugins=origin.plugins,
+    )

@@ -97,7 +97,8 @@ def load_checkpoint(folder: Path | str, device: str = "cpu", *, root: Path | Non
         _check_fit(config, tensors, opened.path)
         policy = DiffusionPolicy(config)
         policy.load_state_dict(tensors)
-    policy.origin = Origin(env=env, execution_horizon=execution_horizon, training=training)
+    plugins = _plugins(opened)
+    policy.origin = Origin(env=env, execution_horizon=execution_horizon, training=training, plugins=plugins)
     return Checkpoint(
         policy=policy.to(device).eval().requires_grad_(False),
         env=env,
@@ -105,7 +106,7 @@ def load_checkpoint(folder: Path | str, device: str = "cpu", *, root: Path | Non
         training=training,
         path=opened.path,
         digest=digest[:16],
-        plugins=_plugins(opened),
+        plugins=plugins,
     )
 
 

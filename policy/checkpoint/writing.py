@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ def write_policy(
     env: Mapping[str, Any] | None,
     execution_horizon: int,
     training: Mapping[str, Any],
+    plugins: Sequence[str] = (),
 ) -> None:
     """Write the files that acting needs; `seal` completes the folder.
 
@@ -77,7 +78,9 @@ def write_policy(
         env: how to make the environment, or None.
         execution_horizon: recorded for rollouts.
         training: how it was trained, JSON data.
+        plugins: plugins that were loaded when it was trained, besides those of this process.
     """
+    needed = list(dict.fromkeys([*plugins, *loaded_plugins()]))
     config = {
         "schema_version": SCHEMA_VERSION,
         "policy": config_to_json(policy.config),
@@ -85,7 +88,7 @@ def write_policy(
         "execution_horizon": execution_horizon,
         "training": dict(training),
         # Stored for error messages only: loading a checkpoint does not import them.
-        **({"plugins": loaded_plugins()} if loaded_plugins() else {}),
+        **({"plugins": needed} if needed else {}),
         "versions": {
             "python": platform.python_version(),
             **{p: version(p) for p in ("ddim-policy", "numpy")},

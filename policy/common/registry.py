@@ -18,6 +18,7 @@ class Registry(Mapping[str, T], Generic[T]):
     Args:
         kind: kind of the parts, for messages, such as `denoiser`.
         parts: `module:attribute` of each part, by name.
+        type: type of the parts; by default they are classes or functions.
 
     Example:
         >>> shapes = Registry("shape", {"path": "pathlib:PurePosixPath"})
@@ -29,20 +30,25 @@ class Registry(Mapping[str, T], Generic[T]):
         KeyError: 'pth'
     """
 
-    def __init__(self, kind: str, parts: Mapping[str, str]) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, parts: Mapping[str, str], type: type[T] | None = None) -> None:
+        self.kind, self.type = kind, type
         self._parts: dict[str, str | T] = dict(parts)
 
     def register(self, name: str, part: T) -> None:
         """Add a part.
 
         Args:
-            name: name of the part in checkpoints and settings.
-            part: the class or function, with the interface of the built-in parts.
+            name: name of the part in checkpoints and settings, an identifier.
+            part: the class, function or object, with the interface of the built-in parts.
 
         Raises:
-            ValueError: another part has that name.
+            ValueError: another part has that name, or one of the two cannot be used.
         """
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"the name of a {self.kind} must be an identifier, such as my_own; got {name!r}")
+        if not (isinstance(part, self.type) if self.type else callable(part)):
+            wanted = f"a {self.type.__name__}" if self.type else "a class or function"
+            raise ValueError(f"the {self.kind} {name!r} must be {wanted}; got {part!r}")
         if name in self._parts and self[name] is not part:
             raise ValueError(f"there is a {self.kind} {name!r} already: register yours under another name")
         self._parts[name] = part

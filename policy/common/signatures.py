@@ -84,10 +84,27 @@ def declaration_of(target: str | Callable[..., Any] | Declaration) -> Declaratio
 
 def _of_object(target: Any) -> Declaration:
     function = getattr(target, "func", target)  # unwrap a functools.partial
-    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    hints = _hints(function.__init__ if inspect.isclass(function) else function)
     signature = inspect.signature(target)
     parameters = [p.replace(annotation=hints.get(name, Any)) for name, p in signature.parameters.items()]
     return Declaration(signature.replace(parameters=parameters), inspect.getdoc(function) or "")
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    """Return the type hints of a function; one that cannot be resolved, as under TYPE_CHECKING, becomes `Any`."""
+    try:
+        return typing.get_type_hints(function)
+    except Exception:
+        pass
+    names = {**vars(typing), **NAMES, **getattr(function, "__globals__", {})}
+    hints: dict[str, Any] = {}
+    for name, annotation in getattr(function, "__annotations__", {}).items():
+        try:
+            # The evaluated source is of a function that was imported already.
+            hints[name] = eval(annotation, names) if isinstance(annotation, str) else annotation
+        except Exception:
+            hints[name] = Any
+    return hints
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from policy.data.demonstrations import Demonstrations
 from policy.data.episode import Episode, EpisodeReader, Relabel, Request, Transform, as_images
 from policy.data.files import fingerprint, list_files
 from policy.data.formats import FORMATS
+from policy.data.formats.format import Format
 
 # Increase it when the meaning of cached data changes, so that older entries are not found any more.
 CACHE_VERSION = 1
@@ -160,6 +161,7 @@ class _Reading:
             "transform": self.transform and _code_of("transform", self.transform),
             "image_size": self.image_size,
             "path": str(self.path.resolve()),
+            **({"reader": reader} if (reader := _code_of_own(FORMATS[self.format])) else {}),
         }
 
     def _open(self, files: dict[str, Path]) -> EpisodeReader:
@@ -212,6 +214,16 @@ def resized(images: NDArray[Any], size: int) -> NDArray[np.uint8]:
     frames = [Image.fromarray(image.squeeze(axis=2) if image.shape[2] == 1 else image) for image in images]
     smaller = [np.asarray(frame.resize((size, size), Image.Resampling.BILINEAR)) for frame in frames]
     return np.stack(smaller).reshape(len(images), size, size, images.shape[3])
+
+
+def _code_of_own(format: Format) -> str | None:
+    """Identify the code of a user's own format; `CACHE_VERSION` identifies that of the built-in ones."""
+    module = getattr(inspect.getmodule(getattr(format.open, "func", format.open)), "__name__", "")
+    if module.startswith("policy.data.formats."):
+        return None
+    with suppress(ValueError):  # code that was typed in has no file
+        return _code_of("format", format.open)
+    return None
 
 
 def _code_of(setting: str, given: Callable[..., Any]) -> str:

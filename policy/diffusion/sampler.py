@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from policy.diffusion.coefficients import SOLVERS
@@ -95,8 +96,27 @@ class Sampler:
         return Course(timesteps=timesteps, signal=alpha_cumprod**0.5, noise=(1 - alpha_cumprod) ** 0.5)
 
     def table(self, schedule: NoiseSchedule, course: Course, prediction_type: str) -> Tensor:
-        """Return the solver's coefficients, (ddim_steps, 5) float64; see `policy.diffusion.coefficients`."""
-        return SOLVERS[self.solver](schedule, course.timesteps, self.eta, prediction_type)
+        """Return the solver's coefficients, (ddim_steps, 5) float64; see `policy.diffusion.coefficients`.
+
+        Raises:
+            ValueError: a solver of the user's own fails, or returns no such table.
+        """
+        try:
+            table = SOLVERS[self.solver](schedule, course.timesteps, self.eta, prediction_type)
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(f"the solver {self.solver!r} failed with {type(error).__name__}: {error}") from error
+        shape = (len(course.timesteps), 5)
+        if not isinstance(table, Tensor) or table.shape != shape or table.dtype != torch.float64:
+            found = f"{table.dtype} of shape {tuple(table.shape)}" if isinstance(table, Tensor) else repr(table)
+            raise ValueError(
+                f"the solver {self.solver!r} must return a table of shape {shape}, float64, one row for each denoising"
+                f" step; got {found}"
+            )
+        if not table.isfinite().all():
+            raise ValueError(f"the table of the solver {self.solver!r} holds numbers that are not finite")
+        return table
 
     def _warm_range(self, num_steps: int) -> int:
         assert self.warm_start is not None

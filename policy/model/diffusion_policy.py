@@ -13,6 +13,7 @@ from policy.diffusion.sampler import Sampler
 from policy.diffusion.schedule import check_signal, loss_weights, make_schedule
 from policy.model.config import PolicyConfig
 from policy.model.denoisers import DENOISERS
+from policy.model.denoisers.denoiser import check_denoiser
 from policy.model.encoders import ENCODERS
 from policy.model.normalizer import Normalizer
 from policy.model.storage import SharedPolicy
@@ -66,6 +67,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
             action_horizon=config.action_horizon,
             num_steps=self.schedule.num_steps,
         )
+        check_denoiser(config.denoiser["name"], self.denoiser)
         # Built last, so that the initial weights of the other parts are the same with and without auxiliary heads.
         self.auxiliary_heads = nn.ModuleDict(
             {key: nn.Linear(config.obs_size, shape[0]) for key, shape in config.auxiliary_shapes.items()}

@@ -23,11 +23,13 @@ class Origin:
         env: settings that make its environment, or None.
         execution_horizon: the execution horizon of the rollouts during its training.
         training: the record of its training, as JSON data.
+        plugins: names of the plugins that were loaded when it was trained, for messages only.
     """
 
     env: dict[str, Any] | None = None
     execution_horizon: int
     training: dict[str, Any] = field(default_factory=dict)
+    plugins: tuple[str, ...] = ()
 
 
 class PolicyStorage(Protocol):

@@ -14,8 +14,9 @@ from hydra.core.config_store import ConfigStore
 
 import envs
 from envs import families
-from policy import DENOISERS, ENCODERS, FORMATS, SOLVERS
+from policy import DENOISERS, ENCODERS, FORMATS, SOLVERS, load_checkpoint
 from policy.common import plugins
+from policy.data.formats.format import Format
 from tests.conftest import ENVIRONMENT, ROOT
 
 # A user's module, in the folder that the commands are run in.
@@ -275,7 +276,7 @@ def test_a_plugin_that_cannot_be_imported_is_refused_in_one_sentence(plugin, sou
 def test_a_name_that_is_taken_is_refused(registry, name, here):
     built_in = registry[name]
     with pytest.raises(ValueError, match=f"there is a {registry.kind} '{name}' already: register yours under another"):
-        registry.register(name, object())
+        registry.register(name, Format(open=open) if registry is FORMATS else lambda: None)
     registry.register(name, built_in)  # the same part again, as when a module is imported twice
     assert registry[name] is built_in
 
@@ -286,6 +287,83 @@ def test_a_family_that_is_taken_is_refused_and_a_plugin_that_takes_one_says_so(h
     (here / "my_own.py").write_text("import policy\npolicy.DENOISERS.register('unet', object)\n")
     error = one_sentence(run_command("train", "plugins=[my_own]", "dataset.path=x", check=2).stderr)
     assert "there is a denoiser 'unet' already: register yours under another name" in error
+
+
+def test_a_converted_dataset_is_not_served_again_once_the_code_of_its_format_has_changed(here, run_command):
+    (here / "data").mkdir()
+    np.savez(here / "data/one.npz", state=np.ones((9, 4), np.float32), action=np.ones((9, 2), np.float32))
+    means = []
+    for factor in (1, 100):
+        (here / "my_own.py").write_text(MY_PARTS.replace('["action"]', f'["action"] * {factor}'))
+        with a_user(here):
+            run_command(
+                "inspect_data", "plugins=[my_own]", "dataset=mine", "dataset.path=data", f"output_dir=i{factor}"
+            )
+        keys = {row["key"]: row for row in json.loads((here / f"i{factor}/inspect.json").read_text())["keys"]}
+        means.append(keys["actions"]["whole"]["mean"])
+    assert means == [1.0, 100.0]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return ddim_coefficients(*given)[:-1]", r"must return a table of shape (2, 5), float64"),
+        ("return ddim_coefficients(*given)[:, :4]", r"must return a table of shape (2, 5), float64"),
+        ("return ddim_coefficients(*given) * float('nan')", "holds numbers that are not finite"),
+        ("return None", "got None"),
+        ("return given[7]", "failed with IndexError"),
+    ],
+)
+def test_a_solver_without_a_whole_table_is_refused_before_any_episode(body, said, planar_run, here, run_command):
+    (here / "my_own.py").write_text(
+        "import policy\nfrom policy.diffusion.coefficients import ddim_coefficients\n"
+        f"def bad(*given):\n    {body}\npolicy.SOLVERS.register('bad', bad)\n"
+    )
+    command = ("rollout", "plugins=[my_own]", f"checkpoint={planar_run}/checkpoint", "sampler.ddim_steps=2")
+    error = one_sentence(run_command(*command, "sampler.solver=bad", check=2).stderr)
+    assert "solver 'bad'" in error
+    assert said in error
+
+
+def test_a_denoiser_that_could_not_act_is_refused_before_training(planar_run, here, run_command):
+    (here / "my_own.py").write_text(
+        "import policy\nfrom torch import nn\n\nclass Plain(nn.Module):\n"
+        "    def __init__(self, *, obs_size, action_dim, action_horizon, num_steps):\n        super().__init__()\n"
+        "policy.DENOISERS.register('plain', Plain)\n"
+    )
+    data = f"dataset.path={planar_run}/planar-v0"
+    error = one_sentence(run_command("train", "plugins=[my_own]", data, "denoiser=plain", check=2).stderr)
+    assert "the denoiser 'plain' is a Plain, without embed_timestep, conditions, denoise: derive it from" in error
+
+
+def test_a_misspelt_option_or_plugins_is_answered_with_the_nearest_and_with_plugins(here, run_command):
+    for setting, said in (
+        ("denoiser=unett", "unknown denoiser 'unett' (did you mean 'unet'?)"),
+        ("env=plannar", "unknown env 'plannar' (did you mean 'planar'?)"),
+        ("plugin=[my_parts]", "did you mean 'plugins'?"),
+        ("plugins=my_parts.py", "cannot be imported"),
+        ("plugins=a,b", "plugins takes modules as Python imports them"),
+        ("plugins=[3]", "plugins takes modules as Python imports them"),
+    ):
+        error = one_sentence(run_command("train", "dataset.path=x", setting, check=2).stderr)
+        assert said in error, setting
+        assert "plugins" in error, setting
+
+
+def test_the_next_command_that_is_printed_names_the_plugins(trained, run_command):
+    with a_user(trained):
+        done = run_command("rollout", PLUGIN, "checkpoint=run/checkpoint", "episodes=1", "num_envs=1", "output_dir=n")
+    assert "next: python scripts/sweep.py checkpoint=run/checkpoint plugins=[my_parts]" in done.stdout
+
+
+def test_a_policy_that_is_saved_again_still_names_its_plugins(trained, tmp_path):
+    with a_user(trained), pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(trained))
+        plugins.load_plugins(["my_parts"])
+        policy = load_checkpoint(trained / "run/checkpoint").policy
+        patch.setattr(plugins, "_LOADED", [])  # as after a plain import of the module
+        policy.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/config.json").read_text())["plugins"] == ["my_parts"]
 
 
 # --- settings ----------------------------------------------------------------------------------------------------

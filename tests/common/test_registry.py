@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,3 +162,16 @@ def test_the_spec_given_is_not_changed(things):
     spec = {"name": "net", "depth": "5"}
     construct(things, spec, width=1)
     assert spec == {"name": "net", "depth": "5"}
+
+
+@pytest.mark.parametrize("name", [3, "", "a.b", None, "we ird/x"])
+def test_a_name_that_cannot_be_chosen_is_refused(things, name):
+    with pytest.raises(ValueError, match="the name of a thing must be an identifier"):
+        things.register(name, Part)
+
+
+def test_a_part_of_the_wrong_kind_is_refused(things):
+    with pytest.raises(ValueError, match="the thing 'own' must be a class or function; got 42"):
+        things.register("own", 42)
+    with pytest.raises(ValueError, match="the reader 'own' must be a Path; got <function"):
+        Registry("reader", {}, Path).register("own", lambda: None)

@@ -348,3 +348,10 @@ def test_any_parameters_of_plain_types_are_read_as_python_has_them(written, draw
     assert {p.name: p.default for p in check_read(target).signature.parameters.values() if p.name[0] == "p"} == {
         f"p{n}": value for n, (_, value) in enumerate(drawn)
     }
+
+
+def test_hints_that_only_a_type_checker_can_resolve_are_any():
+    namespace = {"__name__": "somewhere"}
+    exec("def made(*, shapes: 'Mapping[str, Unseen]', width: 'int' = 3): ...", namespace)
+    found = declaration_of(namespace["made"]).signature.parameters
+    assert [p.annotation for p in found.values()] == [Any, int]

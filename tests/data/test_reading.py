@@ -309,7 +309,7 @@ def dataset(tmp_path, monkeypatch):
             read.opened.append(Memory(episodes))
             return read.opened[-1]
 
-        formats = Registry("format", {})
+        formats = Registry("format", {}, Format)
         formats.register("memory", Format(open=open_memory))
         monkeypatch.setattr(reading, "FORMATS", formats)
         return read_demonstrations(format="memory", path=read.path, cache_dir=read.cache, **request)
@@ -438,7 +438,7 @@ def test_an_unknown_format_is_refused(tmp_path):
 
 
 def test_a_format_of_ones_own_is_read_by_its_name_and_can_have_names_for_its_datasets(tmp_path, monkeypatch):
-    formats = Registry("format", {})
+    formats = Registry("format", {}, Format)
     monkeypatch.setattr(reading, "FORMATS", formats)
     (tmp_path / "set.mem").touch()
     asked = []

@@ -13,4 +13,5 @@ FORMATS: Registry[Format] = Registry(
         "robomimic": "policy.data.formats.robomimic:FORMAT",
         "zarr": "policy.data.formats.zarr_replay:FORMAT",
     },
+    Format,
 )

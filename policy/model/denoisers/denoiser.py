@@ -55,3 +55,22 @@ class Denoiser(nn.Module):
             (B, action_horizon, action_dim).
         """
         raise NotImplementedError
+
+
+def check_denoiser(name: str, built: object) -> None:
+    """Reject a part that trains as a denoiser and then cannot act as one.
+
+    Args:
+        name: its name, for the message.
+        built: what the registered class or function returned.
+
+    Raises:
+        ValueError: it is not a `Denoiser` with the parts that sampling calls one by one.
+    """
+    missing = [part for part in ("embed_timestep", "conditions", "denoise") if not hasattr(built, part)]
+    if missing or not isinstance(built, nn.Module):
+        lacks = f", without {', '.join(missing)}" if missing else ""
+        raise ValueError(
+            f"the denoiser {name!r} is a {type(built).__name__}{lacks}: derive it from"
+            " policy.model.denoisers.denoiser.Denoiser, and set embed_timestep in its __init__"
+        )

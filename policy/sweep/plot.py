@@ -11,6 +11,9 @@ from policy.sweep.grid import Row, varying
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Tick labels: the greatest number of lines, their spacing in font sizes, the least gap within a line in label heights.
+LINES, SPACING, GAP = 6, 1.2, 0.4
+
 
 def plot_rows(rows: Sequence[Row], files: Sequence[Path], title: str) -> None:
     """Draw both plots under a title and save them.
@@ -38,6 +41,7 @@ def draw_rows(rows: Sequence[Row]) -> Figure:
     # The object interface needs no display and leaves pyplot's global state alone.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -51,17 +55,33 @@ def draw_rows(rows: Sequence[Row]) -> Figure:
             _draw(axes, key, name, members, alone=len(series) == 1)
         axes.set_xscale("log", base=2 if key == "ddim_steps" else 10)
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.minorticks_off()
         axes.margins(x=0.1)
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
-    steps = sorted({row["ddim_steps"] for row in rows})
-    left.set_xticks(steps, [str(count) for count in steps])
-    left.minorticks_off()
+    latencies = [row["latency_ms_median"] for row in rows]
+    wide = max(latencies) > 300 * min(latencies)
+    right.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+    left.set_xticks(sorted({row["ddim_steps"] for row in rows}))
     left.set_ylim(-3, 103)
     left.set_ylabel("success (%), 95 % Wilson interval")
     left.legend(loc="lower right", fontsize="small" if len(series) > 1 else "medium")
+    _stagger(left)
     return figure
+
+
+def _stagger(axes: Any) -> None:
+    """Move each tick label of the x axis that would touch another to a lower line, or hide it if no line has room."""
+    axes.figure.draw_without_rendering()  # places the labels
+    ends: list[float] = []  # where the last label of each line ends
+    for tick in axes.xaxis.get_major_ticks():
+        box = tick.label1.get_window_extent()
+        line = next((number for number, end in enumerate(ends) if box.x0 > end), len(ends))
+        if line == LINES:
+            tick.label1.set_visible(False)
+            continue
+        ends[line : line + 1] = [box.x1 + GAP * box.height]
+        tick.set_pad(tick.get_pad() + line * SPACING * tick.label1.get_size())
 
 
 def _series(rows: Sequence[Row]) -> dict[str, list[Row]]:

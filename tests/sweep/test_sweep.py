@@ -23,7 +23,7 @@ from policy.statistics.intervals import wilson_interval
 from policy.statistics.results import summarize
 from policy.sweep import grid
 from policy.sweep.grid import make_cells, row_of, varying
-from policy.sweep.plot import plot_rows
+from policy.sweep.plot import draw_rows, plot_rows
 from policy.sweep.table import COLUMNS, format_table, write_files
 
 SEEDS = range(70, 76)
@@ -108,6 +108,12 @@ def test_settings_say_the_weights_and_axes_their_folder(checkpoints):
     assert json.loads(json.dumps(cell.settings)) == cell.settings
     moved = dataclasses.replace(cell, checkpoint=dataclasses.replace(cell.checkpoint, path=Path("elsewhere")))
     assert cell_id(moved.settings) == cell_id(cell.settings)
+
+
+def test_the_id_of_a_default_cell_stays_so_that_ledgers_keep_their_episodes(checkpoints):
+    """It changes with any new setting of a cell. Add the setting to `LATER_SETTINGS` instead of changing this id."""
+    (cell,) = cells_of(checkpoints[:1])
+    assert cell_id(cell.settings) == "77fa5295b868"
 
 
 def test_numbers_that_are_written_differently_are_the_same_cell(checkpoints):
@@ -318,6 +324,37 @@ def test_the_pictures_show_something(tmp_path, name):
     }
     series = [colour for colour in colours if len(set(colour.strip("#")[i : i + 2] for i in (0, 2, 4))) > 1]
     assert len(series) == (4 if name.startswith("four") else 1)
+
+
+def labels_of(axes):
+    """The tick labels that are drawn, of the x axis and of the y axis."""
+    axes.figure.draw_without_rendering()
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        labels = [t.label1 for t in (*axis.get_major_ticks(), *axis.get_minor_ticks()) if low <= t.get_loc() <= high]
+        yield [label for label in labels if label.get_visible() and label.get_text()]
+
+
+@pytest.mark.parametrize(
+    ("steps", "latency"),
+    [
+        ([1, 2, 4, 8, 16, 50], (0.9, 50)),
+        ([1, 2, 4, 8, 9, 10], (0.012, 3)),
+        (range(1, 17), (1.01, 4.99)),
+        ([90, 95, 100], (3, 3.01)),
+        ([4], (3, 3)),
+        (range(1, 101), (0.06, 900)),
+    ],
+)
+def test_tick_labels_do_not_overlap_and_each_ddim_steps_has_one(steps, latency):
+    latencies = np.geomspace(*latency, len(steps))
+    figure = draw_rows([row(k, latency_ms_median=ms) for k, ms in zip(steps, latencies, strict=True)])
+    for axes in figure.axes:
+        for labels in labels_of(axes):
+            for one, other in itertools.combinations(labels, 2):
+                assert not one.get_window_extent().overlaps(other.get_window_extent()), (one, other)
+    by_steps, by_latency = ([label.get_text() for label in next(labels_of(axes))] for axes in figure.axes)
+    assert by_steps == [str(k) for k in steps] or (len(steps) == 100 and len(by_steps) > 20)  # no room for 100
+    assert len(by_latency) >= 2
 
 
 def points_of(rows, tmp_path, monkeypatch):

@@ -1,4 +1,9 @@
-"""Denoisers: `forward(noisy_actions (B, H, A), timestep (B,), obs_embedding (B, obs_size)) -> (B, H, A)`."""
+"""Denoisers by name. Each derives from `Denoiser`.
+
+It sets `embed_timestep` and implements `conditions`, which depends on the timestep and the observation alone, and
+`denoise`, which also depends on the noisy actions. `Denoiser.forward` joins the three for training: noisy_actions
+(B, H, A), timestep (B,) and obs_embedding (B, obs_size) to (B, H, A).
+"""
 
 from __future__ import annotations
 

@@ -14,10 +14,13 @@ from envs.errors import RenderingUnavailableError
 
 @contextmanager
 def rendering_errors() -> Iterator[None]:
-    """Turn any error of the graphics stack into a `RenderingUnavailableError` that names the remedy."""
+    """Turn any error of the graphics stack into a `RenderingUnavailableError` that names the remedy.
+
+    An environment that has no `render` raises NotImplementedError, for which no graphics library is a remedy.
+    """
     try:
         yield
-    except RenderingUnavailableError:
+    except (RenderingUnavailableError, NotImplementedError):
         raise
     except Exception as error:  # each GL backend raises exceptions of its own, without a common class
         raise RenderingUnavailableError(

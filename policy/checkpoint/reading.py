@@ -47,6 +47,8 @@ SETTINGS_OF_BEFORE = {
     "rectify_ddim_steps": 8,
     "timesteps_per_chunk": 1,
 }
+# Training settings that change no weight, so that a run may go on with others.
+MAY_CHANGE = {"keep_last", "log_every", "rollout_every", "save_every", "val_every"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,14 +112,18 @@ def load_checkpoint(folder: Path | str, device: str = "cpu", *, root: Path | Non
     )
 
 
-def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]) -> None:
+def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]) -> dict[str, Any]:
     """Restore a run exactly as its checkpoint stored it.
 
     Args:
         folder: the checkpoint folder.
         state: a fresh state of the same configuration, changed in place.
         training: how it is trained, as given to `save_checkpoint`; must be equal to what was stored. Settings that are
-            newer than the checkpoint must have the values that were in effect without them.
+            newer than the checkpoint must have the values that were in effect without them. Those in `MAY_CHANGE`
+            may differ, and `steps` may grow, unless rectification has begun.
+
+    Returns:
+        The settings that differ, with the values that were stored.
 
     Raises:
         ValueError: the checkpoint is missing, damaged, or of another configuration.
@@ -130,10 +136,13 @@ def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]
             "policy": config_to_json(config_from_json(was["policy"])),
             "training": {**SETTINGS_OF_BEFORE, **was["training"]},
         }
+        changes: dict[str, Any] = {}
         now = {"policy": config_to_json(state.policy.config), "training": dict(training)}
         for part in before:
             then, after = _as_json(before[part]), _as_json(now[part])
-            if changed := sorted(key for key in then.keys() & after.keys() if then[key] != after[key]):
+            differ = {key: then[key] for key in sorted(then.keys() & after.keys()) if then[key] != after[key]}
+            changes |= differ
+            if changed := [key for key in differ if not _may_change(key, then, after)]:
                 raise ValueError(
                     f"{path} was trained with other settings ({part}: {', '.join(changed)}): to go on, give the same"
                     " settings; to start anew, choose another output_dir="
@@ -154,6 +163,7 @@ def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]
             restore_record(state, record)
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): use another checkpoint") from error
+    return changes
 
 
 def _policy_config(opened: Folder) -> PolicyConfig:
@@ -171,6 +181,13 @@ def _policy_config(opened: Folder) -> PolicyConfig:
 def _plugins(opened: Folder) -> tuple[str, ...]:
     noted = opened.config.get("plugins")
     return tuple(map(str, noted)) if isinstance(noted, list) else ()
+
+
+def _may_change(key: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether a run may go on with another value of a setting than the one that it was stored with."""
+    if key == "steps":  # once a run rectifies, more steps of the phase before would start that phase again
+        return bool(now["steps"] > then["steps"] and not (then.get("rectify_steps") and then["step"] >= then["steps"]))
+    return key in MAY_CHANGE
 
 
 def _check_part(opened: Folder, registry: Registry[Any], name: Any) -> None:

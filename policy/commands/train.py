@@ -29,7 +29,7 @@ from policy.statistics.results import describe_broken, summarize
 from policy.tracking.tracker import OpenRun, TrackedRun
 from policy.training.loop import train
 from policy.training.preparation import Run, prepare_run
-from policy.training.settings import TrainSettings
+from policy.training.settings import TrainSettings, learning_rate
 from policy.training.state import TrainState
 
 # First seed of the rollouts during training. Demonstrations use seeds from 0, reported results those from 100000.
@@ -173,8 +173,13 @@ class _Record:
         """Restore the state from the checkpoint, if there is one."""
         if not is_checkpoint(self.folder):
             return
-        resume_training(self.folder, state, self.training)
+        before = resume_training(self.folder, state, self.training)
         print(f"going on at step {state.step} of {settings.all_steps}: {self.folder}")
+        if "steps" in before and state.step < settings.all_steps:
+            print(
+                f"it was begun for {before['steps']} steps: from here the learning rate follows the schedule of"
+                f" {settings.steps}, {learning_rate(state.step, settings):.2g} at this step"
+            )
         if self.folder.exists():  # the run may have been killed after saving it and before keeping it
             keep_checkpoint(self.folder, state, keep_last=self.keep_last)
 

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from policy.control.timeline import ControllerSettings
 from policy.diffusion.ddim import ddim_timesteps
 from policy.diffusion.sampler import LATER_SETTINGS, Course, Sampler
 from policy.diffusion.schedule import make_schedule
@@ -72,7 +73,7 @@ def test_a_record_holds_every_setting_but_later_ones_that_have_the_value_of_befo
 
 def test_later_settings_are_settings_and_their_values_of_before_are_the_defaults():
     """With another default, a new record without the setting would be read as one of before."""
-    defaults = {field.name: field.default for field in fields(Sampler)}
+    defaults = {field.name: field.default for field in (*fields(ControllerSettings), *fields(Sampler))}
     assert LATER_SETTINGS
     assert {name: defaults[name] for name in LATER_SETTINGS} == LATER_SETTINGS
 

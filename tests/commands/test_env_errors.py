@@ -1,6 +1,9 @@
 """Environments that misbehave, on the command line: one sentence or a counted failure, and finished work is kept."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,9 +11,24 @@ import torch
 import zarr
 
 from policy import DiffusionPolicy, PolicyConfig
+from tests.conftest import ENVIRONMENT, ROOT
 
 HOSTILE = """
+import time
+
 import gymnasium, numpy as np
+
+class Slow(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-2, 2, (4,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(4, np.float32), {}
+
+    def step(self, action):
+        print("stepping", flush=True)
+        time.sleep(600)
 
 class Hostile(gymnasium.Env):
     observation_space = gymnasium.spaces.Box(-2, 2, (4,), np.float32)
@@ -36,8 +54,10 @@ class Hostile(gymnasium.Env):
 
 gymnasium.register("Hostile-v0", entry_point=Hostile, max_episode_steps=5)
 gymnasium.register("Endless-v0", entry_point=Hostile)
+gymnasium.register("Slow-v0", entry_point=Slow, max_episode_steps=5)
 """
 ENV = ("env=gym", "env.id=hostile_env:Hostile-v0")
+SLOW = ("env=gym", "env.id=hostile_env:Slow-v0")
 FAST = ("sampler.ddim_steps=1", "tracker=none")
 
 
@@ -144,3 +164,22 @@ def test_training_saves_before_a_rollout_and_survives_it(run_command, tmp_path):
     assert "it was begun for 6 steps: from here the learning rate follows the schedule of 8" in out
     err = run_command("train", *settings, *small, "train.steps=7", f"output_dir={tmp_path}", check=2).stderr
     assert "trained with other settings (training: steps)" in err
+
+
+def test_sigterm_in_the_middle_of_a_simulators_step_ends_training_with_every_step_on_disk(run_command, tmp_path):
+    settings = ("dataset=zarr", "dataset.path=d.zarr", "obs_size=16", "tracker=none", "train.batch_size=8")
+    steps = ("train.steps=4", "train.save_every=50", "train.rollout_every=3", "train.rollout_episodes=1")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "scripts/train.py", *settings, *steps, *SLOW, f"output_dir={tmp_path}"],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while "stepping" not in (line := process.stdout.readline()):
+        assert line, "training ended before its rollout"
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "stopped at step 3 and saved" in out
+    assert json.loads((tmp_path / "checkpoint/training.json").read_text())["step"] == 3

@@ -98,8 +98,9 @@ def _no_such_option(error: MissingConfigException) -> Exception:
     group, _, option = (error.missing_cfg_file or "").partition("/")
     if group not in GROUPS or not option:
         return error
-    known = {*GROUPS[group], *registered_options().get(group, {})}
-    return ValueError(f"{unknown_name(group, option, known)}; one of your own comes with plugins=[its module]")
+    registered = registered_options()
+    hint = "; one of your own comes with plugins=[its module]" if group in registered else ""
+    return ValueError(f"{unknown_name(group, option, {*GROUPS[group], *registered.get(group, {})})}{hint}")
 
 
 def _run(config: DictConfig, task: Task) -> None:

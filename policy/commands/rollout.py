@@ -30,12 +30,16 @@ from policy.diffusion.sampler import Sampler
 from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS, SamplerProgram
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout.cells import Cell, controllers_of, program_of
-from policy.rollout.episodes import MakeEnv, play_episode, write_episodes
+from policy.rollout.episodes import EPISODES_FILE, MakeEnv, play_episode, write_episodes
 from policy.rollout.latency import chunk_latency
+from policy.rollout.ledger import Ledger, cell_id
 from policy.rollout.video import record_videos
 from policy.rollout.workers import RolloutPool
 from policy.statistics.results import EpisodeResult, describe_broken, format_summary, summarize
+from policy.sweep.grid import SweepCell, make_cells
 from policy.tracking.tracker import OpenRun
+
+LEDGER = "rollout.jsonl"
 
 
 def roll_out(
@@ -58,7 +62,7 @@ def roll_out(
     output_dir: Path | None = None,
     tracker: OpenRun,
 ) -> None:
-    """Roll out a checkpoint: success with its interval, score, return, latency, and videos of the first episodes.
+    """Roll out a checkpoint: success, score, latency and videos; the same command with the same output_dir resumes.
 
     Args:
         make_env: makes an environment from its settings.
@@ -78,7 +82,8 @@ def roll_out(
         on_env_error: what to do with an episode that the simulator cannot end: `count` it as a failure with its
             reason, or `stop` the rollout.
         video: number of first episodes to record as mp4.
-        output_dir: receives `episodes.json` and the videos; by default a new folder under outputs/rollout.
+        output_dir: receives `episodes.json`, the ledger `rollout.jsonl` and the videos; by default a new folder under
+            outputs/rollout.
         tracker: opens the tracked run.
 
     Raises:
@@ -88,21 +93,19 @@ def roll_out(
     stage = set_stage(make_env, [checkpoint], env=env, seed=seed, episodes=episodes, num_envs=num_envs, device=device)
     (loaded,) = stage.checkpoints
     policy = loaded.policy
-    sampler.check(policy.schedule.num_steps)
-    horizon = loaded.execution_horizon if execution_horizon is None else execution_horizon
-    controller.check(horizon, policy.config.action_horizon)
-    cell = Cell(sampler=sampler, execution_horizon=horizon, controller=controller, backend=backend, weights=weights)
+    recorded = _cell_of(stage, sampler, controller, execution_horizon, backend, weights)
+    cell = recorded.cell
     program = program_of(policy, cell)  # invalid settings raise here, before any work
     if not 0 <= video <= episodes:
         raise ValueError(f"video must be within 0..{episodes} (the episodes); got {video}")
     driver = None if control_rate is None else _real_time_controller(policy, cell, program, control_rate, stage)
     folder = output_folder(output_dir, "rollout")
-    tracking = tracker(folder=folder, config={"checkpoint": str(checkpoint), "env": stage.env})
-
-    if driver is None:
-        results = _as_fast_as_possible(policy, cell, stage, num_envs, on_env_error)
-    else:
-        results = _against_the_clock(driver, stage, folder, on_env_error)
+    with _ledger(folder, recorded, resumes=driver is None) as ledger:
+        tracking = tracker(folder=folder, config={"checkpoint": str(checkpoint), "env": stage.env})
+        if driver is None:
+            results = _as_fast_as_possible(recorded, ledger, stage, num_envs, on_env_error)
+        else:
+            results = _against_the_clock(driver, stage, folder, on_env_error)
     summary = {
         **sampler.record(),
         **asdict(controller),
@@ -126,20 +129,70 @@ def roll_out(
     check_broken(results)
 
 
+def _cell_of(
+    stage: Stage,
+    sampler: Sampler,
+    controller: ControllerSettings,
+    execution_horizon: int | None,
+    backend: str,
+    weights: str,
+) -> SweepCell:
+    """Check the settings, and return them as the only cell of a sweep."""
+    chosen = asdict(sampler)
+    (cell,) = make_cells(
+        stage.checkpoints,
+        stage.env,
+        ddim_steps=chosen.pop("ddim_steps"),
+        sampler=chosen,
+        controller=asdict(controller),
+        execution_horizon=execution_horizon,
+        backend=backend,
+        weights=weights,
+    )
+    return cell
+
+
+def _ledger(folder: Path, cell: SweepCell, *, resumes: bool) -> Ledger:
+    """Open the rollout's ledger, which locks the folder.
+
+    Args:
+        folder: the rollout's folder.
+        cell: the rollout's settings.
+        resumes: whether the ledger's episodes may be used; those of a real-time rollout are not repeatable.
+
+    Raises:
+        ValueError: the folder holds another rollout.
+    """
+    before = (folder / EPISODES_FILE).exists()
+    ledger = Ledger(folder / LEDGER)
+    known = ledger.finished()
+    if known - {cell_id(cell.settings)} or (before and not (resumes and known)):
+        ledger.close()
+        raise ValueError(
+            f"{folder} holds another rollout, which would be overwritten: choose another output_dir=, or remove"
+            f" {EPISODES_FILE} and {LEDGER} there"
+        )
+    return ledger
+
+
 def _as_fast_as_possible(
-    policy: DiffusionPolicy, cell: Cell, stage: Stage, num_envs: int, on_env_error: OnEnvError
+    recorded: SweepCell, ledger: Ledger, stage: Stage, num_envs: int, on_env_error: OnEnvError
 ) -> list[EpisodeResult]:
-    """Run all episodes in simulated time; return the results in the order of their seeds."""
-    tasks, by_seed = [(0, seed) for seed in stage.seeds], {}
-    with (
-        RolloutPool([policy], stage.make_env, min(num_envs, len(tasks))) as pool,
-        progress(total=len(tasks), desc="rollout", unit="episode") as bar,
-    ):
-        for (_, seed), result in pool.run([cell], tasks):
-            by_seed[seed] = result
-            stop_if_broken(result, on_env_error)
-            bar.update()
-    return [by_seed[seed] for seed in stage.seeds]
+    """Run the episodes that the ledger lacks, in simulated time; return all results in the order of their seeds."""
+    name = ledger.introduce(recorded.settings)
+    tasks, total = [(0, seed) for seed in ledger.missing(name, stage.seeds)], len(stage.seeds)
+    if len(tasks) < total:
+        print(f"{total - len(tasks)} of {total} episodes are on disk already")
+    if tasks:
+        with (
+            RolloutPool([recorded.checkpoint.policy], stage.make_env, min(num_envs, len(tasks))) as pool,
+            progress(total=total, initial=total - len(tasks), desc="rollout", unit="episode") as bar,
+        ):
+            for _, result in pool.run([recorded.cell], tasks):
+                ledger.add(name, result)
+                stop_if_broken(result, on_env_error)
+                bar.update()
+    return ledger.results(name, stage.seeds)
 
 
 def _real_time_controller(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from datetime import datetime
 from pathlib import Path
 
@@ -19,12 +20,26 @@ def output_folder(output_dir: Path | None, command: str) -> Path:
     Raises:
         ValueError: the folder cannot be created.
     """
-    folder = output_dir or Path("outputs") / command / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    folder = (output_dir or Path("outputs") / command / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")).expanduser()
     try:
-        folder.expanduser().mkdir(parents=True, exist_ok=True)
+        if output_dir is None:
+            return _new_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make output_dir={folder} ({error}): choose another") from error
-    return folder.expanduser()
+    return folder
+
+
+def _new_folder(folder: Path) -> Path:
+    """Make a folder that is nobody else's, with a number behind its name if commands start at the same second."""
+    for number in itertools.count(1):
+        candidate = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+        try:
+            candidate.mkdir(parents=True)
+            return candidate
+        except FileExistsError:
+            continue
+    raise AssertionError
 
 
 def episode_seeds(seed: int, episodes: int) -> range:

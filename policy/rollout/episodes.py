@@ -20,6 +20,8 @@ from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout.cells import Cell, Task, controllers_of
 from policy.statistics.results import EpisodeResult
 
+EPISODES_FILE = "episodes.json"
+
 Env = gymnasium.Env[Any, Any]
 MakeEnv = Callable[..., Env]
 
@@ -253,6 +255,6 @@ def write_episodes(results: Sequence[EpisodeResult], folder: Path) -> Path:
     Returns:
         The file.
     """
-    file = folder / "episodes.json"
+    file = folder / EPISODES_FILE
     file.write_text(json.dumps([result.row() for result in results], indent=1))
     return file

@@ -1,4 +1,4 @@
-"""The ledger of a sweep: every finished episode, written to disk at once and exactly once.
+"""The ledger of a sweep or rollout: every finished episode, written to disk at once and exactly once.
 
 One JSON object a line: `{"cell": id, "settings": {...}}` introduces a cell, `{"cell": id, "seed": ...}` is an episode.
 """
@@ -82,6 +82,10 @@ class Ledger:
             self._results[cell] = {}
             self._append({"cell": cell, "settings": dict(settings)})
         return cell
+
+    def finished(self) -> set[str]:
+        """The ids of the cells that have results."""
+        return {cell for cell, results in self._results.items() if results}
 
     def add(self, cell: str, result: EpisodeResult) -> None:
         """Write down an episode's result.

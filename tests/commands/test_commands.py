@@ -194,7 +194,10 @@ BAD_INPUT = {
     "unknown dataset key": (["train", "dataset.pth=x"], ["pth", "'path'"]),
     "unknown env key": (["rollout", CHECKPOINT, "env.tsk=x"], ["tsk"]),
     "unknown group": (["rollout", CHECKPOINT, "smpler.eta=1"], ["smpler", "'sampler'"]),
-    "unknown option": (["train", DATASET, "denoiser=resnet"], ["denoiser/resnet", "residual_mlp"]),
+    "unknown option": (
+        ["train", DATASET, "denoiser=resnet"],
+        ["unknown denoiser 'resnet'", "residual_mlp", "plugins="],
+    ),
     "wrong type": (["rollout", CHECKPOINT, "episodes=many"], ["episodes should be int", "'many'"]),
     "broken grammar": (["rollout", CHECKPOINT, "episodes=[1"], ["episodes=[1"]),
     "no steps": (["rollout", CHECKPOINT, "sampler.ddim_steps=0"], ["ddim_steps", "0"]),
@@ -229,7 +232,7 @@ BAD_INPUT = {
     "prediction type": (["train", DATASET, "prediction_type=noise"], ["epsilon, sample, v_prediction"]),
     "tracker mode": (["sweep", CHECKPOINT, "tracker=wandb", "tracker.mode=onlin"], ["tracker.mode", "'onlin'"]),
     "tracker key": (["train", DATASET, "tracker.projct=x"], ["projct", "'project'"]),
-    "tracker": (["train", DATASET, "tracker=mlflow"], ["tracker/mlflow", "wandb"]),
+    "tracker": (["train", DATASET, "tracker=mlflow"], ["unknown tracker 'mlflow'", "wandb"]),
     "resume with other settings": (
         ["train", DATASET, "experiment=planar", "train.steps=400", "output_dir={run}"],
         ["other settings", "steps"],

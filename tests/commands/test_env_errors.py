@@ -4,6 +4,8 @@ import json
 import signal
 import subprocess
 import sys
+from datetime import datetime
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ import torch
 import zarr
 
 from policy import DiffusionPolicy, PolicyConfig
+from policy.common.output import output_folder
+from policy.rollout.ledger import Ledger
 from tests.conftest import ENVIRONMENT, ROOT
 
 HOSTILE = """
@@ -183,3 +187,42 @@ def test_sigterm_in_the_middle_of_a_simulators_step_ends_training_with_every_ste
     assert process.returncode == 130
     assert "stopped at step 3 and saved" in out
     assert json.loads((tmp_path / "checkpoint/training.json").read_text())["step"] == 3
+
+
+# --- rollouts that were interrupted ------------------------------------------------------------------------------
+
+
+def test_a_rollout_that_stopped_goes_on_and_ends_like_an_undisturbed_one(run_command, tmp_path):
+    settings = ("checkpoint=ck", *ENV, *bad(2), "episodes=5", "num_envs=1", *FAST)
+    run_command("rollout", *settings, "on_env_error=stop", f"output_dir={tmp_path}/cut", check=1)
+    assert not (tmp_path / "cut/episodes.json").exists()
+    out = run_command("rollout", *settings, f"output_dir={tmp_path}/cut").stdout
+    assert "3 of 5 episodes are on disk already" in out
+    run_command("rollout", *settings, f"output_dir={tmp_path}/whole")
+    for file in ("episodes.json", "rollout.jsonl"):
+        assert (tmp_path / "cut" / file).read_text() == (tmp_path / "whole" / file).read_text()
+    again = run_command("rollout", *settings, "episodes=6", f"output_dir={tmp_path}/cut").stdout
+    assert "5 of 6 episodes are on disk already" in again
+
+
+@pytest.mark.parametrize("other", ["sampler.ddim_steps=2", "execution_horizon=1", "env.max_episode_steps=4"])
+def test_a_finished_rollout_is_not_overwritten_by_another(other, run_command, tmp_path):
+    settings = ("checkpoint=ck", *ENV, "episodes=1", "num_envs=1", *FAST, f"output_dir={tmp_path}")
+    run_command("rollout", *settings)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    err = run_command("rollout", *settings, other, check=2).stderr
+    assert "holds another rollout, which would be overwritten: choose another output_dir=" in err
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_two_rollouts_in_one_folder_are_refused_and_without_a_folder_each_gets_its_own(run_command, tmp_path):
+    settings = ("checkpoint=ck", *ENV, "episodes=1", "num_envs=1", *FAST)
+    with Ledger(tmp_path / "rollout.jsonl"):
+        err = run_command("rollout", *settings, f"output_dir={tmp_path}", check=2).stderr
+    assert "rollout.jsonl is in use by another process" in err
+    with mock.patch("policy.common.output.datetime") as clock:
+        clock.now.return_value = datetime(2026, 1, 1)
+        folders = {output_folder(None, "rollout") for _ in range(4)}
+    assert sorted(folder.name for folder in folders) == ["2026-01-01_00-00-00"] + [
+        f"2026-01-01_00-00-00_{number}" for number in (2, 3, 4)
+    ]

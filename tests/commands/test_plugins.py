@@ -332,7 +332,7 @@ def test_a_denoiser_that_could_not_act_is_refused_before_training(planar_run, he
         "policy.DENOISERS.register('plain', Plain)\n"
     )
     data = f"dataset.path={planar_run}/planar-v0"
-    error = one_sentence(run_command("train", "plugins=[my_own]", data, "denoiser=plain", check=2).stderr)
+    error = run_command("train", "plugins=[my_own]", data, "denoiser=plain", check=2).stderr
     assert "the denoiser 'plain' is a Plain, without embed_timestep, conditions, denoise: derive it from" in error
 
 

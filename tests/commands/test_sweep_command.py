@@ -336,7 +336,7 @@ BAD_INPUT = {
     "long horizon in a list": (["execution_horizon=[4,9]"], ["execution_horizon must be within 1..8; got 9"]),
     "misspelt setting": (["episods=3"], ["episods", "did you mean 'episodes'"]),
     "another environment": (["env=gym", "env.id=Pendulum-v1"], ["do not fit the policy's state (4,)", "env="]),
-    "no such environment": (["env=planr"], ["env/planr", "planar"]),
+    "no such environment": (["env=planr"], ["unknown env 'planr' (did you mean 'planar'?)"]),
 }
 
 

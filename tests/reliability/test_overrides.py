@@ -42,7 +42,7 @@ WORK = {
     "sweep": "policy.commands.sweep.output_folder",
     "export": "policy.commands.export.output_folder",
 }
-DIMENSIONS = {"observation_shapes", "obs_size", "action_dim", "action_horizon", "num_steps", "obs_horizon"}
+DIMENSIONS = {"shapes", "obs_size", "action_dim", "action_horizon", "num_steps", "obs_horizon"}
 
 
 class WorkBegins(BaseException):

@@ -72,7 +72,9 @@ def folder(tmp_path_factory):
     (folder / "hostile_env.py").write_text(HOSTILE)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        policy = DiffusionPolicy(PolicyConfig(observation_shapes={"state": (4,)}, action_dim=2, obs_size=16))
+        denoiser = {"name": "modulated_mlp", "hidden_size": 16, "num_layers": 1}
+        shapes = {"observation_shapes": {"state": (4,)}, "action_dim": 2}
+        policy = DiffusionPolicy(PolicyConfig(**shapes, obs_size=16, denoiser=denoiser))
     policy.save_pretrained(folder / "ck")
     group, generator = zarr.open_group(str(folder / "d.zarr"), mode="w"), np.random.default_rng(0)
     group["data/state"], group["data/action"] = generator.normal(size=(60, 4)), generator.normal(size=(60, 2))
@@ -122,7 +124,7 @@ def test_more_than_a_twentieth_of_twenty_episodes_is_exit_code_1_after_all_work(
         assert ("the simulator cannot be relied on: 2 of 20 episodes broke off" in done.stderr) == (code == 1)
 
 
-def test_a_sweep_says_so_in_terminal_json_tables_and_report_and_goes_on(run_command, tmp_path):
+def test_a_sweep_says_so_in_terminal_json_tables_and_report_and_goes_on(run_command, plain_reports, tmp_path):
     settings = ("checkpoint=ck", *ENV, *bad(1), "ddim_steps=[1,2]", "episodes=3", "num_envs=2", "workers=1")
     for _ in range(2):  # the second time from the ledger
         out = run_command("sweep", *settings, "videos=0", "tracker=none", f"output_dir={tmp_path}").stdout
@@ -205,7 +207,7 @@ def test_a_rollout_that_stopped_goes_on_and_ends_like_an_undisturbed_one(run_com
     assert "5 of 6 episodes are on disk already" in again
 
 
-@pytest.mark.parametrize("other", ["sampler.ddim_steps=2", "execution_horizon=1", "env.max_episode_steps=4"])
+@pytest.mark.parametrize("other", ["sampler.ddim_steps=2", "env.max_episode_steps=4"])
 def test_a_finished_rollout_is_not_overwritten_by_another(other, run_command, tmp_path):
     settings = ("checkpoint=ck", *ENV, "episodes=1", "num_envs=1", *FAST, f"output_dir={tmp_path}")
     run_command("rollout", *settings)

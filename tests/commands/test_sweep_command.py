@@ -128,6 +128,7 @@ def settings_of(planar_run, episodes, num_envs, *others):
     ]
 
 
+@pytest.mark.reliability
 def test_a_sweep_that_was_killed_twice_goes_on_and_ends_with_the_files_of_an_undisturbed_one(
     planar_run, run_sweep, tmp_path
 ):

@@ -77,7 +77,7 @@ def case(name, **settings):
 
 @needs_onnx
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "all steps" else []) for name in CASES]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ("all steps", "images") else []) for name in CASES]
 )
 def test_onnx_gives_the_eager_actions_at_any_batch_size(name):
     policy, sampler, program = case(name)

@@ -340,9 +340,9 @@ def labels_of(axes):
         ([1, 2, 4, 8, 16, 50], (0.9, 50)),
         ([1, 2, 4, 8, 9, 10], (0.012, 3)),
         (range(1, 17), (1.01, 4.99)),
-        ([90, 95, 100], (3, 3.01)),
+        pytest.param([90, 95, 100], (3, 3.01), marks=pytest.mark.slow),
         ([4], (3, 3)),
-        (range(1, 101), (0.06, 900)),
+        pytest.param(range(1, 101), (0.06, 900), marks=pytest.mark.slow),
     ],
 )
 def test_tick_labels_do_not_overlap_and_each_ddim_steps_has_one(steps, latency):

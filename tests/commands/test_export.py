@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 EXAMPLE = ROOT / "docs" / "examples" / "run_exported_policy.py"
-SAMPLER = Sampler(ddim_steps=3, eta=0.5)
+SAMPLER = Sampler(ddim_steps=2, eta=0.5)
 # What a machine without torch answers to `import torch`.
 BLOCKED = """
 import sys
@@ -84,7 +84,7 @@ def test_the_folder_says_what_it_holds(exported):
     assert names == {"model.onnx", "export.json", "example_input.npz", "example_output.npy"}
     about = json.loads((exported / "export.json").read_text())
     assert about["sha256"] == hashlib.sha256((exported / "model.onnx").read_bytes()).hexdigest()
-    assert about["sampler"] == {"ddim_steps": 3, "eta": 0.5, "spacing": "trailing", "clip": 1.0, "warm_start": None}
+    assert about["sampler"] == {"ddim_steps": 2, "eta": 0.5, "spacing": "trailing", "clip": 1.0, "warm_start": None}
     assert about["execution_horizon"] == 6
     assert about["inputs"] == {
         "observations.state": {"shape": ["batch", 2, 5], "dtype": "float32"},
@@ -92,7 +92,7 @@ def test_the_folder_says_what_it_holds(exported):
         "noise": {"shape": ["batch", 8, 2], "dtype": "float32"},
         "previous": {"shape": ["batch", 8, 2], "dtype": "float32"},
         "keep": {"shape": ["batch", 8], "dtype": "float32"},
-        "step_noise": {"shape": [3, "batch", 8, 2], "dtype": "float32"},
+        "step_noise": {"shape": [2, "batch", 8, 2], "dtype": "float32"},
     }
     assert about["output"] == {"name": "actions", "shape": ["batch", 8, 2], "dtype": "float32"}
 
@@ -106,7 +106,7 @@ def test_the_exported_policy_acts_as_the_checkpoint_does(exported, checkpoint, e
             "observations.state": generator.standard_normal((rows, 2, 5), dtype=np.float32),
             "observations.camera.front": generator.integers(0, 256, (rows, 2, 16, 16, 3), dtype=np.uint8),
             "noise": generator.standard_normal((rows, 8, 2), dtype=np.float32),
-            "step_noise": generator.standard_normal((3, rows, 8, 2), dtype=np.float32),
+            "step_noise": generator.standard_normal((2, rows, 8, 2), dtype=np.float32),
             "previous": np.array([1, 10.5], np.float32) + generator.uniform(-0.5, 0.5, (rows, 8, 2)).astype(np.float32),
             "keep": np.repeat([[1, 1, 0.5, 0, 0, 0, 0, 0]], rows, axis=0).astype(np.float32),
         }
@@ -198,9 +198,9 @@ def test_settings_that_do_not_fit_are_refused_in_a_sentence(checkpoint):
 
 
 def test_the_command_exports(small_checkpoint, run_script, run_command, tmp_path):
-    settings = [f"checkpoint={small_checkpoint}", "sampler.ddim_steps=2", f"output_dir={tmp_path}"]
+    settings = [f"checkpoint={small_checkpoint}", "sampler.ddim_steps=1", f"output_dir={tmp_path}"]
     out = run_script("export", *settings).stdout
     assert f"next: python docs/examples/run_exported_policy.py {tmp_path}" in out
-    assert json.loads((tmp_path / "export.json").read_text())["sampler"]["ddim_steps"] == 2
+    assert json.loads((tmp_path / "export.json").read_text())["sampler"]["ddim_steps"] == 1
     refused = run_command("export", f"checkpoint={tmp_path}/none", check=2)
     assert refused.stderr.startswith("error: no checkpoint at")

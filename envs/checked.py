@@ -85,7 +85,7 @@ class CheckedEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
         self._steps = 0
         try:
             if self._broken:
-                self._discard()
+                self.close()
                 self.env = self._made()
                 self._broken = False
             observation, info = self.env.reset(seed=seed, **({} if options is None else {"options": options}))
@@ -153,9 +153,6 @@ class CheckedEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
 
     def close(self) -> None:
         """Close the simulator; one that fails at that is only reported in the log."""
-        self._discard()
-
-    def _discard(self) -> None:
         try:
             self.env.close()
         except (Exception, SystemExit) as error:
@@ -277,7 +274,7 @@ def as_bool(name: str, what: str, value: Any) -> bool:
         number = np.nan
     if number not in (0.0, 1.0):
         raise EnvContractError(
-            f"{name}: {what} must be a bool, 0 or 1, or one element holding one; got {_short(value)}"
+            f"{name}: {what} must be a bool, 0 or 1, or one element holding one; got {_short(repr(value), 80)}"
         )
     return bool(number)
 
@@ -359,9 +356,8 @@ def _described(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _reason(where: str, error: BaseException) -> str:
@@ -373,8 +369,4 @@ def _reason(where: str, error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return f"sys.exit({error.code!r}) in {where}(){place}"
     text = " ".join(str(error).split())
-    return f"{type(error).__name__} in {where}(){': ' if text else ''}{_short_text(text)}{place}"
-
-
-def _short_text(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    return f"{type(error).__name__} in {where}(){': ' if text else ''}{_short(text, 200)}{place}"

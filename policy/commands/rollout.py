@@ -16,6 +16,7 @@ from policy.commands.stage import (
     OnEnvError,
     Stage,
     check_broken,
+    run_missing,
     set_stage,
     stop_if_broken,
 )
@@ -34,7 +35,6 @@ from policy.rollout.episodes import EPISODES_FILE, MakeEnv, play_episode, write_
 from policy.rollout.latency import chunk_latency
 from policy.rollout.ledger import Ledger, cell_id
 from policy.rollout.video import record_videos
-from policy.rollout.workers import RolloutPool
 from policy.statistics.results import EpisodeResult, describe_broken, format_summary, summarize
 from policy.sweep.grid import SweepCell, make_cells
 from policy.tracking.tracker import OpenRun
@@ -179,20 +179,9 @@ def _as_fast_as_possible(
     recorded: SweepCell, ledger: Ledger, stage: Stage, num_envs: int, on_env_error: OnEnvError
 ) -> list[EpisodeResult]:
     """Run the episodes that the ledger lacks, in simulated time; return all results in the order of their seeds."""
-    name = ledger.introduce(recorded.settings)
-    tasks, total = [(0, seed) for seed in ledger.missing(name, stage.seeds)], len(stage.seeds)
-    if len(tasks) < total:
-        print(f"{total - len(tasks)} of {total} episodes are on disk already")
-    if tasks:
-        with (
-            RolloutPool([recorded.checkpoint.policy], stage.make_env, min(num_envs, len(tasks))) as pool,
-            progress(total=total, initial=total - len(tasks), desc="rollout", unit="episode") as bar,
-        ):
-            for _, result in pool.run([recorded.cell], tasks):
-                ledger.add(name, result)
-                stop_if_broken(result, on_env_error)
-                bar.update()
-    return ledger.results(name, stage.seeds)
+    cell = ledger.introduce(recorded.settings)
+    run_missing(stage, [recorded], [cell], ledger, num_envs, on_env_error, name="rollout")
+    return ledger.results(cell, stage.seeds)
 
 
 def _real_time_controller(

@@ -16,8 +16,12 @@ from policy.common.device import check_device
 from policy.common.errors import WorkerError
 from policy.common.output import episode_seeds
 from policy.common.plugins import loaded_plugins
+from policy.common.progress import progress
 from policy.rollout.episodes import Env, MakeEnv, check_num_envs, check_spaces
+from policy.rollout.ledger import Ledger
+from policy.rollout.workers import RolloutPool
 from policy.statistics.results import EpisodeResult, describe_broken, too_many_broken
+from policy.sweep.grid import SweepCell
 
 # Defaults that rollouts and sweeps share. Demonstrations use seeds from 0, rollouts during training those from 50000.
 EPISODES = 50
@@ -108,6 +112,53 @@ def _probe(make_env: MakeEnv, settings: dict[str, Any], checkpoint: Checkpoint) 
         raise ValueError(
             f"{error} {checkpoint.path} was trained with a plugin: if you trust it, add plugins=[{','.join(missing)}]"
         ) from error
+
+
+def run_missing(
+    stage: Stage,
+    cells: Sequence[SweepCell],
+    ids: Sequence[str],
+    ledger: Ledger,
+    num_envs: int,
+    on_env_error: OnEnvError,
+    *,
+    workers: int | None = None,
+    name: str = "sweep",
+) -> None:
+    """Run the episodes that the ledger does not hold, and add each to it as soon as it ends.
+
+    Args:
+        stage: the checkpoints, the environment and the seeds.
+        cells: the cells to run.
+        ids: their ids in the ledger.
+        ledger: receives the results.
+        num_envs: environments that run at once.
+        on_env_error: what to do with an episode that broke off.
+        workers: number of processes; by default one per core.
+        name: stands before the progress bar.
+
+    Raises:
+        WorkerError: an episode broke off and `on_env_error` is `stop`, or the processes failed.
+    """
+    tasks = [(number, seed) for number, cell in enumerate(ids) for seed in ledger.missing(cell, stage.seeds)]
+    total = len(cells) * len(stage.seeds)
+    if len(tasks) < total:
+        print(f"{total - len(tasks)} of {total} episodes are on disk already")
+    if not tasks:
+        return
+    policies = [checkpoint.policy for checkpoint in stage.checkpoints]
+    with (
+        RolloutPool(policies, stage.make_env, min(num_envs, len(tasks)), workers=workers) as pool,
+        progress(total=total, initial=total - len(tasks), desc=name, unit="episode") as bar,
+    ):
+        outcomes: dict[int, list[bool]] = {number: [] for number in range(len(cells))}
+        for (number, _), result in pool.run([cell.cell for cell in cells], tasks):
+            ledger.add(ids[number], result)
+            stop_if_broken(result, on_env_error)
+            outcomes[number].append(result.success)
+            success = sum(outcomes[number]) / len(outcomes[number])
+            bar.set_postfix(cell=f"{number + 1}/{len(cells)}", success=f"{success:.0%}", refresh=False)
+            bar.update()
 
 
 def stop_if_broken(result: EpisodeResult, on_env_error: OnEnvError) -> None:

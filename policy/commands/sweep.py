@@ -10,11 +10,10 @@ from policy.commands.stage import (
     EPISODES,
     FIRST_SEED,
     NUM_ENVS,
-    OnEnvError,
     Stage,
     check_broken,
+    run_missing,
     set_stage,
-    stop_if_broken,
 )
 from policy.common.output import output_folder
 from policy.common.progress import progress
@@ -23,7 +22,6 @@ from policy.rollout.cells import controllers_of
 from policy.rollout.episodes import MakeEnv
 from policy.rollout.ledger import Ledger
 from policy.rollout.video import record_videos
-from policy.rollout.workers import RolloutPool
 from policy.statistics.results import EpisodeResult
 from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, read_swept, telling_seeds
 from policy.sweep.grid import Row, SweepCell, axis_values, make_cells, row_of
@@ -120,7 +118,7 @@ def sweep(
     with Ledger(folder / LEDGER) as ledger:
         run = tracker(folder=folder, config={"checkpoint": [str(c) for c in checkpoints], "env": stage.env})
         ids = [ledger.introduce(cell.settings) for cell in cells]
-        _run_missing(stage, cells, ids, ledger, num_envs, workers, on_env_error)
+        run_missing(stage, cells, ids, ledger, num_envs, on_env_error, workers=workers)
         results = [ledger.results(cell, stage.seeds) for cell in ids]
     ran = zip(ids, cells, results, strict=True)
     timed = progress(ran, total=len(cells), desc="latency", unit="cell")  # some backends compile for seconds
@@ -174,37 +172,6 @@ def publish(
     run.log_table("sweep", rows, pictures[0], [clip.file for clip in clips])
     run.finish()
     print(f"files: {', '.join(str(file) for file in (*files, *pictures, report))}")
-
-
-def _run_missing(
-    stage: Stage,
-    cells: Sequence[SweepCell],
-    ids: Sequence[str],
-    ledger: Ledger,
-    num_envs: int,
-    workers: int | None,
-    on_env_error: OnEnvError,
-) -> None:
-    """Run the episodes that the ledger does not hold, and add each to it as soon as it ends."""
-    tasks = [(number, seed) for number, cell in enumerate(ids) for seed in ledger.missing(cell, stage.seeds)]
-    total = len(cells) * len(stage.seeds)
-    if len(tasks) < total:
-        print(f"{total - len(tasks)} of {total} episodes are on disk already")
-    if not tasks:
-        return
-    policies = [checkpoint.policy for checkpoint in stage.checkpoints]
-    with (
-        RolloutPool(policies, stage.make_env, min(num_envs, len(tasks)), workers=workers) as pool,
-        progress(total=total, initial=total - len(tasks), desc="sweep", unit="episode") as bar,
-    ):
-        outcomes: dict[int, list[bool]] = {number: [] for number in range(len(cells))}
-        for (number, _), result in pool.run([cell.cell for cell in cells], tasks):
-            ledger.add(ids[number], result)
-            stop_if_broken(result, on_env_error)
-            outcomes[number].append(result.success)
-            success = sum(outcomes[number]) / len(outcomes[number])
-            bar.set_postfix(cell=f"{number + 1}/{len(cells)}", success=f"{success:.0%}", refresh=False)
-            bar.update()
 
 
 def _recorded(

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from envs.planar import PlanarEnv
 from policy.checkpoint.files import seal
+from policy.commands import stage as stage_module
 from policy.commands import sweep as sweep_command
 from policy.common.errors import WorkerError
 from policy.rollout import workers
@@ -348,7 +349,7 @@ def nothing_starts(monkeypatch, resets, tmp_path):
     def start(*arguments):
         raise AssertionError("rollouts were started")
 
-    monkeypatch.setattr(sweep_command, "RolloutPool", start)
+    monkeypatch.setattr(stage_module, "RolloutPool", start)
     yield
     assert resets == []
     assert not (tmp_path / "out").exists()

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from policy import load_checkpoint
+from policy.data.reading import read_demonstrations
 from policy.statistics.intervals import wilson_interval
 from tests.conftest import ENVIRONMENT, PROGRAMS, ROOT
 
@@ -254,6 +255,13 @@ def damaged(planar_run, tmp_path_factory) -> Path:
     return here
 
 
+@pytest.fixture(scope="module")
+def converted(planar_run):
+    """The demonstrations are in the cache, so that no progress of reading stands before a refusal."""
+    read_demonstrations(path=planar_run / "planar-v0", format="minari")
+
+
+@pytest.mark.usefixtures("converted")
 @pytest.mark.parametrize("label", BAD_INPUT)
 def test_bad_input_is_refused_in_one_sentence_before_any_work(
     label, planar_run, damaged, run_command, tmp_path, monkeypatch

@@ -35,6 +35,7 @@ from policy.statistics.paired import (
     non_inferiority_test,
     paired_interval,
     score_statistic,
+    unpaired_wins,
     wins_over,
 )
 
@@ -95,6 +96,7 @@ def recommend(
     *,
     margin: float = 0.05,
     confidence: float = 0.95,
+    paired: bool = True,
 ) -> Recommendation:
     """Recommend the cheapest cell whose success rate is not worse than the best cell's by `margin` or more.
 
@@ -109,6 +111,7 @@ def recommend(
         margin: a difference of success rates, in (0, 1).
         confidence: one-sided, in (0.5, 1), of all verdicts "not worse" together; each `low` and `high` has it
             separately.
+        paired: whether a column is the same episode for all cells; otherwise see `unpaired_wins`.
 
     Returns:
         The recommended cell and the verdicts.
@@ -130,7 +133,8 @@ def recommend(
     rates = solved.mean(1)
     by_cost = sorted(range(cells), key=lambda i: (costs[i], -rates[i]))
     best = max(by_cost, key=lambda i: rates[i])  # of several, the first and hence the cheapest
-    verdicts = _verdicts(wins_over(solved), rates, best, episodes, margin, 1 - confidence)
+    wins = wins_over(solved) if paired else unpaired_wins(solved)
+    verdicts = _verdicts(wins, rates, best, episodes, margin, 1 - confidence)
     cell = next((i for i in by_cost if verdicts[i].verdict == "not worse"), None)
     cheaper = [i for i in by_cost if cell is None or costs[i] < costs[cell]]
     more = min((verdicts[i].more_episodes for i in cheaper if verdicts[i].more_episodes), default=0)

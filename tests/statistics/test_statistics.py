@@ -23,6 +23,7 @@ from policy.statistics.paired import (
     mcnemar_test,
     non_inferiority_test,
     paired_interval,
+    unpaired_wins,
 )
 from policy.statistics.recommendation import episodes_needed, recommend
 
@@ -373,6 +374,43 @@ def test_success_compared_with_a_reference():
     assert first.p_value == pytest.approx(0.052479, abs=5e-7)
     assert first.adjusted_p_value == pytest.approx(0.052479, abs=5e-7)  # the two others are smaller: Holm's last step
     assert (reference.difference, reference.low, reference.high, reference.adjusted_p_value) == (0, 0, 0, 1)
+
+
+# --- unpaired
+
+
+@pytest.mark.parametrize("episodes", [20, 50])
+def test_unpaired_tests_and_intervals_keep_their_level_for_independent_cells(episodes):
+    counts = np.arange(episodes + 1)
+    solved = np.arange(episodes) < counts[:, None]  # one cell for each possible number of successes
+    wins = unpaired_wins(solved)
+    assert np.array_equal(wins - wins.T, np.subtract.outer(counts, counts))
+    assert wins.min() >= 0
+    assert (wins + wins.T).max() <= episodes
+
+    def probability(chosen, first, second):
+        return binom.pmf(counts, episodes, first) @ chosen @ binom.pmf(counts, episodes, second)
+
+    rates = np.linspace(0.1, 1, 31)
+    not_worse = non_inferiority_test(wins, wins.T, episodes, 0.1) <= 0.05
+    assert max(probability(not_worse, rate - 0.1, rate) for rate in rates) <= 0.0501
+    different = mcnemar_test(wins, wins.T) <= 0.05
+    assert max(probability(different, rate, rate) for rate in rates) <= 0.05
+    low, high = paired_interval(wins, wins.T, episodes)
+    for first in rates[:-1]:
+        for second in rates[:-1]:
+            difference = first - second
+            assert probability((low <= difference) & (difference <= high), first, second) >= 0.942
+
+
+def test_the_order_of_unpaired_episodes_means_nothing():
+    generator = np.random.default_rng(0)
+    success = generator.random((3, 60)) < [[0.9], [0.8], [0.5]]
+    shuffled = np.array([generator.permutation(row) for row in success])
+    cost = [1, 2, 3]
+    assert recommend(shuffled, cost, paired=False) == recommend(success, cost, paired=False)
+    assert compare_success(shuffled, 0, paired=False) == compare_success(success, 0, paired=False)
+    assert compare_success(shuffled, 0) != compare_success(success, 0)
 
 
 # --- not worse by a margin

@@ -11,6 +11,8 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.checked import BROKE_OFF
+
 LOGGER = logging.getLogger(__name__)
 MAX_ATTEMPTS_PER_EPISODE = 10
 
@@ -112,7 +114,7 @@ def _collect(
         episode_seed = seed + attempt
         expert = expert_factory(env, episode_seed)
         episode = _play(env, expert, episode_seed, noise, linger_steps)
-        if not episode.is_success.any():
+        if episode is None or not episode.is_success.any():
             LOGGER.info("seed %d: the expert failed, skipped", episode_seed)
             continue
         yield episode
@@ -126,13 +128,21 @@ def _collect(
     )
 
 
-def _play(env: gymnasium.Env[Any, Any], expert: Expert, seed: int, noise: float, linger_steps: int) -> RecordedEpisode:
-    """Play one attempt until ``linger_steps`` control steps after its first success, or to its end."""
+def _play(
+    env: gymnasium.Env[Any, Any], expert: Expert, seed: int, noise: float, linger_steps: int
+) -> RecordedEpisode | None:
+    """Play one attempt until ``linger_steps`` control steps after its first success, or to its end.
+
+    Returns:
+        The episode, or None if the simulator broke it off.
+    """
     space = env.action_space
     assert isinstance(space, gymnasium.spaces.Box)
     noise_scale = noise * (space.high - space.low) / 2.0
     generator = np.random.default_rng([seed, 0x4015E])
-    observation, _ = env.reset(seed=seed)
+    observation, info = env.reset(seed=seed)
+    if BROKE_OFF in info:
+        return None
     observations, actions, rewards, terminations, truncations, successes = [observation], [], [], [], [], []
     done, remaining = False, linger_steps
     while not done:
@@ -142,6 +152,8 @@ def _play(env: gymnasium.Env[Any, Any], expert: Expert, seed: int, noise: float,
             noisy = action + noise_scale * generator.standard_normal(action.shape)
             executed = np.clip(noisy, space.low, space.high).astype(np.float32)
         observation, reward, terminated, truncated, info = env.step(executed)
+        if BROKE_OFF in info:
+            return None
         observations.append(observation)
         actions.append(action)
         rewards.append(reward)

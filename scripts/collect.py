@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import envs
 from policy.common.plugins import plugins_argument
-from policy.common.progress import progress
 from policy.data.minari_writer import check_absent, dataset_name, write_minari
+from policy.data.recording import recorded_episodes
 from scripts.command import command
 
 
@@ -21,7 +22,7 @@ def collect(
     noise: float = 0.0,
     output_dir: Path = Path("outputs/demonstrations"),
 ) -> None:
-    """Play a scripted expert and write its successful episodes as a Minari dataset (HDF5).
+    """Play a scripted expert and write its successful episodes as a Minari dataset; the same command resumes.
 
     Args:
         env: settings of the environment.
@@ -32,15 +33,20 @@ def collect(
 
     Raises:
         ValueError: a setting that does not fit, an environment without an expert, or a dataset that exists already.
-        RuntimeError: the expert fails too often.
+        WorkerError: the expert fails too often.
     """
     simulator, dataset_id = envs.make(**env), dataset_name(env)
     check_absent(output_dir / dataset_id)
     expert = partial(envs.make_expert, env["name"])
     expert(simulator, 0)  # an environment without an expert raises here, before any work
-    attempts = envs.collect_episodes(simulator, expert, episodes=episodes, seed=seed, noise=noise)
-    recorded = list(progress(attempts, total=episodes, desc="collect", unit="episode"))
-    path = write_minari(recorded, folder=output_dir, dataset_id=dataset_id, env=simulator, env_settings=env)
+
+    def attempts(first: int, missing: int) -> Iterator[envs.Episode]:
+        return envs.collect_episodes(simulator, expert, episodes=missing, seed=first, noise=noise)
+
+    settings = {"env": env, "seed": seed, "noise": noise}
+    unfinished = output_dir / f".{dataset_id}"
+    with recorded_episodes(unfinished, settings, episodes, attempts, envs.Episode) as recorded:
+        path = write_minari(recorded, folder=output_dir, dataset_id=dataset_id, env=simulator, env_settings=env)
     print(f"{episodes} demonstrations of {sum(map(len, recorded))} control steps in all: {path}")
     print(f"next: python scripts/train.py dataset.path={path}{plugins_argument()}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -20,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from policy.common.arguments import unknown_name
 from policy.common.errors import SaveError, WorkerError
+from policy.common.output import check_writable
 from policy.common.plugins import load_plugins
 from scripts.settings import CONF, GROUPS, Task, add_registered_options, help_text, registered_options
 
@@ -114,7 +116,17 @@ def _run(config: DictConfig, task: Task) -> None:
             # Jobs that run side by side must not write into one folder.
             settings.setdefault("output_dir", str(Path(hydra_config.runtime.output_dir)))
         task.check(settings)
+        if "output_dir" in task.parameters:  # before demonstrations are read, which may take minutes
+            check_writable(Path(settings.get("output_dir") or "outputs").expanduser())
         task.run(settings)
+
+
+def _remedy(error: OSError) -> str:
+    """What helps against an error of the system, and what is left of the work."""
+    # HDF5 gives the system's number in its text only.
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT) or f"errno = {errno.ENOSPC}" in str(error)
+    advice = "the disk is full: make room" if full else "mend this"
+    return f"{advice} and give the same command again; finished work is on disk"
 
 
 @contextmanager
@@ -130,6 +142,9 @@ def _refusals() -> Iterator[None]:
         sys.exit(2)
     except SaveError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        print(f"error: {' '.join(str(error).split())}; {_remedy(error)}", file=sys.stderr)
         sys.exit(1)
     except WorkerError as error:
         print(f"error: {' '.join(str(error).split())}; finished work is on disk", file=sys.stderr)

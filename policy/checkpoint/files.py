@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from policy.common.errors import SaveError
+from policy.common.files import json_text, write_text
 
 SCHEMA_VERSION = 2
 CONFIG, WEIGHTS, CHECKSUMS = "config.json", "policy.safetensors", "checksums.json"
@@ -233,7 +234,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 def write_json(file: Path, data: Mapping[str, Any]) -> None:
     """Write JSON data."""
-    file.write_text(json.dumps(data, indent=2), encoding="utf-8")
+    write_text(file, json_text(data, indent=2))
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -47,6 +47,8 @@ SETTINGS_OF_BEFORE = {
     "rectify_ddim_steps": 8,
     "timesteps_per_chunk": 1,
 }
+# How often a checkpoint may be replaced while it is read; each reading takes a fraction of a second.
+MOST_REPLACEMENTS = 5
 # Training settings that change no weight, so that a run may go on with others.
 MAY_CHANGE = {"keep_last", "log_every", "rollout_every", "save_every", "val_every"}
 
@@ -77,6 +79,8 @@ class Checkpoint:
 def load_checkpoint(folder: Path | str, device: str = "cpu", *, root: Path | None = None) -> Checkpoint:
     """Load a policy that is ready to act. The files that are read are verified against their checksums.
 
+    A training may replace the checkpoint while it is read; the new one is then read from its beginning.
+
     Args:
         folder: the checkpoint folder.
         device: the device of the loaded policy.
@@ -89,7 +93,28 @@ def load_checkpoint(folder: Path | str, device: str = "cpu", *, root: Path | Non
         ValueError: there is no checkpoint, it is damaged, it was written by a newer version, or it needs a plugin
             that is not loaded.
     """
-    opened = open_folder(Path(folder).expanduser(), root)
+    path = Path(folder).expanduser()
+    for _ in range(MOST_REPLACEMENTS):
+        before = _identity(path)
+        try:
+            return _load(path, device, root)
+        except ValueError:
+            if _identity(path) == before:
+                raise
+    return _load(path, device, root)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from the one that takes its place; None while there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _load(folder: Path, device: str, root: Path | None) -> Checkpoint:
+    opened = open_folder(folder, root)
     with refusing(opened.path / CONFIG):
         config = _policy_config(opened)
         env, execution_horizon, training = _circumstances(opened, config)

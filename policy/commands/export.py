@@ -10,7 +10,6 @@ export/
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 
 from policy.checkpoint import Checkpoint, load_checkpoint
 from policy.common.arguments import unknown_name
+from policy.common.files import json_text, write_text
 from policy.common.observations import is_image
 from policy.common.output import output_folder
 from policy.diffusion.sampler import Sampler
@@ -174,7 +174,7 @@ def write_export(
     np.savez(folder / "example_input.npz", **example)  # type: ignore[arg-type]
     np.save(folder / "example_output.npy", actions)
     # Written last: a folder without this file is not a complete export.
-    (folder / "export.json").write_text(json.dumps(data, indent=2))
+    write_text(folder / "export.json", json_text(data, indent=2))
 
 
 def _free_batch(name: str, shape: tuple[int, ...]) -> list[str | int]:

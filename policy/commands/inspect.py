@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
+from policy.common.files import json_text, write_text
 from policy.common.output import output_folder
 from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
 from policy.data.demonstrations import Demonstrations
@@ -47,7 +47,7 @@ def inspect_demonstrations(
         dataset, obs_horizon=obs_horizon, action_horizon=action_horizon, execution_horizon=execution_horizon
     )
     folder = output_folder(output_dir, "inspect")
-    (folder / "inspect.json").write_text(json.dumps(asdict(inspection), indent=1, allow_nan=False))
+    write_text(folder / "inspect.json", json_text(asdict(inspection), indent=1))
     print(format_inspection(inspection, dimensions))
     plot_episodes(dataset, inspection, spread(dataset.num_episodes, episodes), folder / "inspect.png")
     print(f"\nfiles: {folder / 'inspect.json'}, {folder / 'inspect.png'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from policy.commands.stage import (
     run_missing,
     set_stage,
 )
+from policy.common.errors import SaveError
 from policy.common.output import output_folder
 from policy.common.progress import progress
 from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS
@@ -92,6 +94,8 @@ def sweep(
         if checkpoint is not None:
             raise ValueError("merge= combines sweeps that have run: leave checkpoint= out")
         merged = read_swept(merge)
+        if merged.unpaired:
+            warnings.warn(merged.unpaired, stacklevel=2)
         folder = output_folder(output_dir, "sweep")
         run = tracker(folder=folder, config={"merge": [str(path) for path in merge]})
         publish(folder, conclude(merged, margin), run, lambda chosen: [])
@@ -120,6 +124,7 @@ def sweep(
         ids = [ledger.introduce(cell.settings) for cell in cells]
         run_missing(stage, cells, ids, ledger, num_envs, on_env_error, workers=workers)
         results = [ledger.results(cell, stage.seeds) for cell in ids]
+        unpaired = ledger.unpaired
     ran = zip(ids, cells, results, strict=True)
     timed = progress(ran, total=len(cells), desc="latency", unit="cell")  # some backends compile for seconds
     rows = [{"cell": name, **row_of(cell, found)} for name, cell, found in timed]
@@ -129,7 +134,8 @@ def sweep(
         seeds = telling_seeds([results[number] for number in chosen], count)
         return _recorded(stage, cells, rows, chosen, seeds, folder / "videos") if seeds else []
 
-    publish(folder, conclude(Swept(rows=rows, results=results, env=stage.env), margin), run, record)
+    swept = Swept(rows=rows, results=results, env=stage.env, unpaired=unpaired)
+    publish(folder, conclude(swept, margin), run, record)
     check_broken([result for found in results for result in found])
 
 
@@ -145,32 +151,41 @@ def publish(
         record: records episodes of the cells with the given indices; called after the tables are written.
     """
     rows, advice = conclusion.rows, conclusion.advice
-    pictures = [folder / "sweep.png", folder / "sweep.svg"]
-    plot_rows(rows, pictures, title=conclusion.title)
     summary = {"env": conclusion.env, "margin": conclusion.margin, "answer": conclusion.answer}
     if conclusion.warnings:
         summary["warnings"] = conclusion.warnings
+    if conclusion.unpaired:
+        summary["unpaired"] = conclusion.unpaired
     files = write_files(folder, rows, conclusion.episodes, summary)
     print(format_table(rows))
     print(conclusion.answer)
-    for warning in conclusion.warnings:
+    for warning in conclusion.warnings[bool(conclusion.unpaired) :]:  # that one was given before all work
         print(f"warning: {warning}")
     clips = record(conclusion.shown)
-    report = folder / "report.html"
-    write_report(
-        report,
-        rows,
-        title=conclusion.title,
-        answer=conclusion.answer,
-        warnings=conclusion.warnings,
-        chosen=advice.cell,
-        differences=conclusion.differences,
-        clips=clips,
-        without_clips="No episodes were recorded: nothing can be drawn here, or videos=0.",
-        settings=conclusion.settings,
-    )
-    run.log_table("sweep", rows, pictures[0], [clip.file for clip in clips])
-    run.finish()
+    pictures, report = [folder / "sweep.png", folder / "sweep.svg"], folder / "report.html"
+    try:
+        plot_rows(rows, pictures, title=conclusion.title, paired=not conclusion.unpaired)
+        write_report(
+            report,
+            rows,
+            title=conclusion.title,
+            answer=conclusion.answer,
+            warnings=conclusion.warnings,
+            chosen=advice.cell,
+            differences=conclusion.differences,
+            clips=clips,
+            without_clips="No episodes were recorded: nothing can be drawn here, or videos=0.",
+            settings=conclusion.settings,
+            paired=not conclusion.unpaired,
+        )
+    except Exception as error:  # whatever a drawing library stumbles over, the tables are there
+        tables = ", ".join(map(str, files))
+        raise SaveError(
+            f"no pictures and no report ({error}): the tables are whole ({tables}), and the same command draws again"
+        ) from error
+    finally:
+        run.log_table("sweep", rows, pictures[0] if pictures[0].exists() else None, [clip.file for clip in clips])
+        run.finish()
     print(f"files: {', '.join(str(file) for file in (*files, *pictures, report))}")
 
 
@@ -200,6 +215,6 @@ def _recorded(
             outcome = "success" if result.success else f"failure, score {result.score:.2f}"
             caption = f"{label_of(rows, rows[number])}: {outcome} after {result.steps} steps"
             clips.append(Clip(seed=result.seed, caption=caption, file=file))
-    except (RuntimeError, ValueError) as error:  # an environment may not support rendering
+    except Exception as error:  # an environment may not know how to draw, and the tables are there
         print(f"no video: {error}")
     return clips

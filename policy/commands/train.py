@@ -25,6 +25,7 @@ from policy.model.config import PolicyConfig, PolicySettings
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout.cells import Cell
 from policy.rollout.episodes import MakeEnv, check_num_envs, check_spaces, run_in_process
+from policy.rollout.probe import unrepeatable
 from policy.statistics.results import describe_broken, summarize
 from policy.tracking.tracker import OpenRun, TrackedRun
 from policy.training.loop import train
@@ -93,6 +94,8 @@ def train_policy(
     if env:
         with closing(make_env(**env)) as probe:
             check_spaces(config, probe)
+            if train.rollout_every and (unfixed := unrepeatable(probe, ROLLOUT_SEED)[1]):
+                warnings.warn(unfixed, stacklevel=2)
         rollout = partial(_rolled_out, partial(make_env, **env), num_envs, train, sampler, execution_horizon)
 
     folder = output_folder(output_dir, "train")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written; earlier checkpoints are intact."""
+    """A file could not be written; what was written before it is intact."""
 
 
 class WorkerError(RuntimeError):

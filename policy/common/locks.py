@@ -1,4 +1,4 @@
-"""A lock that keeps a second training out of a folder; the system releases it however its process ends."""
+"""A lock that keeps a second process out of a folder; the system releases it however its process ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from filelock import lock_descriptor
 
 @contextmanager
 def only_process(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in a folder; each of them is told which process trains there.
+    """Keep other processes out of a folder; each of them is told which process works there.
 
     The lock file holds the process's name (its id and host) and is emptied at the end. A name found in a file that
     nobody has locked is that of a process that was killed. The file is never removed: if it were, two processes could
@@ -23,7 +23,7 @@ def only_process(folder: Path) -> Iterator[None]:
         folder: folder of the training run; `.train.lock` is written there.
 
     Raises:
-        ValueError: another process trains in the folder, or the folder cannot be locked.
+        ValueError: another process works in the folder, or the folder cannot be locked.
     """
     path = folder / ".train.lock"
     try:
@@ -40,7 +40,7 @@ def only_process(folder: Path) -> Iterator[None]:
                 " choose another output_dir="
             )
         if holder:
-            print(f"process {holder} was killed while it trained in {folder}: its last checkpoint counts")
+            print(f"process {holder} was killed while it worked in {folder}: what it saved counts")
         try:
             file.truncate(0)
             file.write(f"{os.getpid()} on {platform.node()}")

@@ -5,6 +5,10 @@ from __future__ import annotations
 import itertools
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryFile
+
+# Written to an output folder before long work, to find out whether that is possible.
+TRIAL_BYTES = 2**16
 
 
 def output_folder(output_dir: Path | None, command: str) -> Path:
@@ -18,9 +22,10 @@ def output_folder(output_dir: Path | None, command: str) -> Path:
         The folder.
 
     Raises:
-        ValueError: the folder cannot be created.
+        ValueError: the folder cannot be created, or nothing can be written there.
     """
     folder = (output_dir or Path("outputs") / command / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")).expanduser()
+    check_writable(folder)
     try:
         if output_dir is None:
             return _new_folder(folder)
@@ -28,6 +33,26 @@ def output_folder(output_dir: Path | None, command: str) -> Path:
     except OSError as error:
         raise ValueError(f"cannot make output_dir={folder} ({error}): choose another") from error
     return folder
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder in which no files can be made; nothing is left there, and the folder itself is not made.
+
+    Args:
+        folder: it, or its nearest parent that exists, is written to.
+
+    Raises:
+        ValueError: it is a file, no files can be made in it, or its disk is full.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with TemporaryFile(dir=there) as trial:  # without a name: nobody sees it, and a kill leaves nothing
+            trial.write(bytes(TRIAL_BYTES))
+            trial.flush()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to output_dir={folder} ({error.strerror}): choose another, or make room"
+        ) from error
 
 
 def _new_folder(folder: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policy.common.device import torch_threads
+from policy.common.files import json_text, write_text
 from policy.common.observations import Observation, plain_key
 from policy.control.receding_horizon import RecedingHorizonController
 from policy.model.config import PolicyConfig
@@ -256,5 +256,5 @@ def write_episodes(results: Sequence[EpisodeResult], folder: Path) -> Path:
         The file.
     """
     file = folder / EPISODES_FILE
-    file.write_text(json.dumps([result.row() for result in results], indent=1))
+    write_text(file, json_text([result.row() for result in results], indent=1))
     return file

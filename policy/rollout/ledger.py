@@ -1,6 +1,7 @@
 """The ledger of a sweep or rollout: every finished episode, written to disk at once and exactly once.
 
-One JSON object a line: `{"cell": id, "settings": {...}}` introduces a cell, `{"cell": id, "seed": ...}` is an episode.
+One JSON object a line: `{"cell": id, "settings": {...}}` introduces a cell, `{"cell": id, "seed": ...}` is an episode,
+`{"unpaired": "..."}` says why equal seeds are not equal episodes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from filelock import lock_descriptor
 
+from policy.common.files import json_text
 from policy.statistics.results import EpisodeResult
 
 Settings = Mapping[str, Any]
@@ -38,6 +40,7 @@ class Ledger:
 
     def __init__(self, file: Path) -> None:
         self._results: dict[str, dict[int, EpisodeResult]] = {}
+        self._unpaired = ""
         self._path = file
         try:
             self._file = file.open("a+b")
@@ -62,6 +65,9 @@ class Ledger:
         where = f"{self._path}, line {number}"
         try:
             row = json.loads(line)
+            if "unpaired" in row:
+                self._unpaired = str(row["unpaired"])
+                return
             known = self._results.setdefault(row["cell"], {})
             if "settings" in row:
                 return
@@ -82,6 +88,16 @@ class Ledger:
             self._results[cell] = {}
             self._append({"cell": cell, "settings": dict(settings)})
         return cell
+
+    @property
+    def unpaired(self) -> str:
+        """Why equal seeds are not equal episodes, as a sentence; empty if nothing is known against it."""
+        return self._unpaired
+
+    def note_unpaired(self, reason: str) -> None:
+        """Write down that equal seeds are not equal episodes."""
+        self._unpaired = reason
+        self._append({"unpaired": reason})
 
     def finished(self) -> set[str]:
         """The ids of the cells that have results."""
@@ -113,7 +129,7 @@ class Ledger:
         return [self._results[cell][seed] for seed in seeds]
 
     def _append(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.write(json_text(row).encode() + b"\n")
         self._file.flush()
 
     def close(self) -> None:

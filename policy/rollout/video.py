@@ -24,13 +24,18 @@ def write_video(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int) -> No
         fps: frames per second.
     """
     height, width = (size - size % 2 for size in frames[0].shape[:2])
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for frame in frames:
-            cropped = np.ascontiguousarray(frame[:height, :width])
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(cropped, format="rgb24")))
-        container.mux(stream.encode())
+    new = path.with_name(f".{path.name}.new")
+    try:
+        with av.open(str(new), "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=fps)
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            for frame in frames:
+                cropped = np.ascontiguousarray(frame[:height, :width])
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(cropped, format="rgb24")))
+            container.mux(stream.encode())
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def record_videos(

@@ -22,11 +22,13 @@ class Swept:
         rows: one per cell, see `row_of`, with the cell's id as `cell`.
         results: the episodes of each cell, the same seeds in the same order.
         env: settings of the environment.
+        unpaired: why equal seeds are not equal episodes, so that cells are compared as unpaired; empty if they are.
     """
 
     rows: list[Row]
     results: list[list[EpisodeResult]]
     env: dict[str, Any]
+    unpaired: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,7 @@ class Conclusion:
         advice: the recommendation.
         answer: the recommendation in a sentence, with its figures.
         warnings: what a reader must know besides, in sentences.
+        unpaired: see `Swept`.
     """
 
     title: str
@@ -52,6 +55,7 @@ class Conclusion:
     advice: Recommendation
     answer: str
     warnings: list[str]
+    unpaired: str
 
     @property
     def shown(self) -> list[int]:
@@ -94,10 +98,10 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
     rows = uniform(swept.rows)
     success = [[result.success for result in found] for found in swept.results]
     cost = [(row["ddim_steps"], row["latency_ms_median"]) for row in rows]
-    advice = recommend(success, cost, margin=margin)
+    advice = recommend(success, cost, margin=margin, paired=not swept.unpaired)
     differences = [
         {"difference": c.difference, "difference_low": c.low, "difference_high": c.high, "p_value": c.adjusted_p_value}
-        for c in compare_success(success, advice.best)
+        for c in compare_success(success, advice.best, paired=not swept.unpaired)
     ]
     return Conclusion(
         title=" ".join(str(value) for value in swept.env.values()),
@@ -117,7 +121,11 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
         margin=margin,
         advice=advice,
         answer=answer_of(rows, advice),
-        warnings=describe_broken([result for found in swept.results for result in found]),
+        warnings=[
+            *filter(None, [swept.unpaired]),
+            *describe_broken([result for found in swept.results for result in found]),
+        ],
+        unpaired=swept.unpaired,
     )
 
 
@@ -178,6 +186,7 @@ def read_swept(folders: Sequence[Path]) -> Swept:
     rows: list[Row] = []
     results: list[list[EpisodeResult]] = []
     first: dict[str, Any] = {}
+    unpaired = ""
     for folder in folders:
         try:
             document = json.loads((folder / "sweep.json").read_text())
@@ -197,8 +206,9 @@ def read_swept(folders: Sequence[Path]) -> Swept:
             raise ValueError(f"{differs[0]} of {folder} and of {folders[0]} differ: only equal ones can be compared")
         if repeated := found.keys() & {row["cell"] for row in rows}:
             raise ValueError(f"{folder} repeats the cell {min(repeated)}: leave one of them out")
+        unpaired = unpaired or str(document.get("unpaired", ""))
         rows += found.values()
         results += episodes.values()
     if not rows or any([result.seed for result in listed] != first["seeds"] for listed in results):
         raise ValueError(f"the cells of {', '.join(map(str, folders))} have not all run the same episodes")
-    return Swept(rows=rows, results=results, env=first["env"])
+    return Swept(rows=rows, results=results, env=first["env"], unpaired=unpaired)

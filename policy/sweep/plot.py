@@ -15,16 +15,17 @@ if TYPE_CHECKING:
 LINES, SPACING, GAP = 6, 1.2, 0.4
 
 
-def plot_rows(rows: Sequence[Row], files: Sequence[Path], title: str) -> None:
+def plot_rows(rows: Sequence[Row], files: Sequence[Path], title: str, paired: bool = True) -> None:
     """Draw both plots under a title and save them.
 
     Args:
         rows: the cells' rows.
         files: each receives the same figure, in the format of its suffix.
         title: says what was swept.
+        paired: whether all cells ran the same episodes.
     """
     figure = draw_rows(rows)
-    figure.suptitle(f"{title}: {rows[0]['episodes']} episodes per point, the same in each")
+    figure.suptitle(f"{title}: {rows[0]['episodes']} episodes per point, {'the same' if paired else 'others'} in each")
     for file in files:
         figure.savefig(file, dpi=150)
 

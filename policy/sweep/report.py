@@ -10,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from policy.common.files import write_text
 from policy.sweep.grid import Row
 from policy.sweep.plot import draw_rows
 from policy.sweep.table import table_cells
@@ -50,6 +51,7 @@ def write_report(
     clips: Sequence[Clip],
     without_clips: str,
     settings: Mapping[str, Any],
+    paired: bool = True,
 ) -> None:
     """Write the page. It needs neither a network nor any other file.
 
@@ -64,6 +66,7 @@ def write_report(
         clips: recorded episodes; those with the same seed stand side by side.
         without_clips: stands where the episodes would, if there are none.
         settings: listed at the end of the page, by name.
+        paired: whether all cells ran the same episodes.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -89,8 +92,9 @@ def write_report(
         clips={seed: [clip for clip in clips if clip.seed == seed] for seed in seeds},
         without_clips=without_clips,
         settings=settings,
+        paired=paired,
     )
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def _plot(rows: Sequence[Row], scheme: str) -> str:

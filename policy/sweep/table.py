@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from policy.common.files import json_text, write_text
 from policy.common.markdown import markdown_table
 from policy.sweep.grid import Row, varying
 
@@ -57,11 +58,12 @@ def write_files(folder: Path, rows: Sequence[Row], episodes: Sequence[Row], summ
         The files.
     """
     document = folder / "sweep.json"
-    document.write_text(json.dumps({**summary, "cells": list(rows), "episodes": list(episodes)}, indent=1))
+    write_text(document, json_text({**summary, "cells": list(rows), "episodes": list(episodes)}, indent=1))
     files = [folder / "sweep.csv", folder / "episodes.csv"]
     for file, table in zip(files, (rows, episodes), strict=True):
-        with file.open("w", newline="") as opened:
-            writer = csv.DictWriter(opened, list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+        write_text(file, text.getvalue())
     return [*files, document]

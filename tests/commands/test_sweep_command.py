@@ -409,5 +409,5 @@ def test_a_folder_in_use_or_damaged_is_refused_and_left_as_it_is(planar_run, run
 def test_an_output_folder_that_is_a_file_is_refused(planar_run, run_sweep, resets, tmp_path):
     (tmp_path / "out").write_text("")
     err = run_sweep(f"checkpoint={planar_run}/checkpoint", "episodes=2", f"output_dir={tmp_path}/out", check=2)
-    check_refused(err, f"cannot make output_dir={tmp_path}/out", "choose another")
+    check_refused(err, f"cannot write to output_dir={tmp_path}/out (Not a directory)", "choose another")
     assert resets == []

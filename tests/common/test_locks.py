@@ -56,7 +56,7 @@ def test_a_process_keeps_others_out_until_it_is_killed(tmp_path, capsys):
         assert process.wait(timeout=30) == -signal.SIGKILL
         os.kill(child, 0)  # its child is still there, and holds nothing
         with only_process(tmp_path):
-            assert f"{name} was killed while it trained in {tmp_path}" in capsys.readouterr().out
+            assert f"{name} was killed while it worked in {tmp_path}" in capsys.readouterr().out
     assert (tmp_path / ".train.lock").read_text() == ""
 
 

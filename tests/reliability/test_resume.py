@@ -141,7 +141,7 @@ def test_stopped_killed_and_locked_out_a_run_ends_as_if_nothing_had_been(data, w
 
     out = finish(run_command, data, tmp_path).stdout
     assert f"process {pid} on " in out
-    assert "was killed while it trained" in out
+    assert "was killed while it worked" in out
     assert_same_run(tmp_path, whole)
     with only_process(tmp_path):  # it let go
         pass

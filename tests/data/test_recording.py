@@ -1,0 +1,74 @@
+"""Collections that were interrupted."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+import envs
+from envs.checked import CheckedEnv
+from envs.planar import PlanarEnv, make_planar_expert
+from policy.common.errors import WorkerError
+from policy.data.reading import read_demonstrations
+from scripts.collect import collect
+
+COLLECT = envs.collect_episodes
+PLANAR = {"name": "planar"}
+
+
+def content(folder):
+    demonstrations = read_demonstrations(format="minari", path=folder / "planar-v0")
+    return {"action": demonstrations.actions, **demonstrations.observations}
+
+
+def test_an_interrupted_collection_goes_on_and_ends_like_an_undisturbed_one(tmp_path, capsys, monkeypatch):
+    collect(env=PLANAR, episodes=5, noise=0.3, output_dir=tmp_path / "whole")
+
+    def interrupted(*arguments, **settings):
+        yield from itertools.islice(COLLECT(*arguments, **settings), 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(envs, "collect_episodes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        collect(env=PLANAR, episodes=5, noise=0.3, output_dir=tmp_path / "cut")
+    monkeypatch.undo()
+    assert sorted(file.name for file in (tmp_path / "cut").iterdir()) == [".planar-v0"]
+    with pytest.raises(ValueError, match="a collection with other settings that was interrupted: give its command"):
+        collect(env=PLANAR, episodes=5, noise=0.2, output_dir=tmp_path / "cut")
+    collect(env=PLANAR, episodes=5, noise=0.3, output_dir=tmp_path / "cut")
+    assert "2 of 5 demonstrations are on disk already" in capsys.readouterr().out
+    assert sorted(file.name for file in (tmp_path / "cut").iterdir()) == ["planar-v0"]
+    whole, cut = content(tmp_path / "whole"), content(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    assert all(np.array_equal(values, cut[key]) for key, values in whole.items())
+
+
+def test_an_expert_that_always_fails_is_one_sentence_and_leaves_nothing(tmp_path):
+    with pytest.raises(WorkerError, match="Only 0 of 1 demonstrations succeeded"):
+        collect(env=PLANAR, episodes=1, noise=40, output_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_episode_is_refused_by_name(tmp_path):
+    (tmp_path / ".planar-v0").mkdir()
+    (tmp_path / ".planar-v0/000000000003.npz").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match=r"000000000003.npz is damaged .*: remove it"):
+        collect(env=PLANAR, episodes=5, output_dir=tmp_path)
+
+
+def test_attempts_that_the_simulator_broke_off_are_no_demonstrations():
+    class Breaking(PlanarEnv):
+        def step(self, action):
+            if self.seed % 2:
+                raise RuntimeError("out of coal")
+            return super().step(action)
+
+        def reset(self, *, seed=None, options=None):
+            self.seed = seed
+            if seed == 2:
+                raise RuntimeError("cold")
+            return super().reset(seed=seed, options=options)
+
+    env = CheckedEnv(Breaking, "breaking", 100)
+    recorded = envs.collect_episodes(env, make_planar_expert, episodes=3, seed=0)
+    assert [episode.seed for episode in recorded] == [0, 4, 6]

@@ -47,8 +47,8 @@ SETTINGS_OF_BEFORE = {
     "rectify_ddim_steps": 8,
     "timesteps_per_chunk": 1,
 }
-# How often a checkpoint may be replaced while it is read; each reading takes a fraction of a second.
-MOST_REPLACEMENTS = 5
+# How often a checkpoint is read if it is replaced meanwhile; a reading takes a fraction of the time between two saves.
+MOST_READINGS = 10
 # Training settings that change no weight, so that a run may go on with others.
 MAY_CHANGE = {"keep_last", "log_every", "rollout_every", "save_every", "val_every"}
 
@@ -94,14 +94,17 @@ def load_checkpoint(folder: Path | str, device: str = "cpu", *, root: Path | Non
             that is not loaded.
     """
     path = Path(folder).expanduser()
-    for _ in range(MOST_REPLACEMENTS):
+    for _ in range(MOST_READINGS):
         before = _identity(path)
         try:
-            return _load(path, device, root)
+            loaded = _load(path, device, root)
         except ValueError:
             if _identity(path) == before:
                 raise
-    return _load(path, device, root)
+        else:
+            if _identity(path) == before:
+                return loaded
+    raise ValueError(f"{path} is replaced faster than it can be read: try again")
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

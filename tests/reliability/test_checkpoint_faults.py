@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +251,30 @@ def test_a_kill_in_the_middle_of_saving_leaves_a_whole_checkpoint(tmp_path):
         f"kills while saving: {len(steps)}, whole checkpoints found: {len(steps)}, at steps {min(steps)}..{max(steps)}"
     )
     assert max(steps) > 1
+
+
+def test_a_checkpoint_may_be_replaced_while_it_is_read(tmp_path):
+    folder, stop = save(tmp_path / "checkpoint", stepped_state()), threading.Event()
+
+    def replace_it_again_and_again():
+        state = stepped_state()
+        while not stop.is_set():
+            state.step += 1
+            with torch.no_grad():
+                next(state.ema.parameters()).fill_(state.step)
+            save(folder, state)
+
+    with ThreadPoolExecutor(1) as thread:
+        saving = thread.submit(replace_it_again_and_again)
+        try:
+            loaded = [load_checkpoint(folder) for _ in range(40)]
+        finally:
+            stop.set()
+        saving.result()
+    assert len({found.digest for found in loaded}) > 1
+    for found in loaded:  # weights and record are of one save
+        step = found.training["step"]
+        assert step == 0 or next(found.policy.parameters()).flatten()[0] == step
 
 
 @pytest.fixture

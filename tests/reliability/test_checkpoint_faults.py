@@ -263,11 +263,12 @@ def test_a_checkpoint_may_be_replaced_while_it_is_read(tmp_path):
             with torch.no_grad():
                 next(state.ema.parameters()).fill_(state.step)
             save(folder, state)
+            stop.wait(0.1)
 
     with ThreadPoolExecutor(1) as thread:
         saving = thread.submit(replace_it_again_and_again)
         try:
-            loaded = [load_checkpoint(folder) for _ in range(40)]
+            loaded = [load_checkpoint(folder) for _ in range(30)]
         finally:
             stop.set()
         saving.result()

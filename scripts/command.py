@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from policy.common.arguments import unknown_name
 from policy.common.errors import SaveError, WorkerError
+from policy.common.locks import check_free
 from policy.common.output import check_writable
 from policy.common.plugins import load_plugins
 from scripts.settings import CONF, GROUPS, Task, add_registered_options, help_text, registered_options
@@ -117,7 +118,10 @@ def _run(config: DictConfig, task: Task) -> None:
             settings.setdefault("output_dir", str(Path(hydra_config.runtime.output_dir)))
         task.check(settings)
         if "output_dir" in task.parameters:  # before demonstrations are read, which may take minutes
-            check_writable(Path(settings.get("output_dir") or "outputs").expanduser())
+            folder = Path(settings.get("output_dir") or "outputs").expanduser()
+            check_writable(folder)
+            if task.name == "train":
+                check_free(folder)
         task.run(settings)
 
 

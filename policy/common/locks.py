@@ -11,6 +11,28 @@ from pathlib import Path
 from filelock import lock_descriptor
 
 
+LOCK = ".train.lock"
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder that another process works in, before work that may take long; nothing is locked.
+
+    Raises:
+        ValueError: another process works in the folder.
+    """
+    if (folder / LOCK).is_file():
+        with (folder / LOCK).open("r+") as file:
+            if not lock_descriptor(file.fileno(), blocking=False):
+                raise _in_use(folder, file.read())
+
+
+def _in_use(folder: Path, holder: str) -> ValueError:
+    return ValueError(
+        f"{folder} is in use by process {holder}: wait for it, stop it with Ctrl-C or SIGTERM (it saves), or choose"
+        " another output_dir="
+    )
+
+
 @contextmanager
 def only_process(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder; each of them is told which process works there.
@@ -25,7 +47,7 @@ def only_process(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another process works in the folder, or the folder cannot be locked.
     """
-    path = folder / ".train.lock"
+    path = folder / LOCK
     try:
         file = path.open("a+")
         ours = lock_descriptor(file.fileno(), blocking=False)
@@ -35,10 +57,7 @@ def only_process(folder: Path) -> Iterator[None]:
         file.seek(0)
         holder = file.read()
         if not ours:
-            raise ValueError(
-                f"{folder} is in use by process {holder}: wait for it, stop it with Ctrl-C or SIGTERM (it saves), or"
-                " choose another output_dir="
-            )
+            raise _in_use(folder, holder)
         if holder:
             print(f"process {holder} was killed while it worked in {folder}: what it saved counts")
         try:

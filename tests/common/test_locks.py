@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 import pytest
 
 from policy.common import locks
-from policy.common.locks import only_process
+from policy.common.locks import check_free, only_process
 from tests.conftest import ENVIRONMENT, ROOT
 
 HOLDER = """
@@ -48,12 +49,15 @@ def test_a_process_keeps_others_out_until_it_is_killed(tmp_path, capsys):
         for _ in range(2):  # an attempt changes nothing
             with pytest.raises(ValueError) as error, only_process(tmp_path):
                 pass
+            with pytest.raises(ValueError, match=re.escape(str(error.value))):
+                check_free(tmp_path)
             assert str(error.value) == (
                 f"{tmp_path} is in use by {name}: wait for it, stop it with Ctrl-C or SIGTERM (it saves), or choose"
                 " another output_dir="
             )
         process.kill()
         assert process.wait(timeout=30) == -signal.SIGKILL
+        check_free(tmp_path)
         os.kill(child, 0)  # its child is still there, and holds nothing
         with only_process(tmp_path):
             assert f"{name} was killed while it worked in {tmp_path}" in capsys.readouterr().out

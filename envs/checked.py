@@ -64,7 +64,13 @@ class CheckedEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
         self._broken = False
 
     def _made(self) -> gymnasium.Env[Any, Any]:
-        return _with_protocol(self._make(), self._name)
+        try:
+            env = self._make()
+        except (ValueError, ImportError, RenderingUnavailableError, KeyboardInterrupt):
+            raise  # each has a message of its own
+        except BaseException as error:
+            raise ValueError(f"{self._name} cannot be made: {_reason('__init__', error)}") from error
+        return _with_protocol(env, self._name)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -90,9 +96,9 @@ class CheckedEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
                 self._broken = False
             observation, info = self.env.reset(seed=seed, **({} if options is None else {"options": options}))
             self._check(observation)
-        except EnvContractError:
+        except (EnvContractError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             self._last = _zeros(self.observation_space)
             return self._last, self._broke_off("reset", error)
         self._last = observation
@@ -118,9 +124,9 @@ class CheckedEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
         try:
             observation, reward, terminated, truncated, info = self.env.step(action)
             self._check(observation)
-        except EnvContractError:
+        except (EnvContractError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             return self._last, 0.0, False, True, self._broke_off("step", error)
         self._last = observation
         self._steps += 1
@@ -155,7 +161,9 @@ class CheckedEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
         """Close the simulator; one that fails at that is only reported in the log."""
         try:
             self.env.close()
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             LOGGER.warning("%s: close() failed (%s)", self._name, _reason("close", error))
 
     def _check(self, observation: Any) -> None:
@@ -184,7 +192,7 @@ class CheckedEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
         except ValueError:
             value = np.nan
         if not 0.0 <= value <= 1.0:
-            raise EnvContractError(f"{self._name}: info['score'] must be a number in [0, 1]; got {score!r}")
+            raise EnvContractError(f"{self._name}: info['score'] must be a number in [0, 1]; got {_shown(score)}")
         return value
 
     def _broke_off(self, where: str, error: BaseException) -> dict[str, Any]:
@@ -229,7 +237,7 @@ class _Protocol(gymnasium.Wrapper[Any, Any, Any, Any]):
         try:
             number = as_number(reward)
         except ValueError as error:
-            raise EnvContractError(f"{self._name}: the reward must be one number; got {reward!r}") from error
+            raise EnvContractError(f"{self._name}: the reward must be one number; got {_shown(reward)}") from error
         if not np.isfinite(number):
             raise DeviationError("reward not finite")
         return (
@@ -249,9 +257,12 @@ def as_number(value: Any) -> float:
     """
     if isinstance(value, float | int):
         return float(value)
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except Exception as error:  # whatever an object does when it is asked for its numbers
+        raise ValueError(f"one number is needed; got {_shown(value)}") from error
     if array.size != 1 or array.dtype.kind not in "fiub":
-        raise ValueError(f"one number is needed; got {value!r}")
+        raise ValueError(f"one number is needed; got {_shown(value)}")
     return float(array.item())
 
 
@@ -274,7 +285,7 @@ def as_bool(name: str, what: str, value: Any) -> bool:
         number = np.nan
     if number not in (0.0, 1.0):
         raise EnvContractError(
-            f"{name}: {what} must be a bool, 0 or 1, or one element holding one; got {_short(repr(value), 80)}"
+            f"{name}: {what} must be a bool, 0 or 1, or one element holding one; got {_shown(value)}"
         )
     return bool(number)
 
@@ -356,6 +367,15 @@ def _described(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
+def _shown(value: Any) -> str:
+    """Write a value as Python does, in 80 letters at most."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a class of the simulator's own
+        text = f"a {type(value).__name__}"
+    return _short(text, 80)
+
+
 def _short(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
@@ -368,5 +388,8 @@ def _reason(where: str, error: BaseException) -> str:
     place = "" if frame is None else f" ({Path(frame.filename).name}, line {frame.lineno})"
     if isinstance(error, SystemExit):
         return f"sys.exit({error.code!r}) in {where}(){place}"
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # a class of the simulator's own
+        text = ""
     return f"{type(error).__name__} in {where}(){': ' if text else ''}{_short(text, 200)}{place}"

@@ -192,7 +192,7 @@ def make_gym(
         )
     except TypeError as error:
         raise ValueError(f"{id} does not accept kwargs={kwargs!r}: {error}") from error
-    except (gymnasium.error.DependencyNotInstalled, gymnasium.error.Error) as error:
+    except gymnasium.error.Error as error:
         raise ValueError(f"{id} cannot be made: {error}") from error
     try:
         return GymEnv(env, rule, observation_keys=observation_keys, image_size=image_size, control_hz=control_hz)
@@ -265,8 +265,11 @@ def require_registered(id: str) -> None:
     elif module:
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            raise ValueError(f"The module of {id!r} cannot be imported: {error}.") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a module may do anything, sys.exit too
+            reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"The module of {id!r} cannot be imported: {reason}.") from error
     try:
         gymnasium.spec(name)
     except gymnasium.error.Error as error:

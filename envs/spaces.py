@@ -199,9 +199,10 @@ def _float_box(space: spaces.Box) -> spaces.Box:
 
 
 def _vector(key: str, space: spaces.Box, value: Any) -> NDArray[np.float32]:
-    if np.shape(value) != space.shape:
+    array = np.asarray(value)
+    if array.shape != space.shape or array.dtype.kind not in "biuf":
         raise _misdeclared(key, space, value)
-    return np.array(value, dtype=np.float32).reshape(-1)
+    return array.astype(np.float32).reshape(-1)
 
 
 def _image(key: str, space: spaces.Box, value: Any) -> NDArray[np.uint8]:

@@ -53,13 +53,13 @@ def _main(task: Task, example: str) -> None:
         return
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     sys.path.append(os.getcwd())  # so that env.id=my_env:MyEnv-v0 and plugins=[my_module] find the user's files
-    with _refusals():
+    with refusals():
         load_plugins(_plugins(sys.argv[1:]))
         sys.argv[1:] = [_allow_defaulted(argument) for argument in sys.argv[1:]]
         add_registered_options()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
     run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=task.name)
-    with _refusals():
+    with refusals():
         run(lambda config: _run(config, task))()
 
 
@@ -107,7 +107,7 @@ def _no_such_option(error: MissingConfigException) -> Exception:
 
 
 def _run(config: DictConfig, task: Task) -> None:
-    with _refusals():  # inside Hydra, which would otherwise report the error as well
+    with refusals():  # inside Hydra, which would otherwise report the error as well
         container = OmegaConf.to_container(config, resolve=True)
         assert isinstance(container, dict)
         settings = {str(key): value for key, value in container.items()}
@@ -134,7 +134,7 @@ def _remedy(error: OSError) -> str:
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
+def refusals() -> Iterator[None]:
     """Report errors in one sentence without a traceback, and exit with 2 for invalid input or 1 for failed work."""
     try:
         yield

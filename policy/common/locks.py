@@ -10,7 +10,6 @@ from pathlib import Path
 
 from filelock import lock_descriptor
 
-
 LOCK = ".train.lock"
 
 

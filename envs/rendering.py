@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import gymnasium
-import numpy as np
 
 from envs.errors import RenderingUnavailableError
+
+# Libraries that draw, by a part of their modules' names.
+GRAPHICS = {"OpenGL", "dm_control", "glfw", "moderngl", "mujoco", "mujoco_rendering", "pygame", "pyglet", "pyrender"}
 
 
 @contextmanager
 def rendering_errors() -> Iterator[None]:
-    """Turn any error of the graphics stack into a `RenderingUnavailableError` that names the remedy.
+    """Turn any error in drawing into a `RenderingUnavailableError`, with the remedy if the graphics stack failed.
 
-    An environment that has no `render` raises NotImplementedError, for which no graphics library is a remedy.
+    An environment that has no `render` raises NotImplementedError, which passes.
     """
     try:
         yield
     except (RenderingUnavailableError, NotImplementedError):
         raise
     except Exception as error:  # each GL backend raises exceptions of its own, without a common class
+        if not _of_graphics(error):
+            raise RenderingUnavailableError(f"render() failed: {_first_line(error)}") from error
         raise RenderingUnavailableError(
             "Cannot render here: install libegl1 and libgl1-mesa-dri (Debian) and start Python with "
             f"MUJOCO_GL=egl, or set MUJOCO_GL=osmesa with libosmesa6 ({_first_line(error)})."
@@ -52,12 +57,13 @@ def check_rendering(env: gymnasium.Env[Any, Any]) -> None:
     """
     with rendering_errors():
         env.reset(seed=0)
-        frame = env.render()
-    if not (isinstance(frame, np.ndarray) and frame.ndim == 3 and frame.dtype == np.uint8):
-        raise RenderingUnavailableError(
-            f"Cannot render: expected an (H, W, 3) uint8 frame, got {type(frame).__name__}; "
-            "make the environment with render_mode='rgb_array'."
-        )
+        env.render()
+
+
+def _of_graphics(error: BaseException) -> bool:
+    """Whether an error comes from a graphics library, or passed through one."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(part in GRAPHICS for name in (*modules, type(error).__module__) for part in name.split("."))
 
 
 def _first_line(error: BaseException) -> str:

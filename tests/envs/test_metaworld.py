@@ -193,8 +193,13 @@ def test_a_failing_graphics_stack_ends_in_one_line_with_the_remedy():
         pytest.raises(envs.RenderingUnavailableError, match="install libegl1 and libgl1-mesa-dri") as error,
         rendering_errors(),
     ):
-        raise OSError("cannot open display\nmore text")
+        exec("raise OSError('cannot open display\\nmore text')", {"__name__": "OpenGL.platform"})
     assert "\n" not in str(error.value)
+    with (
+        pytest.raises(envs.RenderingUnavailableError, match=r"^render\(\) failed: KeyError: 'ball'$"),
+        rendering_errors(),
+    ):
+        raise KeyError("ball")
 
 
 @pytest.mark.parametrize("camera", ["corner", "corner2"])

@@ -5,16 +5,20 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
-from types import TracebackType
-from typing import Any
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Any
 
 import torch
 
@@ -23,11 +27,17 @@ from policy.common.errors import WorkerError
 from policy.common.plugins import load_plugins, loaded_plugins
 from policy.inference.backends import SamplerProgram
 from policy.model.diffusion_policy import DiffusionPolicy
-from policy.rollout.cells import Cell, Programs, Task, controllers_of, portable_programs
+from policy.rollout.cells import Cell, Task, controllers_of, portable_programs
 from policy.rollout.episodes import Env, MakeEnv, check_num_envs, run_episodes, run_in_process
+from policy.rollout.probe import Trajectory, difference, unrepeatable, warning
+from policy.rollout.watch import ENV_PATIENCE, Calls, Seconds, WatchedEnv, check_patience, hanging, watched
 from policy.statistics.results import EpisodeResult
 
 MAX_ATTEMPTS = 3
+# Seconds that a process may take to import everything, on a busy machine with a slow disk.
+START_PATIENCE = 600.0
+# Seconds in which simulators may close when a run was interrupted; a command ends within ten.
+CLOSE_PATIENCE = 5.0
 
 
 @dataclass
@@ -37,15 +47,16 @@ class _Worker:
     process: Any
     connection: Connection
     num_envs: int
+    began: Seconds
+    log: IO[bytes]
+    started: float = field(default_factory=time.monotonic)
+    ready: bool = False
     asking: int = 0  # environments that will still ask for a task
     assigned: set[Task] = field(default_factory=set)
-    heard: float = field(default_factory=time.monotonic)
 
-    def give(self, cells: Sequence[Cell], programs: Programs) -> None:
-        """Start a run."""
-        self.asking = self.num_envs
-        self.heard = time.monotonic()
-        self._send((cells, programs))
+    def send(self, message: Any) -> None:
+        with suppress(OSError):  # if the process has ended, the next read from it shows that
+            self.connection.send(message)
 
     def answer(self, task: Task | None) -> None:
         """Give a free environment its next task, or None if there are no more."""
@@ -53,11 +64,26 @@ class _Worker:
             self.asking -= 1
         else:
             self.assigned.add(task)
-        self._send(task)
+        self.send(task)
 
-    def _send(self, message: Any) -> None:
-        with suppress(OSError):  # if the process has ended, the next read from it shows that
-            self.connection.send(message)
+    def late(self, patience: float) -> str:
+        """Why the process counts as hanging; empty if it does not."""
+        now, call = time.monotonic(), self.began.value
+        if call and now - call > patience:
+            return hanging(patience)
+        if not (self.ready or call) and now - self.started > START_PATIENCE:
+            return f"its process did not start within {START_PATIENCE:.0f} s"
+        return ""
+
+    def kill(self) -> None:
+        """End the process, and all processes that its simulators have started."""
+        # Before `join`: as long as the process is there, its number means no other group.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+        self.log.close()
 
 
 class RolloutPool:
@@ -66,17 +92,22 @@ class RolloutPool:
     With one environment, on one core or on a GPU, everything runs in this process. Otherwise each core gets a spawned
     process with its share of the environments, and a free environment takes the next task. A process that crashes,
     raises or hangs is replaced. Its unfinished episodes are run again with the same seeds, after all others and each
-    alone in a process, so that an episode that always fails does not hold up others and is identified by its seed.
+    alone in a process, so that an episode that always fails does not hold up others and is identified by its seed. A
+    process that fails before its environments are made ends the run, because the next one would fail as well.
+
+    Each process leads a process group. It closes its environments when the pool is closed; then the group is killed, so
+    that nothing remains of what simulators have started.
 
     Args:
         policies: the policies that cells refer to.
         make_env: makes one environment; picklable.
         num_envs: number of environments in all processes together.
         workers: number of processes; by default one per core.
-        patience: seconds without a message from a process after which it counts as hanging.
+        patience: seconds that one call of a simulator may take before it counts as hanging.
 
     Raises:
-        ValueError: `num_envs` below 1.
+        ValueError: `num_envs` below 1, or a patience that is not above 0.
+        WorkerError: the policies cannot be handed to the processes, because the disk is full.
     """
 
     def __init__(
@@ -86,9 +117,11 @@ class RolloutPool:
         num_envs: int,
         *,
         workers: int | None = None,
-        patience: float = 600.0,
+        patience: float = ENV_PATIENCE,
     ) -> None:
         check_num_envs(num_envs)
+        check_patience(patience)
+        _check_main_guard()
         self._policies = policies
         self._make_env = make_env
         self._patience = patience
@@ -98,14 +131,19 @@ class RolloutPool:
         self._programs: dict[Cell, SamplerProgram] = {}
         # A GPU serves all environments in batches from one process; on the CPU, each core has its own process.
         count = min(num_envs, workers or available_cores()) if policies[0].device.type == "cpu" else 1
-        if count == 1:
-            self._envs = [make_env() for _ in range(num_envs)]
-            for env in self._envs:
-                self._cleanup.callback(env.close)
-            return
-        self._cleanup.callback(self._stop)
-        for index in range(count):
-            self._workers.append(self._started(num_envs // count + (index < num_envs % count)))
+        with ExitStack() as undo:  # if this fails half-way
+            undo.push(self._cleanup.__exit__)
+            if count == 1:
+                make = self._cleanup.enter_context(watched(make_env, patience))
+                for _ in range(num_envs):
+                    self._envs.append(make())
+                    self._cleanup.callback(self._envs[-1].close)
+            else:
+                self._parcel = self._cleanup.enter_context(_parcel(policies))
+                self._cleanup.push(self._stop)
+                for index in range(count):
+                    self._workers.append(self._started(num_envs // count + (index < num_envs % count)))
+            undo.pop_all()
 
     def run(self, cells: Sequence[Cell], tasks: Sequence[Task]) -> Iterator[tuple[Task, EpisodeResult]]:
         """Run one episode per task.
@@ -119,7 +157,8 @@ class RolloutPool:
 
         Raises:
             ValueError: the environment does not keep to its contract.
-            WorkerError: an episode failed three times, or processes failed repeatedly without finishing any episode.
+            WorkerError: an episode failed three times, processes failed repeatedly without finishing any episode, or
+                one failed before its environments were made.
         """
         if not self._workers:
             yield from run_in_process(self._policies, self._envs, cells, tasks)
@@ -130,13 +169,17 @@ class RolloutPool:
         attempts, fruitless = Counter[Task](), 0
         for worker in list(self._workers):
             if worker.asking:  # an earlier run was abandoned before its end
-                self._replace(worker, cells, programs)
-            else:
-                worker.give(cells, programs)
+                worker = self._replace(worker)
+            worker.asking = worker.num_envs
+            if worker.ready:
+                worker.send((cells, programs))
         # Goes on until every environment has been told that no task is left: all processes then wait for the next run.
         while unfinished or any(worker.asking for worker in self._workers):
             for worker, message in self._messages():
                 match message:
+                    case "ready":
+                        worker.ready = True
+                        worker.send((cells, programs))
                     case "next":
                         queue = fresh or (deque() if worker.assigned else suspects)
                         worker.answer(queue.popleft() if queue else None)
@@ -148,6 +191,8 @@ class RolloutPool:
                     case _Fault(refused=True) as fault:
                         raise ValueError(fault.reason)
                     case _Fault() as fault:
+                        if not worker.ready:
+                            raise _no_start(fault)
                         attempts.update(worker.assigned)
                         fruitless += 1
                         hopeless = [seed for cell, seed in worker.assigned if attempts[cell, seed] == MAX_ATTEMPTS]
@@ -157,46 +202,95 @@ class RolloutPool:
                         if fruitless == MAX_ATTEMPTS * len(self._workers):
                             raise WorkerError(f"rollout processes failed {fruitless} times in a row: {fault.reason}")
                         suspects.extend(sorted(worker.assigned))
-                        self._replace(worker, cells, programs)
+                        self._replace(worker).asking = worker.num_envs
+
+    def probe(self, seed: int) -> str:
+        """Find out whether a seed fixes the episode, also in two processes where there are two.
+
+        Args:
+            seed: the first seed of the run.
+
+        Returns:
+            A warning, or an empty text if it does, or if the simulator crashed; the run itself shows that.
+
+        Raises:
+            ValueError: the environment does not keep to its contract.
+            WorkerError: a process failed before its environments were made.
+        """
+        if not self._workers:
+            return unrepeatable(self._envs[0], seed)[1]
+        asked = self._workers[:2]
+        found: dict[int, tuple[Trajectory, str]] = {}
+        for worker in asked:
+            worker.asking = 1
+        while any(worker.asking for worker in asked):
+            for worker, message in self._messages():
+                match message:
+                    case "ready":
+                        worker.ready = True
+                        if worker.asking:
+                            worker.send(seed)
+                    case (list(), str()):
+                        worker.asking = 0
+                        found[worker.process.pid] = message
+                    case _Fault(refused=True) as fault:
+                        raise ValueError(fault.reason)
+                    case _Fault() as fault:
+                        if not worker.ready:
+                            raise _no_start(fault)
+                        self._replace(worker)
+                        worker.asking = 0
+        said = next((text for _, text in found.values() if text), "")
+        if said or len(found) < 2:
+            return said
+        where = difference(*(path for path, _ in found.values()))
+        return "" if where is None else warning(seed, f"ran in another process, {where}")
 
     def _messages(self) -> Iterator[tuple[_Worker, Any]]:
         """The messages that have come from the processes; a process sends nothing more after a fault."""
         ready = wait([worker.connection for worker in self._workers], timeout=1.0)
-        now = time.monotonic()  # read once, so that the caller's time between two messages is not counted as silence
         for worker in list(self._workers):
             if worker.connection in ready:
-                worker.heard = time.monotonic()
                 try:
                     yield worker, worker.connection.recv()
                 except (EOFError, OSError):
                     worker.process.join(1)
-                    yield worker, _Fault(f"its process ended with exit code {worker.process.exitcode}")
-            elif worker.asking and now - worker.heard > self._patience:
-                yield worker, _Fault(f"its process said nothing for {self._patience:.0f} s")
+                    yield worker, _Fault(_end_of(worker))
+            elif not worker.process.is_alive():  # what its simulator started may hold the connection open
+                yield worker, _Fault(_end_of(worker))
+            elif reason := worker.late(self._patience):
+                yield worker, _Fault(reason)
 
     def _started(self, num_envs: int) -> _Worker:
         context = multiprocessing.get_context("spawn")
         connection, theirs = context.Pipe()
-        arguments = (loaded_plugins(), self._policies, self._make_env, num_envs, theirs)
-        process = context.Process(target=_serve, args=arguments, daemon=True)
-        process.start()
+        began = context.RawValue("d", 0.0)
+        log = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process)
+        with _standard_error_into(log) as standard_error:
+            arguments = (standard_error, loaded_plugins(), self._parcel, self._make_env, num_envs, theirs, began)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
         theirs.close()  # so that the end of the process is noticed at once
-        return _Worker(process, connection, num_envs)
+        return _Worker(process, connection, num_envs, began, log)
 
-    def _replace(self, worker: _Worker, cells: Sequence[Cell], programs: Programs) -> None:
-        worker.process.kill()
-        worker.process.join()
-        worker.connection.close()
+    def _replace(self, worker: _Worker) -> _Worker:
+        worker.kill()
         fresh = self._started(worker.num_envs)
         self._workers[self._workers.index(worker)] = fresh
-        fresh.give(cells, programs)
+        return fresh
 
-    def _stop(self) -> None:
-        for worker in self._workers:
-            worker.process.kill()
-        for worker in self._workers:
-            worker.process.join()
-            worker.connection.close()
+    def _stop(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Let the processes close their environments, and kill what is left."""
+        patience = self._patience if error is None else min(self._patience, CLOSE_PATIENCE)
+        try:
+            for worker in self._workers:
+                worker.process.terminate()
+            deadline = time.monotonic() + patience
+            for worker in self._workers:
+                worker.process.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            for worker in self._workers:
+                worker.kill()
 
     def __enter__(self) -> RolloutPool:
         return self
@@ -204,7 +298,7 @@ class RolloutPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._cleanup.close()
+        self._cleanup.__exit__(kind, error, trace)
 
 
 @dataclass(frozen=True)
@@ -220,40 +314,189 @@ class _Fault:
     refused: bool = False
 
 
+def _end_of(worker: _Worker) -> str:
+    """Say why a process ended: if it was before its environments were made, in the last line of what it said."""
+    ended = f"its process ended with exit code {worker.process.exitcode}"
+    if worker.ready:
+        return ended
+    worker.log.seek(0)
+    said = worker.log.read().decode(errors="replace").strip().splitlines()
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    if main and Path(main).is_file() and "__main__" not in Path(main).read_text(errors="replace"):
+        return (
+            f"it imports {main}, which starts rollouts itself; put what the script does under"
+            " `if __name__ == '__main__':`, or use num_envs=1"
+        )
+    return said[-1] if said else ended
+
+
+def _no_start(fault: _Fault) -> WorkerError:
+    return WorkerError(f"a rollout process could not start: {fault.reason}")
+
+
+def _check_main_guard() -> None:
+    """End a process that imports a script which starts rollouts again; its parent says what to do."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(1)
+
+
+class _Descriptor:
+    """An open file, for a process to be started."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def take(self) -> int:
+        """The file's number in the process that received it; the caller closes it."""
+        return os.dup(self.number)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Received, (DupFd(self.number),)
+
+
+class _Received:
+    def __init__(self, copy: Any) -> None:
+        self._copy = copy
+
+    def take(self) -> int:
+        return int(self._copy.detach())
+
+
+@contextmanager
+def _standard_error_into(log: IO[bytes]) -> Iterator[_Descriptor]:
+    """Let a process that is started inside begin with another standard error; it takes the real one when it can.
+
+    What Python prints when a process cannot even start would otherwise be pages of tracebacks, once per process.
+    """
+    sys.stderr.flush()
+    real = os.dup(2)
+    os.dup2(log.fileno(), 2)
+    try:
+        yield _Descriptor(real)
+    finally:
+        os.dup2(real, 2)
+        os.close(real)
+
+
+@contextmanager
+def _parcel(policies: Sequence[DiffusionPolicy]) -> Iterator[_Descriptor]:
+    """Write policies to a file that processes map into memory, so that their weights are there once.
+
+    Shared memory is too small for that in a container: Docker allows 64 MB. The file has no name, and ends with the
+    processes.
+
+    Raises:
+        WorkerError: there is no room for it.
+    """
+    with tempfile.TemporaryFile() as file:
+        try:
+            torch.save(list(policies), file)
+            file.flush()
+        except (OSError, RuntimeError) as error:
+            raise WorkerError(
+                f"the policies cannot be written to {tempfile.gettempdir()} for the rollout processes ({error}): name a"
+                " folder with room in TMPDIR, or use num_envs=1"
+            ) from error
+        yield _Descriptor(file.fileno())
+
+
+def _unpacked(parcel: _Descriptor) -> list[DiffusionPolicy]:
+    number = parcel.take()
+    try:
+        # The parent has just written it: nothing that a user loads comes this way.
+        policies: list[DiffusionPolicy] = torch.load(f"/dev/fd/{number}", mmap=True, weights_only=False)
+    finally:
+        os.close(number)
+    return policies
+
+
 def _serve(
+    standard_error: _Descriptor,
     plugins: Sequence[str],
-    policies: Sequence[DiffusionPolicy],
+    parcel: _Descriptor,
     make_env: MakeEnv,
     num_envs: int,
     connection: Connection,
+    began: Seconds,
 ) -> None:
+    """Run in a process: make environments, and run what the parent sends until it asks for an end by SIGTERM.
+
+    Args:
+        standard_error: the parent's, see `_standard_error_into`.
+        plugins: modules to import.
+        parcel: the policies, see `_parcel`.
+        make_env: makes an environment.
+        num_envs: number of environments.
+        connection: to the parent.
+        began: see `Calls`.
+    """
+    with suppress(PermissionError):  # it is a leader already
+        os.setpgid(0, 0)
+    # As the parent's daemon it would not be allowed children, which some simulators have.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # processes with several spinning threads each would slow each other down
+
+    envs: list[WatchedEnv] = []
+    with suppress(KeyboardInterrupt, EOFError, BrokenPipeError):
+        try:
+            load_plugins(plugins)
+            policies = _unpacked(parcel)
+            real = standard_error.take()
+            os.dup2(real, 2)
+            os.close(real)
+            for _ in range(num_envs):
+                envs.append(WatchedEnv(make_env, Calls(began)))
+            connection.send("ready")
+            _obey(connection, policies, envs)
+        except ValueError as error:
+            connection.send(_Fault(str(error), refused=True))
+        except (EOFError, BrokenPipeError):
+            raise
+        except Exception as error:
+            connection.send(_Fault(_reason(error)))
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            for env in envs:
+                env.close()
+
+
+def _obey(connection: Connection, policies: Sequence[DiffusionPolicy], envs: Sequence[WatchedEnv]) -> None:
+    """Run what the parent sends: a seed to probe, or cells whose tasks are asked for one by one."""
 
     def next_task() -> Task | None:
         connection.send("next")
         task: Task | None = connection.recv()
         return task
 
-    try:
-        load_plugins(plugins)
-        envs = [make_env() for _ in range(num_envs)]
-        while True:
-            cells, programs = connection.recv()
-            controllers = controllers_of(policies, cells, envs[0].action_space, programs)
-            for result in run_episodes(controllers, envs, next_task):
-                connection.send(result)
-    except ValueError as error:
-        connection.send(_Fault(str(error), refused=True))
-    except Exception as error:
-        traceback.print_exc()
-        connection.send(_Fault(f"{type(error).__name__}: {error}"))
+    while True:
+        match connection.recv():
+            case int() as seed:
+                connection.send(unrepeatable(envs[0], seed))
+            case (cells, programs):
+                controllers = controllers_of(policies, cells, envs[0].action_space, programs)
+                for result in run_episodes(controllers, envs, next_task):
+                    connection.send(result)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line, with the line of code that raised it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent ends: a parent that was killed cannot stop its processes itself."""
+    """End this process and its group when its parent ends: a parent that was killed cannot do it."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
         os._exit(1)

@@ -321,7 +321,10 @@ def test_a_slow_caller_is_not_taken_for_a_hanging_process(policies, alone, monke
 @pytest.mark.parametrize("num_envs", [2, 6])
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [("raise", "ZeroDivisionError: the simulator diverged"), ("exit", "its process ended with exit code 7")],
+    [
+        ("raise", r"ZeroDivisionError: the simulator diverged \(test_workers.py, line \d+\)"),
+        ("exit", "its process ended with exit code 7"),
+    ],
 )
 def test_an_episode_that_always_fails_is_an_error_that_names_its_seed_after_all_others(
     policies, alone, tmp_path, fault, reason, num_envs, capfd
@@ -339,7 +342,7 @@ def test_an_episode_that_always_fails_is_an_error_that_names_its_seed_after_all_
         assert (tmp_path / "3").read_bytes() == b"..."  # three attempts, no more
         assert len(results) >= len(good) - num_envs  # what shared its process may come after it
         assert undisturbed(results) == some_of(alone, results)
-        assert ("in step" in capfd.readouterr().err) == (fault == "raise")  # the traceback, where there is one
+        assert "Traceback" not in capfd.readouterr().err
         assert roll(pool, good) == some_of(alone, good)  # the pool can still be used
 
 
@@ -360,13 +363,14 @@ class Broken(gymnasium.Env):
 @pytest.mark.usefixtures("quick_start")
 @pytest.mark.parametrize(("how", "reason"), [("raise", "ZeroDivisionError"), ("exit", "exit code 7")])
 @pytest.mark.parametrize("late", [False, True])
-def test_environments_that_cannot_be_made_are_an_error_and_no_endless_loop(policies, how, reason, late):
+def test_environments_that_cannot_be_made_are_an_error_at_once(policies, how, reason, late, capfd):
     with RolloutPool(policies, partial(Broken, how), 2) as pool:
         if late:  # all have ended by the time they are given work
             for process in multiprocessing.active_children():
                 process.join()
-        with pytest.raises(WorkerError, match=rf"rollout processes failed 6 times in a row: .*{reason}"):
+        with pytest.raises(WorkerError, match=rf"^a rollout process could not start: .*{reason}"):
             roll(pool)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.usefixtures("quick_start")

@@ -35,6 +35,7 @@ from policy.rollout.episodes import EPISODES_FILE, MakeEnv, play_episode, write_
 from policy.rollout.latency import chunk_latency
 from policy.rollout.ledger import Ledger, cell_id
 from policy.rollout.video import record_videos
+from policy.rollout.watch import ENV_PATIENCE, watched
 from policy.statistics.results import EpisodeResult, describe_broken, format_summary, summarize
 from policy.sweep.grid import SweepCell, make_cells
 from policy.tracking.tracker import OpenRun
@@ -58,6 +59,7 @@ def roll_out(
     control_rate: float | None = None,
     env: dict[str, Any] | None = None,
     on_env_error: Literal["count", "stop"] = "count",
+    env_patience: float = ENV_PATIENCE,
     video: int = 0,
     output_dir: Path | None = None,
     tracker: OpenRun,
@@ -81,6 +83,7 @@ def roll_out(
         env: another environment, or changed settings of the checkpoint's.
         on_env_error: what to do with an episode that the simulator cannot end: `count` it as a failure with its
             reason, or `stop` the rollout.
+        env_patience: seconds that one call of the simulator may take before it counts as hanging.
         video: number of first episodes to record as mp4.
         output_dir: receives `episodes.json`, the ledger `rollout.jsonl` and the videos; by default a new folder under
             outputs/rollout.
@@ -90,7 +93,16 @@ def roll_out(
         ValueError: settings that do not fit, before any episode starts.
         WorkerError: more than 5 % of the episodes broke off, after all files are written.
     """
-    stage = set_stage(make_env, [checkpoint], env=env, seed=seed, episodes=episodes, num_envs=num_envs, device=device)
+    stage = set_stage(
+        make_env,
+        [checkpoint],
+        env=env,
+        seed=seed,
+        episodes=episodes,
+        num_envs=num_envs,
+        device=device,
+        env_patience=env_patience,
+    )
     (loaded,) = stage.checkpoints
     policy = loaded.policy
     recorded = _cell_of(stage, sampler, controller, execution_horizon, backend, weights)
@@ -124,7 +136,7 @@ def roll_out(
     print(f"episodes: {write_episodes(results, folder)}")
     if video:
         (simulated,) = controllers_of([policy], [cell], stage.action_space)
-        _record(simulated, stage.make_env, stage.seeds[:video], folder)
+        _record(simulated, stage, stage.seeds[:video], folder)
     print(f"next: python scripts/sweep.py checkpoint={checkpoint}{plugins_argument()}")
     check_broken(results)
 
@@ -207,7 +219,8 @@ def _against_the_clock(
     with (
         controller,
         torch_threads(1),
-        closing(stage.make_env()) as simulator,
+        watched(stage.make_env, stage.env_patience) as make_env,
+        closing(make_env()) as simulator,
         progress(total=len(stage.seeds), desc=f"rollout at {control_rate:g} Hz", unit="episode") as bar,
     ):
         for seed in stage.seeds:
@@ -225,14 +238,15 @@ def _against_the_clock(
     return results
 
 
-def _record(controller: RecedingHorizonController, make_env: MakeEnv, seeds: Sequence[int], folder: Path) -> None:
+def _record(controller: RecedingHorizonController, stage: Stage, seeds: Sequence[int], folder: Path) -> None:
     """Repeat episodes and record them; if rendering is not possible, print one line that says so."""
 
     def file_of(number: int, result: EpisodeResult) -> Path:
         return folder / f"episode_{result.seed}_{'success' if result.success else 'failure'}.mp4"
 
     try:
-        for _, file in record_videos(make_env, [(controller, seed) for seed in seeds], file_of):
-            print(f"video: {file}")
+        with watched(stage.make_env, stage.env_patience) as make_env:
+            for _, file in record_videos(make_env, [(controller, seed) for seed in seeds], file_of):
+                print(f"video: {file}")
     except Exception as error:  # an environment need not know how to draw, and the results are there
         print(f"no video: {error}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from policy.common.plugins import loaded_plugins
 from policy.common.progress import progress
 from policy.rollout.episodes import Env, MakeEnv, check_num_envs, check_spaces
 from policy.rollout.ledger import Ledger
+from policy.rollout.watch import check_patience, watched
 from policy.rollout.workers import RolloutPool
 from policy.statistics.results import EpisodeResult, describe_broken, too_many_broken
 from policy.sweep.grid import SweepCell
@@ -42,6 +44,7 @@ class Stage:
         make_env: makes the environment.
         seeds: seeds of the episodes.
         action_space: action space of the environment.
+        env_patience: seconds that one call of the simulator may take.
     """
 
     checkpoints: list[Checkpoint]
@@ -49,6 +52,7 @@ class Stage:
     make_env: MakeEnv
     seeds: range
     action_space: Box
+    env_patience: float
 
 
 def set_stage(
@@ -60,6 +64,7 @@ def set_stage(
     episodes: int,
     num_envs: int,
     device: str,
+    env_patience: float,
 ) -> Stage:
     """Load checkpoints and check them against each other and their environment, before any work.
 
@@ -71,6 +76,7 @@ def set_stage(
         episodes: number of episodes.
         num_envs: environments that run at once.
         device: `cpu` or `cuda`.
+        env_patience: seconds that one call of the simulator may take.
 
     Returns:
         The stage, ready to run.
@@ -79,6 +85,7 @@ def set_stage(
         ValueError: a setting out of range, or parts that do not fit each other.
     """
     check_num_envs(num_envs)
+    check_patience(env_patience)
     seeds = episode_seeds(seed, episodes)
     loaded = [load_checkpoint(folder, check_device(device)) for folder in checkpoints]
     chosen = [choose_env(checkpoint, env) for checkpoint in loaded]
@@ -87,7 +94,7 @@ def set_stage(
             f"{loaded[0].path} acts in {chosen[0]}, {loaded[other].path} in {chosen[other]}: a sweep compares"
             " policies in one environment"
         )
-    with closing(_probe(make_env, chosen[0], loaded[0])) as probe:
+    with watched(make_env, env_patience) as make, closing(_probe(make, chosen[0], loaded[0])) as probe:
         for checkpoint in loaded:
             check_spaces(checkpoint.policy.config, probe)
         action_space = probe.action_space
@@ -98,6 +105,7 @@ def set_stage(
         make_env=partial(make_env, **chosen[0]),
         seeds=seeds,
         action_space=action_space,
+        env_patience=env_patience,
     )
 
 
@@ -144,13 +152,20 @@ def run_missing(
     total = len(cells) * len(stage.seeds)
     if len(tasks) < total:
         print(f"{total - len(tasks)} of {total} episodes are on disk already")
+    if ledger.unpaired:
+        warnings.warn(ledger.unpaired, stacklevel=2)
     if not tasks:
         return
     policies = [checkpoint.policy for checkpoint in stage.checkpoints]
     with (
-        RolloutPool(policies, stage.make_env, min(num_envs, len(tasks)), workers=workers) as pool,
+        RolloutPool(
+            policies, stage.make_env, min(num_envs, len(tasks)), workers=workers, patience=stage.env_patience
+        ) as pool,
         progress(total=total, initial=total - len(tasks), desc=name, unit="episode") as bar,
     ):
+        if not ledger.unpaired and (unpaired := pool.probe(stage.seeds[0])):
+            ledger.note_unpaired(unpaired)
+            warnings.warn(unpaired, stacklevel=2)
         outcomes: dict[int, list[bool]] = {number: [] for number in range(len(cells))}
         for (number, _), result in pool.run([cell.cell for cell in cells], tasks):
             ledger.add(ids[number], result)

@@ -24,6 +24,7 @@ from policy.rollout.cells import controllers_of
 from policy.rollout.episodes import MakeEnv
 from policy.rollout.ledger import Ledger
 from policy.rollout.video import record_videos
+from policy.rollout.watch import ENV_PATIENCE, watched
 from policy.statistics.results import EpisodeResult
 from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, read_swept, telling_seeds
 from policy.sweep.grid import Row, SweepCell, axis_values, make_cells, row_of
@@ -53,6 +54,7 @@ def sweep(
     weights: str | list[str] = DEFAULT_WEIGHTS,
     env: dict[str, Any] | None = None,
     on_env_error: Literal["count", "stop"] = "count",
+    env_patience: float = ENV_PATIENCE,
     margin: float = 0.05,
     videos: int | None = None,
     merge: list[Path] | None = None,
@@ -78,6 +80,7 @@ def sweep(
         env: another environment, or changed settings of the checkpoint's.
         on_env_error: what to do with an episode that the simulator cannot end: `count` it as a failure with its
             reason, or `stop` the sweep.
+        env_patience: seconds that one call of the simulator may take before it counts as hanging.
         margin: the difference of success rates from which a cell counts as worse, in (0, 1).
         videos: episodes to record with each of the shown cells for the report; by default 2.
         merge: folders of finished sweeps; their results are merged, and no episode is run.
@@ -103,7 +106,16 @@ def sweep(
     if checkpoint is None:
         raise ValueError("checkpoint is missing: add checkpoint=... (--help shows an example)")
     checkpoints = axis_values("checkpoint", checkpoint)
-    stage = set_stage(make_env, checkpoints, env=env, seed=seed, episodes=episodes, num_envs=num_envs, device=device)
+    stage = set_stage(
+        make_env,
+        checkpoints,
+        env=env,
+        seed=seed,
+        episodes=episodes,
+        num_envs=num_envs,
+        device=device,
+        env_patience=env_patience,
+    )
     cells = make_cells(
         stage.checkpoints,
         stage.env,
@@ -210,11 +222,12 @@ def _recorded(
 
     clips = []
     try:
-        videos = record_videos(stage.make_env, [(controller, seed) for _, controller, seed in takes], file_of)
-        for (number, *_), (result, file) in zip(takes, videos, strict=True):
-            outcome = "success" if result.success else f"failure, score {result.score:.2f}"
-            caption = f"{label_of(rows, rows[number])}: {outcome} after {result.steps} steps"
-            clips.append(Clip(seed=result.seed, caption=caption, file=file))
+        with watched(stage.make_env, stage.env_patience) as make_env:
+            videos = record_videos(make_env, [(controller, seed) for _, controller, seed in takes], file_of)
+            for (number, *_), (result, file) in zip(takes, videos, strict=True):
+                outcome = "success" if result.success else f"failure, score {result.score:.2f}"
+                caption = f"{label_of(rows, rows[number])}: {outcome} after {result.steps} steps"
+                clips.append(Clip(seed=result.seed, caption=caption, file=file))
     except Exception as error:  # an environment may not know how to draw, and the tables are there
         print(f"no video: {error}")
     return clips

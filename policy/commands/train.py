@@ -26,6 +26,7 @@ from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout.cells import Cell
 from policy.rollout.episodes import MakeEnv, check_num_envs, check_spaces, run_in_process
 from policy.rollout.probe import unrepeatable
+from policy.rollout.watch import ENV_PATIENCE, check_patience, watched
 from policy.statistics.results import describe_broken, summarize
 from policy.tracking.tracker import OpenRun, TrackedRun
 from policy.training.loop import train
@@ -54,6 +55,7 @@ def train_policy(
     execution_horizon: int = EXECUTION_HORIZON,
     seed: int = 0,
     num_envs: int = 8,
+    env_patience: float = ENV_PATIENCE,
     device: str = "cpu",
     output_dir: Path | None = None,
     expected: list[dict[str, float]] | None = None,
@@ -73,6 +75,7 @@ def train_policy(
         execution_horizon: actions executed before the next plan.
         seed: seed of the split, the weights and every training step.
         num_envs: environments that run at once in the rollouts during training.
+        env_patience: seconds that one call of the simulator may take in them.
         device: `cpu` or `cuda`.
         output_dir: receives `checkpoint/`; by default a new folder under outputs/train.
         expected: success_rate and score_mean that a preset reaches, for some values of `ddim_steps`; only printed.
@@ -88,15 +91,18 @@ def train_policy(
     config = config_for(policy, dataset, auxiliary)
     check_execution_horizon(execution_horizon, config.action_horizon)
     check_num_envs(num_envs)
+    check_patience(env_patience)
     run = prepare_run(config, dataset, train, seed=seed, device=check_device(device), augment=augment)
     sampler.check(run.state.policy.schedule.num_steps)
     rollout = None
     if env:
-        with closing(make_env(**env)) as probe:
+        with watched(make_env, env_patience) as make, closing(make(**env)) as probe:
             check_spaces(config, probe)
             if train.rollout_every and (unfixed := unrepeatable(probe, ROLLOUT_SEED)[1]):
                 warnings.warn(unfixed, stacklevel=2)
-        rollout = partial(_rolled_out, partial(make_env, **env), num_envs, train, sampler, execution_horizon)
+        rollout = partial(
+            _rolled_out, partial(make_env, **env), num_envs, env_patience, train, sampler, execution_horizon
+        )
 
     folder = output_folder(output_dir, "train")
     record = _Record(
@@ -240,6 +246,7 @@ def _train(
 def _rolled_out(
     make_env: MakeEnv,
     num_envs: int,
+    env_patience: float,
     settings: TrainSettings,
     sampler: Sampler,
     execution_horizon: int,
@@ -248,8 +255,8 @@ def _rolled_out(
     """Run a short rollout of the averaged policy, and return its metrics."""
     seeds = range(ROLLOUT_SEED, ROLLOUT_SEED + settings.rollout_episodes)
     cell = Cell(sampler=sampler, execution_horizon=execution_horizon)
-    with ExitStack() as simulators:
-        opened = [simulators.enter_context(closing(make_env())) for _ in range(min(num_envs, len(seeds)))]
+    with watched(make_env, env_patience) as make, ExitStack() as simulators:
+        opened = [simulators.enter_context(closing(make())) for _ in range(min(num_envs, len(seeds)))]
         results = [result for _, result in run_in_process([policy], opened, [cell], [(0, seed) for seed in seeds])]
     for sentence in describe_broken(results):
         warnings.warn(sentence, stacklevel=2)

@@ -23,6 +23,7 @@ from policy.commands import sweep as sweep_command
 from policy.common.errors import WorkerError
 from policy.rollout import workers
 from policy.rollout.ledger import Ledger
+from policy.rollout.workers import RolloutPool
 from policy.sweep import grid
 from policy.tracking.tracker import NoTracker
 from tests.conftest import ENVIRONMENT, ROOT
@@ -206,7 +207,8 @@ def test_what_finished_before_an_episode_that_always_fails_is_kept(planar_run, r
 
 @pytest.fixture
 def resets(monkeypatch):
-    """Seeds of the episodes that were started."""
+    """Seeds of the episodes that were started, without those of the probe before a run."""
+    monkeypatch.setattr(RolloutPool, "probe", lambda pool, seed: "")
     seeds, reset = [], PlanarEnv.reset
     monkeypatch.setattr(PlanarEnv, "reset", lambda env, *, seed=None: (seeds.append(seed), reset(env, seed=seed))[1])
     return seeds

@@ -48,7 +48,7 @@ TARGETS = [
     "policy.commands.sweep:sweep",
     "policy.commands.export:export_policy",
     "policy.commands.inspect:inspect_demonstrations",
-    "scripts.collect:collect",
+    "scripts.collection:collect",
     "policy:TrainSettings",
     "policy:Sampler",
     "policy:make_schedule",

@@ -10,7 +10,7 @@ from envs.checked import CheckedEnv
 from envs.planar import PlanarEnv, make_planar_expert
 from policy.common.errors import WorkerError
 from policy.data.reading import read_demonstrations
-from scripts.collect import collect
+from scripts.collection import collect
 
 COLLECT = envs.collect_episodes
 PLANAR = {"name": "planar"}

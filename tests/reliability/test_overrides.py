@@ -35,7 +35,7 @@ from tests.conftest import as_a_process
 
 # Where the work of each command begins; everything before is checking.
 WORK = {
-    "collect": "scripts.collect.progress",
+    "collect": "policy.data.recording.progress",
     "inspect": "policy.commands.inspect.output_folder",
     "train": "policy.commands.train.output_folder",
     "rollout": "policy.commands.rollout.output_folder",

@@ -39,7 +39,7 @@ from policy.statistics.results import EpisodeResult, describe_broken, format_sum
 from policy.sweep.grid import SweepCell, make_cells
 from policy.tracking.tracker import OpenRun
 
-LEDGER = "rollout.jsonl"
+LEDGER, SUMMARY = "rollout.jsonl", "rollout.json"
 
 
 def roll_out(
@@ -82,15 +82,24 @@ def roll_out(
         on_env_error: what to do with an episode that the simulator cannot end: `count` it as a failure with its
             reason, or `stop` the rollout.
         video: number of first episodes to record as mp4.
-        output_dir: receives `episodes.json`, the ledger `rollout.jsonl` and the videos; by default a new folder under
-            outputs/rollout.
+        output_dir: receives `episodes.json`, the summary `rollout.json`, the ledger `rollout.jsonl` and the videos; by
+            default a new folder under outputs/rollout.
         tracker: opens the tracked run.
 
     Raises:
         ValueError: settings that do not fit, before any episode starts.
         WorkerError: more than 5 % of the episodes broke off, after all files are written.
     """
-    stage = set_stage(make_env, [checkpoint], env=env, seed=seed, episodes=episodes, num_envs=num_envs, device=device)
+    stage = set_stage(
+        make_env,
+        [checkpoint],
+        env=env,
+        seed=seed,
+        episodes=episodes,
+        num_envs=num_envs,
+        device=device,
+        control_rate=control_rate,
+    )
     (loaded,) = stage.checkpoints
     policy = loaded.policy
     recorded = _cell_of(stage, sampler, controller, execution_horizon, backend, weights)
@@ -115,13 +124,16 @@ def roll_out(
     tracking.log_table("rollout", [summary])
     tracking.finish()
     print(format_summary(summary))
-    for warning in describe_broken(results):
+    broken = describe_broken(results)
+    for warning in broken:
         print(f"warning: {warning}")
     print(
         f"one plan: {summary['latency_ms_median']:.1f} ms with {sampler.ddim_steps} ddim_steps"
         f" (median, batch {controller.candidates}, one thread)"
     )
     print(f"episodes: {write_episodes(results, folder)}")
+    document = {"env": stage.env, "checkpoint": str(checkpoint), **summary, "warnings": [*stage.warnings, *broken]}
+    (folder / SUMMARY).write_text(json.dumps(document, indent=1))
     if video:
         (simulated,) = controllers_of([policy], [cell], stage.action_space)
         _record(simulated, stage.make_env, stage.seeds[:video], folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, Literal
 from gymnasium.spaces import Box
 
 from policy.checkpoint import Checkpoint, choose_env, load_checkpoint
+from policy.common.control_rate import describe_mismatch, stated_rate
 from policy.common.device import check_device
 from policy.common.errors import WorkerError
 from policy.common.output import episode_seeds
@@ -42,6 +44,7 @@ class Stage:
         make_env: makes the environment.
         seeds: seeds of the episodes.
         action_space: action space of the environment.
+        warnings: given before the run, for its files.
     """
 
     checkpoints: list[Checkpoint]
@@ -49,6 +52,7 @@ class Stage:
     make_env: MakeEnv
     seeds: range
     action_space: Box
+    warnings: list[str]
 
 
 def set_stage(
@@ -60,6 +64,7 @@ def set_stage(
     episodes: int,
     num_envs: int,
     device: str,
+    control_rate: float | None = None,
 ) -> Stage:
     """Load checkpoints and check them against each other and their environment, before any work.
 
@@ -71,9 +76,10 @@ def set_stage(
         episodes: number of episodes.
         num_envs: environments that run at once.
         device: `cpu` or `cuda`.
+        control_rate: periods per second of a real-time rollout, or None.
 
     Returns:
-        The stage, ready to run.
+        The stage, ready to run; its warnings are given.
 
     Raises:
         ValueError: a setting out of range, or parts that do not fit each other.
@@ -90,7 +96,11 @@ def set_stage(
     with closing(_probe(make_env, chosen[0], loaded[0])) as probe:
         for checkpoint in loaded:
             check_spaces(checkpoint.policy.config, probe)
+        mismatches = [_mismatch(checkpoint, probe, control_rate) for checkpoint in loaded]
         action_space = probe.action_space
+    given = list(dict.fromkeys(filter(None, mismatches)))
+    for warning in given:
+        warnings.warn(warning, stacklevel=2)
     assert isinstance(action_space, Box)
     return Stage(
         checkpoints=loaded,
@@ -98,7 +108,13 @@ def set_stage(
         make_env=partial(make_env, **chosen[0]),
         seeds=seeds,
         action_space=action_space,
+        warnings=given,
     )
+
+
+def _mismatch(checkpoint: Checkpoint, env: Env, control_rate: float | None) -> str | None:
+    demonstrated = stated_rate(checkpoint.training.get("rate_hz"))
+    return describe_mismatch(demonstrated, stated_rate(env.metadata.get("render_fps")), control_rate)
 
 
 def _probe(make_env: MakeEnv, settings: dict[str, Any], checkpoint: Checkpoint) -> Env:

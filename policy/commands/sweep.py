@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -92,6 +93,8 @@ def sweep(
         if checkpoint is not None:
             raise ValueError("merge= combines sweeps that have run: leave checkpoint= out")
         merged = read_swept(merge)
+        for given in merged.warnings:
+            warnings.warn(given, stacklevel=2)
         folder = output_folder(output_dir, "sweep")
         run = tracker(folder=folder, config={"merge": [str(path) for path in merge]})
         publish(folder, conclude(merged, margin), run, lambda chosen: [])
@@ -129,7 +132,8 @@ def sweep(
         seeds = telling_seeds([results[number] for number in chosen], count)
         return _recorded(stage, cells, rows, chosen, seeds, folder / "videos") if seeds else []
 
-    publish(folder, conclude(Swept(rows=rows, results=results, env=stage.env), margin), run, record)
+    swept = Swept(rows=rows, results=results, env=stage.env, warnings=stage.warnings)
+    publish(folder, conclude(swept, margin), run, record)
     check_broken([result for found in results for result in found])
 
 
@@ -153,7 +157,7 @@ def publish(
     files = write_files(folder, rows, conclusion.episodes, summary)
     print(format_table(rows))
     print(conclusion.answer)
-    for warning in conclusion.warnings:
+    for warning in conclusion.found:  # the others were given before the run
         print(f"warning: {warning}")
     clips = record(conclusion.shown)
     report = folder / "report.html"

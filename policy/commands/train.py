@@ -13,6 +13,7 @@ from typing import Any
 
 from policy.checkpoint import check_env, is_checkpoint, keep_checkpoint, resume_training, save_checkpoint
 from policy.common.arguments import unknown_name
+from policy.common.control_rate import describe_mismatch, stated_rate
 from policy.common.device import check_device
 from policy.common.interrupt import stop_on_signal
 from policy.common.locks import only_process
@@ -84,7 +85,7 @@ def train_policy(
     """
     if not env and dataset.metadata.get("env"):
         env = check_env(dataset.metadata["env"], dataset.source)
-    config = config_for(policy, dataset, auxiliary)
+    config, rate = config_for(policy, dataset, auxiliary), stated_rate(dataset.metadata.get("rate_hz"))
     check_execution_horizon(execution_horizon, config.action_horizon)
     check_num_envs(num_envs)
     run = prepare_run(config, dataset, train, seed=seed, device=check_device(device), augment=augment)
@@ -93,6 +94,9 @@ def train_policy(
     if env:
         with closing(make_env(**env)) as probe:
             check_spaces(config, probe)
+            mismatch = describe_mismatch(rate, stated_rate(probe.metadata.get("render_fps")))
+        if mismatch:
+            warnings.warn(mismatch, stacklevel=2)
         rollout = partial(_rolled_out, partial(make_env, **env), num_envs, train, sampler, execution_horizon)
 
     folder = output_folder(output_dir, "train")
@@ -106,6 +110,8 @@ def train_policy(
             "seed": seed,
             "dataset": dataset.source,
             "episodes": dataset.num_episodes,
+            "transitions": len(dataset.actions),
+            "rate_hz": rate,
             "augment": augment and getattr(augment, "func", augment).__name__,
         },
         keep_last=train.keep_last,

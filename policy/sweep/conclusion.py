@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ class Swept:
         rows: one per cell, see `row_of`, with the cell's id as `cell`.
         results: the episodes of each cell, the same seeds in the same order.
         env: settings of the environment.
+        warnings: given before the run.
     """
 
     rows: list[Row]
     results: list[list[EpisodeResult]]
     env: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,8 @@ class Conclusion:
         margin: see `recommend`.
         advice: the recommendation.
         answer: the recommendation in a sentence, with its figures.
-        warnings: what a reader must know besides, in sentences.
+        given: warnings that were given before the run, in sentences.
+        found: those that its results give.
     """
 
     title: str
@@ -51,7 +54,13 @@ class Conclusion:
     margin: float
     advice: Recommendation
     answer: str
-    warnings: list[str]
+    given: list[str]
+    found: list[str]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader must know besides, in sentences."""
+        return [*self.given, *self.found]
 
     @property
     def shown(self) -> list[int]:
@@ -117,7 +126,8 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
         margin=margin,
         advice=advice,
         answer=answer_of(rows, advice),
-        warnings=describe_broken([result for found in swept.results for result in found]),
+        given=swept.warnings,
+        found=describe_broken([result for found in swept.results for result in found]),
     )
 
 
@@ -178,6 +188,7 @@ def read_swept(folders: Sequence[Path]) -> Swept:
     rows: list[Row] = []
     results: list[list[EpisodeResult]] = []
     first: dict[str, Any] = {}
+    warnings: list[str] = []
     for folder in folders:
         try:
             document = json.loads((folder / "sweep.json").read_text())
@@ -190,6 +201,8 @@ def read_swept(folders: Sequence[Path]) -> Swept:
                 "env": document["env"],
                 "seeds": sorted({result.seed for listed in episodes.values() for result in listed}),
             }
+            found_in_results = describe_broken([result for listed in episodes.values() for result in listed])
+            given = [str(said) for said in document.get("warnings", []) if said not in found_in_results]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder} holds no finished sweep ({error!r}): run it to its end first") from error
         first = first or seen
@@ -199,6 +212,7 @@ def read_swept(folders: Sequence[Path]) -> Swept:
             raise ValueError(f"{folder} repeats the cell {min(repeated)}: leave one of them out")
         rows += found.values()
         results += episodes.values()
+        warnings += [said for said in given if said not in warnings]
     if not rows or any([result.seed for result in listed] != first["seeds"] for listed in results):
         raise ValueError(f"the cells of {', '.join(map(str, folders))} have not all run the same episodes")
-    return Swept(rows=rows, results=results, env=first["env"])
+    return Swept(rows=rows, results=results, env=first["env"], warnings=warnings)

@@ -47,8 +47,8 @@ SETTINGS_OF_BEFORE = {
     "rectify_ddim_steps": 8,
     "timesteps_per_chunk": 1,
 }
-# Training settings that change no weight, so that a run may go on with others.
-MAY_CHANGE = {"keep_last", "log_every", "rollout_every", "save_every", "val_every"}
+# Training settings, and facts for readers, that change no weight, so that a run may go on with others.
+MAY_CHANGE = {"keep_last", "log_every", "rate_hz", "rollout_every", "save_every", "tasks", "val_every"}
 
 
 @dataclass(frozen=True, kw_only=True)

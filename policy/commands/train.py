@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from policy.checkpoint import check_env, is_checkpoint, keep_checkpoint, resume_training, save_checkpoint
+from policy.checkpoint import check_env, describe_best, is_checkpoint, keep_checkpoint, resume_training, save_checkpoint
 from policy.common.arguments import unknown_name
 from policy.common.control_rate import describe_mismatch, stated_rate
 from policy.common.device import check_device
@@ -31,10 +31,12 @@ from policy.tracking.tracker import OpenRun, TrackedRun
 from policy.training.loop import train
 from policy.training.preparation import Run, prepare_run
 from policy.training.settings import TrainSettings, learning_rate
-from policy.training.state import TrainState
+from policy.training.state import TrainState, newest_metrics
 
 # First seed of the rollouts during training. Demonstrations use seeds from 0, reported results those from 100000.
 ROLLOUT_SEED = 50_000
+# A checkpoint notes the names of up to so many tasks.
+MAX_TASKS = 100
 
 # Runs a short rollout of the averaged policy, and returns its metrics.
 Rollout = Callable[[DiffusionPolicy], dict[str, float]]
@@ -90,10 +92,11 @@ def train_policy(
     check_num_envs(num_envs)
     run = prepare_run(config, dataset, train, seed=seed, device=check_device(device), augment=augment)
     sampler.check(run.state.policy.schedule.num_steps)
-    rollout = None
+    rollout, tasks = None, dataset.metadata.get("tasks")
     if env:
         with closing(make_env(**env)) as probe:
             check_spaces(config, probe)
+            tasks = tasks or getattr(probe.unwrapped, "tasks", None)
             mismatch = describe_mismatch(rate, stated_rate(probe.metadata.get("render_fps")))
         if mismatch:
             warnings.warn(mismatch, stacklevel=2)
@@ -112,6 +115,7 @@ def train_policy(
             "episodes": dataset.num_episodes,
             "transitions": len(dataset.actions),
             "rate_hz": rate,
+            "tasks": _names(tasks),
             "augment": augment and getattr(augment, "func", augment).__name__,
         },
         keep_last=train.keep_last,
@@ -125,10 +129,17 @@ def train_policy(
         if run.state.step < train.all_steps:
             print(f"stopped at step {run.state.step} and saved: the same command with output_dir={folder} goes on")
             raise KeyboardInterrupt  # so that commands that follow a complete training do not start
+        print(describe_best(record.folder, run.state, train.rollout_episodes))
         print(f"checkpoint: {record.folder}" + (f"   tracked: {tracked}" if tracked else ""))
         for row in expected or []:
             print("the preset as committed reaches: " + ", ".join(f"{name}={value:g}" for name, value in row.items()))
         print(f"next: python scripts/rollout.py checkpoint={record.folder}{plugins_argument()}")
+
+
+def _names(tasks: Any) -> list[str] | None:
+    """Tasks as a checkpoint notes them; None for what a simulator calls so without meaning a list of names."""
+    listed = isinstance(tasks, list | tuple) and 0 < len(tasks) <= MAX_TASKS
+    return [*tasks] if listed and all(isinstance(task, str) for task in tasks) else None
 
 
 def config_for(settings: PolicySettings, dataset: Demonstrations, auxiliary: Sequence[str]) -> PolicyConfig:
@@ -191,9 +202,8 @@ class _Record:
 
     def save(self, state: TrainState) -> None:
         """Write the newest checkpoint, and update the last few and the best."""
-        save_checkpoint(
-            self.folder, state, env=self.env, execution_horizon=self.execution_horizon, training=self.training
-        )
+        training = {**self.training, "measured": newest_metrics(state.history)}
+        save_checkpoint(self.folder, state, env=self.env, execution_horizon=self.execution_horizon, training=training)
         keep_checkpoint(self.folder, state, keep_last=self.keep_last)
 
 

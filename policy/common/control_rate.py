@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
-
-import numpy as np
 
 # A rate above this is not one of control, and is taken as not stated.
 MAX_HZ = 1e6
@@ -22,8 +21,9 @@ def stated_rate(value: Any) -> float | None:
     Returns:
         The rate, or None if the value is not one: nothing is guessed.
     """
-    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    return float(value) if number and 0 < value <= MAX_HZ else None
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    return float(value) if value <= MAX_HZ and not value <= 0 else None
 
 
 def describe_mismatch(

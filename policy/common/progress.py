@@ -9,6 +9,11 @@ from typing import Any
 from tqdm import tqdm
 
 
+def say(text: str) -> None:
+    """Print a line on standard output; a progress bar on the terminal makes way for it."""
+    tqdm.write(text)
+
+
 def progress(items: Iterable[Any] | None = None, *, total: int, desc: str, unit: str, initial: int = 0) -> tqdm[Any]:
     """Create a progress bar on standard error, updated continuously on a terminal and every ten seconds elsewhere.
 

@@ -238,8 +238,10 @@ class _Protocol(gymnasium.Wrapper[Any, Any, Any, Any]):
                 " 5 values: observation, reward, terminated, truncated and info (a dict)"
             )
         observation, reward, terminated, truncated, info = returned
-        if not (isinstance(reward, float) and isinstance(terminated, bool) and isinstance(truncated, bool)):
-            reward, terminated, truncated = self._converted(reward, terminated, truncated)
+        plain = isinstance(reward, float) and isinstance(terminated, bool) and isinstance(truncated, bool)
+        if plain and isfinite(reward):
+            return returned
+        reward, terminated, truncated = self._converted(reward, terminated, truncated)
         if not isfinite(reward):
             raise DeviationError("reward not finite")
         return observation, reward, terminated, truncated, info

@@ -34,7 +34,7 @@ DDIM_STEPS = 8
 NUM_ENVS = (1, 8, 16, 32, 64)
 BACKENDS = ("fused", "onnx")
 # Of the comparison with the environment behind the door: many short turns, because the machine's load changes.
-TURNS, TURN_STEPS = 600, 20
+TURNS, TURN_STEPS = 1500, 20
 
 
 def main() -> None:

@@ -34,6 +34,8 @@ TARGETS = {
 }
 # The setting that every command has.
 PLUGINS = inspect.Parameter("plugins", inspect.Parameter.KEYWORD_ONLY, default=(), annotation=list[str])
+# Settings that take a function, which a user may name as `module:function`.
+FUNCTIONS = ("dataset.transform", "dataset.relabel", "augment")
 READ = "policy.data.reading.read_demonstrations"
 
 Settings = dict[str, Any]
@@ -161,6 +163,8 @@ def _path(node: Any) -> str:
 
 def _build(where: str, node: Any) -> Any:
     """Build nodes with a `_target_`, from the inside out, each checked against its signature first."""
+    if where in FUNCTIONS and isinstance(node, str):
+        return _named_function(where, node)
     if not isinstance(node, dict):
         return node
     settings = {key: _build(f"{where}.{key}", value) for key, value in node.items()}
@@ -174,6 +178,25 @@ def _build(where: str, node: Any) -> Any:
     _require(where, target, checked)
     with settings_of(where, checked):
         return target(**checked)
+
+
+def _named_function(where: str, text: str) -> Callable[..., Any]:
+    """Import the function that a setting names.
+
+    Raises:
+        ValueError: it is not named as `module:function`, or there is no such module or function.
+    """
+    module, _, name = text.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise ValueError(f"{where} takes a function as module:function, such as my_module:function; got {text!r}")
+    try:
+        function = load(text)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{where}={text} cannot be imported ({reason}): name a function that Python finds") from error
+    if not callable(function):
+        raise ValueError(f"{where}={text} is not a function; it is {function!r:.80}")
+    return function
 
 
 def _require(where: str, target: str | Callable[..., Any], settings: Settings) -> None:

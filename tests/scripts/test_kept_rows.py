@@ -65,7 +65,7 @@ def test_other_code_and_other_settings_are_measured_anew(file, tmp_path):
 
 
 def test_the_doors_cost_is_that_of_the_same_steps_with_and_without_it():
-    row = door_row({"name": "planar"}, turns=4, steps=3)
-    assert 0 < row["steps_per_s"] < 1e6
+    row = door_row({"name": "planar"}, turns=4, steps=20)
+    assert row["steps_per_s"] > 0
+    assert row["raw_steps_per_s"] > 0
     assert row["overhead_low"] <= row["overhead_percent"] <= row["overhead_high"]
-    assert row["overhead_percent"] > 0  # the planar task takes microseconds, less than the door itself

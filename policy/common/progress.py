@@ -28,4 +28,13 @@ def progress(items: Iterable[Any] | None = None, *, total: int, desc: str, unit:
         The bar: an iterator over the items, and a context manager.
     """
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(items, total=total, initial=initial, desc=desc, unit=unit, dynamic_ncols=True, mininterval=interval)
+    return tqdm(
+        items,
+        total=total,
+        initial=initial,
+        desc=desc,
+        unit=unit,
+        dynamic_ncols=True,
+        mininterval=interval,
+        leave=None,  # a bar below another one vanishes at its end
+    )

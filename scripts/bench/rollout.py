@@ -21,6 +21,7 @@ import torch
 import envs
 from policy import DiffusionPolicy, PolicyConfig, RecedingHorizonController, Sampler
 from policy.common.device import available_cores, torch_threads
+from policy.common.progress import progress
 from policy.rollout.cells import Cell, controllers_of
 from policy.rollout.episodes import Env
 from policy.rollout.workers import RolloutPool
@@ -171,7 +172,9 @@ def _pool_rate(policy: DiffusionPolicy, env: dict[str, Any], cell: Cell, num_env
     with RolloutPool([policy], partial(envs.make, **env), num_envs) as pool:
         list(pool.run([cell], [(0, seed) for seed in range(num_envs)]))  # wait until the processes have started
         begin = time.perf_counter()
-        steps = sum(result.steps for _, result in pool.run([cell], [(0, seed) for seed in range(episodes)]))
+        played = pool.run([cell], [(0, seed) for seed in range(episodes)])
+        name = f"{env['name']}, {cell.backend}, {num_envs} at once"
+        steps = sum(result.steps for _, result in progress(played, total=episodes, desc=name, unit="episode"))
         return steps / (time.perf_counter() - begin)
 
 

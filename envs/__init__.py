@@ -2,8 +2,8 @@
 
 Every environment of `make` observes one array or a dict of arrays by key, each a float32 vector or a (height, width,
 channels) uint8 image, and acts by a float32 vector. It has ``info["is_success"]`` (bool) and ``info["score"]`` (in
-[0, 1]) at reset and at each step, the control rate in Hz in ``metadata["render_fps"]``, and a ``reset(seed=s)`` that
-starts the same episode whatever happened before.
+[0, 1]) at reset and at each step, the control rate in Hz in ``metadata["render_fps"]`` where the simulator states one,
+and a ``reset(seed=s)`` that starts the same episode whatever happened before.
 
 The names of this package are listed in ``__init__.pyi``. Each is imported when it is first used, so that
 ``import envs`` loads neither Gymnasium nor a simulator.

@@ -18,10 +18,6 @@ from envs.errors import EnvContractError, import_extra, nearest
 from envs.rendering import rendering_errors, require_rgb_array
 from envs.spaces import Observation, plain_actions, plain_observations
 
-# The control rate of an environment that does not state one. It is common for robot arms, and only the speed of videos
-# depends on it.
-DEFAULT_CONTROL_HZ = 10.0
-
 
 class Package(NamedTuple):
     """A package that registers its ids when it is imported."""
@@ -100,7 +96,8 @@ class GymEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
         self._name = env.spec.id if env.spec else type(env.unwrapped).__name__
         self._return = 0.0
         self._keys: set[str] = set()
-        self.metadata = {**env.metadata, "render_fps": control_hz or _control_hz(env)}
+        rate = control_hz or _control_hz(env)
+        self.metadata = {**env.metadata, **({} if rate is None else {"render_fps": rate})}
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -174,8 +171,8 @@ def make_gym(
         image_size: Height and width to which images are resized, as ``dataset.image_size`` resizes those of
             demonstrations; by default they keep their size.
         success: The rule of success, see `parse_success`.
-        control_hz: Control steps per second; by default 1 / ``env.dt``, or else
-            ``metadata["render_fps"]``, or else 10. Only videos depend on it.
+        control_hz: Control steps per second; by default the simulator's ``control_hz``, ``control_freq`` or 1 / ``dt``,
+            or else ``metadata["render_fps"]``. It is the speed of videos, and is compared with the demonstrations'.
         max_episode_steps: Control steps after which an episode is truncated, by default as the id is registered.
 
     Raises:
@@ -279,11 +276,13 @@ def require_registered(id: str) -> None:
         ) from error
 
 
-def _control_hz(env: gymnasium.Env[Any, Any]) -> float:
-    """Return the control rate: 1 / dt if the simulator has a dt, else the rate that its metadata states."""
-    dt = getattr(env.unwrapped, "dt", None)
-    if isinstance(dt, int | float) and dt > 0:
-        return 1.0 / dt
-    if env.metadata.get("render_fps"):
-        return float(env.metadata["render_fps"])
-    return DEFAULT_CONTROL_HZ
+def _control_hz(env: gymnasium.Env[Any, Any]) -> float | None:
+    """Return the control rate by the simulator's attributes; None if only its metadata, or nothing, states one.
+
+    A ``dt`` comes last: beside a rate, as in gym-pusht, it is the time step of the physics.
+    """
+    for name in ("control_hz", "control_freq", "dt"):
+        value = getattr(env.unwrapped, name, None)
+        if isinstance(value, int | float | np.floating) and value > 0:
+            return 1.0 / float(value) if name == "dt" else float(value)
+    return None

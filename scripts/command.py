@@ -27,7 +27,13 @@ from policy.common.plugins import load_plugins
 from scripts.settings import CONF, GROUPS, Task, add_registered_options, help_text, registered_options
 
 
-def command(name: str, target: str, example: str, inline: Mapping[str, str] | None = None) -> Callable[[], None]:
+def command(
+    name: str,
+    target: str,
+    example: str,
+    inline: Mapping[str, str] | None = None,
+    alternatives: Mapping[str, str] | None = None,
+) -> Callable[[], None]:
     """Make a console command from a function, whose keyword arguments are the command's settings.
 
     A setting's default is defined in the function's signature. Overrides follow Hydra's grammar; a setting that the
@@ -40,11 +46,14 @@ def command(name: str, target: str, example: str, inline: Mapping[str, str] | No
         example: a command line for `--help`.
         inline: settings classes as `module:name`, by the parameter of the function that takes one; the fields of such a
             class are settings of the command itself.
+        alternatives: see `Task`.
 
     Returns:
         A `main` that takes no arguments.
     """
-    return functools.partial(_main, Task(name=name, target=target, inline=inline or {}), example)
+    return functools.partial(
+        _main, Task(name=name, target=target, inline=inline or {}, alternatives=alternatives or {}), example
+    )
 
 
 def _main(task: Task, example: str) -> None:

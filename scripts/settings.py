@@ -34,6 +34,8 @@ TARGETS = {
 }
 # The setting that every command has.
 PLUGINS = inspect.Parameter("plugins", inspect.Parameter.KEYWORD_ONLY, default=(), annotation=list[str])
+# Settings that take a function, which a user may name as `module:function`.
+FUNCTIONS = ("dataset.transform", "dataset.relabel", "augment")
 READ = "policy.data.reading.read_demonstrations"
 
 Settings = dict[str, Any]
@@ -48,11 +50,13 @@ class Task:
         target: the function, as `module:name`; it is imported once its settings are valid.
         inline: settings classes as `module:name`, by the parameter of the function that takes one; the fields of such a
             class are settings of the command itself.
+        alternatives: settings that make a part superfluous, to that part; it is left out where it is not complete.
     """
 
     name: str
     target: str
     inline: Mapping[str, str] = field(default_factory=dict)
+    alternatives: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def declaration(self) -> Declaration:
@@ -73,6 +77,8 @@ class Task:
     def check(self, settings: Settings) -> None:
         """Check every setting against the source of the part that it belongs to, without importing that part.
 
+        A part that is not complete is taken out of `settings` where its alternative is given.
+
         Raises:
             ValueError: an unknown name, a value of the wrong type, or a setting that is missing.
         """
@@ -82,6 +88,9 @@ class Task:
                 _check_node(name, value)
         known = inspect.Signature([*parameters.values(), PLUGINS])
         check_arguments(self.name, Declaration(known, ""), settings, prefix="")
+        for given, part in self.alternatives.items():
+            if settings.get(given) is not None and _missing(_path(settings[part]), settings[part]):
+                del settings[part]
         for name, value in settings.items():
             if isinstance(value, dict) and "_target_" in value and not value.get("_partial_", False):
                 _require(name, _path(value), value)
@@ -154,6 +163,8 @@ def _path(node: Any) -> str:
 
 def _build(where: str, node: Any) -> Any:
     """Build nodes with a `_target_`, from the inside out, each checked against its signature first."""
+    if where in FUNCTIONS and isinstance(node, str):
+        return _named_function(where, node)
     if not isinstance(node, dict):
         return node
     settings = {key: _build(f"{where}.{key}", value) for key, value in node.items()}
@@ -169,10 +180,33 @@ def _build(where: str, node: Any) -> Any:
         return target(**checked)
 
 
+def _named_function(where: str, text: str) -> Callable[..., Any]:
+    """Import the function that a setting names.
+
+    Raises:
+        ValueError: it is not named as `module:function`, or there is no such module or function.
+    """
+    module, _, name = text.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise ValueError(f"{where} takes a function as module:function, such as my_module:function; got {text!r}")
+    try:
+        function = load(text)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{where}={text} cannot be imported ({reason}): name a function that Python finds") from error
+    if not callable(function):
+        raise ValueError(f"{where}={text} is not a function; it is {function!r:.80}")
+    return function
+
+
 def _require(where: str, target: str | Callable[..., Any], settings: Settings) -> None:
-    for name, parameter in declaration_of(target).signature.parameters.items():
-        if parameter.default is parameter.empty and name not in settings:
-            raise ValueError(f"{where}.{name} is missing: add {where}.{name}=...")
+    for name in _missing(target, settings):
+        raise ValueError(f"{where}.{name} is missing: add {where}.{name}=...")
+
+
+def _missing(target: str | Callable[..., Any], settings: Settings) -> list[str]:
+    parameters = declaration_of(target).signature.parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.name not in settings]
 
 
 def help_text(task: Task, example: str) -> str:

@@ -19,9 +19,10 @@ of `checkpoints/` are hard links where the file system supports them, so that th
 Schemas: 1 had no checksums.json; 2 is the current one.
 """
 
+from policy.checkpoint.description import describe_checkpoint
 from policy.checkpoint.environment import check_env, choose_env
 from policy.checkpoint.files import SCHEMA_VERSION, is_checkpoint
-from policy.checkpoint.keeping import keep_checkpoint
+from policy.checkpoint.keeping import describe_best, keep_checkpoint
 from policy.checkpoint.reading import Checkpoint, load_checkpoint, resume_training
 from policy.checkpoint.writing import save_checkpoint
 from policy.common.errors import SaveError
@@ -32,6 +33,8 @@ __all__ = [
     "SaveError",
     "check_env",
     "choose_env",
+    "describe_best",
+    "describe_checkpoint",
     "is_checkpoint",
     "keep_checkpoint",
     "load_checkpoint",

@@ -55,6 +55,39 @@ def rank(entry: Entry) -> tuple[float, ...] | None:
     return None if math.isnan(loss) else (0.0, -loss)
 
 
+def describe_best(checkpoint: Path, state: TrainState, rollout_episodes: int) -> str:
+    """Say which kept checkpoint is the best one and by which measure, and how the newest one compares.
+
+    Args:
+        checkpoint: the checkpoint folder, just written from `state`.
+        state: the run's state.
+        rollout_episodes: number of episodes in each rollout during training.
+
+    Returns:
+        A line for the terminal.
+    """
+    best = checkpoint.with_name(KEPT) / BEST
+    step = _step_of(best) if is_checkpoint(best) else -1
+    found = next((entry for entry in state.history if entry["step"] == step and rank(entry)), None)
+    if found is None:
+        return "best: not known, because no checkpoint was saved right after a rollout or a validation"
+    measure = _measured(found, rollout_episodes)
+    if step == state.step:
+        return f"best: step {step:,}, the last, {measure}"
+    last = next((entry for entry in state.history if entry["step"] == state.step), {})
+    return (
+        f"best: step {step:,}, {measure}, kept in {best}; the last: step {state.step:,},"
+        f" {_measured(last, rollout_episodes)}"
+    )
+
+
+def _measured(entry: Entry, rollout_episodes: int) -> str:
+    """What an entry ranks by, in words."""
+    if "rollout/success_rate" in entry:
+        return f"rollout success {entry['rollout/success_rate']:.0%} (of {rollout_episodes} episodes)"
+    return f"validation loss {entry['val/loss']:.4g}" if "val/loss" in entry else "without a measurement"
+
+
 def _is_best(best: Path, state: TrainState) -> bool:
     """Whether the newest log entry is of the state's own step and ranks at least as high as the best so far."""
     now = _rank_at(state.history[-1:], state.step)

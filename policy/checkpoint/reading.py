@@ -49,8 +49,8 @@ SETTINGS_OF_BEFORE = {
 }
 # How often a checkpoint is read if it is replaced meanwhile; a reading takes a fraction of the time between two saves.
 MOST_READINGS = 10
-# Training settings that change no weight, so that a run may go on with others.
-MAY_CHANGE = {"keep_last", "log_every", "rollout_every", "save_every", "val_every"}
+# Training settings, and facts for readers, that change no weight, so that a run may go on with others.
+MAY_CHANGE = {"keep_last", "log_every", "rate_hz", "rollout_every", "save_every", "tasks", "val_every"}
 
 
 @dataclass(frozen=True, kw_only=True)

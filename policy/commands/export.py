@@ -19,6 +19,7 @@ import numpy as np
 
 from policy.checkpoint import Checkpoint, load_checkpoint
 from policy.common.arguments import unknown_name
+from policy.common.control_rate import stated_rate
 from policy.common.files import json_text, write_text
 from policy.common.observations import is_image
 from policy.common.output import output_folder
@@ -159,6 +160,7 @@ def write_export(
         "output": {"name": "actions", "shape": _free_batch("actions", actions.shape), "dtype": str(actions.dtype)},
         "units": "observations and actions as in the demonstrations; normalisation is inside the model",
         "execution_horizon": loaded.execution_horizon,
+        "rate_hz": stated_rate(loaded.training.get("rate_hz")),
         "sampler": program.sampler.record(),
         "weights": weights,
         "tolerance": TOLERANCE if weights == DEFAULT_WEIGHTS else None,

@@ -1,12 +1,14 @@
-"""`ddim-inspect`: show figures, window times and a picture of demonstrations before training on them."""
+"""`ddim-inspect`: figures, window times and a picture of demonstrations; or what a checkpoint is and was trained on."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
 
+from policy.checkpoint import describe_checkpoint, load_checkpoint
 from policy.common.files import json_text, write_text
 from policy.common.output import output_folder
+from policy.common.plugins import plugins_argument
 from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
 from policy.data.demonstrations import Demonstrations
 from policy.inspection.figures import inspect_dataset, spread
@@ -15,9 +17,10 @@ from policy.inspection.text import format_inspection
 from policy.model.config import PolicySettings
 
 
-def inspect_demonstrations(
+def inspect(
     *,
-    dataset: Demonstrations,
+    dataset: Demonstrations | None = None,
+    checkpoint: Path | None = None,
     obs_horizon: int = PolicySettings.obs_horizon,
     action_horizon: int = PolicySettings.action_horizon,
     execution_horizon: int = EXECUTION_HORIZON,
@@ -25,10 +28,11 @@ def inspect_demonstrations(
     dimensions: int = 32,
     output_dir: Path | None = None,
 ) -> None:
-    """Show what is inside a dataset: its episodes and keys, what one training window holds, and a picture.
+    """Show what is inside a dataset (episodes, keys, a training window, a picture) or, with checkpoint=, a policy.
 
     Args:
         dataset: the demonstrations.
+        checkpoint: instead of a dataset, the folder that training wrote; the settings below are for datasets.
         obs_horizon: observations that the policy looks back on.
         action_horizon: actions in one chunk.
         execution_horizon: actions executed before the next plan.
@@ -37,8 +41,14 @@ def inspect_demonstrations(
         output_dir: receives `inspect.json` and `inspect.png`; by default a new folder under outputs/inspect.
 
     Raises:
-        ValueError: settings out of range, or values that are not finite.
+        ValueError: settings out of range, values that are not finite, or not just one thing to inspect.
     """
+    if (dataset is None) == (checkpoint is None):
+        raise ValueError("inspect shows a dataset (dataset.path=...) or a policy (checkpoint=...): give one of the two")
+    if checkpoint is not None:
+        _inspect_checkpoint(checkpoint)
+        return
+    assert dataset is not None
     for name, value in (("obs_horizon", obs_horizon), ("action_horizon", action_horizon), ("episodes", episodes)):
         if value < 1:
             raise ValueError(f"{name} must be 1 or more; got {value}")
@@ -51,3 +61,9 @@ def inspect_demonstrations(
     print(format_inspection(inspection, dimensions))
     plot_episodes(dataset, inspection, spread(dataset.num_episodes, episodes), folder / "inspect.png")
     print(f"\nfiles: {folder / 'inspect.json'}, {folder / 'inspect.png'}")
+
+
+def _inspect_checkpoint(folder: Path) -> None:
+    for name, text in describe_checkpoint(load_checkpoint(folder)).items():
+        print(f"{name:<12} {text}")
+    print(f"next: python scripts/rollout.py checkpoint={folder}{plugins_argument()}")

@@ -40,7 +40,7 @@ from policy.statistics.results import EpisodeResult, describe_broken, format_sum
 from policy.sweep.grid import SweepCell, make_cells
 from policy.tracking.tracker import OpenRun
 
-LEDGER = "rollout.jsonl"
+LEDGER, SUMMARY = "rollout.jsonl", "rollout.json"
 
 
 def roll_out(
@@ -85,8 +85,8 @@ def roll_out(
             reason, or `stop` the rollout.
         env_patience: seconds that one call of the simulator may take before it counts as hanging.
         video: number of first episodes to record as mp4.
-        output_dir: receives `episodes.json`, the ledger `rollout.jsonl` and the videos; by default a new folder under
-            outputs/rollout.
+        output_dir: receives `episodes.json`, the summary `rollout.json`, the ledger `rollout.jsonl` and the videos; by
+            default a new folder under outputs/rollout.
         tracker: opens the tracked run.
 
     Raises:
@@ -102,6 +102,7 @@ def roll_out(
         num_envs=num_envs,
         device=device,
         env_patience=env_patience,
+        control_rate=control_rate,
     )
     (loaded,) = stage.checkpoints
     policy = loaded.policy
@@ -118,6 +119,7 @@ def roll_out(
             results = _as_fast_as_possible(recorded, ledger, stage, num_envs, on_env_error)
         else:
             results = _against_the_clock(driver, stage, folder, on_env_error)
+        unpaired = ledger.unpaired
     summary = {
         **sampler.record(),
         **asdict(controller),
@@ -127,13 +129,17 @@ def roll_out(
     tracking.log_table("rollout", [summary])
     tracking.finish()
     print(format_summary(summary))
-    for warning in describe_broken(results):
+    broken = describe_broken(results)
+    for warning in broken:
         print(f"warning: {warning}")
     print(
         f"one plan: {summary['latency_ms_median']:.1f} ms with {sampler.ddim_steps} ddim_steps"
         f" (median, batch {controller.candidates}, one thread)"
     )
     print(f"episodes: {write_episodes(results, folder)}")
+    said = [*stage.warnings, *filter(None, [unpaired]), *broken]
+    document = {"env": stage.env, "checkpoint": str(checkpoint), **summary, "warnings": said}
+    write_text(folder / SUMMARY, json_text(document, indent=1))
     if video:
         (simulated,) = controllers_of([policy], [cell], stage.action_space)
         _record(simulated, stage, stage.seeds[:video], folder)

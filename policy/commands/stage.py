@@ -13,6 +13,7 @@ from typing import Any, Literal
 from gymnasium.spaces import Box
 
 from policy.checkpoint import Checkpoint, choose_env, load_checkpoint
+from policy.common.control_rate import describe_mismatch, stated_rate
 from policy.common.device import check_device
 from policy.common.errors import WorkerError
 from policy.common.output import episode_seeds
@@ -45,6 +46,7 @@ class Stage:
         seeds: seeds of the episodes.
         action_space: action space of the environment.
         env_patience: seconds that one call of the simulator may take.
+        warnings: given before the run, for its files.
     """
 
     checkpoints: list[Checkpoint]
@@ -53,6 +55,7 @@ class Stage:
     seeds: range
     action_space: Box
     env_patience: float
+    warnings: list[str]
 
 
 def set_stage(
@@ -65,6 +68,7 @@ def set_stage(
     num_envs: int,
     device: str,
     env_patience: float,
+    control_rate: float | None = None,
 ) -> Stage:
     """Load checkpoints and check them against each other and their environment, before any work.
 
@@ -77,9 +81,10 @@ def set_stage(
         num_envs: environments that run at once.
         device: `cpu` or `cuda`.
         env_patience: seconds that one call of the simulator may take.
+        control_rate: periods per second of a real-time rollout, or None.
 
     Returns:
-        The stage, ready to run.
+        The stage, ready to run; its warnings are given.
 
     Raises:
         ValueError: a setting out of range, or parts that do not fit each other.
@@ -97,7 +102,11 @@ def set_stage(
     with watched(make_env, env_patience) as make, closing(_probe(make, chosen[0], loaded[0])) as probe:
         for checkpoint in loaded:
             check_spaces(checkpoint.policy.config, probe)
+        mismatches = [_mismatch(checkpoint, probe, control_rate) for checkpoint in loaded]
         action_space = probe.action_space
+    given = list(dict.fromkeys(filter(None, mismatches)))
+    for warning in given:
+        warnings.warn(warning, stacklevel=2)
     assert isinstance(action_space, Box)
     return Stage(
         checkpoints=loaded,
@@ -106,7 +115,13 @@ def set_stage(
         seeds=seeds,
         action_space=action_space,
         env_patience=env_patience,
+        warnings=given,
     )
+
+
+def _mismatch(checkpoint: Checkpoint, env: Env, control_rate: float | None) -> str | None:
+    demonstrated = stated_rate(checkpoint.training.get("rate_hz"))
+    return describe_mismatch(demonstrated, stated_rate(env.metadata.get("render_fps")), control_rate)
 
 
 def _probe(make_env: MakeEnv, settings: dict[str, Any], checkpoint: Checkpoint) -> Env:

@@ -97,8 +97,8 @@ def sweep(
         if checkpoint is not None:
             raise ValueError("merge= combines sweeps that have run: leave checkpoint= out")
         merged = read_swept(merge)
-        if merged.unpaired:
-            warnings.warn(merged.unpaired, stacklevel=2)
+        for given in merged.warnings:
+            warnings.warn(given, stacklevel=2)
         folder = output_folder(output_dir, "sweep")
         run = tracker(folder=folder, config={"merge": [str(path) for path in merge]})
         publish(folder, conclude(merged, margin), run, lambda chosen: [])
@@ -146,7 +146,8 @@ def sweep(
         seeds = telling_seeds([results[number] for number in chosen], count)
         return _recorded(stage, cells, rows, chosen, seeds, folder / "videos") if seeds else []
 
-    swept = Swept(rows=rows, results=results, env=stage.env, unpaired=unpaired)
+    unfixed = [unpaired] if unpaired else []
+    swept = Swept(rows=rows, results=results, env=stage.env, warnings=[*stage.warnings, *unfixed], paired=not unpaired)
     publish(folder, conclude(swept, margin), run, record)
     check_broken([result for found in results for result in found])
 
@@ -166,17 +167,17 @@ def publish(
     summary = {"env": conclusion.env, "margin": conclusion.margin, "answer": conclusion.answer}
     if conclusion.warnings:
         summary["warnings"] = conclusion.warnings
-    if conclusion.unpaired:
-        summary["unpaired"] = conclusion.unpaired
+    if not conclusion.paired:
+        summary["paired"] = False
     files = write_files(folder, rows, conclusion.episodes, summary)
     print(format_table(rows))
     print(conclusion.answer)
-    for warning in conclusion.warnings[bool(conclusion.unpaired) :]:  # that one was given before all work
+    for warning in conclusion.found:  # the others were given before the run
         print(f"warning: {warning}")
     clips = record(conclusion.shown)
     pictures, report = [folder / "sweep.png", folder / "sweep.svg"], folder / "report.html"
     try:
-        plot_rows(rows, pictures, title=conclusion.title, paired=not conclusion.unpaired)
+        plot_rows(rows, pictures, title=conclusion.title, paired=conclusion.paired)
         write_report(
             report,
             rows,
@@ -188,7 +189,7 @@ def publish(
             clips=clips,
             without_clips="No episodes were recorded: nothing can be drawn here, or videos=0.",
             settings=conclusion.settings,
-            paired=not conclusion.unpaired,
+            paired=conclusion.paired,
         )
     except Exception as error:  # whatever a drawing library stumbles over, the tables are there
         tables = ", ".join(map(str, files))

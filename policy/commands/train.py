@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from policy.checkpoint import check_env, is_checkpoint, keep_checkpoint, resume_training, save_checkpoint
+from policy.checkpoint import check_env, describe_best, is_checkpoint, keep_checkpoint, resume_training, save_checkpoint
 from policy.common.arguments import unknown_name
+from policy.common.control_rate import describe_mismatch, stated_rate
 from policy.common.device import check_device
 from policy.common.interrupt import stop_on_signal
 from policy.common.locks import only_process
@@ -32,10 +33,12 @@ from policy.tracking.tracker import OpenRun, TrackedRun
 from policy.training.loop import train
 from policy.training.preparation import Run, prepare_run
 from policy.training.settings import TrainSettings, learning_rate
-from policy.training.state import TrainState
+from policy.training.state import TrainState, newest_metrics
 
 # First seed of the rollouts during training. Demonstrations use seeds from 0, reported results those from 100000.
 ROLLOUT_SEED = 50_000
+# A checkpoint notes the names of up to so many tasks.
+MAX_TASKS = 100
 
 # Runs a short rollout of the averaged policy, and returns its metrics.
 Rollout = Callable[[DiffusionPolicy], dict[str, float]]
@@ -88,18 +91,21 @@ def train_policy(
     """
     if not env and dataset.metadata.get("env"):
         env = check_env(dataset.metadata["env"], dataset.source)
-    config = config_for(policy, dataset, auxiliary)
+    config, rate = config_for(policy, dataset, auxiliary), stated_rate(dataset.metadata.get("rate_hz"))
     check_execution_horizon(execution_horizon, config.action_horizon)
     check_num_envs(num_envs)
     check_patience(env_patience)
     run = prepare_run(config, dataset, train, seed=seed, device=check_device(device), augment=augment)
     sampler.check(run.state.policy.schedule.num_steps)
-    rollout = None
+    rollout, tasks = None, dataset.metadata.get("tasks")
     if env:
         with watched(make_env, env_patience) as make, closing(make(**env)) as probe:
             check_spaces(config, probe)
-            if train.rollout_every and (unfixed := unrepeatable(probe, ROLLOUT_SEED)[1]):
-                warnings.warn(unfixed, stacklevel=2)
+            tasks = tasks or getattr(probe.unwrapped, "tasks", None)
+            mismatch = describe_mismatch(rate, stated_rate(probe.metadata.get("render_fps")))
+            unfixed = unrepeatable(probe, ROLLOUT_SEED)[1] if train.rollout_every else ""
+        for warning in filter(None, (mismatch, unfixed)):
+            warnings.warn(warning, stacklevel=2)
         rollout = partial(
             _rolled_out, partial(make_env, **env), num_envs, env_patience, train, sampler, execution_horizon
         )
@@ -115,6 +121,9 @@ def train_policy(
             "seed": seed,
             "dataset": dataset.source,
             "episodes": dataset.num_episodes,
+            "transitions": len(dataset.actions),
+            "rate_hz": rate,
+            "tasks": _names(tasks),
             "augment": augment and getattr(augment, "func", augment).__name__,
         },
         keep_last=train.keep_last,
@@ -128,10 +137,17 @@ def train_policy(
         if run.state.step < train.all_steps:
             print(f"stopped at step {run.state.step} and saved: the same command with output_dir={folder} goes on")
             raise KeyboardInterrupt  # so that commands that follow a complete training do not start
+        print(describe_best(record.folder, run.state, train.rollout_episodes))
         print(f"checkpoint: {record.folder}" + (f"   tracked: {tracked}" if tracked else ""))
         for row in expected or []:
             print("the preset as committed reaches: " + ", ".join(f"{name}={value:g}" for name, value in row.items()))
         print(f"next: python scripts/rollout.py checkpoint={record.folder}{plugins_argument()}")
+
+
+def _names(tasks: Any) -> list[str] | None:
+    """Tasks as a checkpoint notes them; None for what a simulator calls so without meaning a list of names."""
+    listed = isinstance(tasks, list | tuple) and 0 < len(tasks) <= MAX_TASKS
+    return [*tasks] if listed and all(isinstance(task, str) for task in tasks) else None
 
 
 def config_for(settings: PolicySettings, dataset: Demonstrations, auxiliary: Sequence[str]) -> PolicyConfig:
@@ -194,9 +210,8 @@ class _Record:
 
     def save(self, state: TrainState) -> None:
         """Write the newest checkpoint, and update the last few and the best."""
-        save_checkpoint(
-            self.folder, state, env=self.env, execution_horizon=self.execution_horizon, training=self.training
-        )
+        training = {**self.training, "measured": newest_metrics(state.history)}
+        save_checkpoint(self.folder, state, env=self.env, execution_horizon=self.execution_horizon, training=training)
         keep_checkpoint(self.folder, state, keep_last=self.keep_last)
 
 

@@ -9,6 +9,11 @@ from typing import Any
 from tqdm import tqdm
 
 
+def say(text: str) -> None:
+    """Print a line on standard output; a progress bar on the terminal makes way for it."""
+    tqdm.write(text)
+
+
 def progress(items: Iterable[Any] | None = None, *, total: int, desc: str, unit: str, initial: int = 0) -> tqdm[Any]:
     """Create a progress bar on standard error, updated continuously on a terminal and every ten seconds elsewhere.
 
@@ -23,4 +28,13 @@ def progress(items: Iterable[Any] | None = None, *, total: int, desc: str, unit:
         The bar: an iterator over the items, and a context manager.
     """
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(items, total=total, initial=initial, desc=desc, unit=unit, dynamic_ncols=True, mininterval=interval)
+    return tqdm(
+        items,
+        total=total,
+        initial=initial,
+        desc=desc,
+        unit=unit,
+        dynamic_ncols=True,
+        mininterval=interval,
+        leave=None,  # a bar below another one vanishes at its end
+    )

@@ -14,12 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from policy.common.control_rate import stated_rate
+
 if TYPE_CHECKING:
     import gymnasium
     from numpy.typing import NDArray
 
 # The key in the dataset's own metadata of the environment in which it was collected, as keyword data.
 ENV_KEY = "ddim_policy_env"
+# The key of the rate in Hz at which its control steps were recorded.
+RATE_KEY = "ddim_policy_rate_hz"
 
 # What HDF5 and Minari's own files take beside the arrays: 14 kB an episode were measured.
 BYTES_A_DATASET, BYTES_AN_EPISODE = 100_000, 20_000
@@ -53,7 +57,7 @@ def write_minari(
         episodes: the recorded episodes; observations hold one row more than actions.
         folder: a Minari root; the dataset becomes a folder in it.
         dataset_id: Minari's name for the dataset, `name-v0`.
-        env: the environment, for its spaces.
+        env: the environment, for its spaces and its control rate.
         env_settings: settings that make the environment again; training reads them from the dataset.
 
     Returns:
@@ -128,7 +132,10 @@ def _create_dataset(
             # A policy acts on pictures without JPEG's artefacts, so it has to learn from such pictures.
             jpeg_encoding=False,
         )
-        dataset.storage.update_metadata({ENV_KEY: json.dumps(dict(env_settings))})
+        rate = stated_rate(env.metadata.get("render_fps"))
+        dataset.storage.update_metadata(
+            {ENV_KEY: json.dumps(dict(env_settings)), **({} if rate is None else {RATE_KEY: rate})}
+        )
 
 
 def _as_dicts(observations: Any) -> Any:

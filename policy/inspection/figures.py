@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from policy.common.control_rate import stated_rate
 from policy.common.progress import progress
 from policy.data.demonstrations import Demonstrations
 from policy.data.windows import BLOCK_ROWS, Windows
@@ -163,7 +164,7 @@ def inspect_dataset(
         source=demonstrations.source,
         format=metadata.get("format"),
         env=metadata.get("env"),
-        rate_hz=metadata.get("rate_hz"),
+        rate_hz=stated_rate(metadata.get("rate_hz")),
         keys=[key_figures(key, values) for key, values in keys],
         episodes=episode_figures(demonstrations),
         obs_horizon=obs_horizon,

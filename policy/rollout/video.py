@@ -10,9 +10,13 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from policy.common.control_rate import stated_rate
 from policy.common.progress import progress
 from policy.rollout.episodes import Controller, MakeEnv, record_episode
 from policy.statistics.results import EpisodeResult
+
+# Frames per second for an environment that does not state its control rate; 10 Hz is common for robot arms.
+DEFAULT_FPS = 10
 
 
 def write_video(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int) -> None:
@@ -63,6 +67,6 @@ def record_videos(
         for number, (controller, seed) in enumerate(takes):
             result, frames = record_episode(controller, env, seed)
             file = file_of(number, result)
-            write_video(file, frames, fps=round(env.metadata["render_fps"]))
+            write_video(file, frames, fps=max(1, round(stated_rate(env.metadata.get("render_fps")) or DEFAULT_FPS)))
             bar.update()
             yield result, file

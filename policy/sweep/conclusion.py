@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,15 @@ class Swept:
         rows: one per cell, see `row_of`, with the cell's id as `cell`.
         results: the episodes of each cell, the same seeds in the same order.
         env: settings of the environment.
-        unpaired: why equal seeds are not equal episodes, so that cells are compared as unpaired; empty if they are.
+        warnings: given before the run.
+        paired: whether equal seeds are equal episodes.
     """
 
     rows: list[Row]
     results: list[list[EpisodeResult]]
     env: dict[str, Any]
-    unpaired: str = ""
+    warnings: list[str] = field(default_factory=list)
+    paired: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +45,9 @@ class Conclusion:
         margin: see `recommend`.
         advice: the recommendation.
         answer: the recommendation in a sentence, with its figures.
-        warnings: what a reader must know besides, in sentences.
-        unpaired: see `Swept`.
+        given: warnings that were given before the run, in sentences.
+        found: those that its results give.
+        paired: see `Swept`.
     """
 
     title: str
@@ -54,8 +57,14 @@ class Conclusion:
     margin: float
     advice: Recommendation
     answer: str
-    warnings: list[str]
-    unpaired: str
+    given: list[str]
+    found: list[str]
+    paired: bool
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader must know besides, in sentences."""
+        return [*self.given, *self.found]
 
     @property
     def shown(self) -> list[int]:
@@ -98,10 +107,10 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
     rows = uniform(swept.rows)
     success = [[result.success for result in found] for found in swept.results]
     cost = [(row["ddim_steps"], row["latency_ms_median"]) for row in rows]
-    advice = recommend(success, cost, margin=margin, paired=not swept.unpaired)
+    advice = recommend(success, cost, margin=margin, paired=swept.paired)
     differences = [
         {"difference": c.difference, "difference_low": c.low, "difference_high": c.high, "p_value": c.adjusted_p_value}
-        for c in compare_success(success, advice.best, paired=not swept.unpaired)
+        for c in compare_success(success, advice.best, paired=swept.paired)
     ]
     return Conclusion(
         title=" ".join(str(value) for value in swept.env.values()),
@@ -121,11 +130,9 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
         margin=margin,
         advice=advice,
         answer=answer_of(rows, advice),
-        warnings=[
-            *filter(None, [swept.unpaired]),
-            *describe_broken([result for found in swept.results for result in found]),
-        ],
-        unpaired=swept.unpaired,
+        given=swept.warnings,
+        found=describe_broken([result for found in swept.results for result in found]),
+        paired=swept.paired,
     )
 
 
@@ -186,7 +193,7 @@ def read_swept(folders: Sequence[Path]) -> Swept:
     rows: list[Row] = []
     results: list[list[EpisodeResult]] = []
     first: dict[str, Any] = {}
-    unpaired = ""
+    paired, warnings = True, list[str]()
     for folder in folders:
         try:
             document = json.loads((folder / "sweep.json").read_text())
@@ -199,6 +206,8 @@ def read_swept(folders: Sequence[Path]) -> Swept:
                 "env": document["env"],
                 "seeds": sorted({result.seed for listed in episodes.values() for result in listed}),
             }
+            found_in_results = describe_broken([result for listed in episodes.values() for result in listed])
+            given = [str(said) for said in document.get("warnings", []) if said not in found_in_results]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder} holds no finished sweep ({error!r}): run it to its end first") from error
         first = first or seen
@@ -206,9 +215,10 @@ def read_swept(folders: Sequence[Path]) -> Swept:
             raise ValueError(f"{differs[0]} of {folder} and of {folders[0]} differ: only equal ones can be compared")
         if repeated := found.keys() & {row["cell"] for row in rows}:
             raise ValueError(f"{folder} repeats the cell {min(repeated)}: leave one of them out")
-        unpaired = unpaired or str(document.get("unpaired", ""))
+        paired = paired and document.get("paired", True) is True
         rows += found.values()
         results += episodes.values()
+        warnings += [said for said in given if said not in warnings]
     if not rows or any([result.seed for result in listed] != first["seeds"] for listed in results):
         raise ValueError(f"the cells of {', '.join(map(str, folders))} have not all run the same episodes")
-    return Swept(rows=rows, results=results, env=first["env"], unpaired=unpaired)
+    return Swept(rows=rows, results=results, env=first["env"], warnings=warnings, paired=paired)

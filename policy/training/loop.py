@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from policy.common.observations import Batch
-from policy.common.progress import progress
+from policy.common.progress import progress, say
 from policy.common.seeding import derive_generator, derive_seed
 from policy.data.windows import Windows
 from policy.model.diffusion_policy import DiffusionPolicy
@@ -25,13 +25,19 @@ from policy.tracking.tracker import MetricsLog
 from policy.training.preparation import Run
 from policy.training.rectification import Rectified
 from policy.training.settings import TrainSettings, learning_rate
-from policy.training.state import TrainState
+from policy.training.state import TrainState, newest_metrics
 
 VALIDATION_WINDOWS = 1024
 # Batches gathered ahead of the trainer, so that it does not wait for page faults.
 BATCHES_AHEAD = 2
 # Of one training step: the numbers of its windows, and (2,) the loss and the gradient's norm, on the training device.
 Outcome = tuple[NDArray[np.int64], torch.Tensor]
+# The metrics that the terminal shows while training, under which name, and how.
+SHOWN = {
+    "train/loss": ("loss", "{:.4f}"),
+    "val/loss": ("validation loss", "{:.4f}"),
+    "rollout/success_rate": ("rollout success", "{:.0%}"),
+}
 # Training fails after this many skipped steps in a row, because the weights have then diverged.
 MOST_SKIPPED_IN_A_ROW = 100
 
@@ -124,8 +130,12 @@ class _Trainer:
         except Exception as error:  # whatever a simulator does, training goes on
             step = self.run.state.step
             warnings.warn(f"the rollout at step {step} did not finish, training goes on: {error}", stacklevel=2)
-        self.tracker.log(self.recorded(), self.run.state.step)
+        recorded = self.recorded()
+        self.tracker.log(recorded, self.run.state.step)
         self.save_now()
+        if "rollout/success_rate" in recorded:
+            said = ", ".join(f"{name} {figure}" for name, figure in _figures(self.run.state).items())
+            say(f"step {self.run.state.step:,}: {said} (of {self.settings.rollout_episodes} episodes)")
         return True
 
     def record(self, metrics: Mapping[str, float]) -> None:
@@ -206,8 +216,6 @@ def train(
             state.step += 1
             bar.update()
             if metrics := trainer.metrics_due():
-                if "train/learning_rate" in metrics:
-                    bar.set_postfix(loss=f"{metrics.get('train/loss', math.nan):.4f}", refresh=False)
                 trainer.record(metrics)
             rollout_due = trainer.rollout_due()
             if metrics and not rollout_due:
@@ -217,6 +225,8 @@ def train(
                 trainer.save_now()
             if stopping or (rollout_due and not trainer.roll_out()):
                 break
+            if metrics or rollout_due:
+                bar.set_postfix(_figures(state), refresh=rollout_due)
 
 
 def _train_step(state: TrainState, phase: Phase, batch: Batch, settings: TrainSettings, seed: int) -> torch.Tensor:
@@ -315,6 +325,12 @@ def _loss_metrics(state: TrainState, settings: TrainSettings) -> dict[str, float
     if settings.on_bad_loss == "skip":
         metrics["train/skipped_steps"] = len(state.skipped)
     return metrics
+
+
+def _figures(state: TrainState) -> dict[str, str]:
+    """The newest metrics, as the terminal shows them."""
+    newest = newest_metrics(state.history)
+    return {name: form.format(newest[key]["value"]) for key, (name, form) in SHOWN.items() if key in newest}
 
 
 def _check_weights(state: TrainState) -> None:

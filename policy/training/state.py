@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,20 @@ class TrainState:
     history: list[dict[str, float]] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
+
+
+def newest_metrics(history: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """The newest value of each metric in a history, and the step it was measured at.
+
+    >>> newest_metrics([{"step": 20, "train/loss": 0.5, "val/loss": 0.6}, {"step": 40, "train/loss": 0.4}])
+    {'train/loss': {'step': 40, 'value': 0.4}, 'val/loss': {'step': 20, 'value': 0.6}}
+    """
+    return {
+        name: {"step": entry["step"], "value": value}
+        for entry in history
+        for name, value in entry.items()
+        if name != "step"
+    }
 
 
 def run_record(state: TrainState) -> dict[str, Any]:

@@ -25,22 +25,27 @@ from policy.data.reading import read_demonstrations
 from policy.data.windows import Windows
 from policy.training.loop import batches_ahead, train
 from policy.training.preparation import Run, prepare_run
-from scripts.bench.report import FOLDER, machine, write_report
+from scripts.bench.kept_rows import KeptRows, Row
+from scripts.bench.report import FOLDER
 
 TRANSITIONS, EPISODE, OBSERVATION, ACTION = 10_000_000, 200, 39, 4
 IMAGES = 20_000
 BATCH = 256
 OBS_HORIZON, ACTION_HORIZON = 2, 8
 REPEATS = 5
-Row = dict[str, Any]
 
 
 def main() -> None:
-    """Run the benchmark."""
-    print(machine("zarr"))
-    folder = FOLDER / "data"
-    rows = [*_size_rows(folder), *_speed_rows("state", _states()), *_speed_rows("96x96 images", _images())]
-    write_report("data", rows)
+    """Run the benchmark; the same command goes on where it was stopped."""
+    work: dict[str, Callable[[], Iterator[Row]]] = {
+        "size": lambda: _size_rows(FOLDER / "data"),
+        "state": lambda: _speed_rows("state", _states()),
+        "96x96 images": lambda: _speed_rows("96x96 images", _images()),
+    }
+    with KeptRows("data", "zarr", measurements=len(work)) as rows:
+        for name, measured in work.items():
+            rows.measure({"name": name}, measured)
+    rows.report()
 
 
 def _size_rows(folder: Path) -> Iterator[Row]:

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,12 @@ from torch._inductor import aoti_compile_and_package, aoti_load_package
 
 from policy import DiffusionPolicy, PolicyConfig, Sampler
 from policy.common.device import torch_threads
-from policy.common.progress import progress
+from policy.common.progress import say
 from policy.inference.backends import Onnx, compile_sampler
 from policy.inference.program import Program, SamplingInputs
 from policy.model.denoisers.timestep import TimestepEmbedding
 from policy.model.diffusion_policy import zero_observations
+from scripts.bench.kept_rows import KeptRows, Row
 from scripts.bench.report import machine, write_report
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -47,30 +49,38 @@ SECONDS, CALLS = 3.0, 100
 REFERENCE_CALLS = 5
 BYTES = 4
 
-Row = dict[str, Any]
 Call = Callable[[], object]
 
 
 def main() -> None:
     """Run the benchmark; with the argument `alternatives`, time other ways to run the same program instead."""
-    print(machine("onnxruntime"))
     if sys.argv[1:] == ["alternatives"]:
         return alternatives()
-    rows: list[Row] = []
-    with torch_threads(1), torch.no_grad():
-        for preset, sizes in PRESETS.items():
-            policy = randomised(DiffusionPolicy(PolicyConfig(**sizes)))
-            reference = UNet(**reference_sizes(policy.config)).eval()
-            print(f"{preset}: {count(policy):,} parameters; the reference's U-Net {count(reference):,}")
-            if torch.cuda.is_available():
-                rows += [row for ddim_steps in DDIM_STEPS for row in measure_on_gpu(preset, policy, ddim_steps)]
-            for ddim_steps in progress(DDIM_STEPS, total=len(DDIM_STEPS), desc=preset, unit="setting"):
-                rows += measure(preset, policy, reference, ddim_steps)
-    write_report("latency", rows)
+    devices = ("gpu", "cpu") if torch.cuda.is_available() else ("cpu",)
+    cases = list(itertools.product(PRESETS, devices, DDIM_STEPS))
+    with (
+        torch_threads(1),
+        torch.no_grad(),
+        KeptRows("latency", "onnxruntime", measurements=len(cases)) as rows,
+    ):
+        for preset, device, ddim_steps in cases:
+            settings = {"preset": preset, "device": device, "ddim_steps": ddim_steps}
+            rows.measure(settings, partial(_measured, preset, device, ddim_steps))
+    rows.report()
+
+
+def _measured(preset: str, device: str, ddim_steps: int) -> list[Row]:
+    policy = randomised(DiffusionPolicy(PolicyConfig(**PRESETS[preset])))
+    if device == "gpu":
+        return measure_on_gpu(preset, policy, ddim_steps)
+    reference = UNet(**reference_sizes(policy.config)).eval()
+    say(f"{preset}: {count(policy):,} parameters; the reference's U-Net {count(reference):,}")
+    return measure(preset, policy, reference, ddim_steps)
 
 
 def alternatives() -> None:
     """Time other ways to run the Push-T preset at K = 8. This needs a C++ compiler, and minutes to compile."""
+    print(machine("onnxruntime"))
     with torch_threads(1), torch.no_grad():
         policy, sampler = randomised(DiffusionPolicy(PolicyConfig(**PRESETS["pusht"]))), Sampler(ddim_steps=8)
         calls, _ = _programs(policy, sampler)

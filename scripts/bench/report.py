@@ -46,7 +46,7 @@ def write_report(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
         The file.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    cells = [[cell(row.get(column)) for column in columns] for row in rows]
     print(markdown_table(columns, cells, align="l" * len(columns)))
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{name}.json"
@@ -55,7 +55,8 @@ def write_report(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as the tables show it; None as nothing."""
     if value is None:
         return ""
     return (

@@ -1,7 +1,8 @@
 """Measure how fast episodes roll out, compared with the raw environment on every core.
 
 The raw environment replays the actions that the policy took, so that both simulate the same physics. The policy has the
-preset's size and random weights: its actions differ from those of a trained policy, but its cost is the same.
+preset's size and random weights: its actions differ from those of a trained policy, but its cost is the same. The first
+row is the cost of the environment's door (`envs.checked`), in CPU time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import itertools
 import os
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -19,10 +21,11 @@ import torch
 import envs
 from policy import DiffusionPolicy, PolicyConfig, RecedingHorizonController, Sampler
 from policy.common.device import available_cores, torch_threads
+from policy.common.progress import progress
 from policy.rollout.cells import Cell, controllers_of
 from policy.rollout.episodes import Env
 from policy.rollout.workers import RolloutPool
-from scripts.bench.report import machine, write_report
+from scripts.bench.kept_rows import KeptRows, Row
 
 PRESETS: dict[str, tuple[dict[str, Any], int]] = {
     "pusht_state": ({"name": "pusht"}, 96),
@@ -31,38 +34,79 @@ PRESETS: dict[str, tuple[dict[str, Any], int]] = {
 DDIM_STEPS = 8
 NUM_ENVS = (1, 8, 16, 32, 64)
 BACKENDS = ("fused", "onnx")
-Row = dict[str, Any]
+# Of the comparison with the environment behind the door: many short turns, because the machine's load changes.
+TURNS, TURN_STEPS = 1500, 20
 
 
 def main() -> None:
-    """Run the benchmark."""
-    print(machine("gymnasium"))
-    rows = [row for preset, (env, episodes) in PRESETS.items() for row in _rows(preset, env, episodes)]
-    write_report("rollout", rows)
+    """Run the benchmark; the same command goes on where it was stopped."""
+    cases = list(itertools.product(PRESETS, BACKENDS, NUM_ENVS))
+    with KeptRows("rollout", "gymnasium", measurements=1 + len(cases)) as rows:
+        rows.measure({"door": "pusht"}, lambda: [door_row({"name": "pusht"})])
+        for case in cases:
+            rows.measure(dict(zip(("preset", "backend", "num_envs"), case, strict=True)), partial(_rows, *case))
+    rows.report()
 
 
-def _rows(preset: str, env: dict[str, Any], episodes: int) -> list[Row]:
-    simulator = envs.make(**env)
-    policy, cores, rows = _policy(simulator), available_cores(), []
-    for backend, num_envs in itertools.product(BACKENDS, NUM_ENVS):
+def _rows(preset: str, backend: str, num_envs: int) -> list[Row]:
+    env, episodes = PRESETS[preset]
+    with closing(envs.make(**env)) as simulator:
+        policy, cores = _policy(simulator), available_cores()
         cell = Cell(sampler=Sampler(ddim_steps=DDIM_STEPS), execution_horizon=8, backend=backend)
-        # Measured right before each rate, so that both meet the same load.
+        # Measured right before the rate, so that both meet the same load.
         raw, share = _raw_and_share(policy, simulator, cell, range(4))
-        rate = _pool_rate(policy, env, cell, num_envs, episodes)
-        rows.append(
-            {
-                "preset": preset,
-                "backend": backend,
-                "num_envs": num_envs,
-                "ddim_steps": DDIM_STEPS,
-                "steps_per_s": rate,
-                "raw_steps_per_s": raw,
-                "cores": cores,
-                "fraction": rate / (raw * cores),
-                "policy_share": share,
-            }
-        )
-    return rows
+    rate = _pool_rate(policy, env, cell, num_envs, episodes)
+    return [
+        {
+            "preset": preset,
+            "backend": backend,
+            "num_envs": num_envs,
+            "ddim_steps": DDIM_STEPS,
+            "steps_per_s": rate,
+            "raw_steps_per_s": raw,
+            "cores": cores,
+            "fraction": rate / (raw * cores),
+            "policy_share": share,
+        }
+    ]
+
+
+def door_row(env: dict[str, Any], turns: int = TURNS, steps: int = TURN_STEPS) -> Row:
+    """Measure what `CheckedEnv` costs: the same episodes through it and in the environment that it wraps, in turns.
+
+    Args:
+        env: settings of the environment.
+        turns: number of turns; in each, both play the same actions, by turns first.
+        steps: control steps in a turn.
+
+    Returns:
+        Steps per CPU second of both (medians), and the median and the quartiles of the door's overhead in per cent.
+    """
+    seconds: dict[str, list[float]] = {"raw": [], "checked": []}
+    with closing(envs.make(**env)) as checked:
+        players = [("raw", checked.unwrapped), ("checked", checked)]
+        space: Any = checked.action_space
+        generator = np.random.default_rng(0)
+        for turn in range(turns):
+            actions = generator.uniform(space.low, space.high, (steps, *space.shape)).astype(np.float32)
+            for name, player in players:
+                checked.reset(seed=turn)  # both step the same simulator: another one would lie elsewhere in memory
+                begin = time.process_time()
+                for action in actions:
+                    player.step(action)
+                seconds[name].append(time.process_time() - begin)
+            players.reverse()
+    ratios = np.array(seconds["checked"]) / np.array(seconds["raw"])
+    low, median, high = (100 * (float(value) - 1) for value in np.quantile(ratios, (0.25, 0.5, 0.75)))
+    rates = {name: steps / float(np.median(times)) for name, times in seconds.items()}
+    return {
+        "preset": f"the door: {env['name']}",
+        "steps_per_s": rates["checked"],
+        "raw_steps_per_s": rates["raw"],
+        "overhead_percent": median,
+        "overhead_low": low,
+        "overhead_high": high,
+    }
 
 
 def _policy(env: Env) -> DiffusionPolicy:
@@ -128,7 +172,9 @@ def _pool_rate(policy: DiffusionPolicy, env: dict[str, Any], cell: Cell, num_env
     with RolloutPool([policy], partial(envs.make, **env), num_envs) as pool:
         list(pool.run([cell], [(0, seed) for seed in range(num_envs)]))  # wait until the processes have started
         begin = time.perf_counter()
-        steps = sum(result.steps for _, result in pool.run([cell], [(0, seed) for seed in range(episodes)]))
+        played = pool.run([cell], [(0, seed) for seed in range(episodes)])
+        name = f"{env['name']}, {cell.backend}, {num_envs} at once"
+        steps = sum(result.steps for _, result in progress(played, total=episodes, desc=name, unit="episode"))
         return steps / (time.perf_counter() - begin)
 
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from scripts.bench.report import machine, write_report
+from scripts.bench.kept_rows import KeptRows
+from scripts.bench.report import write_report
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = 5
@@ -59,17 +60,16 @@ class Case:
 
 def main() -> None:
     """Run the benchmark."""
-    print(machine())
     floor = Case(name="python -c pass", code="pass")
     cases = [floor, Case(name='python -c "import policy"', code="import policy"), *_commands()]
-    answers = {case: _run(case)[1] for case in cases}
-    times: dict[Case, list[float]] = {case: [] for case in cases}
-    for turn in range(RUNS):
-        for case in cases:
-            times[case].append(_run(case)[0])
-        print(f"turn {turn + 1} of {RUNS}", flush=True)
-    bare = median(times[floor])
-    write_report("start", [_row(case, times[case], bare, answers[case]) for case in cases])
+    with KeptRows("start_turns", measurements=RUNS) as turns:
+        answers = {case: _run(case)[1] for case in cases}
+        times: dict[str, list[float]] = {case.name: [] for case in cases}
+        for turn in range(RUNS):
+            for row in turns.measure({"turn": turn}, lambda: ({"process": c.name, "cpu_s": _run(c)[0]} for c in cases)):
+                times[row["process"]].append(row["cpu_s"])
+    bare = median(times[floor.name])
+    write_report("start", [_row(case, times[case.name], bare, answers[case]) for case in cases])
 
 
 def _commands() -> list[Case]:

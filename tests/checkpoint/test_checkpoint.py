@@ -12,7 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from policy import DiffusionPolicy, PolicyConfig, TrainSettings, load_checkpoint, save_checkpoint
-from policy.checkpoint import SaveError, choose_env, files, is_checkpoint, resume_training
+from policy.checkpoint import (
+    SaveError,
+    choose_env,
+    describe_best,
+    files,
+    is_checkpoint,
+    keep_checkpoint,
+    resume_training,
+)
 from policy.checkpoint.files import seal
 from policy.tracking.tracker import NoTracker
 from policy.training.loop import train
@@ -451,3 +459,28 @@ def test_a_dataset_cannot_have_a_module_imported(demonstrations, tmp_path, monke
         )
     assert not (tmp_path / "ran").exists()
     assert "evil2" not in sys.modules
+
+
+def test_the_end_of_a_training_names_the_checkpoint_that_is_kept_as_the_best_and_why(run, tmp_path):
+    state, folder, kept = run.state, tmp_path / "checkpoint", tmp_path / "checkpoints/best"
+
+    def said(step, **metrics):
+        """Save at a step, whose entry in the history has these metrics."""
+        state.step = step
+        state.history.append({"step": step, **{name.replace("_", "/", 1): value for name, value in metrics.items()}})
+        save_checkpoint(folder, state, env=ENV, execution_horizon=5, training=RECORD)
+        keep_checkpoint(folder, state, keep_last=0)
+        return describe_best(folder, state, 50)
+
+    state.history.clear()
+    assert said(5).startswith("best: not known, because no checkpoint was saved right after a rollout or a validation")
+    assert said(10, val_loss=0.25) == "best: step 10, the last, validation loss 0.25"
+    assert said(20, val_loss=0.5).endswith(
+        f"best: step 10, validation loss 0.25, kept in {kept}; the last: step 20, validation loss 0.5"
+    )
+    solved = "rollout success 84% (of 50 episodes)"
+    assert said(8000, rollout_success_rate=0.84, rollout_score_mean=0.9) == f"best: step 8,000, the last, {solved}"
+    assert said(9000, rollout_success_rate=0.5, rollout_score_mean=0.9).endswith(
+        f"best: step 8,000, {solved}, kept in {kept}; the last: step 9,000, rollout success 50% (of 50 episodes)"
+    )
+    assert said(9500).endswith("the last: step 9,500, without a measurement")

@@ -6,6 +6,7 @@ the first tests here run the others. Everything else runs in this process.
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -59,6 +60,9 @@ def test_training_leaves_a_self_contained_checkpoint_and_an_offline_run(planar_r
     assert list((planar_run / "wandb").glob("offline-run-*/*.wandb"))
     out = (planar_run / "train.txt").read_text()
     assert "training windows from 38 episodes (2 held out)" in out
+    success = f"rollout success {history[-1]['rollout/success_rate']:.0%} (of 2 episodes)"
+    assert re.search(rf"^step 300: loss 0\.\d+, validation loss 0\.\d+, {re.escape(success)}$", out, re.MULTILINE)
+    assert f"best: step 300, the last, {success}" in out
     assert f"next: python scripts/rollout.py checkpoint={planar_run}/checkpoint" in out
 
 
@@ -131,6 +135,39 @@ def test_inspect_describes_demonstrations_and_draws_them(planar_run, console, tm
     assert "episodes     40 with " in out
     assert (tmp_path / "out" / "inspect.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "out" / "inspect.json").read_text())
+
+
+def test_inspect_says_what_a_checkpoint_is_and_was_trained_on(planar_run, run_command):
+    folder = planar_run / "checkpoint"
+    out = run_command("inspect_data", f"checkpoint={folder}").stdout
+    said = {line[:12].rstrip(): line[13:] for line in out.splitlines()}
+    assert said["environment"] == "name=planar"
+    assert said["control rate"] == "10 Hz, that of the demonstrations"
+    transitions = load_checkpoint(folder).training["transitions"]
+    assert said["trained on"] == f"{planar_run}/planar-v0: 40 episodes, {transitions} transitions"
+    assert said["training"] == "step 300, batch_size 64, learning_rate 0.001, seed 0"
+    history = json.loads((folder / "training.json").read_text())["history"][-1]
+    success = f"rollout success {history['rollout/success_rate']:.0%} of 2 episodes (step 300)"
+    assert said["measured"] == f"validation loss {history['val/loss']:.4g} (step 300), {success}"
+    assert said["actions"] == "(2,), in chunks of 8"
+    assert "ddim_steps=8 eta=0.0" in said["sampler"]
+    assert out.splitlines()[-1] == f"next: python scripts/rollout.py checkpoint={folder}"
+    best = run_command("inspect_data", f"checkpoint={planar_run}/checkpoints/best").stdout
+    assert said["measured"] in best  # a kept checkpoint says it too, without the history
+
+
+def test_inspect_of_an_older_checkpoint_says_what_it_does_not_state(run_command):
+    out = run_command("inspect_data", f"checkpoint={ROOT}/tests/data/checkpoint_schema1").stdout
+    assert "control rate not stated" in out
+    assert "tasks        not stated" in out
+    assert "measured     neither a validation loss nor a rollout" in out
+
+
+def test_inspect_takes_one_thing(planar_run, run_command):
+    data, checkpoint = f"dataset.path={planar_run}/planar-v0", f"checkpoint={planar_run}/checkpoint"
+    assert "dataset.path is missing" in run_command("inspect_data", check=2).stderr
+    assert "give one of the two" in run_command("inspect_data", data, checkpoint, check=2).stderr
+    assert "no checkpoint at nowhere" in run_command("inspect_data", "checkpoint=nowhere", check=2).stderr
 
 
 def test_interrupted_training_saves_says_how_to_go_on_and_equals_an_uninterrupted_run(

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 EXAMPLE = ROOT / "docs" / "examples" / "run_exported_policy.py"
+ROBOT_LOOP = EXAMPLE.with_name("robot_loop.py")
 SAMPLER = Sampler(ddim_steps=2, eta=0.5)
 # What a machine without torch answers to `import torch`.
 BLOCKED = """
@@ -120,15 +121,21 @@ def test_the_exported_policy_acts_as_the_checkpoint_does(exported, checkpoint, e
 
 
 def test_the_example_is_short_and_needs_numpy_and_the_runtime_alone():
-    text = EXAMPLE.read_text()
-    assert len(text.splitlines()) < 60
-    modules = {line.split()[1].split(".")[0] for line in text.splitlines() if line.startswith(("import ", "from "))}
-    assert modules - set(sys.stdlib_module_names) == {"numpy", "onnxruntime"}
+    for file, lines, packages in ((EXAMPLE, 60, {"numpy", "onnxruntime"}), (ROBOT_LOOP, 100, {"numpy", EXAMPLE.stem})):
+        text = file.read_text()
+        assert len(text.splitlines()) < lines
+        modules = {line.split()[1].split(".")[0] for line in text.splitlines() if line.startswith(("import ", "from "))}
+        assert modules - set(sys.stdlib_module_names) == packages
 
 
 def run_example(python, folder, prelude, cwd):
-    code = f"{prelude}\nimport sys, runpy\nsys.argv = ['example', {str(folder)!r}]\n"
-    code += f"runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')\nassert 'torch' not in sys.modules"
+    """Run the example, and the control loop after it."""
+    code = f"{prelude}\nimport sys, runpy\nsys.path.insert(0, {str(EXAMPLE.parent)!r})\n"
+    for file, arguments in ((EXAMPLE, []), (ROBOT_LOOP, ["100", "9"])):
+        code += (
+            f"sys.argv = {['example', str(folder), *arguments]}\nrunpy.run_path({str(file)!r}, run_name='__main__')\n"
+        )
+    code += "assert 'torch' not in sys.modules"
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=cwd, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -139,6 +146,7 @@ def test_the_example_runs_where_torch_cannot_be_imported(exported, tmp_path):
     milliseconds, difference = float(out.split()[2]), float(out.split("off by ")[1].split(";")[0])
     assert milliseconds < 1000
     assert difference < TOLERANCE
+    assert "\n9 actions at 100 Hz, " in out
 
 
 @pytest.mark.slow  # installs two packages

@@ -47,7 +47,7 @@ TARGETS = [
     "policy.commands.rollout:roll_out",
     "policy.commands.sweep:sweep",
     "policy.commands.export:export_policy",
-    "policy.commands.inspect:inspect_demonstrations",
+    "policy.commands.inspect:inspect",
     "scripts.collection:collect",
     "policy:TrainSettings",
     "policy:Sampler",

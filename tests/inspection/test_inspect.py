@@ -9,7 +9,7 @@ import pytest
 import zarr
 from PIL import Image
 
-from policy.commands.inspect import inspect_demonstrations
+from policy.commands.inspect import inspect
 from policy.data.demonstrations import Demonstrations
 from policy.inspection import figures as figures_module
 from policy.inspection.figures import (
@@ -234,7 +234,7 @@ def test_the_picture_shows_lines_paths_and_frames(tmp_path):
     with_images = laid_out([40, 20, 30], observations={"image": images, "state": data.observations["state"]})
     sizes = {}
     for name, dataset in (("plain", data), ("images", with_images)):
-        inspect_demonstrations(dataset=dataset, episodes=2, output_dir=tmp_path / name)
+        inspect(dataset=dataset, episodes=2, output_dir=tmp_path / name)
         picture = np.asarray(Image.open(tmp_path / name / "inspect.png").convert("RGB"))
         sizes[name] = picture.shape
         # Ink in the left and the right half: an episode in each.
@@ -249,7 +249,7 @@ def test_wide_constant_and_single_ones_can_be_drawn(tmp_path):
     data = Demonstrations(
         observations={"state": state, "gray": gray}, actions=state[:, :2], episode_ends=np.array([1, 3])
     )
-    inspect_demonstrations(dataset=data, episodes=9, output_dir=tmp_path)
+    inspect(dataset=data, episodes=9, output_dir=tmp_path)
     assert np.asarray(Image.open(tmp_path / "inspect.png").convert("L")).std() > 5
 
 

@@ -295,6 +295,20 @@ def test_rollouts_get_the_average_and_their_figures_are_logged(demonstrations):
     assert [step for step, m in tracker.entries if m.get("rollout/success_rate") == 0.25] == [30, 60]
 
 
+def test_the_terminal_shows_validation_loss_and_rollout_success_beside_the_loss(demonstrations, capsys):
+    settings = dataclasses.replace(SETTINGS, rollout_every=30, rollout_episodes=4)
+    run = prepared(demonstrations, settings=settings)
+    go(run, settings, rollout=lambda policy: {"success_rate": 0.25, "score_mean": 0.5})
+    printed, last = capsys.readouterr(), run.state.history[-1]
+    shown = f"loss={last['train/loss']:.4f}, validation loss={last['val/loss']:.4f}, rollout success=25%"
+    assert printed.err.rstrip().endswith(f"{shown}]")
+    at_30, at_60 = printed.out.splitlines()
+    # The validation loss is that of step 20, the newest one.
+    loss, validation = (run.state.history[n][key] for n, key in ((2, "train/loss"), (1, "val/loss")))
+    assert at_30 == (f"step 30: loss {loss:.4f}, validation loss {validation:.4f}, rollout success 25% (of 4 episodes)")
+    assert at_60.startswith("step 60: loss ")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

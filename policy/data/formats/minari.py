@@ -23,11 +23,12 @@ from minari.serialization import deserialize_space
 from numpy.typing import NDArray
 from PIL import Image
 
+from policy.common.control_rate import stated_rate
 from policy.common.observations import is_image
 from policy.data.episode import Episode, EpisodeReader, Request
 from policy.data.formats.format import Format
 from policy.data.formats.hdf5 import HDF5File
-from policy.data.minari_writer import ENV_KEY
+from policy.data.minari_writer import ENV_KEY, RATE_KEY
 
 ACTIONS = "actions"
 OBSERVATIONS = "observations"
@@ -129,7 +130,9 @@ def open_minari(path: Path, files: Mapping[str, Path], request: Request) -> Epis
     if not isinstance(action.space, spaces.Box):
         raise ValueError(f"its actions are {action.space}; a diffusion policy denoises continuous actions (a Box)")
     observations = _observations(_space(metadata, "observation_space"), request)
-    said = {"env": _environment(metadata)}
+    said: dict[str, Any] = {"env": _environment(metadata)}
+    if rate := stated_rate(metadata.get(RATE_KEY)):
+        said["rate_hz"] = rate
     if isinstance(metadata.get("dataset_id"), str):
         said["dataset_id"] = metadata["dataset_id"]
     storage = _open_storage(str(metadata.get("data_format", "hdf5")), files)

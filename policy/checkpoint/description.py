@@ -1,0 +1,74 @@
+"""A checkpoint in words: where its policy acts, what it was trained on, what it measures, and how it samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from policy.checkpoint.reading import Checkpoint
+from policy.common.control_rate import stated_rate
+from policy.diffusion.sampler import Sampler
+
+NOT_STATED = "not stated"
+MEASURED = {"val/loss": ("validation loss", "{:.4g}"), "rollout/success_rate": ("rollout success", "{:.0%}")}
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
+    """Describe a checkpoint for people.
+
+    Args:
+        checkpoint: the loaded checkpoint; what older versions did not note is `not stated`.
+
+    Returns:
+        Texts by name, in the order in which they are read.
+    """
+    policy, training, env = checkpoint.policy, checkpoint.training, checkpoint.env
+    config, rate = policy.config, stated_rate(training.get("rate_hz"))
+    shapes = ", ".join(f"{key} {shape}" for key, shape in config.observation_shapes.items())
+    parameters = sum(parameter.numel() for parameter in policy.parameters())
+    return {
+        "checkpoint": str(checkpoint.path),
+        "environment": " ".join(f"{key}={value}" for key, value in env.items()) if env else "none: env=... chooses one",
+        "control rate": f"{rate:g} Hz, that of the demonstrations" if rate else NOT_STATED,
+        "tasks": _tasks(training, env or {}),
+        "trained on": _data(training),
+        "training": _steps(training),
+        "measured": _measured(training),
+        "observations": f"{shapes}; the last {config.obs_horizon}",
+        "actions": f"({config.action_dim},), in chunks of {config.action_horizon}",
+        "policy": f"{parameters / 1e6:.2f} M parameters, encoder {config.encoder['name']}, denoiser"
+        f" {config.denoiser['name']}, predicts {config.prediction_type}",
+        "schedule": f"{policy.schedule.num_steps} timesteps, {config.schedule.get('beta_schedule', 'linear')}",
+        "sampler": " ".join(f"{name}={value}" for name, value in Sampler().record().items())
+        + f" execution_horizon={checkpoint.execution_horizon}, unless you choose others",
+        **({"plugins": ", ".join(checkpoint.plugins)} if checkpoint.plugins else {}),
+    }
+
+
+def _tasks(training: Mapping[str, Any], env: Mapping[str, Any]) -> str:
+    found = training.get("tasks") or env.get("tasks") or env.get("task")
+    return ", ".join(map(str, found)) if isinstance(found, list) else str(found or NOT_STATED)
+
+
+def _data(training: Mapping[str, Any]) -> str:
+    counts = [f"{training[name]} {name}" for name in ("episodes", "transitions") if name in training]
+    return ": ".join(filter(None, [str(training.get("dataset", "")), ", ".join(counts)])) or NOT_STATED
+
+
+def _steps(training: Mapping[str, Any]) -> str:
+    named = {name: training[name] for name in ("batch_size", "learning_rate", "seed") if name in training}
+    steps = [f"step {training['step']}"] if "step" in training else []
+    return ", ".join([*steps, *(f"{name} {value}" for name, value in named.items())]) or NOT_STATED
+
+
+def _measured(training: Mapping[str, Any]) -> str:
+    """The newest validation loss and rollout success; a file that holds something else in their place has none."""
+    measured, found = training.get("measured"), []
+    for key, (name, form) in MEASURED.items():
+        try:
+            figure, step = form.format(measured[key]["value"]), int(measured[key]["step"])  # type: ignore[index]
+        except (LookupError, TypeError, ValueError):
+            continue
+        episodes = f" of {training.get('rollout_episodes')} episodes" if key.startswith("rollout/") else ""
+        found.append(f"{name} {figure}{episodes} (step {step})")
+    return ", ".join(found) or "neither a validation loss nor a rollout"

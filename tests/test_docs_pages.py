@@ -1,0 +1,79 @@
+"""The examples in the pages of docs/, run as a reader would."""
+
+import doctest
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from policy.data.demonstrations import Demonstrations
+from tests.conftest import ENVIRONMENT, PROGRAMS, ROOT
+
+DOCS = ROOT / "docs"
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_transform_of_its_page_runs_word_by_word(run_command, tmp_path, monkeypatch):
+    for code in blocks("transform.md", "python"):
+        (tmp_path / re.match(r"# (\w+\.py)\n", code)[1]).write_text(code)
+    (commands,) = blocks("transform.md", "bash")
+    record, inspect, train = (shlex.split(line) for line in commands.strip().splitlines())
+    assert [line[0] for line in (record, inspect, train)] == ["python", "ddim-inspect", "ddim-train"]
+    subprocess.run([sys.executable, *record[1:]], cwd=tmp_path, env=ENVIRONMENT, check=True, timeout=60)
+    monkeypatch.chdir(tmp_path)
+    seen: list[Demonstrations] = []
+    monkeypatch.setattr("policy.commands.inspect.plot_episodes", lambda data, *rest: seen.append(data))
+    small = ["obs_size=16", "denoiser.hidden_size=16", "denoiser.num_layers=1", "tracker=none"]
+    try:
+        out = run_command("inspect_data", *inspect[1:]).stdout
+        run_command("train", *train[1:], *small)
+    finally:
+        sys.modules.pop("my_transform", None)
+    assert "state[3]" in out
+    assert np.abs(seen[0].observations["state"]).max() <= 0.5  # metres
+    assert (tmp_path / "outputs/hand/checkpoint/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ("my_module.function", "takes a function as module:function"),
+        ("nowhere_to_be_found:function", "cannot be imported (ModuleNotFoundError"),
+        ("json:nothing", "cannot be imported (AttributeError"),
+        ("json:__name__", "is not a function"),
+    ],
+)
+def test_a_transform_that_is_not_there_is_one_sentence(named, words, run_command):
+    done = run_command("inspect_data", "dataset=zarr", "dataset.path=x", f"dataset.transform={named}", check=2)
+    assert done.stderr.count("\n") == 1
+    assert f"dataset.transform{' ' if 'takes' in words else '='}" in done.stderr
+    assert words in done.stderr
+
+
+def test_the_examples_of_the_export_page_hold(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    pytest.importorskip("onnxruntime", reason="pip install 'ddim-policy[export]'")
+    result = doctest.testfile(str(DOCS / "export.md"), module_relative=False)
+    assert result.failed == 0
+    assert result.attempted > 4
+
+
+def test_the_commands_of_the_export_page_exist():
+    (commands,) = blocks("export.md", "bash")
+    export, drive = (shlex.split(line) for line in commands.strip().splitlines())
+    assert (PROGRAMS / export[0]).exists()
+    assert (ROOT / drive[1]).is_file()
+    assert drive[2] in export[-1]
+
+
+def test_every_link_between_the_pages_leads_somewhere():
+    for page in (ROOT / "README.md", *DOCS.glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import envs
-from policy.common.plugins import plugins_argument
+from policy.common.next_line import next_line
 from policy.common.progress import progress
 from policy.data.minari_writer import check_absent, dataset_name, write_minari
 from scripts.command import command
@@ -42,7 +42,7 @@ def collect(
     recorded = list(progress(attempts, total=episodes, desc="collect", unit="episode"))
     path = write_minari(recorded, folder=output_dir, dataset_id=dataset_id, env=simulator, env_settings=env)
     print(f"{episodes} demonstrations of {sum(map(len, recorded))} control steps in all: {path}")
-    print(f"next: python scripts/train.py dataset.path={path}{plugins_argument()}")
+    print(next_line("ddim-train", **{"dataset.path": path}))
 
 
 main = command(

@@ -16,8 +16,8 @@ from policy.common.arguments import unknown_name
 from policy.common.device import check_device
 from policy.common.interrupt import stop_on_signal
 from policy.common.locks import only_process
+from policy.common.next_line import next_line
 from policy.common.output import output_folder
-from policy.common.plugins import plugins_argument
 from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.diffusion.sampler import Sampler
@@ -62,7 +62,7 @@ def train_policy(
     Args:
         make_env: makes an environment from the settings in `env`.
         dataset: the demonstrations.
-        env: the environment that they come from; a Minari dataset of `scripts/collect.py` names its own.
+        env: the environment that they come from; a Minari dataset of `ddim-collect` names its own.
         policy: settings of the policy.
         sampler: sampling settings of the rollouts during training.
         train: settings of the training.
@@ -122,7 +122,9 @@ def train_policy(
         print(f"checkpoint: {record.folder}" + (f"   tracked: {tracked}" if tracked else ""))
         for row in expected or []:
             print("the preset as committed reaches: " + ", ".join(f"{name}={value:g}" for name, value in row.items()))
-        print(f"next: python scripts/rollout.py checkpoint={record.folder}{plugins_argument()}")
+        if env is None:
+            print("no environment is known, so there is nothing to roll out in: env=... of ddim-rollout chooses one")
+        print(next_line("ddim-rollout" if env else "ddim-export", checkpoint=record.folder))
 
 
 def config_for(settings: PolicySettings, dataset: Demonstrations, auxiliary: Sequence[str]) -> PolicyConfig:

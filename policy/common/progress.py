@@ -1,12 +1,15 @@
-"""Progress bars that are also readable in a log file."""
+"""Progress bars that are also readable in a log file, and messages beside them."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
 from typing import Any
+from weakref import WeakSet
 
 from tqdm import tqdm
+
+_OPEN: WeakSet[tqdm[Any]] = WeakSet()
 
 
 def progress(items: Iterable[Any] | None = None, *, total: int, desc: str, unit: str, initial: int = 0) -> tqdm[Any]:
@@ -23,4 +26,18 @@ def progress(items: Iterable[Any] | None = None, *, total: int, desc: str, unit:
         The bar: an iterator over the items, and a context manager.
     """
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(items, total=total, initial=initial, desc=desc, unit=unit, dynamic_ncols=True, mininterval=interval)
+    bar = tqdm(items, total=total, initial=initial, desc=desc, unit=unit, dynamic_ncols=True, mininterval=interval)
+    _OPEN.add(bar)
+    return bar
+
+
+def close_bars() -> None:
+    """End all progress bars, so that an error that follows begins on a line of its own."""
+    for bar in list(_OPEN):
+        bar.close()
+    _OPEN.clear()
+
+
+def on_its_own_line(message: str) -> str:
+    """Return a message that begins on a line of its own, also where a bar is in progress."""
+    return f"\n{message}" if any(not bar.disable for bar in _OPEN) else message

@@ -31,11 +31,12 @@ demo: $(DEMO)/sweep.json ## demonstrations, training, rollout and sweep on a Met
 	@echo "  wandb/           the training run, offline"
 	@echo "Next:"
 	@echo "  look at $(DEMO)/sweep.png: this policy predicts the noise, as DDPM does, and needs several steps"
+	@echo "  train a policy that predicts the actions, and see how few steps it needs; then other settings, another task:"
 	@echo "  . $(BIN)/activate"
-	@echo "  python scripts/train.py experiment=metaworld dataset.path=$(DEMO_DATA) output_dir=outputs/sample"
-	@echo "  python scripts/sweep.py checkpoint=outputs/sample/checkpoint    (it predicts the actions: how few does it need?)"
-	@echo "  python scripts/rollout.py checkpoint=$(DEMO)/checkpoint sampler.ddim_steps=2 execution_horizon=4"
-	@echo "  python scripts/collect.py env=metaworld env.task=assembly-v3    (another task)"
+	@echo "  ddim-train experiment=metaworld dataset.path=$(DEMO_DATA) output_dir=outputs/sample"
+	@echo "  ddim-sweep checkpoint=outputs/sample/checkpoint"
+	@echo "  ddim-rollout checkpoint=$(DEMO)/checkpoint sampler.ddim_steps=2 execution_horizon=4"
+	@echo "  ddim-collect env=metaworld env.task=assembly-v3"
 
 # Each stage is a file: an interrupted demo goes on where it stopped, a finished one is not repeated.
 $(DEMO_DATA): | $(VENV)/.installed

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import envs
-from policy.common.plugins import plugins_argument
+from policy.common.next_line import next_line
 from policy.data.minari_writer import check_absent, dataset_name, write_minari
 from policy.data.recording import recorded_episodes
 from policy.rollout.watch import ENV_PATIENCE, check_patience, watched
@@ -52,4 +52,4 @@ def collect(
         with recorded_episodes(unfinished, settings, episodes, attempts, envs.Episode) as recorded:
             path = write_minari(recorded, folder=output_dir, dataset_id=dataset_id, env=simulator, env_settings=env)
     print(f"{episodes} demonstrations of {sum(map(len, recorded))} control steps in all: {path}")
-    print(f"next: python scripts/train.py dataset.path={path}{plugins_argument()}")
+    print(next_line("ddim-train", **{"dataset.path": path}))

@@ -9,7 +9,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -24,7 +26,10 @@ from policy.common.errors import SaveError, WorkerError
 from policy.common.locks import check_free
 from policy.common.output import check_writable
 from policy.common.plugins import load_plugins
-from scripts.settings import CONF, GROUPS, Task, add_registered_options, help_text, registered_options
+from policy.common.progress import close_bars, on_its_own_line
+from scripts.command_line import hydra_override, read_command_line
+from scripts.help_text import help_text
+from scripts.settings import CONF, GROUPS, Task, add_registered_options, registered_options
 
 
 def command(
@@ -57,14 +62,22 @@ def command(
 
 
 def _main(task: Task, example: str) -> None:
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_text(task, example))
+    if "--version" in sys.argv[1:]:
+        print(f"ddim-policy {version('ddim-policy')}, Hydra {hydra.__version__}")
         return
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_: on_its_own_line(f"warning: {message}\n")
     sys.path.append(os.getcwd())  # so that env.id=my_env:MyEnv-v0 and plugins=[my_module] find the user's files
     with refusals():
-        load_plugins(_plugins(sys.argv[1:]))
-        sys.argv[1:] = [_allow_defaulted(argument) for argument in sys.argv[1:]]
+        given = read_command_line(sys.argv[1:], task)
+        load_plugins(_plugins(given.overrides))
+        if given.help_wanted:
+            print(help_text(task, example, given.topics))
+            return
+        overrides = given.overrides
+        if "--shell-completion" not in given.flags:  # it has words of its own
+            multirun = "--multirun" in given.flags
+            overrides = [hydra_override(argument, task, multirun=multirun) for argument in overrides]
+        sys.argv[1:] = [*given.flags, *overrides]
         add_registered_options()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
     run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=task.name)
@@ -92,23 +105,12 @@ def _module_names(value: object) -> list[str]:
     return names
 
 
-def _allow_defaulted(argument: str) -> str:
-    if not argument.startswith("-"):
-        try:
-            OverridesParser.create().parse_override(argument)
-        except HydraException as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"cannot read {argument!r} ({reason}): write NAME=VALUE, a list as [1,2]") from error
-    # `++` sets a key whether or not a YAML file mentions it; unknown keys are rejected later, against the signatures.
-    key = argument.split("=", 1)[0]
-    plain = "=" in argument and key.split("@")[0] not in GROUPS and key[0] not in "-+~" and not key.startswith("hydra")
-    return f"++{argument}" if plain else argument
-
-
 def _no_such_option(error: MissingConfigException) -> Exception:
     """Say a choice that a group does not have as other misspelt names are said."""
     group, _, option = (error.missing_cfg_file or "").partition("/")
-    if group not in GROUPS or not option:
+    if not option and error.missing_cfg_file:
+        return unknown_name("--config-name", group, (path.stem for path in CONF.glob("*.yaml")))
+    if group not in GROUPS:
         return error
     registered = registered_options()
     hint = "; one of your own comes with plugins=[its module]" if group in registered else ""
@@ -148,19 +150,21 @@ def refusals() -> Iterator[None]:
     try:
         yield
     except MissingConfigException as error:
-        print(f"error: {' '.join(str(_no_such_option(error)).split())}", file=sys.stderr)
-        sys.exit(2)
+        _end(str(_no_such_option(error)), 2)
     except (HydraException, OmegaConfBaseException, ValueError, FloatingPointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _end(str(error), 2)
     except SaveError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        _end(str(error), 1)
     except OSError as error:
-        print(f"error: {' '.join(str(error).split())}; {_remedy(error)}", file=sys.stderr)
-        sys.exit(1)
+        _end(f"{error}; {_remedy(error)}", 1)
     except WorkerError as error:
-        print(f"error: {' '.join(str(error).split())}; finished work is on disk", file=sys.stderr)
-        sys.exit(1)
+        _end(f"{error}; finished work is on disk", 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _end(reason: str, code: int) -> NoReturn:
+    """Say on a line of its own why the command ends, and end it."""
+    close_bars()
+    print(f"error: {' '.join(reason.split())}", file=sys.stderr)
+    sys.exit(code)

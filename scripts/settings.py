@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
+import sys
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 
 import envs
 from envs import families
-from policy.common.arguments import check_arguments, check_names, settings_of
+from policy.common.arguments import Target, check_arguments, check_names, did_you_mean, settings_of
 from policy.common.registry import Registry, check_spec
 from policy.common.signatures import Declaration, declaration_of, load
 from policy.data.formats import FORMATS
@@ -74,6 +75,11 @@ class Task:
                 found[name] = parameter
         return found
 
+    @property
+    def groups(self) -> list[str]:
+        """The groups of settings that the command has, besides the presets in `experiment`."""
+        return [name for name in GROUPS if name in self.parameters]
+
     def check(self, settings: Settings) -> None:
         """Check every setting against the source of the part that it belongs to, without importing that part.
 
@@ -89,11 +95,11 @@ class Task:
         known = inspect.Signature([*parameters.values(), PLUGINS])
         check_arguments(self.name, Declaration(known, ""), settings, prefix="")
         for given, part in self.alternatives.items():
-            if settings.get(given) is not None and _missing(_path(settings[part]), settings[part]):
+            if settings.get(given) is not None and _missing(_declared(part, settings[part]), settings[part]):
                 del settings[part]
         for name, value in settings.items():
             if isinstance(value, dict) and "_target_" in value and not value.get("_partial_", False):
-                _require(name, _path(value), value)
+                _require(name, _declared(name, value), value)
         for name, parameter in parameters.items():
             if parameter.default is parameter.empty and settings.get(name) is None:
                 options = f"; options: {', '.join(GROUPS[name])}" if name in GROUPS else ""
@@ -129,6 +135,59 @@ def add_registered_options() -> None:
                 store.store(group=group, name=name, node=node)
 
 
+def options_of(group: str) -> dict[str, Declaration]:
+    """Return the options of a group, those of plugins included, each with the settings that a user can choose."""
+    files = {name: _read_option(group, name) for name in GROUPS[group]}
+    nodes = {**registered_options().get(group, {}), **files}
+    return {name: _chosen_by_user(group, node) for name, node in nodes.items()}
+
+
+def _read_option(group: str, option: str) -> Settings:
+    """Read the file of an option."""
+    content = OmegaConf.to_object(OmegaConf.load(CONF / group / f"{option}.yaml"))
+    assert isinstance(content, dict)
+    return {str(name): value for name, value in content.items()}
+
+
+def _chosen_by_user(group: str, node: Settings) -> Declaration:
+    """Return the declaration of what an option builds, without the parameters that the command passes itself."""
+    if group in REGISTRIES:
+        declared, passed = declaration_of(REGISTRIES[group].declared(node["name"])), True
+    elif group == "env":
+        declared, passed = _environment(node["name"]), False
+    elif group in TARGETS:
+        declared, passed = declaration_of(TARGETS[group]), False
+    elif "_target_" in node:
+        declared, passed = _declared(group, node), bool(node.get("_partial_", False))
+    else:
+        declared, passed = Declaration(inspect.Signature(), ""), False
+    kept = [
+        parameter.replace(default=node.get(name, parameter.default))
+        for name, parameter in declared.signature.parameters.items()
+        if name != "render_mode" and not (passed and parameter.default is parameter.empty)
+    ]
+    return Declaration(inspect.Signature(kept), declared.doc)
+
+
+def parameter_of(task: Task, name: str) -> inspect.Parameter | None:
+    """Return the declaration of a setting, such as `train.learning_rate`, or None if there is none of that name."""
+    group, dot, setting = name.partition(".")
+    if not dot:
+        return task.parameters.get(name)
+    if group not in task.groups:
+        return None
+    return next(
+        (o.signature.parameters[setting] for o in options_of(group).values() if setting in o.signature.parameters), None
+    )
+
+
+def takes_only_a_path(parameter: inspect.Parameter, text: str) -> bool:
+    """Whether a setting takes a path, and this text cannot be a list of paths."""
+    hints = [parameter.annotation, *typing.get_args(parameter.annotation)]
+    lists = any(hint is list or typing.get_origin(hint) is list for hint in hints)
+    return Path in hints and not (lists and text.startswith("["))
+
+
 def _check_node(where: str, node: Settings) -> None:
     """Check a group's settings, and those of the nodes inside it."""
     for key, value in node.items():
@@ -136,7 +195,7 @@ def _check_node(where: str, node: Settings) -> None:
             _check_node(f"{where}.{key}", value)
     settings = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
     if "_target_" in node:
-        check_arguments(where, _path(node), settings)
+        check_arguments(where, _declared(where, node), settings)
     elif where in REGISTRIES:
         check_spec(REGISTRIES[where], node)
     elif where == "env" and "name" in node:
@@ -149,16 +208,42 @@ def _check_node(where: str, node: Settings) -> None:
 
 def _environment(name: str) -> Declaration:
     """Return the declaration of an environment's settings: those of its family, and the one that all have."""
-    family = declaration_of(families.declared_family(name)).signature.parameters
-    limit = declaration_of("envs.families:make").signature.parameters["max_episode_steps"]
-    takes = {limit.name: limit, **family}
-    return Declaration(inspect.Signature(sorted(takes.values(), key=lambda parameter: parameter.kind)), "")
+    family = declaration_of(families.declared_family(name))
+    every = declaration_of("envs.families:make")
+    limit = every.signature.parameters["max_episode_steps"]
+    takes = {limit.name: limit, **family.signature.parameters}
+    ordered = sorted(takes.values(), key=lambda parameter: parameter.kind)
+    return Declaration(inspect.Signature(ordered), f"{family.doc}\n\n{every.doc}")
 
 
-def _path(node: Any) -> str:
-    """Return the `module:name` of the object that a node builds."""
-    module, _, name = str(node["_target_"]).rpartition(".")
-    return f"{module}:{name}"
+def _declared(where: str, node: Any) -> Declaration:
+    """Return the declaration of what a node builds.
+
+    Raises:
+        ValueError: there is nothing of that name, or it is not a function or class.
+    """
+    target = str(node["_target_"])
+    module, _, name = target.rpartition(".")
+    try:
+        return declaration_of(f"{module}:{name}")
+    except Exception as error:  # importing a module of the user can raise anything
+        hint = did_you_mean(target, [*_targets(where), *_names_beside(module)])
+        raise ValueError(
+            f"{where}._target_ should be a function or class as package.module.name; got {target!r}{hint}:"
+            f" {type(error).__name__}: {error}"
+        ) from error
+
+
+def _targets(where: str) -> list[str]:
+    """Return what the options of a group build, as the files in conf/ name it."""
+    options = [_read_option(where, name) for name in GROUPS.get(where, [])]
+    return sorted({str(option["_target_"]) for option in options if "_target_" in option})
+
+
+def _names_beside(module: str) -> list[str]:
+    """Return the full names in a module that was imported or can be found beside others."""
+    found = sys.modules.get(module)
+    return [f"{module}.{name}" for name in dir(found)] if found else []
 
 
 def _build(where: str, node: Any) -> Any:
@@ -199,45 +284,11 @@ def _named_function(where: str, text: str) -> Callable[..., Any]:
     return function
 
 
-def _require(where: str, target: str | Callable[..., Any], settings: Settings) -> None:
+def _require(where: str, target: Target, settings: Settings) -> None:
     for name in _missing(target, settings):
         raise ValueError(f"{where}.{name} is missing: add {where}.{name}=...")
 
 
-def _missing(target: str | Callable[..., Any], settings: Settings) -> list[str]:
+def _missing(target: Target, settings: Settings) -> list[str]:
     parameters = declaration_of(target).signature.parameters.values()
     return [p.name for p in parameters if p.default is p.empty and p.name not in settings]
-
-
-def help_text(task: Task, example: str) -> str:
-    """Return the text of `--help`: a summary, an example, all settings with their defaults, and the groups."""
-    groups = [name for name in GROUPS if f"- {name}:" in (CONF / f"{task.name}.yaml").read_text()]
-    summary = task.declaration.doc.split("\n\n")[0]
-    lines = [summary, "", f"Example:\n  {example}", "", "Settings (NAME=VALUE):"]
-    lines += [_help_line(name, p) for name, p in task.parameters.items() if name not in groups]
-    lines += [_help_line(f"{group}.{name}", p) for group in groups for name, p in _group_settings(group).items()]
-    lines += [f"  {'plugins':<26} {'list[str]':<20} modules that register parts of your own"]
-    lines += [
-        "",
-        "Groups (GROUP=OPTION, and GROUP.setting=VALUE inside one; an unknown one is reported with the valid ones):",
-    ]
-    return "\n".join(lines + [f"  {group:<26} {' | '.join(GROUPS[group])}" for group in groups])
-
-
-def _group_settings(group: str) -> dict[str, inspect.Parameter]:
-    """Return the settings of all options of a group that have a `_target_`."""
-    options = [OmegaConf.load(CONF / group / f"{option}.yaml") for option in GROUPS[group]]
-    return {
-        name: parameter
-        for option in options
-        if "_target_" in option
-        for name, parameter in declaration_of(_path(option)).signature.parameters.items()
-        # The command itself passes the required arguments of a node with `_partial_`.
-        if not ("_partial_" in option and parameter.default is parameter.empty)
-    }
-
-
-def _help_line(name: str, parameter: inspect.Parameter) -> str:
-    default = "required" if parameter.default is parameter.empty else f"default {parameter.default}"
-    hint = re.sub(r"\b(pathlib|typing|collections\.abc)\.", "", inspect.formatannotation(parameter.annotation))
-    return f"  {name:<26} {hint:<20} {default}"

@@ -21,6 +21,7 @@ from policy.checkpoint import Checkpoint, load_checkpoint
 from policy.common.arguments import unknown_name
 from policy.common.control_rate import stated_rate
 from policy.common.files import json_text, write_text
+from policy.common.next_line import next_line
 from policy.common.observations import is_image
 from policy.common.output import output_folder
 from policy.diffusion.sampler import Sampler
@@ -29,6 +30,7 @@ from policy.inference.onnx_graph import observation_input
 
 SCHEMA_VERSION = 2
 EXPORT_FORMATS = ("onnx",)
+EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "examples" / "run_exported_policy.py"
 # Largest allowed difference to the actions of the backend `eager`, with float32 weights, in normalised units: the range
 # of each dimension is 2 wide.
 TOLERANCE = 1e-4
@@ -85,7 +87,8 @@ def export_policy(
     write_export(folder, loaded, program, weights, example, actions)
     print(f"largest difference to the policy's own actions: {difference:.1e} in normalised units")
     print(f"export: {folder}")
-    print(f"next: python docs/examples/run_exported_policy.py {folder}")
+    if EXAMPLE.exists():  # it comes with a checkout, and not with the wheel
+        print(next_line("python", EXAMPLE, folder))
 
 
 def example_input(program: SamplerProgram) -> dict[str, np.ndarray[Any, Any]]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from policy.checkpoint import describe_checkpoint, load_checkpoint
 from policy.common.files import json_text, write_text
+from policy.common.next_line import next_line
 from policy.common.output import output_folder
-from policy.common.plugins import plugins_argument
 from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
 from policy.data.demonstrations import Demonstrations
 from policy.inspection.figures import inspect_dataset, spread
@@ -66,4 +66,4 @@ def inspect(
 def _inspect_checkpoint(folder: Path) -> None:
     for name, text in describe_checkpoint(load_checkpoint(folder)).items():
         print(f"{name:<12} {text}")
-    print(f"next: python scripts/rollout.py checkpoint={folder}{plugins_argument()}")
+    print(next_line("ddim-rollout", checkpoint=folder))

@@ -21,8 +21,8 @@ from policy.commands.stage import (
 )
 from policy.common.device import torch_threads
 from policy.common.files import json_text, write_text
+from policy.common.next_line import next_line
 from policy.common.output import output_folder
-from policy.common.plugins import plugins_argument
 from policy.common.progress import progress
 from policy.control.real_time import Pace, RealTimeController, format_timing, summarize_timing
 from policy.control.receding_horizon import RecedingHorizonController
@@ -143,7 +143,7 @@ def roll_out(
     if video:
         (simulated,) = controllers_of([policy], [cell], stage.action_space)
         _record(simulated, stage, stage.seeds[:video], folder)
-    print(f"next: python scripts/sweep.py checkpoint={checkpoint}{plugins_argument()}")
+    print(next_line("ddim-sweep", checkpoint=checkpoint, env=env))
     check_broken(results)
 
 

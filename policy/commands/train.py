@@ -17,8 +17,8 @@ from policy.common.control_rate import describe_mismatch, stated_rate
 from policy.common.device import check_device
 from policy.common.interrupt import stop_on_signal
 from policy.common.locks import only_process
+from policy.common.next_line import next_line
 from policy.common.output import output_folder
-from policy.common.plugins import plugins_argument
 from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.diffusion.sampler import Sampler
@@ -68,7 +68,7 @@ def train_policy(
     Args:
         make_env: makes an environment from the settings in `env`.
         dataset: the demonstrations.
-        env: the environment that they come from; a Minari dataset of `scripts/collect.py` names its own.
+        env: the environment that they come from; a Minari dataset of `ddim-collect` names its own.
         policy: settings of the policy.
         sampler: sampling settings of the rollouts during training.
         train: settings of the training.
@@ -141,7 +141,9 @@ def train_policy(
         print(f"checkpoint: {record.folder}" + (f"   tracked: {tracked}" if tracked else ""))
         for row in expected or []:
             print("the preset as committed reaches: " + ", ".join(f"{name}={value:g}" for name, value in row.items()))
-        print(f"next: python scripts/rollout.py checkpoint={record.folder}{plugins_argument()}")
+        if env is None:
+            print("no environment is known, so there is nothing to roll out in: env=... of ddim-rollout chooses one")
+        print(next_line("ddim-rollout" if env else "ddim-export", checkpoint=record.folder))
 
 
 def _names(tasks: Any) -> list[str] | None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -29,9 +32,13 @@ def unknown_name(what: str, name: str, allowed: Iterable[str]) -> ValueError:
         The error, to be raised by the caller.
     """
     options = sorted(allowed)
-    nearest = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-    return ValueError(f"unknown {what} {name!r}{hint}; allowed: {', '.join(options) or 'none'}")
+    return ValueError(f"unknown {what} {name!r}{did_you_mean(name, options)}; allowed: {', '.join(options) or 'none'}")
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """Return ` (did you mean 'x'?)` for the option that is nearest to a name, or nothing where none is near."""
+    nearest = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+    return f" (did you mean {nearest[0]!r}?)" if nearest else ""
 
 
 def check_arguments(
@@ -82,6 +89,8 @@ def _check_type(name: str, hint: Any, value: Any) -> Any:
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
         raise ValueError(f"{name} should be settings of {hint.__name__}; got {value!r}")  # type: ignore[union-attr]
+    if isinstance(value, str) and typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
+        raise unknown_name(f"value of {name}", value, map(str, typing.get_args(hint)))
     adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     try:
         checked = adapter.validate_python(value)
@@ -93,7 +102,14 @@ def _check_type(name: str, hint: Any, value: Any) -> Any:
     if isinstance(value, bool) and not isinstance(checked, bool):
         raise ValueError(f"{name} should be {getattr(hint, '__name__', hint)}; got {value!r}")
     _check_numbers(name, checked)
-    return checked
+    return _at_home(checked)
+
+
+def _at_home(value: Any) -> Any:
+    """Replace the `~` of paths by the user's folder, also inside lists."""
+    if isinstance(value, Path):
+        return type(value)(os.path.expanduser(value))
+    return [_at_home(part) for part in value] if isinstance(value, list) else value
 
 
 def _check_numbers(name: str, value: Any) -> None:

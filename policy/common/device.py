@@ -8,6 +8,11 @@ from contextlib import contextmanager
 
 import torch
 
+from policy.common.arguments import did_you_mean
+
+# The devices that this package supports.
+DEVICES = ("cpu", "cuda")
+
 
 def check_device(device: str) -> str:
     """Reject a device that this machine does not have.
@@ -25,7 +30,9 @@ def check_device(device: str) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device={device} cannot be used here ({reason}): use device=cpu") from error
+        raise ValueError(
+            f"device={device} cannot be used here ({reason}){did_you_mean(device, DEVICES)}: use device=cpu"
+        ) from error
     return device
 
 

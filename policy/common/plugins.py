@@ -33,8 +33,3 @@ def load_plugins(names: Iterable[str]) -> None:
 def loaded_plugins() -> list[str]:
     """Return the plugins of this process, for the processes that it starts and for the record in a checkpoint."""
     return list(_LOADED)
-
-
-def plugins_argument() -> str:
-    """Return the argument, with a space before it, that a printed command needs if this process has plugins."""
-    return f" plugins=[{','.join(_LOADED)}]" if _LOADED else ""

@@ -1,12 +1,15 @@
-"""Progress bars that are also readable in a log file."""
+"""Progress bars that are also readable in a log file, and messages beside them."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
 from typing import Any
+from weakref import WeakSet
 
 from tqdm import tqdm
+
+_OPEN: WeakSet[tqdm[Any]] = WeakSet()
 
 
 def say(text: str) -> None:
@@ -28,7 +31,7 @@ def progress(items: Iterable[Any] | None = None, *, total: int, desc: str, unit:
         The bar: an iterator over the items, and a context manager.
     """
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(
+    bar = tqdm(
         items,
         total=total,
         initial=initial,
@@ -38,3 +41,17 @@ def progress(items: Iterable[Any] | None = None, *, total: int, desc: str, unit:
         mininterval=interval,
         leave=None,  # a bar below another one vanishes at its end
     )
+    _OPEN.add(bar)
+    return bar
+
+
+def close_bars() -> None:
+    """End all progress bars, so that an error that follows begins on a line of its own."""
+    for bar in list(_OPEN):
+        bar.close()
+    _OPEN.clear()
+
+
+def on_its_own_line(message: str) -> str:
+    """Return a message that begins on a line of its own, also where a bar is in progress."""
+    return f"\n{message}" if any(not bar.disable for bar in _OPEN) else message

@@ -42,7 +42,7 @@ class Declaration:
 
     Attributes:
         signature: its parameters; an annotation that is not made of plain types becomes `Any`.
-        doc: its docstring, or an empty string.
+        doc: its docstring, and that of a class's `__init__`, or an empty string.
     """
 
     signature: inspect.Signature
@@ -87,7 +87,10 @@ def _of_object(target: Any) -> Declaration:
     hints = _hints(function.__init__ if inspect.isclass(function) else function)
     signature = inspect.signature(target)
     parameters = [p.replace(annotation=hints.get(name, Any)) for name, p in signature.parameters.items()]
-    return Declaration(signature.replace(parameters=parameters), inspect.getdoc(function) or "")
+    init_doc = inspect.getdoc(function.__init__) if inspect.isclass(function) else None
+    return Declaration(
+        signature.replace(parameters=parameters), f"{inspect.getdoc(function) or ''}\n\n{init_doc or ''}".strip()
+    )
 
 
 def _hints(function: Any) -> dict[str, Any]:
@@ -163,14 +166,22 @@ def _declared(module: str, name: str) -> Declaration | None:
             return _declaration(node, _function_parameters(source, node.args))
         if isinstance(node, ast.ClassDef) and node.name == name:
             parameters = _class_parameters(source, node)
-            return None if parameters is None else _declaration(node, parameters)
+            return None if parameters is None else _declaration(node, parameters, _init_doc(node))
     elsewhere = source.imported(name)
     return _declared(*elsewhere) if elsewhere else None
 
 
-def _declaration(node: ast.FunctionDef | ast.ClassDef, parameters: list[inspect.Parameter]) -> Declaration:
+def _declaration(
+    node: ast.FunctionDef | ast.ClassDef, parameters: list[inspect.Parameter], init_doc: str = ""
+) -> Declaration:
     ordered = sorted(parameters, key=lambda parameter: parameter.kind)
-    return Declaration(inspect.Signature(ordered), ast.get_docstring(node) or "")
+    return Declaration(inspect.Signature(ordered), f"{ast.get_docstring(node) or ''}\n\n{init_doc}".strip())
+
+
+def _init_doc(node: ast.ClassDef) -> str:
+    """Return the docstring of a class's own `__init__`, which may be the one that describes the parameters."""
+    inits = [part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"]
+    return (ast.get_docstring(inits[0]) or "") if inits else ""
 
 
 def _class_parameters(source: _Source, node: ast.ClassDef) -> list[inspect.Parameter] | None:

@@ -51,7 +51,7 @@ policy = DiffusionPolicy.from_pretrained("owner/name")  # or the folder
 chunk = policy.sample_actions({{"state": ..., "goal|x": ...}}, ddim_steps=8)
 ```
 
-`python scripts/rollout.py checkpoint=FOLDER` runs it in its environment. Loading it executes nothing.
+`ddim-rollout checkpoint=FOLDER` runs it in its environment. Loading it executes nothing.
 
 ## What it takes and gives
 

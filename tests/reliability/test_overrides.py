@@ -127,10 +127,11 @@ def given_files(tmp_path_factory) -> dict[str, list[str]]:
     }
 
 
-def outcome(command: str, overrides: list[str], *, stop: bool = True) -> str:
+def outcome(command: str, overrides: list[str], *, stop: bool = True, one: bool = True) -> str:
     """Run a command up to its work: the sentence with which it refuses, or nothing where it accepts.
 
-    Anything but an acceptance or one sentence with exit code 2 fails the test.
+    Anything but an acceptance or one sentence with exit code 2 fails the test. With `one=False` the command may also
+    print something instead, such as its help.
     """
     said, code = io.StringIO(), None
     with (
@@ -147,9 +148,10 @@ def outcome(command: str, overrides: list[str], *, stop: bool = True) -> str:
             return ""
         except SystemExit as refusal:
             code = refusal.code
-    assert code in (None, 2), (overrides, said.getvalue())
-    errors = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
-    assert not stop or len(errors) == 1, (overrides, said.getvalue())
+    assert code in (None, 0, 2), (overrides, said.getvalue())
+    assert "Traceback" not in said.getvalue(), (overrides, said.getvalue())
+    errors = [line for line in said.getvalue().split("\n") if line.startswith("error: ")]
+    assert len(errors) == 1 if one and stop else len(errors) == (code == 2), (overrides, said.getvalue())
     return errors[0] if errors else ""
 
 
@@ -255,3 +257,164 @@ def test_every_setting_is_refused_by_its_name(command, given_files):
 def test_a_plain_command_reaches_its_work(given_files):
     for command, overrides in given_files.items():
         assert outcome(command, overrides) == ""
+
+
+# --- whole command lines -----------------------------------------------------------------------------------------
+
+FLAGS = [
+    *("-h", "--help", "--help=", "-m", "--multirun", "--run", "-r", "--resolve", "--version", "--hydra-help", "--"),
+    *("--cfg", "--cfg=job", "--cfg=nonsense", "-c", "-cd", "-cn", "-cp", "-p", "-i", "-sc", "--info", "--info=plugins"),
+    *(
+        "--config-dir",
+        "--config-dir=.",
+        "--config-dir=nowhere",
+        "--config-name",
+        "--config-name=nope",
+        "--config-name=",
+    ),
+    *("--config-path=nowhere", "--package=train", "--package=x.y", "--shell-completion", "--experimental-rerun=x"),
+    *("--train.steps=3", "--output-dir", "-x", "-1", "---", "-", "--hlep", "--c", "--cfg=job=1", "--multirun=1"),
+]
+WORDS = [
+    *(
+        "job",
+        "install=bash",
+        "query=bash",
+        "defaults",
+        "train",
+        "sampler",
+        "train.steps",
+        "",
+        " ",
+        "=",
+        "=3",
+        "a=",
+        "~",
+    ),
+    *(
+        "~sampler",
+        "~env",
+        "~train.steps",
+        "~hydra",
+        "+",
+        "++",
+        "+env=planar",
+        "++env=planar",
+        "+sampler=ddim",
+        "@=",
+        ".",
+    ),
+    *("sampler@x=ddim", "sampler@=ddim", "sampler=[ddim,ddim]", "sampler={a:1}", "sampler=null", "train=[1]", "env=3"),
+    *("sampler=ddim,ddim", "seed=1,2", "seed=range(1,3)", "seed=glob(*)", "seed=int(a)", "seed=sort(1,2)", "seed.x=1"),
+    *("seed=${seed}", "seed=${nothing}", "seed=${oc.env:NOTHING}", "seed=${", "seed=$", "seed=???", "sampler=???"),
+    *(
+        "hydra=1",
+        "hydra.run=1",
+        "hydra.foo=1",
+        "hydra/launcher=nope",
+        "hydra/foo=nope",
+        "hydra.job.name=3",
+        "hydra.mode=x",
+    ),
+    *("hydra.mode=MULTIRUN", "hydra.sweeper=null", "hydra.verbose=true", "hydra.searchpath=[pkg://nope]", "hydra=null"),
+    *(
+        "plugins=nope",
+        "plugins=[nope]",
+        "plugins=[3]",
+        "plugins=[",
+        "plugins={a:1}",
+        "plugins=",
+        "plugins=a b",
+        "+plugins=x",
+    ),
+    *("env._target_=nope", "sampler._target_=policy.Samplr", "sampler._target_=3", "sampler._target_=math.pi"),
+    *(
+        "dataset._target_=os.nope",
+        "train._target_=nope.nope",
+        "tracker._partial_=3",
+        "_target_=x",
+        "sampler._args_=[1]",
+    ),
+    *(
+        "env.name=nope",
+        "env.name=[1]",
+        "denoiser.name={a:1}",
+        "encoder.name=null",
+        "dataset.format=[zarr]",
+        "env.x.y.z=1",
+    ),
+    *("checkpoint=[", "checkpoint=[a", "checkpoint=~/a b#c", "checkpoint=[[a]]", "checkpoint={a:b}", "output_dir=~"),
+    *(
+        "output_dir=[x]",
+        "output_dir={x:1}",
+        "dataset.path=[1,2]",
+        "dataset.path=",
+        "dataset.path=a,b",
+        "merge=x",
+        "merge=[1]",
+    ),
+    *(
+        "\n",
+        "a\nb=c\nd",
+        "\t=1",
+        "é=1",
+        "演示=1",
+        "seed=演示",
+        "seed=\x07",
+        "a" * 5000,
+        "seed=" + "9" * 5000,
+        "[" * 500,
+    ),
+    *(
+        "seed=" + "[" * 200,
+        "seed=" + "[" * 90 + "]" * 90,
+        "a." * 300 + "b=1",
+        "seed='",
+        'seed="',
+        "seed=\\",
+        "seed=a\\,b",
+    ),
+]
+
+
+@st.composite
+def command_lines(draw):
+    """A command with a plain command line that was spoilt: words and flags put in, taken out, cut or mixed up."""
+    command = draw(st.sampled_from(sorted(WORK)))
+    key = draw(st.sampled_from(sorted(FIELDS[command])))
+    odd = st.one_of(
+        st.sampled_from(FLAGS),
+        st.sampled_from(WORDS),
+        st.text("abc=.,+~@:$[]{}()'\"\\#é -", max_size=12),
+        st.text(" =.,+~@:$[]{}()'\"\\#éa1-", max_size=8).map(lambda text: f"{key}={text}"),
+        st.sampled_from(WORDS).map(lambda text: f"{key}={text}"),
+        st.sampled_from(sorted(GROUPS)).flatmap(
+            lambda group: st.sampled_from(GROUPS[group]).map(lambda option: f"{group}={option[1:]}")
+        ),
+    )
+    return command, draw(st.lists(odd, min_size=1, max_size=3)), draw(st.integers(0, 3))
+
+
+def fuzz_command_lines(given_files, examples: int) -> None:
+    tried: Counter = Counter()
+
+    @seed(0)
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(command_lines())
+    def every_command_line_is_answered(case):
+        command, odd, at = case
+        plain = given_files[command]
+        tried["refused" if outcome(command, [*plain[:at], *odd, *plain[at:]], one=False) else "taken"] += 1
+
+    every_command_line_is_answered()
+    print(f"{tried.total()} command lines: {tried['refused']} refused, {tried['taken']} taken")
+    assert tried["refused"] > examples / 4
+
+
+def test_command_lines_are_answered_without_a_traceback(given_files):
+    fuzz_command_lines(given_files, settings().max_examples)
+
+
+@pytest.mark.reliability
+def test_hundreds_of_command_lines_are_answered_without_a_traceback(given_files):
+    fuzz_command_lines(given_files, 550)

@@ -41,7 +41,7 @@ def bench(run_command, plain_reports, tmp_path, monkeypatch, capsys):
 
     def bench(benchmark, *arguments):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("policy.commands.sweep.plot_rows", lambda rows, files, title: None)  # nobody looks at them
+        monkeypatch.setattr("policy.commands.sweep.plot_rows", lambda *_, **__: None)  # nobody looks at them
         monkeypatch.setattr(trainings, "ThreadPoolExecutor", OneAfterTheOther)
         processes = SimpleNamespace(run=run, STDOUT=subprocess.STDOUT, CalledProcessError=subprocess.CalledProcessError)
         monkeypatch.setattr(trainings, "subprocess", processes)

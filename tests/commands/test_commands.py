@@ -44,7 +44,7 @@ def console(tmp_path):
 def test_collecting_says_what_it_wrote_and_what_comes_next(planar_run):
     out = (planar_run / "collect.txt").read_text()
     assert "40 demonstrations of" in out
-    assert f"next: python scripts/train.py dataset.path={planar_run}/planar-v0" in out
+    assert f"ddim-train dataset.path={planar_run}/planar-v0" in out
 
 
 def test_training_leaves_a_self_contained_checkpoint_and_an_offline_run(planar_run):
@@ -59,7 +59,7 @@ def test_training_leaves_a_self_contained_checkpoint_and_an_offline_run(planar_r
     assert list((planar_run / "wandb").glob("offline-run-*/*.wandb"))
     out = (planar_run / "train.txt").read_text()
     assert "training windows from 38 episodes (2 held out)" in out
-    assert f"next: python scripts/rollout.py checkpoint={planar_run}/checkpoint" in out
+    assert f"ddim-rollout checkpoint={planar_run}/checkpoint" in out
 
 
 def test_rollout_writes_one_entry_per_seed_and_videos(planar_run, console, tmp_path):

@@ -74,7 +74,7 @@ def read_command_line(arguments: list[str], task: Task) -> CommandLine:
 
 def _whole_info(arguments: list[str]) -> list[str]:
     """Write `--info` as `--info=all` before an override, which would otherwise be taken for its value."""
-    following = [*arguments[1:], ""]
+    following = [*arguments, ""][1:]
     return [
         "--info=all" if argument in ("--info", "-i") and "=" in after else argument
         for argument, after in zip(arguments, following, strict=True)

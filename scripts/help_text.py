@@ -68,7 +68,7 @@ def _topic_help(task: Task, topic: str) -> str:
     groups = [*task.groups, *(["experiment"] if task.name == "train" else [])]
     if name in groups:
         return _option_help(task, name, value) if value in _options(name) or value else _group_help(task, name)
-    known = dict(_every_setting(task))
+    known = dict(every_setting(task))
     if name not in known:
         hint = did_you_mean(name, [*groups, *known])
         raise ValueError(f"{task.name} has no setting or group {name!r}{hint}: ddim-{task.name} --help lists them")
@@ -85,7 +85,7 @@ def _settings_of(group: str) -> dict[str, inspect.Parameter]:
     return {name: p for option in options_of(group).values() for name, p in option.signature.parameters.items()}
 
 
-def _every_setting(task: Task) -> Iterator[tuple[str, list[_Meaning]]]:
+def every_setting(task: Task) -> Iterator[tuple[str, list[_Meaning]]]:
     """Yield every setting with its meanings: the options of a group can have settings of the same name."""
     docs = [task.declaration.doc, *(declaration_of(target).doc for target in task.inline.values())]
     texts = {name: text for doc in docs for name, text in described(doc).items()} | {"plugins": PLUGINS}

@@ -87,9 +87,10 @@ def _of_object(target: Any) -> Declaration:
     hints = _hints(function.__init__ if inspect.isclass(function) else function)
     signature = inspect.signature(target)
     parameters = [p.replace(annotation=hints.get(name, Any)) for name, p in signature.parameters.items()]
-    init_doc = inspect.getdoc(function.__init__) if inspect.isclass(function) else None
+    own_init = vars(function).get("__init__") if inspect.isclass(function) else None
+    init_doc = inspect.cleandoc(getattr(own_init, "__doc__", None) or "")
     return Declaration(
-        signature.replace(parameters=parameters), f"{inspect.getdoc(function) or ''}\n\n{init_doc or ''}".strip()
+        signature.replace(parameters=parameters), f"{inspect.getdoc(function) or ''}\n\n{init_doc}".strip()
     )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from policy import load_checkpoint
+from policy.common.next_line import next_line
 from policy.data.reading import read_demonstrations
 from policy.statistics.intervals import wilson_interval
 from tests.conftest import ENVIRONMENT, PROGRAMS, ROOT
@@ -45,7 +46,7 @@ def console(tmp_path):
 def test_collecting_says_what_it_wrote_and_what_comes_next(planar_run):
     out = (planar_run / "collect.txt").read_text()
     assert "40 demonstrations of" in out
-    assert f"next: python scripts/train.py dataset.path={planar_run}/planar-v0" in out
+    assert f"ddim-train dataset.path={planar_run}/planar-v0" in out
 
 
 def test_training_leaves_a_self_contained_checkpoint_and_an_offline_run(planar_run):
@@ -63,7 +64,7 @@ def test_training_leaves_a_self_contained_checkpoint_and_an_offline_run(planar_r
     success = f"rollout success {history[-1]['rollout/success_rate']:.0%} (of 2 episodes)"
     assert re.search(rf"^step 300: loss 0\.\d+, validation loss 0\.\d+, {re.escape(success)}$", out, re.MULTILINE)
     assert f"best: step 300, the last, {success}" in out
-    assert f"next: python scripts/rollout.py checkpoint={planar_run}/checkpoint" in out
+    assert f"ddim-rollout checkpoint={planar_run}/checkpoint" in out
 
 
 def test_rollout_writes_one_entry_per_seed_and_videos(planar_run, console, tmp_path):
@@ -151,7 +152,7 @@ def test_inspect_says_what_a_checkpoint_is_and_was_trained_on(planar_run, run_co
     assert said["measured"] == f"validation loss {history['val/loss']:.4g} (step 300), {success}"
     assert said["actions"] == "(2,), in chunks of 8"
     assert "ddim_steps=8 eta=0.0" in said["sampler"]
-    assert out.splitlines()[-1] == f"next: python scripts/rollout.py checkpoint={folder}"
+    assert out.splitlines()[-1] == next_line("ddim-rollout", checkpoint=folder)
     best = run_command("inspect_data", f"checkpoint={planar_run}/checkpoints/best").stdout
     assert said["measured"] in best  # a kept checkpoint says it too, without the history
 

@@ -208,7 +208,7 @@ def test_settings_that_do_not_fit_are_refused_in_a_sentence(checkpoint):
 def test_the_command_exports(small_checkpoint, run_script, run_command, tmp_path):
     settings = [f"checkpoint={small_checkpoint}", "sampler.ddim_steps=1", f"output_dir={tmp_path}"]
     out = run_script("export", *settings).stdout
-    assert f"next: python docs/examples/run_exported_policy.py {tmp_path}" in out
+    assert f"python {EXAMPLE} {tmp_path}" in out
     assert json.loads((tmp_path / "export.json").read_text())["sampler"]["ddim_steps"] == 1
     refused = run_command("export", f"checkpoint={tmp_path}/none", check=2)
     assert refused.stderr.startswith("error: no checkpoint at")

@@ -353,7 +353,7 @@ def test_a_misspelt_option_or_plugins_is_answered_with_the_nearest_and_with_plug
 def test_the_next_command_that_is_printed_names_the_plugins(trained, run_command):
     with a_user(trained):
         done = run_command("rollout", PLUGIN, "checkpoint=run/checkpoint", "episodes=1", "num_envs=1", "output_dir=n")
-    assert "next: python scripts/sweep.py checkpoint=run/checkpoint plugins=[my_parts]" in done.stdout
+    assert "ddim-sweep checkpoint=run/checkpoint 'plugins=[my_parts]'" in done.stdout
 
 
 def test_a_policy_that_is_saved_again_still_names_its_plugins(trained, tmp_path):

@@ -84,7 +84,10 @@ def imported(target):
         made = {name: make() for name, make in factories.items() if make is not dataclasses.MISSING}
     signature = inspect.signature(part)
     parameters = [p.replace(default=made.get(name, p.default)) for name, p in signature.parameters.items()]
-    return {p.name: p for p in parameters}, hints, inspect.getdoc(part) or ""
+    docs = [inspect.getdoc(part) or ""]
+    if inspect.isclass(part) and "__init__" in vars(part):
+        docs.append(inspect.cleandoc(part.__init__.__doc__ or ""))
+    return {p.name: p for p in parameters}, hints, "\n\n".join(docs).strip()
 
 
 def check_read(target):

@@ -412,7 +412,7 @@ def fuzz_command_lines(given_files, examples: int) -> None:
 
 
 def test_command_lines_are_answered_without_a_traceback(given_files):
-    fuzz_command_lines(given_files, settings().max_examples)
+    fuzz_command_lines(given_files, settings().max_examples // 2)
 
 
 @pytest.mark.reliability

@@ -1,5 +1,6 @@
 """Arguments that arrive by name: wrong ones are refused with what came, what is allowed and the nearest name."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -83,8 +84,8 @@ def test_values_become_the_hinted_type_where_nothing_is_lost(name, value, conver
 def test_values_of_another_type_are_refused_by_their_full_name(name, value):
     with pytest.raises(ValueError) as error:
         check_arguments("part", Part, {name: value})
-    assert str(error.value).startswith(f"part.{name} should be ")
-    assert f"; got {value!r} (" in str(error.value)
+    assert re.match(rf"(part\.{name} should be |unknown value of part\.{name} )", str(error.value))
+    assert repr(value) in str(error.value)
 
 
 def test_an_unknown_setting_is_refused_with_the_nearest_one():

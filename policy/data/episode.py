@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -130,6 +131,17 @@ class Request:
         if key not in options:
             raise unknown_name("action key", key, options)
         return key
+
+
+def warn_empty(source: object, keys: Sequence[str]) -> None:
+    """Warn that observations without any numbers are left out.
+
+    Args:
+        source: the dataset.
+        keys: the observations' keys.
+    """
+    names = ", ".join(map(repr, keys))
+    warnings.warn(f"{source}: {names} has the shape (0,), so there is nothing to observe: left out", stacklevel=3)
 
 
 def policy_key(key: str) -> str:

@@ -20,13 +20,13 @@ from policy.common.observations import is_image
 from policy.common.progress import progress
 from policy.data.cache import bad_episode, default_cache_dir, open_cached, write_cached
 from policy.data.demonstrations import Demonstrations
-from policy.data.episode import Episode, EpisodeReader, Relabel, Request, Transform, as_images
+from policy.data.episode import Episode, EpisodeReader, Relabel, Request, Transform, as_images, warn_empty
 from policy.data.files import fingerprint, list_files
 from policy.data.formats import FORMATS
 from policy.data.formats.format import Format
 
 # Increase it when the meaning of cached data changes, so that older entries are not found any more.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 def read_demonstrations(
@@ -173,14 +173,22 @@ class _Reading:
     def _episodes(self, reader: EpisodeReader) -> Generator[tuple[str, Callable[[], Episode]], None, None]:
         """The name of each episode, and a function that reads it."""
         total = min(len(reader.names), self.max_episodes or len(reader.names))
+        left_out: set[str] = set()
         with progress(reader.names, total=total, desc="read", unit="episode") as names:
             for name in names:
-                yield name, partial(self._prepared, reader, name)
+                yield name, partial(self._prepared, reader, name, left_out)
 
-    def _prepared(self, reader: EpisodeReader, name: str) -> Episode:
-        """An episode as it is trained on: relabelled, transformed and resized."""
+    def _prepared(self, reader: EpisodeReader, name: str, left_out: set[str]) -> Episode:
+        """An episode as it is trained on: without empty observations, relabelled, transformed and resized."""
         episode = reader.read(name)
         observations, actions = dict(episode.observations), episode.actions
+        if self.request.observation_keys is None:
+            empty = {key for key, values in observations.items() if 0 in getattr(values, "shape", ())[1:]}
+            if empty < observations.keys():  # if all are empty, the check of the episode refuses it
+                observations = {key: values for key, values in observations.items() if key not in empty}
+                if new := sorted(empty - left_out):
+                    warn_empty(self.path, new)
+                    left_out |= empty
         if self.relabel is not None:
             with _failures_named("relabel"):
                 relabelled, actions = self.relabel(observations, actions)

@@ -594,6 +594,18 @@ def test_what_killed_conversions_left_is_removed_after_a_day(dataset):
     assert left == {".building-writing", ".building-new", "old-data"}
 
 
+def test_empty_observations_are_left_out_with_a_word(dataset):
+    def beside(length):
+        nothing = {"state": np.ones((length, 2)), "nothing": np.empty((length, 0))}
+        return Episode(observations=nothing, actions=np.zeros((length, 1)))
+
+    with pytest.warns(UserWarning, match=r"set.mem: 'nothing' has the shape \(0,\).* left out") as caught:
+        assert list(dataset(("a", beside(3)), ("b", beside(2))).observations) == ["state"]
+    assert len(caught) == 1
+    with pytest.raises(ValueError, match="'nothing' is empty"):
+        dataset(("a", beside(3)), observation_keys=["state", "nothing"])
+
+
 # Transforms and sizes
 
 

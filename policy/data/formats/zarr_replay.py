@@ -22,6 +22,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from policy.common.observations import is_image
 from policy.data.episode import Episode, EpisodeReader, Request
 from policy.data.formats.format import Format
 
@@ -90,6 +91,7 @@ def open_zarr_replay(path: Path, files: Mapping[str, Path], request: Request) ->
         keys = request.observations(available, ["state"])
         action_key = request.action(available, "action")
         arrays = {key: _Rows(store, f"data/{key}") for key in (*keys.values(), action_key)}
+        _check_constants([arrays[key] for key in keys.values()], arrays[action_key])
         bounds = _read_bounds(store, arrays.values())
         return ZarrReplayReader(arrays, bounds, keys, action_key, stack.pop_all())
 
@@ -97,9 +99,26 @@ def open_zarr_replay(path: Path, files: Mapping[str, Path], request: Request) ->
 FORMAT = Format(open=open_zarr_replay)
 
 
+def _check_constants(observed: Sequence[_Rows], actions: _Rows) -> None:
+    """Warn of vectors of which no chunk is stored, and refuse actions, pictures or a whole dataset like that.
+
+    zarr 3 does not write a chunk that holds nothing but the fill value, so an array without chunks is a constant, or
+    was lost as a whole. A constant vector beside other observations is common (a gripper that never moves); constant
+    actions and pictures are not.
+    """
+    for array in (*observed, actions):
+        if not array.is_constant:
+            continue
+        if array is actions or is_image(array.array.shape[1:]) or all(other.is_constant for other in observed):
+            raise array.not_whole()
+        array.warn_left_out(f"no chunk of {array.name!r}")
+
+
 def _read_bounds(store: _Store, arrays: Iterable[_Rows]) -> list[tuple[int, int]]:
     """Read the first row and the exclusive last row of each episode."""
     rows = _Rows(store, ENDS)
+    if rows.is_constant:
+        raise rows.not_whole()
     if rows.array.ndim != 1 or rows.array.dtype.kind not in "iu":
         raise ValueError(f"{ENDS!r} must hold whole numbers, (episodes,); got {rows.array.dtype} {rows.array.shape}")
     for array in arrays:
@@ -178,6 +197,11 @@ class _Store:
         start = f"{self.root}{array}/"
         return sum(name.startswith(start) and bool(CHUNK_NAME.fullmatch(name, len(start))) for name in self._files)
 
+    def has_folder(self, array: str) -> bool:
+        """Whether an array's folder holds a folder; a zip has no folders without files."""
+        folder = self.path / self.root / array
+        return folder.is_dir() and any(entry.is_dir() for entry in folder.iterdir())
+
     def read(self, name: str) -> bytes:
         """Read the bytes of a file."""
         return self._files[self.root + name]()
@@ -192,6 +216,7 @@ class _Rows:
     Attributes:
         name: the array's name in the store.
         array: zarr's array.
+        is_constant: whether no chunk is stored; all values then are the fill value.
     """
 
     def __init__(self, store: _Store, name: str) -> None:
@@ -233,13 +258,35 @@ class _Rows:
                 f"array {self.name!r} of shape {self._shape} has chunks of {self._chunk}, which take more than"
                 f" {LARGEST / 2**30:g} GiB of memory: write it again with fewer rows in a chunk"
             )
-        stored, declared = self._store.count_chunks(self.name), math.prod(self._grid)
-        if declared > 1000 * stored:  # a writer may leave chunks out, see `_check_left_out`, but not nearly all
-            raise ValueError(f"array {self.name!r} is not whole: {stored} of its {declared} chunks are there")
+        self._stored = self._store.count_chunks(self.name)
+        declared = math.prod(self._grid)
+        # A folder in the array's own shows that there were chunks.
+        self.is_constant = declared > 0 == self._stored and not self._store.has_folder(self.name)
+        # A writer may leave chunks out, see `_check_left_out`, but not nearly all of them.
+        if declared > 1000 * self._stored and not self.is_constant:
+            raise self.not_whole()
         self._together = max(1, BLOCK_BYTES // max(1, decoded))
 
     def __len__(self) -> int:
         return int(self._shape[0])
+
+    def not_whole(self) -> ValueError:
+        """Build the error for an array of which (nearly) all chunks are missing."""
+        return ValueError(
+            f"array {self.name!r} is not whole: {self._stored} of its {math.prod(self._grid)} chunks are there; copy"
+            f" the dataset again, or, if its values really are {self.array.fill_value}, write the array again with"
+            " zarr's write_empty_chunks=True"
+        )
+
+    def warn_left_out(self, what: str) -> None:
+        """Warn once that values are read as the fill value because their chunks are not stored."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self._store.path}: {what} is stored; its values are read as {self.array.fill_value}, as zarr leaves"
+                " out chunks that hold nothing else",
+                stacklevel=2,
+            )
 
     def read(self, start: int, end: int) -> NDArray[Any]:
         """Read the rows from `start` to `end`, exclusive.
@@ -247,6 +294,8 @@ class _Rows:
         Raises:
             ValueError: a chunk of these rows is damaged or missing.
         """
+        if self.is_constant:
+            return np.full((end - start, *self._shape[1:]), self.array.fill_value, self.array.dtype)
         pieces = []
         while start < end:
             if not self._start <= start < self._start + len(self._values):
@@ -330,13 +379,7 @@ class _Rows:
                 f"chunk {file!r} is missing: copy the dataset again; if its values really are all"
                 f" {self.array.fill_value}, write the array again with write_empty_chunks=True"
             )
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{self._store.path}: chunk {file!r} is not stored; it is read as {self.array.fill_value}, as zarr"
-                " leaves out such chunks, and the values beside it agree",
-                stacklevel=2,
-            )
+        self.warn_left_out(f"not every chunk of {self.name!r} (such as {file!r})")
 
     def _is_fill(self, row: int, chunk: tuple[int, ...]) -> bool:
         """Whether a row holds nothing but the fill value in a chunk's columns."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from policy.data.episode import Episode, EpisodeReader, Request
+from policy.data.episode import Episode, EpisodeReader, Request, warn_empty
 from policy.data.formats.format import Format
 from policy.data.formats.lerobot.episodes import EpisodeEntry, choose_episodes, read_episodes, read_tasks
 from policy.data.formats.lerobot.info import INFO, Feature, Info, read_info
@@ -85,7 +85,9 @@ class LeRobotReader:
                 return self._read_video(feature, entry)
             if feature.is_image:
                 return decode_pictures(rows.column(key).to_pylist(), feature, self._files)
-            return numbers(rows.column(key), feature.width)
+            values = numbers(rows.column(key), feature.width)
+            axes = feature.axes_of_pixels
+            return values if axes is None else _pictures(values.reshape(len(values), *feature.shape), axes)
         except ValueError as error:
             raise ValueError(f"{key!r}: {error}") from error
 
@@ -138,7 +140,10 @@ def open_lerobot(path: Path, files: Mapping[str, Path], request: Request) -> Epi
     for key in _wanted(request):
         _check_usable(info, key)
     usable = [key for key, feature in info.features.items() if feature.is_usable]
-    keys = request.observations(usable, [key for key in usable if key.startswith(PREFIX)], PREFIX)
+    observed = [key for key in usable if key.startswith(PREFIX)]
+    if request.observation_keys is None and (empty := [key for key in observed if info.features[key].is_empty]):
+        warn_empty(path, empty)
+    keys = request.observations(usable, [key for key in observed if not info.features[key].is_empty], PREFIX)
     action_key = request.action([key for key in usable if info.features[key].is_numeric], "action")
     for key in (*keys.values(), action_key):
         info.features[key].check_shape()
@@ -156,6 +161,11 @@ def open_lerobot(path: Path, files: Mapping[str, Path], request: Request) -> Epi
 
 
 FORMAT = Format(open=open_lerobot)
+
+
+def _pictures(values: NDArray[Any], axes: tuple[int, int, int]) -> NDArray[Any]:
+    height, width, channels = (1 + axis for axis in axes)
+    return values.transpose(0, height, width, channels)
 
 
 def _wanted(request: Request) -> list[str]:

@@ -16,6 +16,10 @@ ONE_FILE_PER_EPISODE = ("v2.0", "v2.1")
 VERSIONS = (*ONE_FILE_PER_EPISODE, "v3.0")
 
 
+# Numbers of channels of a picture.
+CHANNELS = (1, 3, 4)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Feature:
     """One column of the dataset.
@@ -46,6 +50,18 @@ class Feature:
     def is_image(self) -> bool:
         """Whether its values are pictures in the data files."""
         return self.dtype == "image"
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no numbers, as features of shape (0,) have not."""
+        return self.is_numeric and isinstance(self.shape, list) and 0 in self.shape
+
+    @property
+    def axes_of_pixels(self) -> tuple[int, int, int] | None:
+        """The axes of height, width and channels if its numbers are pictures (uint8 of rank 3); else None."""
+        if self.dtype != "uint8" or not isinstance(self.shape, list) or len(self.shape) != 3:
+            return None
+        return next((axes for axes in ((0, 1, 2), (1, 2, 0)) if self.shape[axes[2]] in CHANNELS), None)
 
     @property
     def is_usable(self) -> bool:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from policy.common.arguments import unknown_name
 from policy.common.observations import is_image
+from policy.data.budget import Budget
 
 # A function of an episode's observations in the file, to observations of the environment.
 Transform = Callable[[dict[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
@@ -69,11 +70,16 @@ class Request:
             as observations.
         action_key: the file's key of the actions; None selects the format's own.
         subset: a subset of the episodes that the file itself names; None selects all of them.
+        on_action_outside: `error` refuses an episode with an action beyond the action space that the file states,
+            `clip` clips its actions.
+        budget: the memory and disk that reading may take.
     """
 
     observation_keys: Sequence[str] | Mapping[str, str] | None = None
     action_key: str | None = None
     subset: str | None = None
+    on_action_outside: str = "error"
+    budget: Budget = field(default_factory=Budget)
 
     def observations(self, available: Iterable[str], default: Iterable[str], prefix: str = "") -> dict[str, str]:
         """Choose the file's keys to observe, and name them for the policy.

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from policy.common.arguments import unknown_name
 from policy.common.observations import is_image
 from policy.common.progress import progress
+from policy.data.budget import Budget, free_disk, free_memory
 from policy.data.cache import bad_episode, default_cache_dir, open_cached, write_cached
 from policy.data.demonstrations import Demonstrations
 from policy.data.episode import Episode, EpisodeReader, Relabel, Request, Transform, as_images, warn_empty
@@ -41,6 +42,8 @@ def read_demonstrations(
     transform: Transform | None = None,
     image_size: int | None = None,
     on_bad_episode: str = "error",
+    on_action_outside: str = "error",
+    max_bytes: int | None = None,
     cache_dir: Path | None = None,
 ) -> Demonstrations:
     """Open demonstrations; the first time, they are converted into a cache that training maps into memory.
@@ -59,6 +62,10 @@ def read_demonstrations(
         transform: maps an episode's observations in the file, (T, ...) by key, to observations of the environment.
         image_size: height and width to which images are resized; by default they keep their size.
         on_bad_episode: `error` refuses a dataset with a bad episode, `skip` leaves bad ones out with a warning.
+        on_action_outside: `error` refuses actions beyond the action space that the dataset states (Minari does), `clip`
+            clips them, as the simulator did.
+        max_bytes: largest number of bytes that reading may need, in memory for the longest episode and on disk for the
+            cache; by default half of what is free there.
         cache_dir: folder of the converted demonstrations; by default the user's cache folder.
 
     Returns:
@@ -72,20 +79,35 @@ def read_demonstrations(
         raise FORMATS.unknown(format)
     if on_bad_episode not in ("error", "skip"):
         raise unknown_name("value of dataset.on_bad_episode", on_bad_episode, ("error", "skip"))
-    for name, value in (("max_episodes", max_episodes), ("image_size", image_size)):
+    if on_action_outside not in ("error", "clip"):
+        raise unknown_name("value of dataset.on_action_outside", on_action_outside, ("error", "clip"))
+    for name, value in (("max_episodes", max_episodes), ("image_size", image_size), ("max_bytes", max_bytes)):
         if value is not None and value < 1:
             raise ValueError(f"dataset.{name} must be 1 or more; got {value}")
+    cache = (cache_dir or default_cache_dir()).expanduser()
     reading = _Reading(
         format=format,
         path=FORMATS[format].find(Path(path)),
-        request=Request(observation_keys=observation_keys, action_key=action_key, subset=subset),
+        request=Request(
+            observation_keys=observation_keys,
+            action_key=action_key,
+            subset=subset,
+            on_action_outside=on_action_outside,
+            budget=Budget(
+                memory=free_memory() // 2 if max_bytes is None else max_bytes,
+                disk=free_disk(cache) // 2 if max_bytes is None else max_bytes,
+                max_episodes=max_episodes,
+                image_size=image_size,
+                is_transformed=transform is not None,
+            ),
+        ),
         max_episodes=max_episodes,
         relabel=relabel,
         transform=transform,
         image_size=image_size,
         skip_bad=on_bad_episode == "skip",
     )
-    found = reading.read((cache_dir or default_cache_dir()).expanduser())
+    found = reading.read(cache)
     reading.check(found)
     return found
 
@@ -119,6 +141,7 @@ class _Reading:
                     held_out=reader.held_out,
                     skip_bad=self.skip_bad,
                     max_episodes=self.max_episodes,
+                    budget=self.request.budget,
                 )
             found = open_cached(entry)
         if found is None:
@@ -156,6 +179,7 @@ class _Reading:
             "observation_keys": self.request.observation_keys,
             "action_key": self.request.action_key,
             "subset": self.request.subset,
+            "on_action_outside": self.request.on_action_outside,
             "max_episodes": self.max_episodes,
             "relabel": self.relabel and _code_of("relabel", self.relabel),
             "transform": self.transform and _code_of("transform", self.transform),

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from policy.common.registry import Registry
-from policy.data import reading
+from policy.data import cache, reading
 from policy.data.cache import open_cached
 from policy.data.episode import Episode, EpisodeChecker, Request, as_images
 from policy.data.files import fingerprint, list_files
@@ -579,19 +578,35 @@ def test_a_cache_that_cannot_be_written_to_is_one_sentence(dataset, tmp_path, be
     assert dataset.opened[0].closed
 
 
-def test_what_killed_conversions_left_is_removed_after_a_day(dataset):
-    yesterday = time.time() - 25 * 3600
-    for name, age in (("old", yesterday), ("writing", yesterday), ("new", time.time())):
+def test_what_killed_conversions_left_is_removed_and_what_is_alive_stays(dataset):
+    """Whatever their times say: a clock may jump."""
+    for name in ("killed", "alive"):
         leftover = dataset.cache / f".building-{name}"
         leftover.mkdir(parents=True)
         (leftover / "0.bin").touch()
-        os.utime(leftover / "0.bin", (age, age) if name != "writing" else None)
-        os.utime(leftover, (age, age))
+        os.utime(leftover, (0, 0))
     (dataset.cache / "old-data").mkdir()
-    os.utime(dataset.cache / "old-data", (yesterday, yesterday))
-    dataset(*GOOD)
+    with cache._locked(dataset.cache / ".building-alive"):
+        dataset(*GOOD)
     left = {entry.name for entry in dataset.cache.iterdir() if not entry.name.startswith("set.mem-")}
-    assert left == {".building-writing", ".building-new", "old-data"}
+    assert left == {".building-alive", "old-data"}
+
+
+def test_every_changed_byte_of_the_cache_is_noticed(dataset):
+    dataset(*GOOD)
+    (entry,) = dataset.cache.iterdir()
+    for file in sorted(entry.glob("*.bin")):
+        for place in range(file.stat().st_size):
+            changed = bytearray(file.read_bytes())
+            changed[place] ^= 4
+            whole = file.read_bytes()
+            file.write_bytes(changed)
+            assert open_cached(entry) is None
+            file.write_bytes(whole)
+    assert_good(open_cached(entry))
+    file.write_bytes(changed)
+    assert_good(dataset(*GOOD))  # converted again
+    assert len(dataset.opened) == 2
 
 
 def test_empty_observations_are_left_out_with_a_word(dataset):

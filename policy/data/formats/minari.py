@@ -140,7 +140,8 @@ def open_minari(path: Path, files: Mapping[str, Path], request: Request) -> Epis
             f"it should have {total} episodes, but {len(storage.names)} are there: it was written or copied partly,"
             " fetch it again"
         )
-    return MinariReader(storage, observations=observations, action=action, said=said)
+    clip = request.on_action_outside == "clip"
+    return MinariReader(storage, observations=observations, action=action, clip=clip, said=said)
 
 
 FORMAT = Format(open=open_minari, find=find_minari)
@@ -152,13 +153,20 @@ class MinariReader:
     held_out: Sequence[str] = ()
 
     def __init__(
-        self, storage: _Storage, *, observations: Mapping[str, _Leaf], action: _Leaf, said: Mapping[str, Any]
+        self,
+        storage: _Storage,
+        *,
+        observations: Mapping[str, _Leaf],
+        action: _Leaf,
+        clip: bool,
+        said: Mapping[str, Any],
     ) -> None:
         self.names = storage.names
         self.metadata: Mapping[str, Any] = {"format": "minari", **said}
         self._storage = storage
         self._observations = observations
         self._action = action
+        self._clip = clip
         self._low, self._high = _limits(action.space)
 
     def read(self, name: str) -> Episode:
@@ -170,7 +178,12 @@ class MinariReader:
                     f"lengths disagree: '{leaf}' has {len(seen)} rows, {len(rows)} actions need {len(rows) + 1}"
                 )
         actions = _values(rows, self._action)
-        self._check_limits(actions)
+        if self._clip:
+            actions = np.clip(
+                actions, *(np.ravel(bound) for bound in (self._action.space.low, self._action.space.high))
+            )  # type: ignore[attr-defined]
+        else:
+            self._check_limits(actions)
         # The last observation is left out: it follows the last action.
         pairs = zip(self._observations.items(), observed, strict=True)
         return Episode(actions=actions, observations={key: _values(seen[:-1], leaf) for (key, leaf), seen in pairs})
@@ -186,7 +199,7 @@ class MinariReader:
             low, high = (np.ravel(bound)[index] for bound in (self._action.space.low, self._action.space.high))  # type: ignore[attr-defined]
             raise ValueError(
                 f"'actions' is {actions[transition, index]:g} at transition {transition}, index {index}; its space"
-                f" allows {low:g} to {high:g}"
+                f" allows {low:g} to {high:g}: clip such actions, as simulators do, with dataset.on_action_outside=clip"
             )
 
 

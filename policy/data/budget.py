@@ -12,10 +12,11 @@ from pathlib import Path
 
 from policy.common.observations import is_image
 
-# Limit and use of the memory of a container, in versions 2 and 1 of control groups.
+# Limit and use of a container's memory, its statistics, and the name of the cached files in them, which can be dropped:
+# in versions 2 and 1 of control groups.
 CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ("memory.max", "memory.current", "memory.stat", "file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_cache"),
 )
 
 
@@ -119,9 +120,11 @@ def free_memory() -> int:
     with suppress(OSError, ValueError, IndexError):  # systems without it are not limited
         text = Path("/proc/meminfo").read_text()
         free.append(1024 * int(text.split("MemAvailable:")[1].split()[0]))
-    for limit, used in CGROUPS:
-        with suppress(OSError, ValueError):  # the limit may be the word "max"
-            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+    for limit, used, statistics, cached in CGROUPS:
+        with suppress(OSError, ValueError, KeyError):  # the limit may be the word "max"
+            said = [Path("/sys/fs/cgroup", file).read_text() for file in (limit, used, statistics)]
+            lines = dict(line.split() for line in said[2].splitlines())
+            free.append(int(said[0]) - int(said[1]) + int(lines[cached]))
     return max(0, min(free, default=sys.maxsize))
 
 

@@ -31,7 +31,7 @@ import numpy as np
 from filelock import lock_descriptor
 from numpy.typing import NDArray
 
-from policy.data.budget import Budget
+from policy.data.budget import Budget, BudgetError
 from policy.data.demonstrations import Demonstrations
 from policy.data.episode import Episode, EpisodeChecker
 
@@ -80,7 +80,7 @@ def _map(file: Path, column: Mapping[str, Any]) -> NDArray[Any]:
         raise ValueError(f"{file} is not whole")
     # A plain array over the mapping, because indexing an instance of the memmap class is slower.
     values = np.asarray(np.memmap(file, dtype, mode="r", shape=shape))
-    if zlib.crc32(values) != column["crc32"]:
+    if zlib.crc32(values.data) != column["crc32"]:
         raise ValueError(f"{file} was changed")
     return values
 
@@ -219,6 +219,8 @@ def _write_arrays(
             seen.add(name)
             try:
                 episode = checker.check(read())
+            except BudgetError:
+                raise
             except (ValueError, OSError) as error:
                 if not skip_bad:
                     raise bad_episode(source, name, error) from error
@@ -236,7 +238,7 @@ def _write_arrays(
             for column in written.columns:
                 rows = np.ascontiguousarray(arrays[column["key"]])
                 files[column["key"]].write(rows.data)
-                column["crc32"] = zlib.crc32(rows, column["crc32"])
+                column["crc32"] = zlib.crc32(rows.data, column["crc32"])
             written.names.append(name)
             written.lengths.append(len(episode.actions))
             if len(written.names) == max_episodes:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from policy.data.budget import Budget
 from policy.data.episode import Episode, EpisodeReader, Request, warn_empty
 from policy.data.formats.format import Format
 from policy.data.formats.lerobot.episodes import EpisodeEntry, choose_episodes, read_episodes, read_tasks
@@ -37,6 +38,7 @@ class LeRobotReader:
         held_out: Sequence[str],
         keys: Mapping[str, str],
         action_key: str,
+        budget: Budget,
     ) -> None:
         self.names = list(entries)
         self.held_out = list(held_out)
@@ -45,13 +47,14 @@ class LeRobotReader:
             "version": info.version,
             "rate_hz": info.fps,
             "robot_type": info.robot_type,
-            "tasks": read_tasks(files, info),
+            "tasks": read_tasks(files, info, budget),
         }
         self._files = files
         self._info = info
         self._entries = entries
         self._keys = keys
         self._action_key = action_key
+        self._budget = budget
         stored = (key for key in (*keys.values(), action_key) if not info.features[key].is_video)
         self._columns = [*dict.fromkeys((*PLACES, *stored))]
         self._table: TableFile | None = None
@@ -107,7 +110,7 @@ class LeRobotReader:
             if self._table is not None:
                 self._table.close()
             self._table = None
-            self._table = TableFile(name, file, self._columns)
+            self._table = TableFile(name, file, self._columns, self._budget)
         return self._table
 
     def _file(self, name: str) -> Path:
@@ -153,10 +156,18 @@ def open_lerobot(path: Path, files: Mapping[str, Path], request: Request) -> Epi
     for template in (info.data_path, info.video_path):
         if posixpath.normpath(template).split("/")[0] in ("", ".."):
             raise ValueError(f"{INFO}: {template!r} leaves the dataset's folder, and nothing outside it is opened")
-    entries = {str(entry.number): entry for entry in read_episodes(files, info, videos)}
+    entries = {str(entry.number): entry for entry in read_episodes(files, info, videos, request.budget)}
     chosen, held_out = choose_episodes(info.splits, [entry.number for entry in entries.values()], request.subset)
+    shapes = {seen: info.features[key].row_shape for seen, key in {**keys, "actions": action_key}.items()}
+    request.budget.check_episodes([entries[str(number)].length for number in chosen], shapes)
     return LeRobotReader(
-        files, info, {str(n): entries[str(n)] for n in chosen}, [str(n) for n in held_out], keys, action_key
+        files,
+        info,
+        {str(number): entries[str(number)] for number in chosen},
+        [str(number) for number in held_out],
+        keys,
+        action_key,
+        request.budget,
     )
 
 

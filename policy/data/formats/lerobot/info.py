@@ -78,6 +78,12 @@ class Feature:
         """The number of numbers in one value."""
         return math.prod(self.shape)
 
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one value once it is read: that of a picture, or a vector's."""
+        is_picture = self.is_video or self.is_image or self.axes_of_pixels is not None
+        return tuple(self.shape) if is_picture else (self.width,)
+
     def check_shape(self) -> None:
         """Refuse an invalid shape.
 

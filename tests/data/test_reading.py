@@ -562,7 +562,9 @@ def test_a_slower_conversion_keeps_the_entry_of_the_faster(dataset):
 def test_a_full_disk_is_one_sentence(dataset, monkeypatch, length, mode):
     real = Path.open
     monkeypatch.setattr(
-        Path, "open", lambda path, *args: real(Path("/dev/full") if path.suffix == ".bin" else path, *args)
+        Path,
+        "open",
+        lambda path, *args, **how: real(Path("/dev/full") if path.suffix == ".bin" else path, *args, **how),
     )
     with pytest.raises(ValueError, match=r"the disk is full: .*set.mem does not fit into .*; set dataset.cache_dir"):
         dataset(("a", episode(length)), on_bad_episode=mode)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -77,10 +77,8 @@ def read_demonstrations(
     """
     if format not in FORMATS:
         raise FORMATS.unknown(format)
-    if on_bad_episode not in ("error", "skip"):
-        raise unknown_name("value of dataset.on_bad_episode", on_bad_episode, ("error", "skip"))
-    if on_action_outside not in ("error", "clip"):
-        raise unknown_name("value of dataset.on_action_outside", on_action_outside, ("error", "clip"))
+    _check_choice("on_bad_episode", on_bad_episode, ("error", "skip"))
+    _check_choice("on_action_outside", on_action_outside, ("error", "clip"))
     for name, value in (("max_episodes", max_episodes), ("image_size", image_size), ("max_bytes", max_bytes)):
         if value is not None and value < 1:
             raise ValueError(f"dataset.{name} must be 1 or more; got {value}")
@@ -93,13 +91,7 @@ def read_demonstrations(
             action_key=action_key,
             subset=subset,
             on_action_outside=on_action_outside,
-            budget=Budget(
-                memory=free_memory() // 2 if max_bytes is None else max_bytes,
-                disk=free_disk(cache) // 2 if max_bytes is None else max_bytes,
-                max_episodes=max_episodes,
-                image_size=image_size,
-                is_transformed=transform is not None,
-            ),
+            budget=_budget(cache, max_bytes, max_episodes, image_size, transform),
         ),
         max_episodes=max_episodes,
         relabel=relabel,
@@ -110,6 +102,24 @@ def read_demonstrations(
     found = reading.read(cache)
     reading.check(found)
     return found
+
+
+def _check_choice(setting: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise unknown_name(f"value of dataset.{setting}", value, choices)
+
+
+def _budget(
+    cache: Path, max_bytes: int | None, max_episodes: int | None, image_size: int | None, transform: Transform | None
+) -> Budget:
+    """The budget that the user set, or half of what is free."""
+    return Budget(
+        memory=free_memory() // 2 if max_bytes is None else max_bytes,
+        disk=free_disk(cache) // 2 if max_bytes is None else max_bytes,
+        max_episodes=max_episodes,
+        image_size=image_size,
+        is_transformed=transform is not None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

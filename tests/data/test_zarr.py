@@ -72,7 +72,7 @@ def write_anew(path: Path, arrays, zarr_format, chunks, **options) -> Path:
 
 def read(path: Path, **request):
     cache = path.parent / "cache"
-    return read_demonstrations(format="zarr", path=path, cache_dir=cache, **{"max_bytes": 4 * 2**30, **request})
+    return read_demonstrations(format="zarr", path=path, cache_dir=cache, **{"max_bytes": 8 * 2**30, **request})
 
 
 @pytest.mark.parametrize("zarr_format", ZARR_FORMATS)
@@ -350,8 +350,8 @@ BROKEN = {
     "other dtype": (zarray("state", dtype="<f8"), "chunk 'data/state/0.0' is damaged"),
     "other codec": (zarray("state", compressor={"id": "zlib"}), "chunk 'data/state/0.0' is damaged"),
     "long": (zarray("action", shape=[1000, 2]), "last episode at 11, 'data/action' has 1000 rows"),
-    "wide": (zarray("state", shape=[11, 10**12]), "'data/state' .* of memory .*dataset.max_bytes allows 4 GiB"),
-    "large chunk": (zarray("state", chunks=[10**9, 5]), "'data/state' .* of memory .*dataset.max_bytes allows 4 GiB"),
+    "wide": (zarray("state", shape=[11, 10**12]), "'data/state' .* of memory .*dataset.max_bytes allows 8 GiB"),
+    "large chunk": (zarray("state", chunks=[10**9, 5]), "'data/state' .* of memory .*dataset.max_bytes allows 8 GiB"),
     "not so large chunk": (zarray("state", chunks=[10**8, 5]), "chunk 'data/state/0.0' is damaged"),
     "not so wide": (zarray("state", shape=[11, 9 * 10**7], chunks=[11, 9 * 10**7]), "'data/state/0.0' is damaged"),
     "many columns": (zarray("state", shape=[11, 9 * 10**7]), "'data/state' is not whole: 1 of its 18000000 chunks"),

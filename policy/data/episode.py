@@ -61,7 +61,7 @@ class EpisodeReader(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Request:
     """The part of a file that the user asked for.
 

@@ -83,22 +83,10 @@ def read_demonstrations(
         if value is not None and value < 1:
             raise ValueError(f"dataset.{name} must be 1 or more; got {value}")
     cache = (cache_dir or default_cache_dir()).expanduser()
-    reading = _Reading(
-        format=format,
-        path=FORMATS[format].find(Path(path)),
-        request=Request(
-            observation_keys=observation_keys,
-            action_key=action_key,
-            subset=subset,
-            on_action_outside=on_action_outside,
-            budget=_budget(cache, max_bytes, max_episodes, image_size, transform),
-        ),
-        max_episodes=max_episodes,
-        relabel=relabel,
-        transform=transform,
-        image_size=image_size,
-        skip_bad=on_bad_episode == "skip",
-    )
+    budget = _budget(cache, max_bytes, max_episodes, image_size, transform)
+    request = Request(observation_keys, action_key, subset, on_action_outside, budget)
+    place, skip_bad = FORMATS[format].find(Path(path)), on_bad_episode == "skip"
+    reading = _Reading(format, place, request, max_episodes, relabel, transform, image_size, skip_bad)
     found = reading.read(cache)
     reading.check(found)
     return found
@@ -122,7 +110,7 @@ def _budget(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Reading:
     """The checked arguments of `read_demonstrations`, with the dataset's own path."""
 

@@ -5,8 +5,10 @@ seek in a video. Each dataset is therefore read once, in order, and its episodes
 the cache, an entry, which training maps into memory.
 
 <cache_dir>/<name>-<fingerprint>/
-  index.json     shapes, dtypes, episodes, and a checksum of these
+  index.json     shapes, dtypes, episodes and the checksum of each array, and a checksum of these
   <n>.bin        the n-th array of the index, row after row
+
+The checksums are compared each time an entry is opened; one that does not match is converted again.
 """
 
 from __future__ import annotations
@@ -18,22 +20,23 @@ import math
 import os
 import shutil
 import tempfile
-import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from filelock import lock_descriptor
 from numpy.typing import NDArray
 
+from policy.data.budget import Budget, BudgetError
 from policy.data.demonstrations import Demonstrations
 from policy.data.episode import Episode, EpisodeChecker
 
 INDEX = "index.json"
 BUILDING = ".building-"
-LEFTOVER_SECONDS = 24 * 3600
 
 
 def default_cache_dir() -> Path:
@@ -76,7 +79,10 @@ def _map(file: Path, column: Mapping[str, Any]) -> NDArray[Any]:
     if file.stat().st_size != dtype.itemsize * math.prod(shape):
         raise ValueError(f"{file} is not whole")
     # A plain array over the mapping, because indexing an instance of the memmap class is slower.
-    return np.asarray(np.memmap(file, dtype, mode="r", shape=shape))
+    values = np.asarray(np.memmap(file, dtype, mode="r", shape=shape))
+    if zlib.crc32(values.data) != column["crc32"]:
+        raise ValueError(f"{file} was changed")
+    return values
 
 
 def write_cached(
@@ -88,6 +94,7 @@ def write_cached(
     held_out: Sequence[str],
     skip_bad: bool,
     max_episodes: int | None,
+    budget: Budget,
 ) -> None:
     """Check episodes one by one and write them end to end; only one is in memory at a time.
 
@@ -99,6 +106,7 @@ def write_cached(
         held_out: names of the episodes set aside for validation.
         skip_bad: leave bad episodes out, instead of refusing the dataset.
         max_episodes: stop after this number of good episodes.
+        budget: the disk that the entry may take.
 
     Raises:
         ValueError: an episode is bad, no good episode is left, two episodes have the same name, the disk is full, or
@@ -109,9 +117,8 @@ def write_cached(
         _remove_leftovers(folder.parent)
         if open_cached(folder) is None:  # remove it now; later it may be the complete entry of another process
             shutil.rmtree(folder, ignore_errors=True)
-        building = Path(tempfile.mkdtemp(prefix=BUILDING, dir=folder.parent))
-        try:
-            written = _write_arrays(building, episodes, source, skip_bad, max_episodes)
+        with _building_in(folder.parent) as building:
+            written = _write_arrays(building, episodes, source, skip_bad, max_episodes, budget)
             aside = set(held_out)
             index = {
                 "columns": written.columns,
@@ -124,8 +131,6 @@ def write_cached(
             }
             (building / INDEX).write_text(json.dumps({"sha256": _checksum(index), "index": index}))
             _put_in_place(building, folder)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ValueError(
@@ -137,12 +142,44 @@ def write_cached(
         ) from error
 
 
+@contextmanager
+def _building_in(parent: Path) -> Iterator[Path]:
+    """Make a folder for a conversion, and remove it at the end; other processes see by its lock that it is in use."""
+    while True:
+        building = Path(tempfile.mkdtemp(prefix=BUILDING, dir=parent))
+        with _locked(building) as ours:
+            # Another process may have locked or removed it, as a leftover, before it was locked here.
+            if ours is False or not building.exists():
+                continue
+            try:
+                yield building
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
+            return
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool | None]:
+    """Lock a folder, without waiting; the system releases the lock however the process ends.
+
+    Yields:
+        Whether it was locked here; None if its file system has no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    ours = None
+    try:
+        with suppress(OSError):
+            ours = lock_descriptor(descriptor, blocking=False)
+        yield ours
+    finally:
+        os.close(descriptor)
+
+
 def _remove_leftovers(parent: Path) -> None:
-    """Remove the folders of killed conversions, a day after they were last written to."""
+    """Remove the folders of killed conversions: those that no process has locked."""
     for building in parent.glob(f"{BUILDING}*"):
-        with suppress(OSError):  # another process may remove or finish it at the same time
-            newest = max(entry.stat().st_mtime for entry in (building, *building.iterdir()))
-            if time.time() - newest > LEFTOVER_SECONDS:
+        with suppress(OSError), _locked(building) as is_leftover:  # another process may remove or finish it
+            if is_leftover:
                 shutil.rmtree(building, ignore_errors=True)
 
 
@@ -168,11 +205,13 @@ def _write_arrays(
     source: str,
     skip_bad: bool,
     max_episodes: int | None,
+    budget: Budget,
 ) -> _Written:
     checker = EpisodeChecker()
     written = _Written()
     files: dict[str, IO[bytes]] = {}
     seen: set[str] = set()
+    size = 0
     with ExitStack() as stack:
         for name, read in episodes:
             if name in seen:
@@ -180,19 +219,26 @@ def _write_arrays(
             seen.add(name)
             try:
                 episode = checker.check(read())
+            except BudgetError:
+                raise
             except (ValueError, OSError) as error:
                 if not skip_bad:
                     raise bad_episode(source, name, error) from error
                 written.skipped[name] = str(error)
                 continue
             arrays = {**episode.observations, "actions": episode.actions}
+            size += sum(values.nbytes for values in arrays.values())
+            budget.check_disk(size, f"{source}: its first {len(written.names) + 1} episodes")
             if not files:
                 files = {key: stack.enter_context((building / f"{n}.bin").open("wb")) for n, key in enumerate(arrays)}
                 written.columns = [
-                    {"key": key, "dtype": values.dtype.str, "shape": values.shape[1:]} for key, values in arrays.items()
+                    {"key": key, "dtype": values.dtype.str, "shape": values.shape[1:], "crc32": 0}
+                    for key, values in arrays.items()
                 ]
-            for key, values in arrays.items():
-                files[key].write(np.ascontiguousarray(values).data)
+            for column in written.columns:
+                rows = np.ascontiguousarray(arrays[column["key"]])
+                files[column["key"]].write(rows.data)
+                column["crc32"] = zlib.crc32(rows.data, column["crc32"])
             written.names.append(name)
             written.lengths.append(len(episode.actions))
             if len(written.names) == max_episodes:

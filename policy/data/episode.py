@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from policy.common.arguments import unknown_name
 from policy.common.observations import is_image
+from policy.data.budget import Budget
 
 # A function of an episode's observations in the file, to observations of the environment.
 Transform = Callable[[dict[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
@@ -59,7 +61,7 @@ class EpisodeReader(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Request:
     """The part of a file that the user asked for.
 
@@ -68,11 +70,16 @@ class Request:
             as observations.
         action_key: the file's key of the actions; None selects the format's own.
         subset: a subset of the episodes that the file itself names; None selects all of them.
+        on_action_outside: `error` refuses an episode with an action beyond the action space that the file states,
+            `clip` clips its actions.
+        budget: the memory and disk that reading may take.
     """
 
     observation_keys: Sequence[str] | Mapping[str, str] | None = None
     action_key: str | None = None
     subset: str | None = None
+    on_action_outside: str = "error"
+    budget: Budget = field(default_factory=Budget)
 
     def observations(self, available: Iterable[str], default: Iterable[str], prefix: str = "") -> dict[str, str]:
         """Choose the file's keys to observe, and name them for the policy.
@@ -130,6 +137,17 @@ class Request:
         if key not in options:
             raise unknown_name("action key", key, options)
         return key
+
+
+def warn_empty(source: object, keys: Sequence[str]) -> None:
+    """Warn that observations without any numbers are left out.
+
+    Args:
+        source: the dataset.
+        keys: the observations' keys.
+    """
+    names = ", ".join(map(repr, keys))
+    warnings.warn(f"{source}: {names} has the shape (0,), so there is nothing to observe: left out", stacklevel=3)
 
 
 def policy_key(key: str) -> str:

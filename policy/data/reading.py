@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 from policy.common.arguments import unknown_name
 from policy.common.observations import is_image
 from policy.common.progress import progress
+from policy.data.budget import Budget, free_disk, free_memory
 from policy.data.cache import bad_episode, default_cache_dir, open_cached, write_cached
 from policy.data.demonstrations import Demonstrations
-from policy.data.episode import Episode, EpisodeReader, Relabel, Request, Transform, as_images
+from policy.data.episode import Episode, EpisodeReader, Relabel, Request, Transform, as_images, warn_empty
 from policy.data.files import fingerprint, list_files
 from policy.data.formats import FORMATS
 from policy.data.formats.format import Format
 
 # Increase it when the meaning of cached data changes, so that older entries are not found any more.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 def read_demonstrations(
@@ -41,6 +42,8 @@ def read_demonstrations(
     transform: Transform | None = None,
     image_size: int | None = None,
     on_bad_episode: str = "error",
+    on_action_outside: str = "error",
+    max_bytes: int | None = None,
     cache_dir: Path | None = None,
 ) -> Demonstrations:
     """Open demonstrations; the first time, they are converted into a cache that training maps into memory.
@@ -59,6 +62,10 @@ def read_demonstrations(
         transform: maps an episode's observations in the file, (T, ...) by key, to observations of the environment.
         image_size: height and width to which images are resized; by default they keep their size.
         on_bad_episode: `error` refuses a dataset with a bad episode, `skip` leaves bad ones out with a warning.
+        on_action_outside: `error` refuses actions beyond the action space that the dataset states (Minari does), `clip`
+            clips them, as the simulator did.
+        max_bytes: largest number of bytes that reading may need, in memory for the longest episode and on disk for the
+            cache; by default half of what is free there.
         cache_dir: folder of the converted demonstrations; by default the user's cache folder.
 
     Returns:
@@ -70,27 +77,40 @@ def read_demonstrations(
     """
     if format not in FORMATS:
         raise FORMATS.unknown(format)
-    if on_bad_episode not in ("error", "skip"):
-        raise unknown_name("value of dataset.on_bad_episode", on_bad_episode, ("error", "skip"))
-    for name, value in (("max_episodes", max_episodes), ("image_size", image_size)):
+    _check_choice("on_bad_episode", on_bad_episode, ("error", "skip"))
+    _check_choice("on_action_outside", on_action_outside, ("error", "clip"))
+    for name, value in (("max_episodes", max_episodes), ("image_size", image_size), ("max_bytes", max_bytes)):
         if value is not None and value < 1:
             raise ValueError(f"dataset.{name} must be 1 or more; got {value}")
-    reading = _Reading(
-        format=format,
-        path=FORMATS[format].find(Path(path)),
-        request=Request(observation_keys=observation_keys, action_key=action_key, subset=subset),
-        max_episodes=max_episodes,
-        relabel=relabel,
-        transform=transform,
-        image_size=image_size,
-        skip_bad=on_bad_episode == "skip",
-    )
-    found = reading.read((cache_dir or default_cache_dir()).expanduser())
+    cache = (cache_dir or default_cache_dir()).expanduser()
+    budget = _budget(cache, max_bytes, max_episodes, image_size, transform)
+    request = Request(observation_keys, action_key, subset, on_action_outside, budget)
+    place, skip_bad = FORMATS[format].find(Path(path)), on_bad_episode == "skip"
+    reading = _Reading(format, place, request, max_episodes, relabel, transform, image_size, skip_bad)
+    found = reading.read(cache)
     reading.check(found)
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
+def _check_choice(setting: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise unknown_name(f"value of dataset.{setting}", value, choices)
+
+
+def _budget(
+    cache: Path, max_bytes: int | None, max_episodes: int | None, image_size: int | None, transform: Transform | None
+) -> Budget:
+    """The budget that the user set, or half of what is free."""
+    return Budget(
+        memory=free_memory() // 2 if max_bytes is None else max_bytes,
+        disk=free_disk(cache) // 2 if max_bytes is None else max_bytes,
+        max_episodes=max_episodes,
+        image_size=image_size,
+        is_transformed=transform is not None,
+    )
+
+
+@dataclass(frozen=True)
 class _Reading:
     """The checked arguments of `read_demonstrations`, with the dataset's own path."""
 
@@ -119,6 +139,7 @@ class _Reading:
                     held_out=reader.held_out,
                     skip_bad=self.skip_bad,
                     max_episodes=self.max_episodes,
+                    budget=self.request.budget,
                 )
             found = open_cached(entry)
         if found is None:
@@ -156,6 +177,7 @@ class _Reading:
             "observation_keys": self.request.observation_keys,
             "action_key": self.request.action_key,
             "subset": self.request.subset,
+            "on_action_outside": self.request.on_action_outside,
             "max_episodes": self.max_episodes,
             "relabel": self.relabel and _code_of("relabel", self.relabel),
             "transform": self.transform and _code_of("transform", self.transform),
@@ -173,14 +195,22 @@ class _Reading:
     def _episodes(self, reader: EpisodeReader) -> Generator[tuple[str, Callable[[], Episode]], None, None]:
         """The name of each episode, and a function that reads it."""
         total = min(len(reader.names), self.max_episodes or len(reader.names))
+        left_out: set[str] = set()
         with progress(reader.names, total=total, desc="read", unit="episode") as names:
             for name in names:
-                yield name, partial(self._prepared, reader, name)
+                yield name, partial(self._prepared, reader, name, left_out)
 
-    def _prepared(self, reader: EpisodeReader, name: str) -> Episode:
-        """An episode as it is trained on: relabelled, transformed and resized."""
+    def _prepared(self, reader: EpisodeReader, name: str, left_out: set[str]) -> Episode:
+        """An episode as it is trained on: without empty observations, relabelled, transformed and resized."""
         episode = reader.read(name)
         observations, actions = dict(episode.observations), episode.actions
+        if self.request.observation_keys is None:
+            empty = {key for key, values in observations.items() if 0 in getattr(values, "shape", ())[1:]}
+            if empty < observations.keys():  # if all are empty, the check of the episode refuses it
+                observations = {key: values for key, values in observations.items() if key not in empty}
+                if new := sorted(empty - left_out):
+                    warn_empty(self.path, new)
+                    left_out |= empty
         if self.relabel is not None:
             with _failures_named("relabel"):
                 relabelled, actions = self.relabel(observations, actions)

@@ -11,6 +11,7 @@ from policy.common.registry import construct
 from policy.diffusion.ddim import Generators, ddim_sample, randn_like
 from policy.diffusion.sampler import Sampler
 from policy.diffusion.schedule import check_signal, loss_weights, make_schedule
+from policy.model.by_key import ModulesByKey
 from policy.model.config import PolicyConfig
 from policy.model.denoisers import DENOISERS
 from policy.model.denoisers.denoiser import check_denoiser
@@ -45,11 +46,11 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         self.loss_weights = loss_weights(
             self.schedule, config.prediction_type, config.loss_weighting, config.min_snr_gamma
         )
-        self.observation_normalizers = nn.ModuleDict(
+        self.observation_normalizers = ModulesByKey(
             {key: Normalizer(shape) for key, shape in config.observation_shapes.items() if not is_image(shape)}
         )
         self.action_normalizer = Normalizer((config.action_dim,))
-        self.auxiliary_normalizers = nn.ModuleDict(
+        self.auxiliary_normalizers = ModulesByKey(
             {key: Normalizer(shape) for key, shape in config.auxiliary_shapes.items()}
         )
         self.encoder = construct(
@@ -69,7 +70,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         )
         check_denoiser(config.denoiser["name"], self.denoiser)
         # Built last, so that the initial weights of the other parts are the same with and without auxiliary heads.
-        self.auxiliary_heads = nn.ModuleDict(
+        self.auxiliary_heads = ModulesByKey(
             {key: nn.Linear(config.obs_size, shape[0]) for key, shape in config.auxiliary_shapes.items()}
         )
 
@@ -96,7 +97,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
     def _normalized(self, key: str, value: Tensor) -> Tensor:
         on_device = value.to(self.device)  # before the conversion to float: images are transferred as bytes
         if key in self.observation_normalizers:
-            return self.observation_normalizers[key].normalize(on_device.to(torch.float32))  # type: ignore[operator]
+            return self.observation_normalizers[key].normalize(on_device.to(torch.float32))
         # The arithmetic is done in place on one copy: for a large batch of images, allocating memory for each operation
         # costs more than the operation.
         return on_device.to(torch.float32, copy=True).div_(127.5).sub_(1)
@@ -138,7 +139,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         loss = embedding.new_zeros(())
         for key, head in self.auxiliary_heads.items():
             newest = batch["observations"][key][:, -1].to(self.device, torch.float32)
-            told = head(embedding) - self.auxiliary_normalizers[key].normalize(newest)  # type: ignore[operator]
+            told = head(embedding) - self.auxiliary_normalizers[key].normalize(newest)
             loss = loss + self.config.auxiliary_weight * told.square().mean()
         return loss
 

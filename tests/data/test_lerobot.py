@@ -291,6 +291,34 @@ def test_matrices_are_laid_out_flat(read, v30, inner):
     np.testing.assert_array_equal(read(v30).observations["grid"], matrices.reshape(48, 6))
 
 
+@pytest.mark.parametrize("shape", [(4, 5, 3), (3, 4, 5), (4, 5, 1)], ids=str)
+def test_pictures_stored_as_numbers_are_pictures(read, v30, shape):
+    pictures = np.random.default_rng(0).integers(0, 256, (48, *shape)).astype(np.uint8)
+    change_table(
+        v30 / DATA, **{"observation.camera": pa.array(pictures.tolist(), pa.list_(pa.list_(pa.list_(pa.uint8()))))}
+    )
+    change_feature(v30, "observation.camera", dtype="uint8", shape=list(shape))
+    found = read(v30, observation_keys=["camera"]).observations["camera"]
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, pictures.transpose(0, 2, 3, 1) if shape[0] == 3 else pictures)
+
+
+def test_numbers_of_rank_3_that_cannot_be_pictures_are_laid_out_flat(read, v30):
+    voxels = np.random.default_rng(0).integers(0, 2, (48, 2, 2, 2))
+    change_table(v30 / DATA, **{"observation.voxels": pa.array(voxels.tolist())})
+    for dtype in ("uint8", "int64"):
+        change_feature(v30, "observation.voxels", dtype=dtype, shape=[2, 2, 2])
+        np.testing.assert_array_equal(read(v30).observations["voxels"], voxels.reshape(48, 8))
+
+
+def test_features_without_numbers_are_left_out_with_a_word(read, v30):
+    change_feature(v30, "observation.nothing", dtype="float32", shape=[0])
+    with pytest.warns(UserWarning, match=r"v30: 'observation\.nothing' has the shape \(0,\).* left out"):
+        assert "nothing" not in read(v30).observations
+    with pytest.raises(ValueError, match=r"shape of feature 'observation\.nothing'"):
+        read(v30, observation_keys=["nothing"])
+
+
 # The places of rows and frames.
 
 

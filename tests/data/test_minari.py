@@ -543,6 +543,18 @@ def test_actions_may_miss_their_bounds_by_a_rounding_error(tmp_path):
         read(path)
 
 
+def test_actions_beyond_their_space_are_clipped_by_a_setting(tmp_path):
+    path = create(tmp_path, buffers())
+    expected = read(path).actions.copy()
+    put("episode_1/actions", (0, 1), 7)(path)
+    with pytest.raises(ValueError, match=r"'actions' is 7 .*: clip such actions, .* dataset.on_action_outside=clip"):
+        read(path)
+    expected[LENGTHS[0], 1] = 1
+    np.testing.assert_array_equal(read(path, on_action_outside="clip").actions, expected)
+    with pytest.raises(ValueError, match="on_action_outside"):
+        read(path, on_action_outside="clp")
+
+
 @pytest.mark.parametrize("data_format", DATA_FORMATS)
 @pytest.mark.parametrize("choice", [1, 5])
 def test_a_choice_outside_of_its_space_is_a_bad_episode(tmp_path, data_format, choice):

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from policy.common.registry import Registry
-from policy.data import reading
+from policy.data import cache, reading
 from policy.data.cache import open_cached
 from policy.data.episode import Episode, EpisodeChecker, Request, as_images
 from policy.data.files import fingerprint, list_files
@@ -563,7 +562,9 @@ def test_a_slower_conversion_keeps_the_entry_of_the_faster(dataset):
 def test_a_full_disk_is_one_sentence(dataset, monkeypatch, length, mode):
     real = Path.open
     monkeypatch.setattr(
-        Path, "open", lambda path, *args: real(Path("/dev/full") if path.suffix == ".bin" else path, *args)
+        Path,
+        "open",
+        lambda path, *args, **how: real(Path("/dev/full") if path.suffix == ".bin" else path, *args, **how),
     )
     with pytest.raises(ValueError, match=r"the disk is full: .*set.mem does not fit into .*; set dataset.cache_dir"):
         dataset(("a", episode(length)), on_bad_episode=mode)
@@ -579,19 +580,47 @@ def test_a_cache_that_cannot_be_written_to_is_one_sentence(dataset, tmp_path, be
     assert dataset.opened[0].closed
 
 
-def test_what_killed_conversions_left_is_removed_after_a_day(dataset):
-    yesterday = time.time() - 25 * 3600
-    for name, age in (("old", yesterday), ("writing", yesterday), ("new", time.time())):
+def test_what_killed_conversions_left_is_removed_and_what_is_alive_stays(dataset):
+    """Whatever their times say: a clock may jump."""
+    for name in ("killed", "alive"):
         leftover = dataset.cache / f".building-{name}"
         leftover.mkdir(parents=True)
         (leftover / "0.bin").touch()
-        os.utime(leftover / "0.bin", (age, age) if name != "writing" else None)
-        os.utime(leftover, (age, age))
+        os.utime(leftover, (0, 0))
     (dataset.cache / "old-data").mkdir()
-    os.utime(dataset.cache / "old-data", (yesterday, yesterday))
-    dataset(*GOOD)
+    with cache._locked(dataset.cache / ".building-alive"):
+        dataset(*GOOD)
     left = {entry.name for entry in dataset.cache.iterdir() if not entry.name.startswith("set.mem-")}
-    assert left == {".building-writing", ".building-new", "old-data"}
+    assert left == {".building-alive", "old-data"}
+
+
+def test_every_changed_byte_of_the_cache_is_noticed(dataset):
+    dataset(*GOOD)
+    (entry,) = dataset.cache.iterdir()
+    for file in sorted(entry.glob("*.bin")):
+        for place in range(file.stat().st_size):
+            changed = bytearray(file.read_bytes())
+            changed[place] ^= 4
+            whole = file.read_bytes()
+            file.write_bytes(changed)
+            assert open_cached(entry) is None
+            file.write_bytes(whole)
+    assert_good(open_cached(entry))
+    file.write_bytes(changed)
+    assert_good(dataset(*GOOD))  # converted again
+    assert len(dataset.opened) == 2
+
+
+def test_empty_observations_are_left_out_with_a_word(dataset):
+    def beside(length):
+        nothing = {"state": np.ones((length, 2)), "nothing": np.empty((length, 0))}
+        return Episode(observations=nothing, actions=np.zeros((length, 1)))
+
+    with pytest.warns(UserWarning, match=r"set.mem: 'nothing' has the shape \(0,\).* left out") as caught:
+        assert list(dataset(("a", beside(3)), ("b", beside(2))).observations) == ["state"]
+    assert len(caught) == 1
+    with pytest.raises(ValueError, match="'nothing' is empty"):
+        dataset(("a", beside(3)), observation_keys=["state", "nothing"])
 
 
 # Transforms and sizes

@@ -72,7 +72,7 @@ def write_anew(path: Path, arrays, zarr_format, chunks, **options) -> Path:
 
 def read(path: Path, **request):
     cache = path.parent / "cache"
-    return read_demonstrations(format="zarr", path=path, cache_dir=cache, **request)
+    return read_demonstrations(format="zarr", path=path, cache_dir=cache, **{"max_bytes": 8 * 2**30, **request})
 
 
 @pytest.mark.parametrize("zarr_format", ZARR_FORMATS)
@@ -184,7 +184,7 @@ def test_what_zarr_leaves_out_because_it_is_zero_is_read_with_a_warning(tmp_path
     folder, separator = (path / "data" / "state", ".") if zarr_format == 2 else (path / "data" / "state" / "c", "/")
     assert (folder / f"0{separator}1").exists()
     assert not (folder / f"0{separator}2").exists()
-    with pytest.warns(UserWarning, match=r"chunk 'data/\S+' is not stored; it is read as 0") as caught:
+    with pytest.warns(UserWarning, match=r"not every chunk of 'data/\S+' .* is stored; .* are read as 0") as caught:
         found = read(path)
     assert len(caught) == 2  # one per array
     np.testing.assert_array_equal(found.observations["state"], arrays["data/state"])
@@ -192,25 +192,43 @@ def test_what_zarr_leaves_out_because_it_is_zero_is_read_with_a_warning(tmp_path
 
 
 @pytest.mark.parametrize("zarr_format", ZARR_FORMATS)
-@pytest.mark.parametrize("array", ["data/state", "data/action", "data/img", "meta/episode_ends"])
+@pytest.mark.parametrize("array", ["data/pose", "data/action", "data/img", "meta/episode_ends"])
 @pytest.mark.parametrize("lost", [{0}, {1}, {2}, {0, 1}, {1, 2}, {0, 1, 2}], ids=str)
 def test_lost_chunks_are_refused_and_never_read_as_zero(tmp_path, monkeypatch, zarr_format, array, lost):
-    arrays = {**replay(), "meta/episode_ends": np.array([4, 5, 8, 11])}
+    arrays = {**replay(), "data/pose": 1 + replay()["data/state"], "meta/episode_ends": np.array([4, 5, 8, 11])}
     chunks = {name: (1 if name.startswith("meta") else 4, *values.shape[1:]) for name, values in arrays.items()}
     path = write_replay(tmp_path / "r.zarr", arrays, zarr_format, chunks)
     zeros = [0] * (arrays[array].ndim - 1)
     for row in lost:
         name = ".".join(map(str, [row, *zeros])) if zarr_format == 2 else "/".join(map(str, ["c", row, *zeros]))
         (path / array / name).unlink()
+    if array == "data/pose" and len(lost) == 3 and zarr_format == 2:
+        return  # nothing distinguishes it from a constant, see below
     message = rf"chunk '{array}/\S+' is missing|'{array}' is not whole: 0 of its"
     with pytest.raises(ValueError, match=message):
-        read(path, observation_keys=["state", "img"])
+        read(path, observation_keys=["pose", "img"])
     monkeypatch.setattr(zarr_replay, "BLOCK_BYTES", 1)  # each row of chunks is decoded alone
     if len(lost) < 3 and array != "meta/episode_ends":
         with pytest.warns(UserWarning, match=message):
-            found = read(path, observation_keys=["state", "img"], on_bad_episode="skip")
+            found = read(path, observation_keys=["pose", "img"], on_bad_episode="skip")
         hit = {0: {"0"}, 1: {"1", "2"}, 2: {"3"}}
         assert list(found.episode_names) == sorted({"0", "1", "2", "3"} - set.union(*(hit[row] for row in lost)))
+
+
+@needs_format_3
+@pytest.mark.parametrize("zarr_format", ZARR_FORMATS)
+@pytest.mark.parametrize("name", ["r.zarr", "r.zarr.zip"])
+def test_an_array_that_is_one_constant_is_read_with_a_warning(tmp_path, name, zarr_format):
+    arrays = {**replay(), "data/gripper": np.zeros((11, 1), np.float32)}
+    path = write_replay(tmp_path / name, arrays, zarr_format, fill_value=0)
+    with pytest.warns(UserWarning, match="no chunk of 'data/gripper' is stored; its values are read as 0"):
+        found = read(path, observation_keys=["state", "gripper"])
+    np.testing.assert_array_equal(found.observations["gripper"], arrays["data/gripper"])
+    np.testing.assert_array_equal(found.observations["state"], arrays["data/state"])
+    with pytest.raises(ValueError, match=r"'data/gripper' is not whole: .*write_empty_chunks=True"):
+        read(path, observation_keys=["gripper"])
+    with pytest.raises(ValueError, match="'data/gripper' is not whole"):
+        read(path, action_key="gripper")
 
 
 @needs_format_3
@@ -332,8 +350,8 @@ BROKEN = {
     "other dtype": (zarray("state", dtype="<f8"), "chunk 'data/state/0.0' is damaged"),
     "other codec": (zarray("state", compressor={"id": "zlib"}), "chunk 'data/state/0.0' is damaged"),
     "long": (zarray("action", shape=[1000, 2]), "last episode at 11, 'data/action' has 1000 rows"),
-    "wide": (zarray("state", shape=[11, 10**12]), "'data/state' .* take more than 4 GiB"),
-    "large chunk": (zarray("state", chunks=[10**9, 5]), "'data/state' .* take more than 4 GiB"),
+    "wide": (zarray("state", shape=[11, 10**12]), "'data/state' .* of memory .*dataset.max_bytes allows 8 GiB"),
+    "large chunk": (zarray("state", chunks=[10**9, 5]), "'data/state' .* of memory .*dataset.max_bytes allows 8 GiB"),
     "not so large chunk": (zarray("state", chunks=[10**8, 5]), "chunk 'data/state/0.0' is damaged"),
     "not so wide": (zarray("state", shape=[11, 9 * 10**7], chunks=[11, 9 * 10**7]), "'data/state/0.0' is damaged"),
     "many columns": (zarray("state", shape=[11, 9 * 10**7]), "'data/state' is not whole: 1 of its 18000000 chunks"),

@@ -1,5 +1,6 @@
 """The policy as a whole: a 287-wide embedding, a masked loss, and samples in the data's units."""
 
+import copy
 import json
 import math
 
@@ -219,6 +220,26 @@ def test_auxiliary_observations_are_told_by_the_embedding_and_never_seen():
     torch.testing.assert_close(policy.loss(seen, seeded(1)), expected)
     with pytest.raises(ValueError, match=r"must have the keys \['goal', 'state'\]; got \['goal', 'pose', 'state'\]"):
         policy.sample_actions(seen["observations"])
+
+
+# Names that torch's own modules use.
+TORCH_NAMES = ("type", "values", "to", "training", "forward", "keys", "items", "_modules", "T_destination", "half/")
+
+
+def test_observations_may_have_names_that_torch_uses_itself(tmp_path):
+    shapes = {name: (2,) for name in TORCH_NAMES}
+    policy = make_policy(observation_shapes=shapes, auxiliary_shapes={"eval": (2,), "pose": (3,)})
+    randomise(policy)
+    policy.train()
+    assert list(copy.deepcopy(policy).observation_normalizers) == list(TORCH_NAMES)
+    given = {name: torch.randn(3, 2, 2, generator=seeded(1)) for name in shapes}
+    policy.save_pretrained(tmp_path)
+    loaded = DiffusionPolicy.from_pretrained(tmp_path)
+    assert "eval" in loaded.auxiliary_heads
+    assert "pose" in loaded.auxiliary_heads
+    noise = torch.zeros(3, 8, policy.config.action_dim)
+    expected = policy.eval().sample_actions(given, noise=noise)
+    torch.testing.assert_close(loaded.sample_actions(given, noise=noise), expected)
 
 
 @pytest.mark.parametrize(

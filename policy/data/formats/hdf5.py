@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import mmap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
+
+from policy.data.budget import Budget, BudgetError
 
 # gzip compresses to no less than a thousandth; a file that claims a higher ratio is damaged.
 MAX_COMPRESSION = 2048
@@ -39,10 +42,16 @@ class HDF5File:
         ValueError: the file is not HDF5, or is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, budget: Budget) -> None:
         self._size = path.stat().st_size
+        self._budget = budget
         try:
             self._file = h5py.File(path, "r")
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{path.name} is open for writing elsewhere: close the program that writes it, or copy the file once"
+                " it is written"
+            ) from error
         except Exception as error:
             raise ValueError(f"{path.name} is not a readable HDF5 file ({error}): fetch it again") from error
         try:
@@ -88,6 +97,11 @@ class HDF5File:
         with _naming(f"{key}@{name}"):
             return self._find(key).attrs.get(name)
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of an array, without reading its values."""
+        with _naming(key):
+            return tuple(self._dataset(key).shape)
+
     def numbers(self, key: str) -> NDArray[Any]:
         """Read an array of numbers."""
         with _naming(key):
@@ -131,6 +145,7 @@ class HDF5File:
         return node
 
     def _rows(self, dataset: h5py.Dataset) -> list[bytes]:
+        self._budget.check_memory(len(dataset) * REFERENCE.itemsize, f"{dataset.name!r}")
         if dataset.id.get_create_plist().get_nfilters():
             raise HDF5Error(f"{dataset.name!r} holds compressed rows of different lengths: write them uncompressed")
         if dataset.chunks:
@@ -138,7 +153,9 @@ class HDF5File:
             stored = b"".join(dataset.id.read_direct_chunk((start,))[1] for start in starts)
         else:
             stored = self._heaps.data[dataset.id.get_offset() :][: len(dataset) * REFERENCE.itemsize]
-        return self._heaps.rows(np.frombuffer(stored, REFERENCE, len(dataset)))
+        references = np.frombuffer(stored, REFERENCE, len(dataset))
+        self._budget.check_memory(int(references["size"].sum(dtype=np.int64)), f"{dataset.name!r}")
+        return self._heaps.rows(references)
 
     def _dataset(self, key: str) -> h5py.Dataset:
         dataset = self._find(key)
@@ -153,7 +170,29 @@ class HDF5File:
         declared = math.prod(dataset.shape) * dataset.dtype.itemsize
         if declared > limit:
             raise HDF5Error(f"{key!r} should have {declared} bytes, but {stored} are stored: it was written partly")
+        chunk = math.prod(dataset.chunks or (0,)) * dataset.dtype.itemsize
+        self._budget.check_memory(max(declared, chunk), f"{key!r}")
+        _check_filters(key, created)
         return dataset
+
+
+def _check_filters(key: str, created: h5py.h5p.PropDCID) -> None:
+    """Refuse data that was compressed with a filter which is not installed.
+
+    Raises:
+        HDF5Error: the message names the filter, and the package that has the common ones.
+    """
+    for place in range(created.get_nfilters()):
+        number, _, _, name = created.get_filter(place)
+        if h5py.h5z.filter_avail(number):
+            continue
+        with suppress(ImportError):
+            importlib.import_module("hdf5plugin")  # registers its filters
+        if not h5py.h5z.filter_avail(number):
+            raise HDF5Error(
+                f"{key!r} is compressed with the HDF5 filter {number} ({name.decode(errors='replace')}), which is not"
+                " installed: pip install hdf5plugin, or write the file again with gzip (h5repack -f GZIP=4)"
+            )
 
 
 class _Heaps:
@@ -246,7 +285,7 @@ def _kind(dtype: np.dtype[Any]) -> str:
 def _naming(key: str) -> Iterator[None]:
     try:
         yield
-    except HDF5Error:
+    except (HDF5Error, BudgetError):
         raise
     except Exception as error:  # h5py raises many different exceptions for failures of the HDF5 library
         raise HDF5Error(f"{key!r} cannot be read ({error})") from error

@@ -25,9 +25,11 @@ from PIL import Image
 
 from policy.common.control_rate import stated_rate
 from policy.common.observations import is_image
+from policy.data.budget import Budget, BudgetError
 from policy.data.episode import Episode, EpisodeReader, Request
 from policy.data.formats.format import Format
 from policy.data.formats.hdf5 import HDF5File
+from policy.data.formats.parquet import check_row_groups
 from policy.data.minari_writer import ENV_KEY, RATE_KEY
 
 ACTIONS = "actions"
@@ -135,7 +137,8 @@ def open_minari(path: Path, files: Mapping[str, Path], request: Request) -> Epis
         said["rate_hz"] = rate
     if isinstance(metadata.get("dataset_id"), str):
         said["dataset_id"] = metadata["dataset_id"]
-    storage = _open_storage(str(metadata.get("data_format", "hdf5")), files)
+    _check_total(metadata, action, observations, request.budget)
+    storage = _open_storage(str(metadata.get("data_format", "hdf5")), files, request.budget)
     total = metadata.get("total_episodes")
     if not storage.names or (isinstance(total, int) and total != len(storage.names)):
         storage.close()
@@ -143,7 +146,8 @@ def open_minari(path: Path, files: Mapping[str, Path], request: Request) -> Epis
             f"it should have {total} episodes, but {len(storage.names)} are there: it was written or copied partly,"
             " fetch it again"
         )
-    return MinariReader(storage, observations=observations, action=action, said=said)
+    clip = request.on_action_outside == "clip"
+    return MinariReader(storage, observations=observations, action=action, clip=clip, said=said)
 
 
 FORMAT = Format(open=open_minari, find=find_minari)
@@ -155,13 +159,20 @@ class MinariReader:
     held_out: Sequence[str] = ()
 
     def __init__(
-        self, storage: _Storage, *, observations: Mapping[str, _Leaf], action: _Leaf, said: Mapping[str, Any]
+        self,
+        storage: _Storage,
+        *,
+        observations: Mapping[str, _Leaf],
+        action: _Leaf,
+        clip: bool,
+        said: Mapping[str, Any],
     ) -> None:
         self.names = storage.names
         self.metadata: Mapping[str, Any] = {"format": "minari", **said}
         self._storage = storage
         self._observations = observations
         self._action = action
+        self._clip = clip
         self._low, self._high = _limits(action.space)
 
     def read(self, name: str) -> Episode:
@@ -173,7 +184,10 @@ class MinariReader:
                     f"lengths disagree: '{leaf}' has {len(seen)} rows, {len(rows)} actions need {len(rows) + 1}"
                 )
         actions = _values(rows, self._action)
-        self._check_limits(actions)
+        if self._clip:
+            actions = np.clip(actions, *self._bounds())
+        else:
+            self._check_limits(actions)
         # The last observation is left out: it follows the last action.
         pairs = zip(self._observations.items(), observed, strict=True)
         return Episode(actions=actions, observations={key: _values(seen[:-1], leaf) for (key, leaf), seen in pairs})
@@ -186,11 +200,29 @@ class MinariReader:
         outside = np.argwhere((actions < self._low) | (actions > self._high))
         if len(outside):
             transition, index = outside[0]
-            low, high = (np.ravel(bound)[index] for bound in (self._action.space.low, self._action.space.high))  # type: ignore[attr-defined]
+            low, high = (bound[index] for bound in self._bounds())
             raise ValueError(
                 f"'actions' is {actions[transition, index]:g} at transition {transition}, index {index}; its space"
-                f" allows {low:g} to {high:g}"
+                f" allows {low:g} to {high:g}: clip such actions, as simulators do, with dataset.on_action_outside=clip"
             )
+
+    def _bounds(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        space: Any = self._action.space
+        return np.ravel(space.low), np.ravel(space.high)
+
+
+def _check_total(metadata: Mapping[str, Any], action: _Leaf, observations: Mapping[str, _Leaf], budget: Budget) -> None:
+    """Compare the size that the metadata states with the budget; the episodes' own sizes are compared when read."""
+    steps, episodes = metadata.get("total_steps"), metadata.get("total_episodes")
+    if not (isinstance(steps, int) and isinstance(episodes, int) and 0 < episodes <= steps):
+        return
+    shapes = {key: _shape(leaf.space) for key, leaf in {**observations, ACTIONS: action}.items()}
+    count = min(episodes, budget.max_episodes or episodes)
+    budget.check_episodes([steps // episodes] * count, shapes)
+
+
+def _shape(space: gymnasium.Space[Any]) -> tuple[int, ...]:
+    return space.shape or () if isinstance(space, spaces.Box) else (spaces.utils.flatdim(space),)
 
 
 def _limits(space: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -302,21 +334,21 @@ class _Storage(Protocol):
         ...
 
 
-def _open_storage(data_format: str, files: Mapping[str, Path]) -> _Storage:
+def _open_storage(data_format: str, files: Mapping[str, Path], budget: Budget) -> _Storage:
     if data_format == "hdf5":
-        return _HDF5Storage(files)
+        return _HDF5Storage(files, budget)
     if data_format in ("arrow", "parquet"):
-        return _ArrowStorage(files, data_format)
+        return _ArrowStorage(files, data_format, budget)
     raise ValueError(f"data_format {data_format!r} in data/metadata.json must be hdf5, arrow or parquet")
 
 
 class _HDF5Storage:
     """One file, `episode_<i>/observations/...` and `episode_<i>/actions`."""
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
+    def __init__(self, files: Mapping[str, Path], budget: Budget) -> None:
         if "data/main_data.hdf5" not in files:
             raise ValueError("it has no data/main_data.hdf5: it was copied partly, fetch it again")
-        self._file = HDF5File(files["data/main_data.hdf5"])
+        self._file = HDF5File(files["data/main_data.hdf5"], budget)
         found = (re.fullmatch(r"episode_(\d+)", name) for name in self._file.names(""))
         self.names: Sequence[str] = sorted((match[1] for match in found if match), key=int)
 
@@ -342,7 +374,8 @@ class _HDF5Storage:
 class _ArrowStorage:
     """A folder for each episode, with columns `observations` (a struct if they are nested) and `actions`."""
 
-    def __init__(self, files: Mapping[str, Path], suffix: str) -> None:
+    def __init__(self, files: Mapping[str, Path], suffix: str, budget: Budget) -> None:
+        self._budget = budget
         self._parts: dict[str, list[Path]] = {}
         for name, file in files.items():
             if match := re.fullmatch(rf"data/(\d+)/[^/]+\.{suffix}", name):
@@ -351,7 +384,9 @@ class _ArrowStorage:
 
     def rows(self, name: str, leaves: Sequence[_Leaf]) -> list[Rows]:
         try:
-            table = pa.concat_tables([_read_table(part, leaves) for part in self._parts[name]])
+            table = pa.concat_tables([_read_table(part, leaves, self._budget) for part in self._parts[name]])
+        except BudgetError:
+            raise
         except Exception as error:  # exceptions of pyarrow, and exceptions of Python that it lets through
             raise ValueError(f"{self._parts[name][0].name} cannot be read ({error}): fetch it again") from error
         return [_arrow_rows(table, leaf) for leaf in leaves]
@@ -360,8 +395,9 @@ class _ArrowStorage:
         """Do nothing: no file stays open."""
 
 
-def _read_table(part: Path, leaves: Sequence[_Leaf]) -> pa.Table:
+def _read_table(part: Path, leaves: Sequence[_Leaf], budget: Budget) -> pa.Table:
     if part.suffix == ".parquet":
+        check_row_groups(pyarrow.parquet.read_metadata(part), budget, part.name)
         columns = [".".join(map(str, leaf.path)) for leaf in leaves]
         return pyarrow.parquet.ParquetFile(part).read(columns=columns, use_threads=False)
     with pa.memory_map(str(part)) as mapped:  # columns that are not requested are never read

@@ -6,7 +6,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def open_robomimic(path: Path, files: Mapping[str, Path], request: Request) -> E
     if not path.is_file():
         inside = [name for name in files if name.endswith((".hdf5", ".h5"))]
         raise ValueError(f"set dataset.path to a robomimic file, not a folder; in it: {', '.join(inside) or 'none'}")
-    file = HDF5File(path)
+    file = HDF5File(path, request.budget)
     try:
         demos = _demos(file)
         names, held_out = _subset(file, demos, request.subset)
@@ -89,17 +90,12 @@ def open_robomimic(path: Path, files: Mapping[str, Path], request: Request) -> E
             raise ValueError(
                 "no demo has observations under 'obs': extract them with robomimic's dataset_states_to_obs"
             )
-        return RobomimicReader(
-            file,
-            names=names,
-            held_out=held_out,
-            observation_keys=request.observations(
-                observed,
-                # The keys that most demos have. A demo that lacks one of them is a bad episode.
-                sorted(key for key, count in observed.items() if 2 * count >= len(listed)),
-            ),
-            action_key=request.action((key for key in counts if not key.startswith(OBSERVATIONS)), "actions"),
-        )
+        # The keys that most demos have. A demo that lacks one of them is a bad episode.
+        usual = sorted(key for key, count in observed.items() if 2 * count >= len(listed))
+        keys = request.observations(observed, usual)
+        action_key = request.action((key for key in counts if not key.startswith(OBSERVATIONS)), "actions")
+        _check_sizes(file, names, [*(f"{OBSERVATIONS}{key}" for key in keys.values()), action_key], request)
+        return RobomimicReader(file, names=names, held_out=held_out, observation_keys=keys, action_key=action_key)
     except ValueError:
         file.close()
         raise
@@ -158,6 +154,18 @@ def _keys(file: HDF5File, demos: Sequence[str]) -> list[list[str]]:
     if damage and not listed:
         raise damage
     return listed
+
+
+def _check_sizes(file: HDF5File, names: Sequence[str], keys: Iterable[str], request: Request) -> None:
+    """Compare the sizes in the file's headers with the budget; bad demos are named when they are read."""
+    *observed, action_key = keys
+    lengths: list[int] = []
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in names[: request.budget.max_episodes]:
+        with suppress(HDF5Error):
+            lengths.append(file.shape(f"data/{name}/{action_key}")[0])
+            shapes = shapes or {key: file.shape(f"data/{name}/{key}")[1:] for key in (*observed, action_key)}
+    request.budget.check_episodes(lengths, shapes)
 
 
 def _metadata(file: HDF5File) -> dict[str, Any]:

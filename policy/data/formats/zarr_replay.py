@@ -22,16 +22,18 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from policy.common.observations import is_image
+from policy.data.budget import Budget
 from policy.data.episode import Episode, EpisodeReader, Request
 from policy.data.formats.format import Format
 
 ENDS = "meta/episode_ends"
 METADATA_FILES = (".zarray", "zarr.json")  # the metadata of an array, in format 2 and 3
 CHUNK_NAME = re.compile(r"(c[./])?\d+([./]\d+)*")
+# Packages of the codecs that zarr does not bring along, by a word in their names.
+CODECS = {"imagecodecs": "imagecodecs", "zfpy": "zfpy", "pcodec": "pcodec", "msgpack": "msgpack", "crc32c": "crc32c"}
 # Rows of chunks are decoded together up to this number of bytes.
 BLOCK_BYTES = 16 * 2**20
-# The largest row of chunks. An array that declares a larger one is damaged, or does not fit into memory.
-LARGEST = 4 * 2**30
 
 
 class ZarrReplayReader:
@@ -89,23 +91,44 @@ def open_zarr_replay(path: Path, files: Mapping[str, Path], request: Request) ->
         available = store.arrays("data")
         keys = request.observations(available, ["state"])
         action_key = request.action(available, "action")
-        arrays = {key: _Rows(store, f"data/{key}") for key in (*keys.values(), action_key)}
-        bounds = _read_bounds(store, arrays.values())
+        arrays = {key: _Rows(store, f"data/{key}", request.budget) for key in (*keys.values(), action_key)}
+        _check_constants([arrays[key] for key in keys.values()], arrays[action_key])
+        bounds = _read_bounds(store, arrays.values(), request.budget)
+        shapes = {name: arrays[key].array.shape[1:] for name, key in {**keys, "actions": action_key}.items()}
+        request.budget.check_episodes([end - start for start, end in bounds], shapes)
         return ZarrReplayReader(arrays, bounds, keys, action_key, stack.pop_all())
 
 
 FORMAT = Format(open=open_zarr_replay)
 
 
-def _read_bounds(store: _Store, arrays: Iterable[_Rows]) -> list[tuple[int, int]]:
+def _check_constants(observed: Sequence[_Rows], actions: _Rows) -> None:
+    """Warn of vectors of which no chunk is stored, and refuse actions, pictures or a whole dataset like that.
+
+    zarr 3 does not write a chunk that holds nothing but the fill value, so an array without chunks is a constant, or
+    was lost as a whole. A constant vector beside other observations is common (a gripper that never moves); constant
+    actions and pictures are not.
+    """
+    for array in (*observed, actions):
+        if not array.is_constant:
+            continue
+        if array is actions or is_image(array.array.shape[1:]) or all(other.is_constant for other in observed):
+            raise array.not_whole()
+        array.warn_left_out(f"no chunk of {array.name!r}")
+
+
+def _read_bounds(store: _Store, arrays: Iterable[_Rows], budget: Budget) -> list[tuple[int, int]]:
     """Read the first row and the exclusive last row of each episode."""
-    rows = _Rows(store, ENDS)
+    rows = _Rows(store, ENDS, budget)
+    if rows.is_constant:
+        raise rows.not_whole()
     if rows.array.ndim != 1 or rows.array.dtype.kind not in "iu":
         raise ValueError(f"{ENDS!r} must hold whole numbers, (episodes,); got {rows.array.dtype} {rows.array.shape}")
     for array in arrays:
         # Every episode has at least one transition, so there cannot be more ends than rows.
         if not 0 < len(rows) <= len(array):
             raise ValueError(f"{ENDS!r} names {len(rows)} episodes, {array.name!r} has {len(array)} rows")
+    budget.check_memory(8 * len(rows), f"{ENDS!r}")
     bounds = list(pairwise([0, *rows.read(0, len(rows)).tolist()]))
     for number, (start, end) in enumerate(bounds):
         if end <= start:
@@ -178,9 +201,52 @@ class _Store:
         start = f"{self.root}{array}/"
         return sum(name.startswith(start) and bool(CHUNK_NAME.fullmatch(name, len(start))) for name in self._files)
 
+    def has_folder(self, array: str) -> bool:
+        """Whether an array's folder holds a folder; a zip has no folders without files."""
+        folder = self.path / self.root / array
+        return folder.is_dir() and any(entry.is_dir() for entry in folder.iterdir())
+
     def read(self, name: str) -> bytes:
         """Read the bytes of a file."""
         return self._files[self.root + name]()
+
+
+def _blosc_sizes(content: bytes) -> tuple[int | None, int]:
+    return int.from_bytes(content[4:8], "little"), int.from_bytes(content[12:16], "little")
+
+
+def _lz4_sizes(content: bytes) -> tuple[int | None, int]:
+    return int.from_bytes(content[:4], "little"), len(content)
+
+
+def _gzip_sizes(content: bytes) -> tuple[int | None, int]:
+    return int.from_bytes(content[-4:], "little"), len(content)
+
+
+def _zstd_sizes(content: bytes) -> tuple[int | None, int]:
+    """See RFC 8878, 3.1.1.1: the content's size follows the window's and the dictionary's descriptors."""
+    if len(content) < 6:
+        return None, len(content)
+    flags = content[4]
+    single = flags >> 5 & 1
+    width = (single, 2, 4, 8)[flags >> 6]
+    start = 5 + (1 - single) + (0, 1, 2, 4)[flags & 3]
+    size = int.from_bytes(content[start : start + width], "little") + (256 if width == 2 else 0)
+    return (size if width else None), len(content)
+
+
+# By codec: the number of bytes to which a compressed chunk decodes, None if it does not say, and its own size.
+SIZES = {"blosc": _blosc_sizes, "lz4": _lz4_sizes, "gzip": _gzip_sizes, "zstd": _zstd_sizes}
+
+
+def _remedy(error: Exception) -> str:
+    """Say how to get a codec that is not installed."""
+    text = str(error).lower()
+    if "codec" not in text and "compressor" not in text:
+        return ""
+    package = next((package for word, package in CODECS.items() if word in text), None)
+    install = f"pip install {package}" if package else "install the package that has it"
+    return f": the codec is not installed; {install}, or write the array again with Blosc or Zstd"
 
 
 class _Rows:
@@ -192,9 +258,10 @@ class _Rows:
     Attributes:
         name: the array's name in the store.
         array: zarr's array.
+        is_constant: whether no chunk is stored; all values then are the fill value.
     """
 
-    def __init__(self, store: _Store, name: str) -> None:
+    def __init__(self, store: _Store, name: str, budget: Budget) -> None:
         self.name = name
         self._store = store
         try:
@@ -203,19 +270,19 @@ class _Rows:
             # zarr 2 has one compressor, zarr 3 any number of them.
             compressors = array.compressors if hasattr(array, "compressors") else (array.compressor,)
             self._has_filters = bool(array.filters) or len(compressors) > 1
-            self._is_blosc = bool(compressors) and type(compressors[-1]).__name__ in ("Blosc", "BloscCodec")
-            self._is_blosc &= self._chunk == array.chunks  # a shard ends in an index and not in compressed data
+            is_plain = bool(compressors) and self._chunk == array.chunks  # a shard ends in an index, not in such data
+            self._codec = type(compressors[-1]).__name__.removesuffix("Codec").lower() if is_plain else ""
             # This codec of older numcodecs unpickles, which can run any code.
             is_pickled = array.dtype.kind == "O" or "pickle" in repr((array.filters, compressors)).lower()
         except Exception as error:  # damaged metadata makes zarr raise many different exceptions
-            raise ValueError(f"array {name!r} cannot be opened ({error})") from error
+            raise ValueError(f"array {name!r} cannot be opened ({error}){_remedy(error)}") from error
         if is_pickled:
             raise ValueError(f"array {name!r} holds pickled objects or text, which are never opened")
         if array.dtype.kind not in "biuf" or not self._shape or min(self._shape) < 0 or min(self._chunk) < 1:
             raise ValueError(f"array {name!r} must hold rows of numbers; it holds {array.dtype} {self._shape}")
         self._grid = [-(-n // c) for n, c in zip(self._shape, self._chunk, strict=True)]
         self._chunk_bytes = array.dtype.itemsize * math.prod(self._chunk)
-        self._check_size()
+        self._check_size(budget)
         self._start = 0
         self._values: NDArray[Any] = np.empty(0)
         self._damaged: dict[int, str] = {}
@@ -224,22 +291,43 @@ class _Rows:
         self._gaps: dict[tuple[int, ...], tuple[int, int, bool]] = {}
         self._warned = False
 
-    def _check_size(self) -> None:
+    def _check_size(self, budget: Budget) -> None:
         """Refuse an array that would fill the memory, or whose chunks are mostly missing."""
         row_bytes = self.array.dtype.itemsize * math.prod(self._shape[1:])
         decoded = row_bytes * min(self._chunk[0], self._shape[0])  # a row of chunks
-        if max(decoded, self._chunk_bytes) > LARGEST:
-            raise ValueError(
-                f"array {self.name!r} of shape {self._shape} has chunks of {self._chunk}, which take more than"
-                f" {LARGEST / 2**30:g} GiB of memory: write it again with fewer rows in a chunk"
-            )
-        stored, declared = self._store.count_chunks(self.name), math.prod(self._grid)
-        if declared > 1000 * stored:  # a writer may leave chunks out, see `_check_left_out`, but not nearly all
-            raise ValueError(f"array {self.name!r} is not whole: {stored} of its {declared} chunks are there")
+        budget.check_memory(
+            max(decoded, self._chunk_bytes),
+            f"array {self.name!r} of shape {self._shape}: a row of its chunks of {self._chunk}",
+        )
+        self._stored = self._store.count_chunks(self.name)
+        declared = math.prod(self._grid)
+        # A folder in the array's own shows that there were chunks.
+        self.is_constant = declared > 0 == self._stored and not self._store.has_folder(self.name)
+        # A writer may leave chunks out, see `_check_left_out`, but not nearly all of them.
+        if declared > 1000 * self._stored and not self.is_constant:
+            raise self.not_whole()
         self._together = max(1, BLOCK_BYTES // max(1, decoded))
 
     def __len__(self) -> int:
         return int(self._shape[0])
+
+    def not_whole(self) -> ValueError:
+        """Build the error for an array of which (nearly) all chunks are missing."""
+        return ValueError(
+            f"array {self.name!r} is not whole: {self._stored} of its {math.prod(self._grid)} chunks are there; copy"
+            f" the dataset again, or, if its values really are {self.array.fill_value}, write the array again with"
+            " zarr's write_empty_chunks=True"
+        )
+
+    def warn_left_out(self, what: str) -> None:
+        """Warn once that values are read as the fill value because their chunks are not stored."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self._store.path}: {what} is stored; its values are read as {self.array.fill_value}, as zarr leaves"
+                " out chunks that hold nothing else",
+                stacklevel=2,
+            )
 
     def read(self, start: int, end: int) -> NDArray[Any]:
         """Read the rows from `start` to `end`, exclusive.
@@ -247,6 +335,8 @@ class _Rows:
         Raises:
             ValueError: a chunk of these rows is damaged or missing.
         """
+        if self.is_constant:
+            return np.full((end - start, *self._shape[1:]), self.array.fill_value, self.array.dtype)
         pieces = []
         while start < end:
             if not self._start <= start < self._start + len(self._values):
@@ -295,15 +385,22 @@ class _Rows:
         file = self._file(chunk)
         if file not in self._store:
             self._check_left_out(chunk, file)
-        elif self._is_blosc:
+        elif self._codec in SIZES:
             try:
                 content = self._store.read(file)
             except Exception as error:  # an error of the zip or of the disk
                 raise ValueError(f"chunk {file!r} cannot be read ({error})") from error
-            # Blosc's header states both sizes; zarr does not compare them with the sizes of the file and of the chunk.
-            decoded, size = (int.from_bytes(content[at : at + 4], "little") for at in (4, 12))
-            if size != len(content) or (not self._has_filters and decoded != self._chunk_bytes):
+            # zarr does not compare the sizes that codecs state with those of the file and of the chunk.
+            decoded, size = SIZES[self._codec](content)
+            if size != len(content) or not self._allows(decoded):
                 raise ValueError(f"chunk {file!r} is damaged: it is cut short or was changed")
+
+    def _allows(self, decoded: int | None) -> bool:
+        """Whether a chunk may decode to a number of bytes; None is unknown."""
+        if decoded is None:
+            return True
+        # Filters change the size a little; nothing justifies a chunk that fills the memory.
+        return decoded <= 16 * self._chunk_bytes if self._has_filters else decoded == self._chunk_bytes
 
     def _check_left_out(self, chunk: tuple[int, ...], file: str) -> None:
         """Refuse a lost chunk, but accept one that was left out because it holds nothing but the fill value.
@@ -330,13 +427,7 @@ class _Rows:
                 f"chunk {file!r} is missing: copy the dataset again; if its values really are all"
                 f" {self.array.fill_value}, write the array again with write_empty_chunks=True"
             )
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{self._store.path}: chunk {file!r} is not stored; it is read as {self.array.fill_value}, as zarr"
-                " leaves out such chunks, and the values beside it agree",
-                stacklevel=2,
-            )
+        self.warn_left_out(f"not every chunk of {self.name!r} (such as {file!r})")
 
     def _is_fill(self, row: int, chunk: tuple[int, ...]) -> bool:
         """Whether a row holds nothing but the fill value in a chunk's columns."""

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from policy.data.episode import Episode, EpisodeReader, Request
+from policy.data.budget import Budget
+from policy.data.episode import Episode, EpisodeReader, Request, warn_empty
 from policy.data.formats.format import Format
 from policy.data.formats.lerobot.episodes import EpisodeEntry, choose_episodes, read_episodes, read_tasks
 from policy.data.formats.lerobot.info import INFO, Feature, Info, read_info
@@ -37,6 +38,7 @@ class LeRobotReader:
         held_out: Sequence[str],
         keys: Mapping[str, str],
         action_key: str,
+        budget: Budget,
     ) -> None:
         self.names = list(entries)
         self.held_out = list(held_out)
@@ -45,13 +47,14 @@ class LeRobotReader:
             "version": info.version,
             "rate_hz": info.fps,
             "robot_type": info.robot_type,
-            "tasks": read_tasks(files, info),
+            "tasks": read_tasks(files, info, budget),
         }
         self._files = files
         self._info = info
         self._entries = entries
         self._keys = keys
         self._action_key = action_key
+        self._budget = budget
         stored = (key for key in (*keys.values(), action_key) if not info.features[key].is_video)
         self._columns = [*dict.fromkeys((*PLACES, *stored))]
         self._table: TableFile | None = None
@@ -85,7 +88,9 @@ class LeRobotReader:
                 return self._read_video(feature, entry)
             if feature.is_image:
                 return decode_pictures(rows.column(key).to_pylist(), feature, self._files)
-            return numbers(rows.column(key), feature.width)
+            values = numbers(rows.column(key), feature.width)
+            axes = feature.axes_of_pixels
+            return values if axes is None else _pictures(values.reshape(len(values), *feature.shape), axes)
         except ValueError as error:
             raise ValueError(f"{key!r}: {error}") from error
 
@@ -105,7 +110,7 @@ class LeRobotReader:
             if self._table is not None:
                 self._table.close()
             self._table = None
-            self._table = TableFile(name, file, self._columns)
+            self._table = TableFile(name, file, self._columns, self._budget)
         return self._table
 
     def _file(self, name: str) -> Path:
@@ -138,7 +143,10 @@ def open_lerobot(path: Path, files: Mapping[str, Path], request: Request) -> Epi
     for key in _wanted(request):
         _check_usable(info, key)
     usable = [key for key, feature in info.features.items() if feature.is_usable]
-    keys = request.observations(usable, [key for key in usable if key.startswith(PREFIX)], PREFIX)
+    observed = [key for key in usable if key.startswith(PREFIX)]
+    if request.observation_keys is None and (empty := [key for key in observed if info.features[key].is_empty]):
+        warn_empty(path, empty)
+    keys = request.observations(usable, [key for key in observed if not info.features[key].is_empty], PREFIX)
     action_key = request.action([key for key in usable if info.features[key].is_numeric], "action")
     for key in (*keys.values(), action_key):
         info.features[key].check_shape()
@@ -148,14 +156,27 @@ def open_lerobot(path: Path, files: Mapping[str, Path], request: Request) -> Epi
     for template in (info.data_path, info.video_path):
         if posixpath.normpath(template).split("/")[0] in ("", ".."):
             raise ValueError(f"{INFO}: {template!r} leaves the dataset's folder, and nothing outside it is opened")
-    entries = {str(entry.number): entry for entry in read_episodes(files, info, videos)}
+    entries = {str(entry.number): entry for entry in read_episodes(files, info, videos, request.budget)}
     chosen, held_out = choose_episodes(info.splits, [entry.number for entry in entries.values()], request.subset)
+    shapes = {seen: info.features[key].row_shape for seen, key in {**keys, "actions": action_key}.items()}
+    request.budget.check_episodes([entries[str(number)].length for number in chosen], shapes)
     return LeRobotReader(
-        files, info, {str(n): entries[str(n)] for n in chosen}, [str(n) for n in held_out], keys, action_key
+        files,
+        info,
+        {str(number): entries[str(number)] for number in chosen},
+        [str(number) for number in held_out],
+        keys,
+        action_key,
+        request.budget,
     )
 
 
 FORMAT = Format(open=open_lerobot)
+
+
+def _pictures(values: NDArray[Any], axes: tuple[int, int, int]) -> NDArray[Any]:
+    height, width, channels = (1 + axis for axis in axes)
+    return values.transpose(0, height, width, channels)
 
 
 def _wanted(request: Request) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from policy.common.arguments import unknown_name
+from policy.data.budget import Budget
 from policy.data.formats.lerobot.info import INFO, ONE_FILE_PER_EPISODE, Info, fill_template, is_count, parse_json
 from policy.data.formats.lerobot.tables import read_columns
 
@@ -70,13 +71,14 @@ class EpisodeEntry:
             raise ValueError("it has no transitions")
 
 
-def read_episodes(files: Mapping[str, Path], info: Info, videos: Sequence[str]) -> list[EpisodeEntry]:
+def read_episodes(files: Mapping[str, Path], info: Info, videos: Sequence[str], budget: Budget) -> list[EpisodeEntry]:
     """Read the table of episodes.
 
     Args:
         files: the dataset's files.
         info: the dataset's info.
         videos: the features whose frames are requested.
+        budget: the memory that the table may take.
 
     Returns:
         All episodes, in the table's order.
@@ -85,7 +87,9 @@ def read_episodes(files: Mapping[str, Path], info: Info, videos: Sequence[str]) 
         ValueError: the table is missing, damaged or incomplete, or names an episode twice.
     """
     separate = info.version in ONE_FILE_PER_EPISODE
-    entries = list((_entries_of_lines if separate else _entries_of_tables)(files, info, videos))
+    entries = list(
+        _entries_of_lines(files, info, videos) if separate else _entries_of_tables(files, info, videos, budget)
+    )
     table = EPISODES_LINES if separate else EPISODES_FOLDER.rstrip("/")
     seen: set[int] = set()
     for entry in entries:
@@ -100,12 +104,13 @@ def read_episodes(files: Mapping[str, Path], info: Info, videos: Sequence[str]) 
     return entries
 
 
-def read_tasks(files: Mapping[str, Path], info: Info) -> list[str]:
+def read_tasks(files: Mapping[str, Path], info: Info, budget: Budget) -> list[str]:
     """Read the instructions of the tasks.
 
     Args:
         files: the dataset's files.
         info: the dataset's info.
+        budget: the memory that their file may take.
 
     Returns:
         The instructions; empty if the dataset has none, or more than `MAX_TASKS`.
@@ -117,7 +122,7 @@ def read_tasks(files: Mapping[str, Path], info: Info) -> list[str]:
         tasks = [line.get("task") for line in _lines(files, TASKS_LINES)] if TASKS_LINES in files else []
     elif TASKS_TABLE in files:
         # pandas writes the text as its index; older writers wrote it as a column.
-        columns = read_columns(TASKS_TABLE, files[TASKS_TABLE], ["__index_level_0__", "task"], optional=True)
+        columns = read_columns(TASKS_TABLE, files[TASKS_TABLE], ["__index_level_0__", "task"], budget, optional=True)
         tasks = next(iter(columns.values()), [])
     else:
         tasks = []
@@ -181,7 +186,9 @@ def _entries_of_lines(files: Mapping[str, Path], info: Info, videos: Sequence[st
         )
 
 
-def _entries_of_tables(files: Mapping[str, Path], info: Info, videos: Sequence[str]) -> Iterator[EpisodeEntry]:
+def _entries_of_tables(
+    files: Mapping[str, Path], info: Info, videos: Sequence[str], budget: Budget
+) -> Iterator[EpisodeEntry]:
     tables = [name for name in files if name.startswith(EPISODES_FOLDER) and name.endswith(".parquet")]
     if not tables:
         raise ValueError(f"there is no file {EPISODES_FOLDER}chunk-000/file-000.parquet: the dataset is not complete")
@@ -196,7 +203,7 @@ def _entries_of_tables(files: Mapping[str, Path], info: Info, videos: Sequence[s
     counts += [f"videos/{key}/{part}_index" for key in videos for part in ("chunk", "file")]
     times = [f"videos/{key}/{part}_timestamp" for key in videos for part in ("from", "to")]
     for name in tables:
-        columns = read_columns(name, files[name], [*counts, *times])
+        columns = read_columns(name, files[name], [*counts, *times], budget)
         for values in zip(*columns.values(), strict=True):
             row = dict(zip(columns, values, strict=True))
             for key in counts:

@@ -16,6 +16,10 @@ ONE_FILE_PER_EPISODE = ("v2.0", "v2.1")
 VERSIONS = (*ONE_FILE_PER_EPISODE, "v3.0")
 
 
+# Numbers of channels of a picture.
+CHANNELS = (1, 3, 4)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Feature:
     """One column of the dataset.
@@ -48,6 +52,18 @@ class Feature:
         return self.dtype == "image"
 
     @property
+    def is_empty(self) -> bool:
+        """Whether it has no numbers, as features of shape (0,) have not."""
+        return self.is_numeric and isinstance(self.shape, list) and 0 in self.shape
+
+    @property
+    def axes_of_pixels(self) -> tuple[int, int, int] | None:
+        """The axes of height, width and channels if its numbers are pictures (uint8 of rank 3); else None."""
+        if self.dtype != "uint8" or not isinstance(self.shape, list) or len(self.shape) != 3:
+            return None
+        return next((axes for axes in ((0, 1, 2), (1, 2, 0)) if self.shape[axes[2]] in CHANNELS), None)
+
+    @property
     def is_usable(self) -> bool:
         """Whether a policy can take it."""
         return self.is_numeric or ((self.is_video or self.is_image) and not self.is_depth)
@@ -61,6 +77,12 @@ class Feature:
     def width(self) -> int:
         """The number of numbers in one value."""
         return math.prod(self.shape)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one value once it is read: that of a picture, or a vector's."""
+        is_picture = self.is_video or self.is_image or self.axes_of_pixels is not None
+        return tuple(self.shape) if is_picture else (self.width,)
 
     def check_shape(self) -> None:
         """Refuse an invalid shape.

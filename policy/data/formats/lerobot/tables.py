@@ -14,12 +14,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from policy.data.budget import Budget
+from policy.data.formats.parquet import check_row_groups
+
 
 class TableFile:
     """A data file. Only the newest row groups are in memory, because the file may hold pictures of many episodes."""
 
-    def __init__(self, name: str, file: Path, columns: Sequence[str]) -> None:
+    def __init__(self, name: str, file: Path, columns: Sequence[str], budget: Budget) -> None:
         self.name = name
+        self._budget = budget
         self._columns = list(columns)
         with _readable(name):
             self._file = pq.ParquetFile(file)
@@ -64,8 +68,10 @@ class TableFile:
         if self._rows is None or not (self._start <= start and stop <= self._start + self._rows.num_rows):
             first, last = (int(n) for n in np.searchsorted(self._ends, [start, max(start, stop - 1)], side="right"))
             self._rows = None  # frees the old rows before others are read
+            groups = range(first, min(last + 1, len(self._ends)))
             with _readable(self.name):
-                rows = self._file.read_row_groups([*range(first, min(last + 1, len(self._ends)))], self._columns)
+                check_row_groups(self._file.metadata, self._budget, self.name, groups=groups, columns=self._columns)
+                rows = self._file.read_row_groups([*groups], self._columns)
             self._start = int(self._ends[first - 1]) if first else 0
             if self._start + rows.num_rows < stop:
                 raise ValueError(f"{self.name} is damaged (a row group has fewer rows than it should)")
@@ -77,13 +83,16 @@ class TableFile:
         self._file.close()
 
 
-def read_columns(name: str, file: Path, columns: Sequence[str], optional: bool = False) -> dict[str, list[Any]]:
+def read_columns(
+    name: str, file: Path, columns: Sequence[str], budget: Budget, optional: bool = False
+) -> dict[str, list[Any]]:
     """Read columns of a small file.
 
     Args:
         name: the file's name, for messages.
         file: the file.
         columns: names of the columns.
+        budget: the memory that the columns may take.
         optional: read the columns that exist, instead of refusing a file that lacks one.
 
     Returns:
@@ -95,6 +104,7 @@ def read_columns(name: str, file: Path, columns: Sequence[str], optional: bool =
     with _readable(name, ": fetch it again"), pq.ParquetFile(file) as opened:
         available = opened.schema_arrow.names
         found = [column for column in columns if available.count(column) == 1]
+        check_row_groups(opened.metadata, budget, name, columns=found)
         table = opened.read(found)
         values = {column: table.column(column).to_pylist() for column in found}
     if not optional and len(found) < len(columns):
@@ -162,6 +172,8 @@ def _readable(name: str, advice: str = "") -> Iterator[None]:
     """Turn an error of Arrow into one that names the file and gives advice."""
     try:
         yield
+    except pa.ArrowNotImplementedError as error:  # a codec that this build of pyarrow lacks
+        raise ValueError(f"{name} needs a part of pyarrow that is not installed ({error!s:.200})") from error
     except (pa.ArrowException, OSError, KeyError, TypeError, OverflowError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{name} is damaged ({reason:.200}){advice}") from error

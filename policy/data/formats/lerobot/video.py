@@ -35,6 +35,12 @@ class VideoFile:
             self._container.close()
             raise ValueError(f"{name} holds no video")
         self._stream = self._container.streams.video[0]
+        if getattr(self._stream, "codec_context", None) is None:
+            self._container.close()
+            raise ValueError(
+                f"{name} is coded in a way for which PyAV has no decoder: install a PyAV that has it (pip install -U"
+                " av), or code the video again (ffmpeg -c:v libx264)"
+            )
         if self._stream.time_base is None:
             raise ValueError(f"{name} does not say when its frames are shown")
         self._time_base = self._stream.time_base
@@ -75,6 +81,10 @@ class VideoFile:
         self._container.close()
 
     def _read(self, start: float, fps: float, count: int, feature: Feature, alone: bool) -> NDArray[np.uint8]:
+        context = self._stream.codec_context
+        # The header's size, before the decoder makes frames of it; some files state none.
+        if context.height and context.width:
+            feature.check_picture((context.height, context.width, 3))
         half = 0.5 / fps
         if not self._position < start - half < self._position + SKIP_SECONDS + half:
             self._seek(start, start + half)

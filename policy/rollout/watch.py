@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
+import math
 import os
 import select
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableSequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from types import FrameType, TracebackType
-from typing import Any, Protocol
+from types import FrameType
+from typing import Any, TypeVar
 
 import gymnasium
 
@@ -24,28 +24,18 @@ ENV_PATIENCE = 600.0
 # Seconds after a signal within which a simulator's call that holds it up must return; a command ends within ten.
 SIGNAL_PATIENCE = 7.0
 
+POLL_S = 0.25
+
 Env = gymnasium.Env[Any, Any]
+Returned = TypeVar("Returned")
 
+# The calls of a simulator, by their number on the clock.
+CALLS = ("making it", "reset()", "step()", "render()", "close()")
+_MAKE, _RESET, _STEP, _RENDER, _CLOSE = range(len(CALLS))
 
-class Seconds(Protocol):
-    """A number that a process may share with its parent."""
-
-    value: float
-
-
-class Calls:
-    """Notes when the simulator's call that is going on began, on the system's monotonic clock; 0 between calls."""
-
-    def __init__(self, began: Seconds) -> None:
-        self._began = began
-
-    def __enter__(self) -> None:
-        self._began.value = time.monotonic()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._began.value = 0.0
+# When the call that is going on began (0 for none), on the system's monotonic clock, and its number. Two numbers that a
+# process may share with its parent.
+Clock = MutableSequence[float]
 
 
 class WatchedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
@@ -53,44 +43,55 @@ class WatchedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     Args:
         make: makes the environment, which is a call too.
-        calls: notes them.
+        clock: the calls are noted there.
     """
 
-    def __init__(self, make: Callable[[], Env], calls: Calls) -> None:
-        with calls:
-            super().__init__(make())
-        self._calls = calls
+    def __init__(self, make: Callable[[], Env], clock: Clock) -> None:
+        self._clock = clock
+        super().__init__(self._timed(_MAKE, make))
+
+    def _timed(self, call: int, function: Callable[..., Returned], *arguments: Any, **settings: Any) -> Returned:
+        self._clock[1] = call
+        self._clock[0] = time.monotonic()
+        try:
+            return function(*arguments, **settings)
+        finally:
+            self._clock[0] = 0.0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """See `gymnasium.Env.reset`."""
-        with self._calls:
-            return self.env.reset(seed=seed, **({} if options is None else {"options": options}))
+        given = {} if options is None else {"options": options}
+        return self._timed(_RESET, self.env.reset, seed=seed, **given)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """See `gymnasium.Env.step`."""
-        with self._calls:
-            return self.env.step(action)
+        return self._timed(_STEP, self.env.step, action)
 
     def render(self) -> Any:
         """See `gymnasium.Env.render`."""
-        with self._calls:
-            return self.env.render()
+        return self._timed(_RENDER, self.env.render)
 
     def close(self) -> None:
         """See `gymnasium.Env.close`."""
-        with self._calls:
-            self.env.close()
+        self._timed(_CLOSE, self.env.close)
 
 
 class _Hanging(KeyboardInterrupt):
     """Raised inside a simulator's call that takes too long."""
 
 
-def hanging(patience: float) -> str:
-    """Say that a simulator's call did not return."""
+def overdue(clock: Clock, patience: float) -> str:
+    """Say which call has taken longer than `patience` seconds; empty if none has."""
+    began, call = clock[0], clock[1]
+    if not began or time.monotonic() - began <= patience:
+        return ""
+    return _hangs(int(call), patience)
+
+
+def _hangs(call: int, patience: float) -> str:
     return (
-        f"a call of the simulator did not return within {patience:g} s: mend the simulator, or allow more with"
-        " env_patience=SECONDS"
+        f"the simulator hangs: {CALLS[call]} took longer than env_patience={patience:g} seconds (default"
+        f" {ENV_PATIENCE:g})"
     )
 
 
@@ -98,10 +99,10 @@ def check_patience(patience: float) -> None:
     """Reject a patience that is not a positive number.
 
     Raises:
-        ValueError: it is 0, negative or NaN.
+        ValueError: it is 0, negative or not finite.
     """
-    if not patience > 0:
-        raise ValueError(f"env_patience is a number of seconds above 0; got {patience}")
+    if not (patience > 0 and math.isfinite(patience)):
+        raise ValueError(f"env_patience must be a number of seconds above 0; got {patience}")
 
 
 @contextmanager
@@ -123,21 +124,20 @@ def watched(make_env: Callable[..., Env], patience: float) -> Iterator[Callable[
     Raises:
         WorkerError: a call took longer, and was interrupted.
     """
-    began = ctypes.c_double(0.0)
-    calls = Calls(began)
+    clock = [0.0, 0.0]
 
     def make(**settings: Any) -> Env:
-        return WatchedEnv(partial(make_env, **settings), calls)
+        return WatchedEnv(partial(make_env, **settings), clock)
 
     try:
-        with _guard(began, patience):
+        with _guard(clock, patience):
             yield make
     except _Hanging as error:
-        raise WorkerError(hanging(patience)) from error
+        raise WorkerError(_hangs(int(clock[1]), patience)) from error
 
 
 @contextmanager
-def _guard(began: Seconds, patience: float) -> Iterator[None]:
+def _guard(clock: Clock, patience: float) -> Iterator[None]:
     """Run the thread that looks at the time; signals reach it through a pipe while the main thread is busy."""
     if threading.current_thread() is not threading.main_thread():  # which alone can be interrupted
         yield
@@ -147,7 +147,8 @@ def _guard(began: Seconds, patience: float) -> Iterator[None]:
     before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     handler = signal.signal(signal.SIGURG, _interrupt)  # a signal that nothing happens at otherwise
     stop = threading.Event()
-    thread = threading.Thread(target=_look, args=(began, patience, read, stop), daemon=True)
+    arguments = (clock, patience, read, stop)
+    thread = threading.Thread(target=_look, args=arguments, name="simulator watchdog", daemon=True)
     thread.start()
     try:
         yield
@@ -166,25 +167,26 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise _Hanging
 
 
-def _look(began: Seconds, patience: float, read: int, stop: threading.Event) -> None:
+def _look(clock: Clock, patience: float, read: int, stop: threading.Event) -> None:
     interrupted, signalled = 0.0, 0.0
     while not stop.is_set():
-        if select.select([read], [], [], min(1.0, patience / 4))[0]:
+        if select.select([read], [], [], POLL_S)[0]:
             arrived = {signal.SIGINT, signal.SIGTERM} & set(os.read(read, 100))
             signalled = time.monotonic() if arrived else signalled
-        now, call = time.monotonic(), began.value
-        if not call or stop.is_set():
+        now, began = time.monotonic(), clock[0]
+        if not began or stop.is_set():
             continue
-        if call <= signalled < now - SIGNAL_PATIENCE:
-            _end("stopped in the middle of a simulator's call", 130)
-        if now - call > patience and interrupted != call:
-            interrupted = call
+        if began <= signalled < now - SIGNAL_PATIENCE:
+            _end_process("stopped in the middle of a simulator's call, which did not return", 130)
+        if now - began > patience + (SIGNAL_PATIENCE if interrupted == began else 0.0):
+            if interrupted == began:
+                _end_process(overdue(clock, patience), 1)
+            interrupted = began
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
-        elif now - call > patience + SIGNAL_PATIENCE:
-            _end(f"error: {hanging(patience)}; finished work is on disk", 1)
 
 
-def _end(sentence: str, code: int) -> None:
-    print(f"\n{sentence}", file=sys.stderr, flush=True)
+def _end_process(reason: str, code: int) -> None:
+    """End this process although its main thread does not come back from a call."""
     sys.stdout.flush()
+    os.write(2, f"\nerror: {reason}; finished work is on disk\n".encode())
     os._exit(code)

@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -30,7 +31,7 @@ from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout.cells import Cell, Task, controllers_of, portable_programs
 from policy.rollout.episodes import Env, MakeEnv, check_num_envs, run_episodes, run_in_process
 from policy.rollout.probe import Trajectory, difference, unrepeatable, warning
-from policy.rollout.watch import ENV_PATIENCE, Calls, Seconds, WatchedEnv, check_patience, hanging, watched
+from policy.rollout.watch import ENV_PATIENCE, Clock, WatchedEnv, check_patience, overdue, watched
 from policy.statistics.results import EpisodeResult
 
 MAX_ATTEMPTS = 3
@@ -47,7 +48,7 @@ class _Worker:
     process: Any
     connection: Connection
     num_envs: int
-    began: Seconds
+    clock: Clock
     log: IO[bytes]
     started: float = field(default_factory=time.monotonic)
     ready: bool = False
@@ -68,12 +69,9 @@ class _Worker:
 
     def late(self, patience: float) -> str:
         """Why the process counts as hanging; empty if it does not."""
-        now, call = time.monotonic(), self.began.value
-        if call and now - call > patience:
-            return hanging(patience)
-        if not (self.ready or call) and now - self.started > START_PATIENCE:
+        if not (self.ready or self.clock[0]) and time.monotonic() - self.started > START_PATIENCE:
             return f"its process did not start within {START_PATIENCE:.0f} s"
-        return ""
+        return overdue(self.clock, patience)
 
     def kill(self) -> None:
         """End the process, and all processes that its simulators have started."""
@@ -264,14 +262,14 @@ class RolloutPool:
     def _started(self, num_envs: int) -> _Worker:
         context = multiprocessing.get_context("spawn")
         connection, theirs = context.Pipe()
-        began = context.RawValue("d", 0.0)
+        clock = context.RawArray("d", 2)
         log = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process)
         with _standard_error_into(log) as standard_error:
-            arguments = (standard_error, loaded_plugins(), self._parcel, self._make_env, num_envs, theirs, began)
+            arguments = (standard_error, loaded_plugins(), self._parcel, self._make_env, num_envs, theirs, clock)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
         theirs.close()  # so that the end of the process is noticed at once
-        return _Worker(process, connection, num_envs, began, log)
+        return _Worker(process, connection, num_envs, clock, log)
 
     def _replace(self, worker: _Worker) -> _Worker:
         worker.kill()
@@ -286,8 +284,12 @@ class RolloutPool:
             for worker in self._workers:
                 worker.process.terminate()
             deadline = time.monotonic() + patience
+            # Not `join`, which waits for the end of a pipe that what a simulator has started may hold open.
+            while any(worker.process.is_alive() for worker in self._workers) and time.monotonic() < deadline:
+                time.sleep(0.01)
             for worker in self._workers:
-                worker.process.join(max(0.0, deadline - time.monotonic()))
+                if error is None and worker.process.is_alive() and (late := overdue(worker.clock, patience)):
+                    warnings.warn(late, stacklevel=2)
         finally:
             for worker in self._workers:
                 worker.kill()
@@ -417,7 +419,7 @@ def _serve(
     make_env: MakeEnv,
     num_envs: int,
     connection: Connection,
-    began: Seconds,
+    clock: Clock,
 ) -> None:
     """Run in a process: make environments, and run what the parent sends until it asks for an end by SIGTERM.
 
@@ -428,7 +430,7 @@ def _serve(
         make_env: makes an environment.
         num_envs: number of environments.
         connection: to the parent.
-        began: see `Calls`.
+        clock: see `WatchedEnv`; the parent reads it.
     """
     with suppress(PermissionError):  # it is a leader already
         os.setpgid(0, 0)
@@ -448,7 +450,7 @@ def _serve(
             os.dup2(real, 2)
             os.close(real)
             for _ in range(num_envs):
-                envs.append(WatchedEnv(make_env, Calls(began)))
+                envs.append(WatchedEnv(make_env, clock))
             connection.send("ready")
             _obey(connection, policies, envs)
         except ValueError as error:

@@ -20,6 +20,7 @@ import torch
 
 from policy.common.device import available_cores
 from policy.common.errors import WorkerError
+from policy.common.machine import leave_children_alone, outside_current_folder
 from policy.common.plugins import load_plugins, loaded_plugins
 from policy.inference.backends import SamplerProgram
 from policy.model.diffusion_policy import DiffusionPolicy
@@ -179,7 +180,8 @@ class RolloutPool:
         connection, theirs = context.Pipe()
         arguments = (loaded_plugins(), self._policies, self._make_env, num_envs, theirs)
         process = context.Process(target=_serve, args=arguments, daemon=True)
-        process.start()
+        with outside_current_folder():
+            process.start()
         theirs.close()  # so that the end of the process is noticed at once
         return _Worker(process, connection, num_envs)
 
@@ -227,6 +229,7 @@ def _serve(
     num_envs: int,
     connection: Connection,
 ) -> None:
+    leave_children_alone()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # processes with several spinning threads each would slow each other down

@@ -10,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from policy.common.drawing import drawing
 from policy.common.files import write_text
 from policy.sweep.grid import Row
 from policy.sweep.plot import draw_rows
@@ -99,13 +100,8 @@ def write_report(
 
 def _plot(rows: Sequence[Row], scheme: str) -> str:
     """The plots as an SVG element for a page of a light or dark colour scheme."""
-    import matplotlib.style
-    from matplotlib import rc_context
-
-    with (
-        rc_context({"svg.fonttype": "none", "svg.hashsalt": "sweep", "savefig.transparent": True}),
-        matplotlib.style.context(STYLES[scheme]),
-    ):
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "sweep", "savefig.transparent": True}
+    with drawing(STYLES[scheme], settings):
         buffer = BytesIO()
         draw_rows(rows).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue().decode()

@@ -55,7 +55,10 @@ def _open(
     import wandb
 
     # The system charts show the caller's process, not this one, and console output is left to the caller.
-    settings = wandb.Settings(silent=True, console="off", init_timeout=patience, x_stats_pid=os.getppid())
+    # Git is not asked, because it runs programs that the settings of a repository name.
+    settings = wandb.Settings(
+        silent=True, console="off", init_timeout=patience, x_stats_pid=os.getppid(), disable_git=True
+    )
 
     def start(mode: Any) -> Any:
         return wandb.init(project=project, dir=folder, config=config, mode=mode, settings=settings)

@@ -12,6 +12,7 @@ from policy.common.plugins import plugins_argument
 from policy.data.minari_writer import check_absent, dataset_name, write_minari
 from policy.data.recording import recorded_episodes
 from scripts.command import command
+from scripts.environments import make_env
 
 
 def collect(
@@ -35,7 +36,7 @@ def collect(
         ValueError: a setting that does not fit, an environment without an expert, or a dataset that exists already.
         WorkerError: the expert fails too often.
     """
-    simulator, dataset_id = envs.make(**env), dataset_name(env)
+    simulator, dataset_id = make_env(**env), dataset_name(env)
     check_absent(output_dir / dataset_id)
     expert = partial(envs.make_expert, env["name"])
     expert(simulator, 0)  # an environment without an expert raises here, before any work

@@ -24,10 +24,10 @@ from policy.common.arguments import unknown_name
 from policy.common.errors import SaveError, WorkerError
 from policy.common.locks import check_free
 from policy.common.machine import leave_children_alone, outside_current_folder, settle_home
+from policy.common.modules import check_functions, named_modules, search_for, with_functions
 from policy.common.output import check_writable
 from policy.common.plugins import load_plugins
 from policy.common.terminal import printable_output
-from scripts.modules import named_modules, search_for, with_functions
 from scripts.settings import CONF, GROUPS, Task, add_registered_options, help_text, registered_options
 
 
@@ -40,7 +40,7 @@ def command(name: str, target: str, example: str, inline: Mapping[str, str] | No
     Args:
         name: name of the command and of its primary file in conf/, which chooses the groups' defaults.
         target: the function, as `module:name`; it is imported once its settings are valid. A function whose first
-            parameter is `make_env` is given `envs.make`.
+            parameter is `make_env` is given `make_env`.
         example: a command line for `--help`.
         inline: settings classes as `module:name`, by the parameter of the function that takes one; the fields of such a
             class are settings of the command itself.
@@ -133,6 +133,7 @@ def _run(config: DictConfig, task: Task) -> None:
         settings = with_functions(settings)
         for setting, module in named_modules(settings):
             search_for(module, setting)
+        check_functions(settings)
         hydra_config = HydraConfig.get()
         if hydra_config.mode is RunMode.MULTIRUN and "output_dir" in task.parameters:
             # Jobs that run side by side must not write into one folder.

@@ -14,7 +14,6 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-import envs
 from envs import families
 from policy.common.arguments import check_arguments, check_names, settings_of
 from policy.common.registry import Registry, check_spec
@@ -22,6 +21,7 @@ from policy.common.signatures import Declaration, declaration_of, load
 from policy.data.formats import FORMATS
 from policy.model.denoisers import DENOISERS
 from policy.model.encoders import ENCODERS
+from scripts.environments import declared_settings, make_env
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in sorted(CONF.iterdir()) if list(p.glob("*.yaml"))}
@@ -98,7 +98,7 @@ class Task:
             fields = declaration_of(target).signature.parameters
             built[name] = load(target)(**{key: built.pop(key) for key in fields if key in built})
         if "make_env" in self.declaration.signature.parameters:
-            function = functools.partial(function, envs.make)
+            function = functools.partial(function, make_env)
         function(**check_arguments(self.name, function, built, prefix=""))
 
 
@@ -131,19 +131,11 @@ def _check_node(where: str, node: Settings) -> None:
     elif where in REGISTRIES:
         check_spec(REGISTRIES[where], node)
     elif where == "env" and "name" in node:
-        check_arguments(where, _environment(settings.pop("name")), settings)
+        check_arguments(where, declared_settings(settings.pop("name")), settings)
     elif where == "schedule":
         check_arguments(where, TARGETS[where], settings)
     elif where in TARGETS:  # names only: in a sweep, each value may be a list
         check_names(where, TARGETS[where], settings)
-
-
-def _environment(name: str) -> Declaration:
-    """Return the declaration of an environment's settings: those of its family, and the one that all have."""
-    family = declaration_of(families.declared_family(name)).signature.parameters
-    limit = declaration_of("envs.families:make").signature.parameters["max_episode_steps"]
-    takes = {limit.name: limit, **family}
-    return Declaration(inspect.Signature(sorted(takes.values(), key=lambda parameter: parameter.kind)), "")
 
 
 def _path(node: Any) -> str:

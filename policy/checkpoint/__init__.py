@@ -19,7 +19,7 @@ of `checkpoints/` are hard links where the file system supports them, so that th
 Schemas: 1 had no checksums.json; 2 is the current one.
 """
 
-from policy.checkpoint.environment import check_env, choose_env
+from policy.checkpoint.environment import choose_env, merge_env
 from policy.checkpoint.files import SCHEMA_VERSION, is_checkpoint
 from policy.checkpoint.keeping import keep_checkpoint
 from policy.checkpoint.reading import Checkpoint, load_checkpoint, resume_training
@@ -30,11 +30,11 @@ __all__ = [
     "SCHEMA_VERSION",
     "Checkpoint",
     "SaveError",
-    "check_env",
     "choose_env",
     "is_checkpoint",
     "keep_checkpoint",
     "load_checkpoint",
+    "merge_env",
     "resume_training",
     "save_checkpoint",
 ]

@@ -9,9 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# The packages of this project, and the folder they lie in. A folder of the user's own may have one of these names.
+from policy.common.signatures import load
+
+# The packages of this project. A folder of the user's own may have one of these names.
 OWN = ("policy", "envs", "conf", "scripts")
-ROOT = Path(__file__).resolve().parents[1]
 # Settings that take a function of the user's as `module:function`.
 FUNCTIONS = (("dataset", "transform"), ("dataset", "relabel"), (None, "augment"))
 
@@ -80,6 +81,24 @@ def named_modules(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _targets("", settings)
 
 
+def check_functions(settings: Mapping[str, Any]) -> None:
+    """Import the functions of the user that settings name, so that one that is not there is an error of its own.
+
+    Raises:
+        ValueError: a module that cannot be imported, or that has no such function.
+    """
+    for setting, _ in _targets("", settings):
+        target = setting.partition("=")[2]
+        try:
+            load(target)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{setting} cannot be imported ({reason}): name a function as module:function, of a module"
+                " that is installed or lies in the folder where you run this"
+            ) from error
+
+
 def _targets(where: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in node.items():
         if isinstance(value, Mapping):
@@ -87,7 +106,7 @@ def _targets(where: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         elif key == "_target_":
             module = str(value).rpartition(".")[0]
             if module.partition(".")[0] not in OWN:
-                yield f"{where}{key}={value}", module
+                yield f"{where.removesuffix('.')}={module}:{str(value).rpartition('.')[2]}", module
 
 
 def with_functions(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,19 +128,3 @@ def with_functions(settings: Mapping[str, Any]) -> dict[str, Any]:
         part = {"_target_": f"{module}.{function}", "_partial_": True}
         changed = changed | {name: part} if group is None else changed | {group: {**changed[group], name: part}}
     return changed
-
-
-def check_own_packages() -> None:
-    """End the command if Python would take a folder of the user's for a package of this project.
-
-    It runs before any of them is imported, which would fail with an error that names nothing.
-    """
-    for name in ("policy", "envs"):
-        found = _place(_spec(name))
-        if found is not None and found != ROOT / name:
-            print(
-                f"error: there are two packages called {name}: Python takes {found}, and not {ROOT / name}, which this"
-                f" command needs: rename yours, such as to my_{name}, or take its folder out of PYTHONPATH",
-                file=sys.stderr,
-            )
-            sys.exit(2)

@@ -14,6 +14,8 @@ from pathlib import Path
 # Python's own variable; a process that has this value of it was started in `outside_current_folder`.
 SAFE_PATH, OURS = "PYTHONSAFEPATH", "ddim-policy"
 
+_TEMPORARY: list[str] = []  # the home folder that this process made
+
 
 def settle_home() -> None:
     """Give this process a home folder and a user name if the machine has none, for the libraries that ask for them.
@@ -38,10 +40,15 @@ def settle_home() -> None:
         ) from error
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["HOME"] = folder
-    if not os.environ.get("XDG_CACHE_HOME"):
+    _TEMPORARY.append(folder)
+
+
+def warn_of_temporary_home() -> None:
+    """Say that what is kept in the home folder is lost, if this process had to make one."""
+    if _TEMPORARY:
         warnings.warn(
-            f"there is no home folder{'' if home is None else f' ({home} is not a folder)'}: converted demonstrations"
-            " are kept until the end of this command only; set HOME, XDG_CACHE_HOME or dataset.cache_dir to keep them",
+            "there is no home folder: converted demonstrations are kept until the end of this command only; set HOME,"
+            " XDG_CACHE_HOME or dataset.cache_dir to keep them",
             stacklevel=2,
         )
 

@@ -28,6 +28,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from policy.common.machine import warn_of_temporary_home
 from policy.data.demonstrations import Demonstrations
 from policy.data.episode import Episode, EpisodeChecker
 
@@ -38,7 +39,10 @@ LEFTOVER_SECONDS = 24 * 3600
 
 def default_cache_dir() -> Path:
     """The folder of converted demonstrations: `ddim-policy` in the user's cache folder ($XDG_CACHE_HOME)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddim-policy"
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "ddim-policy"
+    warn_of_temporary_home()
+    return Path.home() / ".cache" / "ddim-policy"
 
 
 def open_cached(folder: Path) -> Demonstrations | None:

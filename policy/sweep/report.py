@@ -12,6 +12,7 @@ from typing import Any
 
 from policy.common.drawing import drawing
 from policy.common.files import write_text
+from policy.common.terminal import printable
 from policy.sweep.grid import Row
 from policy.sweep.plot import draw_rows
 from policy.sweep.table import table_cells
@@ -95,7 +96,7 @@ def write_report(
         settings=settings,
         paired=paired,
     )
-    write_text(path, page)
+    write_text(path, printable(page))
 
 
 def _plot(rows: Sequence[Row], scheme: str) -> str:

@@ -81,6 +81,7 @@ def test_the_marks_would_be_left(stranger):
     assert "multiprocessing" in mark(stranger)
 
 
+@pytest.mark.reliability
 def test_processes_of_a_sweep_run_nothing_in_a_strangers_folder(stranger, planar_run, tmp_path):
     settings = ("ddim_steps=[1]", "episodes=2", "num_envs=2", "workers=2", "videos=0", "tracker=wandb")
     done = start(stranger, "sweep", f"checkpoint={planar_run}/checkpoint", *settings, f"output_dir={tmp_path}/out")

@@ -342,3 +342,15 @@ def test_a_sweep_ends_with_its_files_and_its_table_where_no_server_answers(
     assert (sweep / "report.html").exists()
     assert videos
     check_table(only_run(sweep), sweep / "sweep.png", videos, [[*row.values()] for row in rows])
+
+
+def test_settings_files_in_the_current_and_in_the_output_folder_are_not_read(nobody, tmp_path):
+    """They could send what is recorded, and the key, to another server."""
+    for place in (nobody, tmp_path / "out"):
+        (place / "wandb").mkdir(parents=True)
+        (place / "wandb/settings").write_text("[default]\nentity = stranger\nrun_tags = stranger\n")
+    tracker = WandbTracker(folder=tmp_path / "out", config={})
+    tracker.log({"loss": 1.0}, step=1)
+    assert tracker.finish()
+    (run,) = [record.run for record in records(only_run(tmp_path / "out")) if record.HasField("run")]
+    assert (run.entity, list(run.tags)) == ("", [])

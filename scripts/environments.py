@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import envs
 from envs import families
-from envs.checked import CheckedEnv
 from policy.common.arguments import check_arguments
 from policy.common.signatures import Declaration, declaration_of
+
+if TYPE_CHECKING:
+    from envs.checked import CheckedEnv
 
 
 def declared_settings(name: str) -> Declaration:

@@ -29,7 +29,7 @@ def settle_home() -> None:
         os.environ.pop("HOME", None)  # Python would take an empty one for the root of the file system
     os.environ.setdefault("LOGNAME", os.environ.get("USER") or f"uid{os.getuid()}")  # the user may have no passwd entry
     home = _home()
-    if home is not None and home.is_dir():
+    if home is not None and os.path.isdir(home):  # unlike Path.is_dir, without an error where nobody may look
         return
     try:
         folder = tempfile.mkdtemp(prefix="ddim-policy-home-")

@@ -35,10 +35,10 @@ def search_for(module: str, setting: str) -> None:
         return
     top = module.partition(".")[0]
     found = _place(_spec(top))
-    if found is None:
+    if found is None or found.is_relative_to(here.resolve()):
         if str(here) not in sys.path:
             sys.path.append(str(here))
-    elif not found.is_relative_to(here.resolve()) and (_spec(module) is None or module in OWN):
+    elif _spec(module) is None or module in OWN:
         raise ValueError(
             f"{setting}: there are two packages called {top}: Python takes {found}, and not {here / top}: rename yours,"
             f" such as to my_{top}, and write the new name in the setting"

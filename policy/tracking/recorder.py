@@ -78,6 +78,18 @@ def _open(
     return run
 
 
+def _settle_folders(folder: Path) -> None:
+    """Let W&B keep its copies beside the run where the user's own folders for them cannot be written to."""
+    for variable, xdg, default in (
+        ("WANDB_DATA_DIR", "XDG_DATA_HOME", "~/.local/share"),
+        ("WANDB_CACHE_DIR", "XDG_CACHE_HOME", "~/.cache"),
+    ):
+        place = Path(os.path.expanduser(os.environ.get(xdg) or default)) / "wandb"
+        there = next(path for path in (place.absolute(), *place.absolute().parents) if os.path.exists(path))
+        if not os.access(there, os.W_OK | os.X_OK):
+            os.environ.setdefault(variable, str(folder))
+
+
 def _media(*, name: str, rows: list[dict[str, Any]], image: str | None, videos: list[str]) -> dict[str, Any]:
     import wandb
 

@@ -354,3 +354,16 @@ def test_settings_files_in_the_current_and_in_the_output_folder_are_not_read(nob
     assert tracker.finish()
     (run,) = [record.run for record in records(only_run(tmp_path / "out")) if record.HasField("run")]
     assert (run.entity, list(run.tags)) == ("", [])
+
+
+def test_copies_are_kept_beside_the_run_where_the_users_folders_cannot_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "readonly"))
+    for name in ("XDG_DATA_HOME", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    (tmp_path / "readonly").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) == tmp_path)
+    tracking.recorder._settle_folders(tmp_path / "run")
+    assert os.environ["WANDB_DATA_DIR"] == str(tmp_path / "run")
+    assert "WANDB_CACHE_DIR" not in os.environ

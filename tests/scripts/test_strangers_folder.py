@@ -1,5 +1,6 @@
 """A command run inside a stranger's folder runs nothing that lies there, until a setting names a module in it."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from policy import load_checkpoint
 from tests.conftest import ENVIRONMENT, PROGRAMS, as_a_process
 
 # Names under which Python or a library in use would import a module of the current folder, if it were searched.
@@ -76,6 +78,13 @@ def start(folder, name, *settings, **variables):
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
+def saved_with(planar_run, env, folder):
+    """The trained policy, saved again with the settings of another environment."""
+    policy = load_checkpoint(planar_run / "checkpoint").policy
+    policy.origin = dataclasses.replace(policy.origin, env=env)
+    policy.save_pretrained(folder)
+
+
 def test_the_marks_would_be_left(stranger):
     subprocess.run([sys.executable, "-c", "import multiprocessing, struct"], cwd=stranger, check=False)
     assert "multiprocessing" in mark(stranger)
@@ -120,8 +129,12 @@ def test_a_module_that_a_setting_names_is_found_and_its_folder_is_searched_last(
     done = run_command("rollout", checkpoint, "env=gym", "env.id=reach_here:Reach-v0", *common, "output_dir=out")
     assert "100 %" in done.stdout or "100%" in done.stdout
     assert str(tmp_path) not in sys.path[:-1]
-    done = run_command("rollout", checkpoint, *common, "output_dir=other")
     assert str(tmp_path) not in sys.path
+    # A checkpoint that was trained there names the module, and only the user has it imported.
+    saved_with(planar_run, {"name": "gym", "id": "reach_here:Reach-v0", "success": "termination"}, tmp_path / "saved")
+    refused = run_command("rollout", "checkpoint=saved", *common, "output_dir=refused", check=2)
+    assert "if you trust it, add env.id=reach_here:Reach-v0" in refused.stderr
+    run_command("rollout", "checkpoint=saved", "env.id=reach_here:Reach-v0", *common, "output_dir=trusted")
 
 
 def test_the_current_folder_is_not_searched_while_nothing_names_a_module(tmp_path, monkeypatch, planar_run):
@@ -180,13 +193,9 @@ def test_a_folder_that_hides_a_package_of_ours_is_named_beside_it(tmp_path):
 def test_an_environment_in_a_checkpoint_is_checked_before_it_is_made(
     env, said, planar_run, tmp_path, monkeypatch, run_command
 ):
-    from policy import load_checkpoint
-
     (tmp_path / "my_env.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
     monkeypatch.chdir(tmp_path)
-    policy = load_checkpoint(planar_run / "checkpoint").policy
-    policy.origin = type(policy.origin)(**{**vars(policy.origin), "env": env})
-    policy.save_pretrained(tmp_path / "saved")
+    saved_with(planar_run, env, tmp_path / "saved")
     assert json.loads((tmp_path / "saved/config.json").read_text())["env"] == env
     error = run_command("rollout", "checkpoint=saved", "episodes=1", "output_dir=out", check=2).stderr
     assert said in error
@@ -205,7 +214,7 @@ def test_a_function_of_the_users_is_named_as_module_and_function(planar_run, tmp
     run_command("inspect_data", data, "output_dir=whole")
     means = [json.loads(Path(f"{name}/inspect.json").read_text())["keys"][0]["whole"] for name in ("halves", "whole")]
     assert means[0]["max"] == pytest.approx(means[1]["max"] / 2)
-    for wrong in ("my_halves", "my_halves.half", ":half"):
+    for wrong in ("my_halves.half", ":half"):
         error = run_command("inspect_data", data, f"dataset.transform={wrong!r}", check=2).stderr
         assert "dataset.transform takes a function as module:function" in error
     for wrong, said in (("my_halfes:half", "my_halfes"), ("my_halves:halff", "halff")):

@@ -1,1 +1,26 @@
 """Console commands: wiring between configuration, environments and policies."""
+
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+
+def _check_own_packages() -> None:
+    """End the command if Python would take a folder of the user's for a package of this project.
+
+    It runs before any of them is imported, which would fail with an error that does not name the folders.
+    """
+    for name in ("policy", "envs"):
+        own = Path(__file__).resolve().parents[1] / name
+        spec = PathFinder.find_spec(name)
+        found = Path(spec.origin or own).resolve() if spec else own
+        if not found.is_relative_to(own):
+            print(
+                f"error: there are two packages called {name}: Python takes {found}, and not {own}, which this command"
+                f" needs: rename yours, such as to my_{name}, or take its folder out of PYTHONPATH",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+
+
+_check_own_packages()

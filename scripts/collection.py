@@ -13,6 +13,7 @@ from policy.common.next_line import next_line
 from policy.data.minari_writer import check_absent, dataset_name, write_minari
 from policy.data.recording import recorded_episodes
 from policy.rollout.watch import ENV_PATIENCE, check_patience, watched
+from scripts.environments import make_env
 
 
 def collect(
@@ -42,7 +43,7 @@ def collect(
     dataset_id, settings = dataset_name(env), {"env": env, "seed": seed, "noise": noise}
     check_absent(output_dir / dataset_id)
     expert = partial(envs.make_expert, env["name"])
-    with watched(envs.make, env_patience) as make, closing(make(**env)) as simulator:
+    with watched(make_env, env_patience) as make, closing(make(**env)) as simulator:
         expert(simulator, 0)  # an environment without an expert raises here, before any work
 
         def attempts(first: int, missing: int) -> Iterator[envs.Episode]:

@@ -16,6 +16,7 @@ from typing import NoReturn
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -24,9 +25,12 @@ from omegaconf.errors import OmegaConfBaseException
 from policy.common.arguments import unknown_name
 from policy.common.errors import SaveError, WorkerError
 from policy.common.locks import check_free
+from policy.common.machine import leave_children_alone, outside_current_folder, settle_home
+from policy.common.modules import check_functions, named_modules, search_for, with_functions
 from policy.common.output import check_writable
 from policy.common.plugins import load_plugins
 from policy.common.progress import close_bars, on_its_own_line
+from policy.common.terminal import printable_output
 from scripts.command_line import hydra_override, read_command_line
 from scripts.help_text import help_text
 from scripts.settings import CONF, GROUPS, Task, add_registered_options, registered_options
@@ -47,7 +51,7 @@ def command(
     Args:
         name: name of the command and of its primary file in conf/, which chooses the groups' defaults.
         target: the function, as `module:name`; it is imported once its settings are valid. A function whose first
-            parameter is `make_env` is given `envs.make`.
+            parameter is `make_env` is given `make_env`.
         example: a command line for `--help`.
         inline: settings classes as `module:name`, by the parameter of the function that takes one; the fields of such a
             class are settings of the command itself.
@@ -65,11 +69,18 @@ def _main(task: Task, example: str) -> None:
     if "--version" in sys.argv[1:]:
         print(f"ddim-policy {version('ddim-policy')}, Hydra {hydra.__version__}")
         return
+    with printable_output():
+        _start(task, example)
+
+
+def _start(task: Task, example: str) -> None:
     warnings.formatwarning = lambda message, *_: on_its_own_line(f"warning: {message}\n")
-    sys.path.append(os.getcwd())  # so that env.id=my_env:MyEnv-v0 and plugins=[my_module] find the user's files
+    with refusals():
+        settle_home()
+    Plugins.instance()  # Hydra looks for its own plugins now, before a setting may have the current folder searched
     with refusals():
         given = read_command_line(sys.argv[1:], task)
-        load_plugins(_plugins(given.overrides))
+        _load(_plugins(given.overrides))
         if given.help_wanted:
             print(help_text(task, example, given.topics))
             return
@@ -81,7 +92,7 @@ def _main(task: Task, example: str) -> None:
         add_registered_options()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
     run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=task.name)
-    with refusals():
+    with refusals(), outside_current_folder():  # launchers start processes
         run(lambda config: _run(config, task))()
 
 
@@ -89,6 +100,12 @@ def _plugins(arguments: list[str]) -> list[str]:
     """Return the modules that `plugins=` names. They are imported first: other arguments may choose their options."""
     given = [argument for argument in arguments if argument.lstrip("+").startswith("plugins=")]
     return _module_names(OverridesParser.create().parse_override(given[-1]).value()) if given else []
+
+
+def _load(plugins: list[str]) -> None:
+    for name in plugins:
+        search_for(name, f"plugins=[{name}]")
+    load_plugins(plugins)
 
 
 def _module_names(value: object) -> list[str]:
@@ -122,7 +139,12 @@ def _run(config: DictConfig, task: Task) -> None:
         container = OmegaConf.to_container(config, resolve=True)
         assert isinstance(container, dict)
         settings = {str(key): value for key, value in container.items()}
-        load_plugins(_module_names(settings.pop("plugins", [])))
+        leave_children_alone()  # where a launcher started this process
+        _load(_module_names(settings.pop("plugins", [])))
+        settings = with_functions(settings)
+        for setting, module in named_modules(settings):
+            search_for(module, setting)
+        check_functions(settings)
         hydra_config = HydraConfig.get()
         if hydra_config.mode is RunMode.MULTIRUN and "output_dir" in task.parameters:
             # Jobs that run side by side must not write into one folder.
@@ -139,6 +161,8 @@ def _run(config: DictConfig, task: Task) -> None:
 def _remedy(error: OSError) -> str:
     """What helps against an error of the system, and what is left of the work."""
     # HDF5 gives the system's number in its text only.
+    if "No usable temporary directory" in str(error):
+        return "set TMPDIR to a folder that you may write to, and give the same command again"
     full = error.errno in (errno.ENOSPC, errno.EDQUOT) or f"errno = {errno.ENOSPC}" in str(error)
     advice = "the disk is full: make room" if full else "mend this"
     return f"{advice} and give the same command again; finished work is on disk"

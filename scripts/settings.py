@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-import envs
 from envs import families
 from policy.common.arguments import Target, check_arguments, check_names, did_you_mean, settings_of
 from policy.common.registry import Registry, check_spec
@@ -23,6 +22,7 @@ from policy.common.signatures import Declaration, declaration_of, load
 from policy.data.formats import FORMATS
 from policy.model.denoisers import DENOISERS
 from policy.model.encoders import ENCODERS
+from scripts.environments import declared_settings, make_env
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in sorted(CONF.iterdir()) if list(p.glob("*.yaml"))}
@@ -35,8 +35,6 @@ TARGETS = {
 }
 # The setting that every command has.
 PLUGINS = inspect.Parameter("plugins", inspect.Parameter.KEYWORD_ONLY, default=(), annotation=list[str])
-# Settings that take a function, which a user may name as `module:function`.
-FUNCTIONS = ("dataset.transform", "dataset.relabel", "augment")
 READ = "policy.data.reading.read_demonstrations"
 
 Settings = dict[str, Any]
@@ -113,7 +111,7 @@ class Task:
             fields = declaration_of(target).signature.parameters
             built[name] = load(target)(**{key: built.pop(key) for key in fields if key in built})
         if "make_env" in self.declaration.signature.parameters:
-            function = functools.partial(function, envs.make)
+            function = functools.partial(function, make_env)
         function(**check_arguments(self.name, function, built, prefix=""))
 
 
@@ -154,7 +152,7 @@ def _chosen_by_user(group: str, node: Settings) -> Declaration:
     if group in REGISTRIES:
         declared, passed = declaration_of(REGISTRIES[group].declared(node["name"])), True
     elif group == "env":
-        declared, passed = _environment(node["name"]), False
+        declared, passed = declared_settings(node["name"]), False
     elif group in TARGETS:
         declared, passed = declaration_of(TARGETS[group]), False
     elif "_target_" in node:
@@ -199,21 +197,11 @@ def _check_node(where: str, node: Settings) -> None:
     elif where in REGISTRIES:
         check_spec(REGISTRIES[where], node)
     elif where == "env" and "name" in node:
-        check_arguments(where, _environment(settings.pop("name")), settings)
+        check_arguments(where, declared_settings(settings.pop("name")), settings)
     elif where == "schedule":
         check_arguments(where, TARGETS[where], settings)
     elif where in TARGETS:  # names only: in a sweep, each value may be a list
         check_names(where, TARGETS[where], settings)
-
-
-def _environment(name: str) -> Declaration:
-    """Return the declaration of an environment's settings: those of its family, and the one that all have."""
-    family = declaration_of(families.declared_family(name))
-    every = declaration_of("envs.families:make")
-    limit = every.signature.parameters["max_episode_steps"]
-    takes = {limit.name: limit, **family.signature.parameters}
-    ordered = sorted(takes.values(), key=lambda parameter: parameter.kind)
-    return Declaration(inspect.Signature(ordered), f"{family.doc}\n\n{every.doc}")
 
 
 def _declared(where: str, node: Any) -> Declaration:
@@ -248,8 +236,6 @@ def _names_beside(module: str) -> list[str]:
 
 def _build(where: str, node: Any) -> Any:
     """Build nodes with a `_target_`, from the inside out, each checked against its signature first."""
-    if where in FUNCTIONS and isinstance(node, str):
-        return _named_function(where, node)
     if not isinstance(node, dict):
         return node
     settings = {key: _build(f"{where}.{key}", value) for key, value in node.items()}
@@ -263,25 +249,6 @@ def _build(where: str, node: Any) -> Any:
     _require(where, target, checked)
     with settings_of(where, checked):
         return target(**checked)
-
-
-def _named_function(where: str, text: str) -> Callable[..., Any]:
-    """Import the function that a setting names.
-
-    Raises:
-        ValueError: it is not named as `module:function`, or there is no such module or function.
-    """
-    module, _, name = text.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), name)):
-        raise ValueError(f"{where} takes a function as module:function, such as my_module:function; got {text!r}")
-    try:
-        function = load(text)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{where}={text} cannot be imported ({reason}): name a function that Python finds") from error
-    if not callable(function):
-        raise ValueError(f"{where}={text} is not a function; it is {function!r:.80}")
-    return function
 
 
 def _require(where: str, target: Target, settings: Settings) -> None:

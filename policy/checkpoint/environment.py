@@ -1,32 +1,15 @@
-"""The environment that a checkpoint acts in, and the check of an environment that a file names."""
+"""The environment to act in: what a file names, the changes that the user makes, and what only the user may choose."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from policy.checkpoint.reading import Checkpoint
 
-
-def check_env(env: Mapping[str, Any], source: object) -> dict[str, Any]:
-    """Reject an environment that a file names if making it would import a module: only the user may choose code.
-
-    Args:
-        env: settings of the environment, from the file.
-        source: the file, for the message.
-
-    Returns:
-        `env` as a dictionary.
-
-    Raises:
-        ValueError: the environment's id has the form "module:Id".
-    """
-    if ":" in str(env.get("id", "")):
-        raise ValueError(
-            f"{source} asks for the environment {env['id']}, which would import a module of its choice:"
-            f" if you trust it, add env=gym env.id={env['id']}"
-        )
-    return dict(env)
+# A text of this kind may name a file or a module.
+NAMES_CODE = re.compile(r"[./\\:]")
 
 
 def choose_env(checkpoint: Checkpoint, override: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -42,8 +25,49 @@ def choose_env(checkpoint: Checkpoint, override: Mapping[str, Any] | None) -> di
     Raises:
         ValueError: the checkpoint names no environment, or one that only the user may choose.
     """
-    if override and "name" in override:
-        return dict(override)
-    if checkpoint.env is None:
-        raise ValueError(f"{checkpoint.path} names no environment: add env=...")
-    return check_env({**checkpoint.env, **(override or {})}, checkpoint.path)
+    return merge_env(checkpoint.env, override, checkpoint.path)
+
+
+def merge_env(stored: Mapping[str, Any] | None, override: Mapping[str, Any] | None, source: object) -> dict[str, Any]:
+    """Choose between the environment that a file holds and the user's; a file cannot have code imported.
+
+    Args:
+        stored: settings of the environment, from the file, or None.
+        override: the user's, as for `choose_env`.
+        source: the file, for messages.
+
+    Returns:
+        `{"name": ..., **settings}`.
+
+    Raises:
+        ValueError: neither names an environment, or the file's would import a module, or read a file, of its choice.
+    """
+    override = dict(override or {})
+    if "name" in override:
+        return override
+    if not isinstance(stored, Mapping) or not isinstance(stored.get("name"), str):
+        raise ValueError(f"{source} names no environment: add env=...")
+    kept = {key: value for key, value in stored.items() if key not in override}
+    if ":" in str(kept.get("id", "")):
+        raise ValueError(
+            f"{source} asks for the environment {kept['id']}, which would import a module of its choice:"
+            f" if you trust it, add env.id={kept['id']}"
+        )
+    for key, text in _texts("kwargs", kept.get("kwargs")):
+        if NAMES_CODE.search(text):
+            raise ValueError(
+                f"{source} asks for env.{key}={text!r}, which may be a file or a module of its choice: if you trust it,"
+                " give all of env.kwargs yourself, as env.kwargs.NAME=VALUE"
+            )
+    return {**kept, **override}
+
+
+def _texts(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _texts(f"{key}.{name}", part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _texts(key, part)

@@ -9,7 +9,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from policy.common.markdown import markdown_table
+from policy.common.markdown import markdown_code, markdown_table, markdown_text
+from policy.common.terminal import printable
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.statistics.results import EpisodeResult, summarize
 
@@ -40,6 +41,8 @@ def model_card(policy: DiffusionPolicy, evaluation: Path | None, license: str | 
     rows = read_figures(evaluation) if evaluation else []
     origin = policy.origin
     env = str(origin.env["name"]) if origin and origin.env else "an environment of your choice"
+    env = " ".join(printable(env).split())
+    keys = ", ".join(f"{json.dumps(key, ensure_ascii=False)}: ..." for key in policy.config.observation_shapes)
     metadata = ModelCardData(
         library_name=LIBRARY,
         license=license,
@@ -56,9 +59,9 @@ def model_card(policy: DiffusionPolicy, evaluation: Path | None, license: str | 
     )
     content = environment.get_template(TEMPLATE).render(
         metadata=metadata.to_yaml(),
-        env=env,
+        env=markdown_text(env),
         library=LIBRARY,
-        observations="{" + ", ".join(f'"{key}": ...' for key in policy.config.observation_shapes) + "}",
+        observations=f"{{{keys}}}",
         interface=_interface(policy),
         training=_training(origin.training if origin else {}),
         evaluation=_evaluation(rows),
@@ -114,7 +117,7 @@ def _interface(policy: DiffusionPolicy) -> str:
     """Table of the policy's inputs and outputs with their shapes, and of its size."""
     config = policy.config
     shapes = [
-        (f"observation `{key}`", f"(B, {config.obs_horizon}, {', '.join(map(str, shape))})")
+        (f"observation {markdown_code(key)}", f"(B, {config.obs_horizon}, {', '.join(map(str, shape))})")
         for key, shape in config.observation_shapes.items()
     ]
     chunk = ("action chunk", f"(B, {config.action_horizon}, {config.action_dim})")
@@ -125,7 +128,7 @@ def _interface(policy: DiffusionPolicy) -> str:
 def _training(training: Figures) -> str:
     """Table of what a checkpoint notes about its training, without the dataset's folder; empty if it notes nothing."""
     noted = [(key, training[key]) for key in ("dataset", "episodes", "step", "batch_size", "seed") if key in training]
-    rows = [(key, Path(str(value)).name if key == "dataset" else str(value)) for key, value in noted]
+    rows = [(key, markdown_text(Path(str(value)).name if key == "dataset" else str(value))) for key, value in noted]
     return markdown_table(("", "value"), rows) if rows else ""
 
 

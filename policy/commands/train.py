@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from policy.checkpoint import check_env, describe_best, is_checkpoint, keep_checkpoint, resume_training, save_checkpoint
+from policy.checkpoint import describe_best, is_checkpoint, keep_checkpoint, merge_env, resume_training, save_checkpoint
 from policy.common.arguments import unknown_name
 from policy.common.control_rate import describe_mismatch, stated_rate
 from policy.common.device import check_device
@@ -89,8 +89,8 @@ def train_policy(
         FloatingPointError: see `policy.training.loop.train`; the message names the last good checkpoint.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after saving.
     """
-    if not env and dataset.metadata.get("env"):
-        env = check_env(dataset.metadata["env"], dataset.source)
+    if env or dataset.metadata.get("env"):
+        env = merge_env(dataset.metadata.get("env"), env, dataset.source)
     config, rate = config_for(policy, dataset, auxiliary), stated_rate(dataset.metadata.get("rate_hz"))
     check_execution_horizon(execution_horizon, config.action_horizon)
     check_num_envs(num_envs)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+from policy.common.terminal import printable
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, align: str = "") -> str:
@@ -10,7 +13,7 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, align
 
     Args:
         heads: one for each column.
-        rows: cells, one for each column; a `|` in a cell is escaped.
+        rows: cells, one for each column; a `|` in a cell is escaped, and a line break becomes a space.
         align: a letter for each column, `l` for left and `r` for right, pads the cells so that columns line up in a
             terminal; without any, cells stay as they are.
 
@@ -24,9 +27,24 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, align
         raise ValueError(f"a row has {len(wrong[0])} cells, the table {len(heads)} columns: {list(wrong[0])}")
     if align and (len(align) != len(heads) or not set(align) <= set("lr")):
         raise ValueError(f"align must be l or r for each of {len(heads)} columns, or empty; got {align!r}")
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in (heads, *rows)]
+    cells = [[" ".join(cell.splitlines()).replace("|", "\\|") for cell in line] for line in (heads, *rows)]
     columns = map(_column, zip(*cells, strict=True), align or " " * len(heads))
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*columns, strict=True))
+
+
+def markdown_text(text: str) -> str:
+    r"""Write a text so that Markdown shows it as it stands: no link, picture, emphasis or HTML comes of it.
+
+    >>> print(markdown_text("[a](b) <i>"))
+    \[a\](b) &lt;i>
+    """
+    line = " ".join(printable(text).split())
+    return re.sub(r"([\\`*\[\]])", r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;"))
+
+
+def markdown_code(text: str) -> str:
+    """Write a text as code; a backtick in it, which would end the code, becomes an apostrophe."""
+    return f"`{' '.join(printable(text).split()).replace('`', chr(39))}`"
 
 
 def _column(cells: Sequence[str], align: str) -> list[str]:

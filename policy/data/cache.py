@@ -31,6 +31,7 @@ import numpy as np
 from filelock import lock_descriptor
 from numpy.typing import NDArray
 
+from policy.common.machine import warn_of_temporary_home
 from policy.data.budget import Budget, BudgetError
 from policy.data.demonstrations import Demonstrations
 from policy.data.episode import Episode, EpisodeChecker
@@ -41,7 +42,10 @@ BUILDING = ".building-"
 
 def default_cache_dir() -> Path:
     """The folder of converted demonstrations: `ddim-policy` in the user's cache folder ($XDG_CACHE_HOME)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddim-policy"
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "ddim-policy"
+    warn_of_temporary_home()
+    return Path.home() / ".cache" / "ddim-policy"
 
 
 def open_cached(folder: Path) -> Demonstrations | None:

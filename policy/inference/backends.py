@@ -295,8 +295,22 @@ class Compiled:
 
     def __call__(self, inputs: SamplingInputs) -> Tensor:
         """See `Runner`."""
-        actions: Tensor = self._program(inputs)
+        try:
+            actions: Tensor = self._program(inputs)
+        except (OSError, RuntimeError) as error:  # it compiles when it is first called
+            from torch._dynamo.exc import TorchDynamoException
+
+            if not isinstance(error, OSError | TorchDynamoException):
+                raise
+            raise ValueError(
+                f"backend=compile cannot compile ({_first_line(error)}): TORCHINDUCTOR_CACHE_DIR chooses the folder"
+                " that it writes to, and backend=onnx needs none"
+            ) from error
         return actions
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(f"{type(error).__name__}: {error}".splitlines()))
 
 
 class Onnx:

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from policy.common.drawing import drawing
 from policy.common.observations import is_image
+from policy.common.terminal import printable
 from policy.data.demonstrations import Demonstrations
 from policy.inspection.figures import Inspection, KeyFigures, arrays_of, spread
 from policy.inspection.text import seconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MAX_LINES = 12
 MAX_POINTS = 1000
@@ -31,6 +34,11 @@ def plot_episodes(demonstrations: Demonstrations, inspection: Inspection, number
         numbers: numbers of the episodes to draw.
         path: the PNG file to write.
     """
+    with drawing():
+        _figure(demonstrations, inspection, numbers).savefig(path, dpi=100)
+
+
+def _figure(demonstrations: Demonstrations, inspection: Inspection, numbers: Sequence[int]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -46,18 +54,19 @@ def plot_episodes(demonstrations: Demonstrations, inspection: Inspection, number
             draw(axes, figures, arrays[figures.key][start:end], inspection.rate_hz)
         if draw is not _draw_path:
             cut = f"\n(first {MAX_LINES} of {len(figures.dimensions)})" if len(figures.dimensions) > MAX_LINES else ""
-            line[0].set_ylabel(figures.key + cut)
+            line[0].set_ylabel(printable(figures.key) + cut)
         if draw is _draw_lines and len(figures.dimensions) > 1:
             line[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.03), fontsize="x-small", handlelength=1)
     for axes, number in zip(grid[0], numbers, strict=True):
         length = demonstrations.episode_lengths[number]
-        axes.set_title(f"episode {demonstrations.episode_names[number]} ({length} transitions)", fontsize="medium")
+        name = printable(demonstrations.episode_names[number])
+        axes.set_title(f"episode {name} ({length} transitions)", fontsize="medium")
     figure.suptitle(
-        f"{Path(inspection.source).name}: {len(numbers)} of {inspection.episodes.count} episodes"
+        f"{printable(Path(inspection.source).name)}: {len(numbers)} of {inspection.episodes.count} episodes"
         "\nover time, each dimension is scaled by its range to [-1, 1], as a policy sees it",
         fontsize="medium",
     )
-    figure.savefig(path, dpi=100)
+    return figure
 
 
 def _drawings(figures: KeyFigures) -> list[Any]:
@@ -111,5 +120,5 @@ def _draw_path(axes: Axes, figures: KeyFigures, values: NDArray[Any], rate_hz: f
     if max(extents) < 4 * min(extents):  # otherwise they are different quantities, and the path would be a thin line
         axes.set_aspect("equal")
     axes.tick_params(labelsize="small")
-    axes.set_xlabel(f"{figures.key}[0], from the circle on", fontsize="small")
-    axes.set_ylabel(f"{figures.key}[1]", fontsize="small")
+    axes.set_xlabel(f"{printable(figures.key)}[0], from the circle on", fontsize="small")
+    axes.set_ylabel(f"{printable(figures.key)}[1]", fontsize="small")

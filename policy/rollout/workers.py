@@ -25,6 +25,7 @@ import torch
 
 from policy.common.device import available_cores
 from policy.common.errors import WorkerError
+from policy.common.machine import leave_children_alone, outside_current_folder
 from policy.common.plugins import load_plugins, loaded_plugins
 from policy.inference.backends import SamplerProgram
 from policy.model.diffusion_policy import DiffusionPolicy
@@ -264,7 +265,7 @@ class RolloutPool:
         connection, theirs = context.Pipe()
         clock = context.RawArray("d", 2)
         log = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process)
-        with _standard_error_into(log) as standard_error:
+        with _standard_error_into(log) as standard_error, outside_current_folder():
             arguments = (standard_error, loaded_plugins(), self._parcel, self._make_env, num_envs, theirs, clock)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
@@ -390,14 +391,15 @@ def _parcel(policies: Sequence[DiffusionPolicy]) -> Iterator[_Descriptor]:
     Raises:
         WorkerError: there is no room for it.
     """
-    with tempfile.TemporaryFile() as file:
+    with ExitStack() as stack:
         try:
+            file = stack.enter_context(tempfile.TemporaryFile())
             torch.save(list(policies), file)
             file.flush()
         except (OSError, RuntimeError) as error:
             raise WorkerError(
-                f"the policies cannot be written to {tempfile.gettempdir()} for the rollout processes ({error}): name a"
-                " folder with room in TMPDIR, or use num_envs=1"
+                f"the policies cannot be written for the rollout processes ({error}): name a folder with room in TMPDIR,"
+                " or use num_envs=1"
             ) from error
         yield _Descriptor(file.fileno())
 
@@ -436,6 +438,7 @@ def _serve(
         os.setpgid(0, 0)
     # As the parent's daemon it would not be allowed children, which some simulators have.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    leave_children_alone()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from policy.common.drawing import drawing
+from policy.common.terminal import printable
 from policy.sweep.grid import Row, varying
 
 if TYPE_CHECKING:
@@ -24,10 +26,12 @@ def plot_rows(rows: Sequence[Row], files: Sequence[Path], title: str, paired: bo
         title: says what was swept.
         paired: whether all cells ran the same episodes.
     """
-    figure = draw_rows(rows)
-    figure.suptitle(f"{title}: {rows[0]['episodes']} episodes per point, {'the same' if paired else 'others'} in each")
-    for file in files:
-        figure.savefig(file, dpi=150)
+    compared = "the same" if paired else "others"
+    with drawing():
+        figure = draw_rows(rows)
+        figure.suptitle(printable(f"{title}: {rows[0]['episodes']} episodes per point, {compared} in each"))
+        for file in files:
+            figure.savefig(file, dpi=150)
 
 
 def draw_rows(rows: Sequence[Row]) -> Figure:
@@ -100,7 +104,7 @@ def _draw(axes: Any, key: str, name: str, rows: Sequence[Row], *, alone: bool) -
     below = [s - 100 * row["success_low"] for s, row in zip(success, rows, strict=True)]
     above = [100 * row["success_high"] - s for s, row in zip(success, rows, strict=True)]
     x = [row[key] for row in rows]
-    axes.errorbar(x, success, yerr=[below, above], fmt="o-", capsize=4, label=name or "success")
+    axes.errorbar(x, success, yerr=[below, above], fmt="o-", capsize=4, label=printable(name) or "success")
     if alone:
         scores = [100 * row["score_mean"] for row in rows]
         axes.plot(x, scores, "s--", color="0.6", ms=4, lw=1, label="mean score x 100")

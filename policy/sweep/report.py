@@ -10,7 +10,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from policy.common.drawing import drawing
 from policy.common.files import write_text
+from policy.common.terminal import printable
 from policy.sweep.grid import Row
 from policy.sweep.plot import draw_rows
 from policy.sweep.table import table_cells
@@ -94,18 +96,13 @@ def write_report(
         settings=settings,
         paired=paired,
     )
-    write_text(path, page)
+    write_text(path, printable(page))
 
 
 def _plot(rows: Sequence[Row], scheme: str) -> str:
     """The plots as an SVG element for a page of a light or dark colour scheme."""
-    import matplotlib.style
-    from matplotlib import rc_context
-
-    with (
-        rc_context({"svg.fonttype": "none", "svg.hashsalt": "sweep", "savefig.transparent": True}),
-        matplotlib.style.context(STYLES[scheme]),
-    ):
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "sweep", "savefig.transparent": True}
+    with drawing(STYLES[scheme], settings):
         buffer = BytesIO()
         draw_rows(rows).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue().decode()

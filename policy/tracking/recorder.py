@@ -55,7 +55,10 @@ def _open(
     import wandb
 
     # The system charts show the caller's process, not this one, and console output is left to the caller.
-    settings = wandb.Settings(silent=True, console="off", init_timeout=patience, x_stats_pid=os.getppid())
+    # Git is not asked, because it runs programs that the settings of a repository name.
+    settings = wandb.Settings(
+        silent=True, console="off", init_timeout=patience, x_stats_pid=os.getppid(), disable_git=True
+    )
 
     def start(mode: Any) -> Any:
         return wandb.init(project=project, dir=folder, config=config, mode=mode, settings=settings)
@@ -73,6 +76,18 @@ def _open(
     # W&B's own step counter never goes back: W&B would drop the steps that a resumed run logs again.
     run.define_metric("*", step_metric="step")
     return run
+
+
+def _settle_folders(folder: Path) -> None:
+    """Let W&B keep its copies beside the run where the user's own folders for them cannot be written to."""
+    for variable, xdg, default in (
+        ("WANDB_DATA_DIR", "XDG_DATA_HOME", "~/.local/share"),
+        ("WANDB_CACHE_DIR", "XDG_CACHE_HOME", "~/.cache"),
+    ):
+        place = Path(os.path.expanduser(os.environ.get(xdg) or default)) / "wandb"
+        there = next(path for path in (place.absolute(), *place.absolute().parents) if os.path.exists(path))
+        if not os.access(there, os.W_OK | os.X_OK):
+            os.environ.setdefault(variable, str(folder))
 
 
 def _media(*, name: str, rows: list[dict[str, Any]], image: str | None, videos: list[str]) -> dict[str, Any]:

@@ -62,10 +62,11 @@ class WandbTracker:
             stdin=subprocess.PIPE,
             stdout=self._answer,
             text=True,
+            cwd=Path(recorder.__file__).parent,  # W&B reads settings, such as its server, in its current folder
             start_new_session=True,  # Ctrl-C reaches only the caller, which handles it
         )
         threading.Thread(target=self._write, name="tracker", daemon=True).start()
-        self._tell("open", folder=folder, config=config, project=project, mode=mode, patience=patience / 2)
+        self._tell("open", folder=folder.absolute(), config=config, project=project, mode=mode, patience=patience / 2)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Record the metrics of a training step."""
@@ -75,7 +76,8 @@ class WandbTracker:
         self, name: str, rows: list[dict[str, Any]], image: Path | None = None, videos: Sequence[Path] = ()
     ) -> None:
         """Record rows with equal keys as a table, a picture of it, and mp4 videos."""
-        self._tell("log_table", name=name, rows=rows, image=image, videos=videos)
+        picture, clips = image and image.absolute(), [video.absolute() for video in videos]
+        self._tell("log_table", name=name, rows=rows, image=picture, videos=clips)
 
     def finish(self) -> str:
         """Close the run and return its folder, or an empty string if there is none."""

@@ -423,7 +423,7 @@ def test_a_checkpoint_cannot_have_a_module_imported(saved, tmp_path, monkeypatch
     monkeypatch.syspath_prepend(str(tmp_path))
     edit(saved, lambda config: config.update(env={"name": "gym", "id": "evil:Env-v0"}))
     seal(saved)
-    with pytest.raises(ValueError, match=r"would import a module.*env=gym env\.id=evil:Env-v0"):
+    with pytest.raises(ValueError, match=r"would import a module.*add env\.id=evil:Env-v0"):
         choose_env(load_checkpoint(saved), {"kwargs": {}})
 
     from scripts import rollout
@@ -447,7 +447,7 @@ def test_a_dataset_cannot_have_a_module_imported(demonstrations, tmp_path, monke
     monkeypatch.syspath_prepend(str(tmp_path))
     metadata = {"env": {"name": "gym", "id": "evil2:Env-v0"}}
     settings = PolicySettings(encoder=CONFIG.encoder, denoiser=CONFIG.denoiser, schedule=CONFIG.schedule)
-    with pytest.raises(ValueError, match=r"would import a module.*env=gym env\.id=evil2:Env-v0"):
+    with pytest.raises(ValueError, match=r"would import a module.*add env\.id=evil2:Env-v0"):
         train_policy(
             envs.make,
             dataset=dataclasses.replace(demonstrations, metadata=metadata),

@@ -1,8 +1,11 @@
 """The whole text of a model card; its parts and figures are looked at in reliability/test_hub.py."""
 
+import dataclasses
 import json
+import re
 
 import pytest
+import yaml
 
 from policy import DiffusionPolicy, PolicyConfig
 from policy.checkpoint.model_card import model_card
@@ -91,7 +94,7 @@ def test_a_policy_of_which_nothing_is_known_has_a_card(policy):
 
 
 def test_everything_that_is_known_stands_on_the_card_as_it_is(policy, tmp_path):
-    """Nothing of it is taken for the template's language, and nothing is escaped: Markdown is not HTML."""
+    """Nothing of it is taken for the template's language, for Markdown or for HTML."""
     env = "<planar> & {{ env }}"
     policy.origin = Origin(
         env={"name": env}, execution_horizon=5, training={"dataset": "/home/me/reach-v0", "step": 7, "seed": 1, "x": 2}
@@ -100,7 +103,7 @@ def test_everything_that_is_known_stands_on_the_card_as_it_is(policy, tmp_path):
     card = model_card(policy, tmp_path / "sweep.json", "mit")
     assert card.text == text(
         policy,
-        env=env,
+        env="&lt;planar> &amp; {{ env }}",
         training="|  | value |\n| --- | --- |\n| dataset | reach-v0 |\n| step | 7 |\n| seed | 1 |",
         evaluation="| ddim_steps | success | 95 % interval | episodes | mean score | latency of a chunk (median) |\n"
         "| --- | --- | --- | --- | --- | --- |\n"
@@ -110,3 +113,18 @@ def test_everything_that_is_known_stands_on_the_card_as_it_is(policy, tmp_path):
     assert card.data.license == "mit"
     assert card.data.model_name == f"diffusion policy for {env}"
     assert card.data.eval_results[0].metric_value == 0.95
+
+
+def test_nothing_in_a_name_is_obeyed_by_markdown_or_yaml():
+    hostile = "x`\n---\n# head\n![a](http://b/c) <img src=x onerror=1>\x1b[2J | y"
+    policy = DiffusionPolicy(dataclasses.replace(CONFIG, observation_shapes={hostile: (4,)}))
+    policy.origin = Origin(env={"name": hostile}, execution_horizon=8, training={"dataset": hostile}, plugins=())
+    text = str(model_card(policy, None, None))
+    metadata, _, body = text.removeprefix("---\n").partition("\n---\n")
+    assert yaml.safe_load(metadata)["library_name"] == "ddim-policy"
+    assert "\x1b" not in text
+    code = re.compile(r"```.*?```|(?<!\\)`[^`\n]*`", re.DOTALL)
+    shown = code.sub("", body)
+    assert "<img" not in shown
+    assert "![a]" not in shown
+    assert not [line for line in body.splitlines() if line.startswith(("---", "# head", "![a]"))]

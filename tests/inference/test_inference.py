@@ -202,3 +202,19 @@ def test_what_cannot_run_is_refused_before_it_does(monkeypatch):
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler .*: install one, or use backend=onnx"):
         compile_sampler(policy, sampler, backend="compile")
     assert set(BACKENDS) == {"eager", "fused", "compile", "onnx", "cuda_graph"}
+
+
+def test_a_folder_that_the_compiler_cannot_write_to_is_one_sentence(monkeypatch):
+    from torch._dynamo.exc import TorchDynamoException
+
+    def refuse(module):
+        def call(inputs):
+            raise TorchDynamoException("PermissionError: '/cache'\nSet TORCH_LOGS")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    compiled = backends_module.Compiled.__new__(backends_module.Compiled)
+    compiled._program = torch.compile(None)
+    with pytest.raises(ValueError, match=r"^backend=compile cannot compile \(.*'/cache'\): TORCHINDUCTOR_CACHE_DIR"):
+        compiled(None)

@@ -243,6 +243,14 @@ def test_the_picture_shows_lines_paths_and_frames(tmp_path):
     assert sizes["images"][0] > sizes["plain"][0]
 
 
+def test_names_that_look_like_formulas_or_control_the_terminal_are_drawn(tmp_path, capsys):
+    names = ["$\\frac$", "a\x1b[2J", "$x"]
+    states = {name: laid_out([40]).observations["state"] for name in names}
+    data = laid_out([40], observations=states, episode_names=["$\\frac$\x07"], source="$_$\n")
+    inspect(dataset=data, episodes=1, output_dir=tmp_path)
+    assert (tmp_path / "inspect.png").stat().st_size > 1000
+
+
 def test_wide_constant_and_single_ones_can_be_drawn(tmp_path):
     state = np.zeros((3, 40), np.float32)
     gray = np.zeros((3, 8, 8, 1), np.uint8)

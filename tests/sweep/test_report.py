@@ -1,10 +1,13 @@
 """The report's page: everything it is given stands in it as text, in its place."""
 
 import base64
+import html
 from html.parser import HTMLParser
 
 import pytest
 
+from policy.common.terminal import printable
+from policy.sweep.plot import plot_rows
 from policy.sweep.report import Clip, write_report
 
 NASTY = """<b>&"it's" {{ seed }} $title é</b>"""
@@ -93,6 +96,20 @@ def test_what_looks_like_markup_is_shown_as_it_is(write, tmp_path):
     page = write([row(1)], without_clips=NASTY)
     assert NASTY in page.text["p"]
     assert "video" not in page.text
+
+
+def test_names_are_drawn_as_they_stand(write, tmp_path):
+    names = ["a$b", r"$\frac$", "_x", "</text><script>x</script>", "a\x1b[2J\nb", "{x}", "%s"]
+    rows = [{**row(1), "checkpoint": name} for name in names]
+    page = write(rows, title="".join(names))
+    assert page.plots == 2
+    assert "script" not in page.text
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "\x1b" not in text
+    for name in names:
+        assert f"checkpoint {html.escape(printable(name), quote=False)}".splitlines()[0] in text
+    plot_rows(rows, [tmp_path / "plot.png"], title="".join(names))
+    assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("chosen", [0, 1, None])

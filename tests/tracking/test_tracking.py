@@ -342,3 +342,28 @@ def test_a_sweep_ends_with_its_files_and_its_table_where_no_server_answers(
     assert (sweep / "report.html").exists()
     assert videos
     check_table(only_run(sweep), sweep / "sweep.png", videos, [[*row.values()] for row in rows])
+
+
+def test_settings_files_in_the_current_and_in_the_output_folder_are_not_read(nobody, tmp_path):
+    """They could send what is recorded, and the key, to another server."""
+    for place in (nobody, tmp_path / "out"):
+        (place / "wandb").mkdir(parents=True)
+        (place / "wandb/settings").write_text("[default]\nentity = stranger\nrun_tags = stranger\n")
+    tracker = WandbTracker(folder=tmp_path / "out", config={})
+    tracker.log({"loss": 1.0}, step=1)
+    assert tracker.finish()
+    (run,) = [record.run for record in records(only_run(tmp_path / "out")) if record.HasField("run")]
+    assert (run.entity, list(run.tags)) == ("", [])
+
+
+def test_copies_are_kept_beside_the_run_where_the_users_folders_cannot_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "readonly"))
+    for name in ("XDG_DATA_HOME", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    (tmp_path / "readonly").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) == tmp_path)
+    tracking.recorder._settle_folders(tmp_path / "run")
+    assert os.environ["WANDB_DATA_DIR"] == str(tmp_path / "run")
+    assert "WANDB_CACHE_DIR" not in os.environ

@@ -1,0 +1,37 @@
+"""Environments as commands make them: every setting is checked by name and type before the simulator is imported."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import envs
+from envs import families
+from policy.common.arguments import check_arguments
+from policy.common.signatures import Declaration, declaration_of
+
+if TYPE_CHECKING:
+    from envs.checked import CheckedEnv
+
+
+def declared_settings(name: str) -> Declaration:
+    """Return the declaration of an environment's settings: those of its family, and the one that all have."""
+    family = declaration_of(families.declared_family(name))
+    every = declaration_of("envs.families:make")
+    limit = every.signature.parameters["max_episode_steps"]
+    takes = {limit.name: limit, **family.signature.parameters}
+    ordered = sorted(takes.values(), key=lambda parameter: parameter.kind)
+    return Declaration(inspect.Signature(ordered), f"{family.doc}\n\n{every.doc}")
+
+
+def make_env(name: str, **settings: Any) -> CheckedEnv:
+    """Make an environment from the settings that the user gave, or that a checkpoint or a dataset holds.
+
+    Args:
+        name: of the family.
+        **settings: of the family, and `render_mode`.
+
+    Raises:
+        ValueError: an unknown family or setting, with the nearest, or a value of the wrong type.
+    """
+    return envs.make(name, **check_arguments("env", declared_settings(name), settings))

@@ -398,8 +398,8 @@ def _parcel(policies: Sequence[DiffusionPolicy]) -> Iterator[_Descriptor]:
             file.flush()
         except (OSError, RuntimeError) as error:
             raise WorkerError(
-                f"the policies cannot be written for the rollout processes ({error}): name a folder with room in TMPDIR,"
-                " or use num_envs=1"
+                f"the policies cannot be written for the rollout processes ({error}): name a folder with room in"
+                " TMPDIR, or use num_envs=1"
             ) from error
         yield _Descriptor(file.fileno())
 

@@ -30,7 +30,7 @@ from policy.common.modules import check_functions, named_modules, search_for, wi
 from policy.common.output import check_writable
 from policy.common.plugins import load_plugins
 from policy.common.progress import close_bars, on_its_own_line
-from policy.common.terminal import printable_output
+from policy.common.terminal import printable, printable_output
 from scripts.command_line import hydra_override, read_command_line
 from scripts.help_text import help_text
 from scripts.settings import CONF, GROUPS, Task, add_registered_options, registered_options
@@ -74,7 +74,7 @@ def _main(task: Task, example: str) -> None:
 
 
 def _start(task: Task, example: str) -> None:
-    warnings.formatwarning = lambda message, *_: on_its_own_line(f"warning: {message}\n")
+    warnings.formatwarning = lambda message, *_: on_its_own_line(f"warning: {printable(str(message))}\n")
     with refusals():
         settle_home()
     Plugins.instance()  # Hydra looks for its own plugins now, before a setting may have the current folder searched
@@ -190,5 +190,5 @@ def refusals() -> Iterator[None]:
 def _end(reason: str, code: int) -> NoReturn:
     """Say on a line of its own why the command ends, and end it."""
     close_bars()
-    print(f"error: {' '.join(reason.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(reason.split()))}", file=sys.stderr)
     sys.exit(code)

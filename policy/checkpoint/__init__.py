@@ -20,7 +20,7 @@ Schemas: 1 had no checksums.json; 2 is the current one.
 """
 
 from policy.checkpoint.description import describe_checkpoint
-from policy.checkpoint.environment import choose_env, merge_env
+from policy.checkpoint.environment import choose_env, merge_env, only_of_the_user
 from policy.checkpoint.files import SCHEMA_VERSION, is_checkpoint
 from policy.checkpoint.keeping import describe_best, keep_checkpoint
 from policy.checkpoint.reading import Checkpoint, load_checkpoint, resume_training
@@ -38,6 +38,7 @@ __all__ = [
     "keep_checkpoint",
     "load_checkpoint",
     "merge_env",
+    "only_of_the_user",
     "resume_training",
     "save_checkpoint",
 ]

@@ -48,7 +48,9 @@ def merge_env(stored: Mapping[str, Any] | None, override: Mapping[str, Any] | No
     if not isinstance(stored, Mapping) or not isinstance(stored.get("name"), str):
         raise ValueError(f"{source} names no environment: add env=...")
     kept = {key: value for key, value in stored.items() if key not in override}
-    if ":" in str(kept.get("id", "")):
+    if not isinstance(kept.get("id", ""), str):
+        raise ValueError(f"{source} asks for an environment whose id is not a text but {kept['id']!r}: add env=...")
+    if ":" in kept.get("id", ""):
         raise ValueError(
             f"{source} asks for the environment {kept['id']}, which would import a module of its choice:"
             f" if you trust it, add env.id={kept['id']}"
@@ -60,6 +62,19 @@ def merge_env(stored: Mapping[str, Any] | None, override: Mapping[str, Any] | No
                 " give all of env.kwargs yourself, as env.kwargs.NAME=VALUE"
             )
     return {**kept, **override}
+
+
+def only_of_the_user(env: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those settings of an environment that `merge_env` takes from the user only: for the next command.
+
+    >>> only_of_the_user({"name": "gym", "id": "my_env:Reach-v0", "success": "termination"})
+    {'id': 'my_env:Reach-v0'}
+    """
+    of_code = {
+        "id": ":" in str(env.get("id", "")),
+        "kwargs": any(NAMES_CODE.search(text) for _, text in _texts("kwargs", env.get("kwargs"))),
+    }
+    return {key: env[key] for key, needed in of_code.items() if needed}
 
 
 def _texts(key: str, value: Any) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from policy.checkpoint import describe_checkpoint, load_checkpoint
+from policy.checkpoint import describe_checkpoint, load_checkpoint, only_of_the_user
 from policy.common.files import json_text, write_text
 from policy.common.next_line import next_line
 from policy.common.output import output_folder
@@ -64,6 +64,8 @@ def inspect(
 
 
 def _inspect_checkpoint(folder: Path) -> None:
-    for name, text in describe_checkpoint(load_checkpoint(folder)).items():
+    loaded = load_checkpoint(folder)
+    for name, text in describe_checkpoint(loaded).items():
         print(f"{name:<12} {text}")
-    print(next_line("ddim-rollout", checkpoint=folder))
+    command = "ddim-rollout" if loaded.env else "ddim-export"
+    print(next_line(command, checkpoint=folder, env=only_of_the_user(loaded.env or {})))

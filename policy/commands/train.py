@@ -11,7 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from policy.checkpoint import describe_best, is_checkpoint, keep_checkpoint, merge_env, resume_training, save_checkpoint
+from policy.checkpoint import (
+    describe_best,
+    is_checkpoint,
+    keep_checkpoint,
+    merge_env,
+    only_of_the_user,
+    resume_training,
+    save_checkpoint,
+)
 from policy.common.arguments import unknown_name
 from policy.common.control_rate import describe_mismatch, stated_rate
 from policy.common.device import check_device
@@ -143,7 +151,11 @@ def train_policy(
             print("the preset as committed reaches: " + ", ".join(f"{name}={value:g}" for name, value in row.items()))
         if env is None:
             print("no environment is known, so there is nothing to roll out in: env=... of ddim-rollout chooses one")
-        print(next_line("ddim-rollout" if env else "ddim-export", checkpoint=record.folder))
+        print(
+            next_line(
+                "ddim-rollout" if env else "ddim-export", checkpoint=record.folder, env=only_of_the_user(env or {})
+            )
+        )
 
 
 def _names(tasks: Any) -> list[str] | None:

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO, cast
 
-# Control characters, and those that turn the direction of writing. Kept: tab, line ends, and the one sequence that
-# progress bars move the cursor with.
-CONTROL = re.compile(r"(?!\x1b\[A)[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# Control characters, and those that turn the direction of writing or end a line in their own way; tab and line feed are
+# kept.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+# The same without what progress bars move the cursor with.
+ODD = re.compile(rf"(?!\x1b\[A|\r){CONTROL.pattern}")
 
 
 def printable(text: str) -> str:
@@ -19,17 +21,21 @@ def printable(text: str) -> str:
     >>> print(printable("a\x1b[2Jb"))
     a\x1b[2Jb
     """
-    return CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
+    return CONTROL.sub(_code, text)
+
+
+def _code(match: re.Match[str]) -> str:
+    return ascii(match[0])[1:-1]
 
 
 class _Printable:
-    """A text stream to which only printable characters are written."""
+    """A text stream to which characters of a pattern are written as their codes."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, pattern: re.Pattern[str]) -> None:
+        self._stream, self._pattern = stream, pattern
 
     def write(self, text: str) -> int:
-        return self._stream.write(printable(text))
+        return self._stream.write(self._pattern.sub(_code, text))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -37,7 +43,7 @@ class _Printable:
 
 @contextmanager
 def printable_output() -> Iterator[None]:
-    """In this block, what is printed to standard output and standard error does not control the terminal."""
-    out, err = (cast(TextIO, _Printable(stream)) for stream in (sys.stdout, sys.stderr))
-    with redirect_stdout(out), redirect_stderr(err):
+    """In this block, what is printed does not control the terminal, except by progress bars on standard error."""
+    out, err = _Printable(sys.stdout, CONTROL), _Printable(sys.stderr, ODD)
+    with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
         yield

@@ -1,9 +1,13 @@
 """What would need more memory or disk than allowed is refused before it is read, by the sizes in its headers."""
 
+import bz2
+import gzip
 import json
+import lzma
 import resource
 import shutil
 import time
+import zlib
 from pathlib import Path
 
 import h5py
@@ -15,6 +19,7 @@ import zarr
 
 from policy.data.budget import Budget, BudgetError, free_disk, free_memory
 from policy.data.episode import Episode
+from policy.data.formats.chunk_sizes import SIZES, grows_beyond
 from policy.data.formats.hdf5 import HDF5File
 from policy.data.reading import read_demonstrations
 
@@ -80,6 +85,35 @@ def test_a_chunk_that_grows_beyond_its_array_is_damaged(tmp_path, codec):
     (path / "data/state/c/0/0").write_bytes(bomb)
     with pytest.raises(ValueError, match=r"chunk 'data/state/c/0/0' is damaged"):
         read_demonstrations(format="zarr", path=path, cache_dir=tmp_path / "cache")
+
+
+FORGED = (8).to_bytes(4, "little")  # what a gzip stream says of its size, in its last bytes
+
+
+@pytest.mark.parametrize(
+    ("codec", "bomb"),
+    [
+        ("zlib", zlib.compress(bytes(2**27))),
+        ("gzip", gzip.compress(bytes(2**27))[:-4] + FORGED),
+        ("gzip", gzip.compress(b"a") + gzip.compress(bytes(2**27))[:-4] + FORGED),
+        ("bz2", bz2.compress(bytes(2**27))),
+        ("lzma", lzma.compress(bytes(2**27), preset=0)),
+    ],
+)
+def test_streams_are_counted_whatever_they_say(codec, bomb):
+    assert grows_beyond(codec, bomb, 8)
+    assert not grows_beyond(codec, bomb, 2**28)
+    assert not grows_beyond(codec, b"nothing" * 10_000_000, 8)
+
+
+def test_a_zstd_stream_without_a_size_is_counted():
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(bytes(2**27))
+    bomb = sink.getvalue().to_pybytes()
+    assert SIZES["zstd"](bomb)[0] is None
+    assert grows_beyond("zstd", bomb, 8)
+    assert not grows_beyond("zstd", bomb, 2**28)
 
 
 def change_features(root: Path, **changes) -> None:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from policy.common.observations import is_image
 from policy.data.budget import Budget
 from policy.data.episode import Episode, EpisodeReader, Request
+from policy.data.formats.chunk_sizes import SIZES, grows_beyond
 from policy.data.formats.format import Format
 
 ENDS = "meta/episode_ends"
@@ -211,34 +212,6 @@ class _Store:
         return self._files[self.root + name]()
 
 
-def _blosc_sizes(content: bytes) -> tuple[int | None, int]:
-    return int.from_bytes(content[4:8], "little"), int.from_bytes(content[12:16], "little")
-
-
-def _lz4_sizes(content: bytes) -> tuple[int | None, int]:
-    return int.from_bytes(content[:4], "little"), len(content)
-
-
-def _gzip_sizes(content: bytes) -> tuple[int | None, int]:
-    return int.from_bytes(content[-4:], "little"), len(content)
-
-
-def _zstd_sizes(content: bytes) -> tuple[int | None, int]:
-    """See RFC 8878, 3.1.1.1: the content's size follows the window's and the dictionary's descriptors."""
-    if len(content) < 6:
-        return None, len(content)
-    flags = content[4]
-    single = flags >> 5 & 1
-    width = (single, 2, 4, 8)[flags >> 6]
-    start = 5 + (1 - single) + (0, 1, 2, 4)[flags & 3]
-    size = int.from_bytes(content[start : start + width], "little") + (256 if width == 2 else 0)
-    return (size if width else None), len(content)
-
-
-# By codec: the number of bytes to which a compressed chunk decodes, None if it does not say, and its own size.
-SIZES = {"blosc": _blosc_sizes, "lz4": _lz4_sizes, "gzip": _gzip_sizes, "zstd": _zstd_sizes}
-
-
 def _remedy(error: Exception) -> str:
     """Say how to get a codec that is not installed."""
     text = str(error).lower()
@@ -385,14 +358,15 @@ class _Rows:
         file = self._file(chunk)
         if file not in self._store:
             self._check_left_out(chunk, file)
-        elif self._codec in SIZES:
+        elif self._codec:
             try:
                 content = self._store.read(file)
             except Exception as error:  # an error of the zip or of the disk
                 raise ValueError(f"chunk {file!r} cannot be read ({error})") from error
             # zarr does not compare the sizes that codecs state with those of the file and of the chunk.
-            decoded, size = SIZES[self._codec](content)
-            if size != len(content) or not self._allows(decoded):
+            decoded, size = SIZES.get(self._codec, lambda content: (None, len(content)))(content)
+            is_whole = size == len(content) and self._allows(decoded)
+            if not is_whole or grows_beyond(self._codec, content, 16 * self._chunk_bytes):
                 raise ValueError(f"chunk {file!r} is damaged: it is cut short or was changed")
 
     def _allows(self, decoded: int | None) -> bool:

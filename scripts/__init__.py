@@ -1,5 +1,6 @@
 """Console commands: wiring between configuration, environments and policies."""
 
+import signal
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -23,4 +24,12 @@ def _check_own_packages() -> None:
             sys.exit(2)
 
 
+def _end_silently_on_interrupt() -> None:
+    """Let Ctrl-C end a command without a traceback while it imports; `scripts.command` handles it afterwards."""
+    program = Path(sys.argv[0])
+    if program.name.startswith("ddim-") or program.resolve().parent == Path(__file__).resolve().parent:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 _check_own_packages()
+_end_silently_on_interrupt()

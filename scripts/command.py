@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -66,6 +67,8 @@ def command(
 
 
 def _main(task: Task, example: str) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as it was while modules were imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "--version" in sys.argv[1:]:
         print(f"ddim-policy {version('ddim-policy')}, Hydra {hydra.__version__}")
         return

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from policy.common import plugins
 from policy.common.next_line import hydra_text, next_line
 from policy.common.progress import progress
-from scripts.command import _refusals
+from scripts.command import refusals
 from scripts.command_line import hydra_override
 from scripts.help_text import every_setting
 from tests.conftest import PROGRAMS, ROOT
@@ -171,7 +171,7 @@ def test_every_setting_of_a_command_has_a_meaning():
 
 def test_an_error_begins_on_a_line_of_its_own(capsys):
     def fails() -> None:
-        with _refusals():
+        with refusals():
             for _ in progress(range(3), total=3, desc="train", unit="step"):
                 raise ValueError("this went wrong")
 

@@ -91,12 +91,18 @@ def _start(task: Task, example: str) -> None:
         if "--shell-completion" not in given.flags:  # it has words of its own
             multirun = "--multirun" in given.flags
             overrides = [hydra_override(argument, task, multirun=multirun) for argument in overrides]
-        sys.argv[1:] = [*given.flags, *overrides]
         add_registered_options()
+        if not given.flags and not any("hydra" in argument.partition("=")[0] for argument in overrides):
+            # `hydra.main` would compose the configuration twice, to find out that this is a plain run.
+            with hydra.initialize_config_dir(str(CONF), job_name=task.name, version_base="1.3"):
+                config = hydra.compose(task.name, overrides)
+            _run(config, task)
+            return
+    sys.argv[1:] = [*given.flags, *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
     run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=task.name)
     with refusals(), outside_current_folder():  # launchers start processes
-        run(lambda config: _run(config, task))()
+        run(lambda config: _run(config, task, _job_folder()))()
 
 
 def _plugins(arguments: list[str]) -> list[str]:
@@ -137,7 +143,13 @@ def _no_such_option(error: MissingConfigException) -> Exception:
     return ValueError(f"{unknown_name(group, option, {*GROUPS[group], *registered.get(group, {})})}{hint}")
 
 
-def _run(config: DictConfig, task: Task) -> None:
+def _job_folder() -> str | None:
+    """The folder of a job of a multirun: jobs that run side by side must not write into one folder."""
+    hydra_config = HydraConfig.get()
+    return str(hydra_config.runtime.output_dir) if hydra_config.mode is RunMode.MULTIRUN else None
+
+
+def _run(config: DictConfig, task: Task, job_folder: str | None = None) -> None:
     with refusals():  # inside Hydra, which would otherwise report the error as well
         container = OmegaConf.to_container(config, resolve=True)
         assert isinstance(container, dict)
@@ -148,10 +160,8 @@ def _run(config: DictConfig, task: Task) -> None:
         for setting, module in named_modules(settings):
             search_for(module, setting)
         check_functions(settings)
-        hydra_config = HydraConfig.get()
-        if hydra_config.mode is RunMode.MULTIRUN and "output_dir" in task.parameters:
-            # Jobs that run side by side must not write into one folder.
-            settings.setdefault("output_dir", str(Path(hydra_config.runtime.output_dir)))
+        if job_folder and "output_dir" in task.parameters:
+            settings.setdefault("output_dir", job_folder)
         task.check(settings)
         if "output_dir" in task.parameters:  # before demonstrations are read, which may take minutes
             folder = Path(settings.get("output_dir") or "outputs").expanduser()

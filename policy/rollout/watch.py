@@ -112,7 +112,7 @@ def watched(make_env: Callable[..., Env], patience: float) -> Iterator[Callable[
     A call that takes longer than `patience` is interrupted, as by Ctrl-C. If that does not help, because the call does
     not return to Python, the process ends with exit code 1; also with 130, when a signal has been waiting for such a
     call for `SIGNAL_PATIENCE` seconds. A call that never lets other Python threads run cannot be ended from inside this
-    process; several processes (`num_envs` of 2 or more) can end each other.
+    process; with several processes (`num_envs` of 2 or more), the parent ends it.
 
     Args:
         make_env: makes an environment.
@@ -133,7 +133,7 @@ def watched(make_env: Callable[..., Env], patience: float) -> Iterator[Callable[
         with _guard(clock, patience):
             yield make
     except _Hanging as error:
-        raise WorkerError(_hangs(int(clock[1]), patience)) from error
+        raise WorkerError(str(error)) from error
 
 
 @contextmanager
@@ -145,7 +145,11 @@ def _guard(clock: Clock, patience: float) -> Iterator[None]:
     read, write = os.pipe()
     os.set_blocking(write, False)
     before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    handler = signal.signal(signal.SIGURG, _interrupt)  # a signal that nothing happens at otherwise
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise _Hanging(_hangs(int(clock[1]), patience))
+
+    handler = signal.signal(signal.SIGURG, interrupt)  # a signal that nothing happens at otherwise
     stop = threading.Event()
     arguments = (clock, patience, read, stop)
     thread = threading.Thread(target=_look, args=arguments, name="simulator watchdog", daemon=True)
@@ -161,10 +165,6 @@ def _guard(clock: Clock, patience: float) -> Iterator[None]:
         signal.set_wakeup_fd(before)
         os.close(read)
         os.close(write)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise _Hanging
 
 
 def _look(clock: Clock, patience: float, read: int, stop: threading.Event) -> None:

@@ -147,7 +147,8 @@ def _guard(clock: Clock, patience: float) -> Iterator[None]:
     before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise _Hanging(_hangs(int(clock[1]), patience))
+        if clock[0]:  # the call may have returned meanwhile
+            raise _Hanging(_hangs(int(clock[1]), patience))
 
     handler = signal.signal(signal.SIGURG, interrupt)  # a signal that nothing happens at otherwise
     stop = threading.Event()

@@ -74,6 +74,10 @@ class _Worker:
             return f"its process did not start within {START_PATIENCE:.0f} s"
         return overdue(self.clock, patience)
 
+    def was_killed(self) -> bool:
+        """Whether somebody else ended the process, which says nothing of the next one."""
+        return (self.process.exitcode or 0) < 0
+
     def kill(self) -> None:
         """End the process, and all processes that its simulators have started."""
         # Before `join`: as long as the process is there, its number means no other group.
@@ -190,7 +194,7 @@ class RolloutPool:
                     case _Fault(refused=True) as fault:
                         raise ValueError(fault.reason)
                     case _Fault() as fault:
-                        if not worker.ready:
+                        if not worker.ready and not worker.was_killed():
                             raise _no_start(fault)
                         attempts.update(worker.assigned)
                         fruitless += 1
@@ -235,7 +239,7 @@ class RolloutPool:
                     case _Fault(refused=True) as fault:
                         raise ValueError(fault.reason)
                     case _Fault() as fault:
-                        if not worker.ready:
+                        if not worker.ready and not worker.was_killed():
                             raise _no_start(fault)
                         self._replace(worker)
                         worker.asking = 0
@@ -440,13 +444,13 @@ def _serve(
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     leave_children_alone()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # processes with several spinning threads each would slow each other down
 
     envs: list[WatchedEnv] = []
     with suppress(KeyboardInterrupt, EOFError, BrokenPipeError):
         try:
+            signal.signal(signal.SIGTERM, _leave)
             load_plugins(plugins)
             policies = _unpacked(parcel)
             real = standard_error.take()

@@ -74,20 +74,20 @@ def ended(monkeypatch):
     [("make", "making it"), ("reset", "reset()"), ("step", "step()"), ("render", "render()"), ("close", "close()")],
 )
 def test_a_call_that_does_not_return_is_interrupted_or_else_the_process_ends(ended, where, what):
-    sentence = f"the simulator hangs: {what} took longer than env_patience=0.05 seconds (default 600)"
-    with pytest.raises(WorkerError, match=re.escape(sentence)), watched(lambda: Slow(where), 0.05) as make:
+    sentence = f"the simulator hangs: {what} took longer than env_patience=0.15 seconds (default 600)"
+    with pytest.raises(WorkerError, match=re.escape(sentence)), watched(lambda: Slow(where), 0.15) as make:
         live(make)
     said, until = ended
     assert said == []
-    with watched(lambda: Slow(where, until), 0.05) as make:  # it takes no interruption
+    with watched(lambda: Slow(where, until), 0.15) as make:  # it takes no interruption
         live(make)
     assert said == [(sentence, 1)]
 
 
 def test_calls_that_return_and_time_between_them_end_nothing(ended):
-    with watched(Slow, 0.05) as make:
+    with watched(Slow, 0.15) as make:
         live(make)
-        time.sleep(0.1)
+        time.sleep(0.25)
         live(make)
     assert ended[0] == []
 

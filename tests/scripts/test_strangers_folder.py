@@ -184,7 +184,7 @@ def test_a_folder_that_hides_a_package_of_ours_is_named_beside_it(tmp_path):
         ({"name": "planar", "image_sice": 3}, "did you mean 'image_size'?"),
         ({"name": "planar", "image_size": "large"}, "env.image_size should be int; got 'large'"),
         ({"name": "planar", "max_episode_steps": [3]}, "env.max_episode_steps should be"),
-        ({"name": "gym", "id": ["Pendulum-v1"]}, "env.id should be str"),
+        ({"name": "gym", "id": ["Pendulum-v1"]}, "whose id is not a text"),
         ({"name": "gym", "id": "os:system"}, "if you trust it, add env.id=os:system"),
         ({"name": "gym", "id": "my_env:Reach-v0"}, "if you trust it, add env.id=my_env:Reach-v0"),
         ({"name": "gym", "id": "Ant-v5", "kwargs": {"xml_file": "evil.xml"}}, "env.kwargs.xml_file='evil.xml'"),

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
@@ -34,7 +35,8 @@ def rolled_out(checkpoint, kwargs, processes, folder):
     env = {"name": "gym", "id": "tests.reliability.fuzzed_env:Fuzzed-v0", "kwargs": kwargs}
     parts = {"sampler": Sampler(ddim_steps=1), "controller": ControllerSettings(), "tracker": NoTracker}
     try:
-        with as_a_process("rollout", cores=processes), refusals():
+        timed = mock.patch("policy.commands.rollout.chunk_latency", return_value={"latency_ms_median": 1.0})
+        with as_a_process("rollout", cores=processes), timed, refusals():
             roll_out(
                 envs.make,
                 checkpoint=checkpoint,

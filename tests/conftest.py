@@ -155,8 +155,14 @@ def run_script() -> Callable[..., Done]:
 
 @pytest.fixture
 def plain_reports(monkeypatch) -> None:
-    """Leave the plots out of the reports of sweeps: they take seconds, and `tests/sweep` looks at them."""
+    """Leave the plots of sweeps out, in their reports too: they take seconds, and `tests/sweep` looks at them."""
+
+    def no_plot(rows: object, files: list[Path], **_: object) -> None:
+        for file in files:
+            file.touch()
+
     monkeypatch.setattr("policy.sweep.report._plot", lambda rows, scheme: "<svg></svg>")
+    monkeypatch.setattr("policy.commands.sweep.plot_rows", no_plot)
 
 
 def _said(done: Done) -> str:

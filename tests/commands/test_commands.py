@@ -88,6 +88,7 @@ def test_rollout_writes_one_entry_per_seed_and_videos(planar_run, console, tmp_p
     assert len(list(tmp_path.glob("episode_100000_*.mp4"))) == 1
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_number_of_environments_and_processes(planar_run, run_command, tmp_path):
     files = []
     for num_envs, cores in ((1, 1), (3, 1), (8, 2)):

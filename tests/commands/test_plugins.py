@@ -369,6 +369,7 @@ def test_a_policy_that_is_saved_again_still_names_its_plugins(trained, tmp_path)
 # --- settings ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_new_setting_of_the_policy_or_of_training_is_one_line(planar_run, tmp_path):
     """In a copy of the code with two lines more: in the help, checked, and in what a checkpoint records."""
     for room in ("policy", "envs", "conf", "scripts"):

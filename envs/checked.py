@@ -158,10 +158,20 @@ class CheckedEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
             frame: Any = self.env.render()
         except NotImplementedError as error:
             raise RenderingUnavailableError(f"{self._name} cannot draw itself: it has no render()") from error
+        except (RenderingUnavailableError, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            raise RenderingUnavailableError(f"{self._name}: {_reason('render', error)}") from error
         picture = np.array(frame) if isinstance(frame, np.ndarray) else None
         if picture is not None and picture.ndim == 2:
             picture = picture[:, :, None]
-        if picture is None or picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] not in (1, 3, 4):
+        if (
+            picture is None
+            or picture.dtype != np.uint8
+            or picture.ndim != 3
+            or picture.shape[2] not in (1, 3, 4)
+            or min(picture.shape[:2]) < 2
+        ):
             raise RenderingUnavailableError(
                 f"{self._name}: render() gave {_described(frame)}; (H, W, 3) uint8 is needed"
             )
@@ -273,6 +283,8 @@ def as_number(value: Any) -> float:
         return float(value)
     try:
         array = np.asarray(value)
+        if np.ma.is_masked(value):
+            raise ValueError("masked")
     except Exception as error:  # whatever an object does when it is asked for its numbers
         raise ValueError(f"one number is needed; got {_shown(value)}") from error
     if array.size != 1 or array.dtype.kind not in "fiub":

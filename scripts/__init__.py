@@ -1,9 +1,18 @@
 """Console commands: wiring between configuration, environments and policies."""
 
+import os
 import signal
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
+
+
+def _leave_out_empty_entries() -> None:
+    """Do not search the current folder because of an empty entry of PYTHONPATH, which nobody meant to write."""
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    here = os.getcwd()
+    if len(entries) > 1 and "" in entries and not any(entry and os.path.abspath(entry) == here for entry in entries):
+        sys.path[:] = [entry for entry in sys.path if entry not in ("", here)]
 
 
 def _check_own_packages() -> None:
@@ -31,5 +40,6 @@ def _end_silently_on_interrupt() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+_leave_out_empty_entries()
 _check_own_packages()
 _end_silently_on_interrupt()

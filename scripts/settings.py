@@ -231,7 +231,8 @@ def _targets(where: str) -> list[str]:
 def _names_beside(module: str) -> list[str]:
     """Return the full names in a module that was imported or can be found beside others."""
     found = sys.modules.get(module)
-    return [f"{module}.{name}" for name in dir(found)] if found else []
+    names = [name for name in dir(found) if not name.startswith("_") and callable(getattr(found, name))]
+    return [f"{module}.{name}" for name in names]
 
 
 def _build(where: str, node: Any) -> Any:

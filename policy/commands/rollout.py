@@ -35,7 +35,7 @@ from policy.rollout.episodes import EPISODES_FILE, MakeEnv, play_episode, write_
 from policy.rollout.latency import chunk_latency
 from policy.rollout.ledger import Ledger, cell_id
 from policy.rollout.video import record_videos
-from policy.rollout.watch import ENV_PATIENCE, watched
+from policy.rollout.watch import ENV_PATIENCE, helpers_ended, watched
 from policy.statistics.results import EpisodeResult, describe_broken, format_summary, summarize
 from policy.sweep.grid import SweepCell, make_cells
 from policy.tracking.tracker import OpenRun
@@ -251,7 +251,7 @@ def _record(controller: RecedingHorizonController, stage: Stage, seeds: Sequence
         return folder / f"episode_{result.seed}_{'success' if result.success else 'failure'}.mp4"
 
     try:
-        with watched(stage.make_env, stage.env_patience) as make_env:
+        with helpers_ended(), watched(stage.make_env, stage.env_patience) as make_env:
             for _, file in record_videos(make_env, [(controller, seed) for seed in seeds], file_of):
                 print(f"video: {file}")
     except Exception as error:  # an environment need not know how to draw, and the results are there

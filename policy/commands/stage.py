@@ -21,7 +21,7 @@ from policy.common.plugins import loaded_plugins
 from policy.common.progress import progress
 from policy.rollout.episodes import Env, MakeEnv, check_num_envs, check_spaces
 from policy.rollout.ledger import Ledger
-from policy.rollout.watch import check_patience, watched
+from policy.rollout.watch import check_patience, helpers_ended, watched
 from policy.rollout.workers import RolloutPool
 from policy.statistics.results import EpisodeResult, describe_broken, too_many_broken
 from policy.sweep.grid import SweepCell
@@ -99,7 +99,7 @@ def set_stage(
             f"{loaded[0].path} acts in {chosen[0]}, {loaded[other].path} in {chosen[other]}: a sweep compares"
             " policies in one environment"
         )
-    with watched(make_env, env_patience) as make, closing(_probe(make, chosen[0], loaded[0])) as probe:
+    with helpers_ended(), watched(make_env, env_patience) as make, closing(_probe(make, chosen[0], loaded[0])) as probe:
         for checkpoint in loaded:
             check_spaces(checkpoint.policy.config, probe)
         mismatches = [_mismatch(checkpoint, probe, control_rate) for checkpoint in loaded]

@@ -24,7 +24,7 @@ from policy.rollout.cells import controllers_of
 from policy.rollout.episodes import MakeEnv
 from policy.rollout.ledger import Ledger
 from policy.rollout.video import record_videos
-from policy.rollout.watch import ENV_PATIENCE, watched
+from policy.rollout.watch import ENV_PATIENCE, helpers_ended, watched
 from policy.statistics.results import EpisodeResult
 from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, read_swept, telling_seeds
 from policy.sweep.grid import Row, SweepCell, axis_values, make_cells, row_of
@@ -223,7 +223,7 @@ def _recorded(
 
     clips = []
     try:
-        with watched(stage.make_env, stage.env_patience) as make_env:
+        with helpers_ended(), watched(stage.make_env, stage.env_patience) as make_env:
             videos = record_videos(make_env, [(controller, seed) for _, controller, seed in takes], file_of)
             for (number, *_), (result, file) in zip(takes, videos, strict=True):
                 outcome = "success" if result.success else f"failure, score {result.score:.2f}"

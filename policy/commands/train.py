@@ -35,7 +35,7 @@ from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout.cells import Cell
 from policy.rollout.episodes import MakeEnv, check_num_envs, check_spaces, run_in_process
 from policy.rollout.probe import unrepeatable
-from policy.rollout.watch import ENV_PATIENCE, check_patience, watched
+from policy.rollout.watch import ENV_PATIENCE, check_patience, helpers_ended, watched
 from policy.statistics.results import describe_broken, summarize
 from policy.tracking.tracker import OpenRun, TrackedRun
 from policy.training.loop import train
@@ -107,7 +107,7 @@ def train_policy(
     sampler.check(run.state.policy.schedule.num_steps)
     rollout, tasks = None, dataset.metadata.get("tasks")
     if env:
-        with watched(make_env, env_patience) as make, closing(make(**env)) as probe:
+        with helpers_ended(), watched(make_env, env_patience) as make, closing(make(**env)) as probe:
             check_spaces(config, probe)
             tasks = tasks or getattr(probe.unwrapped, "tasks", None)
             mismatch = describe_mismatch(rate, stated_rate(probe.metadata.get("render_fps")))
@@ -284,7 +284,7 @@ def _rolled_out(
     """Run a short rollout of the averaged policy, and return its metrics."""
     seeds = range(ROLLOUT_SEED, ROLLOUT_SEED + settings.rollout_episodes)
     cell = Cell(sampler=sampler, execution_horizon=execution_horizon)
-    with watched(make_env, env_patience) as make, ExitStack() as simulators:
+    with helpers_ended(), watched(make_env, env_patience) as make, ExitStack() as simulators:
         opened = [simulators.enter_context(closing(make())) for _ in range(min(num_envs, len(seeds)))]
         results = [result for _, result in run_in_process([policy], opened, [cell], [(0, seed) for seed in seeds])]
     for sentence in describe_broken(results):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import traceback
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -217,7 +218,7 @@ class _Reading:
                 observations = dict(relabelled)
         if self.transform is not None:
             with _failures_named("transform"):
-                observations = dict(self.transform(observations))
+                observations = _by_key(self.transform(observations))
         if self.image_size is not None:
             observations = {
                 key: resized(as_images(key, values), self.image_size) if is_image(values.shape[1:]) else values
@@ -226,13 +227,29 @@ class _Reading:
         return Episode(observations=observations, actions=actions)
 
 
+def _by_key(returned: Any) -> dict[str, Any]:
+    """Check that a transform returned arrays by key.
+
+    Raises:
+        TypeError: it returned something else.
+    """
+    if not (isinstance(returned, Mapping) and all(isinstance(key, str) for key in returned)):
+        shown = f"keys {list(returned)}" if isinstance(returned, Mapping) else repr(returned)
+        raise TypeError(f"it must return a dict of arrays whose keys are text; it returned {shown:.80}")
+    return dict(returned)
+
+
 @contextmanager
 def _failures_named(setting: str) -> Iterator[None]:
     """Turn any failure of a user's function into an error that names the setting."""
     try:
         yield
-    except Exception as error:
-        raise ValueError(f"dataset.{setting} failed with {type(error).__name__}: {error}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also sys.exit
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}, line {frame.lineno}"
+        raise ValueError(f"dataset.{setting} failed with {type(error).__name__}: {error} ({place})") from error
 
 
 def resized(images: NDArray[Any], size: int) -> NDArray[np.uint8]:

@@ -21,6 +21,8 @@ from policy.rollout.cells import Cell, Task, controllers_of
 from policy.statistics.results import EpisodeResult
 
 EPISODES_FILE = "episodes.json"
+# The most memory that the frames of one recorded episode may take.
+MAX_FRAME_BYTES = 4 * 10**9
 
 Env = gymnasium.Env[Any, Any]
 MakeEnv = Callable[..., Env]
@@ -233,9 +235,21 @@ def record_episode(controller: Controller, env: Env, seed: int) -> tuple[Episode
 
     Returns:
         The result, and (H, W, 3) uint8 frames, including the initial one.
+
+    Raises:
+        ValueError: the frames would fill the memory.
     """
     frames: list[NDArray[np.uint8]] = []
-    result = play_episode(controller, env, seed, lambda: frames.append(_frame(env)))
+    room = MAX_FRAME_BYTES
+
+    def watch() -> None:
+        nonlocal room
+        frames.append(_frame(env))
+        room -= frames[-1].nbytes
+        if room < 0:
+            raise ValueError(f"frames of {frames[-1].shape} fill {MAX_FRAME_BYTES / 1e9:g} GB: draw smaller ones")
+
+    result = play_episode(controller, env, seed, watch)
     return result, frames
 
 

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator, MutableSequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from multiprocessing import resource_tracker
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -127,13 +129,46 @@ def watched(make_env: Callable[..., Env], patience: float) -> Iterator[Callable[
     clock = [0.0, 0.0]
 
     def make(**settings: Any) -> Env:
-        return WatchedEnv(partial(make_env, **settings), clock)
+        with _signals_kept():
+            return WatchedEnv(partial(make_env, **settings), clock)
 
     try:
         with _guard(clock, patience):
             yield make
     except _Hanging as error:
         raise WorkerError(str(error)) from error
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Put the handlers of Ctrl-C and SIGTERM back: some simulators install their own, and could not be stopped."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def helpers_ended() -> Iterator[None]:
+    """Kill the processes that a simulator starts in this block and leaves behind; Linux only.
+
+    For blocks in which nothing but a simulator starts processes.
+    """
+    before = _children()
+    try:
+        yield
+    finally:
+        for process in _children() - before:
+            with suppress(ProcessLookupError, ChildProcessError):
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+
+
+def _children() -> set[int]:
+    """The processes that this one has started, without multiprocessing's own."""
+    found = {int(number) for file in Path("/proc/self/task").glob("*/children") for number in file.read_text().split()}
+    return found - {getattr(resource_tracker._resource_tracker, "_pid", None)}
 
 
 @contextmanager
@@ -171,9 +206,12 @@ def _guard(clock: Clock, patience: float) -> Iterator[None]:
 def _look(clock: Clock, patience: float, read: int, stop: threading.Event) -> None:
     interrupted, signalled = 0.0, 0.0
     while not stop.is_set():
-        if select.select([read], [], [], POLL_S)[0]:
-            arrived = {signal.SIGINT, signal.SIGTERM} & set(os.read(read, 100))
-            signalled = time.monotonic() if arrived else signalled
+        try:
+            arrived = set(os.read(read, 100)) if select.select([read], [], [], POLL_S)[0] else set()
+        except (OSError, ValueError):  # the simulator has closed what is not its own
+            return
+        if arrived & {signal.SIGINT, signal.SIGTERM}:
+            signalled = time.monotonic()
         now, began = time.monotonic(), clock[0]
         if not began or stop.is_set():
             continue

@@ -288,6 +288,7 @@ class RolloutPool:
         try:
             for worker in self._workers:
                 worker.process.terminate()
+                worker.connection.close()  # which ends an idle one even if its simulator took the signal for itself
             deadline = time.monotonic() + patience
             # Not `join`, which waits for the end of a pipe that what a simulator has started may hold open.
             while any(worker.process.is_alive() for worker in self._workers) and time.monotonic() < deadline:
@@ -329,7 +330,7 @@ def _end_of(worker: _Worker) -> str:
     worker.log.seek(0)
     said = worker.log.read().decode(errors="replace").strip().splitlines()
     main = getattr(sys.modules["__main__"], "__file__", None)
-    if main and Path(main).is_file() and "__main__" not in Path(main).read_text(errors="replace"):
+    if main and not (Path(main).is_file() and "__main__" in Path(main).read_text(errors="replace")):
         return (
             f"it imports {main}, which starts rollouts itself; put what the script does under"
             " `if __name__ == '__main__':`, or use num_envs=1"

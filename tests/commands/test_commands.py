@@ -172,6 +172,7 @@ def test_inspect_takes_one_thing(planar_run, run_command):
     assert "no checkpoint at nowhere" in run_command("inspect_data", "checkpoint=nowhere", check=2).stderr
 
 
+@pytest.mark.slow
 def test_interrupted_training_saves_says_how_to_go_on_and_equals_an_uninterrupted_run(
     planar_run, run_command, tmp_path
 ):

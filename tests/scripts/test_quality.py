@@ -52,6 +52,7 @@ def bench(run_command, plain_reports, tmp_path, monkeypatch, capsys):
     return bench
 
 
+@pytest.mark.slow
 def test_a_preset_is_trained_with_each_seed_rolled_out_and_not_done_twice(planar_run, bench, tmp_path):
     command = [quality, "planar", f"dataset.path={planar_run}/planar-v0", "seeds=[0,1]", "episodes=4", "train.steps=10"]
     bench(*command)

@@ -1,11 +1,31 @@
-"""Text files that are either whole or as they were before."""
+"""Files that are either whole or as they were before."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def replacing_file(file: Path) -> Iterator[Path]:
+    """Write a file under another name, which becomes its own once the content is complete.
+
+    Args:
+        file: replaced if all goes well inside, and as before otherwise.
+
+    Yields:
+        The path to write to.
+    """
+    new = file.with_name(f".{file.name}.new")
+    try:
+        yield new
+        new.replace(file)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -18,13 +38,8 @@ def write_text(file: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    new = file.with_name(f".{file.name}.new")
-    try:
+    with replacing_file(file) as new:
         new.write_text(text, encoding="utf-8", newline="")
-        new.replace(file)
-    except OSError:
-        new.unlink(missing_ok=True)
-        raise
 
 
 def json_text(data: Any, indent: int | None = None) -> str:

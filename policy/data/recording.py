@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from policy.common.errors import WorkerError
-from policy.common.files import json_text, write_text
+from policy.common.files import json_text, replacing_file, write_text
 from policy.common.locks import only_process
 from policy.common.progress import progress
 from policy.data.minari_writer import RecordedEpisode
@@ -84,10 +84,8 @@ def _introduce(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def _write(folder: Path, episode: RecordedEpisode) -> None:
     file = folder / f"{episode.seed:012d}.npz"
-    new = file.with_suffix(".new")
-    with new.open("wb") as opened:
+    with replacing_file(file) as new, new.open("wb") as opened:
         np.savez(opened, **vars(episode))
-    new.replace(file)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Ledger:
 
     def __init__(self, file: Path) -> None:
         self._results: dict[str, dict[int, EpisodeResult]] = {}
-        self._unpaired = ""
+        self.unpaired = ""  # why equal seeds are not equal episodes, as a sentence; empty if nothing says so
         self._path = file
         try:
             self._file = file.open("a+b")
@@ -66,7 +66,7 @@ class Ledger:
         try:
             row = json.loads(line)
             if "unpaired" in row:
-                self._unpaired = str(row["unpaired"])
+                self.unpaired = str(row["unpaired"])
                 return
             known = self._results.setdefault(row["cell"], {})
             if "settings" in row:
@@ -89,14 +89,9 @@ class Ledger:
             self._append({"cell": cell, "settings": dict(settings)})
         return cell
 
-    @property
-    def unpaired(self) -> str:
-        """Why equal seeds are not equal episodes, as a sentence; empty if nothing is known against it."""
-        return self._unpaired
-
     def note_unpaired(self, reason: str) -> None:
         """Write down that equal seeds are not equal episodes."""
-        self._unpaired = reason
+        self.unpaired = reason
         self._append({"unpaired": reason})
 
     def finished(self) -> set[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policy.common.control_rate import stated_rate
+from policy.common.files import replacing_file
 from policy.common.progress import progress
 from policy.rollout.episodes import Controller, MakeEnv, record_episode
 from policy.statistics.results import EpisodeResult
@@ -28,18 +29,13 @@ def write_video(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int) -> No
         fps: frames per second.
     """
     height, width = (size - size % 2 for size in frames[0].shape[:2])
-    new = path.with_name(f".{path.name}.new")
-    try:
-        with av.open(str(new), "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=fps)
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            for frame in frames:
-                cropped = np.ascontiguousarray(frame[:height, :width])
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(cropped, format="rgb24")))
-            container.mux(stream.encode())
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
+    with replacing_file(path) as new, av.open(str(new), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for frame in frames:
+            cropped = np.ascontiguousarray(frame[:height, :width])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(cropped, format="rgb24")))
+        container.mux(stream.encode())
 
 
 def record_videos(

@@ -13,10 +13,9 @@ import traceback
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import DupFd
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any
@@ -29,8 +28,10 @@ from policy.common.machine import leave_children_alone, outside_current_folder
 from policy.common.plugins import load_plugins, loaded_plugins
 from policy.inference.backends import SamplerProgram
 from policy.model.diffusion_policy import DiffusionPolicy
+from policy.rollout import handover
 from policy.rollout.cells import Cell, Task, controllers_of, portable_programs
 from policy.rollout.episodes import Env, MakeEnv, check_num_envs, run_episodes, run_in_process
+from policy.rollout.handover import Descriptor, standard_error_into
 from policy.rollout.probe import Trajectory, difference, unrepeatable, warning
 from policy.rollout.watch import ENV_PATIENCE, Clock, WatchedEnv, check_patience, overdue, watched
 from policy.statistics.results import EpisodeResult
@@ -142,7 +143,7 @@ class RolloutPool:
                     self._envs.append(make())
                     self._cleanup.callback(self._envs[-1].close)
             else:
-                self._parcel = self._cleanup.enter_context(_parcel(policies))
+                self._parcel = self._cleanup.enter_context(handover.parcel(policies))
                 self._cleanup.push(self._stop)
                 for index in range(count):
                     self._workers.append(self._started(num_envs // count + (index < num_envs % count)))
@@ -269,7 +270,7 @@ class RolloutPool:
         connection, theirs = context.Pipe()
         clock = context.RawArray("d", 2)
         log = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process)
-        with _standard_error_into(log) as standard_error, outside_current_folder():
+        with standard_error_into(log) as standard_error, outside_current_folder():
             arguments = (standard_error, loaded_plugins(), self._parcel, self._make_env, num_envs, theirs, clock)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
@@ -348,81 +349,10 @@ def _check_main_guard() -> None:
         os._exit(1)
 
 
-class _Descriptor:
-    """An open file, for a process to be started."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def take(self) -> int:
-        """The file's number in the process that received it; the caller closes it."""
-        return os.dup(self.number)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Received, (DupFd(self.number),)
-
-
-class _Received:
-    def __init__(self, copy: Any) -> None:
-        self._copy = copy
-
-    def take(self) -> int:
-        return int(self._copy.detach())
-
-
-@contextmanager
-def _standard_error_into(log: IO[bytes]) -> Iterator[_Descriptor]:
-    """Let a process that is started inside begin with another standard error; it takes the real one when it can.
-
-    What Python prints when a process cannot even start would otherwise be pages of tracebacks, once per process.
-    """
-    sys.stderr.flush()
-    real = os.dup(2)
-    os.dup2(log.fileno(), 2)
-    try:
-        yield _Descriptor(real)
-    finally:
-        os.dup2(real, 2)
-        os.close(real)
-
-
-@contextmanager
-def _parcel(policies: Sequence[DiffusionPolicy]) -> Iterator[_Descriptor]:
-    """Write policies to a file that processes map into memory, so that their weights are there once.
-
-    Shared memory is too small for that in a container: Docker allows 64 MB. The file has no name, and ends with the
-    processes.
-
-    Raises:
-        WorkerError: there is no room for it.
-    """
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(tempfile.TemporaryFile())
-            torch.save(list(policies), file)
-            file.flush()
-        except (OSError, RuntimeError) as error:
-            raise WorkerError(
-                f"the policies cannot be written for the rollout processes ({error}): name a folder with room in"
-                " TMPDIR, or use num_envs=1"
-            ) from error
-        yield _Descriptor(file.fileno())
-
-
-def _unpacked(parcel: _Descriptor) -> list[DiffusionPolicy]:
-    number = parcel.take()
-    try:
-        # The parent has just written it: nothing that a user loads comes this way.
-        policies: list[DiffusionPolicy] = torch.load(f"/dev/fd/{number}", mmap=True, weights_only=False)
-    finally:
-        os.close(number)
-    return policies
-
-
 def _serve(
-    standard_error: _Descriptor,
+    standard_error: Descriptor,
     plugins: Sequence[str],
-    parcel: _Descriptor,
+    parcel: Descriptor,
     make_env: MakeEnv,
     num_envs: int,
     connection: Connection,
@@ -431,9 +361,9 @@ def _serve(
     """Run in a process: make environments, and run what the parent sends until it asks for an end by SIGTERM.
 
     Args:
-        standard_error: the parent's, see `_standard_error_into`.
+        standard_error: the parent's, see `standard_error_into`.
         plugins: modules to import.
-        parcel: the policies, see `_parcel`.
+        parcel: the policies, see `handover.parcel`.
         make_env: makes an environment.
         num_envs: number of environments.
         connection: to the parent.
@@ -453,7 +383,7 @@ def _serve(
         try:
             signal.signal(signal.SIGTERM, _leave)
             load_plugins(plugins)
-            policies = _unpacked(parcel)
+            policies = handover.unpacked(parcel)
             real = standard_error.take()
             os.dup2(real, 2)
             os.close(real)

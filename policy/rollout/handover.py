@@ -1,0 +1,91 @@
+"""What a rollout process receives as it starts: open files, the policies in one of them, and its standard error."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from multiprocessing.reduction import DupFd
+from typing import IO, Any
+
+import torch
+
+from policy.common.errors import WorkerError
+from policy.model.diffusion_policy import DiffusionPolicy
+
+
+class Descriptor:
+    """An open file, for a process to be started."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def take(self) -> int:
+        """The file's number in the process that received it; the caller closes it."""
+        return os.dup(self.number)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Received, (DupFd(self.number),)
+
+
+class _Received:
+    """A `Descriptor` as it arrives."""
+
+    def __init__(self, copy: Any) -> None:
+        self._copy = copy
+
+    def take(self) -> int:
+        """See `Descriptor.take`."""
+        return int(self._copy.detach())
+
+
+@contextmanager
+def standard_error_into(log: IO[bytes]) -> Iterator[Descriptor]:
+    """Let a process that is started inside begin with another standard error; it takes the real one when it can.
+
+    What Python prints when a process cannot even start would otherwise be pages of tracebacks, once per process.
+    """
+    sys.stderr.flush()
+    real = os.dup(2)
+    os.dup2(log.fileno(), 2)
+    try:
+        yield Descriptor(real)
+    finally:
+        os.dup2(real, 2)
+        os.close(real)
+
+
+@contextmanager
+def parcel(policies: Sequence[DiffusionPolicy]) -> Iterator[Descriptor]:
+    """Write policies to a file that processes map into memory, so that their weights are there once.
+
+    Shared memory is too small for that in a container: Docker allows 64 MB. The file has no name, and ends with the
+    processes.
+
+    Raises:
+        WorkerError: there is no room for it.
+    """
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(tempfile.TemporaryFile())
+            torch.save(list(policies), file)
+            file.flush()
+        except (OSError, RuntimeError) as error:
+            raise WorkerError(
+                f"the policies cannot be written for the rollout processes ({error}): name a folder with room in"
+                " TMPDIR, or use num_envs=1"
+            ) from error
+        yield Descriptor(file.fileno())
+
+
+def unpacked(parcel: Descriptor) -> list[DiffusionPolicy]:
+    """Map the policies of a `parcel` into memory, in the process that received it."""
+    number = parcel.take()
+    try:
+        # The parent has just written it: nothing that a user loads comes this way.
+        policies: list[DiffusionPolicy] = torch.load(f"/dev/fd/{number}", mmap=True, weights_only=False)
+    finally:
+        os.close(number)
+    return policies

@@ -167,9 +167,13 @@ def _locked(folder: Path) -> Iterator[bool | None]:
     """Lock a folder, without waiting; the system releases the lock however the process ends.
 
     Yields:
-        Whether it was locked here; None if its file system has no locks.
+        Whether it was locked here; None if its file system has no locks. A folder that is gone was not.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
     ours = None
     try:
         with suppress(OSError):

@@ -465,7 +465,8 @@ def test_a_killed_process_whose_helper_holds_the_pipe_is_replaced(policies, alon
     with RolloutPool(policies, partial(Helped, tmp_path), 2) as pool:
         run = pool.run(CELLS, TASKS)
         results = dict([next(run)])
-        before = helpers(tmp_path)
+        while len(before := helpers(tmp_path)) < 2:  # the other process may still be making its environment
+            time.sleep(0.01)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         results |= dict(run)
         assert undisturbed(results) == alone

@@ -37,7 +37,7 @@ OUTSIDE = {
     "model": {"torch", "numpy", "huggingface_hub"},
     "inference": {"torch", "numpy"},
     "control": {"torch", "numpy", "gymnasium"},
-    "training": {"torch", "numpy"},
+    "training": {"torch", "numpy", "safetensors"},
 }
 
 

@@ -26,8 +26,8 @@ class Batch(TypedDict):
 
     Keys:
         observations: (B, obs_horizon, *shape) under each key, privileged ones included.
-        actions: (B, action_horizon, action_dim).
-        mask: (B, action_horizon) bool, False where the chunk runs past the end of its episode.
+        actions: (B, denoised_horizon, action_dim): past actions, if the policy has them, and the chunk.
+        mask: (B, denoised_horizon) bool, False where the actions lie outside their episode.
     """
 
     observations: dict[str, Tensor]

@@ -177,8 +177,8 @@ class Camera(nn.Module):
         _check_crop(size, self.crop, self.corner)
         self.backbone = network(shape[2])
         if keypoints:
-            self.points = nn.Conv2d(self.backbone.outputs, keypoints, 1)
-            self.pool: nn.Module = nn.Sequential(self.points, SpatialSoftmax(keypoints, sharpness=1.0))
+            points = nn.Conv2d(self.backbone.outputs, keypoints, 1)
+            self.pool: nn.Module = nn.Sequential(points, SpatialSoftmax(keypoints, sharpness=1.0))
             self.head: nn.Module = nn.Sequential(nn.Linear(2 * keypoints, 2 * keypoints), nn.ReLU())
             self.features = 2 * keypoints
         else:

@@ -1,0 +1,119 @@
+"""The values in a saved OmegaConf configuration, from what a pickle says about its nodes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from policy.adapters.inert_pickle import MOST_LEVELS, Opaque
+
+# Far above real configurations; each value of an interpolated part counts wherever it appears.
+MOST_VALUES = 100_000
+MOST_TEXT = 10_000
+
+# ${a.b}, ${.b} and ${..b}; resolvers have a colon.
+_PATH = re.compile(r"\$\{(\.*)([\w\-]+(?:\.[\w\-]+)*)\}")
+
+
+def is_config(value: Any) -> bool:
+    """Whether a value stands for a node of OmegaConf that holds a value or further nodes."""
+    return isinstance(value, Opaque) and value.name.startswith(
+        ("omegaconf.dictconfig.", "omegaconf.listconfig.", "omegaconf.nodes.")
+    )
+
+
+def config_values(config: Opaque) -> Any:
+    """Turn a configuration into dicts, lists and values.
+
+    Interpolations of paths, such as `${task.horizon}`, `${.horizon}` and `${name}_state`, are resolved within the
+    configuration. Resolvers such as `${now:%Y}` stay text, and so does a path that leads nowhere, as other parts of the
+    configuration do not depend on it.
+
+    Args:
+        config: the configuration's root.
+
+    Returns:
+        The values.
+
+    Raises:
+        ValueError: it is damaged, refers to itself in a circle, or grows too large when it is resolved.
+    """
+    return _Values(config).value(config, ())
+
+
+class _Values:
+    def __init__(self, root: Opaque) -> None:
+        self.root = root
+        self.left = MOST_VALUES
+        self.levels = 0
+
+    def value(self, node: Any, parents: tuple[Any, ...]) -> Any:
+        """The value of a node that lies in `parents`, outermost first."""
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(f"a saved configuration has more than {MOST_VALUES} values")
+        with self.one_level_down():
+            content = _content(node)
+            if isinstance(content, dict):
+                return {key: self.value(child, (*parents, node)) for key, child in content.items()}
+            if isinstance(content, list | tuple):
+                return [self.value(child, (*parents, node)) for child in content]
+            if isinstance(content, str) and "${" in content:
+                return self.resolved(content, parents)
+            return content
+
+    def resolved(self, text: str, parents: tuple[Any, ...]) -> Any:
+        if whole := _PATH.fullmatch(text):
+            return self.at(whole, parents)
+        resolved = ""
+        end = 0
+        for match in _PATH.finditer(text):
+            resolved += f"{text[end : match.start()]}{self.at(match, parents)}"
+            end = match.end()
+            if len(resolved) > MOST_TEXT:
+                raise ValueError(f"a saved configuration has a text of more than {MOST_TEXT} characters")
+        return resolved + text[end:]
+
+    def at(self, match: re.Match[str], parents: tuple[Any, ...]) -> Any:
+        """The value that an interpolation refers to, or the interpolation itself if there is none."""
+        dots, path = match.groups()
+        if len(dots) > len(parents):
+            return match[0]
+        # One dot is the container that the interpolation lies in.
+        above = parents[: len(parents) - len(dots) + 1] if dots else (self.root,)
+        for key in path.split("."):
+            found = _child(above[-1], key)
+            if not found:
+                return match[0]
+            above = (*above, *found)
+        return self.value(above[-1], above[:-1])
+
+    @contextmanager
+    def one_level_down(self) -> Iterator[None]:
+        self.levels += 1
+        if self.levels > MOST_LEVELS:
+            raise ValueError(f"a saved configuration is nested more than {MOST_LEVELS} deep, or refers to itself")
+        yield
+        self.levels -= 1
+
+
+def _content(node: Any) -> Any:
+    if not is_config(node):
+        return node
+    state = node.state if isinstance(node.state, dict) else {}
+    for key in ("_content", "_val"):
+        if key in state:
+            return state[key]
+    raise ValueError("a saved configuration is damaged (a node without a value)")
+
+
+def _child(node: Any, key: str) -> tuple[Any, ...]:
+    """The child of this name in a tuple, which is empty if there is none."""
+    content = _content(node)
+    if isinstance(content, dict) and key in content:
+        return (content[key],)
+    if isinstance(content, list) and key.isdecimal() and len(key) < 10 and int(key) < len(content):
+        return (content[int(key)],)
+    return ()

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import pickletools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 # Limits far above real files: some 8000 tensors with 60 operations each, half of them memo entries.
 MOST_OPERATIONS = 500_000
 # How deep containers lie in each other, and the values in them, a container counted as often as it is referred to.
 MOST_LEVELS = 100
-MOST_VALUES = 1_000_000
+MOST_VALUES = 300_000
 MOST_NAME = 200
+MOST_ARGUMENTS = 100
 
 Rebuild = Callable[..., Any]
 
@@ -31,7 +32,8 @@ _KNOWN_PACKAGES = sys.stdlib_module_names | {
 _DATA_NAMES = frozenset(
     f"{module}.{name}"
     for module, names in {
-        "builtins": "bool bytearray bytes complex dict float frozenset int list object range set slice str tuple",
+        "builtins": "bool bytearray bytes complex dict float frozenset int list long object range set slice str tuple"
+        " unicode xrange",
         "collections": "Counter OrderedDict defaultdict deque",
         "copyreg": "_reconstructor",
         "datetime": "date datetime time timedelta timezone",
@@ -42,7 +44,7 @@ _DATA_NAMES = frozenset(
         "typing": "Any Union",
         "uuid": "UUID",
         "_codecs": "encode",
-        "dill._dill": "_load_type",
+        "dill._dill": "_create_array _load_type",
         "numpy": "bool_ dtype float16 float32 float64 int16 int32 int64 int8 ndarray uint8",
         "numpy.core.multiarray": "_reconstruct scalar",
         "numpy._core.multiarray": "_reconstruct scalar",
@@ -51,6 +53,8 @@ _DATA_NAMES = frozenset(
     }.items()
     for name in names.split()
 )
+# What dill's name for a type of Python itself is called with.
+_TYPES_OF_DILL = [(name.removeprefix("builtins."),) for name in _DATA_NAMES if name.startswith("builtins.")]
 _DATA_MODULES = ("numpy.dtypes", "numpy.random", "torch.nn.modules", "torch.nn.parameter", "torch.optim")
 _MODULES_OF_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
@@ -94,8 +98,8 @@ def read_pickle(
         persistent: turns a persistent id into an object; without it they are refused.
 
     Returns:
-        What it holds: containers, text, numbers, `Opaque`s, and what `rebuild` and `persistent` return. OrderedDict and
-        defaultdict are dicts, a set is a list and a frozenset a tuple; a tuple as a key of a dict is an `Opaque`.
+        What it holds: containers, text, numbers, bytes, `Opaque`s, and what `rebuild` and `persistent` return.
+        OrderedDict and defaultdict are dicts, sets are lists or tuples, and a tuple as a key of a dict is an `Opaque`.
 
     Raises:
         ValueError: it is damaged, too large, nested too deep, or names something that is not data. The message is a
@@ -159,6 +163,7 @@ class _Machine:
     def __init__(
         self, size: int, rebuild: Mapping[str, Rebuild], names: frozenset[str], persistent: Rebuild | None
     ) -> None:
+        self.size = size
         # Bytes that calls may make out of text; the text is in the pickle, but can be referred to again and again.
         self.left_to_encode = size
         self.rebuild = rebuild
@@ -170,7 +175,7 @@ class _Machine:
         self.names: dict[str, Opaque] = {}
 
     def run(self, data: bytes) -> Any:
-        for number, (operation, argument, _) in enumerate(pickletools.genops(data)):
+        for number, (operation, argument, _) in enumerate(_operations(data)):
             if number >= MOST_OPERATIONS:
                 raise ValueError(f"its pickle has more than {MOST_OPERATIONS} operations")
             if operation.name in _VALUES:
@@ -198,6 +203,10 @@ class _Machine:
     def top(self) -> Any:
         self.push(value := self.pop())
         return value
+
+    def check_frame(self, size: int) -> None:
+        if size > self.size:
+            raise ValueError("its pickle is damaged (a frame larger than the pickle)")
 
     def mark(self) -> None:
         self.stacks.append(self.stack)
@@ -253,11 +262,15 @@ class _Machine:
     def call(self, args: Any, callee: Any) -> None:
         if not (isinstance(callee, Opaque) and callee.args is None and isinstance(args, tuple)):
             raise ValueError("its pickle is damaged (it calls what is not a name)")
+        if len(args) > MOST_ARGUMENTS:  # they are copied, and could be the same long tuple each time
+            raise ValueError(f"its pickle calls something with more than {MOST_ARGUMENTS} arguments")
         if callee.name == "_codecs.encode":
             # The way that Python 3 writes bytes for older protocols.
             self.push(self.encode(*args))
         elif callee.name == "copyreg._reconstructor" and args:
             self.call((), args[0])
+        elif callee.name == "dill._dill._load_type" and args in _TYPES_OF_DILL:
+            self.push(Opaque(f"builtins.{args[0]}"))
         elif callee.name in self.rebuild:
             self.push(self.rebuild[callee.name](*args))
         else:
@@ -274,7 +287,7 @@ class _Machine:
 
     def call_with_keywords(self) -> None:
         keywords, args, callee = self.pop(), self.pop(), self.pop()
-        self.call((*args, keywords) if isinstance(args, tuple) else args, callee)
+        self.call((args, keywords), callee)
 
     def encode(self, text: Any = None, encoding: Any = None, *rest: Any) -> bytes:
         if not isinstance(text, str) or encoding != "latin1" or rest:
@@ -296,6 +309,13 @@ class _Machine:
         if self.persistent is None:
             raise ValueError("its pickle refers to data outside itself")
         self.push(self.persistent(self.pop()))
+
+
+def _operations(data: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]:
+    try:
+        yield from pickletools.genops(data)
+    except ValueError as error:
+        raise ValueError(f"its pickle is damaged ({str(error).split(';')[0][:100]})") from error
 
 
 def _is_made(value: Any) -> bool:
@@ -340,7 +360,7 @@ def _begin(machine: _Machine, protocol: int) -> None:
 
 _OPERATIONS: dict[str, Callable[[_Machine, Any], object]] = {
     "PROTO": _begin,
-    "FRAME": lambda machine, _: None,
+    "FRAME": lambda machine, size: machine.check_frame(size),
     "STOP": lambda machine, _: None,
     "NONE": lambda machine, _: machine.push(None),
     "NEWTRUE": lambda machine, _: machine.push(True),

@@ -38,7 +38,8 @@ def config_values(config: Opaque) -> Any:
         The values.
 
     Raises:
-        ValueError: it is damaged, refers to itself in a circle, or grows too large when it is resolved.
+        ValueError: it is damaged, refers to itself in a circle, or grows too large when it is resolved. The message
+            is a clause about it.
     """
     return _Values(config).value(config, ())
 
@@ -53,14 +54,14 @@ class _Values:
         """The value of a node that lies in `parents`, outermost first."""
         self.left -= 1
         if self.left < 0:
-            raise ValueError(f"a saved configuration has more than {MOST_VALUES} values")
+            raise ValueError(f"it has more than {MOST_VALUES} values")
         with self.one_level_down():
             content = _content(node)
             if isinstance(content, dict):
                 return {key: self.value(child, (*parents, node)) for key, child in content.items()}
             if isinstance(content, list | tuple):
                 return [self.value(child, (*parents, node)) for child in content]
-            if isinstance(content, str) and "${" in content:
+            if isinstance(content, str) and len(content) <= MOST_TEXT and "${" in content:
                 return self.resolved(content, parents)
             return content
 
@@ -70,10 +71,13 @@ class _Values:
         resolved = ""
         end = 0
         for match in _PATH.finditer(text):
-            resolved += f"{text[end : match.start()]}{self.at(match, parents)}"
+            found = self.at(match, parents)
+            resolved += text[end : match.start()]
+            resolved += f"{found}" if found is None or isinstance(found, str | int | float) else match[0]
             end = match.end()
             if len(resolved) > MOST_TEXT:
-                raise ValueError(f"a saved configuration has a text of more than {MOST_TEXT} characters")
+                raise ValueError(f"it has a text of more than {MOST_TEXT} characters")
+        self.left -= len(resolved) // 100  # no two of these texts share memory
         return resolved + text[end:]
 
     def at(self, match: re.Match[str], parents: tuple[Any, ...]) -> Any:
@@ -83,7 +87,11 @@ class _Values:
             return match[0]
         # One dot is the container that the interpolation lies in.
         above = parents[: len(parents) - len(dots) + 1] if dots else (self.root,)
-        for key in path.split("."):
+        keys = path.split(".")
+        self.left -= len(keys)
+        if len(keys) > MOST_LEVELS:
+            return match[0]
+        for key in keys:
             found = _child(above[-1], key)
             if not found:
                 return match[0]
@@ -94,7 +102,7 @@ class _Values:
     def one_level_down(self) -> Iterator[None]:
         self.levels += 1
         if self.levels > MOST_LEVELS:
-            raise ValueError(f"a saved configuration is nested more than {MOST_LEVELS} deep, or refers to itself")
+            raise ValueError(f"it is nested more than {MOST_LEVELS} deep, or refers to itself")
         yield
         self.levels -= 1
 
@@ -106,7 +114,7 @@ def _content(node: Any) -> Any:
     for key in ("_content", "_val"):
         if key in state:
             return state[key]
-    raise ValueError("a saved configuration is damaged (a node without a value)")
+    raise ValueError("it is damaged (a node without a value)")
 
 
 def _child(node: Any, key: str) -> tuple[Any, ...]:

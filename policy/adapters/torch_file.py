@@ -52,10 +52,11 @@ _STORAGES = {
 }
 # Data of torch that is no tensor with numbers of its own, such as a sparse one; it becomes an `Opaque`.
 _OTHER_DATA = {
-    *("torch.Generator", "torch.Tensor", "torch.device"),
+    *("torch.Generator", "torch.Tensor", "torch.device", "torch.serialization._get_layout"),
     *("torch._utils._rebuild_sparse_tensor", "torch._utils._rebuild_qtensor", "torch._utils._rebuild_nested_tensor"),
     *("torch._utils._rebuild_meta_tensor_no_storage", "torch._tensor._rebuild_from_type_v2"),
 }
+_ADVICE = "use a copy from a source that you trust"
 # The first bytes of what torch.save wrote before version 1.6: a pickled number.
 _BEFORE_1_6 = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 
@@ -141,9 +142,10 @@ def read_torch_file(path: Path) -> Any:
     with _reading(path), _CarefulFile(path) as file, ZipFile(file) as archive:
         members = _members(archive, file)
         prefix = _prefix(members)
-        _check_byte_order(archive, members, prefix)
-        with archive.open(_member(members, f"{prefix}/data.pkl", MOST_PICKLE_BYTES)) as opened:
-            data = opened.read()
+        # Versions of torch that do not note the byte order knew little-endian machines only.
+        if (name := f"{prefix}/byteorder") in members and _content(archive, members[name], 16) != b"little":
+            raise ValueError("its numbers are not stored in little-endian byte order")
+        data = _content(archive, members[f"{prefix}/data.pkl"], MOST_PICKLE_BYTES)
         storages = _Storages(path, file, members, prefix)
         return read_pickle(data, _REBUILD, _NAMES, storages.find)
 
@@ -174,7 +176,14 @@ def _plain(value: Any, storages: dict[Storage, torch.Tensor]) -> Any:
         if value.storage not in storages:
             storages[value.storage] = value.storage.read()
         return storages[value.storage].as_strided(value.shape, value.strides, value.offset)
-    return config_values(value) if is_config(value) else value
+    return _config(value) if is_config(value) else value
+
+
+def _config(value: Opaque) -> Any:
+    try:
+        return config_values(value)
+    except ValueError as error:
+        raise ValueError(f"the configuration in the file cannot be read: {error}; {_ADVICE}") from error
 
 
 @contextmanager
@@ -185,9 +194,11 @@ def _reading(path: Path) -> Iterator[None]:
             yield
     except (ValueError, BadZipFile, NotImplementedError, StructError, EOFError) as error:
         reason = " ".join(str(error).split())
-        if not reason.startswith(f"{path} "):
-            reason = f"{path} cannot be read as a file of torch.save: {reason}; use another copy of it"
-        raise ValueError(reason) from error
+        if reason.startswith(f"{path} "):
+            raise
+        if not isinstance(error, ValueError):
+            reason = f"it is damaged ({reason})"
+        raise ValueError(f"{path} cannot be read as a file of torch.save: {reason}; {_ADVICE}") from error
 
 
 def _check_kind(path: Path) -> None:
@@ -195,11 +206,11 @@ def _check_kind(path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the file of torch.save in it, such as latest.ckpt")
     if not path.is_file():  # such as a pipe or a device, which could block
-        raise ValueError(f"{path} is not a file: give the path of a file of torch.save")
+        raise ValueError(f"{path} does not exist, or is not a file: give the path of a file of torch.save")
     with refusing(path), path.open("rb") as file:
         start = file.read(16)
     if not start:
-        raise ValueError(f"{path} is empty: use another copy of it")
+        raise ValueError(f"{path} is empty: {_ADVICE}")
     if start.startswith(_BEFORE_1_6):
         raise ValueError(
             f"{path} was written by torch before version 1.6: if you trust it, load it with torch and save it again"
@@ -227,6 +238,8 @@ def _identity(file: io.IOBase) -> tuple[int, ...]:
 
 def _members(archive: ZipFile, file: io.FileIO) -> dict[str, ZipInfo]:
     """The members by name, if torch.save could have written them."""
+    if any("/code/" in name for name in archive.namelist()):
+        raise ValueError("it is a TorchScript program, and not data")
     members: dict[str, ZipInfo] = {}
     size = _identity(file)[2]
     for info in archive.infolist():
@@ -243,6 +256,9 @@ def _members(archive: ZipFile, file: io.FileIO) -> dict[str, ZipInfo]:
         if info.file_size != info.compress_size or info.header_offset + info.file_size > size:
             raise ValueError(f"it is damaged ({said} lies outside the file)")
         members[name] = info
+    # Members that lie in one another could be read again and again.
+    if sum(info.file_size for info in members.values()) > size:
+        raise ValueError("it holds more than its size")
     return members
 
 
@@ -251,23 +267,15 @@ def _prefix(members: dict[str, ZipInfo]) -> str:
     prefixes = {name.split("/")[0] for name in members}
     (prefix,) = prefixes if len(prefixes) == 1 else ("",)
     if f"{prefix}/data.pkl" not in members:
-        raise ValueError("it is a zip file of another kind, without data.pkl")
-    if f"{prefix}/constants.pkl" in members or any(name.startswith(f"{prefix}/code/") for name in members):
-        raise ValueError("it is a TorchScript program, and not data")
+        raise ValueError("it is a zip file of another kind, without data.pkl in its only folder")
     return prefix
 
 
-def _member(members: dict[str, ZipInfo], name: str, most: int) -> ZipInfo:
-    if members[name].file_size > most:
-        raise ValueError(f"its {quoted(name)} has {members[name].file_size} bytes, more than {most}")
-    return members[name]
-
-
-def _check_byte_order(archive: ZipFile, members: dict[str, ZipInfo], prefix: str) -> None:
-    name = f"{prefix}/byteorder"
-    # Versions of torch that do not note it knew little-endian machines only.
-    if name in members and (order := archive.read(_member(members, name, 16))) != b"little":
-        raise ValueError(f"its numbers are stored in the byte order {order!r}, which is not b'little'")
+def _content(archive: ZipFile, info: ZipInfo, most: int) -> bytes:
+    if info.file_size > most:
+        raise ValueError(f"its {quoted(info.filename)} has {info.file_size} bytes, more than {most}")
+    with archive.open(info) as member:
+        return b"".join(iter(lambda: member.read(PIECE), b""))
 
 
 class _Storages:
@@ -287,7 +295,7 @@ class _Storages:
                 dtype = _STORAGES[kind]
             case _:
                 raise ValueError("it refers to numbers in an unknown way")
-        info = self.members.get(f"{self.prefix}/data/{key}")
+        info = self.members.get(f"{self.prefix}/data/{key[:20]}")
         if info is None:
             raise ValueError(f"it is damaged (the numbers {quoted(key)} are missing)")
         if count < 0 or count * dtype.itemsize != info.file_size:
@@ -346,16 +354,18 @@ def _parameter(*args: Any) -> StoredTensor:
 def _view(storage: Storage, offset: int, shape: tuple[Any, ...], strides: tuple[Any, ...]) -> StoredTensor:
     if len(shape) != len(strides) or len(shape) > MOST_DIMENSIONS:
         raise ValueError("it describes a tensor in an unknown way")
-    if not all(isinstance(number, int) and number >= 0 for number in (offset, *shape, *strides)):
-        raise ValueError("it holds a tensor with a negative size, stride or offset")
-    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    # A tensor that repeats its numbers could become larger than the file by any factor.
-    if prod(shape) and not (last < storage.count and prod(shape) <= storage.count):
+    if not all(isinstance(number, int) and 0 <= number < 2**63 for number in (offset, *shape, *strides)):
+        raise ValueError("it holds a tensor with a negative or too large size, stride or offset")
+    # A stride along which there is one number means nothing, and sizes beside a zero must not be too large either.
+    strides = tuple(stride if size > 1 else 1 for size, stride in zip(shape, strides, strict=True))
+    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True) if size)
+    count = prod(size for size in shape if size)
+    # A tensor that repeats its numbers could be larger than the file by any factor.
+    if prod(shape) and not (last < storage.count and count <= storage.count):
         raise ValueError("it holds a tensor that reaches beyond its numbers")
     if not prod(shape):
-        # Sizes beside a zero could still be too large for torch.
-        if offset > storage.count or max(shape) > 2**31:
-            raise ValueError("it holds a tensor that reaches beyond its numbers")
+        if count > 2**31:
+            raise ValueError("it holds an empty tensor with too large sizes")
         return StoredTensor(storage, 0, shape, tuple(1 for _ in shape))
     return StoredTensor(storage, offset, shape, strides)
 

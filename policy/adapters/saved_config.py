@@ -53,8 +53,6 @@ class _Values:
     def value(self, node: Any, parents: tuple[Any, ...]) -> Any:
         """The value of a node that lies in `parents`, outermost first."""
         self.left -= 1
-        if self.left < 0:
-            raise ValueError(f"it has more than {MOST_VALUES} values")
         with self.one_level_down():
             content = _content(node)
             if isinstance(content, dict):
@@ -82,29 +80,46 @@ class _Values:
 
     def at(self, match: re.Match[str], parents: tuple[Any, ...]) -> Any:
         """The value that an interpolation refers to, or the interpolation itself if there is none."""
+        found = self.find(match, parents)
+        return self.value(found[-1], found[:-1]) if found else match[0]
+
+    def find(self, match: re.Match[str], parents: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The node that an interpolation refers to, after those that it lies in; empty if there is none."""
         dots, path = match.groups()
-        if len(dots) > len(parents):
-            return match[0]
-        # One dot is the container that the interpolation lies in.
-        above = parents[: len(parents) - len(dots) + 1] if dots else (self.root,)
         keys = path.split(".")
         self.left -= len(keys)
-        if len(keys) > MOST_LEVELS:
-            return match[0]
-        for key in keys:
-            found = _child(above[-1], key)
-            if not found:
-                return match[0]
-            above = (*above, *found)
-        return self.value(above[-1], above[:-1])
+        if len(keys) > MOST_LEVELS or len(dots) > len(parents):
+            return ()
+        # One dot is the container that the interpolation lies in.
+        above = parents[: len(parents) - len(dots) + 1] if dots else (self.root,)
+        with self.one_level_down():
+            for key in keys:
+                above = self.container(above)
+                child = _child(above[-1], key) if above else ()
+                if not child:
+                    return ()
+                above = (*above, *child)
+            return above
+
+    def container(self, above: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The last node, or the one that it refers to if it is an interpolation itself."""
+        content = _content(above[-1])
+        whole = _PATH.fullmatch(content) if isinstance(content, str) and len(content) <= MOST_TEXT else None
+        if not whole:
+            return above
+        with self.one_level_down():
+            found = self.find(whole, above[:-1])
+            return self.container(found) if found else ()
 
     @contextmanager
     def one_level_down(self) -> Iterator[None]:
+        if self.levels == MOST_LEVELS or self.left < 0:
+            raise ValueError(f"it is nested more than {MOST_LEVELS} deep, refers to itself, or is too large")
         self.levels += 1
-        if self.levels > MOST_LEVELS:
-            raise ValueError(f"it is nested more than {MOST_LEVELS} deep, or refers to itself")
-        yield
-        self.levels -= 1
+        try:
+            yield
+        finally:
+            self.levels -= 1
 
 
 def _content(node: Any) -> Any:

@@ -220,6 +220,8 @@ def _configs(scale: int) -> dict[str, bytes]:
     doubling = {f"x{i}": f"${{x{i + 1}}}${{x{i + 1}}}" for i in range(60)}
     return {
         "a configuration that refers to itself": _config({"a": "${b}", "b": "${a}"}),
+        "a path through what refers to itself": _config({"a": "${b.y}", "b": "${a}"}),
+        "a path through a circle": _config({"c": "${a.x}", "a": "${b}", "b": "${a}"}),
         "a configuration that doubles 60 times": _config(doubling | {"x60": "x"}),
         "a configuration of long texts": _config({f"x{i}": "${y}${y}" for i in range(many)} | {"y": "x" * 4000}),
         "a configuration of long paths": _config({f"x{i}": "${y.y.y.y}" for i in range(many)} | {"y": "${y.y}"}),

@@ -69,7 +69,7 @@ class Storage:
         path: the file.
         identity: what tells the file from another one that takes its place.
         start: where in the file they begin, in bytes.
-        checksum: their CRC-32.
+        checksum: their CRC-32; 0 if it was not noted.
         dtype: their type.
         count: how many there are.
     """
@@ -90,16 +90,11 @@ class Storage:
         Raises:
             ValueError: they are damaged, or the file was replaced meanwhile.
         """
-        numbers = torch.empty(self.count * self.dtype.itemsize, dtype=torch.uint8)
-        checksum, rest = 0, numbers.numpy().data
         with _reading(self.path), self.path.open("rb") as file:
             if _identity(file) != self.identity:
                 raise ValueError("it was replaced while it was read")
-            file.seek(self.start)
-            while rest and (size := file.readinto(rest[:PIECE])):
-                checksum, rest = crc32(rest[:size], checksum), rest[size:]
-            if rest or checksum != self.checksum:
-                raise ValueError("it is damaged (numbers that do not fit their checksum)")
+            numbers = torch.empty(self.count * self.dtype.itemsize, dtype=torch.uint8)
+            _read_into(numbers.numpy().data, file, self.start, self.checksum)
         # A byte that is neither 0 nor 1 would be a third truth value.
         return numbers.ne(0) if self.dtype == torch.bool else numbers.view(self.dtype)
 
@@ -138,14 +133,15 @@ def read_torch_file(path: Path) -> Any:
     Raises:
         ValueError: the file is missing, of another kind, damaged, too large, or would run code elsewhere.
     """
-    _check_kind(path)
+    with _reading(path):
+        _check_kind(path)
     with _reading(path), _CarefulFile(path) as file, ZipFile(file) as archive:
         members = _members(archive, file)
         prefix = _prefix(members)
         # Versions of torch that do not note the byte order knew little-endian machines only.
-        if (name := f"{prefix}/byteorder") in members and _content(archive, members[name], 16) != b"little":
+        if (name := f"{prefix}/byteorder") in members and _content(file, members[name], 16) != b"little":
             raise ValueError("its numbers are not stored in little-endian byte order")
-        data = _content(archive, members[f"{prefix}/data.pkl"], MOST_PICKLE_BYTES)
+        data = _content(file, members[f"{prefix}/data.pkl"], MOST_PICKLE_BYTES)
         storages = _Storages(path, file, members, prefix)
         return read_pickle(data, _REBUILD, _NAMES, storages.find)
 
@@ -197,7 +193,7 @@ def _reading(path: Path) -> Iterator[None]:
         if reason.startswith(f"{path} "):
             raise
         if not isinstance(error, ValueError):
-            reason = f"it is damaged ({reason})"
+            reason = f"it is damaged ({reason[:100]})"
         raise ValueError(f"{path} cannot be read as a file of torch.save: {reason}; {_ADVICE}") from error
 
 
@@ -207,7 +203,7 @@ def _check_kind(path: Path) -> None:
         raise ValueError(f"{path} is a folder: name the file of torch.save in it, such as latest.ckpt")
     if not path.is_file():  # such as a pipe or a device, which could block
         raise ValueError(f"{path} does not exist, or is not a file: give the path of a file of torch.save")
-    with refusing(path), path.open("rb") as file:
+    with path.open("rb") as file:
         start = file.read(16)
     if not start:
         raise ValueError(f"{path} is empty: {_ADVICE}")
@@ -271,11 +267,35 @@ def _prefix(members: dict[str, ZipInfo]) -> str:
     return prefix
 
 
-def _content(archive: ZipFile, info: ZipInfo, most: int) -> bytes:
+def _start(file: io.FileIO, info: ZipInfo) -> int:
+    """Where a member's content begins."""
+    file.seek(info.header_offset)
+    header = file.read(30)
+    if len(header) < 30 or header[:4] != b"PK\3\4":
+        raise ValueError(f"it is damaged ({quoted(info.filename)} has no header)")
+    name_size, extra_size = unpack("<HH", header[26:])
+    start: int = info.header_offset + 30 + name_size + extra_size
+    if start + info.file_size > _identity(file)[2]:
+        raise ValueError(f"it is damaged ({quoted(info.filename)} lies outside the file)")
+    return start
+
+
+def _content(file: io.FileIO, info: ZipInfo, most: int) -> bytes:
     if info.file_size > most:
         raise ValueError(f"its {quoted(info.filename)} has {info.file_size} bytes, more than {most}")
-    with archive.open(info) as member:
-        return b"".join(iter(lambda: member.read(PIECE), b""))
+    content = bytearray(info.file_size)
+    _read_into(memoryview(content), file, _start(file, info), info.CRC)
+    return bytes(content)
+
+
+def _read_into(rest: memoryview, file: io.FileIO | io.BufferedReader, start: int, noted: int) -> None:
+    file.seek(start)
+    checksum = 0
+    while rest and (size := file.readinto(rest[:PIECE])):
+        checksum, rest = crc32(rest[:size], checksum), rest[size:]
+    # torch can save without checksums; it then notes 0.
+    if rest or noted not in (0, checksum):
+        raise ValueError("it is damaged (a part of it does not fit its checksum)")
 
 
 class _Storages:
@@ -295,23 +315,13 @@ class _Storages:
                 dtype = _STORAGES[kind]
             case _:
                 raise ValueError("it refers to numbers in an unknown way")
-        info = self.members.get(f"{self.prefix}/data/{key[:20]}")
+        # Keys are short numbers; a long one is not put together, as it could be the same one again and again.
+        info = self.members.get(f"{self.prefix}/data/{key}") if len(key) <= 20 else None
         if info is None:
             raise ValueError(f"it is damaged (the numbers {quoted(key)} are missing)")
         if count < 0 or count * dtype.itemsize != info.file_size:
             raise ValueError(f"it is damaged (the numbers {quoted(key)} have another size than they should)")
-        return Storage(self.path, self.identity, self._start(info), info.CRC, dtype, count)
-
-    def _start(self, info: ZipInfo) -> int:
-        self.file.seek(info.header_offset)
-        header = self.file.read(30)
-        if len(header) < 30 or header[:4] != b"PK\3\4":
-            raise ValueError(f"it is damaged ({quoted(info.filename)} has no header)")
-        name_size, extra_size = unpack("<HH", header[26:])
-        start: int = info.header_offset + 30 + name_size + extra_size
-        if start + info.file_size > self.identity[2]:
-            raise ValueError(f"it is damaged ({quoted(info.filename)} lies outside the file)")
-        return start
+        return Storage(self.path, self.identity, _start(self.file, info), info.CRC, dtype, count)
 
 
 def _tensor(*args: Any) -> StoredTensor:

@@ -23,8 +23,10 @@ from scripts.bench.report import machine, write_report
 
 LIMIT_S = 60
 # Events of Python's audit that reading data does not need.
-ACTIONS = ("import", "exec", "compile", "pickle.", "marshal.", "code.", "ctypes.", "subprocess.", "socket.", "shutil.")
-ACTIONS += ("os.system", "os.exec", "os.spawn", "os.posix_spawn", "os.fork", "os.mkdir", "os.remove", "os.rename")
+ACTIONS = (
+    *("import", "exec", "compile", "pickle.", "marshal.", "code.", "ctypes.", "subprocess.", "socket.", "shutil."),
+    *("os.system", "os.exec", "os.spawn", "os.posix_spawn", "os.fork", "os.mkdir", "os.remove", "os.rename"),
+)
 SENTENCES = ("FILE ", "the configuration in the file ")
 
 

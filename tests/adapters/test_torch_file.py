@@ -57,6 +57,12 @@ def equal(ours, theirs):
     return ours == theirs
 
 
+def check_sentence(message, path):
+    assert message.startswith((f"{path} ", "the configuration in the file "))
+    assert "\n" not in message
+    assert len(message) < len(str(path)) + 300
+
+
 @pytest.mark.parametrize("kind", FILES)
 def test_hostile_files_get_one_sentence_and_run_nothing(kind, tmp_path, monkeypatch):
     for module, limit in LIMITS:
@@ -65,10 +71,7 @@ def test_hostile_files_get_one_sentence_and_run_nothing(kind, tmp_path, monkeypa
     FILES[kind](path, marker)
     with pytest.raises(ValueError) as refused:
         plain(read_torch_file(path))
-    message = str(refused.value)
-    assert message.startswith((f"{path} ", "the configuration in the file "))
-    assert "\n" not in message
-    assert len(message) < len(str(path)) + 300
+    check_sentence(str(refused.value), path)
     assert not marker.exists()
 
 
@@ -211,6 +214,29 @@ def test_a_file_that_is_replaced_before_its_tensors_are_read_is_noticed(tmp_path
         plain(content)
 
 
+def test_members_with_64_bit_sizes_are_read(tmp_path):
+    with ZipFile(tmp_path / "x.ckpt", "w") as file:
+        for name, data in {"a/data.pkl": hostile.weights(hostile.tensor()), "a/data/0": hostile.NUMBERS}.items():
+            with file.open(name, "w", force_zip64=True) as member:
+                member.write(data)
+    found = plain(read_torch_file(tmp_path / "x.ckpt"))["state_dicts"]["model"]["weight"]
+    assert torch.equal(found, torch.arange(6.0).reshape(2, 3))
+
+
+def test_a_file_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = saved(tmp_path / "x.pt", {"w": torch.ones(3)})
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert equal(plain(read_torch_file(path)), {"w": torch.ones(3)})
+
+
+def test_a_path_that_cannot_be_asked_for_is_named(tmp_path):
+    with pytest.raises(ValueError, match="missing or damaged"):
+        read_torch_file(tmp_path / ("x" * 300))
+
+
 def test_a_link_to_a_file_is_followed(tmp_path):
     saved(tmp_path / "x.pt", {"a": 1})
     (tmp_path / "link.pt").symlink_to("x.pt")
@@ -244,21 +270,39 @@ def mutant(tmp_path_factory):
     return tmp_path_factory.mktemp("mutants") / "x.pt"
 
 
-@settings(max_examples=150, deadline=2000, derandomize=True)
-@given(data=mutated(SMALL))
-def test_a_damaged_file_is_refused_or_read_as_it_was(data, mutant):
+def check_file(data, path):
+    """A damaged file is refused, or holds what it held."""
     try:
-        found = plain(read_torch_file(written(mutant, data)))
-    except ValueError:
-        return
-    assert equal(found, EXPECTED)
+        found = plain(read_torch_file(written(path, data)))
+    except ValueError as refused:
+        check_sentence(str(refused), path)
+    else:
+        assert equal(found, EXPECTED)
 
 
-@settings(max_examples=150, deadline=2000, derandomize=True)
-@given(data=mutated(SMALL_PICKLE))
-def test_any_pickle_is_refused_or_read(data, mutant):
+def check_pickle(data, path):
+    """Any pickle is refused, or holds data."""
     try:
-        found = plain(read_torch_file(written(mutant, hostile.archive({"data.pkl": data, "data/0": hostile.NUMBERS}))))
-    except ValueError:
-        return
-    assert isinstance(found, dict | list | tuple | str | int | float | bytes | torch.Tensor | Opaque | None)
+        found = plain(read_torch_file(written(path, hostile.archive({"data.pkl": data, "data/0": hostile.NUMBERS}))))
+    except ValueError as refused:
+        check_sentence(str(refused), path)
+    else:
+        assert isinstance(found, dict | list | tuple | str | int | float | bytes | torch.Tensor | Opaque | None)
+
+
+CHECKS = ((check_file, SMALL), (check_pickle, SMALL_PICKLE))
+
+
+@pytest.mark.parametrize(("check", "data"), CHECKS, ids=["file", "pickle"])
+@settings(max_examples=150, deadline=2000, derandomize=True)
+@given(draw=st.data())
+def test_mutations_are_refused_or_read(check, data, draw, mutant):
+    check(draw.draw(mutated(data)), mutant)
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize(("check", "data"), CHECKS, ids=["file", "pickle"])
+@settings(max_examples=25_000, deadline=2000)
+@given(draw=st.data())
+def test_many_mutations_are_refused_or_read(check, data, draw, mutant):
+    check(draw.draw(mutated(data)), mutant)

@@ -41,7 +41,7 @@ _DATA_NAMES = frozenset(
         "argparse": "Namespace",
         "pathlib": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
         "types": "SimpleNamespace",
-        "typing": "Any Union",
+        "typing": "Any Dict List Optional Tuple Union",
         "uuid": "UUID",
         "_codecs": "encode",
         "dill._dill": "_create_array _load_type",

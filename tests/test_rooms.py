@@ -25,6 +25,7 @@ ROOMS = (
     "training",
     "rollout",
     "checkpoint",
+    "adapters",
     "sweep",
     "commands",
 )

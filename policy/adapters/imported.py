@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from policy.checkpoint.reading import check_fit
+from policy.model.by_key import module_name
 from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
 
@@ -74,7 +75,7 @@ def with_keys(imported: Imported, keys: Mapping[str, str]) -> Imported:
     names = {key: theirs.get(key, key) for key in shapes}
     if len(theirs) < len(keys) or len(set(names.values())) < len(names):
         raise ValueError(f"keys must give each observation one name of its own; got {dict(keys)}")
-    prefixes = {f"observation_normalizers.{key}.": f"observation_normalizers.{name}." for key, name in names.items()}
+    prefixes = {normalizer_prefix(key): normalizer_prefix(name) for key, name in names.items()}
     config = dataclasses.replace(
         imported.config,
         observation_shapes={names[key]: shape for key, shape in shapes.items()},
@@ -93,6 +94,11 @@ def _replaced(key: str, prefixes: Mapping[str, str]) -> str:
         if key.startswith(before):
             return after + key.removeprefix(before)
     return key
+
+
+def normalizer_prefix(key: str) -> str:
+    """Return the start of the names of an observation's normaliser."""
+    return f"observation_normalizers.{module_name(key)}."
 
 
 def affine(center: Tensor, gain: Tensor, offset: Tensor) -> dict[str, Tensor]:

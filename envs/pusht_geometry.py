@@ -14,6 +14,7 @@ from envs.errors import choose
 CACHE_REVISION = "a80451f38198d76709708dd939409064c49cfa1a6bb7ba3746b5dcd78fe9be72"
 FEATURE_DIM = 40
 KEYPOINT_DIM = 18
+CORNER_DIM = 16
 TABLE_SIZE = np.float32(512)
 
 # Corners of the T in the block's own frame, in pixels of the 512 x 512 table: the bar, then the stem,
@@ -90,6 +91,21 @@ def pusht_keypoints(state: ArrayLike) -> NDArray[np.float32]:
         ValueError: If the last axis is not 5 long.
     """
     return _on_table(_check_state(state), _KEYPOINTS).astype(np.float32)
+
+
+def pusht_corners(state: ArrayLike) -> NDArray[np.float32]:
+    """Compute the corners of the T in a Push-T state, as gym-pusht's ``environment_state`` lists them.
+
+    Args:
+        state: (..., 5), as for `pusht_features`.
+
+    Returns:
+        (..., 16) float32: x, y of the T's eight corners in the world (pixels), first the bar's, then the stem's.
+
+    Raises:
+        ValueError: If the last axis is not 5 long.
+    """
+    return _on_table(_check_state(state), _CORNERS).astype(np.float32)
 
 
 def pusht_state_features(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

@@ -142,6 +142,22 @@ def pusht_agent_pos(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArr
     return {**rest, "agent_pos": state[..., :2].astype(np.float32)}
 
 
+def pusht_state_corners(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Turn the demonstrations' observations into those of ``observation="corners"``.
+
+    Args:
+        observations: ``"state"`` (T, 5); other keys are treated as `pusht_agent_pos` treats them.
+
+    Returns:
+        The observations with ``"environment_state"`` (T, 16) float32, see `pusht_corners`, and ``"agent_pos"`` (T, 2)
+        float32 in place of the state.
+
+    Raises:
+        ValueError: If there is no such state.
+    """
+    return {**pusht_agent_pos(observations), "environment_state": pusht_corners(_state_of(observations))}
+
+
 def pusht_hindsight(
     observations: Mapping[str, NDArray[Any]], actions: NDArray[Any]
 ) -> tuple[dict[str, NDArray[Any]], NDArray[Any]]:
@@ -192,7 +208,8 @@ def pusht_mirror(
 
     Args:
         observations: Arrays by key, with any leading axes: ``"state"`` (..., 40) of `pusht_features`, ``"keypoint"``
-            (..., 18) of `pusht_keypoints`, ``"agent_pos"`` (..., 2), ``"image"`` (..., H, H, channels).
+            (..., 18) of `pusht_keypoints`, ``"environment_state"`` (..., 16) of `pusht_corners`, ``"agent_pos"``
+            (..., 2), ``"image"`` (..., H, H, channels).
         actions: (..., 2) float32, target positions in pixels.
 
     Returns:
@@ -222,6 +239,11 @@ def _mirror_features(features: NDArray[Any]) -> NDArray[Any]:
 def _swap_corners(points: NDArray[Any]) -> NDArray[Any]:
     """Exchange the left and the right corner of each of the four pairs."""
     return points.reshape(*points.shape[:-1], 4, 2, 2)[..., ::-1, :].reshape(points.shape)
+
+
+def _mirror_corners(corners: NDArray[Any]) -> NDArray[Any]:
+    _check_width("environment_state", corners, CORNER_DIM)
+    return _swap_corners(_mirror_points(corners))
 
 
 def _mirror_keypoints(keypoints: NDArray[Any]) -> NDArray[Any]:
@@ -315,6 +337,7 @@ _YX = np.arange(16).reshape(8, 2)[:, ::-1].ravel()
 _MIRRORS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
     "state": _mirror_features,
     "keypoint": _mirror_keypoints,
+    "environment_state": _mirror_corners,
     "agent_pos": _mirror_agent,
     "image": _mirror_picture,
 }

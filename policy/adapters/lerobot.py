@@ -17,6 +17,7 @@ from policy.model.config import PolicyConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
+LEROBOT_FILES = (CONFIG, WEIGHTS, "policy_*.json", "policy_*.safetensors")
 STATE, ENVIRONMENT_STATE, ACTION = "observation.state", "observation.environment_state", "action"
 MODES = ("MIN_MAX", "MEAN_STD", "IDENTITY")
 # The last convolution has this many groups whatever `n_groups` says.
@@ -27,11 +28,6 @@ EPSILON = 1e-8
 PIXEL = 255.0
 
 T = TypeVar("T")
-
-
-def is_lerobot(folder: Path) -> bool:
-    """Return whether a folder looks like a policy of LeRobot."""
-    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
 def read_lerobot(folder: Path) -> Imported:
@@ -145,8 +141,6 @@ def _refuse(folder: Path, found: _Settings) -> None:
         raise ValueError(f"{folder} holds adapter weights (PEFT): merge them into the policy with LeRobot first")
     if ACTION not in found.features("output_features"):
         raise ValueError(f"{found.path} must hold the output feature 'action'")
-    if found.data.get("crop_shape") and not found.data.get("crop_is_random", True):
-        return  # the middle is cropped in training and in acting
 
 
 def _inputs(found: _Settings) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from policy.checkpoint.reading import check_fit
+from policy.control.timeline import check_execution_horizon
 from policy.model.by_key import module_name
 from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
@@ -47,8 +48,10 @@ def build_policy(imported: Imported, source: str) -> DiffusionPolicy:
         The policy in evaluation mode, without gradients.
 
     Raises:
-        ValueError: the weights do not fit the configuration, or a part of it cannot be built.
+        ValueError: the weights do not fit the configuration, a part of it cannot be built, or it executes more actions
+            than a chunk has.
     """
+    check_execution_horizon(imported.execution_horizon, imported.config.action_horizon)
     check_fit(imported.config, imported.weights, source, "the rest of that checkpoint")
     policy = DiffusionPolicy(imported.config)
     policy.load_state_dict(imported.weights)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from policy.adapters.imported import Imported, affine, normalizer_prefix, prefixed, under
 from policy.adapters.resnet_keys import backbone_weights, describe_backbone, head_weight
+from policy.adapters.schedules import schedule_settings
 from policy.adapters.unet_keys import unet_weights
 from policy.checkpoint.files import read_json, read_tensors
 from policy.model.config import PolicyConfig
@@ -172,12 +173,8 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 def _schedule(found: _Settings) -> dict[str, Any]:
     name, num_steps = found.take("beta_schedule", str), found.take("num_train_timesteps", int)
-    if name == "squaredcos_cap_v2":
-        return {"num_steps": num_steps, "beta_schedule": name}
-    if name != "linear":
-        raise ValueError(f"{found.path} has beta_schedule={name!r}; 'squaredcos_cap_v2' and 'linear' can be imported")
-    ends = {end: float(found.take(end, float)) for end in ("beta_start", "beta_end")}
-    return {"num_steps": num_steps, "beta_schedule": name, **ends}
+    start, end = (float(found.take(name, float)) for name in ("beta_start", "beta_end"))
+    return schedule_settings(found.path, name, num_steps, start, end)
 
 
 def _encoder(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,12 @@ def read_reference(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def compare(
-    policy: DiffusionPolicy, reference: Reference, *, keys: Mapping[str, str], execution_horizon: int
+    policy: DiffusionPolicy,
+    reference: Reference,
+    *,
+    keys: Mapping[str, str],
+    execution_horizon: int,
+    backends: Sequence[str] = ("fused", "onnx"),
 ) -> list[Comparison]:
     """Compare a policy with the outputs of the project that it comes from.
 
@@ -79,6 +84,7 @@ def compare(
             of the outputs, see docs/import.md.
         keys: the policy's key of each of the project's keys.
         execution_horizon: actions of a chunk that the project executes.
+        backends: back ends to compare with `eager`.
 
     Returns:
         A comparison for each output that the file holds.
@@ -94,7 +100,7 @@ def compare(
             *sides.rederived(),
             *sides.ddpm(),
             *sides.as_they_sample(),
-            *sides.back_ends(),
+            *sides.back_ends(backends),
             *sides.rollout(),
         ]
 
@@ -155,12 +161,12 @@ class _Sides:
             yield self._chunks(f"their DDIM {steps}", actions, self._in_units(f"ddim{steps}"), SAMPLE_BOUND)
             yield from self._executed(f"ddim{steps}", f"their DDIM {steps}, executed", actions, SAMPLE_BOUND)
 
-    def back_ends(self) -> Iterator[Comparison]:
+    def back_ends(self, names: Sequence[str]) -> Iterator[Comparison]:
         """The back ends against `eager`."""
         sampler = Sampler(ddim_steps=min(COMPARED_STEPS, self.policy.schedule.num_steps))
         eager = self._sampled(sampler)
-        for backend in ("fused", "onnx"):
-            if backend == "fused" or _onnx_is_installed():
+        for backend in names:
+            if backend != "onnx" or _onnx_is_installed():
                 sampled = self._sampled(sampler, backend=backend)
                 yield self._chunks(f"{backend} and eager", sampled, eager, SAMPLE_BOUND)
 

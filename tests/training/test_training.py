@@ -13,7 +13,7 @@ from policy.common.seeding import derive_generator
 from policy.data.demonstrations import Demonstrations
 from policy.data.windows import split_episodes
 from policy.model.diffusion_policy import observed
-from policy.training.loop import train, update_ema, validation_loss
+from policy.training.loop import Demonstrated, train, update_ema, validation_loss
 from policy.training.preparation import prepare_run, start_training
 from policy.training.settings import learning_rate
 from tests.conftest import small_config
@@ -239,13 +239,13 @@ def test_the_validation_loss_is_the_same_every_time(demonstrations):
     )
     run = prepared(demonstrations, config)
     go(run, should_stop=lambda: run.state.step == 5)
-    first = validation_loss(run.state.ema, run.validation)
+    first = validation_loss(Demonstrated(SETTINGS), run.state.ema, run.validation)
     torch.manual_seed(99)
-    assert validation_loss(run.state.ema, run.validation) == first
+    assert validation_loss(Demonstrated(SETTINGS), run.state.ema, run.validation) == first
     assert math.isfinite(first)
     assert first > 0
     go(run)
-    assert validation_loss(run.state.ema, run.validation) != first
+    assert validation_loss(Demonstrated(SETTINGS), run.state.ema, run.validation) != first
 
 
 def test_the_validation_loss_is_over_held_out_windows(demonstrations):
@@ -256,7 +256,7 @@ def test_the_validation_loss_is_over_held_out_windows(demonstrations):
     everything = run.validation.gather(np.arange(length))
     with torch.no_grad():
         expected = run.state.ema.loss(everything, derive_generator(0)).item()
-    assert validation_loss(run.state.ema, run.validation) == expected
+    assert validation_loss(Demonstrated(SETTINGS), run.state.ema, run.validation) == expected
 
 
 def test_without_held_out_episodes_there_is_no_validation_loss(demonstrations):

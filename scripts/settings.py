@@ -115,7 +115,8 @@ class Task:
         built = {name: _build(name, value) for name, value in settings.items() if name != "dataset"}
         if self.check_first:
             check = load(self.check_first)
-            check(**{name: built[name] for name in inspect.signature(check).parameters if name in built})
+            takes = inspect.signature(check).parameters.keys() & built.keys()
+            check(**check_arguments(self.name, check, {name: built[name] for name in takes}, prefix=""))
         if "dataset" in settings:
             built["dataset"] = _build("dataset", settings["dataset"])
         for name, target in self.inline.items():

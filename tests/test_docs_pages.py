@@ -79,6 +79,7 @@ def test_every_link_between_the_pages_leads_somewhere():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@pytest.mark.slow
 def test_the_example_of_making_a_policy_fast_runs(run_command, plain_reports, tmp_path, monkeypatch):
     """With few episodes and steps; that it answers is checked, not what."""
     monkeypatch.chdir(tmp_path)

@@ -55,7 +55,7 @@ def prepare_run(
         device: the device to train on.
         augment: a symmetry of the task. It adds a counterpart to every training window, and none to validation windows.
         init: the policy whose weights and normalisers it starts from, of the same configuration but for settings of the
-            loss. A run without steps on demonstrations has it as its teacher too.
+            loss.
         teacher: the policy whose chunks it learns from, and whose normalisers it has; see `Rectified`.
 
     Returns:
@@ -67,9 +67,7 @@ def prepare_run(
     """
     torch.manual_seed(derive_seed(seed, 0))  # initialisers draw from torch's global generator
     policy = DiffusionPolicy(config)
-    if teacher is None and init is not None and not settings.steps:
-        teacher = init
-    if settings.rectify_steps:
+    if settings.rectify_steps and (teacher or settings.steps):  # a run that goes on may have its teacher stored
         num_steps = (teacher or policy).schedule.num_steps
         check_ddim_steps(settings.rectify_ddim_steps, num_steps, "train.rectify_ddim_steps")
     layout: dict[str, Any] = {

@@ -25,6 +25,7 @@ ROOMS = (
     "training",
     "rollout",
     "checkpoint",
+    "adapters",
     "sweep",
     "commands",
 )
@@ -37,7 +38,7 @@ OUTSIDE = {
     "model": {"torch", "numpy", "huggingface_hub"},
     "inference": {"torch", "numpy"},
     "control": {"torch", "numpy", "gymnasium"},
-    "training": {"torch", "numpy"},
+    "training": {"torch", "numpy", "safetensors"},
 }
 
 

@@ -123,7 +123,7 @@ def _load(folder: Path, device: str, root: Path | None) -> Checkpoint:
     weights, digest = opened.verify(WEIGHTS)
     tensors = read_tensors(weights)
     with refusing(opened.path):
-        _check_fit(config, tensors, opened.path)
+        check_fit(config, tensors, opened.path)
         policy = DiffusionPolicy(config)
         policy.load_state_dict(tensors)
     plugins = _plugins(opened)
@@ -188,12 +188,12 @@ def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]
     record = read_json(files[TRAINING_RECORD])
     with refusing(path):
         for policy, found in ((state.ema, averaged), (state.policy, _under("policy.", tensors))):
-            _check_fit(policy.config, found, path)
+            check_fit(policy.config, found, path)
             policy.load_state_dict(found)
         if teacher := _under("teacher.", tensors):
             # Checkpoints of before a teacher could be another policy do not store its configuration.
             config = _policy_config(opened, record["teacher"]) if "teacher" in record else state.policy.config
-            _check_fit(config, teacher, path)
+            check_fit(config, teacher, path)
             state.teacher = DiffusionPolicy(config).to(state.policy.device).eval().requires_grad_(False)
             state.teacher.load_state_dict(teacher)
         try:
@@ -257,29 +257,37 @@ def _circumstances(opened: Folder, config: PolicyConfig) -> tuple[dict[str, Any]
     return env, horizon, training
 
 
-def _check_fit(config: PolicyConfig, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def check_fit(
+    config: PolicyConfig, tensors: Mapping[str, torch.Tensor], path: Path | str, stated_in: str = f"its {CONFIG}"
+) -> None:
     """Reject weights that do not fit the configured policy, before memory for the policy is allocated.
+
+    Args:
+        config: the policy's configuration.
+        tensors: the weights.
+        path: where they are from, for messages.
+        stated_in: where their configuration is from, for messages.
 
     Raises:
         ValueError: the message names what does not fit.
     """
-    with torch.device("meta"), _at_most(tensors, path):
+    with torch.device("meta"), _at_most(tensors, path, stated_in):
         expected = DiffusionPolicy(config).state_dict()
     if expected.keys() != tensors.keys():
         key = sorted(expected.keys() ^ tensors.keys())[0]
         raise ValueError(
-            f"the weights in {path} do not fit its {CONFIG}: {key} is {'missing' if key in expected else 'not in it'}"
+            f"the weights in {path} do not fit {stated_in}: {key} is {'missing' if key in expected else 'not in it'}"
         )
     for key, value in expected.items():
         if (value.shape, value.dtype) != (tensors[key].shape, tensors[key].dtype):
             raise ValueError(
-                f"the weights in {path} do not fit its {CONFIG}: {key} should be {value.dtype} of shape"
+                f"the weights in {path} do not fit {stated_in}: {key} should be {value.dtype} of shape"
                 f" {tuple(value.shape)}; it is {tensors[key].dtype} of shape {tuple(tensors[key].shape)}"
             )
 
 
 @contextmanager
-def _at_most(tensors: Mapping[str, torch.Tensor], path: Path) -> Iterator[None]:
+def _at_most(tensors: Mapping[str, torch.Tensor], path: Path | str, stated_in: str) -> Iterator[None]:
     """Stop building a network that has more tensors than the weights: a file may ask for a billion layers."""
     thread, made = threading.get_ident(), 0
 
@@ -289,7 +297,7 @@ def _at_most(tensors: Mapping[str, torch.Tensor], path: Path) -> Iterator[None]:
             made += 1
             if made > 2 * len(tensors) + 1:  # twice as many, because fixed tables are not stored
                 raise ValueError(
-                    f"the weights in {path} do not fit its {CONFIG}: it asks for more than their {len(tensors)} tensors"
+                    f"the weights in {path} do not fit {stated_in}: it asks for more than their {len(tensors)} tensors"
                 )
 
     hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]

@@ -94,7 +94,7 @@ def export_policy(
 def example_input(program: SamplerProgram) -> dict[str, np.ndarray[Any, Any]]:
     """Made-up values for every input of an exported model: one row, from a fixed seed."""
     config, generator = program.config, np.random.default_rng(0)
-    chunk = (1, config.action_horizon, config.action_dim)
+    chunk, denoised = ((1, horizon, config.action_dim) for horizon in (config.action_horizon, config.denoised_horizon))
     example: dict[str, np.ndarray[Any, Any]] = {}
     for key, shape in config.observation_shapes.items():
         history = (1, config.obs_horizon, *shape)
@@ -104,11 +104,11 @@ def example_input(program: SamplerProgram) -> dict[str, np.ndarray[Any, Any]]:
             if image
             else generator.random(history, dtype=np.float32)
         )
-    example["noise"] = generator.standard_normal(chunk, dtype=np.float32)
+    example["noise"] = generator.standard_normal(denoised, dtype=np.float32)
     example["previous"] = np.zeros(chunk, dtype=np.float32)
     example["keep"] = np.zeros(chunk[:2], dtype=np.float32)
     if program.sampler.eta > 0:
-        example["step_noise"] = generator.standard_normal((program.sampler.ddim_steps, *chunk), dtype=np.float32)
+        example["step_noise"] = generator.standard_normal((program.sampler.ddim_steps, *denoised), dtype=np.float32)
     return example
 
 

@@ -58,6 +58,8 @@ class Windows:
         observations   t-1  t                 (before its start, the episode's first observation is repeated)
         actions             t  t+1 ... t+7    (after its end, the episode's last action is repeated and masked)
 
+    With past_actions 1, the actions begin at t-1; before the episode's start, its first action is repeated and masked.
+
     Windows never cross episodes; every transition of every episode, the last included, has a window. With a symmetry of
     the task, the windows are followed by their images under it, called counterparts.
 
@@ -66,8 +68,9 @@ class Windows:
         episodes: numbers of the episodes to use.
         obs_horizon: number of observations in a window, the newest included.
         action_horizon: number of actions in a chunk.
+        past_actions: number of actions before the chunk.
         augment: a symmetry of the task. It is applied to gathered windows, so the counterparts take no memory.
-        mask_padding: leave repeated actions after an episode's end out of the loss.
+        mask_padding: leave repeated actions, which lie outside the episode, out of the loss.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Windows:
         *,
         obs_horizon: int,
         action_horizon: int,
+        past_actions: int = 0,
         augment: Augment | None = None,
         mask_padding: bool = True,
     ) -> None:
@@ -92,7 +96,7 @@ class Windows:
         self._epoch_key: tuple[int, int] | None = None
         self._order: NDArray[Any] = np.empty(0, np.int64)
         self._past = np.arange(1 - obs_horizon, 1)
-        self._future = np.arange(action_horizon)
+        self._future = np.arange(-past_actions, action_horizon)
 
     @property
     def num_transitions(self) -> int:
@@ -121,12 +125,12 @@ class Windows:
         observations: Arrays = {
             key: values.take(past, axis=0) for key, values in self.demonstrations.observations.items()
         }
-        actions = self.demonstrations.actions.take(np.minimum(future, end - 1), axis=0)
+        actions = self.demonstrations.actions.take(np.clip(future, start, end - 1), axis=0)
         if self._augment is not None:
             observations, actions = _with_counterparts(
                 self._augment, observations, actions, windows >= self.num_transitions
             )
-        inside = future < end if self._mask_padding else np.ones_like(future, dtype=np.bool_)
+        inside = (start <= future) & (future < end) if self._mask_padding else np.ones_like(future, dtype=np.bool_)
         return {
             "observations": {key: torch.from_numpy(values) for key, values in observations.items()},
             "actions": torch.from_numpy(actions),

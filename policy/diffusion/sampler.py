@@ -26,7 +26,7 @@ class Sampler:
         ddim_steps: denoising steps K, within 1..num_steps of the checkpoint's schedule.
         eta: 0 deterministic, 1 DDPM.
         spacing: `trailing`, `leading` or `linspace`.
-        clip: bound on the normalised estimate of the clean chunk, or None.
+        clip: bound on the normalised estimate of the clean chunk, in units of the policy's `action_bound`, or None.
         warm_start: begin every chunk except an episode's first from the previous chunk, shifted to now and noised to
             this share of the schedule's timesteps, above 0 and at most 1; None begins from noise alone.
         solver: name of the solver: `ddim`, or one that a plugin registers.

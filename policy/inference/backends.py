@@ -20,7 +20,7 @@ from policy.diffusion.coefficients import reverse_process
 from policy.diffusion.ddim import Generators, randn_like
 from policy.diffusion.sampler import Course, Sampler
 from policy.inference.onnx_graph import build_model, observation_input, require
-from policy.inference.program import Program, SamplingInputs
+from policy.inference.program import Program, SamplingInputs, keep_with_past, with_past
 from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
 
@@ -89,8 +89,8 @@ class SamplerProgram:
 
         Args:
             observations: (B, obs_horizon, *shape) under each key, in the data's units; images uint8.
-            noise: (B, action_horizon, action_dim) standard normal starting point.
-            step_noise: (ddim_steps, B, action_horizon, action_dim) standard normal, for eta > 0.
+            noise: (B, denoised_horizon, action_dim) standard normal starting point.
+            step_noise: (ddim_steps, B, denoised_horizon, action_dim) standard normal, for eta > 0.
             previous: (B, action_horizon, action_dim) the previous chunk in the data's units, shifted so that its first
                 action is for the newest observation. `sampler.warm_start` has an effect only with it.
             keep: (B, action_horizon) weight of each previous action: 1 fixes it (the new chunk is inpainted around it),
@@ -108,8 +108,9 @@ class SamplerProgram:
         seen = {key: torch.as_tensor(value) for key, value in observations.items()}
         if previous is None and keep is not None:
             raise ValueError("keep says how much of the previous chunk to keep: pass previous= too")
-        before = torch.zeros_like(start) if previous is None else torch.as_tensor(previous, dtype=torch.float32)
-        kept = torch.zeros(start.shape[:2]) if keep is None else torch.as_tensor(keep, dtype=torch.float32)
+        given_out = start[:, self.config.past_actions :]
+        before = torch.zeros_like(given_out) if previous is None else torch.as_tensor(previous, dtype=torch.float32)
+        kept = torch.zeros(given_out.shape[:2]) if keep is None else torch.as_tensor(keep, dtype=torch.float32)
         self._check(seen, start, added, before, kept)
         device = self.run.device
         images = {key for key, shape in self.config.observation_shapes.items() if is_image(shape)}
@@ -149,7 +150,7 @@ class SamplerProgram:
         """
         rows = len(next(iter(observations.values()), ()))
         on = generator.device if isinstance(generator, torch.Generator) else "cpu"
-        like = torch.empty((rows, self.config.action_horizon, self.config.action_dim), device=on)
+        like = torch.empty((rows, self.config.denoised_horizon, self.config.action_dim), device=on)
         noise = randn_like(like, generator)
         added = None
         if self.sampler.eta > 0:
@@ -163,11 +164,16 @@ class SamplerProgram:
         for key, value in observations.items():
             if is_image(self.config.observation_shapes[key]) and value.dtype != torch.uint8:
                 raise ValueError(f"observation {key!r} is an image and must be uint8; got {value.dtype}")
-        chunk = (len(noise), self.config.action_horizon, self.config.action_dim)
-        for name, value, shape in (("noise", noise, chunk), ("previous", previous, chunk), ("keep", keep, chunk[:2])):
+        rows, width = len(noise), self.config.action_dim
+        chunk, denoised = (rows, self.config.action_horizon, width), (rows, self.config.denoised_horizon, width)
+        for name, value, shape in (
+            ("noise", noise, denoised),
+            ("previous", previous, chunk),
+            ("keep", keep, chunk[:2]),
+        ):
             if tuple(value.shape) != shape:
                 raise ValueError(f"{name} must have shape {shape}; got {tuple(value.shape)}")
-        wanted = (self.sampler.ddim_steps, *chunk) if self.sampler.eta > 0 else None
+        wanted = (self.sampler.ddim_steps, *denoised) if self.sampler.eta > 0 else None
         got = None if step_noise is None else tuple(step_noise.shape)
         if got != wanted:
             raise ValueError(f"eta={self.sampler.eta} needs step_noise of shape {wanted}; got {got}")
@@ -256,18 +262,19 @@ class Eager:
         """See `Runner`."""
         policy, timesteps, step_noise = self._policy, self._course.timesteps.tolist(), inputs.step_noise
         embedding = policy.embed(inputs.observations)
-        known = policy.action_normalizer.normalize(inputs.previous)
+        past = policy.config.past_actions
+        known = policy.action_normalizer.normalize(with_past(inputs.previous, past))
         chunk = reverse_process(
             lambda step, x: policy.denoiser(x, torch.full((len(x),), timesteps[step], device=x.device), embedding),
             self._course.signal * known + self._course.noise * inputs.noise,
             self._table,
             predicts_clean=policy.config.prediction_type == "sample",
-            clip=self._sampler.clip,
+            clip=policy.config.clip_at(self._sampler.clip),
             step_noise=None if step_noise is None else step_noise.__getitem__,
             known=known,
-            keep=inputs.keep[..., None],
+            keep=keep_with_past(inputs.keep, past),
         )
-        return policy.action_normalizer.unnormalize(chunk)
+        return policy.action_normalizer.unnormalize(chunk[:, past:])
 
 
 class Fused:

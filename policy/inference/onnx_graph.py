@@ -59,9 +59,10 @@ def build_model(program: Program, weights: str) -> bytes:
 
     Returns:
         The model's bytes. Its inputs, with any batch size B, are `observations.<key>` (B, obs_horizon, *shape) float32,
-        or uint8 for an image, `noise` and `previous` (B, action_horizon, action_dim), `keep` (B, action_horizon) and,
-        for eta > 0, `step_noise` (K, B, action_horizon, action_dim). Its output is `actions` (B, action_horizon,
-        action_dim). Observations, `previous` and `actions` are in the data's units; `SamplerProgram` describes them.
+        or uint8 for an image, `noise` (B, denoised_horizon, action_dim), `previous` (B, action_horizon, action_dim),
+        `keep` (B, action_horizon) and, for eta > 0, `step_noise` (K, B, denoised_horizon, action_dim). Its output is
+        `actions` (B, action_horizon, action_dim). Observations, `previous` and `actions` are in the data's units;
+        `SamplerProgram` describes them.
 
     Raises:
         ValueError: an optional package is not installed.
@@ -80,13 +81,14 @@ def _traced(program: Program) -> tuple[Any, Any]:
     observations = zero_observations(config, TRACED_ROWS)
     batch, steps = torch.export.Dim("batch"), torch.export.Dim("steps")
     embedded = program.embedded_timesteps[:1].expand(TRACED_ROWS, -1, -1)
-    x = torch.zeros(TRACED_ROWS, config.action_horizon, config.action_dim)
+    x = torch.zeros(TRACED_ROWS, config.denoised_horizon, config.action_dim)
+    previous = torch.zeros(TRACED_ROWS, config.action_horizon, config.action_dim)
     with torch.no_grad():
-        _, _, *conditions = program.prepare(observations, embedded, x, x)
+        _, _, *conditions = program.prepare(observations, embedded, x, previous)
     names = [f"condition_{i}" for i in range(len(conditions))]
     prepare = _trace(
         program.prepare,
-        (observations, embedded, x, x.clone()),
+        (observations, embedded, x, previous),
         inputs=[*map(observation_input, observations), "embedded_timesteps", "noise", "previous"],
         outputs=["start", "known", *names],
         dynamic=({key: {0: batch} for key in observations}, {0: steps}, {0: batch}, {0: batch}),
@@ -99,7 +101,7 @@ def _traced(program: Program) -> tuple[Any, Any]:
         (
             x,
             x.clone(),
-            x[..., 0].clone(),
+            previous[..., 0].clone(),
             program.coefficients[0],
             [condition[0] for condition in conditions],
             x.clone() if noisy else None,
@@ -151,12 +153,13 @@ def _quiet() -> Iterator[None]:
 
 def _joined(onnx: Any, program: Program, prepare: Any, step: Any) -> Any:
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
-    config, normalizer = program.policy.config, program.policy.action_normalizer
+    config, (factor, shift) = program.policy.config, program.policy.action_normalizer.inverse()
     chunk = ["batch", config.action_horizon, config.action_dim]
+    denoised = ["batch", config.denoised_horizon, config.action_dim]
     more = [helper.make_tensor_value_info("keep", onnx.TensorProto.FLOAT, chunk[:2])]
     scanned = ["step_coefficients", *(value.name for value in prepare.output if value.name not in ("start", "known"))]
     if program.sampler.eta > 0:
-        steps = [program.sampler.ddim_steps, *chunk]
+        steps = [program.sampler.ddim_steps, *denoised]
         more.append(helper.make_tensor_value_info("step_noise", onnx.TensorProto.FLOAT, steps))
         scanned.append("step_noise")
     nodes = [
@@ -164,18 +167,23 @@ def _joined(onnx: Any, program: Program, prepare: Any, step: Any) -> Any:
         helper.make_node(
             "Scan",
             ["start", *scanned],
-            ["normalized"],
+            ["denoised"],
             body=_under("step.", step, outer=("known", "keep")),
             num_scan_inputs=len(scanned),
         ),
-        helper.make_node("Mul", ["normalized", "actions.half_range"], ["centred"]),
-        helper.make_node("Add", ["centred", "actions.center"], ["actions"]),
+        # Past actions are cut off.
+        helper.make_node("Slice", ["denoised", "actions.first", "actions.end", "actions.axis"], ["normalized"]),
+        helper.make_node("Mul", ["normalized", "actions.factor"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "actions.shift"], ["actions"]),
     ]
     constants = {
         "embedded_timesteps": program.embedded_timesteps,
         "step_coefficients": program.coefficients,
-        "actions.half_range": normalizer.half_range,
-        "actions.center": normalizer.center,
+        "actions.first": torch.tensor([config.past_actions]),
+        "actions.end": torch.tensor([config.denoised_horizon]),
+        "actions.axis": torch.tensor([1]),
+        "actions.factor": factor,
+        "actions.shift": shift,
     }
     graph = helper.make_graph(
         nodes,

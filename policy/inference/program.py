@@ -25,8 +25,8 @@ class SamplingInputs(NamedTuple):
 
     Attributes:
         observations: (B, obs_horizon, *shape) under each key, in the data's units.
-        noise: (B, action_horizon, action_dim) standard normal.
-        step_noise: (K, B, action_horizon, action_dim) standard normal; None for eta = 0.
+        noise: (B, denoised_horizon, action_dim) standard normal.
+        step_noise: (K, B, denoised_horizon, action_dim) standard normal; None for eta = 0.
         previous: (B, action_horizon, action_dim) the previous chunk in the data's units, shifted to now.
         keep: (B, action_horizon) weight of each previous action, in [0, 1].
     """
@@ -36,6 +36,24 @@ class SamplingInputs(NamedTuple):
     step_noise: Tensor | None
     previous: Tensor
     keep: Tensor
+
+
+def with_past(previous: Tensor, past_actions: int) -> Tensor:
+    """Put past actions in front of the previous chunk: its first action, repeated, as a first guess.
+
+    Args:
+        previous: (B, action_horizon, action_dim).
+        past_actions: how many the network denoises.
+
+    Returns:
+        (B, past_actions + action_horizon, action_dim).
+    """
+    return torch.cat([previous[:, :1]] * past_actions + [previous], dim=1) if past_actions else previous
+
+
+def keep_with_past(keep: Tensor, past_actions: int) -> Tensor:
+    """Leave past actions free: (B, action_horizon) weights to (B, past_actions + action_horizon, 1)."""
+    return nn.functional.pad(keep, (past_actions, 0))[..., None]
 
 
 class Prepare(nn.Module):
@@ -58,14 +76,14 @@ class Prepare(nn.Module):
         Args:
             observations: (B, obs_horizon, *shape) under each key.
             embedded_timesteps: (K, 1, width).
-            noise: (B, action_horizon, action_dim).
+            noise: (B, denoised_horizon, action_dim).
             previous: (B, action_horizon, action_dim) in the data's units.
 
         Returns:
-            The starting point and the normalised previous chunk, each (B, action_horizon, action_dim), then the
+            The starting point and the normalised previous actions, each (B, denoised_horizon, action_dim), then the
             denoiser's conditions, each (K, B, ...).
         """
-        known = self.policy.action_normalizer.normalize(previous)
+        known = self.policy.action_normalizer.normalize(with_past(previous, self.policy.config.past_actions))
         conditions = self.policy.denoiser.conditions(embedded_timesteps, self.policy.embed(observations))
         return self.signal * known + self.noise * noise, known, *conditions
 
@@ -75,12 +93,13 @@ class Step(nn.Module):
 
     Args:
         policy: the policy with its denoiser.
-        clip: bound on the estimate of the clean chunk, or None.
+        clip: `Sampler.clip`.
     """
 
     def __init__(self, policy: DiffusionPolicy, clip: float | None) -> None:
         super().__init__()
-        self.denoiser, self.clip = policy.denoiser, clip
+        self.denoiser, self.clip = policy.denoiser, policy.config.clip_at(clip)
+        self.past_actions = policy.config.past_actions
         self.predicts_clean = policy.config.prediction_type == "sample"
 
     def forward(
@@ -95,15 +114,15 @@ class Step(nn.Module):
         """Take the step.
 
         Args:
-            x: (B, action_horizon, action_dim) noisy chunk at this timestep.
-            known: (B, action_horizon, action_dim) normalised previous chunk.
+            x: (B, denoised_horizon, action_dim) noisy actions at this timestep.
+            known: (B, denoised_horizon, action_dim) normalised previous actions.
             keep: (B, action_horizon) weight of each previous action, in [0, 1].
             coefficients: (5,) coefficients of this step, see `policy.diffusion.coefficients`.
             conditions: the denoiser's conditions of this step, each (B, ...), see `Prepare`.
-            noise: (B, action_horizon, action_dim) standard normal; None for eta = 0.
+            noise: (B, denoised_horizon, action_dim) standard normal; None for eta = 0.
 
         Returns:
-            (B, action_horizon, action_dim) chunk at the next timestep.
+            (B, denoised_horizon, action_dim) actions at the next timestep.
         """
         return take_step(
             x,
@@ -112,7 +131,7 @@ class Step(nn.Module):
             predicts_clean=self.predicts_clean,
             clip=self.clip,
             known=known,
-            keep=keep[..., None],
+            keep=keep_with_past(keep, self.past_actions),
             noise=noise,
         )
 
@@ -158,6 +177,6 @@ class Program(nn.Module):
             clip=self.step.clip,
             step_noise=None if step_noise is None else step_noise.__getitem__,
             known=known,
-            keep=inputs.keep[..., None],
+            keep=keep_with_past(inputs.keep, self.step.past_actions),
         )
-        return self.policy.action_normalizer.unnormalize(chunk)
+        return self.policy.action_normalizer.unnormalize(chunk[:, self.step.past_actions :])

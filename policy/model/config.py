@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from policy.common.arguments import check_arguments
+from policy.common.arguments import check_arguments, unknown_name
 from policy.diffusion.schedule import check_loss_weighting, check_prediction_type
+
+# Names of the normalisers; `policy.model.normalizer` holds their classes. A command reads them here without torch.
+NORMALIZERS = ("limits", "affine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +23,16 @@ class PolicySettings:
             ranges, relative to the error of the actions; see `DataShapes.auxiliary_shapes`.
         obs_horizon: number of observations that the policy looks back on, the newest included.
         action_horizon: actions in one chunk; its first action belongs to the newest observation.
+        past_actions: actions before the chunk that are denoised with it and then cut off, as other projects' policies
+            do; see `denoised_horizon`.
         obs_size: width of the observation embedding.
         prediction_type: training target of the denoiser: `epsilon`, `sample` or `v_prediction`.
         loss_weighting: weighting of the timesteps in the loss, `none` or `min_snr`; see `loss_weights`.
         min_snr_gamma: γ of `min_snr`.
+        normalizer: how observations and actions are normalised: `limits` maps the range of the training data onto
+            [-1, 1] and bounds what lies far outside it; `affine` is the map alone, see `AffineNormalizer`.
+        action_bound: largest magnitude of a normalised action, to which samplers clip; None for actions without a
+            bound, which are never clipped. See `clip_at`.
         encoder: `{"name": a key of ENCODERS, **settings}`.
         denoiser: `{"name": a key of DENOISERS, **settings}`.
         schedule: settings of `make_schedule`.
@@ -35,10 +44,13 @@ class PolicySettings:
     auxiliary_weight: float = 1.0
     obs_horizon: int = 2
     action_horizon: int = 8
+    past_actions: int = 0
     obs_size: int = 287
     prediction_type: str = "sample"
     loss_weighting: str = "none"
     min_snr_gamma: float = 5.0
+    normalizer: str = "limits"
+    action_bound: float | None = 1.0
     encoder: dict[str, Any] = field(default_factory=lambda: {"name": "state"})
     denoiser: dict[str, Any] = field(default_factory=lambda: {"name": "modulated_mlp"})
     schedule: dict[str, Any] = field(default_factory=lambda: {"num_steps": 100, "beta_schedule": "squaredcos_cap_v2"})
@@ -46,11 +58,28 @@ class PolicySettings:
     def __post_init__(self) -> None:
         check_prediction_type(self.prediction_type)
         check_loss_weighting(self.loss_weighting, self.min_snr_gamma)
-        for name in ("obs_horizon", "action_horizon", "obs_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}")
+        if self.normalizer not in NORMALIZERS:
+            raise unknown_name("normalizer", self.normalizer, NORMALIZERS)
+        for name, least in (("obs_horizon", 1), ("action_horizon", 1), ("past_actions", 0), ("obs_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be {least} or more; got {getattr(self, name)}")
+        if self.action_bound is not None and not self.action_bound > 0:
+            raise ValueError(f"action_bound must be positive, or null for no bound; got {self.action_bound}")
         if not self.auxiliary_weight >= 0:
             raise ValueError(f"auxiliary_weight must be 0 or more; got {self.auxiliary_weight}")
+
+    @property
+    def denoised_horizon(self) -> int:
+        """The number of actions that the network denoises: past ones, and then the chunk that is given out."""
+        return self.past_actions + self.action_horizon
+
+    def clip_at(self, clip: float | None) -> float | None:
+        """Return the bound on the normalised estimate of the clean chunk.
+
+        Args:
+            clip: bound in units of `action_bound`, or None for no clipping.
+        """
+        return None if clip is None or self.action_bound is None else clip * self.action_bound
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from policy.model.config import PolicyConfig
 from policy.model.denoisers import DENOISERS
 from policy.model.denoisers.denoiser import check_denoiser
 from policy.model.encoders import ENCODERS
-from policy.model.normalizer import Normalizer
+from policy.model.normalizer import NORMALIZERS, AffineNormalizer, Normalizer
 from policy.model.storage import SharedPolicy
 
 
@@ -46,12 +46,14 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         self.loss_weights = loss_weights(
             self.schedule, config.prediction_type, config.loss_weighting, config.min_snr_gamma
         )
-        self.observation_normalizers = ModulesByKey(
-            {key: Normalizer(shape) for key, shape in config.observation_shapes.items() if not is_image(shape)}
-        )
-        self.action_normalizer = Normalizer((config.action_dim,))
+        normalizer = NORMALIZERS[config.normalizer]
+        vectors: dict[str, Normalizer | AffineNormalizer] = {
+            key: normalizer(shape) for key, shape in config.observation_shapes.items() if not is_image(shape)
+        }
+        self.observation_normalizers = ModulesByKey({**vectors, **_image_normalizers(config)})
+        self.action_normalizer = normalizer((config.action_dim,))
         self.auxiliary_normalizers = ModulesByKey(
-            {key: Normalizer(shape) for key, shape in config.auxiliary_shapes.items()}
+            {key: normalizer(shape) for key, shape in config.auxiliary_shapes.items()}
         )
         self.encoder = construct(
             ENCODERS,
@@ -65,7 +67,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
             config.denoiser,
             obs_size=config.obs_size,
             action_dim=config.action_dim,
-            action_horizon=config.action_horizon,
+            action_horizon=config.denoised_horizon,
             num_steps=self.schedule.num_steps,
         )
         check_denoiser(config.denoiser["name"], self.denoiser)
@@ -120,7 +122,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         """
         rows = len(batch["actions"]) * timesteps_per_chunk
         timestep = torch.randint(self.schedule.num_steps, (rows,), generator=generator)
-        noise = torch.randn(rows, self.config.action_horizon, self.config.action_dim, generator=generator)
+        noise = torch.randn(rows, self.config.denoised_horizon, self.config.action_dim, generator=generator)
         embedding = self.embed(observed(self.config, batch["observations"]))
         errors = self.squared_errors(batch, embedding, timestep, noise)
         mask = _repeated(batch["mask"], timesteps_per_chunk).to(errors)
@@ -150,15 +152,15 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
             batch: B training samples, see `Batch`.
             embedding: (B, obs_size) embedding of their observations.
             timestep: (N,) int64 on the CPU, N a multiple of B; the timesteps of one chunk follow one another.
-            noise: (N, action_horizon, action_dim) standard normal, one sample for each timestep.
+            noise: (N, denoised_horizon, action_dim) standard normal, one sample for each timestep.
 
         Returns:
-            (N, action_horizon) errors.
+            (N, denoised_horizon) errors.
 
         Raises:
             ValueError: actions, mask or noise of another shape, or N not a multiple of B.
         """
-        rows, chunk = len(batch["actions"]), (self.config.action_horizon, self.config.action_dim)
+        rows, chunk = len(batch["actions"]), (self.config.denoised_horizon, self.config.action_dim)
         given = (
             ("actions", batch["actions"], (rows, *chunk)),
             ("mask", batch["mask"], (rows, chunk[0])),
@@ -197,10 +199,10 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
             ddim_steps: denoising steps K, within 1..num_steps.
             eta: 0 deterministic given the noise, 1 DDPM.
             spacing: timestep spacing, see `ddim_timesteps`.
-            clip: bound on the normalised estimate of the clean chunk, or None.
+            clip: bound on the normalised estimate of the clean chunk, in units of `action_bound`, or None.
             generator: source of the initial noise (unless it is given) and of the noise added at each step: one
                 generator, or one per row.
-            noise: (B, action_horizon, action_dim) standard normal starting point.
+            noise: (B, denoised_horizon, action_dim) standard normal starting point.
 
         Returns:
             (B, action_horizon, action_dim) float32 in the data's units; the first action is for the newest observation.
@@ -209,7 +211,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
             ValueError: see `embed` and `ddim_sample`, or noise of another shape.
         """
         embedding = self.embed(observations)
-        shape = (len(embedding), self.config.action_horizon, self.config.action_dim)
+        shape = (len(embedding), self.config.denoised_horizon, self.config.action_dim)
         if noise is None:
             on = generator.device if isinstance(generator, torch.Generator) else "cpu"
             noise = randn_like(torch.empty(shape, device=on), generator)
@@ -224,10 +226,18 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
             eta=eta,
             spacing=spacing,
             prediction_type=self.config.prediction_type,
-            clip=clip,
+            clip=self.config.clip_at(clip),
             generator=generator,
         )
-        return self.action_normalizer.unnormalize(chunk)
+        return self.action_normalizer.unnormalize(chunk[:, self.config.past_actions :])
+
+
+def _image_normalizers(config: PolicyConfig) -> dict[str, AffineNormalizer]:
+    """Normalisers of the images' channels: the affine ones start as [0, 255] to [-1, 1]; for `limits` this is fixed."""
+    if config.normalizer != "affine":
+        return {}
+    images = {key: shape for key, shape in config.observation_shapes.items() if is_image(shape)}
+    return {key: AffineNormalizer(shape[2:], center=127.5, gain=1 / 127.5) for key, shape in images.items()}
 
 
 def _repeated(rows: Tensor, times: int) -> Tensor:

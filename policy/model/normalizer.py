@@ -1,4 +1,4 @@
-"""Affine maps between the units of a dataset and [-1, 1]."""
+"""Affine maps between the units of a dataset and those of the network."""
 
 from __future__ import annotations
 
@@ -53,20 +53,9 @@ class Normalizer(nn.Module):
         Raises:
             ValueError: wrong shapes, low > high, or a value that is not finite in float32.
         """
-        low_, high_ = np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
-        shape = tuple(self.center.shape)
-        if low_.shape != shape or high_.shape != shape:
-            raise ValueError(f"limits must have shape {shape}; got {low_.shape} and {high_.shape}")
-        largest = np.finfo(np.float32).max
-        if not ((-largest <= low_) & (low_ <= high_) & (high_ <= largest)).all():
-            raise ValueError(
-                "limits must be finite with low <= high in every dimension; the data holds a NaN or infinity, or a"
-                " number too large for float32"
-            )
-        half_range = (high_ - low_) / 2
-        constant = 2 * half_range <= CONSTANT_RANGE * np.maximum(np.abs(low_), np.abs(high_))
-        self.center.copy_(torch.as_tensor((low_ + high_) / 2))
-        self.half_range.copy_(torch.as_tensor(np.where(constant, 0.0, half_range)))
+        center, half_range = _ranges(low, high, tuple(self.center.shape))
+        self.center.copy_(torch.as_tensor(center))
+        self.half_range.copy_(torch.as_tensor(half_range))
 
     @property
     def scale(self) -> Tensor:
@@ -81,6 +70,85 @@ class Normalizer(nn.Module):
     def unnormalize(self, x: Tensor) -> Tensor:
         """Map (..., *shape) back to the data's units: the inverse of `normalize` within [-10, 10]."""
         return x * self.half_range + self.center
+
+    def inverse(self) -> tuple[Tensor, Tensor]:
+        """Return factor and shift of `unnormalize`, each (*shape)."""
+        return self.half_range, self.center
+
+
+class AffineNormalizer(nn.Module):
+    """The map (x - center) * gain + offset of each dimension, without a bound, and its inverse.
+
+    Other projects' policies are normalised in this way, to a range or by mean and standard deviation. A dimension whose
+    gain is 0 always normalises to its offset and un-normalises to its centre.
+
+    Args:
+        shape: shape of one observation or action, without batch and time; (channels,) for an image.
+        center: initial centre of all dimensions.
+        gain: initial gain of all dimensions.
+    """
+
+    center: Tensor
+    gain: Tensor
+    offset: Tensor
+
+    def __init__(self, shape: tuple[int, ...], *, center: float = 0.0, gain: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.full(shape, center))
+        self.register_buffer("gain", torch.full(shape, gain))
+        self.register_buffer("offset", torch.zeros(shape))
+
+    def fit(self, low: ArrayLike, high: ArrayLike) -> None:
+        """Map the range of the training values onto [-1, 1], and a constant dimension to 0.
+
+        Args:
+            low: smallest value of each dimension, in the data's units.
+            high: largest value of each dimension.
+
+        Raises:
+            ValueError: see `Normalizer.fit`.
+        """
+        center, half_range = _ranges(low, high, tuple(self.center.shape))
+        gain = np.divide(1, half_range, out=np.zeros_like(half_range), where=half_range > 0)
+        for buffer, values in ((self.center, center), (self.gain, gain), (self.offset, np.zeros_like(gain))):
+            buffer.copy_(torch.as_tensor(values))
+
+    @property
+    def scale(self) -> Tensor:
+        """(*shape) size of one normalised unit in the data's units, or 1 where the gain is 0."""
+        return torch.where(self.gain == 0, 1.0, 1 / self.gain)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Map (..., *shape) from the data's units."""
+        return (x - self.center) * self.gain + self.offset
+
+    def unnormalize(self, x: Tensor) -> Tensor:
+        """Map (..., *shape) back to the data's units: the inverse of `normalize`."""
+        return torch.where(self.gain == 0, 0.0, (x - self.offset) / self.gain) + self.center
+
+    def inverse(self) -> tuple[Tensor, Tensor]:
+        """Return factor and shift of `unnormalize`, each (*shape)."""
+        factor = torch.where(self.gain == 0, 0.0, 1 / self.gain)
+        return factor, self.center - factor * self.offset
+
+
+NORMALIZERS: dict[str, type[Normalizer] | type[AffineNormalizer]] = {"limits": Normalizer, "affine": AffineNormalizer}
+
+
+def _ranges(low: ArrayLike, high: ArrayLike, shape: tuple[int, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Check limits, and return the middle and half of each dimension's range; a constant dimension has 0."""
+    low_, high_ = np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
+    if low_.shape != shape or high_.shape != shape:
+        raise ValueError(f"limits must have shape {shape}; got {low_.shape} and {high_.shape}")
+    largest = np.finfo(np.float32).max
+    if not ((-largest <= low_) & (low_ <= high_) & (high_ <= largest)).all():
+        raise ValueError(
+            "limits must be finite with low <= high in every dimension; the data holds a NaN or infinity, or a"
+            " number too large for float32"
+        )
+    half_range = (high_ - low_) / 2
+    constant = 2 * half_range <= CONSTANT_RANGE * np.maximum(np.abs(low_), np.abs(high_))
+    return (low_ + high_) / 2, np.where(constant, 0.0, half_range)
 
 
 class Limits:

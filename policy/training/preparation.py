@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 
+from policy.common.observations import is_image
 from policy.common.seeding import derive_seed
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.data.windows import Windows, split_episodes
 from policy.diffusion.ddim import check_ddim_steps
 from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
-from policy.model.normalizer import Limits, Normalizer
+from policy.model.encoders.resnet import ResNetEncoder
+from policy.model.normalizer import AffineNormalizer, Limits, Normalizer
+from policy.training.pretrained import read_weights
 from policy.training.settings import TrainSettings
 from policy.training.state import TrainState
 
@@ -67,12 +70,15 @@ def prepare_run(
     """
     torch.manual_seed(derive_seed(seed, 0))  # initialisers draw from torch's global generator
     policy = DiffusionPolicy(config)
+    if init is None and isinstance(policy.encoder, ResNetEncoder) and policy.encoder.pretrained:
+        policy.encoder.load_pretrained(read_weights(policy.encoder.pretrained))
     if settings.rectify_steps and (teacher or settings.steps):  # a run that goes on may have its teacher stored
         num_steps = (teacher or policy).schedule.num_steps
         check_ddim_steps(settings.rectify_ddim_steps, num_steps, "train.rectify_ddim_steps")
     layout: dict[str, Any] = {
         "obs_horizon": config.obs_horizon,
         "action_horizon": config.action_horizon,
+        "past_actions": config.past_actions,
         "mask_padding": settings.mask_padding,
     }
     train_episodes, val_episodes = split_episodes(
@@ -124,6 +130,7 @@ def fit_normalizers(policy: DiffusionPolicy, training: Windows) -> None:
         training: the training windows.
     """
     by_key = {**policy.observation_normalizers, **policy.auxiliary_normalizers}
+    by_key = {key: one for key, one in by_key.items() if not is_image(policy.config.observation_shapes.get(key, ()))}
     limits = {key: Limits() for key in ("actions", *by_key)}
     for observations, actions in training.blocks():
         for key, found in limits.items():
@@ -131,7 +138,7 @@ def fit_normalizers(policy: DiffusionPolicy, training: Windows) -> None:
     policy.action_normalizer.fit(*limits.pop("actions"))
     for key, found in limits.items():
         normalizer = by_key[key]
-        assert isinstance(normalizer, Normalizer)
+        assert isinstance(normalizer, Normalizer | AffineNormalizer)
         normalizer.fit(*found)
 
 

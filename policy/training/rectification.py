@@ -21,6 +21,7 @@ chunk, and the smallest error of it is divided by √ᾱ.
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -81,7 +82,17 @@ def start_rectification(state: TrainState, ddim_steps: int) -> SamplerProgram:
         state.teacher = copy.deepcopy(state.ema)
         state.policy.load_state_dict(state.ema.state_dict())
         state.optimizer.state.clear()
-    return compile_sampler(state.teacher, Sampler(ddim_steps=ddim_steps), backend="fused")
+    return compile_sampler(uncut(state.teacher), Sampler(ddim_steps=ddim_steps), backend="fused")
+
+
+def uncut(policy: DiffusionPolicy) -> DiffusionPolicy:
+    """Return the policy as one that gives out all actions that it denoises: past ones are learnt too."""
+    config = policy.config
+    if not config.past_actions:
+        return policy
+    whole = DiffusionPolicy(dataclasses.replace(config, past_actions=0, action_horizon=config.denoised_horizon))
+    whole.load_state_dict(policy.state_dict())
+    return whole.to(policy.device).eval().requires_grad_(False)
 
 
 def pairs(

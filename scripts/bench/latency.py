@@ -159,11 +159,12 @@ def _programs(policy: DiffusionPolicy, sampler: Sampler) -> tuple[dict[str, Call
         key: torch.randn(1, config.obs_horizon, *shape, generator=generator)
         for key, shape in config.observation_shapes.items()
     }
-    noise = torch.randn(1, config.action_horizon, config.action_dim, generator=generator)
+    noise = torch.randn(1, config.denoised_horizon, config.action_dim, generator=generator)
     calls: dict[str, Call] = {
         "sample_actions": lambda: policy.sample_actions(observations, noise=noise, ddim_steps=sampler.ddim_steps)
     }
-    inputs = SamplingInputs(observations, noise, None, torch.zeros_like(noise), torch.zeros(noise.shape[:2]))
+    previous = torch.zeros(1, config.action_horizon, config.action_dim)
+    inputs = SamplingInputs(observations, noise, None, previous, torch.zeros(previous.shape[:2]))
     first_call = {}
     for name, settings in {"onnx": {}, "onnx int8": {"weights": "int8"}}.items():
         program = compile_sampler(policy, sampler, backend="onnx", **settings)
@@ -183,7 +184,7 @@ def measure_on_gpu(preset: str, policy: DiffusionPolicy, ddim_steps: int) -> lis
     rows = []
     for batch in (1, 256):
         observations = {"state": torch.zeros(batch, config.obs_horizon, *config.observation_shapes["state"])}
-        noise = torch.zeros(batch, config.action_horizon, config.action_dim)
+        noise = torch.zeros(batch, config.denoised_horizon, config.action_dim)
         times = in_turns({"gpu": lambda o=observations, n=noise: program(o, n).cpu()}, 1.0, CALLS)["gpu"]  # type: ignore[misc]
         rows.append(
             {

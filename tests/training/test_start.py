@@ -165,6 +165,29 @@ def test_a_smaller_policy_learns_the_chunks_of_a_larger_one(trained, demonstrati
     assert f"a new policy learns the chunks of {trained}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("role", ["init", "teacher"])
+def test_past_actions_and_actions_without_a_bound_are_learnt_too(demonstrations, tmp_path, role):
+    imported = dataclasses.replace(CONFIG, past_actions=2, normalizer="affine", action_bound=None)
+    policy = DiffusionPolicy(imported)
+    randomize(policy)
+    policy.action_normalizer.gain.fill_(0.5)
+    folder = saved(policy, tmp_path / "trained")
+    learnt = go(demonstrations, tmp_path / "run", **{role: folder}).policy
+    config = learnt.config
+    assert (config.past_actions, config.normalizer, config.action_bound) == (2, "affine", None)
+    assert same(learnt.action_normalizer.state_dict(), policy.action_normalizer.state_dict())
+    state = start_training(policy, SETTINGS)
+    state.teacher = state.ema
+    windows = prepare_run(imported, demonstrations, SETTINGS, seed=0, device="cpu", init=policy).training
+    made, noise = rectification.pairs(
+        rectification.start_rectification(state, 4), windows.gather(np.arange(16)), torch.Generator().manual_seed(0), 4
+    )
+    assert made["actions"].shape == noise.shape == (16, 10, 2)
+    expected = policy.eval().sample_actions(made["observations"], ddim_steps=4, noise=noise)
+    torch.testing.assert_close(made["actions"][:, 2:], expected, rtol=1e-5, atol=1e-4)
+    assert policy.action_normalizer.normalize(made["actions"]).abs().max() > 1  # not clipped
+
+
 class Stopped(Exception):
     pass
 

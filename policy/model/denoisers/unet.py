@@ -83,7 +83,9 @@ class UNet(Denoiser):
         widths: channels at each length, from the whole chunk to the shortest; multiples of `groups` and larger than it.
         kernel_size: number of actions that one convolution covers (odd).
         groups: number of channel groups in each group norm.
+        last_groups: number of channel groups in the last group norm; None for `groups`.
         timestep_size: width of the timestep embedding (even).
+        endpoint: whether the frequencies of the timestep embedding include the lowest one, 1 / 10,000.
         num_steps: T of the schedule.
         dropout: dropout probability inside the blocks.
 
@@ -101,7 +103,9 @@ class UNet(Denoiser):
         widths: tuple[int, ...] = (64, 128),
         kernel_size: int = 5,
         groups: int = 8,
+        last_groups: int | None = None,
         timestep_size: int = 128,
+        endpoint: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -115,10 +119,12 @@ class UNet(Denoiser):
             num_steps=num_steps,
         )
         check_widths(widths, groups)
+        if last_groups is not None and (last_groups < 1 or widths[0] % last_groups):
+            raise ValueError(f"last_groups must divide the first of the widths, {widths[0]}; got {last_groups}")
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, so that a convolution is centred; got {kernel_size}")
         self.embed_timestep = nn.Sequential(
-            TimestepEmbedding(num_steps, timestep_size),
+            TimestepEmbedding(num_steps, timestep_size, endpoint),
             nn.Linear(timestep_size, 4 * timestep_size),
             nn.Mish(),
             nn.Linear(4 * timestep_size, timestep_size),
@@ -140,7 +146,7 @@ class UNet(Denoiser):
         self.lengthen = nn.ModuleList(
             nn.ConvTranspose1d(width, width, 4, stride=2, padding=1) for width in reversed(widths[:-1])
         )
-        self.last = convolution(widths[0], widths[0], kernel_size, groups)
+        self.last = convolution(widths[0], widths[0], kernel_size, last_groups or groups)
         self.leave = nn.Conv1d(widths[0], action_dim, 1)
 
     def conditions(self, embedded_timestep: Tensor, obs_embedding: Tensor) -> tuple[Tensor, ...]:

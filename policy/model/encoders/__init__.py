@@ -16,5 +16,7 @@ ENCODERS: Registry[type[nn.Module]] = Registry(
     {
         "state": "policy.model.encoders.state:StateEncoder",
         "image": "policy.model.encoders.image:ImageEncoder",
+        "concatenate": "policy.model.encoders.concatenate:ConcatenateEncoder",
+        "resnet": "policy.model.encoders.resnet:ResNetEncoder",
     },
 )

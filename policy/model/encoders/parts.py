@@ -1,4 +1,4 @@
-"""Functions that the encoders share: joining the state vectors, and the MLP that outputs the embedding."""
+"""Functions that the encoders share: joining state vectors and steps, and the layers that output the embedding."""
 
 from __future__ import annotations
 
@@ -21,6 +21,41 @@ def join_vectors(observations: Mapping[str, Tensor], keys: Sequence[str], noise:
     """
     x = torch.cat([observations[key].flatten(1) for key in keys], dim=1)
     return x + noise * torch.randn_like(x) if noise > 0 else x
+
+
+def join_steps(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate parts (B, obs_horizon, D) within each step, and then the steps: (B, obs_horizon * sum of D)."""
+    return torch.cat(list(parts), dim=2).flatten(1)
+
+
+def order_of(shapes: Mapping[str, tuple[int, ...]], order: Sequence[str]) -> tuple[str, ...]:
+    """Return the keys in a given order, or sorted if none is given.
+
+    Raises:
+        ValueError: the order does not name every key once.
+    """
+    if order and sorted(order) != sorted(shapes):
+        raise ValueError(f"encoder.order must name each observation once: {sorted(shapes)}; got {list(order)}")
+    return tuple(order) or tuple(sorted(shapes))
+
+
+def check_vectors(encoder: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Reject observations that are not vectors.
+
+    Raises:
+        ValueError: the message names the observation.
+    """
+    for key, shape in shapes.items():
+        if len(shape) != 1:
+            raise ValueError(
+                f"the {encoder} encoder takes vectors; observation {key!r} has shape {tuple(shape)}: "
+                "choose encoder=image, or leave the key out with dataset.observation_keys=[...]"
+            )
+
+
+def to_size(width: int, obs_size: int) -> nn.Module:
+    """Return a linear layer to the width of the embedding, or the identity where the width fits."""
+    return nn.Identity() if width == obs_size else nn.Linear(width, obs_size)
 
 
 def check_noise(noise: float) -> None:

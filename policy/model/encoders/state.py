@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from policy.model.encoders.parts import check_noise, final_mlp, join_vectors
+from policy.model.encoders.parts import check_noise, check_vectors, final_mlp, join_vectors
 
 
 class StateEncoder(nn.Module):
@@ -36,12 +36,7 @@ class StateEncoder(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        for key, shape in shapes.items():
-            if len(shape) != 1:
-                raise ValueError(
-                    f"the state encoder takes vectors; observation {key!r} has shape {tuple(shape)}: "
-                    "choose encoder=image, or leave the key out with dataset.observation_keys=[...]"
-                )
+        check_vectors("state", shapes)
         check_noise(noise)
         self.keys = sorted(shapes)
         self.noise = noise

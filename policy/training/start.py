@@ -110,6 +110,8 @@ def config_of_student(
 def fitting(dataset: Demonstrations, config: PolicyConfig, source: object, *, with_actions: bool) -> Demonstrations:
     """Return the demonstrations with the observations of a policy alone, if they fit it.
 
+    A dot in a policy's key, as in those of LeRobot, is a slash in the keys of demonstrations.
+
     Args:
         dataset: the demonstrations.
         config: the policy's configuration.
@@ -121,7 +123,9 @@ def fitting(dataset: Demonstrations, config: PolicyConfig, source: object, *, wi
             gives all shapes that differ.
     """
     expected = {**config.observation_shapes, **config.auxiliary_shapes}
-    pairs = [(f"observation {key!r}", dataset.observation_shapes.get(key), shape) for key, shape in expected.items()]
+    keys = {key: key if key in dataset.observations else key.replace(".", "/") for key in expected}
+    shapes = dataset.observation_shapes
+    pairs = [(f"observation {key!r}", shapes.get(keys[key]), shape) for key, shape in expected.items()]
     if with_actions:
         pairs.append(("an action", dataset.actions.shape[1:], (config.action_dim,)))
     differing = [
@@ -130,12 +134,12 @@ def fitting(dataset: Demonstrations, config: PolicyConfig, source: object, *, wi
         if found is None or tuple(found) != tuple(shape)
     ]
     if differing:
-        there = ", ".join(f"{key} {tuple(shape)}" for key, shape in dataset.observation_shapes.items())
+        there = ", ".join(f"{key} {tuple(shape)}" for key, shape in shapes.items())
         raise ValueError(
             f"{dataset.source} does not fit {source}: {'; '.join(differing)}. The data have {there}:"
             " dataset.observation_keys= chooses and renames them"
         )
-    return dataclasses.replace(dataset, observations={key: dataset.observations[key] for key in expected})
+    return dataclasses.replace(dataset, observations={key: dataset.observations[keys[key]] for key in expected})
 
 
 def _shapes(dataset: Demonstrations, auxiliary: Sequence[str]) -> DataShapes:

@@ -270,6 +270,12 @@ def test_data_of_other_shapes_are_refused_with_all_that_differ(demonstrations):
     )
 
 
+def test_a_dot_in_a_key_of_the_policy_is_a_slash_in_the_data(demonstrations):
+    data = dataclasses.replace(demonstrations, observations={"observation/state": demonstrations.observations["state"]})
+    config = dataclasses.replace(CONFIG, observation_shapes={"observation.state": (3,)})
+    assert [*fitting(data, config, "FOLDER", with_actions=True).observations] == ["observation.state"]
+
+
 def test_observations_that_the_policy_does_not_know_are_left_out(demonstrations):
     more = dataclasses.replace(
         demonstrations, observations={"more": demonstrations.actions, **demonstrations.observations}

@@ -312,9 +312,9 @@ def test_the_terminal_shows_validation_loss_and_rollout_success_beside_the_loss(
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, 0) for name in ("steps", "batch_size", "log_every", "val_every", "save_every", "rollout_episodes")),
+        *((name, 0) for name in ("batch_size", "log_every", "val_every", "save_every", "rollout_episodes")),
         *((name, 0.0) for name in ("learning_rate", "grad_clip")),
-        *((name, -1) for name in ("weight_decay", "warmup_steps", "rollout_every")),
+        *((name, -1) for name in ("steps", "weight_decay", "warmup_steps", "rollout_every")),
         *((name, value) for name in ("ema_decay", "val_fraction") for value in (-0.1, 1.0)),
         *((name, math.nan) for name in ("learning_rate", "grad_clip", "weight_decay", "ema_decay", "val_fraction")),
     ],

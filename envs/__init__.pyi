@@ -10,9 +10,11 @@ from .families import register_family as register_family
 from .pusht import pusht_pictures as pusht_pictures
 from .pusht import pusht_pictures_and_features as pusht_pictures_and_features
 from .pusht_geometry import pusht_agent_pos as pusht_agent_pos
+from .pusht_geometry import pusht_corners as pusht_corners
 from .pusht_geometry import pusht_features as pusht_features
 from .pusht_geometry import pusht_hindsight as pusht_hindsight
 from .pusht_geometry import pusht_keypoints as pusht_keypoints
 from .pusht_geometry import pusht_mirror as pusht_mirror
+from .pusht_geometry import pusht_state_corners as pusht_state_corners
 from .pusht_geometry import pusht_state_features as pusht_state_features
 from .rendering import check_rendering as check_rendering

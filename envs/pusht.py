@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from envs.errors import MissingExtraError, choose, import_extra
 from envs.pusht_geometry import (
+    CORNER_DIM,
     FEATURE_DIM,
     KEYPOINT_DIM,
     pusht_agent_pos,
@@ -30,12 +31,13 @@ PICTURE_SIZE = 96  # height and width of an observed picture, as in the public d
 
 
 class PushTEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
-    """Push-T, observed as features, as keypoints or as a picture.
+    """Push-T, observed as features, as keypoints, as corners or as a picture.
 
     Observation: ``"features"`` is (40,) float32, see `pusht_features`. ``"keypoints"`` is a dict of ``keypoint`` (18,)
-    float32, see `pusht_keypoints`, and ``agent_pos`` (2,) float32 in pixels. ``"image"`` is a dict of ``image``
-    (96, 96, 3) uint8, gym-pusht's ``pixels``, and ``agent_pos``. Action: (2,) float32 in [0, 512], the finger's target
-    position in pixels. ``info["score"]`` is ``min(coverage / 0.95, 1)`` at that step (also the reward);
+    float32, see `pusht_keypoints`, and ``agent_pos`` (2,) float32 in pixels. ``"corners"`` is a dict of
+    ``environment_state`` (16,) float32, gym-pusht's own, see `pusht_corners`, and ``agent_pos``. ``"image"`` is a dict
+    of ``image`` (96, 96, 3) uint8, gym-pusht's ``pixels``, and ``agent_pos``. Action: (2,) float32 in [0, 512], the
+    finger's target position in pixels. ``info["score"]`` is ``min(coverage / 0.95, 1)`` at that step (also the reward);
     ``info["is_success"]`` is True if the coverage is above 0.95, which terminates the episode. An episode is truncated
     after 300 steps (10 Hz).
     """
@@ -49,7 +51,7 @@ class PushTEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         Args:
             render_mode: ``None`` or ``"rgb_array"``.
             image_size: Height and width of a frame that `render` draws, in pixels; observed pictures keep their size.
-            observation: ``"features"``, ``"keypoints"`` or ``"image"``.
+            observation: ``"features"``, ``"keypoints"``, ``"corners"`` or ``"image"``.
 
         Raises:
             MissingExtraError: If gym-pusht, a system library it needs, or a pymunk below 7 is not installed.
@@ -58,6 +60,7 @@ class PushTEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         describe: dict[str, Callable[[NDArray[np.float64]], Observation]] = {
             "features": pusht_features,
             "keypoints": lambda state: {"keypoint": pusht_keypoints(state), "agent_pos": _agent_pos(state)},
+            "corners": lambda state: {"environment_state": self._corners(), "agent_pos": _agent_pos(state)},
             "image": lambda state: {"image": self._picture(), "agent_pos": _agent_pos(state)},
         }
         self._describe = describe[choose("Push-T observation", observation, describe)]
@@ -146,6 +149,10 @@ class PushTEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     def close(self) -> None:
         """Close the simulator."""
         self._simulator.close()
+
+    def _corners(self) -> NDArray[np.float32]:
+        """Return gym-pusht's ``environment_state`` (16,), which the state gives only up to its last bit."""
+        return self._simulator.get_keypoints(self._simulator._block_shapes).astype(np.float32).ravel()
 
     def _picture(self) -> NDArray[np.uint8]:
         """Draw gym-pusht's ``pixels``, (96, 96, 3) uint8: like the demonstrations, without a cross at the action."""
@@ -253,6 +260,9 @@ def _observation_space(observation: str) -> gymnasium.Space[Any]:
     if observation == "keypoints":
         keypoint = box(-np.inf, np.inf, (KEYPOINT_DIM,), np.float32)
         return gymnasium.spaces.Dict({"keypoint": keypoint, "agent_pos": agent_pos})
+    if observation == "corners":
+        corners = box(-np.inf, np.inf, (CORNER_DIM,), np.float32)
+        return gymnasium.spaces.Dict({"environment_state": corners, "agent_pos": agent_pos})
     return gymnasium.spaces.Dict(
         {"image": box(0, 255, (PICTURE_SIZE, PICTURE_SIZE, 3), np.uint8), "agent_pos": agent_pos}
     )

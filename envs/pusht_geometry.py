@@ -14,6 +14,7 @@ from envs.errors import choose
 CACHE_REVISION = "a80451f38198d76709708dd939409064c49cfa1a6bb7ba3746b5dcd78fe9be72"
 FEATURE_DIM = 40
 KEYPOINT_DIM = 18
+CORNER_DIM = 16
 TABLE_SIZE = np.float32(512)
 
 # Corners of the T in the block's own frame, in pixels of the 512 x 512 table: the bar, then the stem,
@@ -92,6 +93,21 @@ def pusht_keypoints(state: ArrayLike) -> NDArray[np.float32]:
     return _on_table(_check_state(state), _KEYPOINTS).astype(np.float32)
 
 
+def pusht_corners(state: ArrayLike) -> NDArray[np.float32]:
+    """Compute the corners of the T in a Push-T state, as gym-pusht's ``environment_state`` lists them.
+
+    Args:
+        state: (..., 5), as for `pusht_features`.
+
+    Returns:
+        (..., 16) float32: x, y of the T's eight corners in the world (pixels), first the bar's, then the stem's.
+
+    Raises:
+        ValueError: If the last axis is not 5 long.
+    """
+    return _on_table(_check_state(state), _CORNERS).astype(np.float32)
+
+
 def pusht_state_features(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Turn the demonstrations' observations into those of ``observation="features"``.
 
@@ -124,6 +140,22 @@ def pusht_agent_pos(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArr
     if "keypoint" in rest:
         rest["keypoint"] = rest["keypoint"].reshape(len(state), -1).astype(np.float32)
     return {**rest, "agent_pos": state[..., :2].astype(np.float32)}
+
+
+def pusht_state_corners(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Turn the demonstrations' observations into those of ``observation="corners"``.
+
+    Args:
+        observations: ``"state"`` (T, 5); other keys are treated as `pusht_agent_pos` treats them.
+
+    Returns:
+        The observations with ``"environment_state"`` (T, 16) float32, see `pusht_corners`, and ``"agent_pos"`` (T, 2)
+        float32 in place of the state.
+
+    Raises:
+        ValueError: If there is no such state.
+    """
+    return {**pusht_agent_pos(observations), "environment_state": pusht_corners(_state_of(observations))}
 
 
 def pusht_hindsight(
@@ -176,7 +208,8 @@ def pusht_mirror(
 
     Args:
         observations: Arrays by key, with any leading axes: ``"state"`` (..., 40) of `pusht_features`, ``"keypoint"``
-            (..., 18) of `pusht_keypoints`, ``"agent_pos"`` (..., 2), ``"image"`` (..., H, H, channels).
+            (..., 18) of `pusht_keypoints`, ``"environment_state"`` (..., 16) of `pusht_corners`, ``"agent_pos"``
+            (..., 2), ``"image"`` (..., H, H, channels).
         actions: (..., 2) float32, target positions in pixels.
 
     Returns:
@@ -206,6 +239,11 @@ def _mirror_features(features: NDArray[Any]) -> NDArray[Any]:
 def _swap_corners(points: NDArray[Any]) -> NDArray[Any]:
     """Exchange the left and the right corner of each of the four pairs."""
     return points.reshape(*points.shape[:-1], 4, 2, 2)[..., ::-1, :].reshape(points.shape)
+
+
+def _mirror_corners(corners: NDArray[Any]) -> NDArray[Any]:
+    _check_width("environment_state", corners, CORNER_DIM)
+    return _swap_corners(_mirror_points(corners))
 
 
 def _mirror_keypoints(keypoints: NDArray[Any]) -> NDArray[Any]:
@@ -299,6 +337,7 @@ _YX = np.arange(16).reshape(8, 2)[:, ::-1].ravel()
 _MIRRORS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
     "state": _mirror_features,
     "keypoint": _mirror_keypoints,
+    "environment_state": _mirror_corners,
     "agent_pos": _mirror_agent,
     "image": _mirror_picture,
 }

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from policy.common.arguments import unknown_name
-from policy.common.errors import SaveError, WorkerError
+from policy.common.errors import ParityError, SaveError, WorkerError
 from policy.common.locks import check_free
 from policy.common.machine import leave_children_alone, outside_current_folder, settle_home
 from policy.common.modules import check_functions, named_modules, search_for, with_functions
@@ -190,7 +190,7 @@ def refusals() -> Iterator[None]:
         _end(str(_no_such_option(error)), 2)
     except (HydraException, OmegaConfBaseException, ValueError, FloatingPointError) as error:
         _end(str(error), 2)
-    except SaveError as error:
+    except (SaveError, ParityError) as error:
         _end(str(error), 1)
     except OSError as error:
         _end(f"{error}; {_remedy(error)}", 1)

@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from policy.checkpoint.reading import check_fit
+from policy.control.timeline import check_execution_horizon
+from policy.model.by_key import module_name
 from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
 
@@ -46,8 +48,10 @@ def build_policy(imported: Imported, source: str) -> DiffusionPolicy:
         The policy in evaluation mode, without gradients.
 
     Raises:
-        ValueError: the weights do not fit the configuration, or a part of it cannot be built.
+        ValueError: the weights do not fit the configuration, a part of it cannot be built, or it executes more actions
+            than a chunk has.
     """
+    check_execution_horizon(imported.execution_horizon, imported.config.action_horizon)
     check_fit(imported.config, imported.weights, source, "the rest of that checkpoint")
     policy = DiffusionPolicy(imported.config)
     policy.load_state_dict(imported.weights)
@@ -74,7 +78,7 @@ def with_keys(imported: Imported, keys: Mapping[str, str]) -> Imported:
     names = {key: theirs.get(key, key) for key in shapes}
     if len(theirs) < len(keys) or len(set(names.values())) < len(names):
         raise ValueError(f"keys must give each observation one name of its own; got {dict(keys)}")
-    prefixes = {f"observation_normalizers.{key}.": f"observation_normalizers.{name}." for key, name in names.items()}
+    prefixes = {normalizer_prefix(key): normalizer_prefix(name) for key, name in names.items()}
     config = dataclasses.replace(
         imported.config,
         observation_shapes={names[key]: shape for key, shape in shapes.items()},
@@ -93,6 +97,11 @@ def _replaced(key: str, prefixes: Mapping[str, str]) -> str:
         if key.startswith(before):
             return after + key.removeprefix(before)
     return key
+
+
+def normalizer_prefix(key: str) -> str:
+    """Return the start of the names of an observation's normaliser."""
+    return f"observation_normalizers.{module_name(key)}."
 
 
 def affine(center: Tensor, gain: Tensor, offset: Tensor) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,8 +214,12 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+def read_tensors(file: Path, finite: Callable[[str], bool] = lambda key: True) -> dict[str, torch.Tensor]:
     """Read a safetensors file.
+
+    Args:
+        file: the file.
+        finite: whether the tensor of this name must be finite.
 
     Raises:
         ValueError: the file is not a safetensors file, or holds a NaN or an infinity.
@@ -227,7 +231,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
             raise ValueError(f"{file} is missing or damaged (a header of {header} bytes): use another checkpoint")
         tensors = load_file(file)
         for key, value in tensors.items():
-            if not value.isfinite().all():
+            if finite(key) and not value.isfinite().all():
                 raise ValueError(f"{file} is damaged ({key} holds a NaN or an infinity): use another checkpoint")
     return tensors
 

@@ -7,5 +7,9 @@ class SaveError(OSError):
     """A file could not be written; what was written before it is intact."""
 
 
+class ParityError(RuntimeError):
+    """An imported policy computes something else than the project that it comes from."""
+
+
 class WorkerError(RuntimeError):
     """Episodes failed repeatedly."""

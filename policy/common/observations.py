@@ -52,6 +52,39 @@ def as_dict(observation: Observation) -> ByKey:
     return {plain_key(np.shape(observation)): observation}
 
 
+def fitting_keys(wanted: Shapes, offered: Shapes) -> dict[str, str] | None:
+    """Pair the observations that an environment offers with those that a policy wants, one to one, by their shapes.
+
+    Those that agree in key and shape belong together. Each of the others fits if it alone has its shape on both sides.
+
+    Args:
+        wanted: the policy's shapes.
+        offered: the environment's shapes.
+
+    Returns:
+        The policy's key for each of the environment's, or None if there is no such pairing or more than one.
+
+    >>> fitting_keys({"observation.state": (2,), "box": (16,)}, {"agent_pos": (2,), "corners": (16,)})
+    {'agent_pos': 'observation.state', 'corners': 'box'}
+    """
+    same = {key for key, shape in wanted.items() if key in offered and tuple(offered[key]) == tuple(shape)}
+    theirs = {tuple(shape): key for key, shape in wanted.items() if key not in same}
+    ours = {tuple(shape): key for key, shape in offered.items() if key not in same}
+    unique = len(theirs) == len(wanted) - len(same) and len(ours) == len(offered) - len(same)
+    if not unique or theirs.keys() != ours.keys():
+        return None
+    return {key: key if key in same else theirs[tuple(shape)] for key, shape in offered.items()}
+
+
+def describe_keys(keys: Mapping[str, str]) -> str:
+    """Write a mapping of keys as it is typed on a command line.
+
+    >>> describe_keys({"agent_pos": "observation.state", "corners": "box"})
+    '{agent_pos: observation.state, corners: box}'
+    """
+    return f"{{{', '.join(f'{ours}: {theirs}' for ours, theirs in keys.items())}}}"
+
+
 def check_observations(observations: Mapping[str, Any], shapes: Shapes, leading: Sequence[int | None] = ()) -> None:
     """Reject observations whose keys or shapes differ from those that a policy was made for.
 

@@ -10,12 +10,19 @@ from torch import nn
 M = TypeVar("M", bound=nn.Module)
 # Names that torch's own containers use, such as `type`, `to` and `values`: torch refuses them for a module.
 TAKEN = frozenset(dir(nn.ModuleDict()))
+DOT = "%2E"
+
+
+def module_name(key: str) -> str:
+    """Return the part of a weight's name that stands for a key."""
+    return f"{key}/" if key.rstrip("/") in TAKEN else key.replace(".", DOT)
 
 
 class ModulesByKey(nn.Module, Generic[M]):
     """A dictionary of modules whose weights are saved under their keys, as those of `nn.ModuleDict` are.
 
-    A key that is the name of an attribute in torch gets a slash at its end in the weights' names (`type/`).
+    A key that is the name of an attribute in torch gets a slash at its end in the weights' names (`type/`), and a dot,
+    which separates names there, is written as in an address (`%2E`).
 
     Example:
         >>> from torch import nn
@@ -30,13 +37,13 @@ class ModulesByKey(nn.Module, Generic[M]):
     def __init__(self, modules: Mapping[str, M]) -> None:
         super().__init__()
         for key, module in modules.items():
-            self.add_module(_name(key), module)
+            self.add_module(module_name(key), module)
 
     def __getitem__(self, key: str) -> M:
-        return cast(M, self._modules[_name(key)])
+        return cast(M, self._modules[module_name(key)])
 
     def __contains__(self, key: str) -> bool:
-        return _name(key) in self._modules
+        return module_name(key) in self._modules
 
     def __iter__(self) -> Iterator[str]:
         return map(_key, self._modules)
@@ -50,9 +57,5 @@ class ModulesByKey(nn.Module, Generic[M]):
         return [(key, self[key]) for key in self]
 
 
-def _name(key: str) -> str:
-    return f"{key}/" if key.rstrip("/") in TAKEN else key
-
-
 def _key(name: str) -> str:
-    return name[:-1] if name.rstrip("/") in TAKEN else name
+    return name[:-1] if name.rstrip("/") in TAKEN else name.replace(DOT, ".")

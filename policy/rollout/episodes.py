@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from policy.common.device import torch_threads
 from policy.common.files import json_text, write_text
-from policy.common.observations import Observation, plain_key
+from policy.common.observations import Observation, describe_keys, fitting_keys, plain_key
 from policy.control.receding_horizon import RecedingHorizonController
 from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
@@ -67,16 +67,23 @@ def check_spaces(config: PolicyConfig, env: Env) -> None:
         env: the environment.
 
     Raises:
-        ValueError: a key or shape differs; the message names those of both sides.
+        ValueError: a key or shape differs; the message names both sides, and the keys under which they would fit.
     """
     space = env.observation_space
     spaces = space.spaces if isinstance(space, gymnasium.spaces.Dict) else {plain_key(space.shape or ()): space}
     shapes = {key: tuple(part.shape or ()) for key, part in spaces.items()}
     wanted = {key: tuple(shape) for key, shape in config.observation_shapes.items()}
     if shapes != wanted:
+        keys = fitting_keys(wanted, shapes)
+        renamed = (
+            f"; it fits under other names: keys={describe_keys(keys)} of ddim-import, or"
+            " the same as dataset.observation_keys of ddim-train"
+            if keys
+            else ""
+        )
         raise ValueError(
             f"the environment's observations {_describe(shapes)} do not fit the policy's {_describe(wanted)}:"
-            " choose the env= that the demonstrations came from"
+            f" choose the env= that the demonstrations came from{renamed}"
         )
     if env.action_space.shape != (config.action_dim,):
         raise ValueError(

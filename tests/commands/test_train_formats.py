@@ -55,6 +55,7 @@ def roll_out(run_script, run, *overrides):
     [
         ("pusht_state", []),
         ("pusht_keypoints", []),
+        pytest.param("pusht_corners", [], marks=pytest.mark.slow),
         ("pusht_image", ["train.batch_size=32", "dataset.max_episodes=20"]),
     ],
 )

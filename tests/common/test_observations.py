@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.common.observations import as_dict, check_observations, is_image, plain_key
+from policy.common.observations import as_dict, check_observations, describe_keys, fitting_keys, is_image, plain_key
 
 SHAPES = {"state": (5,), "image": (4, 6, 3)}
 
@@ -101,3 +101,32 @@ def test_an_observation_without_a_key_is_named_by_what_it_is():
     assert as_dict({"goal": vector}) == {"goal": vector}
     assert [plain_key(np.shape(x)) for x in (vector, image)] == ["state", "image"]
     assert [is_image(shape) for shape in ((5,), (4, 6, 3), (4, 6), ())] == [False, True, False, False]
+
+
+STATE, CORNERS, LEFT, RIGHT = (2,), (16,), (8, 8, 3), [8, 8, 3]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "offered", "keys"),
+    [
+        ({"x": STATE, "box": CORNERS}, {"corners": CORNERS, "y": [2]}, {"corners": "box", "y": "x"}),
+        ({"x": STATE}, {"x": STATE}, {"x": "x"}),
+        ({"a": CORNERS, "b": STATE}, {"b": CORNERS, "a": STATE}, {"b": "a", "a": "b"}),
+        ({"l": LEFT, "r": RIGHT}, {"l": LEFT, "wrist": RIGHT}, {"l": "l", "wrist": "r"}),
+        ({"l": LEFT, "r": RIGHT}, {"front": LEFT, "wrist": RIGHT}, None),
+        ({"x": STATE}, {"y": CORNERS}, None),
+        ({"x": STATE}, {"x": STATE, "y": CORNERS}, None),
+        ({"x": STATE, "y": CORNERS}, {"x": STATE}, None),
+        ({"x": STATE, "y": STATE}, {"z": STATE}, None),
+        ({"x": STATE}, {"y": STATE, "z": STATE}, None),
+    ],
+)
+def test_keys_are_paired_by_shape_where_that_is_unique(wanted, offered, keys):
+    assert fitting_keys(wanted, offered) == keys
+
+
+def test_a_mapping_of_keys_is_written_as_it_is_typed():
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    keys = {"agent_pos": "observation.state", "a/b": "observation.images.front-left"}
+    assert OverridesParser.create().parse_override(f"keys={describe_keys(keys)}").value() == keys

@@ -14,11 +14,11 @@ import envs.pusht_geometry
 REVISIONS = {
     envs.pusht: (
         "3f303a64342c6647d7b6d63745988e2f18e57f02a2bb88d68b811a793c2b54db",
-        "a87430b3a64c5bec8911857ad71f21f7f3a77d32092854024a6bdbd46bea69bd",
+        "ec29028e8ab661f7edd724dff092ba781c23365f44e279b7762e736369694e5d",
     ),
     envs.pusht_geometry: (
         "a80451f38198d76709708dd939409064c49cfa1a6bb7ba3746b5dcd78fe9be72",
-        "ca6bc02dded32f22ae57c3a90a7a1fac0cda841c6d449d0a53fe6d91566c1901",
+        "095e8550bb960bbedc7d3c4fbd21030d85fc901d5edc4b3a1c9ccb2b11701302",
     ),
 }
 

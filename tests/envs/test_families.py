@@ -18,6 +18,7 @@ FAMILIES = [
     ("gym", {"id": "Pendulum-v1", "kwargs": {"g": 5.0}}, None, {"": (3,)}, 1),
     ("pusht", {}, "gym_pusht", {"": (40,)}, 2),
     ("pusht", {"observation": "keypoints"}, "gym_pusht", {"keypoint": (18,), "agent_pos": (2,)}, 2),
+    ("pusht", {"observation": "corners"}, "gym_pusht", {"environment_state": (16,), "agent_pos": (2,)}, 2),
     ("pusht", {"observation": "image"}, "gym_pusht", {"image": (96, 96, 3), "agent_pos": (2,)}, 2),
     ("metaworld", {}, "metaworld", {"": (69,)}, 4),
     ("metaworld", {"observation": "state"}, "metaworld", {"": (39,)}, 4),

@@ -199,7 +199,7 @@ def test_an_action_that_is_not_two_finite_numbers_is_refused(action):
         env.step(action)
 
 
-KINDS = ["features", "keypoints", "image"]
+KINDS = ["features", "keypoints", "corners", "image"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -217,7 +217,7 @@ def test_an_unknown_observation_is_refused():
 
 
 def test_every_observation_is_of_the_same_physics():
-    features, keypoints, image = (envs.make("pusht", observation=kind) for kind in KINDS)
+    features, keypoints, image = (envs.make("pusht", observation=kind) for kind in ("features", "keypoints", "image"))
     for state in random_states(5):
         described, pointed, seen = (env.unwrapped.set_state(state)[0] for env in (features, keypoints, image))
         for target in np.random.default_rng(1).uniform(100, 400, size=(10, 2)).astype(np.float32):
@@ -233,6 +233,19 @@ def test_the_picture_is_gym_pushts_own():
     ours, theirs = env.reset(seed=5)[0], upstream.reset(seed=5)[0]
     for target in np.random.default_rng(0).uniform(50, 450, size=(20, 2)).astype(np.float32):
         np.testing.assert_array_equal(ours["image"], theirs["pixels"])
+        np.testing.assert_array_equal(ours["agent_pos"], theirs["agent_pos"].astype(np.float32))
+        ours, theirs = env.step(target)[0], upstream.step(target.astype(np.float64))[0]
+
+
+def test_the_corners_are_gym_pushts_own():
+    upstream, env = Upstream(obs_type="environment_state_agent_pos"), envs.make("pusht", observation="corners")
+    ours, theirs = env.reset(seed=5)[0], upstream.reset(seed=5)[0]
+    for target in np.random.default_rng(0).uniform(50, 450, size=(60, 2)).astype(np.float32):
+        assert ours.keys() == theirs.keys()
+        for key, values in theirs.items():
+            np.testing.assert_array_equal(ours[key], values.astype(np.float32))
+        state = np.asarray(env.unwrapped._simulator.get_obs())
+        np.testing.assert_allclose(envs.pusht_corners(state), ours["environment_state"], rtol=2e-7)
         ours, theirs = env.step(target)[0], upstream.step(target.astype(np.float64))[0]
 
 
@@ -296,11 +309,13 @@ def test_demonstrations_become_what_the_environment_gives():
     np.testing.assert_array_equal(features["state"], envs.pusht_features(states))
     changed = envs.pusht_agent_pos({"keypoint": keypoints, "state": states})
     shown = envs.pusht_agent_pos({"image": pictures, "state": states})
-    for kind, given in {"keypoints": changed, "image": shown}.items():
+    cornered = envs.pusht_state_corners({"state": states})
+    for kind, given in {"keypoints": changed, "corners": cornered, "image": shown}.items():
         space = envs.make("pusht", observation=kind).observation_space
         assert space.contains({key: values[0] for key, values in given.items()})
     np.testing.assert_array_equal(changed["keypoint"].reshape(4, 9, 2), keypoints)
     np.testing.assert_array_equal(shown["agent_pos"], states[:, :2])
+    np.testing.assert_array_equal(cornered["environment_state"], features["state"][:, 6:22])
 
 
 def test_pictures_drawn_of_states_are_those_that_the_environment_shows():
@@ -322,7 +337,7 @@ def test_pictures_drawn_of_states_are_those_that_the_environment_shows():
         envs.pusht_pictures({"state": state[None], "img": shown["image"][None]})
 
 
-@pytest.mark.parametrize("transform", [envs.pusht_state_features, envs.pusht_agent_pos])
+@pytest.mark.parametrize("transform", [envs.pusht_state_features, envs.pusht_agent_pos, envs.pusht_state_corners])
 def test_a_transform_names_what_it_misses(transform):
     with pytest.raises(ValueError, match=r"need the key 'state'.* got action, img"):
         transform({"img": np.zeros(1), "action": np.zeros(1)})
@@ -430,14 +445,15 @@ def test_hindsight_refuses_what_it_cannot_move(observations, words):
         envs.pusht_hindsight(observations, np.zeros((3, 2)))
 
 
-def test_mirrored_keypoints_are_those_of_the_mirrored_state():
-    env, mirrored_env = (envs.make("pusht", observation="keypoints") for _ in range(2))
+@pytest.mark.parametrize("kind", ["keypoints", "corners"])
+def test_mirrored_points_are_those_of_the_mirrored_state(kind):
+    env, mirrored_env = (envs.make("pusht", observation=kind) for _ in range(2))
     for state in random_states(20):
         mirrored, _ = envs.pusht_mirror(env.unwrapped.set_state(state)[0], np.zeros(2, np.float32))
         expected, _ = mirrored_env.unwrapped.set_state(mirror_state(state))
-        for key in ("keypoint", "agent_pos"):
+        for key, values in expected.items():
             assert mirrored[key].dtype == np.float32
-            np.testing.assert_allclose(mirrored[key], expected[key], atol=1e-3)
+            np.testing.assert_allclose(mirrored[key], values, atol=1e-3)
 
 
 def test_a_mirrored_picture_is_that_of_the_mirrored_state():
@@ -461,6 +477,7 @@ def test_mirror_takes_any_leading_axes():
     observations = {
         "state": envs.pusht_features(states),
         "keypoint": envs.pusht_keypoints(states),
+        "environment_state": envs.pusht_corners(states),
         "agent_pos": states[..., :2].astype(np.float32),
         "image": generator.integers(0, 255, (2, 3, 8, 8, 3), dtype=np.uint8),
     }
@@ -483,6 +500,7 @@ def test_mirror_takes_any_leading_axes():
         ({"img": np.zeros((96, 96, 3))}, "Did you mean 'image'"),
         ({"state": np.zeros((4, 5))}, r"'state' to mirror is \(..., 40\); got shape \(4, 5\)"),
         ({"keypoint": np.zeros((4, 9, 2))}, r"'keypoint' to mirror is \(..., 18\)"),
+        ({"environment_state": np.zeros(18)}, r"'environment_state' to mirror is \(..., 16\)"),
         ({"agent_pos": np.zeros(3)}, r"'agent_pos' to mirror is \(..., 2\)"),
         ({"image": np.zeros((96, 80, 3))}, "as high as wide"),
         ({"image": np.zeros((96, 96))}, "as high as wide"),

@@ -302,6 +302,11 @@ def test_fitting_spaces_are_accepted():
     [
         ({"observation_shapes": {"state": (4,)}}, Counter(), r"observations state \(3,\) do not fit .* state \(4,\)"),
         ({"observation_shapes": {"image": (3,)}}, Counter(), r"observations state \(3,\) do not fit .* image \(3,\)"),
+        (
+            {"observation_shapes": {"observation.state": (3,)}},
+            Counter(),
+            r"came from; it fits under other names: keys=\{state: observation.state\} of ddim-import",
+        ),
         ({}, Dictionary(), r"observations a \(3,\), b \(3,\) do not fit the policy's state \(3,\)"),
         ({"action_dim": 3}, Counter(), r"actions have shape \(2,\), the policy's \(3,\): choose the env="),
     ],

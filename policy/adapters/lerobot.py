@@ -1,0 +1,354 @@
+"""Diffusion policies of LeRobot, in the layouts of its versions 0.3 to 0.6."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from policy.adapters.imported import Imported, affine, normalizer_prefix, prefixed, under
+from policy.adapters.resnet_keys import backbone_weights, describe_backbone, head_weight
+from policy.adapters.schedules import schedule_settings
+from policy.adapters.unet_keys import unet_weights
+from policy.checkpoint.files import read_json, read_tensors
+from policy.model.config import PolicyConfig
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
+LEROBOT_FILES = (CONFIG, WEIGHTS, "policy_*.json", "policy_*.safetensors")
+STATE, ENVIRONMENT_STATE, ACTION = "observation.state", "observation.environment_state", "action"
+MODES = ("MIN_MAX", "MEAN_STD", "IDENTITY")
+# The last convolution has this many groups whatever `n_groups` says.
+LAST_GROUPS = 8
+# What LeRobot adds to a standard deviation.
+EPSILON = 1e-8
+# A picture is in [0, 1] there, and in [0, 255] here.
+PIXEL = 255.0
+
+T = TypeVar("T")
+
+
+def read_lerobot(folder: Path) -> Imported:
+    """Read a diffusion policy that LeRobot saved. Nothing in it is executed.
+
+    Args:
+        folder: holds config.json and model.safetensors; from version 0.4 on also the processors with the statistics.
+
+    Returns:
+        The policy in our terms. Observations keep LeRobot's names.
+
+    Raises:
+        ValueError: a file is missing or damaged, the policy is of another type, or it has a setting that our parts do
+            not have; the message says which.
+    """
+    found = _Settings(read_json(folder / CONFIG), folder / CONFIG)
+    _refuse(folder, found)
+    inputs, tensors = _inputs(found), _weights(folder)
+    statistics = _Statistics(folder, found, tensors)
+    encoder, encoder_weights, features = _encoder(found, inputs, tensors)
+    obs_horizon, horizon = found.take("n_obs_steps", int), found.take("horizon", int)
+    action_dim = found.features("output_features")[ACTION][1][0]
+    scales, timestep_size = found.take("use_film_scale_modulation", bool), found.take("diffusion_step_embed_dim", int)
+    config = PolicyConfig(
+        observation_shapes={key: _our_shape(kind, shape) for key, (kind, shape) in inputs.items()},
+        action_dim=action_dim,
+        obs_horizon=obs_horizon,
+        # Their chunk begins with the action of the oldest observation.
+        past_actions=obs_horizon - 1,
+        action_horizon=horizon - obs_horizon + 1,
+        obs_size=obs_horizon * features,
+        prediction_type=found.take("prediction_type", str),
+        normalizer="affine",
+        action_bound=float(found.take("clip_sample_range", float)) if found.take("clip_sample", bool) else None,
+        encoder=encoder,
+        denoiser={
+            "name": "unet",
+            "widths": found.take("down_dims", list),
+            "kernel_size": found.take("kernel_size", int),
+            "groups": found.take("n_groups", int),
+            "last_groups": LAST_GROUPS,
+            "timestep_size": timestep_size,
+            "endpoint": True,
+        },
+        schedule=_schedule(found),
+    )
+    normalizers = {
+        **{normalizer_prefix(key): statistics.normalizer(key, kind) for key, (kind, _) in inputs.items()},
+        "action_normalizer.": statistics.normalizer(ACTION, "ACTION"),
+    }
+    unet = {key.removeprefix("_orig_mod."): value for key, value in under("diffusion.unet.", tensors).items()}
+    weights = {
+        **{name: value for prefix, part in normalizers.items() for name, value in prefixed(prefix, part).items()},
+        **prefixed("encoder.", encoder_weights),
+        **prefixed("denoiser.", unet_weights(unet, timestep_size=timestep_size, scales=scales)),
+    }
+    return Imported(
+        project="LeRobot",
+        config=config,
+        weights=weights,
+        execution_horizon=found.take("n_action_steps", int),
+        found={**_described(found, inputs), "normalisation": statistics.described([*inputs.items()])},
+        differences=_differences(found),
+    )
+
+
+class _Settings:
+    """The settings of a policy, checked as they are taken."""
+
+    def __init__(self, data: Mapping[str, Any], path: Path) -> None:
+        self.data, self.path = data, path
+
+    def take(self, name: str, kind: type[T], default: Any = ...) -> T:
+        value = self.data.get(name, default)
+        wanted = (int, float) if kind is float else kind
+        if value is ... or not isinstance(value, wanted) or (kind is int and isinstance(value, bool)):
+            got = "nothing" if value is ... else repr(value)[:80]
+            raise ValueError(f"{self.path} must hold {name!r} as {kind.__name__}; got {got}")
+        return value  # type: ignore[return-value]
+
+    def pair(self, name: str) -> tuple[int, int] | None:
+        """A height and a width, or None."""
+        value = self.data.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != 2 or not all(type(size) is int and size > 0 for size in value):
+            raise ValueError(f"{self.path} must hold {name!r} as a height and a width; got {repr(value)[:80]}")
+        return value[0], value[1]
+
+    def features(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Type and shape of each feature."""
+        described = {}
+        for key, feature in self.take(name, dict).items():
+            kind, shape = (feature.get(part) if isinstance(feature, dict) else None for part in ("type", "shape"))
+            if not isinstance(kind, str) or not isinstance(shape, list) or not all(type(n) is int for n in shape):
+                raise ValueError(
+                    f"{self.path} must hold {name} with type and shape; got {repr(feature)[:80]} for {key!r}"
+                )
+            described[key] = (kind, tuple(shape))
+        return described
+
+
+def _refuse(folder: Path, found: _Settings) -> None:
+    """Reject what is not a diffusion policy, or one that our parts cannot hold."""
+    kind = found.data.get("type")
+    if kind != "diffusion":
+        raise ValueError(
+            f"{folder} holds a policy of the type {kind!r}; a LeRobot policy of the type 'diffusion' can be imported"
+        )
+    if found.data.get("use_peft") or (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} holds adapter weights (PEFT): merge them into the policy with LeRobot first")
+    if ACTION not in found.features("output_features"):
+        raise ValueError(f"{found.path} must hold the output feature 'action'")
+
+
+def _inputs(found: _Settings) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The observations in the order of LeRobot's condition: state, pictures, environment state."""
+    given = found.features("input_features")
+    pictures = [key for key, (kind, _) in given.items() if kind == "VISUAL"]
+    order = [key for key in (STATE, *pictures, ENVIRONMENT_STATE) if key in given]
+    if unknown := sorted(given.keys() - set(order)):
+        raise ValueError(
+            f"{found.path} has the input {unknown[0]!r}; LeRobot's diffusion policy observes {STATE!r},"
+            f" {ENVIRONMENT_STATE!r} and pictures"
+        )
+    if not pictures and ENVIRONMENT_STATE not in given:
+        raise ValueError(f"{found.path} must observe a picture or {ENVIRONMENT_STATE!r}; got {sorted(given)}")
+    for key, (kind, shape) in given.items():
+        if len(shape) != (3 if kind == "VISUAL" else 1):
+            raise ValueError(f"{found.path} has the input {key!r} of type {kind} with the shape {list(shape)}")
+    return {key: given[key] for key in order}
+
+
+def _our_shape(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[1:], shape[0]) if kind == "VISUAL" else shape
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """The weights; statistics that were never set are infinite, and are left out here."""
+    return read_tensors(folder / WEIGHTS, finite=lambda key: "normalize_" not in key)
+
+
+def _schedule(found: _Settings) -> dict[str, Any]:
+    name, num_steps = found.take("beta_schedule", str), found.take("num_train_timesteps", int)
+    start, end = (float(found.take(name, float)) for name in ("beta_start", "beta_end"))
+    return schedule_settings(found.path, name, num_steps, start, end)
+
+
+def _encoder(
+    found: _Settings, inputs: Mapping[str, tuple[str, tuple[int, ...]]], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor], int]:
+    """The encoder's settings, its weights, and the number of features of one step."""
+    order = list(inputs)
+    vectors = sum(shape[0] for kind, shape in inputs.values() if kind != "VISUAL")
+    pictures = {key: shape for key, (kind, shape) in inputs.items() if kind == "VISUAL"}
+    if not pictures:
+        return {"name": "concatenate", "order": order}, {}, vectors
+    separate = found.take("use_separate_rgb_encoder_per_camera", bool)
+    cameras = [f"diffusion.rgb_encoder.{number}." for number in range(len(pictures))]
+    weights: dict[str, Tensor] = {}
+    for number, prefix in enumerate(cameras if separate else ["diffusion.rgb_encoder."]):
+        weights |= prefixed(f"cameras.{number}.", _camera_weights(under(prefix, tensors)))
+    backbone = describe_backbone(under("cameras.0.backbone.", weights))
+    keypoints = found.take("spatial_softmax_num_keypoints", int)
+    shape = next(iter(pictures.values()))
+    resize = found.pair("resize_shape")
+    size = resize or (shape[1], shape[2])
+    crop = _crop(found, resize)
+    encoder = {
+        "name": "resnet",
+        "order": order,
+        **backbone,
+        "shared": not separate,
+        "resize": resize,
+        "crop": crop,
+        "crop_corner": crop and tuple(round((whole - part) / 2) for whole, part in zip(size, crop, strict=True)),
+        "keypoints": keypoints,
+    }
+    return (
+        {key: value for key, value in encoder.items() if value is not None},
+        weights,
+        (vectors + 2 * keypoints * len(pictures)),
+    )
+
+
+def _crop(found: _Settings, resize: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The crop: with a resize it is a share of that size, otherwise `crop_shape`."""
+    ratio = found.take("crop_ratio", float, 1.0)
+    if resize is None or found.data.get("crop_ratio") is None:
+        return found.pair("crop_shape")
+    return (int(resize[0] * ratio), int(resize[1] * ratio)) if ratio < 1 else None
+
+
+def _camera_weights(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    backbone = prefixed("backbone.", backbone_weights(under("backbone.", theirs)))
+    points = prefixed("pool.0.", under("pool.nets.", theirs))
+    head = under("out.", theirs)
+    if "weight" not in head or "weight" not in under("pool.nets.", theirs):
+        raise ValueError("its image encoder lacks weights of the spatial softmax or of the layer after it")
+    sharpness = torch.ones(len(points["pool.0.weight"]), 1)
+    return {
+        **backbone,
+        **points,
+        "pool.1.sharpness": sharpness,
+        "head.0.weight": head_weight(head["weight"]),
+        "head.0.bias": head["bias"],
+    }
+
+
+class _Statistics:
+    """How each feature is normalised, and its statistics, from processors (0.4 and later) or from the weights."""
+
+    def __init__(self, folder: Path, found: _Settings, tensors: Mapping[str, Tensor]) -> None:
+        self.folder = folder
+        self.mapping = found.take("normalization_mapping", dict, {})
+        self.by_processor = {
+            ACTION: _processor(folder, POSTPROCESSOR, "unnormalizer_processor"),
+            "": _processor(folder, PREPROCESSOR, "normalizer_processor"),
+        }
+        self.tensors = tensors
+
+    def mode(self, key: str, kind: str) -> str:
+        step = self._step(key)
+        mapping = step.get("config", {}).get("norm_map", self.mapping) if step else self.mapping
+        mode = str(mapping.get(kind, "IDENTITY"))
+        if mode not in MODES:
+            raise ValueError(f"{self.folder} normalises {key!r} by {mode}; {', '.join(MODES)} can be imported")
+        return mode
+
+    def normalizer(self, key: str, kind: str) -> dict[str, Tensor]:
+        """The buffers of our affine normaliser for a feature."""
+        mode, unit = self.mode(key, kind), PIXEL if kind == "VISUAL" else 1.0
+        if mode == "MIN_MAX":
+            low, high = self._of(key, "min"), self._of(key, "max")
+            spread = high - low
+            gain = torch.where(spread == 0, 0.0, 2 / spread)
+            return affine(low * unit, gain / unit, torch.full_like(gain, -1.0))
+        if mode == "MEAN_STD":
+            mean, std = self._of(key, "mean"), self._of(key, "std")
+            return affine(mean * unit, 1 / ((std + EPSILON) * unit), torch.zeros_like(mean))
+        size = self._size(key)
+        return affine(torch.zeros(size), torch.full((size,), 1 / unit), torch.zeros(size))
+
+    def described(self, inputs: Sequence[tuple[str, tuple[str, Any]]]) -> str:
+        """The mode of each feature, for people."""
+        return ", ".join(f"{key} {self.mode(key, kind)}" for key, (kind, _) in [*inputs, (ACTION, ("ACTION", ()))])
+
+    def _step(self, key: str) -> dict[str, Any] | None:
+        return self.by_processor[ACTION if key == ACTION else ""]
+
+    def _size(self, key: str) -> int:
+        data = read_json(self.folder / CONFIG)
+        feature = {**data["input_features"], **data["output_features"]}[key]
+        return int(feature["shape"][0])
+
+    def _of(self, key: str, name: str) -> Tensor:
+        """A statistic as a vector, float64."""
+        step, part = self._step(key), "unnormalize_outputs" if key == ACTION else "normalize_inputs"
+        if step is None:
+            value = self.tensors.get(f"{part}.buffer_{key.replace('.', '_')}.{name}")
+        else:
+            value = step["tensors"].get(f"{key}.{name}")
+        if value is None or not value.isfinite().all():
+            raise ValueError(
+                f"{self.folder} lacks the statistics of {key!r} ({name}), without which its actions mean nothing: copy"
+                f" the files that {PREPROCESSOR} and {POSTPROCESSOR} name into the folder; up to LeRobot 0.3 they are"
+                f" in {WEIGHTS}, and the dataset's meta/stats.json has them too"
+            )
+        if value.numel() != (size := self._size(key)):
+            raise ValueError(
+                f"{self.folder} has {value.numel()} numbers as {name} of {key!r}; it should have {size}, one for each"
+                " dimension or channel"
+            )
+        return value.flatten().double()
+
+
+def _processor(folder: Path, file: str, name: str) -> dict[str, Any] | None:
+    """The step of a processor that normalises, with its tensors; None if there is no such file."""
+    if not (folder / file).is_file():
+        return None
+    steps = read_json(folder / file).get("steps")
+    step = next((s for s in steps or () if isinstance(s, dict) and s.get("registry_name") == name), None)
+    if step is None or not isinstance(step.get("config", {}), dict):
+        raise ValueError(f"{folder / file} must name a step {name!r}, which normalises")
+    state = step.get("state_file")
+    tensors: dict[str, Tensor] = {}
+    if state is not None:
+        if not isinstance(state, str) or Path(state).name != state:
+            raise ValueError(
+                f"{folder / file} must name a file in its own folder as state_file; got {str(state)[:80]!r}"
+            )
+        tensors = read_tensors(folder / state)
+    return {**step, "tensors": tensors}
+
+
+def _described(found: _Settings, inputs: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, str]:
+    first, steps = found.take("n_obs_steps", int) - 1, found.take("n_action_steps", int)
+    own = found.data.get("num_inference_steps") or found.take("num_train_timesteps", int)
+    return {
+        "inputs": ", ".join(f"{key} {list(shape)}" for key, (_, shape) in inputs.items()),
+        "scheduler": f"{found.take('noise_scheduler_type', str)}, {found.take('num_train_timesteps', int)} timesteps,"
+        f" {found.take('beta_schedule', str)}, samples with {own} steps",
+        "prediction": found.take("prediction_type", str),
+        "executed": f"horizon[{first}:{first + steps}] of {found.take('horizon', int)}",
+    }
+
+
+def _differences(found: _Settings) -> tuple[str, ...]:
+    steps = found.take("num_train_timesteps", int)
+    own = found.data.get("num_inference_steps") or steps
+    scheduler = found.take("noise_scheduler_type", str)
+    eta = " sampler.eta=1" if scheduler == "DDPM" else ""
+    told = [
+        f"LeRobot samples with {own} steps of {scheduler} at leading timesteps, which is ddim_steps={own}"
+        f" sampler.spacing=leading{eta} here; our default is DDIM at trailing timesteps"
+    ]
+    if found.take("clip_sample", bool):
+        told.append("we derive the noise again after clipping; LeRobot does not, so DDIM samples differ where it clips")
+    else:
+        told.append("the actions have no bound, so that sampler.clip has no effect")
+    if found.take("use_film_scale_modulation", bool) is False:
+        told.append("its blocks have no scale; ours have one, which is 0 and would be trained")
+    return tuple(told)

@@ -1,0 +1,69 @@
+"""Which adapter reads what a user names: a folder or a repository of LeRobot, or a .ckpt of diffusion_policy."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from policy.adapters.diffusion_policy import read_diffusion_policy
+from policy.adapters.imported import Imported
+from policy.adapters.lerobot import CONFIG, LEROBOT_FILES, read_lerobot
+from policy.checkpoint.files import CHECKSUMS, refusing
+
+# Owner and name of a repository, as the Hub allows them.
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Where the projects' trainings leave a policy inside their own folders.
+INSIDE = ("pretrained_model", "checkpoints/last/pretrained_model", "checkpoints/latest.ckpt")
+
+
+def read_source(source: str, *, average: bool = True) -> Imported:
+    """Read another project's checkpoint.
+
+    Args:
+        source: a folder or a repository (`owner/name`) of LeRobot, or a .ckpt file of diffusion_policy.
+        average: whether to take the averaged weights of a .ckpt file that has them.
+
+    Returns:
+        The checkpoint in our terms.
+
+    Raises:
+        ValueError: there is no such source, it is something else, or it has parts that cannot be imported.
+    """
+    path = Path(source).expanduser()
+    with refusing(path):
+        if path.is_file():
+            return read_diffusion_policy(path, average=average)
+        if not path.exists():
+            path = _downloaded(source)
+        if not average:
+            raise ValueError(f"average=false is for .ckpt files; {source} is a folder, which has one set of weights")
+        _refuse_other_folders(path)
+        return read_lerobot(path)
+
+
+def _refuse_other_folders(folder: Path) -> None:
+    if (folder / CHECKSUMS).exists():
+        raise ValueError(f"{folder} is a checkpoint of ddim-policy already: use checkpoint={folder}")
+    if (folder / "meta" / "info.json").exists():
+        raise ValueError(f"{folder} is a LeRobot dataset and not a policy: name the policy's own folder")
+    if not (folder / CONFIG).is_file():
+        inside = next((folder / place for place in INSIDE if (folder / place).exists()), None)
+        hint = f"source={inside}" if inside else f"a LeRobot folder with {CONFIG}, or a .ckpt file of diffusion_policy"
+        raise ValueError(f"{folder} holds no policy: name {hint}")
+
+
+def _downloaded(source: str) -> Path:
+    """The local copy of a repository; only the files of a policy are downloaded."""
+    if not REPOSITORY.fullmatch(source):
+        raise ValueError(f"source={source} is neither a file, nor a folder, nor a repository of the Hub (owner/name)")
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(LEROBOT_FILES)))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{source} is not here, and neither the Hub nor its local cache gives such a repository ({reason}): check"
+            " the name, the connection and your access"
+        ) from error

@@ -34,6 +34,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 ROWS = 4
 OBSERVATIONS = 20
 STEPS = (1, 2, 4, 8, 10)
+ROLLOUT_STEPS = 8
 TIMESTEPS = (0, 1, 50, 99)
 POLICY, MODEL = "diffusion_policy.policy", "diffusion_policy.model"
 UNET: dict[str, Any] = {"diffusion_step_embed_dim": 32, "down_dims": [16, 32], "kernel_size": 3, "n_groups": 8}
@@ -161,7 +162,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             {**CAMERAS, **STATE},
             **UNET,
             obs_encoder=multi_image(
-                16, resize_shape=[30, 28], crop_shape=[20, 20], random_crop=False, imagenet_norm=True
+                16, resize_shape=[36, 40], crop_shape=[20, 20], random_crop=False, imagenet_norm=True
             ),
         ),
         {"prediction_type": "sample"},
@@ -263,7 +264,10 @@ def trained_workspace(config: Any, steps: int) -> Any:
 
     workspace = Workspace(config, output_dir=".")
     workspace.model = hydra.utils.instantiate(config.policy)
-    batch: dict[str, Any] = {"obs": random_observations(config, 32, config.horizon), "action": torch.randn(32, config.horizon, 2)}
+    batch: dict[str, Any] = {
+        "obs": random_observations(config, 32, config.horizon),
+        "action": torch.randn(32, config.horizon, 2),
+    }
     workspace.model.set_normalizer(fitted_normalizer(config, batch))
     data = {"obs": theirs(batch["obs"]), "action": batch["action"]}
     data = data if "shape_meta" in config else {"obs": data["obs"]["obs"], "action": data["action"]}
@@ -358,11 +362,11 @@ class Reference:
                 yield f"{name}/executed", result["action"]
 
     def rollout(self) -> Iterator[tuple[str, Any]]:
-        """Twenty control steps with DDIM 10, the noise derived again; the first observation is repeated before it."""
+        """Twenty control steps with DDIM 8; the first observation is repeated before it."""
         config = self.config
         given = random_observations(config, OBSERVATIONS)
         noise = torch.randn(-(-OBSERVATIONS // config.n_action_steps), 1, config.horizon, 2)
-        self.use(DDIMScheduler, 10, rederived=True)
+        self.use(DDIMScheduler, ROLLOUT_STEPS)
         actions: list[Tensor] = []
         for plan, start in enumerate(range(0, OBSERVATIONS, config.n_action_steps)):
             places = [max(start + place, 0) for place in range(1 - config.n_obs_steps, 1)]
@@ -397,7 +401,7 @@ def write(name: str, folder: Path) -> None:
     with torch.no_grad():
         arrays: dict[str, Any] = {key: np.asarray(value) for key, value in Reference(config, policy).everything()}
     np.savez_compressed(folder / "reference.npz", **arrays)
-    made = {"variant": name, "torch": torch.__version__, "diffusers": diffusers.__version__, "rollout": "rederived10"}
+    made = {"variant": name, "torch": torch.__version__, "diffusers": diffusers.__version__}
     (folder / "made.json").write_text(json.dumps(made, indent=1) + "\n")
     sizes = [f"{file.name} {file.stat().st_size}" for file in sorted(folder.iterdir())]
     print(f"{name}: {', '.join(sizes)}", flush=True)

@@ -22,6 +22,7 @@ DENOISER_SIZES = {
     "residual_mlp": {"hidden_size": 32, "num_layers": 2},
     "unet": {"widths": [16, 32], "timestep_size": 32},
     "transformer": {"hidden_size": 32, "num_layers": 2},
+    "encoder_decoder": {"hidden_size": 32, "num_layers": 2, "obs_tokens": 2, "encoder_layers": 1},
 }
 
 

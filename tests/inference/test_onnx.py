@@ -65,6 +65,7 @@ CASES = {
     "images": (("modulated_mlp", "sample", True), {}, Sampler(ddim_steps=2)),
     "unet": (("unet", "v_prediction"), {}, Sampler(ddim_steps=8)),
     "transformer": (("transformer", "sample"), WIDE, Sampler(ddim_steps=3, eta=1.0)),
+    "encoder-decoder": (("encoder_decoder", "v_prediction"), {}, Sampler(ddim_steps=3, clip=None)),
 }
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from policy import ddim
 from policy.model.denoisers import DENOISERS
 from policy.model.denoisers.denoiser import Denoiser
+from policy.model.denoisers.encoder_decoder import EncoderDecoder
 from policy.model.denoisers.modulated_mlp import ModulatedMLP
 from policy.model.denoisers.residual_mlp import ResidualMLP
 from policy.model.denoisers.timestep import sinusoidal_table
@@ -24,12 +25,14 @@ SIZES = {
     ModulatedMLP: SMALL,
     UNet: {**TASK, "groups": 4, "widths": (8, 12), "kernel_size": 3, "timestep_size": 8},
     Transformer: {**SMALL, "num_heads": 2},
+    EncoderDecoder: {**SMALL, "num_heads": 2, "obs_tokens": 1},
 }
 WIDER = {
     ResidualMLP: {"hidden_size": 32},
     ModulatedMLP: {"hidden_size": 32},
     UNet: {},
     Transformer: {"hidden_size": 32},
+    EncoderDecoder: {"hidden_size": 32},
 }
 EACH = pytest.mark.parametrize("denoiser", SIZES)
 
@@ -225,7 +228,8 @@ def test_the_modulated_blocks_start_as_the_identity_and_the_output_as_zero(denoi
 @EACH
 @pytest.mark.parametrize("action_horizon", [1, 2, 3, 7, 8, 16])
 def test_chunks_of_any_length_do_and_each_action_looks_at_all_others(denoiser, action_horizon):
-    network = randomised(denoiser(**{**SIZES[denoiser], "action_horizon": action_horizon}))
+    settings = {"causal": False} if denoiser is EncoderDecoder else {}
+    network = randomised(denoiser(**{**SIZES[denoiser], "action_horizon": action_horizon, **settings}))
     _, timestep, observations = batch(1)
     noisy = randn(1, action_horizon, 2).requires_grad_()
     out = network(noisy, timestep, observations)
@@ -330,6 +334,96 @@ def test_a_width_that_the_heads_cannot_share_is_refused():
         Transformer(**{**SIZES[Transformer], "num_heads": 3})
 
 
+# --- the encoder-decoder ------------------------------------------------------------------------------------------
+
+
+def test_the_decoder_is_torchs():
+    ours = randomised(EncoderDecoder(**{**SIZES[EncoderDecoder], "causal": False}), 0.3).eval()
+    layer = nn.TransformerDecoderLayer(8, 2, 32, activation="gelu", batch_first=True, norm_first=True).eval()
+    theirs = nn.TransformerDecoder(layer, 2)
+    renamed = {
+        "self_attn.in_proj_": "actions.project.",
+        "self_attn.out_proj.": "actions.join.",
+        "norm1.": "actions.norm.",
+        "multihead_attn.out_proj.": "memory.join.",
+        "norm2.": "memory.norm.",
+        "linear1.": "feed_forward.expand.",
+        "linear2.": "feed_forward.contract.",
+        "norm3.": "feed_forward.norm.",
+    }
+    for mine, torchs in zip(ours.layers, theirs.layers, strict=True):
+        weights = mine.state_dict()
+        state = {old + kind: weights[new + kind] for old, new in renamed.items() for kind in ("weight", "bias")}
+        state |= {
+            f"multihead_attn.in_proj_{kind}": torch.cat(
+                [weights[f"memory.{part}.{kind}"] for part in ("ask", "project")]
+            )
+            for kind in ("weight", "bias")
+        }
+        torchs.load_state_dict(state)
+    noisy, timestep, observations = batch()
+    memory = torch.cat([ours.embed_timestep(timestep)[:, None], ours.enter_observation(observations)[:, None]], dim=1)
+    memory = ours.encoder(memory + ours.memory_positions)
+    expected = ours.leave(ours.norm(theirs(ours.enter(noisy) + ours.positions, memory)))
+    assert torch.allclose(ours(noisy, timestep, observations), expected, atol=1e-5)
+
+
+def test_the_encoders_layers_are_torchs():
+    sizes = {**SIZES[EncoderDecoder], "obs_size": 6, "obs_tokens": 3, "encoder_layers": 1}
+    ours = randomised(EncoderDecoder(**sizes), 0.3)
+    theirs = nn.TransformerEncoderLayer(8, 2, 32, 0.0, activation="gelu", batch_first=True, norm_first=True)
+    renamed = {
+        "self_attn.in_proj_": "0.project.",
+        "self_attn.out_proj.": "0.join.",
+        "norm1.": "0.norm.",
+        "linear1.": "1.expand.",
+        "linear2.": "1.contract.",
+        "norm2.": "1.norm.",
+    }
+    weights = ours.encoder.state_dict()
+    theirs.load_state_dict(
+        {old + kind: weights[new + kind] for old, new in renamed.items() for kind in ("weight", "bias")}
+    )
+    assert torch.allclose(ours.encoder(randn(3, 4, 8)), theirs(randn(3, 4, 8)), atol=1e-5)
+
+
+@pytest.mark.parametrize("encoder_layers", [0, 1])
+def test_causal_actions_depend_on_earlier_ones_and_as_many_observations(encoder_layers):
+    sizes = {**SIZES[EncoderDecoder], "obs_size": 9, "obs_tokens": 3, "encoder_layers": encoder_layers}
+    network = randomised(EncoderDecoder(**sizes)).eval()
+    noisy, timestep, _ = batch()
+    observations = randn(6, 9, seed=1)
+    before = network(noisy, timestep, observations)
+
+    def changed(*given):
+        return ((network(*given) - before).abs().amax(dim=(0, 2)) > 1e-5).tolist()
+
+    later = noisy.clone()
+    later[:, 2] += 1
+    assert changed(later, timestep, observations) == [False, False, True, True]
+    assert changed(noisy, timestep + 1, observations) == [True] * 4
+    newest = observations.clone()
+    newest[:, 6:] += 1
+    # Layers of self-attention mix the observations before the actions attend to them.
+    assert changed(noisy, timestep, newest) == ([True] * 4 if encoder_layers else [False, False, True, True])
+    network = EncoderDecoder(**sizes, causal=False).eval()
+    before = randomised(network)(noisy, timestep, observations)
+    assert changed(later, timestep, observations) == changed(noisy, timestep, newest) == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_heads": 3}, "hidden_size must be a multiple of num_heads, .*; got 8 for 3 heads"),
+        ({"obs_tokens": 2}, "obs_size must be a multiple of obs_tokens; got 5 for 2 tokens"),
+        ({"encoder_layers": -1}, "encoder_layers must be 0 or more; got -1"),
+    ],
+)
+def test_sizes_that_an_encoder_decoder_cannot_have_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        EncoderDecoder(**{**SIZES[EncoderDecoder], **wrong})
+
+
 # --- all of them -------------------------------------------------------------------------------------------------
 
 
@@ -414,6 +508,7 @@ def test_denoisers_are_found_by_name():
         "modulated_mlp": ModulatedMLP,
         "unet": UNet,
         "transformer": Transformer,
+        "encoder_decoder": EncoderDecoder,
     } == DENOISERS
     assert all(issubclass(network, Denoiser) for network in DENOISERS.values())
     assert set(DENOISERS.values()) == set(SIZES)  # every one is tested

@@ -20,6 +20,7 @@ DENOISER_SIZES = {
     "modulated_mlp": SMALL_MLP,
     "unet": {"widths": [16, 32], "timestep_size": 32},
     "transformer": {**SMALL_MLP, "num_heads": 2},
+    "encoder_decoder": {**SMALL_MLP, "num_heads": 2},
 }
 SMALL = {"denoiser": {"name": "modulated_mlp", **SMALL_MLP}}
 

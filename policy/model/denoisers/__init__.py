@@ -23,5 +23,6 @@ DENOISERS: Registry[type[Denoiser]] = Registry(
         "modulated_mlp": "policy.model.denoisers.modulated_mlp:ModulatedMLP",
         "unet": "policy.model.denoisers.unet:UNet",
         "transformer": "policy.model.denoisers.transformer:Transformer",
+        "encoder_decoder": "policy.model.denoisers.encoder_decoder:EncoderDecoder",
     },
 )

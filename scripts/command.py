@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +32,7 @@ from policy.common.output import check_writable
 from policy.common.plugins import load_plugins
 from policy.common.progress import close_bars, on_its_own_line
 from policy.common.terminal import printable, printable_output
-from scripts.command_line import hydra_override, read_command_line
+from scripts.command_line import hydra_override, read_command_line, without_defaults
 from scripts.help_text import help_text
 from scripts.settings import CONF, GROUPS, Task, add_registered_options, registered_options
 
@@ -43,6 +43,8 @@ def command(
     example: str,
     inline: Mapping[str, str] | None = None,
     alternatives: Mapping[str, str] | None = None,
+    replaced: Mapping[str, Sequence[str]] | None = None,
+    check_first: str | None = None,
 ) -> Callable[[], None]:
     """Make a console command from a function, whose keyword arguments are the command's settings.
 
@@ -54,16 +56,23 @@ def command(
         target: the function, as `module:name`; it is imported once its settings are valid. A function whose first
             parameter is `make_env` is given `make_env`.
         example: a command line for `--help`.
-        inline: settings classes as `module:name`, by the parameter of the function that takes one; the fields of such a
-            class are settings of the command itself.
+        inline: see `Task`.
         alternatives: see `Task`.
+        replaced: see `Task`.
+        check_first: see `Task`.
 
     Returns:
         A `main` that takes no arguments.
     """
-    return functools.partial(
-        _main, Task(name=name, target=target, inline=inline or {}, alternatives=alternatives or {}), example
+    task = Task(
+        name=name,
+        target=target,
+        inline=inline or {},
+        alternatives=alternatives or {},
+        replaced=replaced or {},
+        check_first=check_first,
     )
+    return functools.partial(_main, task, example)
 
 
 def _main(task: Task, example: str) -> None:
@@ -91,6 +100,7 @@ def _start(task: Task, example: str) -> None:
         if "--shell-completion" not in given.flags:  # it has words of its own
             multirun = "--multirun" in given.flags
             overrides = [hydra_override(argument, task, multirun=multirun) for argument in overrides]
+            overrides = without_defaults(overrides, task)
         add_registered_options()
         if not given.flags and not any("hydra" in argument.partition("=")[0] for argument in overrides):
             # `hydra.main` would compose the configuration twice, to find out that this is a plain run.

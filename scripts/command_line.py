@@ -118,6 +118,27 @@ def hydra_override(argument: str, task: Task, *, multirun: bool = False) -> str:
     return f"++{argument}" if plain else argument
 
 
+def without_defaults(overrides: list[str], task: Task) -> list[str]:
+    """Leave out the default of each group whose settings come from elsewhere, unless the user chooses an option.
+
+    Args:
+        overrides: as `hydra_override` returns them.
+        task: the command; see `Task.replaced`.
+
+    Returns:
+        The overrides, with those that delete defaults.
+    """
+    values = {argument.partition("=")[0].lstrip("+"): argument.partition("=")[2] for argument in overrides}
+    groups = [
+        group
+        for setting, replaced in task.replaced.items()
+        if values.get(setting, "null") not in ("", "null")
+        for group in replaced
+        if group not in values
+    ]
+    return [*overrides, *(f"~{group}" for group in groups)]
+
+
 def _is_text(override: Override, multirun: bool) -> bool:
     """Whether Hydra reads a value as text, as null, or as values to run one after the other."""
     value: Any = override.value()

@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,15 +47,20 @@ class Task:
     Attributes:
         name: name of the command and of its primary file in conf/.
         target: the function, as `module:name`; it is imported once its settings are valid.
-        inline: settings classes as `module:name`, by the parameter of the function that takes one; the fields of such a
-            class are settings of the command itself.
+        inline: settings classes as `module:name`, by the parameter of the function that takes the settings which the
+            user gives, by name; the fields of such a class are settings of the command itself.
         alternatives: settings that make a part superfluous, to that part; it is left out where it is not complete.
+        replaced: settings that bring the values of groups with them, to those groups: they have no defaults then, and
+            single settings may be given without the name of a part.
+        check_first: a function, as `module:name`, that checks settings before the dataset is read.
     """
 
     name: str
     target: str
     inline: Mapping[str, str] = field(default_factory=dict)
     alternatives: Mapping[str, str] = field(default_factory=dict)
+    replaced: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    check_first: str | None = None
 
     @property
     def declaration(self) -> Declaration:
@@ -87,8 +92,9 @@ class Task:
             ValueError: an unknown name, a value of the wrong type, or a setting that is missing.
         """
         parameters = self.parameters
+        replaced = {group for name in self.replaced if settings.get(name) is not None for group in self.replaced[name]}
         for name, value in settings.items():
-            if name in parameters and isinstance(value, dict):
+            if name in parameters and isinstance(value, dict) and not (name in replaced and "name" not in value):
                 _check_node(name, value)
         known = inspect.Signature([*parameters.values(), PLUGINS])
         check_arguments(self.name, Declaration(known, ""), settings, prefix="")
@@ -106,10 +112,16 @@ class Task:
     def run(self, settings: Settings) -> None:
         """Build the parts that the settings describe, the dataset last, and call the function."""
         function = load(self.target)
-        built = {name: _build(name, settings[name]) for name in sorted(settings, key=lambda name: name == "dataset")}
+        built = {name: _build(name, value) for name, value in settings.items() if name != "dataset"}
+        if self.check_first:
+            check = load(self.check_first)
+            takes = inspect.signature(check).parameters.keys() & built.keys()
+            check(**check_arguments(self.name, check, {name: built[name] for name in takes}, prefix=""))
+        if "dataset" in settings:
+            built["dataset"] = _build("dataset", settings["dataset"])
         for name, target in self.inline.items():
             fields = declaration_of(target).signature.parameters
-            built[name] = load(target)(**{key: built.pop(key) for key in fields if key in built})
+            built[name] = {key: built.pop(key) for key in fields if key in built}
         if "make_env" in self.declaration.signature.parameters:
             function = functools.partial(function, make_env)
         function(**check_arguments(self.name, function, built, prefix=""))

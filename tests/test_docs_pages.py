@@ -77,3 +77,23 @@ def test_every_link_between_the_pages_leads_somewhere():
     for page in (ROOT / "README.md", *DOCS.glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.slow
+def test_the_example_of_making_a_policy_fast_runs(run_command, plain_reports, tmp_path, monkeypatch):
+    """With few episodes and steps; that it answers is checked, not what."""
+    monkeypatch.chdir(tmp_path)
+    small = ["tracker=none", "train.batch_size=16"]
+    fewer = {"episodes": "6", "train.steps": "4", "train.rectify_steps": "4", "ddim_steps": "1"}
+    (commands,) = blocks("distill.md", "bash")
+    for line in commands.strip().splitlines():
+        command, *settings = shlex.split(line)
+        named = (setting.partition("=") for setting in settings)
+        shorter = [f"{name}={'0' if value == '0' else fewer.get(name, value)}" for name, _, value in named]
+        name = command.removeprefix("ddim-")
+        out = run_command(name, *shorter, *(small if name == "train" else [])).stdout
+    fast, slow = (
+        f"ddim_steps 1, checkpoint outputs/{name}/checkpoint, eta {eta}" for name, eta in (("fast", 0.0), ("slow", 1.0))
+    )
+    assert f"{fast} differs from {slow} by " in out
+    assert "points (95 %: " in out

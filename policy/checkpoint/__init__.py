@@ -23,7 +23,7 @@ from policy.checkpoint.description import describe_checkpoint
 from policy.checkpoint.environment import choose_env, merge_env, only_of_the_user
 from policy.checkpoint.files import SCHEMA_VERSION, is_checkpoint
 from policy.checkpoint.keeping import describe_best, keep_checkpoint
-from policy.checkpoint.reading import Checkpoint, load_checkpoint, resume_training
+from policy.checkpoint.reading import Checkpoint, digest_of, load_checkpoint, resume_training
 from policy.checkpoint.writing import save_checkpoint
 from policy.common.errors import SaveError
 
@@ -34,6 +34,7 @@ __all__ = [
     "choose_env",
     "describe_best",
     "describe_checkpoint",
+    "digest_of",
     "is_checkpoint",
     "keep_checkpoint",
     "load_checkpoint",

@@ -51,6 +51,8 @@ def _tasks(training: Mapping[str, Any], env: Mapping[str, Any]) -> str:
 
 
 def _data(training: Mapping[str, Any]) -> str:
+    if isinstance(imported := training.get("imported"), Mapping):
+        return f"imported from {imported.get('project')}: {imported.get('source')}"
     counts = [f"{training[name]} {name}" for name in ("episodes", "transitions") if name in training]
     return ": ".join(filter(None, [str(training.get("dataset", "")), ", ".join(counts)])) or NOT_STATED
 

@@ -80,7 +80,7 @@ def open_folder(folder: Path, root: Path | None = None) -> Folder:
     # A run killed between the two renames of `replacing` leaves its last good checkpoint under this name.
     path = folder if folder.exists() or not _beside(folder, "old").exists() else _beside(folder, "old")
     if not os.path.lexists(path / CONFIG):
-        raise ValueError(f"no checkpoint at {folder}: set checkpoint= to the folder that ddim-train names")
+        raise ValueError(f"no checkpoint at {folder}: give the folder that ddim-train names")
     root = Path(os.path.realpath(root or path))
     config = read_json(_regular(path, CONFIG, root))
     schema = config.get("schema_version")

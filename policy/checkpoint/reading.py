@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import threading
 from collections.abc import Iterator, Mapping
@@ -119,7 +118,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 def _load(folder: Path, device: str, root: Path | None) -> Checkpoint:
     opened = open_folder(folder, root)
     with refusing(opened.path / CONFIG):
-        config = _policy_config(opened)
+        config = _policy_config(opened, opened.config["policy"])
         env, execution_horizon, training = _circumstances(opened, config)
     weights, digest = opened.verify(WEIGHTS)
     tensors = read_tensors(weights)
@@ -138,6 +137,15 @@ def _load(folder: Path, device: str, root: Path | None) -> Checkpoint:
         digest=digest[:16],
         plugins=plugins,
     )
+
+
+def digest_of(folder: Path) -> str:
+    """Return the start of the SHA-256 of a checkpoint's weights, see `Checkpoint.digest`.
+
+    Raises:
+        ValueError: there is no checkpoint, or it is damaged.
+    """
+    return open_folder(folder.expanduser()).verify(WEIGHTS)[1][:16]
 
 
 def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,13 +187,15 @@ def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]
     averaged, tensors = read_tensors(files[WEIGHTS]), read_tensors(files[TRAINING_WEIGHTS])
     record = read_json(files[TRAINING_RECORD])
     with refusing(path):
-        policies = [(state.ema, averaged), (state.policy, _under("policy.", tensors))]
-        if teacher := _under("teacher.", tensors):
-            state.teacher = copy.deepcopy(state.ema)
-            policies.append((state.teacher, teacher))
-        for policy, found in policies:
-            check_fit(state.policy.config, found, path)
+        for policy, found in ((state.ema, averaged), (state.policy, _under("policy.", tensors))):
+            check_fit(policy.config, found, path)
             policy.load_state_dict(found)
+        if teacher := _under("teacher.", tensors):
+            # Checkpoints of before a teacher could be another policy do not store its configuration.
+            config = _policy_config(opened, record["teacher"]) if "teacher" in record else state.policy.config
+            check_fit(config, teacher, path)
+            state.teacher = DiffusionPolicy(config).to(state.policy.device).eval().requires_grad_(False)
+            state.teacher.load_state_dict(teacher)
         try:
             restore_optimizer(state, _under("optimizer.", tensors))
             restore_record(state, record)
@@ -194,8 +204,8 @@ def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]
     return changes
 
 
-def _policy_config(opened: Folder) -> PolicyConfig:
-    config = config_from_json(opened.config["policy"])
+def _policy_config(opened: Folder, data: Mapping[str, Any]) -> PolicyConfig:
+    config = config_from_json(data)
     for registry, spec in ((ENCODERS, config.encoder), (DENOISERS, config.denoiser)):
         _check_part(opened, registry, spec.get("name"))
     num_steps = config.schedule.get("num_steps", 0)

@@ -165,13 +165,15 @@ def publish(
     """
     rows, advice = conclusion.rows, conclusion.advice
     summary = {"env": conclusion.env, "margin": conclusion.margin, "answer": conclusion.answer}
+    if conclusion.between:
+        summary["between_checkpoints"] = conclusion.between
     if conclusion.warnings:
         summary["warnings"] = conclusion.warnings
     if not conclusion.paired:
         summary["paired"] = False
     files = write_files(folder, rows, conclusion.episodes, summary)
     print(format_table(rows))
-    print(conclusion.answer)
+    print("\n".join([conclusion.answer, *(compared["sentence"] for compared in conclusion.between)]))
     for warning in conclusion.found:  # the others were given before the run
         print(f"warning: {warning}")
     clips = record(conclusion.shown)
@@ -183,6 +185,7 @@ def publish(
             rows,
             title=conclusion.title,
             answer=conclusion.answer,
+            comparisons=[compared["sentence"] for compared in conclusion.between],
             warnings=conclusion.warnings,
             chosen=advice.cell,
             differences=conclusion.differences,

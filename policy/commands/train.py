@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from policy.checkpoint import (
+    Checkpoint,
     describe_best,
+    digest_of,
     is_checkpoint,
     keep_checkpoint,
+    load_checkpoint,
     merge_env,
     only_of_the_user,
     resume_training,
     save_checkpoint,
 )
-from policy.common.arguments import unknown_name
 from policy.common.control_rate import describe_mismatch, stated_rate
 from policy.common.device import check_device
 from policy.common.interrupt import stop_on_signal
@@ -41,6 +43,7 @@ from policy.tracking.tracker import OpenRun, TrackedRun
 from policy.training.loop import train
 from policy.training.preparation import Run, prepare_run
 from policy.training.settings import TrainSettings, learning_rate
+from policy.training.start import config_for, config_from, config_of_student, fitting
 from policy.training.state import TrainState, newest_metrics
 
 # First seed of the rollouts during training. Demonstrations use seeds from 0, reported results those from 100000.
@@ -57,13 +60,15 @@ def train_policy(
     *,
     dataset: Demonstrations,
     env: dict[str, Any] | None = None,
-    policy: PolicySettings,
+    policy: Mapping[str, Any],
     sampler: Sampler,
     train: TrainSettings,
     tracker: OpenRun,
+    init: Path | None = None,
+    teacher: Path | None = None,
     augment: Augment | None = None,
     auxiliary: Sequence[str] = (),
-    execution_horizon: int = EXECUTION_HORIZON,
+    execution_horizon: int | None = None,
     seed: int = 0,
     num_envs: int = 8,
     env_patience: float = ENV_PATIENCE,
@@ -77,13 +82,18 @@ def train_policy(
         make_env: makes an environment from the settings in `env`.
         dataset: the demonstrations.
         env: the environment that they come from; a Minari dataset of `ddim-collect` names its own.
-        policy: settings of the policy.
+        policy: the settings of the policy that the user gives, see `PolicySettings`.
         sampler: sampling settings of the rollouts during training.
         train: settings of the training.
         tracker: opens the tracked run.
+        init: a checkpoint to start from: its averaged weights, its normalisers and the settings of its policy. With
+            train.steps=0 train.rectify_steps=N the run makes it fast: it learns few-step sampling from its own chunks.
+        teacher: a checkpoint from whose chunks a new policy learns, of another size for example, with train.steps=0
+            train.rectify_steps=N.
         augment: a symmetry of the task, as a function of observations and actions; doubles the training episodes.
         auxiliary: keys of privileged observations, see `DataShapes.auxiliary_shapes`.
-        execution_horizon: actions executed before the next plan.
+        execution_horizon: actions executed before the next plan, by default as in the checkpoint of init= or teacher=,
+            else 8.
         seed: seed of the split, the weights and every training step.
         num_envs: environments that run at once in the rollouts during training.
         env_patience: seconds that one call of the simulator may take in them.
@@ -97,13 +107,18 @@ def train_policy(
         FloatingPointError: see `policy.training.loop.train`; the message names the last good checkpoint.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after saving.
     """
-    if env or dataset.metadata.get("env"):
-        env = merge_env(dataset.metadata.get("env"), env, dataset.source)
-    config, rate = config_for(policy, dataset, auxiliary), stated_rate(dataset.metadata.get("rate_hz"))
+    check_start(train=train, init=init, teacher=teacher, output_dir=output_dir)
+    start = _start(init, teacher, output_dir)
+    env = _env_of(dataset, env, start, train)
+    config, dataset = _configured(policy, dataset, auxiliary, start, train)
+    rate = stated_rate(dataset.metadata.get("rate_hz"))
+    if execution_horizon is None:
+        execution_horizon = start.checkpoint.execution_horizon if start else EXECUTION_HORIZON
     check_execution_horizon(execution_horizon, config.action_horizon)
     check_num_envs(num_envs)
     check_patience(env_patience)
-    run = prepare_run(config, dataset, train, seed=seed, device=check_device(device), augment=augment)
+    trained = start.policies(train) if start else {}
+    run = prepare_run(config, dataset, train, seed=seed, device=check_device(device), augment=augment, **trained)
     sampler.check(run.state.policy.schedule.num_steps)
     rollout, tasks = None, dataset.metadata.get("tasks")
     if env:
@@ -120,10 +135,11 @@ def train_policy(
 
     folder = output_folder(output_dir, "train")
     record = _Record(
-        folder=folder / "checkpoint",
+        folder=_newest(folder),
         env=env,
         execution_horizon=execution_horizon,
         training={
+            **({start.role: start.digest} if start else {}),
             # Left out: up to the first loss that is not finite, it has no effect, so a resumed run may change it.
             **{key: value for key, value in vars(train).items() if key != "on_bad_loss"},
             "seed": seed,
@@ -138,7 +154,7 @@ def train_policy(
     )
     with only_process(folder):
         record.resume(run.state, train)
-        _describe(run, env)
+        _describe(run, env, start, train)
         tracking = tracker(folder=folder, config={"env": env, **record.training, **vars(config)})
         _train(run, train, seed, tracking, record, rollout)
         tracked = tracking.finish()
@@ -164,30 +180,128 @@ def _names(tasks: Any) -> list[str] | None:
     return [*tasks] if listed and all(isinstance(task, str) for task in tasks) else None
 
 
-def config_for(settings: PolicySettings, dataset: Demonstrations, auxiliary: Sequence[str]) -> PolicyConfig:
-    """Combine the settings of a policy with the sizes that follow from its demonstrations.
+def check_start(
+    *, train: TrainSettings, init: Path | None = None, teacher: Path | None = None, output_dir: Path | None = None
+) -> None:
+    """Check the settings of which policy a run starts from, before demonstrations are read.
 
     Args:
-        settings: the user's settings.
-        dataset: the demonstrations.
-        auxiliary: those of the dataset's keys that are privileged observations.
-
-    Returns:
-        The configuration.
+        train: settings of the training.
+        init: see `train_policy`.
+        teacher: see `train_policy`.
+        output_dir: the run's folder; a run that goes on does not need the checkpoint that it began from.
 
     Raises:
-        ValueError: a key that the dataset does not have, or a shape that policies do not support.
+        ValueError: settings that do not fit each other, or there is no such checkpoint; the message says what to do.
     """
-    shapes = dataset.observation_shapes
-    for key in auxiliary:
-        if key not in shapes:
-            raise unknown_name("auxiliary observation", key, shapes)
-    return PolicyConfig(
-        **vars(settings),
-        observation_shapes={key: shape for key, shape in shapes.items() if key not in auxiliary},
-        auxiliary_shapes={key: shapes[key] for key in auxiliary},
-        action_dim=dataset.actions.shape[1],
-    )
+    if init and teacher:
+        raise ValueError(
+            f"init={init} and teacher={teacher} are two ways to start: init= keeps the checkpoint's network, teacher="
+            " trains a new one on its chunks; leave one out"
+        )
+    if not (train.steps or init or teacher):
+        raise ValueError("train.steps=0 trains no policy: add init=CHECKPOINT or teacher=CHECKPOINT, or some steps")
+    if teacher and train.steps:
+        raise ValueError(
+            f"teacher= trains on the teacher's chunks alone: add train.steps=0 train.rectify_steps=N; got"
+            f" train.steps={train.steps}"
+        )
+    path = init or teacher
+    if path and not (output_dir and is_checkpoint(_newest(output_dir))):
+        digest_of(path)
+
+
+def _newest(folder: Path) -> Path:
+    """Where a run keeps its newest checkpoint."""
+    return folder.expanduser() / "checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """The trained policy that a run starts from.
+
+    Attributes:
+        role: the setting that names it.
+        checkpoint: its checkpoint; the run's own newest one where the run goes on.
+        digest: of the checkpoint that the run began from.
+        goes_on: whether the run goes on.
+    """
+
+    role: Literal["init", "teacher"]
+    checkpoint: Checkpoint
+    digest: str
+    goes_on: bool
+
+    def policies(self, train: TrainSettings) -> dict[str, DiffusionPolicy]:
+        """Return the policies for `prepare_run`; a run that goes on has its teacher in its own checkpoint."""
+        policy = self.checkpoint.policy
+        if self.goes_on:
+            return {"init": policy}
+        if self.role == "teacher":
+            return {"teacher": policy}
+        return {"init": policy} if train.steps else {"init": policy, "teacher": policy}
+
+
+def _start(init: Path | None, teacher: Path | None, output_dir: Path | None) -> _Start | None:
+    """Load the trained policy that the run starts from, or that it has become: going on needs no other checkpoint.
+
+    Raises:
+        ValueError: the checkpoint cannot be loaded, or the run in this folder began in another way.
+    """
+    path = init or teacher
+    if path is None:
+        return None
+    role: Literal["init", "teacher"] = "init" if init else "teacher"
+    newest = output_dir and _newest(output_dir)
+    if newest is None or not is_checkpoint(newest):
+        loaded = load_checkpoint(path)
+        return _Start(role=role, checkpoint=loaded, digest=loaded.digest, goes_on=False)
+    own = load_checkpoint(newest)
+    began = own.training.get(role)
+    if began is None:
+        raise ValueError(
+            f"{newest} belongs to a run without {role}=: to go on with it, leave {role}= out; to start anew, choose"
+            " another output_dir="
+        )
+    if is_checkpoint(path) and (digest := digest_of(path)) != began:
+        raise ValueError(
+            f"{newest} began from the checkpoint {began}, and {path} is {digest}: to go on, give the same checkpoint or"
+            " one that no longer exists; to start anew, choose another output_dir="
+        )
+    return _Start(role=role, checkpoint=own, digest=began, goes_on=True)
+
+
+def _env_of(
+    dataset: Demonstrations, env: dict[str, Any] | None, start: _Start | None, train: TrainSettings
+) -> dict[str, Any] | None:
+    """Choose the environment: of the demonstrations that a policy learns to act from, or else of the trained policy."""
+    stored = [(dataset.metadata.get("env"), dataset.source)]
+    if start:
+        stored.append((start.checkpoint.env, str(start.checkpoint.path)))
+    found, source = next(((e, s) for e, s in (stored if train.steps else reversed(stored)) if e), (None, ""))
+    return merge_env(found, env, source or dataset.source) if env or found else None
+
+
+def _configured(
+    given: Mapping[str, Any],
+    dataset: Demonstrations,
+    auxiliary: Sequence[str],
+    start: _Start | None,
+    train: TrainSettings,
+) -> tuple[PolicyConfig, Demonstrations]:
+    """Combine the user's settings with the demonstrations and the trained policy; return what of the data it needs.
+
+    Raises:
+        ValueError: they do not fit each other.
+    """
+    if start is None:
+        return config_for(PolicySettings(**given), dataset, auxiliary), dataset
+    trained, source = start.checkpoint.policy.config, start.checkpoint.path
+    if start.role == "init" or start.goes_on:
+        config = config_from(trained, source, given, auxiliary, rectifies=not train.steps)
+    else:
+        config = config_of_student(trained, source, given, dataset, auxiliary)
+    return config, fitting(dataset, config, source, with_actions=train.steps > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,14 +343,32 @@ class _Record:
         keep_checkpoint(self.folder, state, keep_last=self.keep_last)
 
 
-def _describe(run: Run, env: dict[str, Any] | None) -> None:
+def _describe(run: Run, env: dict[str, Any] | None, start: _Start | None, train: TrainSettings) -> None:
     parameters = sum(p.numel() for p in run.state.policy.parameters())
     print(
         f"{len(run.training)} training windows from {len(run.training.episodes)} episodes"
         f" ({len(run.validation.episodes)} held out), {parameters / 1e6:.2f} M parameters"
     )
+    if start and run.state.step == 0:
+        print(_described_start(run, start, train))
     if env is None:
         print("no environment is known, so there are no rollouts while training: env=... adds them")
+
+
+def _described_start(run: Run, start: _Start, train: TrainSettings) -> str:
+    """The trained policy that a run starts from, and what it does with it, in one sentence."""
+    name, before, now = (
+        f"{start.checkpoint.path} ({start.digest})",
+        start.checkpoint.policy.config.prediction_type,
+        run.state.policy.config.prediction_type,
+    )
+    steps = f"sampled with {train.rectify_ddim_steps} steps"
+    if start.role == "teacher":
+        return f"a new policy learns the chunks of {name}, {steps}"
+    if train.steps:
+        return f"starts from {name}"
+    changes = f"; it predicted {before} and will predict {now}" if now != before else ""
+    return f"rectifies {name}: it learns its own chunks, {steps}{changes}"
 
 
 def _train(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from policy.statistics.paired import compare_success
+from policy.statistics.paired import PairedDifference, compare_success
 from policy.statistics.recommendation import Recommendation, recommend
 from policy.statistics.results import EpisodeResult, describe_broken
 from policy.sweep.grid import Row, uniform, varying
@@ -48,6 +48,7 @@ class Conclusion:
         given: warnings that were given before the run, in sentences.
         found: those that its results give.
         paired: see `Swept`.
+        between: comparisons between checkpoints, see `between_checkpoints`.
     """
 
     title: str
@@ -60,6 +61,7 @@ class Conclusion:
     given: list[str]
     found: list[str]
     paired: bool
+    between: list[Row]
 
     @property
     def warnings(self) -> list[str]:
@@ -133,7 +135,49 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
         given=swept.warnings,
         found=describe_broken([result for found in swept.results for result in found]),
         paired=swept.paired,
+        between=between_checkpoints(rows, success, paired=swept.paired),
     )
+
+
+def between_checkpoints(rows: Sequence[Row], success: Sequence[Sequence[bool]], *, paired: bool) -> list[Row]:
+    """Compare each further checkpoint at its fewest denoising steps with the first one at its most.
+
+    Which cells are compared does not depend on their results, so that the intervals hold for each comparison.
+
+    Args:
+        rows: one per cell; the first checkpoint is that of the first row.
+        success: (K, N) outcomes of the cells on the same episodes.
+        paired: see `Swept`.
+
+    Returns:
+        For each further checkpoint the two cells' ids, the difference of their success rates with its 95 % interval,
+        and all this as a `sentence`; none for a sweep of one checkpoint.
+    """
+    cells: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        cells.setdefault(row["checkpoint"], []).append(number)
+    first, *others = cells.values()
+    cost = [(row["ddim_steps"], row["latency_ms_median"]) for row in rows]
+    reference = max(first, key=cost.__getitem__)
+    differences = compare_success(success, reference, paired=paired) if others else ()
+    return [
+        _compared(rows, number, reference, differences[number], len(success[0]))
+        for number in (min(numbers, key=cost.__getitem__) for numbers in others)
+    ]
+
+
+def _compared(rows: Sequence[Row], number: int, reference: int, found: PairedDifference, episodes: int) -> Row:
+    row, slow = rows[number], rows[reference]
+    figures = {"difference": found.difference, "difference_low": found.low, "difference_high": found.high}
+    points = "{:+.1f} points (95 %: {:+.1f} to {:+.1f})".format(*(100 * value for value in figures.values()))
+    return {
+        "cell": row["cell"],
+        "reference": slow["cell"],
+        **figures,
+        "sentence": f"{label_of(rows, row)} differs from {label_of(rows, slow)} by {points} of success, over"
+        f" {episodes:,} episodes; a chunk takes {row['latency_ms_median']:.1f} ms instead of"
+        f" {slow['latency_ms_median']:.1f}.",
+    }
 
 
 def answer_of(rows: Sequence[Row], advice: Recommendation) -> str:

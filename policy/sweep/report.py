@@ -47,6 +47,7 @@ def write_report(
     *,
     title: str,
     answer: str,
+    comparisons: Sequence[str] = (),
     warnings: Sequence[str] = (),
     chosen: int | None,
     differences: Sequence[str],
@@ -62,6 +63,7 @@ def write_report(
         rows: the cells' rows.
         title: says what was swept.
         answer: the recommendation, in a sentence.
+        comparisons: how checkpoints differ, in sentences.
         warnings: what a reader must know besides, in sentences.
         chosen: index of the recommended row, or None.
         differences: how each row compares with the best one, in words.
@@ -86,6 +88,7 @@ def write_report(
         title=title,
         episodes_per_cell=rows[0]["episodes"],
         answer=answer,
+        comparisons=comparisons,
         warnings=warnings,
         plots={scheme: _plot(rows, scheme) for scheme in STYLES},
         heads=[*heads, "against the best"],

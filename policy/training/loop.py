@@ -55,6 +55,10 @@ class Phase(Protocol):
         """Compute the loss () on these examples, in `settings.precision`."""
         ...
 
+    def validation_loss(self, policy: DiffusionPolicy, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+        """Compute the loss () on held-out demonstrations, with which a policy is measured."""
+        ...
+
 
 class Demonstrated:
     """The first phase: learning the chunks of the demonstrations.
@@ -77,10 +81,14 @@ class Demonstrated:
         """Compute the denoising loss (), see `DiffusionPolicy.loss`."""
         return policy.loss(examples, generator, timesteps_per_chunk=self._timesteps_per_chunk)
 
+    def validation_loss(self, policy: DiffusionPolicy, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+        """Compute the denoising loss () at one timestep per chunk, whatever the number of them in training."""
+        return policy.loss(batch, generator)
+
 
 def phases_of(settings: TrainSettings) -> list[Phase]:
     """The phases of a training in order, one for each of `settings.phase_lengths`."""
-    phases: list[Phase] = [Demonstrated(settings)]
+    phases: list[Phase] = [Demonstrated(settings)] if settings.steps else []
     if settings.rectify_steps:
         phases.append(Rectified(settings.rectify_ddim_steps, settings.timesteps_per_chunk))
     return phases
@@ -97,7 +105,11 @@ class _Trainer:
     should_stop: Callable[[], bool]
     tracker: MetricsLog
     save: Callable[[TrainState], None]
+    phases: list[Phase] = field(init=False)
     unread: list[Outcome] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.phases = phases_of(self.settings)
 
     def metrics_due(self) -> dict[str, float]:
         """The losses to log after the newest step; empty after most steps."""
@@ -108,7 +120,8 @@ class _Trainer:
             metrics.update(_loss_metrics(state, settings))
             state.recent.clear()
         if len(self.run.validation) and (last or state.step % settings.val_every == 0):
-            metrics["val/loss"] = validation_loss(state.ema, self.run.validation)
+            # Of the first phase to the last step, so that the losses of one run can be compared.
+            metrics["val/loss"] = validation_loss(self.phases[0], state.ema, self.run.validation)
         return metrics
 
     def rollout_due(self) -> bool:
@@ -203,7 +216,7 @@ def train(
     trainer = _Trainer(
         run=run, settings=settings, seed=seed, rollout=rollout, should_stop=should_stop, tracker=tracker, save=save
     )
-    phases, begun = phases_of(settings), -1
+    phases, begun = trainer.phases, -1
     if trainer.rollout_due() and not trainer.roll_out():  # the run had been interrupted in it
         return
     with progress(total=settings.all_steps, initial=state.step, desc="train", unit="step") as bar:
@@ -340,10 +353,11 @@ def _check_weights(state: TrainState) -> None:
 
 
 @torch.no_grad()
-def validation_loss(policy: DiffusionPolicy, validation: Windows) -> float:
+def validation_loss(phase: Phase, policy: DiffusionPolicy, validation: Windows) -> float:
     """The loss on held-out episodes, with the same windows, timesteps and noise in every call.
 
     Args:
+        phase: says which loss; it has begun.
         policy: in evaluation mode.
         validation: held-out windows, one or more.
 
@@ -352,4 +366,4 @@ def validation_loss(policy: DiffusionPolicy, validation: Windows) -> float:
     """
     count = min(VALIDATION_WINDOWS, len(validation))
     windows = np.linspace(0, len(validation) - 1, count).round().astype(np.int64)
-    return policy.loss(validation.gather(windows), derive_generator(0)).item()
+    return phase.validation_loss(policy, validation.gather(windows), derive_generator(0)).item()

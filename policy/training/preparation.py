@@ -1,4 +1,4 @@
-"""Preparation of a training run: split the episodes, fit the normalisers, initialise the policy."""
+"""Preparation of a training run: split the episodes, and initialise the policy, anew or from one that is trained."""
 
 from __future__ import annotations
 
@@ -45,8 +45,10 @@ def prepare_run(
     seed: int,
     device: str,
     augment: Augment | None = None,
+    init: DiffusionPolicy | None = None,
+    teacher: DiffusionPolicy | None = None,
 ) -> Run:
-    """Split the episodes, fit the normalisers on the training ones, and initialise the policy from the seed.
+    """Split the episodes, and initialise the policy: from the seed and the training episodes, or from a trained one.
 
     Args:
         config: the policy's configuration.
@@ -55,6 +57,9 @@ def prepare_run(
         seed: seed of the split and of the initial weights.
         device: the device to train on.
         augment: a symmetry of the task. It adds a counterpart to every training window, and none to validation windows.
+        init: the policy whose weights and normalisers it starts from, of the same configuration but for settings of the
+            loss.
+        teacher: the policy whose chunks it learns from, and whose normalisers it has; see `Rectified`.
 
     Returns:
         The run at step 0.
@@ -65,10 +70,11 @@ def prepare_run(
     """
     torch.manual_seed(derive_seed(seed, 0))  # initialisers draw from torch's global generator
     policy = DiffusionPolicy(config)
-    if isinstance(policy.encoder, ResNetEncoder) and policy.encoder.pretrained:
+    if init is None and isinstance(policy.encoder, ResNetEncoder) and policy.encoder.pretrained:
         policy.encoder.load_pretrained(read_weights(policy.encoder.pretrained))
-    if settings.rectify_steps:
-        check_ddim_steps(settings.rectify_ddim_steps, policy.schedule.num_steps, "train.rectify_ddim_steps")
+    if settings.rectify_steps and (teacher or settings.steps):  # a run that goes on may have its teacher stored
+        num_steps = (teacher or policy).schedule.num_steps
+        check_ddim_steps(settings.rectify_ddim_steps, num_steps, "train.rectify_ddim_steps")
     layout: dict[str, Any] = {
         "obs_horizon": config.obs_horizon,
         "action_horizon": config.action_horizon,
@@ -80,8 +86,16 @@ def prepare_run(
     )
     training = Windows(demonstrations, train_episodes, augment=augment, **layout)
     validation = Windows(demonstrations, val_episodes, **layout)
-    fit_normalizers(policy, training)
-    return Run(state=start_training(policy.to(device), settings), training=training, validation=validation)
+    if init is not None:
+        policy.load_state_dict(init.state_dict())
+    elif teacher is not None:
+        _copy_normalizers(policy, teacher)
+    else:
+        fit_normalizers(policy, training)
+    state = start_training(policy.to(device), settings)
+    if teacher is not None:
+        state.teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
+    return Run(state=state, training=training, validation=validation)
 
 
 def start_training(policy: DiffusionPolicy, settings: TrainSettings) -> TrainState:
@@ -126,3 +140,9 @@ def fit_normalizers(policy: DiffusionPolicy, training: Windows) -> None:
         normalizer = by_key[key]
         assert isinstance(normalizer, Normalizer | AffineNormalizer)
         normalizer.fit(*found)
+
+
+def _copy_normalizers(policy: DiffusionPolicy, teacher: DiffusionPolicy) -> None:
+    """Normalise observations and actions as the teacher does, whose chunks may lie anywhere in its range."""
+    policy.action_normalizer.load_state_dict(teacher.action_normalizer.state_dict())
+    policy.observation_normalizers.load_state_dict(teacher.observation_normalizers.state_dict())

@@ -1,4 +1,4 @@
-"""Rectification: a policy learns from its own chunks, so that few denoising steps do as well as many.
+"""Rectification: a policy learns from chunks that a policy made, so that few denoising steps do as well as many.
 
 Where demonstrations allow several chunks, one denoising step yields their mean, and more steps lead to one of them. A
 rectified policy is trained on pairs instead: a noise, and the chunk that DDIM makes of this noise with the policy as it
@@ -10,11 +10,18 @@ Between noises that lead to one chunk and noises that lead to another, the targe
 exactly. There the squared error favours a chunk between the two, and the absolute error favours one of them. The loss
 is therefore a pseudo-Huber loss, which is close to the root mean square error of each chunk (Lee et al. 2024,
 "Improving the Training of Rectified Flows", arXiv:2405.20320).
+
+The policy that makes the chunks is the teacher. In most runs it is the policy itself, as it was before this phase. It
+can also be a policy of another size or prediction type, from which a new one learns (distillation): pairs do not depend
+on what network made them. A policy that predicts the noise has to become one that predicts the chunk, because at the
+last timestep, where sampling starts, the noise is all that the network sees: predicting it teaches nothing about the
+chunk, and the smallest error of it is divided by √ᾱ.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -33,7 +40,7 @@ SMALL_ERROR = 0.003
 
 
 class Rectified:
-    """The phase that trains on the policy's own chunks.
+    """The phase that trains on the teacher's chunks.
 
     Args:
         ddim_steps: denoising steps of the teacher.
@@ -44,7 +51,7 @@ class Rectified:
         self._ddim_steps, self._timesteps_per_chunk = ddim_steps, timesteps_per_chunk
 
     def begin(self, state: TrainState) -> None:
-        """Make the averaged policy the teacher, unless the run was resumed within this phase."""
+        """Make the averaged policy the teacher, unless the run has one already."""
         self._teacher = start_rectification(state, self._ddim_steps)
 
     def examples(self, batch: Batch, generator: torch.Generator) -> tuple[Batch, Tensor]:
@@ -55,12 +62,17 @@ class Rectified:
         """Compute the loss (), see `rectification_loss`."""
         return rectification_loss(policy, *examples, generator)
 
+    def validation_loss(self, policy: DiffusionPolicy, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Compute the loss () on pairs whose observations are held out."""
+        return self.loss(policy, self.examples(batch, generator), generator)
+
 
 def start_rectification(state: TrainState, ddim_steps: int) -> SamplerProgram:
-    """Make the averaged policy the teacher and the starting point of this phase, unless that was done before.
+    """Make the averaged policy the teacher and the starting point of this phase, unless there is a teacher already.
 
     Args:
-        state: the state after the phase on demonstrations, or resumed within this phase; changed in place.
+        state: the state after the phase on demonstrations, of a run that was prepared with a teacher, or resumed within
+            this phase; changed in place.
         ddim_steps: denoising steps of the teacher.
 
     Returns:
@@ -70,7 +82,17 @@ def start_rectification(state: TrainState, ddim_steps: int) -> SamplerProgram:
         state.teacher = copy.deepcopy(state.ema)
         state.policy.load_state_dict(state.ema.state_dict())
         state.optimizer.state.clear()
-    return compile_sampler(state.teacher, Sampler(ddim_steps=ddim_steps), backend="fused")
+    return compile_sampler(uncut(state.teacher), Sampler(ddim_steps=ddim_steps), backend="fused")
+
+
+def uncut(policy: DiffusionPolicy) -> DiffusionPolicy:
+    """Return the policy as one that gives out all actions that it denoises: past ones are learnt too."""
+    config = policy.config
+    if not config.past_actions:
+        return policy
+    whole = DiffusionPolicy(dataclasses.replace(config, past_actions=0, action_horizon=config.denoised_horizon))
+    whole.load_state_dict(policy.state_dict())
+    return whole.to(policy.device).eval().requires_grad_(False)
 
 
 def pairs(
@@ -80,7 +102,7 @@ def pairs(
 
     Args:
         teacher: makes the chunks.
-        batch: its observations are used, not its actions.
+        batch: its observations are used, not its actions, which may be of another width.
         generator: source of the noises.
         timesteps_per_chunk: timesteps per chunk in a step on demonstrations.
 
@@ -90,10 +112,10 @@ def pairs(
     """
     rows = min(max(len(batch["actions"]) * timesteps_per_chunk // TIMESTEPS_A_PAIR, 1), len(batch["actions"]))
     observations = {key: values[:rows] for key, values in batch["observations"].items()}
-    noise = torch.randn(batch["actions"][:rows].shape, generator=generator)
+    noise = torch.randn(rows, teacher.config.action_horizon, teacher.config.action_dim, generator=generator)
     made: Batch = {
         "observations": observations,
-        "actions": teacher(observed(teacher.config, observations), noise),
+        "actions": teacher({key: observations[key] for key in teacher.config.observation_shapes}, noise),
         "mask": torch.ones(noise.shape[:2], dtype=torch.bool),
     }
     return made, noise

@@ -12,9 +12,9 @@ class TrainSettings:
     """Settings of behaviour cloning.
 
     Attributes:
-        steps: optimiser steps on the demonstrations.
-        rectify_steps: further optimiser steps on the policy's own chunks, with a warm-up and a cosine of their own, see
-            `policy.training.rectification`; 0 for none.
+        steps: optimiser steps on the demonstrations; 0 for a run that only rectifies or distils a trained policy.
+        rectify_steps: further optimiser steps on chunks that a policy makes, with a warm-up and a cosine of their own,
+            see `policy.training.rectification`; 0 for none.
         rectify_ddim_steps: denoising steps with which those chunks are sampled.
         batch_size: windows in a step.
         timesteps_per_chunk: timesteps sampled for each window's chunk in a step. The observations are encoded once, so
@@ -64,7 +64,6 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name in (
-            "steps",
             "rectify_ddim_steps",
             "batch_size",
             "timesteps_per_chunk",
@@ -78,9 +77,11 @@ class TrainSettings:
         for name in ("learning_rate", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name} must be above 0; got {getattr(self, name)}")
-        for name in ("rectify_steps", "weight_decay", "warmup_steps", "keep_last", "rollout_every"):
+        for name in ("steps", "rectify_steps", "weight_decay", "warmup_steps", "keep_last", "rollout_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"train.{name} must be 0 or more; got {getattr(self, name)}")
+        if not self.all_steps:
+            raise ValueError("train.steps=0 and train.rectify_steps=0 leave nothing to train: give one of them steps")
         for name in ("ema_decay", "val_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 0 and below 1; got {getattr(self, name)}")
@@ -90,8 +91,8 @@ class TrainSettings:
 
     @property
     def phase_lengths(self) -> list[int]:
-        """Optimiser steps of each phase: demonstrations, then rectification if there is any."""
-        return [self.steps] + ([self.rectify_steps] if self.rectify_steps else [])
+        """Optimiser steps of each phase that there is: demonstrations, then rectification."""
+        return [steps for steps in (self.steps, self.rectify_steps) if steps]
 
     @property
     def all_steps(self) -> int:

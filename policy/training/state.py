@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from policy.model.config import config_to_json
 from policy.model.diffusion_policy import DiffusionPolicy
 
 
@@ -22,7 +23,7 @@ class TrainState:
         step: number of steps done, and of updates of the average.
         history: the log entries.
         recent: the finite losses since the last log entry.
-        teacher: during rectification, the policy that makes the chunks; None before.
+        teacher: during rectification, the policy that makes the chunks; None before, unless the run is given one.
         skipped: steps that were skipped because their loss or gradient was not finite, counted from 1 as in `history`.
     """
 
@@ -52,7 +53,8 @@ def newest_metrics(history: Sequence[Mapping[str, float]]) -> dict[str, dict[str
 
 def run_record(state: TrainState) -> dict[str, Any]:
     """The part of the state that is not tensors, as JSON data for a checkpoint."""
-    return {"step": state.step, "history": state.history, "recent": state.recent, "skipped": state.skipped}
+    record = {"step": state.step, "history": state.history, "recent": state.recent, "skipped": state.skipped}
+    return {**record, "teacher": config_to_json(state.teacher.config)} if state.teacher else record
 
 
 def restore_record(state: TrainState, record: dict[str, Any]) -> None:

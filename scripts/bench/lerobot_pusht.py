@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demonstrations", type=Path, help="pusht_cchi_v7_replay.zarr.zip")
     parser.add_argument("output_dir", type=Path, help="receives checkpoint/, state.pt and progress.jsonl")
-    parser.add_argument("--steps", type=int, default=36_000, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=24_000, help="training steps (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)

@@ -440,13 +440,13 @@ def test_a_checkpoint_cannot_have_a_module_imported(saved, tmp_path, monkeypatch
 def test_a_dataset_cannot_have_a_module_imported(demonstrations, tmp_path, monkeypatch):
     """A Minari dataset names its environment just as a checkpoint does; training must be as careful."""
     import envs
-    from policy import PolicySettings, Sampler
+    from policy import Sampler
     from policy.commands.train import train_policy
 
     (tmp_path / "evil2.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     metadata = {"env": {"name": "gym", "id": "evil2:Env-v0"}}
-    settings = PolicySettings(encoder=CONFIG.encoder, denoiser=CONFIG.denoiser, schedule=CONFIG.schedule)
+    settings = {name: getattr(CONFIG, name) for name in ("encoder", "denoiser", "schedule")}
     with pytest.raises(ValueError, match=r"would import a module.*add env\.id=evil2:Env-v0"):
         train_policy(
             envs.make,

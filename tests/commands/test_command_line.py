@@ -164,7 +164,7 @@ def test_help_may_be_asked_for_before_and_after_a_setting(run_command):
 
 def test_every_setting_of_a_command_has_a_meaning():
     """A setting without a line in a docstring would be described by nothing."""
-    for command in ("collect", "train", "rollout", "sweep", "export"):
+    for command in ("collect", "train", "rollout", "sweep", "export", "import_checkpoint"):
         settings = dict(every_setting(task_of(command)))
         assert [name for name, meanings in settings.items() if "." not in name and not meanings[0].text] == []
 

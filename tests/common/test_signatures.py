@@ -47,6 +47,7 @@ TARGETS = [
     "policy.commands.rollout:roll_out",
     "policy.commands.sweep:sweep",
     "policy.commands.export:export_policy",
+    "policy.commands.import_checkpoint:import_checkpoint",
     "policy.commands.inspect:inspect",
     "scripts.collection:collect",
     "policy:TrainSettings",

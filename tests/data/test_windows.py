@@ -59,6 +59,14 @@ def test_windows_equal_a_plain_loop(case):
     assert torch.equal(images[:, :, 0].float() - 100, batch["observations"]["state"])
 
 
+def test_past_actions_stand_before_the_chunk_and_are_masked_before_the_start():
+    windows = Windows(demonstrations([3, 2]), np.array([0, 1]), obs_horizon=1, action_horizon=2, past_actions=2)
+    batch = windows.gather(np.array([0, 1, 2, 3]))
+    assert batch["actions"][..., 1].int().sub(1000).tolist() == [[0, 0, 0, 1], [0, 0, 1, 2], [0, 1, 2, 2], [0, 0, 0, 1]]
+    assert batch["actions"][..., 0].int().sub(1000).tolist() == [[0] * 4] * 3 + [[1] * 4]
+    assert batch["mask"].int().tolist() == [[0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 0], [0, 0, 1, 1]]
+
+
 @settings(deadline=None)
 @given(case=cases())
 def test_windows_stay_inside_their_episode_and_none_is_left_out(case):

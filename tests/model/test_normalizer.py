@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.model.normalizer import Limits, Normalizer
+from policy.model.normalizer import AffineNormalizer, Limits, Normalizer
 
 
 def fitted(low, high):
@@ -165,3 +165,23 @@ def test_a_nan_in_any_block_is_refused():
     limits.update(np.array([[2.0]]))
     with pytest.raises(ValueError, match="holds a NaN or infinity"):
         Normalizer((1,)).fit(*limits)
+
+
+@given(st.tuples(st.floats(-1e3, 1e3), st.floats(1e-2, 1e3)), st.floats(-3, 3))
+def test_an_affine_normalizer_undoes_itself_without_a_bound(limit, share):
+    low, size = limit
+    affine = AffineNormalizer((1,))
+    affine.fit([low], [low + size])
+    x = torch.tensor([low + size * (0.5 + 10 * share)])
+    torch.testing.assert_close(affine.normalize(x), torch.tensor([20 * share]), atol=2e-2, rtol=1e-3)
+    torch.testing.assert_close(affine.unnormalize(affine.normalize(x)), x, atol=1e-4 * size + 1e-3, rtol=1e-4)
+
+
+def test_the_inverse_of_each_normalizer_is_its_unnormalize():
+    for made in (Normalizer((3,)), AffineNormalizer((3,))):
+        made.fit([0.0, -4.0, 7.0], [2.0, 4.0, 7.0])
+        x = torch.tensor([[0.5, -0.5, 0.25]])
+        factor, shift = made.inverse()
+        torch.testing.assert_close(x * factor + shift, made.unnormalize(x))
+        assert made.unnormalize(x)[0].tolist() == [1.5, -2.0, 7.0]
+        assert made.scale.tolist() == [1, 4, 1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from policy import DiffusionPolicy, PolicySettings, TrainSettings, load_checkpoint
+from policy import DiffusionPolicy, TrainSettings, load_checkpoint
 from policy.commands.train import train_policy
 from policy.data.demonstrations import Demonstrations
 from policy.diffusion.sampler import Sampler
@@ -188,7 +188,7 @@ def test_a_stopped_run_names_its_last_good_checkpoint_and_goes_on_from_there_ski
         train_policy(
             lambda: pytest.fail("no environment is known"),
             dataset=demonstrations,
-            policy=PolicySettings(encoder=CONFIG.encoder, denoiser=CONFIG.denoiser, schedule=CONFIG.schedule),
+            policy={name: getattr(CONFIG, name) for name in ("encoder", "denoiser", "schedule")},
             sampler=Sampler(),
             train=dataclasses.replace(SETTINGS, on_bad_loss=on_bad_loss),
             tracker=NoTracker,

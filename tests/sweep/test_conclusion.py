@@ -9,9 +9,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from policy.statistics.paired import paired_interval
 from policy.statistics.recommendation import recommend
 from policy.statistics.results import EpisodeResult
-from policy.sweep.conclusion import answer_of, telling_seeds
+from policy.sweep.conclusion import answer_of, between_checkpoints, telling_seeds
 
 CHROMIUM = shutil.which("chromium")
 
@@ -193,3 +194,30 @@ def test_launchers_that_exist_run_a_cell_a_job(launcher, planar_run, run_script,
     run_script("sweep", f"merge=[{tmp_path}/0,{tmp_path}/1]", f"output_dir={tmp_path}/all")
     rows = json.loads((tmp_path / "all" / "sweep.json").read_text())["cells"]
     assert [cell["ddim_steps"] for cell in rows] == [1, 4]
+
+
+def compared_cells(*cells, paired=True):
+    """The comparisons between checkpoints of cells, given as (checkpoint, ddim_steps, outcomes)."""
+    rows = [
+        {**row(steps, sum(solved) / len(solved)), "checkpoint": checkpoint, "cell": f"{checkpoint}{steps}"}
+        for checkpoint, steps, solved in cells
+    ]
+    return between_checkpoints(rows, [solved for *_, solved in cells], paired=paired)
+
+
+def test_checkpoints_are_compared_at_the_fewest_steps_with_the_first_one_at_its_most():
+    slow, fast, other = [True] * 380 + [False] * 20, [True] * 376 + [False] * 24, [True] * 400
+    cells = [("slow", 1, other), ("slow", 100, slow), ("fast", 8, other), ("fast", 1, fast), ("third", 2, other)]
+    found, third = compared_cells(*cells)
+    assert (found["cell"], found["reference"]) == ("fast1", "slow100")
+    low, high = paired_interval(0, 4, 400)
+    assert found["difference"] == pytest.approx(-0.01)
+    assert (found["difference_low"], found["difference_high"]) == (pytest.approx(low), pytest.approx(high))
+    assert found["sentence"] == (
+        "ddim_steps 1, checkpoint fast differs from ddim_steps 100, checkpoint slow by -1.0 points (95 %:"
+        f" {100 * low:+.1f} to {100 * high:+.1f}) of success, over 400 episodes; a chunk takes 0.5 ms instead of 50.0."
+    )
+    assert (third["cell"], third["difference"]) == ("third2", pytest.approx(0.05))
+    wide = compared_cells(*cells, paired=False)[0]
+    assert wide["difference_low"] < low
+    assert compared_cells(*cells[:2]) == []

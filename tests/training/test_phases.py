@@ -130,6 +130,9 @@ class Spy:
         self.notes.append(("loss", self.name, self.state.step, torch.is_autocast_enabled("cpu")))
         return policy.loss(examples["batch"], generator)
 
+    def validation_loss(self, policy, batch, generator):
+        return policy.loss(batch, generator)
+
 
 @pytest.fixture
 def spies(monkeypatch):

@@ -13,7 +13,7 @@ from policy.common.seeding import derive_generator
 from policy.data.demonstrations import Demonstrations
 from policy.data.windows import split_episodes
 from policy.model.diffusion_policy import observed
-from policy.training.loop import train, update_ema, validation_loss
+from policy.training.loop import Demonstrated, train, update_ema, validation_loss
 from policy.training.preparation import prepare_run, start_training
 from policy.training.settings import learning_rate
 from tests.conftest import small_config
@@ -239,13 +239,13 @@ def test_the_validation_loss_is_the_same_every_time(demonstrations):
     )
     run = prepared(demonstrations, config)
     go(run, should_stop=lambda: run.state.step == 5)
-    first = validation_loss(run.state.ema, run.validation)
+    first = validation_loss(Demonstrated(SETTINGS), run.state.ema, run.validation)
     torch.manual_seed(99)
-    assert validation_loss(run.state.ema, run.validation) == first
+    assert validation_loss(Demonstrated(SETTINGS), run.state.ema, run.validation) == first
     assert math.isfinite(first)
     assert first > 0
     go(run)
-    assert validation_loss(run.state.ema, run.validation) != first
+    assert validation_loss(Demonstrated(SETTINGS), run.state.ema, run.validation) != first
 
 
 def test_the_validation_loss_is_over_held_out_windows(demonstrations):
@@ -256,7 +256,7 @@ def test_the_validation_loss_is_over_held_out_windows(demonstrations):
     everything = run.validation.gather(np.arange(length))
     with torch.no_grad():
         expected = run.state.ema.loss(everything, derive_generator(0)).item()
-    assert validation_loss(run.state.ema, run.validation) == expected
+    assert validation_loss(Demonstrated(SETTINGS), run.state.ema, run.validation) == expected
 
 
 def test_without_held_out_episodes_there_is_no_validation_loss(demonstrations):
@@ -312,9 +312,9 @@ def test_the_terminal_shows_validation_loss_and_rollout_success_beside_the_loss(
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, 0) for name in ("steps", "batch_size", "log_every", "val_every", "save_every", "rollout_episodes")),
+        *((name, 0) for name in ("batch_size", "log_every", "val_every", "save_every", "rollout_episodes")),
         *((name, 0.0) for name in ("learning_rate", "grad_clip")),
-        *((name, -1) for name in ("weight_decay", "warmup_steps", "rollout_every")),
+        *((name, -1) for name in ("steps", "weight_decay", "warmup_steps", "rollout_every")),
         *((name, value) for name in ("ema_decay", "val_fraction") for value in (-0.1, 1.0)),
         *((name, math.nan) for name in ("learning_rate", "grad_clip", "weight_decay", "ema_decay", "val_fraction")),
     ],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,13 +81,14 @@ def read_diffusion_policy(path: Path, *, average: bool = True) -> Imported:
     _refuse(found, kind)
     weights_name, state = _state(path, content, average)
     network = under("model.", state)
-    obs_horizon, horizon = found.take("n_obs_steps", int), found.take("horizon", int)
-    encoder = ENCODERS[observed](found, state, obs_horizon)
+    obs_horizon, horizon = found.count("n_obs_steps"), found.count("horizon")
+    with _reading_shapes(path):
+        encoder = ENCODERS[observed](found, state, obs_horizon)
+        denoiser, denoiser_weights = DENOISERS[kind](found, network, obs_horizon)
     # The action of the oldest observation comes first; without the convention, that of the one before it.
     past_actions = obs_horizon - 1
     if name == "DiffusionUnetLowdimPolicy" and not found.take("oa_step_convention", bool, False):
         past_actions += 1
-    denoiser, denoiser_weights = DENOISERS[kind](found, network, obs_horizon)
     scheduler = found.within("noise_scheduler")
     action_dim = len(_weight(path, network, "final_conv.1.bias" if kind == "unet" else "head.bias"))
     config = PolicyConfig(
@@ -167,12 +169,24 @@ def _state(path: Path, content: Mapping[str, Any], average: bool) -> tuple[str, 
         raise ValueError(f"{path} must hold its weights as a mapping; got {type(state).__name__}")
     tensors = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
     for key, value in tensors.items():
-        if value.is_floating_point() and not value.isfinite().all():
+        # The mask of causal attention is infinite.
+        if value.is_floating_point() and not key.endswith("mask") and not value.isfinite().all():
             raise ValueError(f"{path} holds a NaN or an infinity in {key[:80]!r}")
     words = {"ema_model": "averaged (ema_model)", "model": "plain (model)"}
     return words[given[0]], {
         key: value.float() if value.is_floating_point() else value for key, value in tensors.items()
     }
+
+
+@contextmanager
+def _reading_shapes(path: Path) -> Iterator[None]:
+    """Say in one sentence that a weight has another number of dimensions than the code that takes it apart expects."""
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} holds weights of other shapes than diffusion_policy writes ({str(error).partition(chr(10))[0]})"
+        ) from error
 
 
 def _weight(path: Path, weights: Mapping[str, Tensor], key: str, dimensions: int = 1) -> Tensor:

@@ -34,6 +34,16 @@ class Settings:
             raise ValueError(f"{self.path} must hold {self.place + name!r} as {kind.__name__}; got {got}")
         return value  # type: ignore[return-value]
 
+    def count(self, name: str) -> int:
+        """Return a whole number of 1 or more.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        if (value := self.take(name, int)) < 1:
+            raise ValueError(f"{self.path} must hold {self.place + name!r} as a number of 1 or more; got {value}")
+        return value
+
     def within(self, name: str) -> Settings:
         """Return the settings that lie under a name."""
         return Settings(self.take(name, dict), self.path, f"{self.place}{name}.")

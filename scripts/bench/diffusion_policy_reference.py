@@ -38,10 +38,11 @@ ROLLOUT_STEPS = 8
 TIMESTEPS = (0, 1, 50, 99)
 POLICY, MODEL = "diffusion_policy.policy", "diffusion_policy.model"
 UNET: dict[str, Any] = {"diffusion_step_embed_dim": 32, "down_dims": [16, 32], "kernel_size": 3, "n_groups": 8}
-TINY_UNET = {**UNET, "diffusion_step_embed_dim": 16, "down_dims": [16, 16]}
+TINY_UNET = {**UNET, "diffusion_step_embed_dim": 16, "down_dims": [16, 16], "n_groups": 4}
 TRANSFORMER: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_emb": 24, "p_drop_emb": 0.1, "p_drop_attn": 0.1}
 STATE = {"agent_pos": {"shape": [2], "type": "low_dim"}, "a_speed": {"shape": [3], "type": "low_dim"}}
 CAMERAS = {key: {"shape": [3, 40, 46], "type": "rgb"} for key in ("wrist", "front")}
+SMALL_CAMERAS = {key: {"shape": [3, 26, 29], "type": "rgb"} for key in CAMERAS}
 
 
 class NarrowResNet(ResNet):
@@ -123,7 +124,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lowdim_odd": (
         low_dim(
             UNET_LOW_DIM,
-            unet_model(**{**TINY_UNET, "n_groups": 4}, cond_predict_scale=False),
+            unet_model(**TINY_UNET, cond_predict_scale=False),
             n_obs=3,
             obs_as_global_cond=True,
             oa_step_convention=False,
@@ -141,9 +142,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "image_shared": (
         images(
             UNET_IMAGE,
-            {**STATE, **CAMERAS},
-            **TINY_UNET,
-            obs_encoder=multi_image(4, share_rgb_model=True, imagenet_norm=True, crop_shape=[35, 36]),
+            {**STATE, **SMALL_CAMERAS},
+            **{**TINY_UNET, "down_dims": [8, 8]},
+            obs_encoder=multi_image(2, share_rgb_model=True, imagenet_norm=True, crop_shape=[21, 24]),
         ),
         {},
     ),

@@ -183,7 +183,7 @@ def _reading_shapes(path: Path) -> Iterator[None]:
     """Say in one sentence that a weight has another number of dimensions than the code that takes it apart expects."""
     try:
         yield
-    except (IndexError, RuntimeError) as error:
+    except (IndexError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"{path} holds weights of other shapes than diffusion_policy writes ({str(error).partition(chr(10))[0]})"
         ) from error

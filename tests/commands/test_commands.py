@@ -214,7 +214,9 @@ def test_interrupted_training_saves_says_how_to_go_on_and_equals_an_uninterrupte
         assert whole.read_bytes() == cut.read_bytes()
 
 
-@pytest.mark.parametrize("name", ["collect", "inspect_data", "train", "rollout", "sweep", "export", "import_checkpoint"])
+@pytest.mark.parametrize(
+    "name", ["collect", "inspect_data", "train", "rollout", "sweep", "export", "import_checkpoint"]
+)
 def test_help_shows_settings_groups_and_an_example(run_command, name):
     out = run_command(name, "--help").stdout
     assert f"python scripts/{name}.py" in out

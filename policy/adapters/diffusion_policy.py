@@ -115,7 +115,9 @@ def read_diffusion_policy(path: Path, *, average: bool = True) -> Imported:
             **prefixed("denoiser.", denoiser_weights),
         },
         execution_horizon=executed,
-        found=_described(found, name, weights_name, f"horizon[{past_actions}:{past_actions + executed}] of {horizon}"),
+        found=_described(
+            found, encoder, name, weights_name, f"horizon[{past_actions}:{past_actions + executed}] of {horizon}"
+        ),
         differences=(*_sampling(found), *_others(encoder, network, late)),
     )
 
@@ -183,7 +185,7 @@ def _reading_shapes(path: Path) -> Iterator[None]:
     """Say in one sentence that a weight has another number of dimensions than the code that takes it apart expects."""
     try:
         yield
-    except (IndexError, RuntimeError) as error:
+    except (IndexError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"{path} holds weights of other shapes than diffusion_policy writes ({str(error).partition(chr(10))[0]})"
         ) from error
@@ -470,17 +472,17 @@ def _scheduler_of(found: Settings) -> tuple[str, int]:
     return scheduler.take("_target_", str, "DDPMScheduler").rpartition(".")[2], own
 
 
-def _described(found: Settings, name: str, weights: str, executed: str) -> dict[str, str]:
+def _their_shape(shape: tuple[int, ...]) -> list[int]:
+    return [shape[-1], *shape[:-1]]
+
+
+def _described(found: Settings, encoder: Encoder, name: str, weights: str, executed: str) -> dict[str, str]:
     scheduler, own = _scheduler_of(found)
     settings = found.within("noise_scheduler")
-    inputs = {VECTOR: ""}
-    if "shape_meta" in found.data:
-        observed = found.within("shape_meta").within("obs")
-        inputs = {key: str(observed.within(key).data["shape"]) for key in observed.data}
     return {
         "class": name,
         "weights": weights,
-        "inputs": ", ".join(f"{key} {shape}".strip() for key, shape in inputs.items()),
+        "inputs": ", ".join(f"{key} {_their_shape(shape)}" for key, shape in encoder.shapes.items()),
         "scheduler": f"{scheduler}, {settings.take('num_train_timesteps', int, 1000)} timesteps,"
         f" {settings.take('beta_schedule', str, 'linear')}, samples with {own} steps",
         "prediction": _prediction_type(settings),

@@ -74,7 +74,7 @@ def test_without_their_convention_the_action_for_the_newest_observation_is_one_l
     assert read.found == {
         "class": "DiffusionUnetLowdimPolicy",
         "weights": "plain (model)",
-        "inputs": "obs",
+        "inputs": "obs [5]",
         "scheduler": "DDPMScheduler, 100 timesteps, squaredcos_cap_v2, samples with 100 steps",
         "prediction": "sample",
         "executed": "horizon[3:11] of 16",

@@ -224,7 +224,7 @@ def _unet(found: Settings, network: dict[str, Tensor], obs_horizon: int) -> tupl
 def _scales(network: Mapping[str, Tensor]) -> bool:
     """Whether the blocks of a U-Net have a scale besides the shift."""
     condition, norm = (network.get(f"mid_modules.0.{key}") for key in ("cond_encoder.1.bias", "blocks.0.block.1.bias"))
-    return condition is None or norm is None or len(condition) == 2 * len(norm)
+    return condition is None or norm is None or condition.shape[:1] == (2 * norm.numel(),)
 
 
 def _transformer(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from policy.adapters.imported import Imported, affine, normalizer_prefix, prefixed, under
 from policy.adapters.resnet_keys import backbone_weights, describe_backbone, head_weight
 from policy.adapters.schedules import schedule_settings
+from policy.adapters.settings import Settings
 from policy.adapters.unet_keys import unet_weights
 from policy.checkpoint.files import read_json, read_tensors
 from policy.model.config import PolicyConfig
@@ -28,8 +29,6 @@ EPSILON = 1e-8
 # A picture is in [0, 1] there, and in [0, 255] here.
 PIXEL = 255.0
 
-T = TypeVar("T")
-
 
 def read_lerobot(folder: Path) -> Imported:
     """Read a diffusion policy that LeRobot saved. Nothing in it is executed.
@@ -44,13 +43,13 @@ def read_lerobot(folder: Path) -> Imported:
         ValueError: a file is missing or damaged, the policy is of another type, or it has a setting that our parts do
             not have; the message says which.
     """
-    found = _Settings(read_json(folder / CONFIG), folder / CONFIG)
+    found = Settings(read_json(folder / CONFIG), folder / CONFIG)
     _refuse(folder, found)
     inputs, tensors = _inputs(found), _weights(folder)
     statistics = _Statistics(folder, found, tensors)
     encoder, encoder_weights, features = _encoder(found, inputs, tensors)
     obs_horizon, horizon = found.take("n_obs_steps", int), found.take("horizon", int)
-    action_dim = found.features("output_features")[ACTION][1][0]
+    action_dim = _features(found, "output_features")[ACTION][1][0]
     scales, timestep_size = found.take("use_film_scale_modulation", bool), found.take("diffusion_step_embed_dim", int)
     config = PolicyConfig(
         observation_shapes={key: _our_shape(kind, shape) for key, (kind, shape) in inputs.items()},
@@ -75,16 +74,14 @@ def read_lerobot(folder: Path) -> Imported:
         },
         schedule=_schedule(found),
     )
-    normalizers = {
-        **{normalizer_prefix(key): statistics.normalizer(key, kind) for key, (kind, _) in inputs.items()},
-        "action_normalizer.": statistics.normalizer(ACTION, "ACTION"),
-    }
     unet = {key.removeprefix("_orig_mod."): value for key, value in under("diffusion.unet.", tensors).items()}
     weights = {
-        **{name: value for prefix, part in normalizers.items() for name, value in prefixed(prefix, part).items()},
+        **prefixed("action_normalizer.", statistics.normalizer(ACTION, "ACTION")),
         **prefixed("encoder.", encoder_weights),
         **prefixed("denoiser.", unet_weights(unet, timestep_size=timestep_size, scales=scales)),
     }
+    for key, (kind, _) in inputs.items():
+        weights |= prefixed(normalizer_prefix(key), statistics.normalizer(key, kind))
     return Imported(
         project="LeRobot",
         config=config,
@@ -95,43 +92,18 @@ def read_lerobot(folder: Path) -> Imported:
     )
 
 
-class _Settings:
-    """The settings of a policy, checked as they are taken."""
-
-    def __init__(self, data: Mapping[str, Any], path: Path) -> None:
-        self.data, self.path = data, path
-
-    def take(self, name: str, kind: type[T], default: Any = ...) -> T:
-        value = self.data.get(name, default)
-        wanted = (int, float) if kind is float else kind
-        if value is ... or not isinstance(value, wanted) or (kind is int and isinstance(value, bool)):
-            got = "nothing" if value is ... else repr(value)[:80]
-            raise ValueError(f"{self.path} must hold {name!r} as {kind.__name__}; got {got}")
-        return value  # type: ignore[return-value]
-
-    def pair(self, name: str) -> tuple[int, int] | None:
-        """A height and a width, or None."""
-        value = self.data.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, list) or len(value) != 2 or not all(type(size) is int and size > 0 for size in value):
-            raise ValueError(f"{self.path} must hold {name!r} as a height and a width; got {repr(value)[:80]}")
-        return value[0], value[1]
-
-    def features(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Type and shape of each feature."""
-        described = {}
-        for key, feature in self.take(name, dict).items():
-            kind, shape = (feature.get(part) if isinstance(feature, dict) else None for part in ("type", "shape"))
-            if not isinstance(kind, str) or not isinstance(shape, list) or not all(type(n) is int for n in shape):
-                raise ValueError(
-                    f"{self.path} must hold {name} with type and shape; got {repr(feature)[:80]} for {key!r}"
-                )
-            described[key] = (kind, tuple(shape))
-        return described
+def _features(found: Settings, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of each feature."""
+    described = {}
+    for key, feature in found.take(name, dict).items():
+        kind, shape = (feature.get(part) if isinstance(feature, dict) else None for part in ("type", "shape"))
+        if not isinstance(kind, str) or not isinstance(shape, list) or not all(type(n) is int for n in shape):
+            raise ValueError(f"{found.path} must hold {name} with type and shape; got {repr(feature)[:80]} for {key!r}")
+        described[key] = (kind, tuple(shape))
+    return described
 
 
-def _refuse(folder: Path, found: _Settings) -> None:
+def _refuse(folder: Path, found: Settings) -> None:
     """Reject what is not a diffusion policy, or one that our parts cannot hold."""
     kind = found.data.get("type")
     if kind != "diffusion":
@@ -140,13 +112,13 @@ def _refuse(folder: Path, found: _Settings) -> None:
         )
     if found.data.get("use_peft") or (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} holds adapter weights (PEFT): merge them into the policy with LeRobot first")
-    if ACTION not in found.features("output_features"):
+    if ACTION not in _features(found, "output_features"):
         raise ValueError(f"{found.path} must hold the output feature 'action'")
 
 
-def _inputs(found: _Settings) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _inputs(found: Settings) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The observations in the order of LeRobot's condition: state, pictures, environment state."""
-    given = found.features("input_features")
+    given = _features(found, "input_features")
     pictures = [key for key, (kind, _) in given.items() if kind == "VISUAL"]
     order = [key for key in (STATE, *pictures, ENVIRONMENT_STATE) if key in given]
     if unknown := sorted(given.keys() - set(order)):
@@ -171,14 +143,14 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     return read_tensors(folder / WEIGHTS, finite=lambda key: "normalize_" not in key)
 
 
-def _schedule(found: _Settings) -> dict[str, Any]:
+def _schedule(found: Settings) -> dict[str, Any]:
     name, num_steps = found.take("beta_schedule", str), found.take("num_train_timesteps", int)
     start, end = (float(found.take(name, float)) for name in ("beta_start", "beta_end"))
     return schedule_settings(found.path, name, num_steps, start, end)
 
 
 def _encoder(
-    found: _Settings, inputs: Mapping[str, tuple[str, tuple[int, ...]]], tensors: Mapping[str, Tensor]
+    found: Settings, inputs: Mapping[str, tuple[str, tuple[int, ...]]], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor], int]:
     """The encoder's settings, its weights, and the number of features of one step."""
     order = list(inputs)
@@ -214,7 +186,7 @@ def _encoder(
     )
 
 
-def _crop(found: _Settings, resize: tuple[int, int] | None) -> tuple[int, int] | None:
+def _crop(found: Settings, resize: tuple[int, int] | None) -> tuple[int, int] | None:
     """The crop: with a resize it is a share of that size, otherwise `crop_shape`."""
     ratio = found.take("crop_ratio", float, 1.0)
     if resize is None or found.data.get("crop_ratio") is None:
@@ -241,9 +213,10 @@ def _camera_weights(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class _Statistics:
     """How each feature is normalised, and its statistics, from processors (0.4 and later) or from the weights."""
 
-    def __init__(self, folder: Path, found: _Settings, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, folder: Path, found: Settings, tensors: Mapping[str, Tensor]) -> None:
         self.folder = folder
         self.mapping = found.take("normalization_mapping", dict, {})
+        self.features = {**_features(found, "input_features"), **_features(found, "output_features")}
         self.by_processor = {
             ACTION: _processor(folder, POSTPROCESSOR, "unnormalizer_processor"),
             "": _processor(folder, PREPROCESSOR, "normalizer_processor"),
@@ -280,9 +253,7 @@ class _Statistics:
         return self.by_processor[ACTION if key == ACTION else ""]
 
     def _size(self, key: str) -> int:
-        data = read_json(self.folder / CONFIG)
-        feature = {**data["input_features"], **data["output_features"]}[key]
-        return int(feature["shape"][0])
+        return self.features[key][1][0]
 
     def _of(self, key: str, name: str) -> Tensor:
         """A statistic as a vector, float64."""
@@ -324,7 +295,7 @@ def _processor(folder: Path, file: str, name: str) -> dict[str, Any] | None:
     return {**step, "tensors": tensors}
 
 
-def _described(found: _Settings, inputs: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, str]:
+def _described(found: Settings, inputs: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, str]:
     first, steps = found.take("n_obs_steps", int) - 1, found.take("n_action_steps", int)
     own = found.data.get("num_inference_steps") or found.take("num_train_timesteps", int)
     return {
@@ -336,7 +307,7 @@ def _described(found: _Settings, inputs: Mapping[str, tuple[str, tuple[int, ...]
     }
 
 
-def _differences(found: _Settings) -> tuple[str, ...]:
+def _differences(found: Settings) -> tuple[str, ...]:
     steps = found.take("num_train_timesteps", int)
     own = found.data.get("num_inference_steps") or steps
     scheduler = found.take("noise_scheduler_type", str)

@@ -147,12 +147,14 @@ class _Sides:
 
     def ddpm(self) -> Iterator[Comparison]:
         """DDPM with the other project's own noise."""
+        # Rounding errors grow with the range of the samples.
+        bound = DDPM_BOUND * max(self.policy.config.action_bound or 1, 1)
         for steps in self._steps("ddpm"):
             sampler = Sampler(ddim_steps=steps, spacing="leading", eta=1.0)
             added = torch.from_numpy(self.reference[f"ddpm{steps}/step_noise"])
             actions = self._sampled(sampler, step_noise=added)
-            yield self._chunks(f"DDPM {steps}", actions, self._in_units(f"ddpm{steps}"), DDPM_BOUND)
-            yield from self._executed(f"ddpm{steps}", f"DDPM {steps}, executed", actions, DDPM_BOUND)
+            yield self._chunks(f"DDPM {steps}", actions, self._in_units(f"ddpm{steps}"), bound)
+            yield from self._executed(f"ddpm{steps}", f"DDPM {steps}, executed", actions, bound)
 
     def as_they_sample(self) -> Iterator[Comparison]:
         """DDIM as diffusers takes its steps: the noise is not derived again."""

@@ -91,7 +91,7 @@ def test_a_training_that_fails_is_named(tmp_path):
 @pytest.mark.parametrize("arguments", [[], ["push"], ["planar", "episodes"]])
 def test_another_preset_is_refused_with_those_there_are(arguments, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["quality", *arguments])
-    with pytest.raises(SystemExit, match=r"planar\|pusht_image\|pusht_keypoints\|pusht_state"):
+    with pytest.raises(SystemExit, match=r"planar\|pusht_corners\|pusht_image\|pusht_keypoints\|pusht_state"):
         quality.main()
 
 

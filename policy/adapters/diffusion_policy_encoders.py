@@ -12,7 +12,7 @@ from torch import Tensor
 
 from policy.adapters.imported import prefixed, under
 from policy.adapters.resnet_keys import backbone_weights, describe_backbone, head_weight
-from policy.adapters.settings import Settings
+from policy.adapters.settings import Settings, is_size
 
 # The only observation of a policy that observes one vector.
 VECTOR = "obs"
@@ -158,7 +158,7 @@ def _shapes(found: Settings) -> dict[str, tuple[int, ...]]:
         feature = observed.within(key)
         shape, kind = feature.take("shape", list), feature.take("type", str, "low_dim")
         rank = {"rgb": 3, "low_dim": 1}.get(kind)
-        if len(shape) != rank or not all(type(size) is int and size > 0 for size in shape):
+        if len(shape) != rank or not all(map(is_size, shape)):
             raise ValueError(
                 f"{found.path} observes {key!r} of type {kind[:80]!r} with shape {str(shape)[:80]}; pictures (type rgb)"
                 " of three sizes and vectors (type low_dim) of one can be imported"

@@ -7,6 +7,9 @@ from typing import Any
 
 from policy.diffusion.schedule import MAX_FINAL_ALPHA_CUMPROD
 
+# Far above the 1000 timesteps of image models.
+MOST_TIMESTEPS = 100_000
+
 
 def schedule_settings(source: object, name: str, num_steps: int, beta_start: float, beta_end: float) -> dict[str, Any]:
     """Return the settings of `make_schedule` that give the betas of a scheduler of diffusers.
@@ -21,6 +24,8 @@ def schedule_settings(source: object, name: str, num_steps: int, beta_start: flo
     Raises:
         ValueError: another schedule, or one that leaves signal at its last timestep.
     """
+    if not 1 <= num_steps <= MOST_TIMESTEPS:
+        raise ValueError(f"{source} has {num_steps} timesteps; 1 to {MOST_TIMESTEPS} can be imported")
     if name == "squaredcos_cap_v2":
         return {"num_steps": num_steps, "beta_schedule": name}
     if name != "linear":

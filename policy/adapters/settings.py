@@ -8,6 +8,14 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+# Far above real pictures and vectors; a larger one in a file would take any amount of memory.
+MOST_SIZE = 10_000
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value can be the size of a picture or a vector."""
+    return type(value) is int and 0 < value <= MOST_SIZE
+
 
 class Settings:
     """Settings by name.
@@ -57,7 +65,7 @@ class Settings:
         value = self.data.get(name, default)
         if value is None:
             return None
-        if not isinstance(value, list | tuple) or len(value) != 2 or not all(type(n) is int and n > 0 for n in value):
+        if not isinstance(value, list | tuple) or len(value) != 2 or not all(map(is_size, value)):
             raise ValueError(
                 f"{self.path} must hold {self.place + name!r} as a height and a width; got {repr(value)[:80]}"
             )

@@ -205,6 +205,8 @@ def scheduler_of(config, **settings):
         (IMAGE, {"shape_meta": {"obs": {"front": {"shape": [3, 26], "type": "rgb"}}}}, "pictures (type rgb) of three"),
         (ODD, lambda c: scheduler_of(c, beta_schedule="linear"), "linear steps, which leave 0.36 of the signal"),
         (ODD, lambda c: scheduler_of(c, beta_schedule="scaled_linear"), "'squaredcos_cap_v2' and 'linear' can be"),
+        (ODD, lambda c: scheduler_of(c, num_train_timesteps=10**12), "has 1000000000000 timesteps; 1 to 100000 can"),
+        (IMAGE, lambda c: encoder_of(c, resize_shape=[10**9, 9]), "'cfg.policy.obs_encoder.resize_shape' as a height"),
         (ODD, lambda c: scheduler_of(c, prediction_type="flow"), "prediction_type='flow'; epsilon, sample, v_pred"),
         (ODD, lambda c: scheduler_of(c, thresholding=True), "a noise scheduler with thresholding"),
         (IMAGE, lambda c: encoder_of(c, _target_="x.TimmEncoder"), "'TimmEncoder'; MultiImageObsEncoder can be"),

@@ -146,7 +146,11 @@ def _state(path: Path, content: Mapping[str, Any], average: bool) -> tuple[str, 
     state = plain(states[given[0]])
     if not isinstance(state, dict):
         raise ValueError(f"{path} must hold its weights as a mapping; got {type(state).__name__}")
-    tensors = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    tensors = {
+        key: value
+        for key, value in state.items()
+        if isinstance(key, str) and isinstance(value, Tensor) and not value.is_complex()
+    }
     for key, value in tensors.items():
         # The mask of causal attention is infinite.
         if value.is_floating_point() and not key.endswith("mask") and not value.isfinite().all():

@@ -43,13 +43,15 @@ class Settings:
         return value  # type: ignore[return-value]
 
     def count(self, name: str) -> int:
-        """Return a whole number of 1 or more.
+        """Return a whole number within 1..`MOST_SIZE`.
 
         Raises:
             ValueError: it is something else.
         """
-        if (value := self.take(name, int)) < 1:
-            raise ValueError(f"{self.path} must hold {self.place + name!r} as a number of 1 or more; got {value}")
+        if not is_size(value := self.take(name, int)):
+            raise ValueError(
+                f"{self.path} must hold {self.place + name!r} as a number of 1 to {MOST_SIZE}; got {value}"
+            )
         return value
 
     def within(self, name: str) -> Settings:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -19,7 +21,8 @@ from policy.common.observations import Observations, check_observations, is_imag
 from policy.diffusion.coefficients import reverse_process
 from policy.diffusion.ddim import Generators, randn_like
 from policy.diffusion.sampler import Course, Sampler
-from policy.inference.onnx_graph import build_model, observation_input, require
+from policy.inference.mapped import MappedArrays
+from policy.inference.onnx_graph import build_graph, kind_of, observation_input, require, sampler_inputs
 from policy.inference.program import Program, SamplingInputs
 from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
@@ -48,7 +51,7 @@ class Backend(Protocol):
         """Compile a policy's sampling.
 
         Args:
-            policy: a copy, in evaluation mode, without gradients.
+            policy: the policy, in evaluation mode; its weights do not change any more.
             sampler: settings of the sampler.
             course: starting point and timesteps of sampling.
             weights: type of the weights, one of `WEIGHTS`.
@@ -203,18 +206,38 @@ def compile_sampler(
         >>> program({"state": torch.zeros(3, 2, 5)}, noise=torch.zeros(3, 8, 2)).shape
         torch.Size([3, 8, 2])
     """
+    frozen = copy.deepcopy(policy).eval().requires_grad_(False)
+    return compile_shared(frozen, sampler, backend=backend, weights=weights)
+
+
+def compile_shared(
+    policy: DiffusionPolicy, sampler: Sampler, *, backend: str = DEFAULT_BACKEND, weights: str = DEFAULT_WEIGHTS
+) -> SamplerProgram:
+    """Compile as `compile_sampler` does, without a copy: all programs of one policy share its weights.
+
+    Args:
+        policy: the policy to sample from, in evaluation mode, whose weights do not change any more.
+        sampler: see `compile_sampler`.
+        backend: see `compile_sampler`.
+        weights: see `compile_sampler`.
+
+    Returns:
+        The program.
+
+    Raises:
+        ValueError: see `compile_sampler`.
+    """
     check_backend(backend, weights)
     sampler.check(policy.schedule.num_steps)
-    frozen = copy.deepcopy(policy).eval().requires_grad_(False)
     build, schedule = BACKENDS[backend], policy.schedule
-    run = build(frozen, sampler, sampler.cold_course(schedule), weights)
+    run = build(policy, sampler, sampler.cold_course(schedule), weights)
     is_warm = sampler.warm_start is not None
     return SamplerProgram(
         config=policy.config,
         sampler=sampler,
         backend=backend,
         run=run,
-        warm_run=build(frozen, sampler, sampler.warm_course(schedule), weights) if is_warm else run,
+        warm_run=build(policy, sampler, sampler.warm_course(schedule), weights) if is_warm else run,
         action_scale=policy.action_normalizer.scale.cpu().numpy(),
     )
 
@@ -313,40 +336,80 @@ def _first_line(error: Exception) -> str:
     return next(iter(f"{type(error).__name__}: {error}".splitlines()))
 
 
-class Onnx:
-    """The fused program as a model in ONNX Runtime, on one CPU thread. It can be pickled and sent to another process.
-
-    Attributes:
-        device: the CPU.
+class OnnxModel:
+    """A graph with its weights, which all samplers of a policy share. It can be pickled for another process.
 
     Args:
-        model: the bytes that `build_model` returns.
+        graph: the serialised graph, see `OnnxGraph`.
+        weights: the weights that it declares.
     """
 
-    device = torch.device("cpu")
+    def __init__(self, graph: bytes, weights: MappedArrays) -> None:
+        self._graph, self._weights = graph, weights
 
-    def __init__(self, model: bytes) -> None:
+    @cached_property
+    def session(self) -> Any:
+        """The graph in ONNX Runtime, on one CPU thread. It is loaded where it runs, in each process once."""
         onnxruntime = require("onnxruntime")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        self.model = model
-        self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        arrays = self._weights.arrays()
+        options.add_external_initializers(
+            list(arrays), [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+        )
+        session = onnxruntime.InferenceSession(self._graph, options, providers=["CPUExecutionProvider"])
+        # The runtime reads the matrices no more: it has packed a copy of each in the order of its products.
+        self._weights.forget()
+        return session
+
+    def unload(self) -> None:
+        """Free the session's memory, which the next call takes again."""
+        self.__dict__.pop("session", None)
+
+    def __reduce__(self) -> tuple[type[OnnxModel], tuple[bytes, MappedArrays]]:
+        return OnnxModel, (self._graph, self._weights)
+
+
+# The graphs of policies that are in use.
+_MODELS: WeakKeyDictionary[DiffusionPolicy, dict[Hashable, OnnxModel]] = WeakKeyDictionary()
+
+
+class Onnx:
+    """The fused program in ONNX Runtime, on one CPU thread. It can be pickled and sent to another process.
+
+    Attributes:
+        device: the CPU.
+        model: the graph, which all programs of a policy share that clip alike and are alike stochastic.
+
+    Args:
+        model: see above.
+        constants: the graph's inputs that depend on the sampler, see `sampler_inputs`.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: OnnxModel, constants: Mapping[str, NDArray[np.float32]]) -> None:
+        self.model, self._constants = model, dict(constants)
 
     @classmethod
     def build(cls, policy: DiffusionPolicy, sampler: Sampler, course: Course, weights: str) -> Onnx:
         """See `Backend`."""
-        return cls(build_model(Program(policy.cpu(), sampler, course), weights))
-
-    def __reduce__(self) -> tuple[type[Onnx], tuple[bytes]]:
-        return Onnx, (self.model,)
+        require("onnxruntime")
+        on_cpu = policy if policy.device.type == "cpu" else copy.deepcopy(policy).cpu()
+        program = Program(on_cpu, sampler, course)
+        models, kind = _MODELS.setdefault(policy, {}), (*kind_of(sampler), weights)
+        if kind not in models:
+            graph = build_graph(program, weights)
+            models[kind] = OnnxModel(graph.model.SerializeToString(), MappedArrays.write(graph.weights))
+        return cls(models[kind], sampler_inputs(program))
 
     def __call__(self, inputs: SamplingInputs) -> Tensor:
         """See `Runner`."""
         feeds = {observation_input(key): value.numpy() for key, value in inputs.observations.items()}
         named = {name: value for name, value in inputs._asdict().items() if isinstance(value, Tensor)}
         feeds |= {name: value.numpy() for name, value in named.items()}
-        return torch.from_numpy(self._session.run(None, feeds)[0])
+        return torch.from_numpy(self.model.session.run(None, {**feeds, **self._constants})[0])
 
 
 class CudaGraph:

@@ -12,7 +12,7 @@ from gymnasium.spaces import Box
 from policy.control.receding_horizon import RecedingHorizonController
 from policy.control.timeline import ControllerSettings
 from policy.diffusion.sampler import Sampler
-from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS, SamplerProgram, compile_sampler
+from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS, SamplerProgram, compile_shared
 from policy.model.diffusion_policy import DiffusionPolicy
 
 # The `plan_batch` of all rollouts: a fixed number, so that results do not depend on the number of environments.
@@ -79,8 +79,8 @@ def controllers_of(
 
 
 def program_of(policy: DiffusionPolicy, cell: Cell) -> SamplerProgram:
-    """Compile the sampling of a cell."""
-    return compile_sampler(policy, cell.sampler, backend=cell.backend, weights=cell.weights)
+    """Compile the sampling of a cell; the programs of one policy share its weights."""
+    return compile_shared(policy, cell.sampler, backend=cell.backend, weights=cell.weights)
 
 
 def portable_programs(policies: Sequence[DiffusionPolicy], cells: Iterable[Cell]) -> dict[Cell, SamplerProgram]:

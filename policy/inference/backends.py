@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -22,13 +23,28 @@ from policy.diffusion.coefficients import reverse_process
 from policy.diffusion.ddim import Generators, randn_like
 from policy.diffusion.sampler import Course, Sampler
 from policy.inference.mapped import MappedArrays
-from policy.inference.onnx_graph import build_graph, kind_of, observation_input, require, sampler_inputs
+from policy.inference.onnx_graph import (
+    build_graph,
+    complete_model,
+    kind_of,
+    observation_input,
+    require,
+    sampler_inputs,
+)
 from policy.inference.program import Program, SamplingInputs
 from policy.model.config import PolicyConfig
-from policy.model.diffusion_policy import DiffusionPolicy
+from policy.model.diffusion_policy import DiffusionPolicy, zero_observations
 
-# The default back end, and the supported types of weights.
-DEFAULT_BACKEND = "fused"
+# Chooses a back end by the rule of `choose_backend`; and what it falls back to, which starts at once everywhere.
+DEFAULT_BACKEND = "auto"
+PLAIN_BACKEND = "fused"
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+# Parameters of a policy from which `auto` takes ONNX Runtime. Tracing takes some ten seconds of CPU time, which a chunk
+# of a policy of this size earns back within a few hundred plans, and one of a smaller policy may not in a whole sweep.
+LARGE_POLICY = 5_000_000
+# Largest difference to `eager` with which `auto` takes a back end, in half ranges of the demonstrated actions.
+AGREEMENT = 1e-4
+# The supported types of weights.
 DEFAULT_WEIGHTS = "float32"
 WEIGHTS = (DEFAULT_WEIGHTS, "int8")
 
@@ -184,12 +200,12 @@ def compile_sampler(
     Args:
         policy: the policy to sample from; it is copied, so later changes to it have no effect.
         sampler: settings of the sampler.
-        backend: `eager` takes the same steps as `sample_actions` and is the reference for the others; `fused` computes
+        backend: `auto` takes the fastest of the others, see `choose_backend`; `eager` takes the same steps as `sample_actions` and is the reference for the others; `fused` computes
             the conditions of all steps at once (see `policy.inference.program`) and is plain PyTorch, too; `compile`
             is `fused` through torch.compile (the first call is slow, and a CPU needs a C++ compiler); `onnx` is one
             graph in ONNX Runtime, on one CPU thread; `cuda_graph` records `fused` as a CUDA graph, once for each batch
             size.
-        weights: `float32`, or `int8` for the weight matrices of `onnx`.
+        weights: `float32`, or `int8` for the weight matrices and the convolutions over time of `onnx`.
 
     Returns:
         The program.
@@ -206,6 +222,8 @@ def compile_sampler(
         >>> program({"state": torch.zeros(3, 2, 5)}, noise=torch.zeros(3, 8, 2)).shape
         torch.Size([3, 8, 2])
     """
+    check_backend(backend, weights)
+    sampler.check(policy.schedule.num_steps)
     frozen = copy.deepcopy(policy).eval().requires_grad_(False)
     return compile_shared(frozen, sampler, backend=backend, weights=weights)
 
@@ -229,6 +247,8 @@ def compile_shared(
     """
     check_backend(backend, weights)
     sampler.check(policy.schedule.num_steps)
+    if backend == DEFAULT_BACKEND:
+        backend = choose_backend([policy], [sampler], weights)
     build, schedule = BACKENDS[backend], policy.schedule
     run = build(policy, sampler, sampler.cold_course(schedule), weights)
     is_warm = sampler.warm_start is not None
@@ -242,6 +262,53 @@ def compile_shared(
     )
 
 
+def choose_backend(
+    policies: Sequence[DiffusionPolicy], samplers: Iterable[Sampler], weights: str = DEFAULT_WEIGHTS
+) -> str:
+    """Choose the back end that `auto` means, by a rule and not by a timing, so that equal machines choose alike.
+
+    It is `cuda_graph` on a GPU. On a CPU it is `onnx` if one of the policies has `LARGE_POLICY` parameters or more and
+    the packages are installed, or if the weights are not float32, which no other has. If its chunks differ from those
+    of `eager` by more than `AGREEMENT`, or it cannot run a policy at all, it is `fused`.
+
+    Args:
+        policies: the policies that will be compared; they all get the same back end.
+        samplers: their samplers, of which one of each kind is tried.
+        weights: type of the weights.
+
+    Returns:
+        The name of a back end.
+    """
+    if weights != DEFAULT_WEIGHTS:
+        return "onnx"
+    if policies[0].device.type == "cuda":
+        chosen = "cuda_graph"
+    elif max(map(_size, policies)) >= LARGE_POLICY and all(map(find_spec, ONNX_PACKAGES)):
+        chosen = "onnx"
+    else:
+        return PLAIN_BACKEND
+    kinds = {kind_of(sampler): sampler for sampler in samplers}.values()
+    agree = all(_agrees(policy, sampler, chosen) for policy in policies for sampler in kinds)
+    return chosen if agree else PLAIN_BACKEND
+
+
+def _size(policy: DiffusionPolicy) -> int:
+    return sum(parameter.numel() for parameter in policy.parameters())
+
+
+def _agrees(policy: DiffusionPolicy, sampler: Sampler, backend: str) -> bool:
+    """Whether a back end can sample a policy, and samples the actions of `eager`."""
+    try:
+        program, eager = (compile_shared(policy, sampler, backend=name) for name in (backend, "eager"))
+        seen = zero_observations(policy.config, rows=1)
+        actions, expected = (
+            p.sample_actions(seen, generator=torch.Generator().manual_seed(0)).cpu() for p in (program, eager)
+        )
+    except Exception:  # a part of the user's own may be whatever the exporter or the runtime stumbles over
+        return False
+    return bool((((actions - expected) / torch.from_numpy(eager.action_scale)).abs() <= AGREEMENT).all())
+
+
 def check_backend(backend: str, weights: str) -> None:
     """Reject an unknown back end, and weights that it does not support.
 
@@ -249,9 +316,19 @@ def check_backend(backend: str, weights: str) -> None:
         ValueError: an unknown name (the message gives the nearest one), or `int8` weights for a back end other than
             `onnx`.
     """
-    if backend not in BACKENDS:
-        raise unknown_name("backend", backend, BACKENDS)
+    if backend not in (known := (DEFAULT_BACKEND, *BACKENDS)):
+        raise unknown_name("backend", backend, known)
     check_weights(weights, backend)
+
+
+def check_installed(backend: str) -> None:
+    """Reject a back end whose packages are not installed.
+
+    Raises:
+        ValueError: a package is missing; the message gives the command that installs it.
+    """
+    for package in ONNX_PACKAGES if backend == "onnx" else ():
+        require(package)
 
 
 def check_weights(weights: str, backend: str = "onnx") -> None:
@@ -262,7 +339,7 @@ def check_weights(weights: str, backend: str = "onnx") -> None:
     """
     if weights not in WEIGHTS:
         raise unknown_name("weights", weights, WEIGHTS)
-    if weights != DEFAULT_WEIGHTS and backend != "onnx":
+    if weights != DEFAULT_WEIGHTS and backend not in ("onnx", DEFAULT_BACKEND):
         raise ValueError(f"weights={weights} needs backend=onnx; got backend={backend}")
 
 
@@ -345,7 +422,7 @@ class OnnxModel:
     """
 
     def __init__(self, graph: bytes, weights: MappedArrays) -> None:
-        self._graph, self._weights = graph, weights
+        self.graph, self.weights = graph, weights
 
     @cached_property
     def session(self) -> Any:
@@ -354,13 +431,13 @@ class OnnxModel:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        arrays = self._weights.arrays()
+        arrays = self.weights.arrays()
         options.add_external_initializers(
             list(arrays), [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
         )
-        session = onnxruntime.InferenceSession(self._graph, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(self.graph, options, providers=["CPUExecutionProvider"])
         # The runtime reads the matrices no more: it has packed a copy of each in the order of its products.
-        self._weights.forget()
+        self.weights.forget()
         return session
 
     def unload(self) -> None:
@@ -368,7 +445,7 @@ class OnnxModel:
         self.__dict__.pop("session", None)
 
     def __reduce__(self) -> tuple[type[OnnxModel], tuple[bytes, MappedArrays]]:
-        return OnnxModel, (self._graph, self._weights)
+        return OnnxModel, (self.graph, self.weights)
 
 
 # The graphs of policies that are in use.
@@ -392,10 +469,14 @@ class Onnx:
     def __init__(self, model: OnnxModel, constants: Mapping[str, NDArray[np.float32]]) -> None:
         self.model, self._constants = model, dict(constants)
 
+    def file(self) -> bytes:
+        """The bytes of an ONNX file that needs neither other files nor the sampler's inputs."""
+        return complete_model(self.model.graph, self.model.weights.arrays(), self._constants)
+
     @classmethod
     def build(cls, policy: DiffusionPolicy, sampler: Sampler, course: Course, weights: str) -> Onnx:
         """See `Backend`."""
-        require("onnxruntime")
+        check_installed("onnx")
         on_cpu = policy if policy.device.type == "cpu" else copy.deepcopy(policy).cpu()
         program = Program(on_cpu, sampler, course)
         models, kind = _MODELS.setdefault(policy, {}), (*kind_of(sampler), weights)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policy.inference.mapped import Maker
-from policy.inference.products import Part
+from policy.inference.rewriting import Part
 
 # Numbers of weights that share one scale, the preferred one first. Larger blocks run faster, smaller ones round less;
 # at 128 both are near their best.

@@ -14,7 +14,7 @@ import contextlib
 import importlib
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +26,15 @@ from torch import nn
 from policy.diffusion.sampler import Sampler
 from policy.inference.int8 import narrow
 from policy.inference.mapped import Maker
-from policy.inference.products import Part, convolutions_as_products
 from policy.inference.program import Program
+from policy.inference.rewriting import Part, rewrite
 from policy.model.diffusion_policy import zero_observations
 
 OPSET = 18
 IR_VERSION = 9  # the version of ONNX 1.14 (2023), which newer runtimes can read
 # Two rows, because the exporter takes a traced size of 1 for a constant.
 TRACED_ROWS = 2
-# Numbers of a weight that is kept apart from the graph; smaller ones stay in it, where the runtime can compute with them.
+# Numbers in a weight that is kept apart from the graph. Smaller ones stay in it, so that the runtime can fold them.
 SMALLEST_WEIGHT = 1024
 LARGEST_FILE = 2**31 - 1
 
@@ -111,36 +111,43 @@ def build_graph(program: Program, weights: str) -> OnnxGraph:
     require("onnxscript")  # the exporter needs it
     prepare, step = _traced(program)
     for part in (prepare, step):
-        convolutions_as_products(onnx, part)
+        rewrite(onnx, part)
         if weights == "int8":
             narrow(onnx, part)
-    return _joined(onnx, program, prepare, step)
+    model = _joined(onnx, program, prepare, step)
+    if weights == "int8":
+        model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    return OnnxGraph(model=model, weights={**prepare.weights, **step.weights})
 
 
-def complete_model(graph: OnnxGraph, program: Program) -> bytes:
-    """Write one sampler's model with everything in it: the weights, and the sampler's inputs as constants.
+def complete_model(model: bytes, weights: Mapping[str, NDArray[Any]], constants: Mapping[str, NDArray[Any]]) -> bytes:
+    """Write one sampler's model with everything in it.
+
+    Args:
+        model: a serialised `OnnxGraph.model`.
+        weights: its weights.
+        constants: its `sampler_inputs`, which become constants.
+
+    Returns:
+        The bytes of a file.
 
     Raises:
         ValueError: the model is larger than the 2 GB that one file may have.
     """
     onnx = require("onnx")
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.model)
-    constants = sampler_inputs(program)
-    inputs = [value for value in model.graph.input if value.name not in constants]
-    stored = [value for value in model.graph.initializer if value.name not in graph.weights]
-    del model.graph.input[:], model.graph.initializer[:]
-    model.graph.input.extend(inputs)
-    model.graph.initializer.extend(stored)
-    for name, array in constants.items():
-        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-    for name, make in graph.weights.items():
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(make()), name))
-    if model.ByteSize() > LARGEST_FILE:
-        raise ValueError(
-            f"the model has {model.ByteSize() / 1e9:.1f} GB, and one ONNX file may have 2 GB: use weights=int8"
-        )
-    return bytes(model.SerializeToString())
+    size = sum(array.nbytes for array in weights.values())
+    if size > LARGEST_FILE - len(model):
+        raise ValueError(f"the model has {size / 1e9:.1f} GB, and one ONNX file may have 2 GB: use weights=int8")
+    complete = onnx.ModelProto.FromString(model)
+    graph = complete.graph
+    inputs = [value for value in graph.input if value.name not in constants]
+    stored = [value for value in graph.initializer if value.name not in weights]
+    del graph.input[:], graph.initializer[:]
+    graph.input.extend(inputs)
+    graph.initializer.extend(stored)
+    for name, array in {**constants, **weights}.items():
+        graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return bytes(complete.SerializeToString())
 
 
 def _traced(program: Program) -> tuple[Part, Part]:
@@ -202,9 +209,11 @@ def _trace(
         )
     assert traced is not None
     # The weights are taken out before the graph is serialised, so that they are not copied.
-    initializers, weights = traced.model.graph.initializers, {}
-    for name in [name for name, value in initializers.items() if value.const_value.size >= SMALLEST_WEIGHT]:
-        weights[name] = initializers.pop(name).const_value.numpy
+    initializers, weights = traced.model.graph.initializers, dict[str, Maker]()
+    for name, value in list(initializers.items()):
+        if value.const_value is not None and value.const_value.size >= SMALLEST_WEIGHT:
+            weights[name] = value.const_value.numpy
+            del initializers[name]
     return Part(traced.model_proto.graph, weights)
 
 
@@ -221,7 +230,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _joined(onnx: Any, program: Program, prepare: Part, step: Part) -> OnnxGraph:
+def _joined(onnx: Any, program: Program, prepare: Part, step: Part) -> Any:
     helper, numpy_helper, floats = onnx.helper, onnx.numpy_helper, onnx.TensorProto.FLOAT
     config, normalizer = program.policy.config, program.policy.action_normalizer
     chunk = ["batch", config.action_horizon, config.action_dim]
@@ -242,7 +251,6 @@ def _joined(onnx: Any, program: Program, prepare: Part, step: Part) -> OnnxGraph
         helper.make_node("Add", ["centred", "actions.center"], ["actions"]),
     ]
     constants = {"actions.half_range": normalizer.half_range, "actions.center": normalizer.center}
-    weights = {**prepare.weights, **step.weights}
     graph = helper.make_graph(
         nodes,
         "sampler",
@@ -251,12 +259,12 @@ def _joined(onnx: Any, program: Program, prepare: Part, step: Part) -> OnnxGraph
         [
             *prepare.graph.initializer,
             *(numpy_helper.from_array(value.numpy(), name) for name, value in constants.items()),
-            *(_declared(onnx, name, make()) for name, make in weights.items()),
+            *(_declared(onnx, name, make()) for name, make in {**prepare.weights, **step.weights}.items()),
         ],
     )
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="ddim-policy")
-    return OnnxGraph(model=model, weights=weights)
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="ddim-policy"
+    )
 
 
 def _declared(onnx: Any, name: str, array: NDArray[Any]) -> Any:

@@ -22,8 +22,8 @@ from typing import IO, Any
 
 import torch
 
-from policy.common.device import available_cores
 from policy.common.descriptors import Descriptor
+from policy.common.device import available_cores
 from policy.common.errors import WorkerError
 from policy.common.machine import leave_children_alone, outside_current_folder
 from policy.common.plugins import load_plugins, loaded_plugins

@@ -12,7 +12,7 @@ from policy import Sampler
 from policy.diffusion.ddim import SPACINGS, ddim_timesteps
 from policy.diffusion.schedule import PREDICTION_TYPES
 from policy.inference import backends as backends_module
-from policy.inference.backends import BACKENDS, DEFAULT_BACKEND, compile_sampler
+from policy.inference.backends import BACKENDS, PLAIN_BACKEND, compile_sampler
 from policy.model.denoisers import DENOISERS
 from tests.inference.cases import (
     TOLERANCE,
@@ -47,7 +47,7 @@ def test_the_eager_program_is_sample_actions_bit_for_bit(eta, each_row):
 
 
 def test_programs_are_fused_where_nothing_else_is_chosen():
-    assert compile_sampler(shared_policy(), Sampler()).backend == DEFAULT_BACKEND == "fused"
+    assert compile_sampler(shared_policy(), Sampler()).backend == PLAIN_BACKEND == "fused"
 
 
 SETTINGS = [

@@ -74,8 +74,8 @@ def roll_out(
         num_envs: environments that run at once; no result depends on it.
         device: `cpu` or `cuda`.
         sampler: sampling settings.
-        backend: runs the sampling: `eager`, `fused`, `compile`, `onnx` or `cuda_graph`, and `auto` the fastest of them that
-            fits this machine and agrees with `eager`.
+        backend: runs the sampling: `eager`, `fused`, `compile`, `onnx` or `cuda_graph`, or `auto`,
+            the fastest of them that fits this machine and agrees with `eager`.
         weights: `float32`, or `int8` with `backend=onnx`.
         execution_horizon: actions executed before the next plan; by default as in training.
         controller: behaviour while a plan is computed, see `ControllerSettings`.

@@ -75,8 +75,8 @@ def sweep(
         sampler: the other sampler settings; a list makes an axis.
         controller: behaviour while a plan is computed, see `ControllerSettings`; a list makes an axis.
         execution_horizon: actions executed before the next plan, by default as in training; a list makes an axis.
-        backend: runs the sampling: `eager`, `fused`, `compile`, `onnx` or `cuda_graph`, and `auto` the fastest of them that
-            fits this machine and agrees with `eager`; a list makes an axis.
+        backend: runs the sampling: `eager`, `fused`, `compile`, `onnx` or `cuda_graph`, or `auto`,
+            the fastest of them that fits this machine and agrees with `eager`; a list makes an axis.
         weights: `float32`, or `int8` with `backend=onnx`; a list makes an axis.
         env: another environment, or changed settings of the checkpoint's.
         on_env_error: what to do with an episode that the simulator cannot end: `count` it as a failure with its

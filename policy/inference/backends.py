@@ -200,11 +200,11 @@ def compile_sampler(
     Args:
         policy: the policy to sample from; it is copied, so later changes to it have no effect.
         sampler: settings of the sampler.
-        backend: `auto` takes the fastest of the others, see `choose_backend`; `eager` takes the same steps as `sample_actions` and is the reference for the others; `fused` computes
+        backend: `eager` takes the same steps as `sample_actions` and is the reference for the others; `fused` computes
             the conditions of all steps at once (see `policy.inference.program`) and is plain PyTorch, too; `compile`
             is `fused` through torch.compile (the first call is slow, and a CPU needs a C++ compiler); `onnx` is one
             graph in ONNX Runtime, on one CPU thread; `cuda_graph` records `fused` as a CUDA graph, once for each batch
-            size.
+            size; `auto` takes the fastest of them by a rule, see `choose_backend`.
         weights: `float32`, or `int8` for the weight matrices and the convolutions over time of `onnx`.
 
     Returns:

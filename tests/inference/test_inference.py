@@ -188,7 +188,9 @@ def test_missing_step_noise_is_refused():
 
 def test_what_cannot_run_is_refused_before_it_does(monkeypatch):
     policy, sampler = shared_policy(), Sampler()
-    with pytest.raises(ValueError, match=r"unknown backend 'onxx' \(did you mean 'onnx'\?\); allowed: compile, cuda"):
+    with pytest.raises(
+        ValueError, match=r"unknown backend 'onxx' \(did you mean 'onnx'\?\); allowed: auto, compile, cuda"
+    ):
         compile_sampler(policy, sampler, backend="onxx")
     with pytest.raises(ValueError, match="needs a policy on a GPU; this one is on cpu: use backend=onnx"):
         compile_sampler(policy, sampler, backend="cuda_graph")

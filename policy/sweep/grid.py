@@ -13,7 +13,8 @@ from policy.checkpoint import Checkpoint
 from policy.common.arguments import check_arguments, unknown_name
 from policy.control.timeline import ControllerSettings
 from policy.diffusion.sampler import LATER_SETTINGS, Sampler
-from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS, check_backend, check_installed, choose_backend
+from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS,
+    PLAIN_BACKEND, check_backend, check_installed, choose_backend
 from policy.rollout.cells import Cell, program_of
 from policy.rollout.latency import chunk_latency
 from policy.rollout.ledger import cell_id, recorded_settings
@@ -75,7 +76,7 @@ def make_cells(
     sampler: Mapping[str, Any],
     controller: Mapping[str, Any],
     execution_horizon: int | Sequence[int] | None,
-    backend: str | Sequence[str] = DEFAULT_BACKEND,
+    backend: str | Sequence[str] = PLAIN_BACKEND,
     weights: str | Sequence[str] = DEFAULT_WEIGHTS,
 ) -> list[SweepCell]:
     """Make a cell of every combination of the settings; a list of values makes an axis.

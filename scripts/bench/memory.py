@@ -23,7 +23,7 @@ from scripts.bench.report import machine, write_report
 
 NETWORKS = {"66M": (256, 512, 1024), "251M": (512, 1024, 2048)}
 BACKENDS = ("onnx", "onnx int8", "fused")
-SECONDS_BETWEEN = 0.2
+SECONDS_BETWEEN = 1.0
 
 
 def main() -> None:
@@ -46,6 +46,7 @@ def main() -> None:
                         "seconds": seconds,
                     }
                 )
+                say(f"{name}, {backend}: {peak / 1e9:.2f} GB")
     write_report("memory", rows)
 
 

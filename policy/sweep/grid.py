@@ -13,8 +13,14 @@ from policy.checkpoint import Checkpoint
 from policy.common.arguments import check_arguments, unknown_name
 from policy.control.timeline import ControllerSettings
 from policy.diffusion.sampler import LATER_SETTINGS, Sampler
-from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS,
-    PLAIN_BACKEND, check_backend, check_installed, choose_backend
+from policy.inference.backends import (
+    DEFAULT_BACKEND,
+    DEFAULT_WEIGHTS,
+    PLAIN_BACKEND,
+    check_backend,
+    check_installed,
+    choose_backend,
+)
 from policy.rollout.cells import Cell, program_of
 from policy.rollout.latency import chunk_latency
 from policy.rollout.ledger import cell_id, recorded_settings

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +131,11 @@ def _chunks(name: str, threads: int, theirs: Callable[..., float]) -> list[dict[
         sampler = Sampler(ddim_steps=ddim_steps, eta=eta)
         added = torch.zeros(ddim_steps, 1, HORIZON, ACTION) if eta else None
         programs = {n: compile_shared(policy, sampler, **settings) for n, settings in contenders.items()}
-        calls: dict[str, Call] = {
-            n: lambda program=program, added=added: program(observations, noise, added)
-            for n, program in programs.items()
-        }
+        calls: dict[str, Call] = {n: partial(program, observations, noise, added) for n, program in programs.items()}
         rounds = ROUNDS if ddim_steps < 100 else 3
         with torch.no_grad():
             times = _in_turns(
-                {**calls, "floor": floor}, lambda k=ddim_steps: theirs(work="chunk", steps=k), threads, rounds
+                {**calls, "floor": floor}, partial(theirs, work="chunk", steps=ddim_steps), threads, rounds
             )
         label = {"network": name, "threads": threads, "work": f"DDPM {ddim_steps}" if eta else f"K = {ddim_steps}"}
         rows += _rows(label, times)
@@ -162,7 +160,7 @@ def _training(name: str, threads: int, theirs: Callable[..., float]) -> list[dic
         optimizer.zero_grad()
         update_ema(average, policy, 1000, 0.999)
 
-    times = _in_turns({"ours": step}, lambda: theirs(work="train"), threads, TRAINING_ROUNDS)
+    times = _in_turns({"ours": step}, partial(theirs, work="train"), threads, TRAINING_ROUNDS)
     return _rows({"network": name, "threads": threads, "work": f"training step of {BATCH}"}, times)
 
 

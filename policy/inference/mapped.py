@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +19,10 @@ from policy.common.descriptors import Descriptor
 Maker = Callable[[], NDArray[Any]]
 # Distance between the beginnings of arrays is a multiple of this, so that vector instructions read whole cache lines.
 ALIGNMENT = 64
+
+
+# Linux's advice to write memory back and drop it; unlike MADV_DONTNEED it loses nothing, whatever the memory is.
+MADV_PAGEOUT = 21
 
 
 class Place(NamedTuple):
@@ -94,3 +100,16 @@ class MappedArrays:
 
 def _received(descriptor: Any, places: Mapping[str, Place]) -> MappedArrays:
     return MappedArrays(descriptor.take(), places)
+
+
+def page_out(arrays: Iterable[NDArray[Any]]) -> None:
+    """Let Linux drop the memory of arrays that are mapped from a file and not needed soon; reading brings it back."""
+    if not sys.platform.startswith("linux"):
+        return
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    for array in arrays:
+        begin = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+        if size > 0:
+            madvise(begin, size, MADV_PAGEOUT)  # a refusal costs memory, and nothing else

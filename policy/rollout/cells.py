@@ -13,6 +13,7 @@ from policy.control.receding_horizon import RecedingHorizonController
 from policy.control.timeline import ControllerSettings
 from policy.diffusion.sampler import Sampler
 from policy.inference.backends import DEFAULT_WEIGHTS, PLAIN_BACKEND, Onnx, SamplerProgram, compile_shared
+from policy.inference.mapped import page_out
 from policy.model.diffusion_policy import DiffusionPolicy
 
 # The `plan_batch` of all rollouts: a fixed number, so that results do not depend on the number of environments.
@@ -89,4 +90,6 @@ def portable_programs(policies: Sequence[DiffusionPolicy], cells: Iterable[Cell]
     for program in programs.values():
         assert isinstance(program.run, Onnx)
         program.run.model.unload()  # it runs in the other processes
+    for number in {cell.policy for cell in programs}:
+        page_out(weight.detach().numpy() for weight in policies[number].parameters())
     return programs

@@ -184,9 +184,7 @@ def _backend_of(cells: Sequence[SweepCell], ledger: Path | None) -> str:
     try:
         check_installed(backend)
     except ValueError as error:
-        raise ValueError(
-            f"{ledger} has results of backend={backend}: {error}, or choose another output_dir="
-        ) from error
+        raise ValueError(f"{ledger} cannot go on here. {error}, or choose another output_dir=") from error
     return backend
 
 

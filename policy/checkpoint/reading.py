@@ -125,7 +125,7 @@ def _load(folder: Path, device: str, root: Path | None) -> Checkpoint:
     with refusing(opened.path):
         check_fit(config, tensors, opened.path)
         policy = DiffusionPolicy(config)
-        policy.load_state_dict(tensors)
+        policy.load_state_dict(tensors, assign=True)  # mapped from the file, not copied
     plugins = _plugins(opened)
     policy.origin = Origin(env=env, execution_horizon=execution_horizon, training=training, plugins=plugins)
     return Checkpoint(

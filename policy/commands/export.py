@@ -150,7 +150,7 @@ def write_export(
         actions: the program's output for them.
     """
     assert isinstance(program.run, Onnx)
-    model = program.run.model
+    model = program.run.file()
     inputs = {
         name: {"shape": _free_batch(name, value.shape), "dtype": str(value.dtype)} for name, value in example.items()
     }

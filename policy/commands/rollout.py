@@ -37,7 +37,7 @@ from policy.rollout.ledger import Ledger, cell_id
 from policy.rollout.video import record_videos
 from policy.rollout.watch import ENV_PATIENCE, helpers_ended, watched
 from policy.statistics.results import EpisodeResult, describe_broken, format_summary, summarize
-from policy.sweep.grid import SweepCell, make_cells
+from policy.sweep.grid import SweepCell, make_cells, with_backends
 from policy.tracking.tracker import OpenRun
 
 LEDGER, SUMMARY = "rollout.jsonl", "rollout.json"
@@ -74,7 +74,8 @@ def roll_out(
         num_envs: environments that run at once; no result depends on it.
         device: `cpu` or `cuda`.
         sampler: sampling settings.
-        backend: runs the sampling: `eager`, `fused`, `compile`, `onnx` or `cuda_graph`.
+        backend: runs the sampling: `eager`, `fused`, `compile`, `onnx` or `cuda_graph`, or `auto`,
+            the fastest of them that fits this machine and agrees with `eager`.
         weights: `float32`, or `int8` with `backend=onnx`.
         execution_horizon: actions executed before the next plan; by default as in training.
         controller: behaviour while a plan is computed, see `ControllerSettings`.
@@ -107,10 +108,11 @@ def roll_out(
     (loaded,) = stage.checkpoints
     policy = loaded.policy
     recorded = _cell_of(stage, sampler, controller, execution_horizon, backend, weights)
-    cell = recorded.cell
-    program = program_of(policy, cell)  # invalid settings raise here, before any work
     if not 0 <= video <= episodes:
         raise ValueError(f"video must be within 0..{episodes} (the episodes); got {video}")
+    (recorded,) = with_backends([recorded], output_dir and output_dir.expanduser() / LEDGER)
+    cell = recorded.cell
+    program = program_of(policy, cell)  # invalid settings raise here, before any work
     driver = None if control_rate is None else _real_time_controller(policy, cell, program, control_rate, stage)
     folder = output_folder(output_dir, "rollout")
     with _ledger(folder, recorded, resumes=driver is None) as ledger:

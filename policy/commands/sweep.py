@@ -27,7 +27,7 @@ from policy.rollout.video import record_videos
 from policy.rollout.watch import ENV_PATIENCE, helpers_ended, watched
 from policy.statistics.results import EpisodeResult
 from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, read_swept, telling_seeds
-from policy.sweep.grid import Row, SweepCell, axis_values, make_cells, row_of
+from policy.sweep.grid import Row, SweepCell, axis_values, make_cells, row_of, with_backends
 from policy.sweep.plot import plot_rows
 from policy.sweep.report import Clip, write_report
 from policy.sweep.table import format_table, write_files
@@ -75,7 +75,8 @@ def sweep(
         sampler: the other sampler settings; a list makes an axis.
         controller: behaviour while a plan is computed, see `ControllerSettings`; a list makes an axis.
         execution_horizon: actions executed before the next plan, by default as in training; a list makes an axis.
-        backend: runs the sampling: `eager`, `fused`, `compile`, `onnx` or `cuda_graph`; a list makes an axis.
+        backend: runs the sampling: `eager`, `fused`, `compile`, `onnx` or `cuda_graph`, or `auto`,
+            the fastest of them that fits this machine and agrees with `eager`; a list makes an axis.
         weights: `float32`, or `int8` with `backend=onnx`; a list makes an axis.
         env: another environment, or changed settings of the checkpoint's.
         on_env_error: what to do with an episode that the simulator cannot end: `count` it as a failure with its
@@ -131,6 +132,7 @@ def sweep(
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be 1 or more; got {workers}")
     folder = output_folder(output_dir, "sweep")
+    cells = with_backends(cells, folder / LEDGER)
     with Ledger(folder / LEDGER) as ledger:
         run = tracker(folder=folder, config={"checkpoint": [str(c) for c in checkpoints], "env": stage.env})
         ids = [ledger.introduce(cell.settings) for cell in cells]

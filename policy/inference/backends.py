@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -19,13 +22,29 @@ from policy.common.observations import Observations, check_observations, is_imag
 from policy.diffusion.coefficients import reverse_process
 from policy.diffusion.ddim import Generators, randn_like
 from policy.diffusion.sampler import Course, Sampler
-from policy.inference.onnx_graph import build_model, observation_input, require
+from policy.inference.mapped import MappedArrays
+from policy.inference.onnx_graph import (
+    build_graph,
+    complete_model,
+    kind_of,
+    observation_input,
+    require,
+    sampler_inputs,
+)
 from policy.inference.program import Program, SamplingInputs, keep_with_past, with_past
 from policy.model.config import PolicyConfig
-from policy.model.diffusion_policy import DiffusionPolicy
+from policy.model.diffusion_policy import DiffusionPolicy, zero_observations
 
-# The default back end, and the supported types of weights.
-DEFAULT_BACKEND = "fused"
+# Chooses a back end by the rule of `choose_backend`; and what it falls back to, which starts at once everywhere.
+DEFAULT_BACKEND = "auto"
+PLAIN_BACKEND = "fused"
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+# Parameters of a policy from which `auto` takes ONNX Runtime. Tracing takes some ten seconds of CPU time, which a chunk
+# of a policy of this size earns back within a few hundred plans, and one of a smaller policy may not in a whole sweep.
+LARGE_POLICY = 5_000_000
+# Largest difference to `eager` with which `auto` takes a back end, in half ranges of the demonstrated actions.
+AGREEMENT = 1e-4
+# The supported types of weights.
 DEFAULT_WEIGHTS = "float32"
 WEIGHTS = (DEFAULT_WEIGHTS, "int8")
 
@@ -48,7 +67,7 @@ class Backend(Protocol):
         """Compile a policy's sampling.
 
         Args:
-            policy: a copy, in evaluation mode, without gradients.
+            policy: the policy, in evaluation mode; its weights do not change any more.
             sampler: settings of the sampler.
             course: starting point and timesteps of sampling.
             weights: type of the weights, one of `WEIGHTS`.
@@ -191,8 +210,8 @@ def compile_sampler(
             the conditions of all steps at once (see `policy.inference.program`) and is plain PyTorch, too; `compile`
             is `fused` through torch.compile (the first call is slow, and a CPU needs a C++ compiler); `onnx` is one
             graph in ONNX Runtime, on one CPU thread; `cuda_graph` records `fused` as a CUDA graph, once for each batch
-            size.
-        weights: `float32`, or `int8` for the weight matrices of `onnx`.
+            size; `auto` takes the fastest of them by a rule, see `choose_backend`.
+        weights: `float32`, or `int8` for the weight matrices and the convolutions over time of `onnx`.
 
     Returns:
         The program.
@@ -212,17 +231,88 @@ def compile_sampler(
     check_backend(backend, weights)
     sampler.check(policy.schedule.num_steps)
     frozen = copy.deepcopy(policy).eval().requires_grad_(False)
+    return compile_shared(frozen, sampler, backend=backend, weights=weights)
+
+
+def compile_shared(
+    policy: DiffusionPolicy, sampler: Sampler, *, backend: str = DEFAULT_BACKEND, weights: str = DEFAULT_WEIGHTS
+) -> SamplerProgram:
+    """Compile as `compile_sampler` does, without a copy: all programs of one policy share its weights.
+
+    Args:
+        policy: the policy to sample from, in evaluation mode, whose weights do not change any more.
+        sampler: see `compile_sampler`.
+        backend: see `compile_sampler`.
+        weights: see `compile_sampler`.
+
+    Returns:
+        The program.
+
+    Raises:
+        ValueError: see `compile_sampler`.
+    """
+    check_backend(backend, weights)
+    sampler.check(policy.schedule.num_steps)
+    if backend == DEFAULT_BACKEND:
+        backend = choose_backend([policy], [sampler], weights)
     build, schedule = BACKENDS[backend], policy.schedule
-    run = build(frozen, sampler, sampler.cold_course(schedule), weights)
+    run = build(policy, sampler, sampler.cold_course(schedule), weights)
     is_warm = sampler.warm_start is not None
     return SamplerProgram(
         config=policy.config,
         sampler=sampler,
         backend=backend,
         run=run,
-        warm_run=build(frozen, sampler, sampler.warm_course(schedule), weights) if is_warm else run,
+        warm_run=build(policy, sampler, sampler.warm_course(schedule), weights) if is_warm else run,
         action_scale=policy.action_normalizer.scale.cpu().numpy(),
     )
+
+
+def choose_backend(
+    policies: Sequence[DiffusionPolicy], samplers: Iterable[Sampler], weights: str = DEFAULT_WEIGHTS
+) -> str:
+    """Choose the back end that `auto` means, by a rule and not by a timing, so that equal machines choose alike.
+
+    It is `cuda_graph` on a GPU. On a CPU it is `onnx` if one of the policies has `LARGE_POLICY` parameters or more and
+    the packages are installed, or if the weights are not float32, which no other has. If its chunks differ from those
+    of `eager` by more than `AGREEMENT`, or it cannot run a policy at all, it is `fused`.
+
+    Args:
+        policies: the policies that will be compared; they all get the same back end.
+        samplers: their samplers, of which one of each kind is tried.
+        weights: type of the weights.
+
+    Returns:
+        The name of a back end.
+    """
+    if weights != DEFAULT_WEIGHTS:
+        return "onnx"
+    if policies[0].device.type == "cuda":
+        chosen = "cuda_graph"
+    elif max(map(_size, policies)) >= LARGE_POLICY and all(map(find_spec, ONNX_PACKAGES)):
+        chosen = "onnx"
+    else:
+        return PLAIN_BACKEND
+    kinds = {kind_of(sampler): sampler for sampler in samplers}.values()
+    agree = all(_agrees(policy, sampler, chosen) for policy in policies for sampler in kinds)
+    return chosen if agree else PLAIN_BACKEND
+
+
+def _size(policy: DiffusionPolicy) -> int:
+    return sum(parameter.numel() for parameter in policy.parameters())
+
+
+def _agrees(policy: DiffusionPolicy, sampler: Sampler, backend: str) -> bool:
+    """Whether a back end can sample a policy, and samples the actions of `eager`."""
+    try:
+        program, eager = (compile_shared(policy, sampler, backend=name) for name in (backend, "eager"))
+        seen = zero_observations(policy.config, rows=1)
+        actions, expected = (
+            p.sample_actions(seen, generator=torch.Generator().manual_seed(0)).cpu() for p in (program, eager)
+        )
+    except Exception:  # a part of the user's own may be whatever the exporter or the runtime stumbles over
+        return False
+    return bool((((actions - expected) / torch.from_numpy(eager.action_scale)).abs() <= AGREEMENT).all())
 
 
 def check_backend(backend: str, weights: str) -> None:
@@ -232,9 +322,19 @@ def check_backend(backend: str, weights: str) -> None:
         ValueError: an unknown name (the message gives the nearest one), or `int8` weights for a back end other than
             `onnx`.
     """
-    if backend not in BACKENDS:
-        raise unknown_name("backend", backend, BACKENDS)
+    if backend not in (known := (DEFAULT_BACKEND, *BACKENDS)):
+        raise unknown_name("backend", backend, known)
     check_weights(weights, backend)
+
+
+def check_installed(backend: str) -> None:
+    """Reject a back end whose packages are not installed.
+
+    Raises:
+        ValueError: a package is missing; the message gives the command that installs it.
+    """
+    for package in ONNX_PACKAGES if backend == "onnx" else ():
+        require(package)
 
 
 def check_weights(weights: str, backend: str = "onnx") -> None:
@@ -245,7 +345,7 @@ def check_weights(weights: str, backend: str = "onnx") -> None:
     """
     if weights not in WEIGHTS:
         raise unknown_name("weights", weights, WEIGHTS)
-    if weights != DEFAULT_WEIGHTS and backend != "onnx":
+    if weights != DEFAULT_WEIGHTS and backend not in ("onnx", DEFAULT_BACKEND):
         raise ValueError(f"weights={weights} needs backend=onnx; got backend={backend}")
 
 
@@ -320,40 +420,84 @@ def _first_line(error: Exception) -> str:
     return next(iter(f"{type(error).__name__}: {error}".splitlines()))
 
 
-class Onnx:
-    """The fused program as a model in ONNX Runtime, on one CPU thread. It can be pickled and sent to another process.
-
-    Attributes:
-        device: the CPU.
+class OnnxModel:
+    """A graph with its weights, which all samplers of a policy share. It can be pickled for another process.
 
     Args:
-        model: the bytes that `build_model` returns.
+        graph: the serialised graph, see `OnnxGraph`.
+        weights: the weights that it declares.
     """
 
-    device = torch.device("cpu")
+    def __init__(self, graph: bytes, weights: MappedArrays) -> None:
+        self.graph, self.weights = graph, weights
 
-    def __init__(self, model: bytes) -> None:
+    @cached_property
+    def session(self) -> Any:
+        """The graph in ONNX Runtime, on one CPU thread. It is loaded where it runs, in each process once."""
         onnxruntime = require("onnxruntime")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        self.model = model
-        self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        arrays = self.weights.arrays()
+        options.add_external_initializers(
+            list(arrays), [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+        )
+        session = onnxruntime.InferenceSession(self.graph, options, providers=["CPUExecutionProvider"])
+        # The runtime reads the matrices no more: it has packed a copy of each in the order of its products.
+        self.weights.forget()
+        return session
+
+    def unload(self) -> None:
+        """Free the session's memory, which the next call takes again."""
+        self.__dict__.pop("session", None)
+
+    def __reduce__(self) -> tuple[type[OnnxModel], tuple[bytes, MappedArrays]]:
+        return OnnxModel, (self.graph, self.weights)
+
+
+# The graphs of policies that are in use.
+_MODELS: WeakKeyDictionary[DiffusionPolicy, dict[Hashable, OnnxModel]] = WeakKeyDictionary()
+
+
+class Onnx:
+    """The fused program in ONNX Runtime, on one CPU thread. It can be pickled and sent to another process.
+
+    Attributes:
+        device: the CPU.
+        model: the graph, which all programs of a policy share that clip alike and are alike stochastic.
+
+    Args:
+        model: see above.
+        constants: the graph's inputs that depend on the sampler, see `sampler_inputs`.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: OnnxModel, constants: Mapping[str, NDArray[np.float32]]) -> None:
+        self.model, self._constants = model, dict(constants)
+
+    def file(self) -> bytes:
+        """The bytes of an ONNX file that needs neither other files nor the sampler's inputs."""
+        return complete_model(self.model.graph, self.model.weights.arrays(), self._constants)
 
     @classmethod
     def build(cls, policy: DiffusionPolicy, sampler: Sampler, course: Course, weights: str) -> Onnx:
         """See `Backend`."""
-        return cls(build_model(Program(policy.cpu(), sampler, course), weights))
-
-    def __reduce__(self) -> tuple[type[Onnx], tuple[bytes]]:
-        return Onnx, (self.model,)
+        check_installed("onnx")
+        on_cpu = policy if policy.device.type == "cpu" else copy.deepcopy(policy).cpu()
+        program = Program(on_cpu, sampler, course)
+        models, kind = _MODELS.setdefault(policy, {}), (*kind_of(sampler), weights)
+        if kind not in models:
+            graph = build_graph(program, weights)
+            models[kind] = OnnxModel(graph.model.SerializeToString(), MappedArrays.write(graph.weights))
+        return cls(models[kind], sampler_inputs(program))
 
     def __call__(self, inputs: SamplingInputs) -> Tensor:
         """See `Runner`."""
         feeds = {observation_input(key): value.numpy() for key, value in inputs.observations.items()}
         named = {name: value for name, value in inputs._asdict().items() if isinstance(value, Tensor)}
         feeds |= {name: value.numpy() for name, value in named.items()}
-        return torch.from_numpy(self._session.run(None, feeds)[0])
+        return torch.from_numpy(self.model.session.run(None, {**feeds, **self._constants})[0])
 
 
 class CudaGraph:

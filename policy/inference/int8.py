@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from policy.inference.mapped import Maker
+from policy.inference.rewriting import Part
 
 # Numbers of weights that share one scale, the preferred one first. Larger blocks run faster, smaller ones round less;
 # at 128 both are near their best.
@@ -38,49 +41,30 @@ def quantized(weight: NDArray[np.float32], block_size: int) -> tuple[NDArray[np.
     return (np.rint(blocks / steps) + ZERO_POINT).astype(np.uint8), scales.astype(np.float32)
 
 
-def narrow(onnx: Any, model: Any) -> None:
-    """Replace the matrix products of an ONNX model by products with 8-bit weights, in place.
+def narrow(onnx: Any, part: Part) -> None:
+    """Replace the matrix products of an ONNX graph by products with 8-bit weights, in place.
 
     Args:
         onnx: the imported package `onnx`.
-        model: the model; its weights are initializers of the graph whose nodes use them.
+        part: the graph and its weights.
     """
-    for graph in _graphs(model.graph):
-        _narrow_graph(onnx, graph)
-    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
-
-
-def _graphs(graph: Any) -> Iterator[Any]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _graphs(attribute.g)
-
-
-def _narrow_graph(onnx: Any, graph: Any) -> None:
-    helper, numpy_helper = onnx.helper, onnx.numpy_helper
-    initializers = {value.name: value for value in graph.initializer}
-    replaced: dict[str, list[Any]] = {}
-    for node in graph.node:
-        if node.op_type not in ("Gemm", "MatMul") or len(getattr(initializers.get(node.input[1]), "dims", ())) != 2:
+    for node in part.graph.node:
+        if node.op_type not in ("Gemm", "MatMul") or node.input[1] not in part.weights:
             continue
         name = node.input[1]
-        stored = numpy_helper.to_array(initializers[name])
         transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-        weight = stored if transposed else stored.T  # (outputs, inputs)
-        outputs, inputs = weight.shape
+        weight = partial(_transposed, part.weights[name], not transposed)
+        if weight().ndim != 2:
+            continue
+        outputs, inputs = weight().shape
         block_size = next((size for size in BLOCK_SIZES if inputs % size == 0), None)
         if block_size is None or outputs < SMALLEST_OUTPUT:
             continue
-        values, scales = quantized(weight, block_size)
-        replaced[name] = [
-            numpy_helper.from_array(values, f"{name}.values"),
-            numpy_helper.from_array(scales, f"{name}.scales"),
-        ]
+        for kind, index in (("values", 0), ("scales", 1)):
+            part.weights[f"{name}.{kind}"] = partial(_quantized, weight, block_size, index)
         bias = ["", "", node.input[2]] if node.op_type == "Gemm" else []
         node.CopyFrom(
-            helper.make_node(
+            onnx.helper.make_node(
                 "MatMulNBits",
                 [node.input[0], f"{name}.values", f"{name}.scales", *bias],
                 list(node.output),
@@ -92,6 +76,12 @@ def _narrow_graph(onnx: Any, graph: Any) -> None:
                 accuracy_level=ACCURACY_LEVEL,
             )
         )
-    kept = [value for value in graph.initializer if value.name not in replaced]
-    del graph.initializer[:]
-    graph.initializer.extend([*kept, *(value for values in replaced.values() for value in values)])
+    part.drop_unused()
+
+
+def _transposed(make: Maker, transpose: bool) -> NDArray[Any]:
+    return make().T if transpose else make()
+
+
+def _quantized(weight: Maker, block_size: int, index: int) -> NDArray[Any]:
+    return quantized(weight(), block_size)[index]

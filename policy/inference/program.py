@@ -61,21 +61,26 @@ class Prepare(nn.Module):
 
     Args:
         policy: the policy with its normalisers, encoder and denoiser.
-        course: starting point of sampling.
     """
 
-    def __init__(self, policy: DiffusionPolicy, course: Course) -> None:
+    def __init__(self, policy: DiffusionPolicy) -> None:
         super().__init__()
-        self.policy, self.signal, self.noise = policy, course.signal, course.noise
+        self.policy = policy
 
     def forward(
-        self, observations: Mapping[str, Tensor], embedded_timesteps: Tensor, noise: Tensor, previous: Tensor
+        self,
+        observations: Mapping[str, Tensor],
+        embedded_timesteps: Tensor,
+        start: Tensor,
+        noise: Tensor,
+        previous: Tensor,
     ) -> tuple[Tensor, ...]:
         """Prepare all steps.
 
         Args:
             observations: (B, obs_horizon, *shape) under each key.
             embedded_timesteps: (K, 1, width).
+            start: (2,) factors of the previous chunk and of the noise in the starting point, see `Course`.
             noise: (B, denoised_horizon, action_dim).
             previous: (B, action_horizon, action_dim) in the data's units.
 
@@ -85,7 +90,7 @@ class Prepare(nn.Module):
         """
         known = self.policy.action_normalizer.normalize(with_past(previous, self.policy.config.past_actions))
         conditions = self.policy.denoiser.conditions(embedded_timesteps, self.policy.embed(observations))
-        return self.signal * known + self.noise * noise, known, *conditions
+        return start[0] * known + start[1] * noise, known, *conditions
 
 
 class Step(nn.Module):
@@ -146,16 +151,19 @@ class Program(nn.Module):
     """
 
     embedded_timesteps: Tensor
+    start: Tensor
     coefficients: Tensor
 
     def __init__(self, policy: DiffusionPolicy, sampler: Sampler, course: Course) -> None:
         super().__init__()
         self.policy, self.sampler = policy, sampler
-        self.prepare, self.step = Prepare(policy, course), Step(policy, sampler.clip)
+        self.prepare, self.step = Prepare(policy), Step(policy, sampler.clip)
         with torch.no_grad():
             embedded = policy.denoiser.embed_timestep(course.timesteps.to(policy.device))[:, None]
         coefficients = sampler.table(policy.schedule, course, policy.config.prediction_type)
+        start = torch.tensor([course.signal, course.noise], device=policy.device)
         self.register_buffer("embedded_timesteps", embedded, persistent=False)
+        self.register_buffer("start", start, persistent=False)
         self.register_buffer("coefficients", coefficients.to(policy.device, torch.float32), persistent=False)
 
     @property
@@ -166,7 +174,7 @@ class Program(nn.Module):
     def forward(self, inputs: SamplingInputs) -> Tensor:
         """Sample one chunk per row: (B, action_horizon, action_dim) in the data's units."""
         x, known, *conditions = self.prepare(
-            inputs.observations, self.embedded_timesteps, inputs.noise, inputs.previous
+            inputs.observations, self.embedded_timesteps, self.start, inputs.noise, inputs.previous
         )
         step_noise = inputs.step_noise
         chunk = reverse_process(

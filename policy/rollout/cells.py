@@ -12,7 +12,8 @@ from gymnasium.spaces import Box
 from policy.control.receding_horizon import RecedingHorizonController
 from policy.control.timeline import ControllerSettings
 from policy.diffusion.sampler import Sampler
-from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS, SamplerProgram, compile_sampler
+from policy.inference.backends import DEFAULT_WEIGHTS, PLAIN_BACKEND, Onnx, SamplerProgram, compile_shared
+from policy.inference.mapped import page_out
 from policy.model.diffusion_policy import DiffusionPolicy
 
 # The `plan_batch` of all rollouts: a fixed number, so that results do not depend on the number of environments.
@@ -28,7 +29,7 @@ class Cell:
         sampler: sampling settings.
         execution_horizon: actions executed before the next plan.
         controller: behaviour while a plan is computed, see `ControllerSettings`.
-        backend: runs the sampling, see `compile_sampler`.
+        backend: runs the sampling, see `compile_sampler`; the name of one, never `auto`.
         weights: type of the backend's weights, see `compile_sampler`.
     """
 
@@ -36,7 +37,7 @@ class Cell:
     execution_horizon: int
     controller: ControllerSettings = field(default_factory=ControllerSettings)
     policy: int = 0
-    backend: str = DEFAULT_BACKEND
+    backend: str = PLAIN_BACKEND
     weights: str = DEFAULT_WEIGHTS
 
 
@@ -79,10 +80,16 @@ def controllers_of(
 
 
 def program_of(policy: DiffusionPolicy, cell: Cell) -> SamplerProgram:
-    """Compile the sampling of a cell."""
-    return compile_sampler(policy, cell.sampler, backend=cell.backend, weights=cell.weights)
+    """Compile the sampling of a cell; the programs of one policy share its weights."""
+    return compile_shared(policy, cell.sampler, backend=cell.backend, weights=cell.weights)
 
 
 def portable_programs(policies: Sequence[DiffusionPolicy], cells: Iterable[Cell]) -> dict[Cell, SamplerProgram]:
     """Compile the cells whose backend takes seconds to compile and whose programs other processes can receive."""
-    return {cell: program_of(policies[cell.policy], cell) for cell in cells if cell.backend == "onnx"}
+    programs = {cell: program_of(policies[cell.policy], cell) for cell in cells if cell.backend == "onnx"}
+    for program in programs.values():
+        if isinstance(program.run, Onnx):
+            program.run.model.unload()  # it runs in the other processes
+    for number in {cell.policy for cell in programs}:
+        page_out(weight.detach().numpy() for weight in policies[number].parameters())
+    return programs

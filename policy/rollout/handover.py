@@ -7,38 +7,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from multiprocessing.reduction import DupFd
-from typing import IO, Any
+from typing import IO
 
 import torch
 
+from policy.common.descriptors import Descriptor
 from policy.common.errors import WorkerError
 from policy.model.diffusion_policy import DiffusionPolicy
-
-
-class Descriptor:
-    """An open file, for a process to be started."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def take(self) -> int:
-        """The file's number in the process that received it; the caller closes it."""
-        return os.dup(self.number)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Received, (DupFd(self.number),)
-
-
-class _Received:
-    """A `Descriptor` as it arrives."""
-
-    def __init__(self, copy: Any) -> None:
-        self._copy = copy
-
-    def take(self) -> int:
-        """See `Descriptor.take`."""
-        return int(self._copy.detach())
 
 
 @contextmanager

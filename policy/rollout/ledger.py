@@ -26,6 +26,22 @@ def cell_id(settings: Settings) -> str:
     return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:12]
 
 
+def recorded_settings(file: Path) -> list[Settings]:
+    """The settings of all cells that a ledger has introduced; none if there is no such file.
+
+    A damaged line is left out here: `Ledger` says what is wrong with it.
+    """
+    found = []
+    for line in file.read_bytes().splitlines() if file.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("settings"), dict):
+            found.append(row["settings"])
+    return found
+
+
 class Ledger:
     """Results by cell and seed, in a file that is appended to and never rewritten.
 

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import torch
 
+from policy.common.descriptors import Descriptor
 from policy.common.device import available_cores
 from policy.common.errors import WorkerError
 from policy.common.machine import leave_children_alone, outside_current_folder
@@ -31,7 +32,7 @@ from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout import handover
 from policy.rollout.cells import Cell, Task, controllers_of, portable_programs
 from policy.rollout.episodes import Env, MakeEnv, check_num_envs, run_episodes, run_in_process
-from policy.rollout.handover import Descriptor, standard_error_into
+from policy.rollout.handover import standard_error_into
 from policy.rollout.probe import Trajectory, difference, unrepeatable, warning
 from policy.rollout.watch import ENV_PATIENCE, Clock, WatchedEnv, check_patience, overdue, watched
 from policy.statistics.results import EpisodeResult

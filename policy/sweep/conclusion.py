@@ -88,6 +88,7 @@ class Conclusion:
         return {
             "environment": self.env,
             "checkpoints": ", ".join(dict.fromkeys(row["checkpoint"] for row in self.rows)),
+            "back end": ", ".join(dict.fromkeys(row["backend"] for row in self.rows if "backend" in row)),
             "seeds": f"{min(seeds)} to {max(seeds)}",
             "margin": self.margin,
         }

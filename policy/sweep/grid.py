@@ -6,16 +6,24 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from policy.checkpoint import Checkpoint
 from policy.common.arguments import check_arguments, unknown_name
 from policy.control.timeline import ControllerSettings
 from policy.diffusion.sampler import LATER_SETTINGS, Sampler
-from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS, check_backend
+from policy.inference.backends import (
+    DEFAULT_BACKEND,
+    DEFAULT_WEIGHTS,
+    PLAIN_BACKEND,
+    check_backend,
+    check_installed,
+    choose_backend,
+)
 from policy.rollout.cells import Cell, program_of
 from policy.rollout.latency import chunk_latency
-from policy.rollout.ledger import cell_id
+from policy.rollout.ledger import cell_id, recorded_settings
 from policy.statistics.results import EpisodeResult, summarize
 
 Row = dict[str, Any]
@@ -74,7 +82,7 @@ def make_cells(
     sampler: Mapping[str, Any],
     controller: Mapping[str, Any],
     execution_horizon: int | Sequence[int] | None,
-    backend: str | Sequence[str] = DEFAULT_BACKEND,
+    backend: str | Sequence[str] = PLAIN_BACKEND,
     weights: str | Sequence[str] = DEFAULT_WEIGHTS,
 ) -> list[SweepCell]:
     """Make a cell of every combination of the settings; a list of values makes an axis.
@@ -86,7 +94,7 @@ def make_cells(
         sampler: the other sampler settings, by name.
         controller: settings of `ControllerSettings`, by name.
         execution_horizon: actions executed before the next plan; None takes each checkpoint's own.
-        backend: runs the sampling, see `compile_sampler`.
+        backend: runs the sampling, see `compile_sampler`; `auto` is settled by `with_backends`.
         weights: type of the backend's weights, see `compile_sampler`.
 
     Returns:
@@ -117,11 +125,67 @@ def make_cells(
         for number, checkpoint in enumerate(checkpoints)
         for settings in combinations
     ]
+    check_distinct(cells)
+    return cells
+
+
+def check_distinct(cells: Sequence[SweepCell]) -> None:
+    """Reject two equal cells.
+
+    Raises:
+        ValueError: two cells are equal; the message gives both.
+    """
     seen: dict[str, SweepCell] = {}
     for one in cells:
         if (twin := seen.setdefault(cell_id(one.settings), one)) is not one:
             raise ValueError(f"{twin.axes} and {one.axes} are the same cell: give each value and each policy once")
-    return cells
+
+
+def with_backends(cells: Sequence[SweepCell], ledger: Path | None) -> list[SweepCell]:
+    """Settle once what `backend=auto` means: a ledger's back end, which its results depend on, or the fastest one.
+
+    Args:
+        cells: cells whose back end may be `auto`.
+        ledger: the file of an earlier run that goes on, which need not exist; None for a new run.
+
+    Returns:
+        The cells with the names of back ends that exist.
+
+    Raises:
+        ValueError: the ledger has results of several back ends, or of one whose packages are missing; or two cells are
+            equal now.
+    """
+    settled = {
+        weights: _backend_of([one for one in cells if one.cell.weights == weights], ledger)
+        for weights in dict.fromkeys(one.cell.weights for one in cells if one.cell.backend == DEFAULT_BACKEND)
+    }
+    chosen = [
+        dataclasses.replace(one, cell=dataclasses.replace(one.cell, backend=settled[one.cell.weights]))
+        if one.cell.backend == DEFAULT_BACKEND
+        else one
+        for one in cells
+    ]
+    check_distinct(chosen)
+    if settled:
+        print(f"backend: {', '.join(dict.fromkeys(settled.values()))}")
+    return chosen
+
+
+def _backend_of(cells: Sequence[SweepCell], ledger: Path | None) -> str:
+    """The back end of cells with the same type of weights."""
+    weights, known = cells[0].cell.weights, [] if ledger is None else recorded_settings(ledger)
+    before = dict.fromkeys(str(row["backend"]) for row in known if row.get("weights") == weights and "backend" in row)
+    if len(before) > 1:
+        raise ValueError(f"{ledger} has results of several back ends: say which with backend=[{','.join(before)}]")
+    if not before:
+        policies = list({one.cell.policy: one.checkpoint.policy for one in cells}.values())
+        return choose_backend(policies, [one.cell.sampler for one in cells], weights)
+    (backend,) = before
+    try:
+        check_installed(backend)
+    except ValueError as error:
+        raise ValueError(f"{ledger} cannot go on here. {error}, or choose another output_dir=") from error
+    return backend
 
 
 def _cell(number: int, checkpoint: Checkpoint, settings: Row) -> Cell:

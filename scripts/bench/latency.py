@@ -171,7 +171,7 @@ def _programs(policy: DiffusionPolicy, sampler: Sampler) -> tuple[dict[str, Call
         # The time that a robot waits at its start: the runtime loads an existing model and samples the first chunk.
         assert isinstance(program.run, Onnx)
         begin = time.perf_counter()
-        Onnx(program.run.model)(inputs)
+        program.run(inputs)
         first_call[name] = 1e3 * (time.perf_counter() - begin)
         calls[name] = lambda program=program: program(observations, noise)  # type: ignore[misc]
     return calls, first_call

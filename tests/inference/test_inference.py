@@ -12,7 +12,7 @@ from policy import Sampler
 from policy.diffusion.ddim import SPACINGS, ddim_timesteps
 from policy.diffusion.schedule import PREDICTION_TYPES
 from policy.inference import backends as backends_module
-from policy.inference.backends import BACKENDS, DEFAULT_BACKEND, compile_sampler
+from policy.inference.backends import BACKENDS, PLAIN_BACKEND, compile_sampler
 from policy.model.denoisers import DENOISERS
 from tests.inference.cases import (
     TOLERANCE,
@@ -47,7 +47,7 @@ def test_the_eager_program_is_sample_actions_bit_for_bit(eta, each_row):
 
 
 def test_programs_are_fused_where_nothing_else_is_chosen():
-    assert compile_sampler(shared_policy(), Sampler()).backend == DEFAULT_BACKEND == "fused"
+    assert compile_sampler(shared_policy(), Sampler()).backend == PLAIN_BACKEND == "fused"
 
 
 SETTINGS = [
@@ -188,7 +188,9 @@ def test_missing_step_noise_is_refused():
 
 def test_what_cannot_run_is_refused_before_it_does(monkeypatch):
     policy, sampler = shared_policy(), Sampler()
-    with pytest.raises(ValueError, match=r"unknown backend 'onxx' \(did you mean 'onnx'\?\); allowed: compile, cuda"):
+    with pytest.raises(
+        ValueError, match=r"unknown backend 'onxx' \(did you mean 'onnx'\?\); allowed: auto, compile, cuda"
+    ):
         compile_sampler(policy, sampler, backend="onxx")
     with pytest.raises(ValueError, match="needs a policy on a GPU; this one is on cpu: use backend=onnx"):
         compile_sampler(policy, sampler, backend="cuda_graph")

@@ -90,7 +90,7 @@ def test_every_result_is_on_disk_as_soon_as_it_was_added(file):
             "seed": st.integers(0, 2**63),
             "success": st.booleans(),
             "score": st.floats(0, 1),
-            "return_": st.floats(allow_nan=False),
+            "return_": st.floats(allow_nan=False, allow_infinity=False),
             "steps": st.integers(1, 10**6),
             "late_steps": st.integers(0, 10**6),
             "attempts": st.integers(1, 3),

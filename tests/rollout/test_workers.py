@@ -1,5 +1,6 @@
 """Rollouts in processes: the same results whatever runs beside them and whatever fails, and nothing left running."""
 
+import copy
 import itertools
 import multiprocessing
 import os
@@ -124,6 +125,7 @@ class Compiled(Eager):
 @pytest.mark.usefixtures("quick_start")
 def test_processes_run_the_very_programs_that_were_compiled_for_them(policies, monkeypatch):
     """Each is compiled once, for all processes and runs."""
+    policies = copy.deepcopy(policies)  # sending the stand-ins moves their weights to shared memory
     made = [os.getpid()]
     monkeypatch.setitem(BACKENDS, "onnx", partial(Compiled, made=made))
     cells = [replace(cell, backend="onnx") for cell in CELLS]

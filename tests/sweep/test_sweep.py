@@ -22,7 +22,7 @@ from policy.rollout.ledger import cell_id
 from policy.statistics.intervals import wilson_interval
 from policy.statistics.results import summarize
 from policy.sweep import grid
-from policy.sweep.grid import make_cells, row_of, varying
+from policy.sweep.grid import make_cells, row_of, varying, with_backends
 from policy.sweep.plot import draw_rows, plot_rows
 from policy.sweep.table import COLUMNS, format_table, write_files
 
@@ -403,3 +403,29 @@ def test_intervals_never_lie_on_the_wrong_side_of_their_rate():
 
 def test_figures_are_finite(rows):
     assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
+
+
+def replace_backend(one):
+    return dataclasses.replace(one, cell=dataclasses.replace(one.cell, backend="auto"))
+
+
+def test_auto_takes_the_back_end_of_the_ledger(checkpoints, tmp_path, monkeypatch, capsys):
+    ledger = tmp_path / "episodes.jsonl"
+    cells = [replace_backend(one) for one in cells_of(checkpoints, ddim_steps=[1, 2])]
+    assert {one.cell.backend for one in with_backends(cells, ledger)} == {"fused"}
+    assert capsys.readouterr().out == "backend: fused\n"
+    ledger.write_text(json.dumps({"cell": "a", "settings": {"backend": "eager", "weights": "float32"}}) + "\n")
+    assert {one.cell.backend for one in with_backends(cells, ledger)} == {"eager"}
+    ledger.write_text(json.dumps({"cell": "a", "settings": {"backend": "onnx", "weights": "float32"}}) + "\n")
+    monkeypatch.setattr("policy.inference.backends.ONNX_PACKAGES", ("no_such_package",))
+    with pytest.raises(ValueError, match=r"cannot go on here. .*needs the package .*: pip install"):
+        with_backends(cells, ledger)
+
+
+def test_auto_does_not_guess_between_several_back_ends(checkpoints, tmp_path):
+    ledger = tmp_path / "episodes.jsonl"
+    rows = [{"cell": name, "settings": {"backend": name, "weights": "float32"}} for name in ("fused", "eager")]
+    ledger.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cells = [replace_backend(one) for one in cells_of(checkpoints, ddim_steps=[1])]
+    with pytest.raises(ValueError, match=r"several back ends: say which with backend=\[fused,eager\]"):
+        with_backends(cells, ledger)

@@ -12,11 +12,33 @@ from torch import Tensor, nn
 from policy.model.denoisers.denoiser import Denoiser
 from policy.model.denoisers.timestep import TimestepEmbedding, check_sizes
 
+# Channels from which a convolution of a training batch is faster as a matrix product on a CPU.
+WIDE = 512
+
+
+class Convolution(nn.Conv1d):
+    """A convolution over time, which wide layers compute as a matrix product in training on a CPU.
+
+    PyTorch's convolutions are slow there, because chunks are short: forward and backward of a batch of 64 take two
+    thirds of the time as products of windows (B x T, inputs x kernel) with a matrix (inputs x kernel, outputs).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, inputs, T) to (B, outputs, T')."""
+        wide = min(self.in_channels, self.out_channels) >= WIDE
+        if not (wide and self.training and x.device.type == "cpu"):
+            return super().forward(x)
+        (kernel_size,), (stride,), padding = self.kernel_size, self.stride, int(self.padding[0])
+        windows = nn.functional.pad(x, (padding, padding)).unfold(2, kernel_size, stride)  # (B, inputs, T', kernel)
+        rows, length = len(x), windows.shape[2]
+        windows = windows.transpose(1, 2).reshape(rows * length, -1)
+        return nn.functional.linear(windows, self.weight.flatten(1), self.bias).view(rows, length, -1).transpose(1, 2)
+
 
 def convolution(inputs: int, outputs: int, kernel_size: int, groups: int) -> nn.Sequential:
     """Build a convolution with group norm and Mish, (B, inputs, T) to (B, outputs, T)."""
     return nn.Sequential(
-        nn.Conv1d(inputs, outputs, kernel_size, padding=kernel_size // 2), nn.GroupNorm(groups, outputs), nn.Mish()
+        Convolution(inputs, outputs, kernel_size, padding=kernel_size // 2), nn.GroupNorm(groups, outputs), nn.Mish()
     )
 
 
@@ -41,7 +63,7 @@ class FiLMBlock(nn.Module):
         self.modulate_by_observation = nn.Linear(obs_size, 2 * outputs, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.second = convolution(outputs, outputs, kernel_size, groups)
-        self.skip = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.skip = Convolution(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def modulation(self, timestep: Tensor, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Map (..., B or 1, timestep_size) and (B, obs_size) to 1 + scale and shift, each (..., B, outputs)."""
@@ -140,7 +162,7 @@ class UNet(Denoiser):
 
         pairs = list(itertools.pairwise((action_dim, *widths)))
         self.down = nn.ModuleList(Level(above, below, block) for above, below in pairs)
-        self.shorten = nn.ModuleList(nn.Conv1d(width, width, 3, stride=2, padding=1) for width in widths[:-1])
+        self.shorten = nn.ModuleList(Convolution(width, width, 3, stride=2, padding=1) for width in widths[:-1])
         self.middle = Level(widths[-1], widths[-1], block)
         self.up = nn.ModuleList(Level(2 * below, above, block) for above, below in reversed(pairs[1:]))
         self.lengthen = nn.ModuleList(

@@ -80,7 +80,13 @@ def case(name, **settings):
 
 @needs_onnx
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ("all steps", "images") else []) for name in CASES]
+    "name",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.slow] if name in ("all steps", "images", "transformer", "encoder-decoder") else []
+        )
+        for name in CASES
+    ],
 )
 def test_onnx_gives_the_eager_actions_at_any_batch_size(name):
     policy, sampler, program = case(name)
@@ -130,6 +136,7 @@ def test_an_onnx_program_continues_a_chunk_whatever_is_predicted(prediction_type
 
 
 @needs_onnx
+@pytest.mark.slow  # all samplers share one graph; test_auto.py looks at that
 def test_the_size_of_an_onnx_program_does_not_grow_with_its_steps():
     small, large = (case(name)[2].run.file() for name in ("one step", "all steps"))
     assert len(large) - len(small) < 99 * 4 * (32 + 5 + 2)  # a timestep's embedding and coefficients for each step

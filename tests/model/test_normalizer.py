@@ -167,7 +167,7 @@ def test_a_nan_in_any_block_is_refused():
         Normalizer((1,)).fit(*limits)
 
 
-@given(st.tuples(st.floats(-1e3, 1e3), st.floats(1e-2, 1e3)), st.floats(-3, 3))
+@given(st.tuples(st.floats(-10, 10), st.floats(1e-2, 1e3)), st.floats(-3, 3))
 def test_an_affine_normalizer_undoes_itself_without_a_bound(limit, share):
     low, size = limit
     affine = AffineNormalizer((1,))

@@ -15,7 +15,7 @@ from torch import Tensor
 from policy.adapters.imported import Imported, affine, normalizer_prefix, prefixed, under
 from policy.adapters.resnet_keys import backbone_weights, describe_backbone, head_weight
 from policy.adapters.schedules import schedule_settings
-from policy.adapters.settings import Settings
+from policy.adapters.settings import MOST_ACTIONS, Settings
 from policy.adapters.torch_file import plain, read_torch_file
 from policy.adapters.transformer_keys import count_layers, transformer_weights
 from policy.adapters.unet_keys import unet_weights
@@ -81,7 +81,7 @@ def read_diffusion_policy(path: Path, *, average: bool = True) -> Imported:
     _refuse(found, kind)
     weights_name, state = _state(path, content, average)
     network = under("model.", state)
-    obs_horizon, horizon = found.count("n_obs_steps"), found.count("horizon")
+    obs_horizon, horizon = found.count("n_obs_steps"), found.count("horizon", most=MOST_ACTIONS)
     with _reading_shapes(path):
         encoder = ENCODERS[observed](found, state, obs_horizon)
         denoiser, denoiser_weights = DENOISERS[kind](found, network, obs_horizon)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+# The longest trajectory that is read: far more than policies have, and few enough for a sampler's memory.
+MOST_ACTIONS = 10_000
 
 
 class Settings:
@@ -34,14 +36,18 @@ class Settings:
             raise ValueError(f"{self.path} must hold {self.place + name!r} as {kind.__name__}; got {got}")
         return value  # type: ignore[return-value]
 
-    def count(self, name: str) -> int:
-        """Return a whole number of 1 or more.
+    def count(self, name: str, most: int | None = None) -> int:
+        """Return a whole number of 1 or more, and of at most `most`.
 
         Raises:
             ValueError: it is something else.
         """
-        if (value := self.take(name, int)) < 1:
-            raise ValueError(f"{self.path} must hold {self.place + name!r} as a number of 1 or more; got {value}")
+        value = self.take(name, int)
+        if value < 1 or (most is not None and value > most):
+            allowed = "of 1 or more" if most is None else f"from 1 to {most}"
+            raise ValueError(
+                f"{self.path} must hold {self.place + name!r} as a number {allowed}; got {repr(value)[:80]}"
+            )
         return value
 
     def within(self, name: str) -> Settings:

@@ -62,6 +62,32 @@ def test_the_comparison_sees_a_weight_that_is_a_little_off():
     assert Comparison(name="", difference=float("nan"), bound=1).holds is False
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"noise": np.zeros((2, 16, 2))}, r"must have the shape \(B, 16, 2\) with the rows of the observations"),
+        ({"noise": np.full((4, 16, 2), np.nan)}, "holds a NaN or an infinity in 'noise'"),
+        ({"noise": np.array(["x"])}, "which are not numbers"),
+        ({"unet/t100": np.zeros((4, 16, 2))}, "holds 'unet/t100'; the timesteps are unet/t0 to unet/t99"),
+        ({"ddim0/normalized": np.zeros((4, 16, 2))}, "K is 1 to 100"),
+        ({"ddim1/normalized": np.zeros(2)}, "shapes in the reference do not fit"),
+        ({"ddpm10/normalized": np.zeros((4, 16, 2))}, "lacks 'ddpm10/step_noise'"),
+        ({"rollout/actions": np.zeros((3, 2))}, "observations must have the keys"),
+        ({}, "holds no output to compare"),
+    ],
+)
+def test_an_odd_reference_is_refused_in_one_sentence(tmp_path, changes, said):
+    inputs = {
+        name: value
+        for name, value in np.load(TINY / "reference.npz").items()
+        if name.startswith(("noise", "observation/"))
+    }
+    np.savez(tmp_path / "odd.npz", **{**inputs, **changes})
+    policy = build_policy(read_lerobot(TINY), "tiny")
+    with pytest.raises(ValueError, match=said):
+        compare(policy, read_reference(tmp_path / "odd.npz"), keys={}, execution_horizon=8, backends=())
+
+
 def test_old_and_new_formats_give_the_same_policy():
     old, new = read_lerobot(OLD), read_lerobot(TINY)
     assert old.config == new.config

@@ -103,15 +103,16 @@ def compare(
         ValueError: the inputs have other keys or shapes than the policy's, or the file holds no output.
     """
     sides = _Sides(policy, reference, keys, execution_horizon)
-    with torch_threads(1), torch.no_grad(), _fitting():
-        sides.embedding = policy.embed(sides.observations)
-        theirs = [
-            *sides.network(),
-            *sides.rederived(),
-            *sides.ddpm(),
-            *sides.as_they_sample(),
-            *sides.rollout(),
-        ]
+    with torch_threads(1), torch.no_grad():
+        with _fitting():
+            sides.embedding = policy.embed(sides.observations)
+            theirs = [
+                *sides.network(),
+                *sides.rederived(),
+                *sides.ddpm(),
+                *sides.as_they_sample(),
+                *sides.rollout(),
+            ]
         if not theirs:
             raise ValueError("the reference holds no output to compare: docs/import.md names those that are known")
         return [*theirs, *sides.back_ends(backends)]

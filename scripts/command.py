@@ -208,6 +208,17 @@ def refusals() -> Iterator[None]:
         _end(f"{error}; finished work is on disk", 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:
+        if not _is_interrupt(error):
+            raise
+        sys.exit(130)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: torch's export to ONNX makes a RuntimeError of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _end(reason: str, code: int) -> NoReturn:

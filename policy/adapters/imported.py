@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from policy.checkpoint.files import refusing
 from policy.checkpoint.reading import check_fit
 from policy.control.timeline import check_execution_horizon
 from policy.model.by_key import module_name
@@ -48,13 +50,18 @@ def build_policy(imported: Imported, source: str) -> DiffusionPolicy:
         The policy in evaluation mode, without gradients.
 
     Raises:
-        ValueError: the weights do not fit the configuration, a part of it cannot be built, or it executes more actions
-            than a chunk has.
+        ValueError: the weights do not fit the configuration, a part of it cannot be built, a normaliser is not finite,
+            or it executes more actions than a chunk has.
     """
     check_execution_horizon(imported.execution_horizon, imported.config.action_horizon)
-    check_fit(imported.config, imported.weights, source, "the rest of that checkpoint")
-    policy = DiffusionPolicy(imported.config)
-    policy.load_state_dict(imported.weights)
+    for key, value in imported.weights.items():
+        # Finite statistics may still have a range too small for float32.
+        if "normalizer" in key and not value.isfinite().all():
+            raise ValueError(f"the statistics in {source} give {key} a NaN or an infinity: they are not of real data")
+    with refusing(Path(source)):
+        check_fit(imported.config, imported.weights, source, "the rest of that checkpoint")
+        policy = DiffusionPolicy(imported.config)
+        policy.load_state_dict(imported.weights)
     return policy.eval().requires_grad_(False)
 
 

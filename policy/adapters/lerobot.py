@@ -24,6 +24,8 @@ STATE, ENVIRONMENT_STATE, ACTION = "observation.state", "observation.environment
 MODES = ("MIN_MAX", "MEAN_STD", "IDENTITY")
 # The last convolution has this many groups whatever `n_groups` says.
 LAST_GROUPS = 8
+# The beginnings of the names of all weights and statistics.
+PARTS = ("diffusion.unet.", "diffusion.rgb_encoder.", "normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
 # What LeRobot adds to a standard deviation.
 EPSILON = 1e-8
 # A picture is in [0, 1] there, and in [0, 255] here.
@@ -48,8 +50,8 @@ def read_lerobot(folder: Path) -> Imported:
     inputs, tensors = _inputs(found), _weights(folder)
     statistics = _Statistics(folder, found, tensors)
     encoder, encoder_weights, features = _encoder(found, inputs, tensors)
-    obs_horizon, horizon = found.take("n_obs_steps", int), found.take("horizon", int)
-    action_dim = _features(found, "output_features")[ACTION][1][0]
+    obs_horizon, horizon = found.count("n_obs_steps"), found.count("horizon")
+    (action_dim,) = _features(found, "output_features")[ACTION][1]
     scales, timestep_size = found.take("use_film_scale_modulation", bool), found.take("diffusion_step_embed_dim", int)
     config = PolicyConfig(
         observation_shapes={key: _our_shape(kind, shape) for key, (kind, shape) in inputs.items()},
@@ -112,8 +114,9 @@ def _refuse(folder: Path, found: Settings) -> None:
         )
     if found.data.get("use_peft") or (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} holds adapter weights (PEFT): merge them into the policy with LeRobot first")
-    if ACTION not in _features(found, "output_features"):
-        raise ValueError(f"{found.path} must hold the output feature 'action'")
+    kind, shape = _features(found, "output_features").get(ACTION, ("", ()))
+    if len(shape) != 1:
+        raise ValueError(f"{found.path} must hold the output feature 'action' as a vector; got the shape {list(shape)}")
 
 
 def _inputs(found: Settings) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -139,8 +142,24 @@ def _our_shape(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    """The weights; statistics that were never set are infinite, and are left out here."""
-    return read_tensors(folder / WEIGHTS, finite=lambda key: "normalize_" not in key)
+    """The weights in float32; statistics that were never set are infinite, and are not refused here.
+
+    Raises:
+        ValueError: the file is missing or damaged, or holds a weight that LeRobot's diffusion policy does not have.
+    """
+    tensors = read_tensors(_file(folder, WEIGHTS), finite=lambda key: "normalize_" not in key)
+    if unknown := sorted(key for key in tensors if not key.startswith(PARTS)):
+        raise ValueError(
+            f"{folder / WEIGHTS} holds {unknown[0][:80]!r}, which is not a part of LeRobot's diffusion policy"
+        )
+    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+
+
+def _file(folder: Path, name: str) -> Path:
+    """A file of the folder; a pipe or a device in its place would block."""
+    if not (folder / name).is_file():
+        raise ValueError(f"{folder} lacks the file {name}: copy all files of the policy's folder")
+    return folder / name
 
 
 def _schedule(found: Settings) -> dict[str, Any]:
@@ -281,7 +300,8 @@ def _processor(folder: Path, file: str, name: str) -> dict[str, Any] | None:
     if not (folder / file).is_file():
         return None
     steps = read_json(folder / file).get("steps")
-    step = next((s for s in steps or () if isinstance(s, dict) and s.get("registry_name") == name), None)
+    named = steps if isinstance(steps, list) else []
+    step = next((s for s in named if isinstance(s, dict) and s.get("registry_name") == name), None)
     if step is None or not isinstance(step.get("config", {}), dict):
         raise ValueError(f"{folder / file} must name a step {name!r}, which normalises")
     state = step.get("state_file")
@@ -291,7 +311,7 @@ def _processor(folder: Path, file: str, name: str) -> dict[str, Any] | None:
             raise ValueError(
                 f"{folder / file} must name a file in its own folder as state_file; got {str(state)[:80]!r}"
             )
-        tensors = read_tensors(folder / state)
+        tensors = read_tensors(_file(folder, state))
     return {**step, "tensors": tensors}
 
 

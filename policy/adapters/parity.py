@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def read_reference(path: Path) -> dict[str, NDArray[Any]]:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            reference = {name: file[name] for name in file.files}
+            reference = {name: _numbers(file[name]) for name in file.files}
     except Exception as error:  # zipfile, zlib and numpy raise many types
         reason = " ".join(str(error).split())[:100]
         raise ValueError(f"verify={path} cannot be read as an .npz file of arrays ({reason})") from error
@@ -65,7 +66,16 @@ def read_reference(path: Path) -> dict[str, NDArray[Any]]:
             f"verify={path} holds no {' and no '.join(missing)}: it needs `noise`, `observation/KEY` and the outputs to"
             " compare, as docs/import.md says"
         )
+    if broken := [name for name, values in reference.items() if not np.isfinite(values).all()]:
+        raise ValueError(f"verify={path} holds a NaN or an infinity in {broken[0][:80]!r}: write it anew")
     return reference
+
+
+def _numbers(values: NDArray[Any]) -> NDArray[Any]:
+    """Pictures as they are, and everything else in the networks' float32."""
+    if values.dtype.kind not in "iuf":
+        raise ValueError(f"an array of {values.dtype}, which are not numbers")
+    return values if values.dtype == np.uint8 else values.astype(np.float32)
 
 
 def compare(
@@ -90,19 +100,34 @@ def compare(
         A comparison for each output that the file holds.
 
     Raises:
-        ValueError: the inputs have other keys or shapes than the policy's.
+        ValueError: the inputs have other keys or shapes than the policy's, or the file holds no output.
     """
     sides = _Sides(policy, reference, keys, execution_horizon)
     with torch_threads(1), torch.no_grad():
-        sides.embedding = policy.embed(sides.observations)
-        return [
-            *sides.network(),
-            *sides.rederived(),
-            *sides.ddpm(),
-            *sides.as_they_sample(),
-            *sides.back_ends(backends),
-            *sides.rollout(),
-        ]
+        with _fitting():
+            sides.embedding = policy.embed(sides.observations)
+            theirs = [
+                *sides.network(),
+                *sides.rederived(),
+                *sides.ddpm(),
+                *sides.as_they_sample(),
+                *sides.rollout(),
+            ]
+        if not theirs:
+            raise ValueError("the reference holds no output to compare: docs/import.md names those that are known")
+        return [*theirs, *sides.back_ends(backends)]
+
+
+@contextmanager
+def _fitting() -> Iterator[None]:
+    """Say in one sentence that an array is missing, or has another shape than the others."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"the reference lacks {error}, which its other arrays need: see docs/import.md") from error
+    except (LookupError, RuntimeError, TypeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the shapes in the reference do not fit the policy ({reason}): see docs/import.md") from error
 
 
 class _Sides:
@@ -117,6 +142,13 @@ class _Sides:
         self.past, self.scale = policy.config.past_actions, policy.action_normalizer.scale
         self.observations = self._observations("observation/")
         self.noise = torch.from_numpy(reference["noise"])
+        rows = next(iter(self.observations.values())).shape[:1]
+        wanted = (*rows, policy.config.denoised_horizon, policy.config.action_dim)
+        if self.noise.shape != wanted or 0 in wanted:
+            raise ValueError(
+                f"noise in the reference must have the shape (B, {wanted[-2]}, {wanted[-1]}) with the rows of the"
+                f" observations, 1 or more; got {tuple(self.noise.shape)} and {tuple(rows)}"
+            )
 
     def _observations(self, prefix: str) -> dict[str, Tensor]:
         names = [name for name in self.reference if name.startswith(prefix)]
@@ -130,7 +162,10 @@ class _Sides:
         if "global_cond" in self.reference:
             yield _compared("condition", self.embedding, self.reference["global_cond"], NETWORK_BOUND)
         for name in self._named("unet/t"):
-            timestep = torch.full((len(self.noise),), int(name.removeprefix("unet/t")))
+            number, last = name.removeprefix("unet/t"), self.policy.schedule.num_steps - 1
+            if not number.isdecimal() or int(number) > last:
+                raise ValueError(f"the reference holds {name[:80]!r}; the timesteps are unet/t0 to unet/t{last}")
+            timestep = torch.full((len(self.noise),), int(number))
             predicted = self.policy.denoiser(self.noise, timestep, self.embedding)
             yield _compared(f"network at t = {timestep[0]}", predicted, self.reference[name], NETWORK_BOUND)
 
@@ -179,6 +214,8 @@ class _Sides:
         observations = self._observations("rollout/observation/")
         expected = torch.from_numpy(self.reference["rollout/actions"])
         horizon, given = self.policy.config.obs_horizon, []
+        if len(expected) < 1 or any(len(values) != len(expected) for values in observations.values()):
+            raise ValueError("rollout/actions and rollout/observation/KEY in the reference must have the same steps")
         for number, step in enumerate(range(0, len(expected), self.execution_horizon)):
             places = torch.arange(step + 1 - horizon, step + 1).clamp(min=0)
             history = {key: values[places][None] for key, values in observations.items()}
@@ -220,7 +257,10 @@ class _Sides:
     def _steps(self, prefix: str) -> list[int]:
         """The numbers of steps for which the reference has samples under a prefix."""
         names = (name.removesuffix("/normalized").removeprefix(prefix) for name in self._named(prefix, "/normalized"))
-        return sorted(int(rest) for rest in names if rest.isdecimal())
+        found, most = sorted(int(rest) for rest in names if rest.isdecimal()), self.policy.schedule.num_steps
+        if found and not 1 <= found[0] <= found[-1] <= most:
+            raise ValueError(f"the reference holds {prefix}K for K = {found}; K is 1 to {most}")
+        return found
 
     def _named(self, prefix: str, suffix: str = "") -> list[str]:
         return [name for name in self.reference if name.startswith(prefix) and name.endswith(suffix)]

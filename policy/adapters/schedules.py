@@ -7,7 +7,7 @@ from typing import Any
 
 from policy.diffusion.schedule import MAX_FINAL_ALPHA_CUMPROD
 
-# Far above the 1000 timesteps of image models.
+# The most timesteps that are read: far more than policies have, and few enough for a table of them.
 MOST_TIMESTEPS = 100_000
 
 
@@ -22,7 +22,8 @@ def schedule_settings(source: object, name: str, num_steps: int, beta_start: flo
         beta_end: last beta.
 
     Raises:
-        ValueError: another schedule, or one that leaves signal at its last timestep.
+        ValueError: another schedule, one that leaves signal at its last timestep, or one without a timestep or with
+            too many.
     """
     if not 1 <= num_steps <= MOST_TIMESTEPS:
         raise ValueError(f"{source} has {num_steps} timesteps; 1 to {MOST_TIMESTEPS} can be imported")

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# Far above real pictures and vectors; a larger one in a file would take any amount of memory.
+# Far above real pictures, vectors and horizons; a larger one in a file would take any amount of memory.
 MOST_SIZE = 10_000
 
 
@@ -50,7 +50,7 @@ class Settings:
         """
         if not is_size(value := self.take(name, int)):
             raise ValueError(
-                f"{self.path} must hold {self.place + name!r} as a number of 1 to {MOST_SIZE}; got {value}"
+                f"{self.path} must hold {self.place + name!r} as a number from 1 to {MOST_SIZE}; got {repr(value)[:80]}"
             )
         return value
 

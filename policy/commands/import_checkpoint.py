@@ -23,6 +23,9 @@ from policy.common.output import output_folder
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout.episodes import check_spaces
 
+# The folder inside output_dir.
+CHECKPOINT = "checkpoint"
+
 
 def import_checkpoint(
     make_env: Callable[..., Any],
@@ -49,6 +52,8 @@ def import_checkpoint(
         ValueError: the source cannot be imported, or does not fit the environment.
         ParityError: an output of the imported policy differs from `verify`.
     """
+    if output_dir and (output_dir.expanduser() / CHECKPOINT / TRAINING_RECORD).exists():
+        raise ValueError(f"a training run resumes from {output_dir / CHECKPOINT}: choose another output_dir=")
     reference = None if verify is None else read_reference(verify)
     read = read_source(source, average=average)
     imported = with_keys(read, keys or {})
@@ -60,7 +65,7 @@ def import_checkpoint(
     if reference is not None:
         ours = dict(zip(read.config.observation_shapes, imported.config.observation_shapes, strict=True))
         _verify(compare(policy, reference, keys=ours, execution_horizon=imported.execution_horizon), source)
-    folder = output_folder(output_dir, "import") / "checkpoint"
+    folder = output_folder(output_dir, "import") / CHECKPOINT
     _write(folder, imported, policy, source, env)
     print(f"checkpoint: {folder}")
     print(next_line("ddim-sweep", checkpoint=folder, env=env))
@@ -100,8 +105,6 @@ def _verify(comparisons: Sequence[Comparison], source: str) -> None:
 def _write(
     folder: Path, imported: Imported, policy: DiffusionPolicy, source: str, env: Mapping[str, Any] | None
 ) -> None:
-    if (folder / TRAINING_RECORD).exists():
-        raise ValueError(f"a training run resumes from {folder}: choose another output_dir=")
     training = {
         "imported": {
             "project": imported.project,

@@ -1,6 +1,7 @@
 """LeRobot's policies: they compute what LeRobot computes, and what cannot be imported is refused in one sentence."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -59,6 +60,32 @@ def test_the_comparison_sees_a_weight_that_is_a_little_off():
     found = compare(policy, few, keys={}, execution_horizon=8, backends=())
     assert [comparison.name for comparison in found if not comparison.holds] == ["network at t = 50"]
     assert Comparison(name="", difference=float("nan"), bound=1).holds is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"noise": np.zeros((2, 16, 2))}, r"must have the shape \(B, 16, 2\) with the rows of the observations"),
+        ({"noise": np.full((4, 16, 2), np.nan)}, "holds a NaN or an infinity in 'noise'"),
+        ({"noise": np.array(["x"])}, "which are not numbers"),
+        ({"unet/t100": np.zeros((4, 16, 2))}, "holds 'unet/t100'; the timesteps are unet/t0 to unet/t99"),
+        ({"ddim0/normalized": np.zeros((4, 16, 2))}, "K is 1 to 100"),
+        ({"ddim1/normalized": np.zeros(2)}, "shapes in the reference do not fit"),
+        ({"ddpm10/normalized": np.zeros((4, 16, 2))}, "lacks 'ddpm10/step_noise'"),
+        ({"rollout/actions": np.zeros((0, 2))}, "must have the same steps"),
+        ({}, "holds no output to compare"),
+    ],
+)
+def test_an_odd_reference_is_refused_in_one_sentence(tmp_path, changes, said):
+    inputs = {
+        name: value
+        for name, value in np.load(TINY / "reference.npz").items()
+        if name.startswith(("noise", "observation/"))
+    }
+    np.savez(tmp_path / "odd.npz", **{**inputs, **changes})
+    policy = build_policy(read_lerobot(TINY), "tiny")
+    with pytest.raises(ValueError, match=said):
+        compare(policy, read_reference(tmp_path / "odd.npz"), keys={}, execution_horizon=8, backends=())
 
 
 def test_old_and_new_formats_give_the_same_policy():
@@ -148,6 +175,12 @@ def changed(folder, tmp_path, **settings):
         (IMAGE, {"spatial_softmax_num_keypoints": 9}, "do not fit"),
         (IMAGE, {"crop_shape": [97, 80]}, "must fit into the image of 96 x 96"),
         (IMAGE, {"crop_shape": [0, 80]}, "a height and a width"),
+        (IMAGE, {"resize_shape": [10**9, 10**9]}, "as a height and a width"),
+        (IMAGE, {"spatial_softmax_num_keypoints": 10**9}, "is missing or damaged"),
+        (TINY, {"down_dims": [10**9, 10**9]}, "is missing or damaged"),
+        (TINY, {"horizon": 10**9}, "'horizon' as a number from 1 to 10000"),
+        (TINY, {"num_train_timesteps": 10**9}, "1 to 100000 can be imported"),
+        (TINY, {"output_features": {"action": {"type": "ACTION", "shape": []}}}, "'action' as a vector"),
     ],
 )
 def test_what_cannot_be_imported_is_refused_in_one_sentence(tmp_path, folder, settings, said):
@@ -168,6 +201,43 @@ def test_missing_statistics_are_never_guessed(tmp_path, file):
         step.pop("state_file", None)
     (folder / file).write_text(json.dumps(steps))
     with pytest.raises(ValueError, match="lacks the statistics"):
+        read_lerobot(folder)
+
+
+def test_a_file_of_statistics_that_was_not_copied_is_named(tmp_path):
+    folder = shutil.copytree(TINY, tmp_path / "copy")
+    (missing,) = folder.glob("policy_preprocessor_step*.safetensors")
+    missing.unlink()
+    os.mkfifo(missing)  # opening it would block
+    with pytest.raises(ValueError, match=f"lacks the file {missing.name}: copy all files"):
+        read_lerobot(folder)
+
+
+def test_a_range_too_small_for_float32_is_refused(tmp_path):
+    folder = shutil.copytree(TINY, tmp_path / "copy")
+    (file,) = folder.glob("policy_postprocessor_step*.safetensors")
+    statistics = load_file(file)
+    statistics["action.min"][:], statistics["action.max"][:] = 0.0, 1e-40
+    save_file(statistics, file)
+    with pytest.raises(ValueError, match=r"statistics in copy give action_normalizer.gain a NaN or an infinity"):
+        build_policy(read_lerobot(folder), "copy")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_become_float32(tmp_path, dtype):
+    folder = shutil.copytree(TINY, tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    save_file({key: value.to(dtype) for key, value in weights.items()}, folder / "model.safetensors")
+    policy = build_policy(read_lerobot(folder), "copy")
+    expected = weights["diffusion.unet.final_conv.1.weight"].to(dtype).float()
+    assert torch.equal(policy.state_dict()["denoiser.leave.weight"], expected)
+
+
+def test_weights_of_unknown_parts_are_not_dropped(tmp_path):
+    folder = shutil.copytree(TINY, tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "language.head": torch.zeros(3)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"holds 'language.head', which is not a part of LeRobot's diffusion policy"):
         read_lerobot(folder)
 
 

@@ -19,6 +19,8 @@ DEPTHS = {18: ((2, 2, 2, 2), False), 34: ((3, 4, 6, 3), False), 50: ((3, 4, 6, 3
 NORMS = ("group", "frozen_batch")
 POOLINGS = ("spatial_softmax", "average")
 BOTTLENECK_EXPANSION = 4
+# Resizing is a matrix of this size a side at most; a file may ask for a billion pixels.
+MOST_PIXELS = 8192
 
 
 class FrozenBatchNorm(nn.Module):
@@ -170,6 +172,11 @@ class Camera(nn.Module):
     ) -> None:
         super().__init__()
         size = resize or (shape[0], shape[1])
+        if resize and max(*shape[:2], *resize) > MOST_PIXELS:
+            raise ValueError(
+                f"encoder.resize takes images of up to {MOST_PIXELS} pixels a side; got {shape[0]} x {shape[1]} to"
+                f" {resize[0]} x {resize[1]}"
+            )
         self.resize = Resize((shape[0], shape[1]), resize) if resize else nn.Identity()
         self.crop = crop or size
         self.free = (size[0] - self.crop[0], size[1] - self.crop[1])

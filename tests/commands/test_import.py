@@ -1,0 +1,25 @@
+"""`ddim-import`: what it refuses before it reads anything, and how it is interrupted."""
+
+import pytest
+
+from policy.commands.import_checkpoint import import_checkpoint
+from scripts.command import refusals
+
+
+def test_a_training_run_is_not_replaced_and_this_is_said_first(tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "training.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"a training run resumes from .*checkpoint: choose another output_dir="):
+        import_checkpoint(lambda: None, source="nowhere", output_dir=tmp_path)
+    assert [file.name for file in folder.iterdir()] == ["training.json"]
+
+
+def test_an_interrupt_that_torch_made_an_error_of_is_an_interrupt():
+    error = RuntimeError("Failed to export the model")
+    error.__cause__ = KeyboardInterrupt()
+    with pytest.raises(SystemExit) as ended, refusals():
+        raise error
+    assert ended.value.code == 130
+    with pytest.raises(RuntimeError, match="a fault"), refusals():
+        raise RuntimeError("a fault")

@@ -83,7 +83,10 @@ def case(name, **settings):
     "name",
     [
         pytest.param(
-            name, marks=[pytest.mark.slow] if name in ("all steps", "images", "transformer", "encoder-decoder") else []
+            name,
+            marks=[pytest.mark.slow]
+            if name in ("all steps", "images", "transformer", "encoder-decoder", "one step")
+            else [],
         )
         for name in CASES
     ],

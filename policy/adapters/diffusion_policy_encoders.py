@@ -54,7 +54,13 @@ def _vector(found: Settings, state: Mapping[str, Tensor], obs_horizon: int) -> E
         condition = sizing_weight(found.path, network, "mid_modules.0.cond_encoder.1.weight", 2).shape[1]
         timestep = sizing_weight(found.path, network, "diffusion_step_encoder.1.weight", 2).shape[1]
         size = (condition - timestep) // obs_horizon
-    return Encoder({VECTOR: (size,)}, size, {"name": "concatenate", "order": [VECTOR]}, {})
+    return _vectors({VECTOR: (size,)})
+
+
+def _vectors(shapes: dict[str, tuple[int, ...]]) -> Encoder:
+    """The encoder of vectors alone, in the order of their shapes."""
+    features = sum(shape[0] for shape in shapes.values())
+    return Encoder(shapes, features, {"name": "concatenate", "order": list(shapes)}, {})
 
 
 def _pictures(found: Settings, state: Mapping[str, Tensor], obs_horizon: int) -> Encoder:
@@ -67,8 +73,7 @@ def _pictures(found: Settings, state: Mapping[str, Tensor], obs_horizon: int) ->
     pictures = sorted(key for key, shape in shapes.items() if len(shape) == 3)
     order = pictures + sorted(shapes.keys() - set(pictures))
     if not pictures:
-        vectors = sum(shape[0] for shape in shapes.values())
-        return Encoder({key: shapes[key] for key in order}, vectors, {"name": "concatenate", "order": order}, {})
+        return _vectors({key: shapes[key] for key in order})
     shared = settings.take("share_rgb_model", bool, False)
     weights: dict[str, Tensor] = {}
     for number, key in enumerate(["rgb"] if shared else pictures):
@@ -101,8 +106,7 @@ def _robomimic(found: Settings, state: Mapping[str, Tensor], obs_horizon: int) -
     order = list(shapes)
     pictures = [key for key, shape in shapes.items() if len(shape) == 3]
     if not pictures:
-        vectors = sum(shape[0] for shape in shapes.values())
-        return Encoder(shapes, vectors, {"name": "concatenate", "order": order}, {})
+        return _vectors(shapes)
     crop = found.pair("crop_shape", HYBRID_CROP)
     if crop and not found.take("eval_fixed_crop", bool, False):
         raise ValueError(

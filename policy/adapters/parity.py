@@ -60,8 +60,11 @@ def read_reference(path: Path) -> dict[str, NDArray[Any]]:
     except Exception as error:  # zipfile, zlib and numpy raise many types
         reason = " ".join(str(error).split())[:100]
         raise ValueError(f"verify={path} cannot be read as an .npz file of arrays ({reason})") from error
-    missing = [name for name in ("noise", "observation/KEY") if not any(key.startswith(name[:12]) for key in reference)]
-    if missing:
+    needed = {
+        "noise": "noise" in reference,
+        "observation/KEY": any(key.startswith("observation/") for key in reference),
+    }
+    if missing := [name for name, is_there in needed.items() if not is_there]:
         raise ValueError(
             f"verify={path} holds no {' and no '.join(missing)}: it needs `noise`, `observation/KEY` and the outputs to"
             " compare, as docs/import.md says"

@@ -17,6 +17,7 @@ from policy.adapters.parity import Comparison, compare, read_reference
 from policy.adapters.reading import read_source
 from policy.adapters.schedules import schedule_settings
 from policy.diffusion.schedule import make_schedule
+from tests.adapters.parity import check_parity
 
 INTEROP = Path(__file__).parents[1] / "data" / "interop"
 TINY, OLD, ODD, IMAGE = (
@@ -37,17 +38,7 @@ SLOWLY = pytest.param("onnx", marks=pytest.mark.slow)
 @pytest.mark.parametrize("folder", [TINY, ODD, IMAGE], ids=lambda folder: folder.name)
 def test_a_policy_computes_what_lerobot_computes(folder, backend):
     read = read_lerobot(folder)
-    found = compare(
-        build_policy(read, str(folder)),
-        read_reference(folder / "reference.npz"),
-        keys={},
-        execution_horizon=read.execution_horizon,
-        backends=[backend],
-    )
-    names = [comparison.name for comparison in found]
-    assert len(names) == 30
-    assert {"condition", "DDIM 8, leading", "DDPM 100, executed", "20 control steps"} < set(names)
-    assert [comparison for comparison in found if not comparison.holds] == []
+    check_parity(read, folder, backend)
 
 
 def test_the_comparison_sees_a_weight_that_is_a_little_off():

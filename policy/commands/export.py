@@ -25,7 +25,8 @@ from policy.common.next_line import next_line
 from policy.common.observations import is_image
 from policy.common.output import output_folder
 from policy.diffusion.sampler import Sampler
-from policy.inference.backends import DEFAULT_WEIGHTS, Onnx, SamplerProgram, check_weights, compile_sampler
+from policy.inference.backends import DEFAULT_WEIGHTS, SamplerProgram, check_weights, compile_sampler
+from policy.inference.onnx_backend import Onnx
 from policy.inference.onnx_graph import observation_input
 
 SCHEMA_VERSION = 2

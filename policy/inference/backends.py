@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.util import find_spec
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -22,15 +20,8 @@ from policy.common.observations import Observations, check_observations, is_imag
 from policy.diffusion.coefficients import reverse_process
 from policy.diffusion.ddim import Generators, randn_like
 from policy.diffusion.sampler import Course, Sampler
-from policy.inference.mapped import MappedArrays
-from policy.inference.onnx_graph import (
-    build_graph,
-    complete_model,
-    kind_of,
-    observation_input,
-    require,
-    sampler_inputs,
-)
+from policy.inference.onnx_backend import ONNX_PACKAGES, Onnx
+from policy.inference.onnx_graph import kind_of
 from policy.inference.program import Program, SamplingInputs, keep_with_past, with_past
 from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy, zero_observations
@@ -38,7 +29,6 @@ from policy.model.diffusion_policy import DiffusionPolicy, zero_observations
 # Chooses a back end by the rule of `choose_backend`; and what it falls back to, which starts at once everywhere.
 DEFAULT_BACKEND = "auto"
 PLAIN_BACKEND = "fused"
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # Parameters of a policy from which `auto` takes ONNX Runtime. Tracing takes some ten seconds of CPU time, which a chunk
 # of a policy of this size earns back within a few hundred plans, and one of a smaller policy may not in a whole sweep.
 LARGE_POLICY = 5_000_000
@@ -327,16 +317,6 @@ def check_backend(backend: str, weights: str) -> None:
     check_weights(weights, backend)
 
 
-def check_installed(backend: str) -> None:
-    """Reject a back end whose packages are not installed.
-
-    Raises:
-        ValueError: a package is missing; the message gives the command that installs it.
-    """
-    for package in ONNX_PACKAGES if backend == "onnx" else ():
-        require(package)
-
-
 def check_weights(weights: str, backend: str = "onnx") -> None:
     """Reject weights that a back end does not support.
 
@@ -418,86 +398,6 @@ class Compiled:
 
 def _first_line(error: Exception) -> str:
     return next(iter(f"{type(error).__name__}: {error}".splitlines()))
-
-
-class OnnxModel:
-    """A graph with its weights, which all samplers of a policy share. It can be pickled for another process.
-
-    Args:
-        graph: the serialised graph, see `OnnxGraph`.
-        weights: the weights that it declares.
-    """
-
-    def __init__(self, graph: bytes, weights: MappedArrays) -> None:
-        self.graph, self.weights = graph, weights
-
-    @cached_property
-    def session(self) -> Any:
-        """The graph in ONNX Runtime, on one CPU thread. It is loaded where it runs, in each process once."""
-        onnxruntime = require("onnxruntime")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        arrays = self.weights.arrays()
-        options.add_external_initializers(
-            list(arrays), [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
-        )
-        session = onnxruntime.InferenceSession(self.graph, options, providers=["CPUExecutionProvider"])
-        # The runtime reads the matrices no more: it has packed a copy of each in the order of its products.
-        self.weights.forget()
-        return session
-
-    def unload(self) -> None:
-        """Free the session's memory, which the next call takes again."""
-        self.__dict__.pop("session", None)
-
-    def __reduce__(self) -> tuple[type[OnnxModel], tuple[bytes, MappedArrays]]:
-        return OnnxModel, (self.graph, self.weights)
-
-
-# The graphs of policies that are in use.
-_MODELS: WeakKeyDictionary[DiffusionPolicy, dict[Hashable, OnnxModel]] = WeakKeyDictionary()
-
-
-class Onnx:
-    """The fused program in ONNX Runtime, on one CPU thread. It can be pickled and sent to another process.
-
-    Attributes:
-        device: the CPU.
-        model: the graph, which all programs of a policy share that clip alike and are alike stochastic.
-
-    Args:
-        model: see above.
-        constants: the graph's inputs that depend on the sampler, see `sampler_inputs`.
-    """
-
-    device = torch.device("cpu")
-
-    def __init__(self, model: OnnxModel, constants: Mapping[str, NDArray[np.float32]]) -> None:
-        self.model, self._constants = model, dict(constants)
-
-    def file(self) -> bytes:
-        """The bytes of an ONNX file that needs neither other files nor the sampler's inputs."""
-        return complete_model(self.model.graph, self.model.weights.arrays(), self._constants)
-
-    @classmethod
-    def build(cls, policy: DiffusionPolicy, sampler: Sampler, course: Course, weights: str) -> Onnx:
-        """See `Backend`."""
-        check_installed("onnx")
-        on_cpu = policy if policy.device.type == "cpu" else copy.deepcopy(policy).cpu()
-        program = Program(on_cpu, sampler, course)
-        models, kind = _MODELS.setdefault(policy, {}), (*kind_of(sampler), weights)
-        if kind not in models:
-            graph = build_graph(program, weights)
-            models[kind] = OnnxModel(graph.model.SerializeToString(), MappedArrays.write(graph.weights))
-        return cls(models[kind], sampler_inputs(program))
-
-    def __call__(self, inputs: SamplingInputs) -> Tensor:
-        """See `Runner`."""
-        feeds = {observation_input(key): value.numpy() for key, value in inputs.observations.items()}
-        named = {name: value for name, value in inputs._asdict().items() if isinstance(value, Tensor)}
-        feeds |= {name: value.numpy() for name, value in named.items()}
-        return torch.from_numpy(self.model.session.run(None, {**feeds, **self._constants})[0])
 
 
 class CudaGraph:

@@ -18,9 +18,9 @@ from policy.inference.backends import (
     DEFAULT_WEIGHTS,
     PLAIN_BACKEND,
     check_backend,
-    check_installed,
     choose_backend,
 )
+from policy.inference.onnx_backend import check_installed
 from policy.rollout.cells import Cell, program_of
 from policy.rollout.latency import chunk_latency
 from policy.rollout.ledger import cell_id, recorded_settings

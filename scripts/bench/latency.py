@@ -31,7 +31,8 @@ from torch._inductor import aoti_compile_and_package, aoti_load_package
 from policy import DiffusionPolicy, PolicyConfig, Sampler
 from policy.common.device import torch_threads
 from policy.common.progress import say
-from policy.inference.backends import Onnx, compile_sampler
+from policy.inference.backends import compile_sampler
+from policy.inference.onnx_backend import Onnx
 from policy.inference.program import Program, SamplingInputs
 from policy.model.denoisers.timestep import TimestepEmbedding
 from policy.model.diffusion_policy import zero_observations

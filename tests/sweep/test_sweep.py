@@ -417,7 +417,7 @@ def test_auto_takes_the_back_end_of_the_ledger(checkpoints, tmp_path, monkeypatc
     ledger.write_text(json.dumps({"cell": "a", "settings": {"backend": "eager", "weights": "float32"}}) + "\n")
     assert {one.cell.backend for one in with_backends(cells, ledger)} == {"eager"}
     ledger.write_text(json.dumps({"cell": "a", "settings": {"backend": "onnx", "weights": "float32"}}) + "\n")
-    monkeypatch.setattr("policy.inference.backends.ONNX_PACKAGES", ("no_such_package",))
+    monkeypatch.setattr("policy.inference.onnx_backend.ONNX_PACKAGES", ("no_such_package",))
     with pytest.raises(ValueError, match=r"cannot go on here. .*needs the package .*: pip install"):
         with_backends(cells, ledger)
 

@@ -52,11 +52,11 @@ def holm(p_values: ArrayLike, *, most_true: int | None = None) -> Array:
     rejections is at most alpha.
 
     Args:
-        p_values: (M,), in [0, 1].
+        p_values: (..., M), in [0, 1]; the M of a row are adjusted together.
         most_true: the greatest number of hypotheses that can be true together, if fewer than M (Shaffer 1986).
 
     Returns:
-        (M,) adjusted p-values in the same order, each at least its p-value.
+        (..., M) adjusted p-values in the same order, each at least its p-value.
 
     Raises:
         ValueError: no p-values, or p-values outside [0, 1].
@@ -66,12 +66,14 @@ def holm(p_values: ArrayLike, *, most_true: int | None = None) -> Array:
         [0.03, 0.06, 0.06]
     """
     p = np.asarray(p_values, dtype=float)
-    if p.ndim != 1 or not p.size or not np.all((p >= 0) & (p <= 1)):
+    if not p.ndim or not p.size or not np.all((p >= 0) & (p <= 1)):
         raise ValueError(f"p_values must be a list of one or more numbers in [0, 1]; got {p.tolist()}")
-    order = np.argsort(p, kind="stable")
-    left = np.minimum(np.arange(p.size, 0, -1), p.size if most_true is None else most_true)
+    count = p.shape[-1]
+    order = np.argsort(p, axis=-1, kind="stable")
+    left = np.minimum(np.arange(count, 0, -1), count if most_true is None else most_true)
     adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(np.maximum.accumulate(left * p[order]), 1)
+    steps = np.maximum.accumulate(left * np.take_along_axis(p, order, -1), axis=-1)
+    np.put_along_axis(adjusted, order, np.minimum(steps, 1), -1)
     return adjusted
 
 
@@ -160,7 +162,27 @@ def non_inferiority_test(wins: ArrayLike, losses: ArrayLike, episodes: int, marg
     check_fraction("margin", margin)
     excess, deviation = score_statistic(*discordant_counts(wins, losses, episodes), episodes, -margin)
     z = np.asarray(excess / deviation)
-    return np.maximum(ndtr(-z), _exact_p_values(z.ravel(), episodes, margin).reshape(z.shape))
+    return np.maximum(ndtr(-z), _tails(episodes, margin)[_bins(z)])
+
+
+def inferiority_test(wins: ArrayLike, losses: ArrayLike, episodes: int, margin: float) -> Array:
+    """Test that a cell's true success rate is not lower than another's by more than `margin`: Tango's score test.
+
+    Args:
+        wins: (...), episodes that only the first cell solved.
+        losses: (...), episodes that only the second cell solved.
+        episodes: N, the number of all episodes.
+        margin: a difference of success rates, in (0, 1).
+
+    Returns:
+        (...) one-sided asymptotic p-values; a small one shows that the first cell is worse by more than `margin`.
+
+    Raises:
+        ValueError: impossible counts, or a margin outside (0, 1).
+    """
+    check_fraction("margin", margin)
+    excess, deviation = score_statistic(*discordant_counts(wins, losses, episodes), episodes, -margin)
+    return np.asarray(ndtr(excess / deviation))
 
 
 def compare_success(
@@ -249,9 +271,14 @@ def score_statistic(wins: Array, losses: Array, episodes: int, difference: Array
     return wins - losses - episodes * difference, np.sqrt(np.maximum(variance, 0))
 
 
-def _exact_p_values(z: Array, episodes: int, margin: float) -> Array:
-    """Look up the greatest probability of a score statistic of `z` or more when the true difference is -margin."""
-    return _tails(episodes, margin)[_bins(z)]
+def null_deviation(discordant: Array, margin: float) -> Array:
+    """Standard deviation per episode that the score test expects under a difference of -margin.
+
+    Args:
+        discordant: (...), the rate of episodes that exactly one of both cells solved.
+        margin: in (0, 1).
+    """
+    return score_statistic(discordant / 2, discordant / 2, 1, -margin)[1]
 
 
 @lru_cache(maxsize=64)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from policy.statistics.paired import PairedDifference, compare_success
-from policy.statistics.recommendation import Recommendation, recommend
+from policy.statistics.recommendation import Recommendation, describe, recommend
 from policy.statistics.results import EpisodeResult, describe_broken
 from policy.sweep.grid import Row, uniform, varying
 
@@ -183,11 +183,12 @@ def _compared(rows: Sequence[Row], number: int, reference: int, found: PairedDif
 
 def answer_of(rows: Sequence[Row], advice: Recommendation) -> str:
     """The answer in one sentence: the recommended settings, their success and their latency."""
+    words = describe(advice, [label_of(rows, row) for row in rows])
     if advice.cell is None:
-        return f"No recommendation yet: {advice.sentence}."
+        return f"No recommendation: {words}."
     row = rows[advice.cell]
     return (
-        f"{label_of(rows, row)}: {advice.sentence}. Success {row['success_rate']:.0%}"
+        f"{label_of(rows, row)}: {words}. Success {row['success_rate']:.0%}"
         f" ({row['success_low']:.0%} to {row['success_high']:.0%}), {row['latency_ms_median']:.1f} ms a chunk: planning"
         f" keeps pace up to {row['control_rate_hz']:.0f} Hz."
     )

@@ -106,8 +106,8 @@ def recommend(
 
     Args:
         success: (K, N) bool, K cells on the same N episodes.
-        cost: (K,) numbers, or tuples in the order of their importance, such as (`ddim_steps`, latency). Of cells with
-            equal costs the more successful one is recommended.
+        cost: (K,) numbers, or tuples in the order of their importance. Of cells with equal costs the more successful
+            one is recommended, and of equally successful ones the first.
         margin: a difference of success rates, in (0, 1).
         confidence: one-sided, in (0.5, 1), of all verdicts "not worse" together; each `low` and `high` has it
             separately.

@@ -18,7 +18,6 @@ from policy.commands.stage import (
 )
 from policy.common.errors import SaveError
 from policy.common.output import output_folder
-from policy.common.progress import progress
 from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS
 from policy.rollout.cells import controllers_of
 from policy.rollout.episodes import MakeEnv
@@ -31,6 +30,7 @@ from policy.sweep.grid import Row, SweepCell, axis_values, make_cells, row_of, w
 from policy.sweep.plot import plot_rows
 from policy.sweep.report import Clip, write_report
 from policy.sweep.table import format_table, write_files
+from policy.sweep.timing import check_max_ms, latencies_of, within
 from policy.tracking.tracker import OpenRun, TrackedRun
 
 LEDGER = "episodes.jsonl"
@@ -56,6 +56,7 @@ def sweep(
     on_env_error: Literal["count", "stop"] = "count",
     env_patience: float = ENV_PATIENCE,
     margin: float = 0.05,
+    max_ms: float | None = None,
     videos: int | None = None,
     merge: list[Path] | None = None,
     output_dir: Path | None = None,
@@ -83,6 +84,7 @@ def sweep(
             reason, or `stop` the sweep.
         env_patience: seconds that one call of the simulator may take before it counts as hanging.
         margin: the difference of success rates from which a cell counts as worse, in (0, 1).
+        max_ms: milliseconds that the median plan of a cell may take; slower cells are left out before any episode.
         videos: episodes to record with each of the shown cells for the report; by default 2.
         merge: folders of finished sweeps; their results are merged, and no episode is run.
         output_dir: receives the files; by default a new folder under outputs/sweep.
@@ -94,6 +96,7 @@ def sweep(
     """
     if not 0 < margin < 1:
         raise ValueError(f"margin is a share of the episodes, above 0 and below 1; got {margin}")
+    check_max_ms(max_ms)
     if merge:
         if checkpoint is not None:
             raise ValueError("merge= combines sweeps that have run: leave checkpoint= out")
@@ -133,15 +136,18 @@ def sweep(
         raise ValueError(f"workers must be 1 or more; got {workers}")
     folder = output_folder(output_dir, "sweep")
     cells = with_backends(cells, folder / LEDGER)
+    latencies, left_out = None if max_ms is None else latencies_of(cells), ""
+    if latencies is not None:  # measured before the episodes, so that no result has a say
+        fast, left_out = within(cells, latencies, max_ms)
+        cells, latencies = [cells[number] for number in fast], [latencies[number] for number in fast]
     with Ledger(folder / LEDGER) as ledger:
         run = tracker(folder=folder, config={"checkpoint": [str(c) for c in checkpoints], "env": stage.env})
         ids = [ledger.introduce(cell.settings) for cell in cells]
         run_missing(stage, cells, ids, ledger, num_envs, on_env_error, workers=workers)
         results = [ledger.results(cell, stage.seeds) for cell in ids]
         unpaired = ledger.unpaired
-    ran = zip(ids, cells, results, strict=True)
-    timed = progress(ran, total=len(cells), desc="latency", unit="cell")  # some backends compile for seconds
-    rows = [{"cell": name, **row_of(cell, found)} for name, cell, found in timed]
+    ran = zip(ids, cells, results, latencies or latencies_of(cells), strict=True)
+    rows = [{"cell": name, **row_of(cell, found, latency)} for name, cell, found, latency in ran]
 
     def record(chosen: Sequence[int]) -> list[Clip]:
         count = min(VIDEOS, episodes) if videos is None else videos
@@ -149,7 +155,14 @@ def sweep(
         return _recorded(stage, cells, rows, chosen, seeds, folder / "videos") if seeds else []
 
     unfixed = [unpaired] if unpaired else []
-    swept = Swept(rows=rows, results=results, env=stage.env, warnings=[*stage.warnings, *unfixed], paired=not unpaired)
+    swept = Swept(
+        rows=rows,
+        results=results,
+        env=stage.env,
+        warnings=[*stage.warnings, *unfixed],
+        paired=not unpaired,
+        left_out=left_out,
+    )
     publish(folder, conclude(swept, margin), run, record)
     check_broken([result for found in results for result in found])
 
@@ -173,6 +186,8 @@ def publish(
         summary["warnings"] = conclusion.warnings
     if not conclusion.paired:
         summary["paired"] = False
+    if conclusion.left_out:
+        summary["left_out"] = conclusion.left_out
     files = write_files(folder, rows, conclusion.episodes, summary)
     print(format_table(rows))
     print("\n".join([conclusion.answer, *(compared["sentence"] for compared in conclusion.between)]))

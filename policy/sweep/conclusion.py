@@ -11,7 +11,7 @@ from typing import Any
 from policy.statistics.paired import PairedDifference, compare_success
 from policy.statistics.recommendation import Recommendation, describe, recommend
 from policy.statistics.results import EpisodeResult, describe_broken
-from policy.sweep.grid import Row, uniform, varying
+from policy.sweep.grid import Row, costs_of, uniform, varying
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class Swept:
         env: settings of the environment.
         warnings: given before the run.
         paired: whether equal seeds are equal episodes.
+        left_out: a sentence about the cells that were too slow to take part, see `within`; empty without any.
     """
 
     rows: list[Row]
@@ -31,6 +32,7 @@ class Swept:
     env: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
     paired: bool = True
+    left_out: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class Conclusion:
         given: warnings that were given before the run, in sentences.
         found: those that its results give.
         paired: see `Swept`.
+        left_out: see `Swept`.
         between: comparisons between checkpoints, see `between_checkpoints`.
     """
 
@@ -61,6 +64,7 @@ class Conclusion:
     given: list[str]
     found: list[str]
     paired: bool
+    left_out: str
     between: list[Row]
 
     @property
@@ -71,10 +75,10 @@ class Conclusion:
     @property
     def shown(self) -> list[int]:
         """Indices of the cells to watch side by side: the cheapest, the recommended one and the best."""
-        rows, advice = self.rows, self.advice
-        cheapest = min(range(len(rows)), key=lambda number: (rows[number]["ddim_steps"], number))
+        cost, advice = costs_of(self.rows), self.advice
+        by_cost = sorted(range(len(cost)), key=cost.__getitem__)
         chosen = advice.best if advice.cell is None else advice.cell
-        return sorted({cheapest, chosen, advice.best}, key=lambda number: (rows[number]["ddim_steps"], number))
+        return sorted({by_cost[0], chosen, advice.best}, key=by_cost.index)
 
     @property
     def differences(self) -> list[str]:
@@ -109,8 +113,7 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
     """
     rows = uniform(swept.rows)
     success = [[result.success for result in found] for found in swept.results]
-    cost = [(row["ddim_steps"], row["latency_ms_median"]) for row in rows]
-    advice = recommend(success, cost, margin=margin, paired=swept.paired)
+    advice = recommend(success, costs_of(rows), margin=margin, paired=swept.paired)
     differences = [
         {"difference": c.difference, "difference_low": c.low, "difference_high": c.high, "p_value": c.adjusted_p_value}
         for c in compare_success(success, advice.best, paired=swept.paired)
@@ -132,7 +135,8 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
         env=swept.env,
         margin=margin,
         advice=advice,
-        answer=answer_of(rows, advice),
+        answer=" ".join(filter(None, [answer_of(rows, advice), swept.left_out])),
+        left_out=swept.left_out,
         given=swept.warnings,
         found=describe_broken([result for found in swept.results for result in found]),
         paired=swept.paired,
@@ -141,9 +145,10 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
 
 
 def between_checkpoints(rows: Sequence[Row], success: Sequence[Sequence[bool]], *, paired: bool) -> list[Row]:
-    """Compare each further checkpoint at its fewest denoising steps with the first one at its most.
+    """Compare the cheapest cell of each further checkpoint with the most expensive one of the first.
 
-    Which cells are compared does not depend on their results, so that the intervals hold for each comparison.
+    The cost is that of `costs_of`. Which cells are compared does not depend on their results, so that the intervals
+    hold for each comparison.
 
     Args:
         rows: one per cell; the first checkpoint is that of the first row.
@@ -158,7 +163,7 @@ def between_checkpoints(rows: Sequence[Row], success: Sequence[Sequence[bool]], 
     for number, row in enumerate(rows):
         cells.setdefault(row["checkpoint"], []).append(number)
     first, *others = cells.values()
-    cost = [(row["ddim_steps"], row["latency_ms_median"]) for row in rows]
+    cost = costs_of(rows)
     reference = max(first, key=cost.__getitem__)
     differences = compare_success(success, reference, paired=paired) if others else ()
     return [
@@ -239,7 +244,7 @@ def read_swept(folders: Sequence[Path]) -> Swept:
     rows: list[Row] = []
     results: list[list[EpisodeResult]] = []
     first: dict[str, Any] = {}
-    paired, warnings = True, list[str]()
+    paired, warnings, left_out = True, list[str](), list[str]()
     for folder in folders:
         try:
             document = json.loads((folder / "sweep.json").read_text())
@@ -265,6 +270,14 @@ def read_swept(folders: Sequence[Path]) -> Swept:
         rows += found.values()
         results += episodes.values()
         warnings += [said for said in given if said not in warnings]
+        left_out += [document["left_out"]] if "left_out" in document else []
     if not rows or any([result.seed for result in listed] != first["seeds"] for listed in results):
         raise ValueError(f"the cells of {', '.join(map(str, folders))} have not all run the same episodes")
-    return Swept(rows=rows, results=results, env=first["env"], warnings=warnings, paired=paired)
+    return Swept(
+        rows=rows,
+        results=results,
+        env=first["env"],
+        warnings=warnings,
+        paired=paired,
+        left_out=" ".join(dict.fromkeys(left_out)),
+    )

@@ -21,8 +21,8 @@ from policy.inference.backends import (
     choose_backend,
 )
 from policy.inference.onnx_backend import check_installed
-from policy.rollout.cells import Cell, program_of
-from policy.rollout.latency import chunk_latency
+from policy.model.cost import multiply_adds
+from policy.rollout.cells import Cell
 from policy.rollout.ledger import cell_id, recorded_settings
 from policy.statistics.results import EpisodeResult, summarize
 
@@ -31,8 +31,8 @@ Row = dict[str, Any]
 # The settings that may differ between cells, in the order of the table's first columns.
 SAMPLER_AXES = tuple(field.name for field in dataclasses.fields(Sampler))
 CONTROLLER_AXES = tuple(field.name for field in dataclasses.fields(ControllerSettings))
-# Columns of the table that older sweeps do not have: settings, and the number of episodes that broke off.
-LATER_COLUMNS = {**LATER_SETTINGS, "broke_off": 0}
+# Columns of the table that older sweeps do not have: settings, the number of episodes that broke off, and the cost.
+LATER_COLUMNS = {**LATER_SETTINGS, "broke_off": 0, "multiply_adds": None}
 AXES = ("checkpoint", *SAMPLER_AXES, "execution_horizon", *CONTROLLER_AXES, "backend", "weights")
 
 
@@ -72,6 +72,12 @@ class SweepCell:
         device = self.checkpoint.policy.device.type
         axes = {**self.axes, "checkpoint": self.checkpoint.digest, "device": device, "env": dict(self.env)}
         return {name: value for name, value in axes.items() if LATER_SETTINGS.get(name, ...) != value}
+
+    @property
+    def multiply_adds(self) -> float:
+        """Multiply-adds per control step: the cost that ranks cells, which depends on no measurement."""
+        counted, cell = multiply_adds(self.checkpoint.policy), self.cell
+        return counted.per_step(cell.sampler.ddim_steps, cell.controller.candidates, cell.execution_horizon)
 
 
 def make_cells(
@@ -216,24 +222,29 @@ def axis_values(name: str, given: Any) -> list[Any]:
     return values
 
 
-def row_of(cell: SweepCell, results: Sequence[EpisodeResult]) -> Row:
-    """The row of a cell as JSON data: its settings, its figures with their intervals, and its measured latency.
+def row_of(cell: SweepCell, results: Sequence[EpisodeResult], latency: Row) -> Row:
+    """The row of a cell as JSON data: its settings, its figures with their intervals, its cost and its latency.
 
     Args:
         cell: the cell.
         results: the results of its episodes.
+        latency: its measured columns, see `latencies_of`.
 
     Returns:
         The row.
     """
-    latency = chunk_latency(program_of(cell.checkpoint.policy, cell.cell), cell.cell.controller.candidates)
-    return {
-        **cell.axes,
-        **summarize(results),
-        **latency,
-        # The highest control rate at which a plan takes no longer than the execution of its actions.
-        "control_rate_hz": 1e3 * cell.cell.execution_horizon / latency["latency_ms_median"],
-    }
+    return {**cell.axes, **summarize(results), "multiply_adds": cell.multiply_adds, **latency}
+
+
+def costs_of(rows: Sequence[Row]) -> list[float]:
+    """What ranks cells by cost: the multiply-adds per control step, which no measurement changes.
+
+    Where a row lacks them, as those of older sweeps do, it is the calls of the denoiser per control step for all rows:
+    the same order among cells of one policy, apart from the encoder's share.
+    """
+    if all(row.get("multiply_adds") is not None for row in rows):
+        return [row["multiply_adds"] for row in rows]
+    return [row["ddim_steps"] * row.get("candidates", 1) / row["execution_horizon"] for row in rows]
 
 
 def varying(rows: Sequence[Row]) -> list[str]:

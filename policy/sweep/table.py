@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,36 @@ from policy.common.files import json_text, write_text
 from policy.common.markdown import markdown_table
 from policy.sweep.grid import Row, varying
 
+
+def in_millions(count: float | None) -> str:
+    """A number of multiply-adds in millions, to three digits; nothing where a row has none."""
+    return "" if count is None else f"{count / 1e6:,.{max(0, 2 - int(math.log10(max(count / 1e6, 1))))}f}"
+
+
 # By the name of the figure: the column's head, and the format of its cells.
-COLUMNS = {
-    "ddim_steps": ("ddim_steps", "{:d}"),
-    "success_rate": ("success", "{:.0%}"),
-    "success_low": ("95 % from", "{:.0%}"),
-    "success_high": ("to", "{:.0%}"),
-    "score_mean": ("score", "{:.3f}"),
-    "score_low": ("95 % from", "{:.3f}"),
-    "score_high": ("to", "{:.3f}"),
-    "return_mean": ("return", "{:.1f}"),
-    "steps_mean": ("steps", "{:.0f}"),
-    "latency_ms_median": ("ms a chunk", "{:.1f}"),
-    "control_rate_hz": ("plans for Hz", "{:.0f}"),
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "ddim_steps": ("ddim_steps", "{:d}".format),
+    "success_rate": ("success", "{:.0%}".format),
+    "success_low": ("95 % from", "{:.0%}".format),
+    "success_high": ("to", "{:.0%}".format),
+    "score_mean": ("score", "{:.3f}".format),
+    "score_low": ("95 % from", "{:.3f}".format),
+    "score_high": ("to", "{:.3f}".format),
+    "return_mean": ("return", "{:.1f}".format),
+    "steps_mean": ("steps", "{:.0f}".format),
+    "multiply_adds": ("million multiply-adds", in_millions),
+    "latency_ms_median": ("ms a chunk", "{:.1f}".format),
+    "control_rate_hz": ("plans for Hz", "{:.0f}".format),
 }
 
 
 def table_cells(rows: Sequence[Row]) -> list[list[str]]:
     """The table as text: a line of heads, then a line for each row, beginning with the axes along which rows differ."""
     axes = varying(rows)
-    heads = [*axes, *(head for head, _ in COLUMNS.values())]
+    columns = {key: column for key, column in COLUMNS.items() if any(key in row for row in rows)}
+    heads = [*axes, *(head for head, _ in columns.values())]
     lines = [
-        [*(str(row[axis]) for axis in axes), *(form.format(row[key]) for key, (_, form) in COLUMNS.items())]
+        [*(str(row[axis]) for axis in axes), *(shown(row.get(key)) for key, (_, shown) in columns.items())]
         for row in rows
     ]
     return [heads, *lines]

@@ -24,7 +24,7 @@ from policy.common.errors import WorkerError
 from policy.rollout import workers
 from policy.rollout.ledger import Ledger
 from policy.rollout.workers import RolloutPool
-from policy.sweep import grid
+from policy.sweep import timing
 from policy.tracking.tracker import NoTracker
 from tests.conftest import ENVIRONMENT, ROOT
 from tests.rollout.test_workers import Faulty
@@ -38,7 +38,7 @@ COMPARED = {"difference", "difference_low", "difference_high", "p_value", "not_w
 def run_sweep(run_command, plain_reports, monkeypatch):
     """The command without videos and with made-up latencies; gives what it printed, or its refusal."""
     latency = {"latency_ms_median": 2.0, "latency_ms_p90": 3.0}
-    monkeypatch.setattr(grid, "chunk_latency", lambda program, candidates: latency)
+    monkeypatch.setattr(timing, "chunk_latency", lambda program, candidates: latency)
 
     def run(*overrides, check=0):
         done = run_command("sweep", "videos=0", *overrides, check=check)

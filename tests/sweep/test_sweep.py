@@ -16,15 +16,17 @@ from PIL import Image
 from envs.planar import PlanarEnv
 from policy import DiffusionPolicy, PolicyConfig, Sampler
 from policy.checkpoint import Checkpoint
+from policy.model.cost import multiply_adds
 from policy.rollout.cells import Cell
 from policy.rollout.episodes import run_in_process
 from policy.rollout.ledger import cell_id
 from policy.statistics.intervals import wilson_interval
 from policy.statistics.results import summarize
-from policy.sweep import grid
-from policy.sweep.grid import make_cells, row_of, varying, with_backends
+from policy.sweep import timing
+from policy.sweep.grid import costs_of, make_cells, row_of, uniform, varying, with_backends
 from policy.sweep.plot import draw_rows, plot_rows
-from policy.sweep.table import COLUMNS, format_table, write_files
+from policy.sweep.table import COLUMNS, format_table, in_millions, write_files
+from policy.sweep.timing import check_max_ms, latencies_of, within
 
 SEEDS = range(70, 76)
 ENV = {"name": "planar"}
@@ -175,7 +177,8 @@ def swept(checkpoints):
 
 @pytest.fixture(scope="module")
 def rows(swept):
-    return [{"cell": f"id {k}", **row_of(cell, results)} for k, (cell, results) in enumerate(zip(*swept, strict=True))]
+    timed = zip(*swept, latencies_of(swept[0]), strict=True)
+    return [{"cell": f"id {number}", **row_of(*measured)} for number, measured in enumerate(timed)]
 
 
 def test_a_row_holds_settings_figures_and_latency(swept, rows):
@@ -183,18 +186,59 @@ def test_a_row_holds_settings_figures_and_latency(swept, rows):
         assert cell.axes.items() <= row.items()
         assert summarize(results).items() <= row.items()
         assert row["control_rate_hz"] == pytest.approx(5 / (row["latency_ms_median"] / 1000))
+        assert row["multiply_adds"] == cell.multiply_adds
     assert [row["ddim_steps"] for row in rows] == [4, 1, 2]
     latency = {row["ddim_steps"]: row["latency_ms_median"] for row in rows}
     assert 0 < latency[1] < latency[4]
 
 
+def test_the_cost_counts_the_calls_of_all_candidates_for_each_control_step(checkpoints):
+    counted = multiply_adds(checkpoints[0].policy)
+    one, several = cells_of(checkpoints[:1], ddim_steps=8, controller={"candidates": [1, 3]})
+    assert one.multiply_adds == (counted.encoder + 8 * counted.denoiser) / 5
+    assert several.multiply_adds == pytest.approx(3 * one.multiply_adds)
+    (often,) = cells_of(checkpoints[:1], ddim_steps=8, execution_horizon=1)
+    assert often.multiply_adds == pytest.approx(5 * one.multiply_adds)
+
+
+def test_the_cost_ranks_cells_and_rows_that_lack_it_are_ranked_by_their_calls():
+    rows = [row(4, execution_horizon=8), row(1, execution_horizon=1), row(3, execution_horizon=8)]
+    assert costs_of(rows) == [5e5, 1.25e5, 3.75e5]
+    old = {name: value for name, value in rows[1].items() if name != "multiply_adds"}
+    assert costs_of([rows[0], old, {**rows[2], "candidates": 2}]) == [0.5, 1.0, 0.75]
+    merged = uniform([rows[0], old])
+    assert merged[0].keys() == merged[1].keys()  # as a CSV file needs
+    assert [line["multiply_adds"] for line in merged] == [5e5, None]
+    assert costs_of(merged) == [0.5, 1.0]
+    table = format_table(merged)
+    assert "million multiply-adds" in table
+    assert "million multiply-adds" not in format_table([old])
+
+
+@pytest.mark.parametrize(("count", "shown"), [(1234, "0.00"), (5e5, "0.50"), (1.239e7, "12.4"), (5.6789e9, "5,679")])
+def test_multiply_adds_are_shown_in_millions(count, shown):
+    assert in_millions(count) == shown
+
+
+def test_cells_above_the_limit_are_left_out_by_name(checkpoints):
+    cells = cells_of(checkpoints[:1], ddim_steps=[1, 4, 8])
+    latencies = [{"latency_ms_median": ms} for ms in (1.0, 20.0, 20.1)]
+    assert within(cells, latencies, None) == ([0, 1, 2], "")
+    assert within(cells, latencies, 20) == ([0, 1], "Left out, as slower than max_ms=20: ddim_steps 8 (20.1 ms).")
+    with pytest.raises(ValueError, match=r"no cell plans within max_ms=0.5: the fastest is ddim_steps 1 \(1.0 ms\)"):
+        within(cells, latencies, 0.5)
+    for wrong in (0, -1, math.nan):
+        with pytest.raises(ValueError, match=f"max_ms must be above 0 milliseconds; got {wrong}"):
+            check_max_ms(wrong)
+
+
 def test_latency_is_that_of_the_cells_sampler_and_policy(swept, monkeypatch):
-    cells, results = swept
+    cells, _ = swept
     seen = []
     monkeypatch.setattr(
-        grid, "chunk_latency", lambda program, candidates: seen.append(program) or {"latency_ms_median": 20.0}
+        timing, "chunk_latency", lambda program, candidates: seen.append(program) or {"latency_ms_median": 20.0}
     )
-    assert row_of(cells[1], results[1])["control_rate_hz"] == 250.0  # five control steps in every 20 ms
+    assert latencies_of(cells[1:2])[0]["control_rate_hz"] == 250.0  # five control steps in every 20 ms
     assert [(p.config, p.sampler) for p in seen] == [(cells[1].checkpoint.policy.config, cells[1].cell.sampler)]
 
 
@@ -217,6 +261,7 @@ def row(ddim_steps, successes=3, episodes=4, **changes):
         "score_high": 0.75,
         "return_mean": 1.5,
         "steps_mean": 20.0,
+        "multiply_adds": 1e6 * ddim_steps / 8,
         "latency_ms_median": 0.5 * ddim_steps,
         "latency_ms_p90": 0.6 * ddim_steps,
         "control_rate_hz": 16000 / ddim_steps,

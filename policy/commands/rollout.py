@@ -15,7 +15,9 @@ from policy.commands.stage import (
     OnEnvError,
     Stage,
     check_broken,
-    run_missing,
+    rollout_pool,
+    run_tasks,
+    say_on_disk,
     set_stage,
     stop_if_broken,
 )
@@ -200,7 +202,14 @@ def _as_fast_as_possible(
 ) -> list[EpisodeResult]:
     """Run the episodes that the ledger lacks, in simulated time; return all results in the order of their seeds."""
     cell = ledger.introduce(recorded.settings)
-    run_missing(stage, [recorded], [cell], ledger, num_envs, on_env_error, name="rollout")
+    tasks, total = [(0, seed) for seed in ledger.missing(cell, stage.seeds)], len(stage.seeds)
+    say_on_disk(total - len(tasks), total)
+    if tasks:
+        with (
+            rollout_pool(stage, ledger, min(num_envs, len(tasks))) as pool,
+            progress(total=total, initial=total - len(tasks), desc="rollout", unit="episode") as bar,
+        ):
+            run_tasks(pool, [recorded], [cell], tasks, ledger, on_env_error, bar)
     return ledger.results(cell, stage.seeds)
 
 

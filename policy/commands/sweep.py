@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from policy.commands.looks import fast_cells, run_looks
 from policy.commands.stage import (
-    EPISODES,
     FIRST_SEED,
     NUM_ENVS,
     Stage,
     check_broken,
-    run_missing,
     set_stage,
 )
 from policy.common.errors import SaveError
@@ -21,16 +21,17 @@ from policy.common.output import output_folder
 from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS
 from policy.rollout.cells import controllers_of
 from policy.rollout.episodes import MakeEnv
-from policy.rollout.ledger import Ledger
+from policy.rollout.ledger import Ledger, cell_id
 from policy.rollout.video import record_videos
 from policy.rollout.watch import ENV_PATIENCE, helpers_ended, watched
 from policy.statistics.results import EpisodeResult
 from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, read_swept, telling_seeds
 from policy.sweep.grid import Row, SweepCell, axis_values, make_cells, row_of, with_backends
+from policy.sweep.looks import LookPlan, can_stop_early, counted_results, planned_looks
 from policy.sweep.plot import plot_rows
 from policy.sweep.report import Clip, write_report
 from policy.sweep.table import format_table, write_files
-from policy.sweep.timing import check_max_ms, latencies_of, within
+from policy.sweep.timing import check_max_ms, latencies_of
 from policy.tracking.tracker import OpenRun, TrackedRun
 
 LEDGER = "episodes.jsonl"
@@ -42,7 +43,9 @@ def sweep(
     *,
     checkpoint: Path | list[Path] | None = None,
     ddim_steps: int | list[int] = [1, 2, 4, 8, 16, 50],  # noqa: B006  (never changed)
-    episodes: int = EPISODES,
+    episodes: int = 600,
+    adaptive: bool = True,
+    looks: int | None = None,
     seed: int = FIRST_SEED,
     num_envs: int = NUM_ENVS,
     workers: int | None = None,
@@ -68,7 +71,10 @@ def sweep(
         make_env: makes an environment from its settings.
         checkpoint: the folder that training wrote, or several.
         ddim_steps: denoising steps; a list makes an axis.
-        episodes: episodes in each cell; all cells run the same episodes with the same initial noise.
+        episodes: the most that a cell runs; all cells run the same episodes with the same initial noise.
+        adaptive: compare the cells at several looks, and end those that are decided; otherwise all cells run all
+            episodes, and are compared once.
+        looks: how many, equally spaced; by default 6, or fewer where a look would add less than 20 episodes.
         seed: seed of the first episode; the others count up from it.
         num_envs: environments that run at once; no result depends on it.
         workers: number of processes; by default one per core.
@@ -134,19 +140,31 @@ def sweep(
         raise ValueError(f"videos must be within 0..{episodes} (the episodes); got {videos}")
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be 1 or more; got {workers}")
+    planned = planned_looks(episodes, looks, adaptive=adaptive)
     folder = output_folder(output_dir, "sweep")
     cells = with_backends(cells, folder / LEDGER)
-    latencies, left_out = None if max_ms is None else latencies_of(cells), ""
-    if latencies is not None:  # measured before the episodes, so that no result has a say
-        fast, left_out = within(cells, latencies, max_ms)
-        cells, latencies = [cells[number] for number in fast], [latencies[number] for number in fast]
     with Ledger(folder / LEDGER) as ledger:
         run = tracker(folder=folder, config={"checkpoint": [str(c) for c in checkpoints], "env": stage.env})
-        ids = [ledger.introduce(cell.settings) for cell in cells]
-        run_missing(stage, cells, ids, ledger, num_envs, on_env_error, workers=workers)
-        results = [ledger.results(cell, stage.seeds) for cell in ids]
-        unpaired = ledger.unpaired
-    ran = zip(ids, cells, results, latencies or latencies_of(cells), strict=True)
+        asked = tuple(ledger.introduce(cell.settings) for cell in cells)
+        cells, latencies, left_out = fast_cells(cells, asked, max_ms, ledger)
+
+        def wanted() -> LookPlan:
+            several = can_stop_early(ledger) and len(cells) > 1
+            return LookPlan(
+                asked=asked,
+                max_ms=max_ms,
+                left_out=left_out,
+                cells=tuple(cell_id(cell.settings) for cell in cells),
+                cost=tuple(cell.multiply_adds for cell in cells),
+                seed=seed,
+                looks=planned if several else planned[-1:],
+                margin=margin,
+                alpha=0,
+            )
+
+        plan = run_looks(stage, cells, wanted, ledger, num_envs, on_env_error, workers=workers)
+        results, unpaired = counted_results(plan, ledger), ledger.unpaired
+    ran = zip(plan.cells, cells, results, latencies or latencies_of(cells), strict=True)
     rows = [{"cell": name, **row_of(cell, found, latency)} for name, cell, found, latency in ran]
 
     def record(chosen: Sequence[int]) -> list[Clip]:
@@ -162,6 +180,7 @@ def sweep(
         warnings=[*stage.warnings, *unfixed],
         paired=not unpaired,
         left_out=left_out,
+        plan=plan,
     )
     publish(folder, conclude(swept, margin), run, record)
     check_broken([result for found in results for result in found])
@@ -180,6 +199,8 @@ def publish(
     """
     rows, advice = conclusion.rows, conclusion.advice
     summary = {"env": conclusion.env, "margin": conclusion.margin, "answer": conclusion.answer}
+    if conclusion.plan:
+        summary["plan"] = dataclasses.asdict(conclusion.plan)
     if conclusion.between:
         summary["between_checkpoints"] = conclusion.between
     if conclusion.warnings:

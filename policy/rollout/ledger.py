@@ -1,7 +1,8 @@
 """The ledger of a sweep or rollout: every finished episode, written to disk at once and exactly once.
 
 One JSON object a line: `{"cell": id, "settings": {...}}` introduces a cell, `{"cell": id, "seed": ...}` is an episode,
-`{"unpaired": "..."}` says why equal seeds are not equal episodes.
+`{"unpaired": "..."}` says why equal seeds are not equal episodes, `{"plan": {...}}` is a plan of looks, made before the
+first of its episodes.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Ledger:
     def __init__(self, file: Path) -> None:
         self._results: dict[str, dict[int, EpisodeResult]] = {}
         self.unpaired = ""  # why equal seeds are not equal episodes, as a sentence; empty if nothing says so
+        self.plans: list[Settings] = []  # in the order in which they were made
         self._path = file
         try:
             self._file = file.open("a+b")
@@ -84,6 +86,9 @@ class Ledger:
             if "unpaired" in row:
                 self.unpaired = str(row["unpaired"])
                 return
+            if "plan" in row:
+                self.plans.append(dict(row["plan"]))
+                return
             known = self._results.setdefault(row["cell"], {})
             if "settings" in row:
                 return
@@ -109,6 +114,11 @@ class Ledger:
         """Write down that equal seeds are not equal episodes."""
         self.unpaired = reason
         self._append({"unpaired": reason})
+
+    def note_plan(self, plan: Settings) -> None:
+        """Write down a plan of looks."""
+        self.plans.append(plan)
+        self._append({"plan": dict(plan)})
 
     def finished(self) -> set[str]:
         """The ids of the cells that have results."""

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from policy.statistics.paired import PairedDifference, compare_success
-from policy.statistics.recommendation import Recommendation, describe, recommend
+from policy.statistics.recommendation import Recommendation, describe
 from policy.statistics.results import EpisodeResult, describe_broken
 from policy.sweep.grid import Row, costs_of, uniform, varying
+from policy.sweep.looks import LookPlan, advice_on, describe_saving
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +21,12 @@ class Swept:
 
     Attributes:
         rows: one per cell, see `row_of`, with the cell's id as `cell`.
-        results: the episodes of each cell, the same seeds in the same order.
+        results: the episodes of each cell, the same seeds in the same order; a cell that stopped early has fewer.
         env: settings of the environment.
         warnings: given before the run.
         paired: whether equal seeds are equal episodes.
         left_out: a sentence about the cells that were too slow to take part, see `within`; empty without any.
+        plan: the plan of looks; None for merged sweeps.
     """
 
     rows: list[Row]
@@ -33,6 +35,7 @@ class Swept:
     warnings: list[str] = field(default_factory=list)
     paired: bool = True
     left_out: str = ""
+    plan: LookPlan | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,7 @@ class Conclusion:
         rows: one per cell, with its difference to the best cell and its verdict.
         episodes: one row per episode, of all cells.
         env: settings of the environment.
+        plan: see `Swept`.
         margin: see `recommend`.
         advice: the recommendation.
         answer: the recommendation in a sentence, with its figures.
@@ -58,6 +62,7 @@ class Conclusion:
     rows: list[Row]
     episodes: list[Row]
     env: dict[str, Any]
+    plan: LookPlan | None
     margin: float
     advice: Recommendation
     answer: str
@@ -88,7 +93,7 @@ class Conclusion:
     @property
     def settings(self) -> dict[str, Any]:
         """Further facts about the sweep that a reader needs, by name."""
-        seeds = [row["seed"] for row in self.episodes if row["cell"] == self.rows[0]["cell"]]
+        seeds = [row["seed"] for row in self.episodes]
         return {
             "environment": self.env,
             "checkpoints": ", ".join(dict.fromkeys(row["checkpoint"] for row in self.rows)),
@@ -113,11 +118,12 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
     """
     rows = uniform(swept.rows)
     success = [[result.success for result in found] for found in swept.results]
-    advice = recommend(success, costs_of(rows), margin=margin, paired=swept.paired)
+    advice = advice_on(swept.results, costs_of(rows), margin, swept.plan, paired=swept.paired)
     differences = [
         {"difference": c.difference, "difference_low": c.low, "difference_high": c.high, "p_value": c.adjusted_p_value}
-        for c in compare_success(success, advice.best, paired=swept.paired)
+        for c in compare_common(success, advice.best, paired=swept.paired)
     ]
+    saving = describe_saving(swept.plan, swept.results) if swept.plan else ""
     return Conclusion(
         title=" ".join(str(value) for value in swept.env.values()),
         rows=[
@@ -133,15 +139,28 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
             later={"broke_off": ""},
         ),
         env=swept.env,
+        plan=swept.plan,
         margin=margin,
         advice=advice,
-        answer=" ".join(filter(None, [answer_of(rows, advice), swept.left_out])),
+        answer=" ".join(filter(None, [answer_of(rows, advice), saving, swept.left_out])),
         left_out=swept.left_out,
         given=swept.warnings,
         found=describe_broken([result for found in swept.results for result in found]),
         paired=swept.paired,
         between=between_checkpoints(rows, success, paired=swept.paired),
     )
+
+
+def compare_common(success: Sequence[Sequence[bool]], reference: int, *, paired: bool) -> Sequence[PairedDifference]:
+    """Compare every cell with a reference, each on the episodes that both have run: cells may have stopped early."""
+    shortest = min(map(len, success))
+    if shortest == max(map(len, success)):
+        return compare_success(success, reference, paired=paired)
+    common = [min(len(found), len(success[reference])) for found in success]
+    return [
+        compare_success([found[:n], success[reference][:n]], 1, paired=paired)[0]
+        for found, n in zip(success, common, strict=True)
+    ]
 
 
 def between_checkpoints(rows: Sequence[Row], success: Sequence[Sequence[bool]], *, paired: bool) -> list[Row]:
@@ -152,7 +171,7 @@ def between_checkpoints(rows: Sequence[Row], success: Sequence[Sequence[bool]], 
 
     Args:
         rows: one per cell; the first checkpoint is that of the first row.
-        success: (K, N) outcomes of the cells on the same episodes.
+        success: the outcomes of each cell on the same episodes; a cell that stopped early has fewer.
         paired: see `Swept`.
 
     Returns:
@@ -165,9 +184,9 @@ def between_checkpoints(rows: Sequence[Row], success: Sequence[Sequence[bool]], 
     first, *others = cells.values()
     cost = costs_of(rows)
     reference = max(first, key=cost.__getitem__)
-    differences = compare_success(success, reference, paired=paired) if others else ()
+    differences = compare_common(success, reference, paired=paired) if others else ()
     return [
-        _compared(rows, number, reference, differences[number], len(success[0]))
+        _compared(rows, number, reference, differences[number], min(len(success[number]), len(success[reference])))
         for number in (min(numbers, key=cost.__getitem__) for numbers in others)
     ]
 
@@ -213,14 +232,14 @@ def telling_seeds(results: Sequence[Sequence[EpisodeResult]], count: int) -> lis
     """Choose the seeds of the episodes that are worth watching.
 
     Args:
-        results: results of the cells to watch, the same seeds in the same order.
+        results: results of the cells to watch, the same seeds in the same order; one may have fewer than another.
         count: maximum number of seeds.
 
     Returns:
         Seeds taken in turns from three kinds of episodes, so that failures are not hidden: those on which cells differ,
         those that all cells solved, and those that all cells failed.
     """
-    by_seed = [[found[n].success for found in results] for n in range(len(results[0]))]
+    by_seed = [[result.success for result in same] for same in zip(*results, strict=False)]
     split = [n for n, solved in enumerate(by_seed) if any(solved) and not all(solved)]
     solved_by_all = [n for n, solved in enumerate(by_seed) if all(solved)]
     failed_by_all = [n for n, solved in enumerate(by_seed) if not any(solved)]
@@ -258,9 +277,16 @@ def read_swept(folders: Sequence[Path]) -> Swept:
                 "seeds": sorted({result.seed for listed in episodes.values() for result in listed}),
             }
             found_in_results = describe_broken([result for listed in episodes.values() for result in listed])
+            plan = document.get("plan") or {"looks": [0]}
+            adaptive = len(plan["looks"]) > 1
             given = [str(said) for said in document.get("warnings", []) if said not in found_in_results]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder} holds no finished sweep ({error!r}): run it to its end first") from error
+        if adaptive:
+            raise ValueError(
+                f"{folder} holds an adaptive sweep, which has been looked at and whose cells may have stopped at"
+                " different looks: give checkpoint=[A,B] to one sweep, or merge sweeps that ran with adaptive=false"
+            )
         first = first or seen
         if differs := [name for name in seen if seen[name] != first[name]]:
             raise ValueError(f"{differs[0]} of {folder} and of {folders[0]} differ: only equal ones can be compared")

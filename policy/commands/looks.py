@@ -1,0 +1,94 @@
+"""Run the episodes of a sweep from look to look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from policy.commands.stage import OnEnvError, Stage, rollout_pool, run_tasks, say_on_disk
+from policy.common.progress import progress
+from policy.rollout.ledger import Ledger
+from policy.rollout.workers import RolloutPool
+from policy.sweep.grid import Row, SweepCell
+from policy.sweep.looks import LookPlan, describe_plan, missing_tasks, plans_of, settle
+from policy.sweep.timing import latencies_of, within
+
+
+def fast_cells(
+    cells: list[SweepCell], asked: tuple[str, ...], max_ms: float | None, ledger: Ledger
+) -> tuple[list[SweepCell], list[Row] | None, str]:
+    """Leave out the cells that are too slow; a sweep that goes on leaves out the same ones as before.
+
+    Args:
+        cells: the cells.
+        asked: their ids.
+        max_ms: milliseconds that the median plan of a cell may take; None for no limit.
+        ledger: of the sweep.
+
+    Returns:
+        The cells that stay, their latencies if they had to be measured, and a sentence about the others.
+
+    Raises:
+        ValueError: no cell is fast enough.
+    """
+    if max_ms is None:
+        return cells, None, ""
+    for plan in plans_of(ledger):
+        if (plan.asked, plan.max_ms) == (asked, max_ms):
+            kept = [cell for cell, name in zip(cells, asked, strict=True) if name in plan.cells]
+            return kept, None, plan.left_out
+    latencies = latencies_of(cells)  # before the episodes, so that no result has a say
+    fast, left_out = within(cells, latencies, max_ms)
+    return [cells[number] for number in fast], [latencies[number] for number in fast], left_out
+
+
+def run_looks(
+    stage: Stage,
+    cells: Sequence[SweepCell],
+    wanted: Callable[[], LookPlan],
+    ledger: Ledger,
+    num_envs: int,
+    on_env_error: OnEnvError,
+    *,
+    workers: int | None = None,
+) -> LookPlan:
+    """Run what the plan of looks still needs; a plan that has come to its end runs nothing.
+
+    Args:
+        stage: the checkpoints, the environment and the seeds.
+        cells: the cells to run.
+        wanted: what this command asks for, which depends on what the ledger holds and says of its cells.
+        ledger: receives the plan and the results.
+        num_envs: environments that run at once.
+        on_env_error: what to do with an episode that broke off.
+        workers: number of processes; by default one per core.
+
+    Returns:
+        The plan.
+
+    Raises:
+        WorkerError: an episode broke off and `on_env_error` is `stop`, or the processes failed.
+    """
+    plan = settle(ledger, wanted()) if ledger.finished() else None
+    if plan is None or missing_tasks(plan, ledger):
+        most = len(cells) * len(stage.seeds)
+        with rollout_pool(stage, ledger, min(num_envs, most), workers=workers) as pool:
+            plan = settle(ledger, wanted())  # only now is it known whether a seed fixes the episode
+            _run_all(pool, plan, cells, ledger, on_env_error)
+    else:
+        say_on_disk(_finished(plan, ledger), len(cells) * plan.looks[-1])
+    return plan
+
+
+def _run_all(
+    pool: RolloutPool, plan: LookPlan, cells: Sequence[SweepCell], ledger: Ledger, on_env_error: OnEnvError
+) -> None:
+    total, finished = len(cells) * plan.looks[-1], _finished(plan, ledger)
+    print(describe_plan(plan, plans_of(ledger).index(plan) + 1))
+    say_on_disk(finished, total)
+    with progress(total=total, initial=finished, desc="sweep", unit="episode") as bar:
+        while tasks := missing_tasks(plan, ledger):
+            run_tasks(pool, cells, plan.cells, tasks, ledger, on_env_error, bar)
+
+
+def _finished(plan: LookPlan, ledger: Ledger) -> int:
+    return sum(len(plan.seeds) - len(ledger.missing(cell, plan.seeds)) for cell in plan.cells)

@@ -15,6 +15,7 @@ from policy.commands.stage import (
     check_broken,
     run_missing,
     set_stage,
+    settle_provenance,
 )
 from policy.common.errors import SaveError
 from policy.common.output import output_folder
@@ -56,6 +57,7 @@ def sweep(
     on_env_error: Literal["count", "stop"] = "count",
     env_patience: float = ENV_PATIENCE,
     margin: float = 0.05,
+    mix: bool = False,
     videos: int | None = None,
     merge: list[Path] | None = None,
     output_dir: Path | None = None,
@@ -83,6 +85,8 @@ def sweep(
             reason, or `stop` the sweep.
         env_patience: seconds that one call of the simulator may take before it counts as hanging.
         margin: the difference of success rates from which a cell counts as worse, in (0, 1).
+        mix: whether episodes may be compared that were run with other versions, another simulator or on another
+            processor than the rest; the report then says so.
         videos: episodes to record with each of the shown cells for the report; by default 2.
         merge: folders of finished sweeps; their results are merged, and no episode is run.
         output_dir: receives the files; by default a new folder under outputs/sweep.
@@ -97,7 +101,7 @@ def sweep(
     if merge:
         if checkpoint is not None:
             raise ValueError("merge= combines sweeps that have run: leave checkpoint= out")
-        merged = read_swept(merge)
+        merged = read_swept(merge, mix=mix)
         for given in merged.warnings:
             warnings.warn(given, stacklevel=2)
         folder = output_folder(output_dir, "sweep")
@@ -134,11 +138,12 @@ def sweep(
     folder = output_folder(output_dir, "sweep")
     cells = with_backends(cells, folder / LEDGER)
     with Ledger(folder / LEDGER) as ledger:
+        mixed = settle_provenance(stage, cells, ledger, mix=mix)
         run = tracker(folder=folder, config={"checkpoint": [str(c) for c in checkpoints], "env": stage.env})
         ids = [ledger.introduce(cell.settings) for cell in cells]
         run_missing(stage, cells, ids, ledger, num_envs, on_env_error, workers=workers)
         results = [ledger.results(cell, stage.seeds) for cell in ids]
-        unpaired = ledger.unpaired
+        unpaired, made_with = ledger.unpaired, ledger.made_with(ids, stage.seeds)
     ran = zip(ids, cells, results, strict=True)
     timed = progress(ran, total=len(cells), desc="latency", unit="cell")  # some backends compile for seconds
     rows = [{"cell": name, **row_of(cell, found)} for name, cell, found in timed]
@@ -148,8 +153,8 @@ def sweep(
         seeds = telling_seeds([results[number] for number in chosen], count)
         return _recorded(stage, cells, rows, chosen, seeds, folder / "videos") if seeds else []
 
-    unfixed = [unpaired] if unpaired else []
-    swept = Swept(rows=rows, results=results, env=stage.env, warnings=[*stage.warnings, *unfixed], paired=not unpaired)
+    said = [*stage.warnings, *mixed, *filter(None, [unpaired])]
+    swept = Swept(rows=rows, results=results, env=stage.env, warnings=said, paired=not unpaired, made_with=made_with)
     publish(folder, conclude(swept, margin), run, record)
     check_broken([result for found in results for result in found])
 
@@ -167,6 +172,7 @@ def publish(
     """
     rows, advice = conclusion.rows, conclusion.advice
     summary = {"env": conclusion.env, "margin": conclusion.margin, "answer": conclusion.answer}
+    summary["made_with"] = conclusion.made_with
     if conclusion.between:
         summary["between_checkpoints"] = conclusion.between
     if conclusion.warnings:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from policy.rollout.provenance import UNKNOWN, Provenance, accept_mixture, describe, is_provenance
 from policy.statistics.paired import PairedDifference, compare_success
 from policy.statistics.recommendation import Recommendation, recommend
 from policy.statistics.results import EpisodeResult, describe_broken
@@ -24,6 +25,7 @@ class Swept:
         env: settings of the environment.
         warnings: given before the run.
         paired: whether equal seeds are equal episodes.
+        made_with: what the episodes were run with, each provenance once.
     """
 
     rows: list[Row]
@@ -31,6 +33,7 @@ class Swept:
     env: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
     paired: bool = True
+    made_with: list[Provenance] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,7 @@ class Conclusion:
         found: those that its results give.
         paired: see `Swept`.
         between: comparisons between checkpoints, see `between_checkpoints`.
+        made_with: see `Swept`.
     """
 
     title: str
@@ -62,6 +66,7 @@ class Conclusion:
     found: list[str]
     paired: bool
     between: list[Row]
+    made_with: list[Provenance]
 
     @property
     def warnings(self) -> list[str]:
@@ -91,6 +96,7 @@ class Conclusion:
             "back end": ", ".join(dict.fromkeys(row["backend"] for row in self.rows if "backend" in row)),
             "seeds": f"{min(seeds)} to {max(seeds)}",
             "margin": self.margin,
+            "run with": describe(self.made_with),
         }
 
 
@@ -137,6 +143,7 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
         found=describe_broken([result for found in swept.results for result in found]),
         paired=swept.paired,
         between=between_checkpoints(rows, success, paired=swept.paired),
+        made_with=swept.made_with,
     )
 
 
@@ -223,22 +230,25 @@ def telling_seeds(results: Sequence[Sequence[EpisodeResult]], count: int) -> lis
     return [results[0][n].seed for n in turns[:count]]
 
 
-def read_swept(folders: Sequence[Path]) -> Swept:
+def read_swept(folders: Sequence[Path], *, mix: bool = False) -> Swept:
     """Read the cells of several finished sweeps.
 
     Args:
         folders: each with a `sweep.json`.
+        mix: whether their episodes may have been run with different things, see `accept_mixture`.
 
     Returns:
         The cells, in the order of the folders.
 
     Raises:
-        ValueError: a folder without a finished sweep, different environments or episodes, or a cell that occurs twice.
+        ValueError: a folder without a finished sweep, different environments or episodes, a cell that occurs twice, or
+            a mixture that is not wanted.
     """
     rows: list[Row] = []
     results: list[list[EpisodeResult]] = []
     first: dict[str, Any] = {}
-    paired, warnings = True, list[str]()
+    paired, warnings, mixed = True, list[str](), list[str]()
+    made_with: list[Provenance] = []
     for folder in folders:
         try:
             document = json.loads((folder / "sweep.json").read_text())
@@ -253,6 +263,9 @@ def read_swept(folders: Sequence[Path]) -> Swept:
             }
             found_in_results = describe_broken([result for listed in episodes.values() for result in listed])
             given = [str(said) for said in document.get("warnings", []) if said not in found_in_results]
+            recorded = document.get("made_with", [UNKNOWN])
+            if not all(map(is_provenance, recorded)):
+                raise ValueError("made_with is not a list of provenances")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder} holds no finished sweep ({error!r}): run it to its end first") from error
         first = first or seen
@@ -260,10 +273,20 @@ def read_swept(folders: Sequence[Path]) -> Swept:
             raise ValueError(f"{differs[0]} of {folder} and of {folders[0]} differ: only equal ones can be compared")
         if repeated := found.keys() & {row["cell"] for row in rows}:
             raise ValueError(f"{folder} repeats the cell {min(repeated)}: leave one of them out")
+        made_with += [one for one in recorded if one not in made_with]
+        where, instead = f"merging {folder} with {folders[0]}", "Leave one of them out"
+        mixed = accept_mixture(made_with, mix, where=where, instead=instead)
         paired = paired and document.get("paired", True) is True
         rows += found.values()
         results += episodes.values()
         warnings += [said for said in given if said not in warnings]
     if not rows or any([result.seed for result in listed] != first["seeds"] for listed in results):
         raise ValueError(f"the cells of {', '.join(map(str, folders))} have not all run the same episodes")
-    return Swept(rows=rows, results=results, env=first["env"], warnings=warnings, paired=paired)
+    return Swept(
+        rows=rows,
+        results=results,
+        env=first["env"],
+        warnings=[*warnings, *(said for said in mixed if said not in warnings)],
+        paired=paired,
+        made_with=made_with,
+    )

@@ -64,7 +64,7 @@ def ledger_of(folder):
     file = folder / "episodes.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
     cells = [line["cell"] for line in lines if "settings" in line]
-    return cells, [(line["cell"], line["seed"]) for line in lines if "settings" not in line]
+    return cells, [(line["cell"], line["seed"]) for line in lines if "seed" in line]
 
 
 def check_exactly_once(folder, cells, episodes):

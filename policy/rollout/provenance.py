@@ -232,7 +232,8 @@ def _descriptions(part: Any) -> Iterator[tuple[str, bytes]]:
     """How Gymnasium has registered a simulator, and the file of its MuJoCo model."""
     spec = None if isinstance(part, gymnasium.Wrapper) else getattr(part, "spec", None)
     if isinstance(spec, EnvSpec):
-        registered = [str(spec.entry_point), spec.max_episode_steps, spec.kwargs]
+        known = gymnasium.registry.get(spec.id, spec)  # an environment's own spec has lost its time limit
+        registered = [str(known.entry_point), known.max_episode_steps, spec.kwargs]
         text = json.dumps(registered, skipkeys=True, default=lambda value: type(value).__qualname__)
         yield f"the registration of {spec.id}", text.encode()
     model = getattr(part, "__dict__", {}).get("fullpath")

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -143,31 +143,17 @@ class Ledger:
             lines.append(rest)
         checked = False
         for number, line in enumerate(lines, 1):
-            where = f"{self.path}, line {number}"
             try:
                 row, checked = _row_of(line, checked)
-                self._read(row)
+                _kind_of(row)(self, row)
             except _RepeatedError as error:
-                raise ValueError(f"{where} repeats {error}: remove one of the two") from error
+                raise ValueError(f"{self.path}, line {number} repeats {error}: remove one of the two") from error
             except (ValueError, KeyError, TypeError) as error:
                 reason = f"{error} is missing" if isinstance(error, KeyError) else error
                 raise ValueError(
-                    f"{where} is damaged ({reason}): remove the line; if it is an episode, that is run again"
+                    f"{self.path}, line {number} is damaged ({reason}): remove the line; if it is an episode, that is"
+                    " run again"
                 ) from error
-
-    def _read(self, row: Mapping[str, Any]) -> None:
-        """Read a line by the function of its kind."""
-        kinds = {
-            "made_with": self._read_provenance,
-            "unpaired": self._read_unpaired,
-            "settings": self._read_settings,
-            "seed": self._read_episode,
-        }
-        for name, read in kinds.items():
-            if name in row:
-                read(row)
-                return
-        raise ValueError("it is of no known kind")
 
     def _read_provenance(self, row: Mapping[str, Any]) -> None:
         made_with = row["made_with"]
@@ -272,3 +258,20 @@ class Ledger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+# What reads a line, by a name that only lines of its kind have; the most frequent kind comes first.
+_KINDS = {
+    "seed": Ledger._read_episode,
+    "settings": Ledger._read_settings,
+    "made_with": Ledger._read_provenance,
+    "unpaired": Ledger._read_unpaired,
+}
+
+
+def _kind_of(row: Mapping[str, Any]) -> Callable[[Ledger, Mapping[str, Any]], None]:
+    """What reads this line."""
+    for name, read in _KINDS.items():
+        if name in row:
+            return read
+    raise ValueError("it is of no known kind")

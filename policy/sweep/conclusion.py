@@ -96,7 +96,7 @@ class Conclusion:
             "back end": ", ".join(dict.fromkeys(row["backend"] for row in self.rows if "backend" in row)),
             "seeds": f"{min(seeds)} to {max(seeds)}",
             "margin": self.margin,
-            "run with": describe(self.made_with),
+            **({"run with": run_with} if (run_with := describe(self.made_with)) else {}),
         }
 
 

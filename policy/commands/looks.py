@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from policy.commands.stage import OnEnvError, Stage, rollout_pool, run_tasks, say_on_disk
+from policy.commands.stage import OnEnvError, Stage, rollout_pool, run_tasks, say_on_disk, settle_provenance
 from policy.common.progress import progress
 from policy.rollout.ledger import Ledger
 from policy.rollout.workers import RolloutPool
 from policy.sweep.grid import Row, SweepCell
-from policy.sweep.looks import LookPlan, describe_plan, missing_tasks, plans_of, settle
+from policy.sweep.looks import LookPlan, describe_plan, keep, missing_tasks, plans_of, settle
 from policy.sweep.timing import latencies_of, within
 
 
@@ -50,7 +50,8 @@ def run_looks(
     on_env_error: OnEnvError,
     *,
     workers: int | None = None,
-) -> LookPlan:
+    mix: bool = False,
+) -> tuple[LookPlan, list[str]]:
     """Run what the plan of looks still needs; a plan that has come to its end runs nothing.
 
     Args:
@@ -61,29 +62,33 @@ def run_looks(
         num_envs: environments that run at once.
         on_env_error: what to do with an episode that broke off.
         workers: number of processes; by default one per core.
+        mix: see `settle_provenance`.
 
     Returns:
-        The plan.
+        The plan, and the warnings of `settle_provenance`.
 
     Raises:
+        ValueError: the missing episodes would be run with something else than the finished ones, and `mix` is False.
         WorkerError: an episode broke off and `on_env_error` is `stop`, or the processes failed.
     """
     plan = settle(ledger, wanted()) if ledger.finished() else None
-    if plan is None or missing_tasks(plan, ledger):
-        most = len(cells) * len(stage.seeds)
-        with rollout_pool(stage, ledger, min(num_envs, most), workers=workers) as pool:
-            plan = settle(ledger, wanted())  # only now is it known whether a seed fixes the episode
-            _run_all(pool, plan, cells, ledger, on_env_error)
-    else:
+    missing = plan is None or bool(missing_tasks(plan, ledger))
+    mixed = settle_provenance(stage, cells, ledger, missing=missing, mix=mix)
+    if plan and not missing:
+        keep(ledger, plan)
         say_on_disk(_finished(plan, ledger), len(cells) * plan.looks[-1])
-    return plan
+        return plan, mixed
+    with rollout_pool(stage, ledger, min(num_envs, len(cells) * len(stage.seeds)), workers=workers) as pool:
+        plan = settle(ledger, wanted())  # only now is it known whether a seed fixes the episode
+        print(describe_plan(plan, keep(ledger, plan)))
+        _run_all(pool, plan, cells, ledger, on_env_error)
+    return plan, mixed
 
 
 def _run_all(
     pool: RolloutPool, plan: LookPlan, cells: Sequence[SweepCell], ledger: Ledger, on_env_error: OnEnvError
 ) -> None:
     total, finished = len(cells) * plan.looks[-1], _finished(plan, ledger)
-    print(describe_plan(plan, plans_of(ledger).index(plan) + 1))
     say_on_disk(finished, total)
     with progress(total=total, initial=finished, desc="sweep", unit="episode") as bar:
         while tasks := missing_tasks(plan, ledger):

@@ -19,6 +19,7 @@ from policy.commands.stage import (
     run_tasks,
     say_on_disk,
     set_stage,
+    settle_provenance,
     stop_if_broken,
 )
 from policy.common.device import torch_threads
@@ -62,6 +63,7 @@ def roll_out(
     env: dict[str, Any] | None = None,
     on_env_error: Literal["count", "stop"] = "count",
     env_patience: float = ENV_PATIENCE,
+    mix: bool = False,
     video: int = 0,
     output_dir: Path | None = None,
     tracker: OpenRun,
@@ -87,6 +89,8 @@ def roll_out(
         on_env_error: what to do with an episode that the simulator cannot end: `count` it as a failure with its
             reason, or `stop` the rollout.
         env_patience: seconds that one call of the simulator may take before it counts as hanging.
+        mix: whether a rollout may go on whose episodes were run with other versions, another simulator or on another
+            processor; the summary then says so.
         video: number of first episodes to record as mp4.
         output_dir: receives `episodes.json`, the summary `rollout.json`, the ledger `rollout.jsonl` and the videos; by
             default a new folder under outputs/rollout.
@@ -118,12 +122,15 @@ def roll_out(
     driver = None if control_rate is None else _real_time_controller(policy, cell, program, control_rate, stage)
     folder = output_folder(output_dir, "rollout")
     with _ledger(folder, recorded, resumes=driver is None) as ledger:
+        missing = bool(ledger.missing(cell_id(recorded.settings), stage.seeds))
+        mixed = [] if driver else settle_provenance(stage, [recorded], ledger, missing=missing, mix=mix)
         tracking = tracker(folder=folder, config={"checkpoint": str(checkpoint), "env": stage.env})
         if driver is None:
             results = _as_fast_as_possible(recorded, ledger, stage, num_envs, on_env_error)
         else:
             results = _against_the_clock(driver, stage, folder, on_env_error)
         unpaired = ledger.unpaired
+        made_with = [stage.made_with] if driver else ledger.made_with([cell_id(recorded.settings)], stage.seeds)
     summary = {
         **sampler.record(),
         **asdict(controller),
@@ -141,8 +148,11 @@ def roll_out(
         f" (median, batch {controller.candidates}, one thread)"
     )
     print(f"episodes: {write_episodes(results, folder)}")
-    said = [*stage.warnings, *filter(None, [unpaired]), *broken]
-    document = {"env": stage.env, "checkpoint": str(checkpoint), **summary, "warnings": said}
+    said = [*stage.warnings, *mixed, *filter(None, [unpaired]), *broken]
+    document = {
+        **{"env": stage.env, "checkpoint": str(checkpoint), **summary},
+        **{"warnings": said, "made_with": made_with},
+    }
     write_text(folder / SUMMARY, json_text(document, indent=1))
     if video:
         (simulated,) = controllers_of([policy], [cell], stage.action_space)

@@ -21,7 +21,8 @@ from policy.common.output import episode_seeds
 from policy.common.plugins import loaded_plugins
 from policy.rollout.cells import Task
 from policy.rollout.episodes import Env, MakeEnv, check_num_envs, check_spaces
-from policy.rollout.ledger import Ledger
+from policy.rollout.ledger import Ledger, cell_id
+from policy.rollout.provenance import Provenance, accept_mixture, provenance, with_packages
 from policy.rollout.watch import check_patience, helpers_ended, watched
 from policy.rollout.workers import RolloutPool
 from policy.statistics.results import EpisodeResult, describe_broken, too_many_broken
@@ -48,6 +49,7 @@ class Stage:
         action_space: action space of the environment.
         env_patience: seconds that one call of the simulator may take.
         warnings: given before the run, for its files.
+        made_with: what its episodes are run with.
     """
 
     checkpoints: list[Checkpoint]
@@ -57,6 +59,7 @@ class Stage:
     action_space: Box
     env_patience: float
     warnings: list[str]
+    made_with: Provenance
 
 
 def set_stage(
@@ -104,7 +107,7 @@ def set_stage(
         for checkpoint in loaded:
             check_spaces(checkpoint.policy.config, probe)
         mismatches = [_mismatch(checkpoint, probe, control_rate) for checkpoint in loaded]
-        action_space = probe.action_space
+        action_space, made_with = probe.action_space, provenance(probe, device)
     given = list(dict.fromkeys(filter(None, mismatches)))
     for warning in given:
         warnings.warn(warning, stacklevel=2)
@@ -117,6 +120,7 @@ def set_stage(
         action_space=action_space,
         env_patience=env_patience,
         warnings=given,
+        made_with=made_with,
     )
 
 
@@ -136,6 +140,38 @@ def _probe(make_env: MakeEnv, settings: dict[str, Any], checkpoint: Checkpoint) 
         raise ValueError(
             f"{error} {checkpoint.path} was trained with a plugin: if you trust it, add plugins=[{','.join(missing)}]"
         ) from error
+
+
+def settle_provenance(
+    stage: Stage, cells: Sequence[SweepCell], ledger: Ledger, *, missing: bool, mix: bool
+) -> list[str]:
+    """Before a run goes on: check that its missing episodes are run like the finished ones, and write down with what.
+
+    Args:
+        stage: the checkpoints, the environment and the seeds.
+        cells: the cells to run.
+        ledger: holds the finished episodes.
+        missing: whether episodes are missing.
+        mix: whether the missing ones may be run with something else.
+
+    Returns:
+        Warnings in sentences, which are given.
+
+    Raises:
+        ValueError: something differs, and `mix` is False.
+    """
+    ids = [cell_id(cell.settings) for cell in cells]
+    now = stage.made_with
+    if any(cell.cell.backend == "onnx" for cell in cells):
+        now = with_packages(now, ["onnxruntime"])
+    instead = "Use what the finished ones were run with, or another output_dir="
+    found = [*ledger.made_with(ids, stage.seeds), *([now] if missing else [])]
+    said = accept_mixture(found, mix, where=str(ledger.path), instead=instead)
+    if missing:
+        ledger.note_provenance(now)
+    for warning in said:
+        warnings.warn(warning, stacklevel=2)
+    return said
 
 
 def say_on_disk(finished: int, total: int) -> None:

@@ -60,6 +60,7 @@ def sweep(
     env_patience: float = ENV_PATIENCE,
     margin: float = 0.05,
     max_ms: float | None = None,
+    mix: bool = False,
     videos: int | None = None,
     merge: list[Path] | None = None,
     output_dir: Path | None = None,
@@ -91,6 +92,8 @@ def sweep(
         env_patience: seconds that one call of the simulator may take before it counts as hanging.
         margin: the difference of success rates from which a cell counts as worse, in (0, 1).
         max_ms: milliseconds that the median plan of a cell may take; slower cells are left out before any episode.
+        mix: whether episodes may be compared that were run with other versions, another simulator or on another
+            processor than the rest; the report then says so.
         videos: episodes to record with each of the shown cells for the report; by default 2.
         merge: folders of finished sweeps; their results are merged, and no episode is run.
         output_dir: receives the files; by default a new folder under outputs/sweep.
@@ -106,7 +109,7 @@ def sweep(
     if merge:
         if checkpoint is not None:
             raise ValueError("merge= combines sweeps that have run: leave checkpoint= out")
-        merged = read_swept(merge)
+        merged = read_swept(merge, mix=mix)
         for given in merged.warnings:
             warnings.warn(given, stacklevel=2)
         folder = output_folder(output_dir, "sweep")
@@ -162,8 +165,9 @@ def sweep(
                 alpha=0,
             )
 
-        plan = run_looks(stage, cells, wanted, ledger, num_envs, on_env_error, workers=workers)
+        plan, mixed = run_looks(stage, cells, wanted, ledger, num_envs, on_env_error, workers=workers, mix=mix)
         results, unpaired = counted_results(plan, ledger), ledger.unpaired
+        made_with = ledger.made_with(plan.cells, plan.seeds)
     ran = zip(plan.cells, cells, results, latencies or latencies_of(cells), strict=True)
     rows = [{"cell": name, **row_of(cell, found, latency)} for name, cell, found, latency in ran]
 
@@ -172,15 +176,15 @@ def sweep(
         seeds = telling_seeds([results[number] for number in chosen], count)
         return _recorded(stage, cells, rows, chosen, seeds, folder / "videos") if seeds else []
 
-    unfixed = [unpaired] if unpaired else []
     swept = Swept(
         rows=rows,
         results=results,
         env=stage.env,
-        warnings=[*stage.warnings, *unfixed],
+        warnings=[*stage.warnings, *mixed, *filter(None, [unpaired])],
         paired=not unpaired,
         left_out=left_out,
         plan=plan,
+        made_with=made_with,
     )
     publish(folder, conclude(swept, margin), run, record)
     check_broken([result for found in results for result in found])
@@ -201,6 +205,7 @@ def publish(
     summary = {"env": conclusion.env, "margin": conclusion.margin, "answer": conclusion.answer}
     if conclusion.plan:
         summary["plan"] = dataclasses.asdict(conclusion.plan)
+    summary["made_with"] = conclusion.made_with
     if conclusion.between:
         summary["between_checkpoints"] = conclusion.between
     if conclusion.warnings:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from policy.rollout.provenance import UNKNOWN, Provenance, accept_mixture, describe_provenance, is_provenance
 from policy.statistics.paired import PairedDifference, compare_success
 from policy.statistics.recommendation import Recommendation, describe
 from policy.statistics.results import EpisodeResult, describe_broken
@@ -27,6 +28,7 @@ class Swept:
         paired: whether equal seeds are equal episodes.
         left_out: a sentence about the cells that were too slow to take part, see `within`; empty without any.
         plan: the plan of looks; None for merged sweeps.
+        made_with: what the episodes were run with, each provenance once.
     """
 
     rows: list[Row]
@@ -36,6 +38,7 @@ class Swept:
     paired: bool = True
     left_out: str = ""
     plan: LookPlan | None = None
+    made_with: list[Provenance] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,7 @@ class Conclusion:
         paired: see `Swept`.
         left_out: see `Swept`.
         between: comparisons between checkpoints, see `between_checkpoints`.
+        made_with: see `Swept`.
     """
 
     title: str
@@ -71,6 +75,7 @@ class Conclusion:
     paired: bool
     left_out: str
     between: list[Row]
+    made_with: list[Provenance]
 
     @property
     def warnings(self) -> list[str]:
@@ -100,6 +105,7 @@ class Conclusion:
             "back end": ", ".join(dict.fromkeys(row["backend"] for row in self.rows if "backend" in row)),
             "seeds": f"{min(seeds)} to {max(seeds)}",
             "margin": self.margin,
+            **({"run with": run_with} if (run_with := describe_provenance(self.made_with)) else {}),
         }
 
 
@@ -148,6 +154,7 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
         found=describe_broken([result for found in swept.results for result in found]),
         paired=swept.paired,
         between=between_checkpoints(rows, success, paired=swept.paired),
+        made_with=swept.made_with,
     )
 
 
@@ -248,22 +255,25 @@ def telling_seeds(results: Sequence[Sequence[EpisodeResult]], count: int) -> lis
     return [results[0][n].seed for n in turns[:count]]
 
 
-def read_swept(folders: Sequence[Path]) -> Swept:
+def read_swept(folders: Sequence[Path], *, mix: bool = False) -> Swept:
     """Read the cells of several finished sweeps.
 
     Args:
         folders: each with a `sweep.json`.
+        mix: whether their episodes may have been run with different things, see `accept_mixture`.
 
     Returns:
         The cells, in the order of the folders.
 
     Raises:
-        ValueError: a folder without a finished sweep, different environments or episodes, or a cell that occurs twice.
+        ValueError: a folder without a finished sweep, different environments or episodes, a cell that occurs twice, or
+            a mixture that is not wanted.
     """
     rows: list[Row] = []
     results: list[list[EpisodeResult]] = []
     first: dict[str, Any] = {}
-    paired, warnings, left_out = True, list[str](), list[str]()
+    paired, warnings, left_out, mixed = True, list[str](), list[str](), list[str]()
+    made_with: list[Provenance] = []
     for folder in folders:
         try:
             document = json.loads((folder / "sweep.json").read_text())
@@ -280,6 +290,9 @@ def read_swept(folders: Sequence[Path]) -> Swept:
             plan = document.get("plan") or {"looks": [0]}
             adaptive = len(plan["looks"]) > 1
             given = [str(said) for said in document.get("warnings", []) if said not in found_in_results]
+            recorded = document.get("made_with", [UNKNOWN])
+            if not all(map(is_provenance, recorded)):
+                raise ValueError("made_with is not a list of provenances")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder} holds no finished sweep ({error!r}): run it to its end first") from error
         if adaptive:
@@ -292,6 +305,9 @@ def read_swept(folders: Sequence[Path]) -> Swept:
             raise ValueError(f"{differs[0]} of {folder} and of {folders[0]} differ: only equal ones can be compared")
         if repeated := found.keys() & {row["cell"] for row in rows}:
             raise ValueError(f"{folder} repeats the cell {min(repeated)}: leave one of them out")
+        made_with += [one for one in recorded if one not in made_with]
+        where, instead = f"merging {folder} with {folders[0]}", "Leave one of them out"
+        mixed = accept_mixture(made_with, mix, where=where, instead=instead)
         paired = paired and document.get("paired", True) is True
         rows += found.values()
         results += episodes.values()
@@ -303,7 +319,8 @@ def read_swept(folders: Sequence[Path]) -> Swept:
         rows=rows,
         results=results,
         env=first["env"],
-        warnings=warnings,
+        warnings=[*warnings, *(said for said in mixed if said not in warnings)],
         paired=paired,
         left_out=" ".join(dict.fromkeys(left_out)),
+        made_with=made_with,
     )

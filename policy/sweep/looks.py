@@ -103,19 +103,22 @@ def settle(ledger: Ledger, wanted: LookPlan) -> LookPlan:
     """Find the plan that an earlier command made for the same wish, or make one from what earlier plans left.
 
     Args:
-        ledger: of the sweep; a new plan is written to it.
+        ledger: of the sweep.
         wanted: its `alpha` is not used.
 
     Returns:
         The plan, with its share of the wrong recommendations.
     """
     earlier = plans_of(ledger)
-    for plan in earlier:
-        if dataclasses.replace(plan, alpha=wanted.alpha) == wanted:
-            return plan
-    plan = dataclasses.replace(wanted, alpha=stage_alpha(len(earlier) + 1))
-    ledger.note_plan(dataclasses.asdict(plan))
-    return plan
+    same = (plan for plan in earlier if dataclasses.replace(plan, alpha=wanted.alpha) == wanted)
+    return next(same, dataclasses.replace(wanted, alpha=stage_alpha(len(earlier) + 1)))
+
+
+def keep(ledger: Ledger, plan: LookPlan) -> int:
+    """Write a plan down, unless the ledger has it, and return its number there: 1 for the first."""
+    if plan not in plans_of(ledger):
+        ledger.note_plan(dataclasses.asdict(plan))
+    return plans_of(ledger).index(plan) + 1
 
 
 def leading_results(plan: LookPlan, ledger: Ledger) -> list[list[EpisodeResult]]:

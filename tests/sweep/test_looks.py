@@ -16,6 +16,7 @@ from policy.sweep.looks import (
     counted_results,
     describe_plan,
     describe_saving,
+    keep,
     missing_tasks,
     planned_looks,
     plans_of,
@@ -29,6 +30,12 @@ OUTCOMES = np.random.default_rng(0).random((3, 120)) < np.array(RATES)[:, None]
 def result(cell, seed):
     solved = bool(OUTCOMES[cell, seed])
     return EpisodeResult(seed=seed, success=solved, score=float(solved), return_=0.0, steps=1)
+
+
+def planned(ledger, **changes):
+    plan = settle(ledger, wish(ledger, **changes))
+    keep(ledger, plan)
+    return plan
 
 
 def wish(ledger, **changes):
@@ -60,7 +67,7 @@ def run(plan, ledger, most=10**6):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     with Ledger(tmp_path_factory.mktemp("whole") / "episodes.jsonl") as ledger:
-        plan = settle(ledger, wish(ledger))
+        plan = planned(ledger)
         return plan, run(plan, ledger), counted_results(plan, ledger)
 
 
@@ -79,7 +86,7 @@ def test_a_sweep_that_is_interrupted_anywhere_ends_as_one_that_is_not(whole, tmp
     ran = []
     for most in [*pauses, 10**6]:
         with Ledger(file) as ledger:
-            plan = settle(ledger, wish(ledger))
+            plan = planned(ledger)
             ran += run(plan, ledger, most)
             counted = counted_results(plan, ledger)
     assert len(plans_of(Ledger(file))) == 1
@@ -88,16 +95,16 @@ def test_a_sweep_that_is_interrupted_anywhere_ends_as_one_that_is_not(whole, tmp
 
 def test_the_same_wish_finds_its_plan_again_and_another_one_gets_less_of_what_is_left(tmp_path):
     with Ledger(tmp_path / "episodes.jsonl") as ledger:
-        first = settle(ledger, wish(ledger))
+        first = planned(ledger)
         run(first, ledger)
         before = counted_results(first, ledger)
         others = [
-            settle(ledger, wish(ledger, **changes))
+            planned(ledger, **changes)
             for changes in ({"margin": 0.1}, {"looks": (60, 120)}, {"looks": (120,)}, {"cost": (1.0, 2.0, 3.0)})
         ]
         for plan in others:
             run(plan, ledger)
-        assert settle(ledger, wish(ledger)) == first
+        assert planned(ledger) == first
         assert counted_results(first, ledger) == before  # what another plan ran does not change what this one saw
     plans = [first, *others]
     assert plans_of(Ledger(tmp_path / "episodes.jsonl")) == plans

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from policy import Sampler
 from policy.diffusion.ddim import SPACINGS
 from policy.diffusion.schedule import PREDICTION_TYPES
 from policy.inference import onnx_graph
-from policy.inference.backends import compile_sampler
+from policy.inference.backends import compile_sampler, compile_shared
 from policy.inference.int8 import quantized
 from policy.inference.onnx_graph import kind_of
 from policy.inference.rewriting import Part
@@ -103,7 +104,7 @@ def test_onnx_gives_the_eager_actions_at_any_batch_size(name):
 
 
 @needs_onnx
-@pytest.mark.parametrize("name", ["stochastic", "warm", "one step"])
+@pytest.mark.parametrize("name", ["stochastic", "warm", pytest.param("one step", marks=pytest.mark.slow)])
 def test_an_onnx_program_continues_a_chunk_as_ddim_step_does(name):
     """Each prediction type once, and from noise as well as from the previous chunk."""
     policy, sampler, _ = case(name)
@@ -139,10 +140,20 @@ def test_an_onnx_program_continues_a_chunk_whatever_is_predicted(prediction_type
 
 
 @needs_onnx
-@pytest.mark.slow  # all samplers share one graph; test_auto.py looks at that
+@pytest.mark.slow  # all samplers share one graph, see above
 def test_the_size_of_an_onnx_program_does_not_grow_with_its_steps():
     small, large = (case(name)[2].run.file() for name in ("one step", "all steps"))
     assert len(large) - len(small) < 99 * 4 * (32 + 5 + 2)  # a timestep's embedding and coefficients for each step
+
+
+@needs_onnx
+def test_samplers_of_a_policy_share_one_model():
+    policy, sampler, _ = case("stochastic")
+    programs = [compile_shared(policy, replace(sampler, ddim_steps=steps), backend="onnx") for steps in (1, 3)]
+    assert programs[0].run.model is programs[1].run.model
+    observations, noise, step_noise = inputs(policy, replace(sampler, ddim_steps=3))
+    one, three = (program(observations, noise, step_noise[: program.sampler.ddim_steps]) for program in programs)
+    assert not torch.equal(one, three)
 
 
 @needs_onnx
@@ -176,6 +187,7 @@ def test_quantized_weights_are_off_by_half_a_step_at_most(block_size):
 
 
 @needs_onnx
+@pytest.mark.slow  # a trace for a check that all back ends share; test_inference.py looks at it
 def test_inputs_that_do_not_fit_are_refused_in_a_sentence():
     check_refusals("onnx")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import heapq
 import itertools
+from typing import ClassVar
 
 import gymnasium
 import numpy as np
@@ -291,6 +292,10 @@ class Dictionary(Counter):
     observation_space = gymnasium.spaces.Dict({"a": Counter.observation_space, "b": Counter.observation_space})
 
 
+class Several(Counter):
+    observation_spaces: ClassVar = {"state": Counter.observation_space, "two": Dictionary.observation_space}
+
+
 def test_fitting_spaces_are_accepted():
     check_spaces(CONFIG, Counter())
     shapes = {"b": (3,), "a": (3,)}
@@ -308,6 +313,13 @@ def test_fitting_spaces_are_accepted():
             r"came from; it fits under other names: keys=\{state: observation.state\} of ddim-import",
         ),
         ({}, Dictionary(), r"observations a \(3,\), b \(3,\) do not fit the policy's state \(3,\)"),
+        ({"observation_shapes": {"a": (3,), "b": (3,)}}, Several(), r"came from; env\.observation=two fits$"),
+        (
+            {"observation_shapes": {"a": (3,), "box": (3,)}},
+            Several(),
+            r"env\.observation=two fits under other names: keys=\{a: a, b: box\} of ddim-import",
+        ),
+        ({"observation_shapes": {"a": (7,)}}, Several(), r"demonstrations came from$"),
         ({"action_dim": 3}, Counter(), r"actions have shape \(2,\), the policy's \(3,\): choose the env="),
     ],
 )

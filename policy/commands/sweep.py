@@ -25,9 +25,10 @@ from policy.rollout.ledger import Ledger, cell_id
 from policy.rollout.video import record_videos
 from policy.rollout.watch import ENV_PATIENCE, helpers_ended, watched
 from policy.statistics.results import EpisodeResult
-from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, read_swept, telling_seeds
+from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, telling_seeds
 from policy.sweep.grid import Row, SweepCell, axis_values, make_cells, row_of, with_backends
 from policy.sweep.looks import LookPlan, can_stop_early, counted_results, planned_looks
+from policy.sweep.merging import read_swept
 from policy.sweep.plot import plot_rows
 from policy.sweep.report import Clip, write_report
 from policy.sweep.table import format_table, write_files

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from policy.rollout.provenance import UNKNOWN, Provenance, accept_mixture, describe_provenance, is_provenance
+from policy.rollout.provenance import Provenance, describe_provenance
 from policy.statistics.paired import PairedDifference, compare_success
 from policy.statistics.recommendation import Recommendation, describe
 from policy.statistics.results import EpisodeResult, describe_broken
@@ -253,74 +251,3 @@ def telling_seeds(results: Sequence[Sequence[EpisodeResult]], count: int) -> lis
     kinds = [kind for kind in (split, solved_by_all, failed_by_all) if kind]
     turns = [kind[turn] for turn in range(max(map(len, kinds))) for kind in kinds if turn < len(kind)]
     return [results[0][n].seed for n in turns[:count]]
-
-
-def read_swept(folders: Sequence[Path], *, mix: bool = False) -> Swept:
-    """Read the cells of several finished sweeps.
-
-    Args:
-        folders: each with a `sweep.json`.
-        mix: whether their episodes may have been run with different things, see `accept_mixture`.
-
-    Returns:
-        The cells, in the order of the folders.
-
-    Raises:
-        ValueError: a folder without a finished sweep, different environments or episodes, a cell that occurs twice, or
-            a mixture that is not wanted.
-    """
-    rows: list[Row] = []
-    results: list[list[EpisodeResult]] = []
-    first: dict[str, Any] = {}
-    paired, warnings, left_out, mixed = True, list[str](), list[str](), list[str]()
-    made_with: list[Provenance] = []
-    for folder in folders:
-        try:
-            document = json.loads((folder / "sweep.json").read_text())
-            found = {row["cell"]: row for row in document["cells"]}
-            episodes = {
-                cell: [EpisodeResult.from_row(row) for row in document["episodes"] if row["cell"] == cell]
-                for cell in found
-            }
-            seen = {
-                "env": document["env"],
-                "seeds": sorted({result.seed for listed in episodes.values() for result in listed}),
-            }
-            found_in_results = describe_broken([result for listed in episodes.values() for result in listed])
-            plan = document.get("plan") or {"looks": [0]}
-            adaptive = len(plan["looks"]) > 1
-            given = [str(said) for said in document.get("warnings", []) if said not in found_in_results]
-            recorded = document.get("made_with", [UNKNOWN])
-            if not all(map(is_provenance, recorded)):
-                raise ValueError("made_with is not a list of provenances")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder} holds no finished sweep ({error!r}): run it to its end first") from error
-        if adaptive:
-            raise ValueError(
-                f"{folder} holds an adaptive sweep, which has been looked at and whose cells may have stopped at"
-                " different looks: give checkpoint=[A,B] to one sweep, or merge sweeps that ran with adaptive=false"
-            )
-        first = first or seen
-        if differs := [name for name in seen if seen[name] != first[name]]:
-            raise ValueError(f"{differs[0]} of {folder} and of {folders[0]} differ: only equal ones can be compared")
-        if repeated := found.keys() & {row["cell"] for row in rows}:
-            raise ValueError(f"{folder} repeats the cell {min(repeated)}: leave one of them out")
-        made_with += [one for one in recorded if one not in made_with]
-        where, instead = f"merging {folder} with {folders[0]}", "Leave one of them out"
-        mixed = accept_mixture(made_with, mix, where=where, instead=instead)
-        paired = paired and document.get("paired", True) is True
-        rows += found.values()
-        results += episodes.values()
-        warnings += [said for said in given if said not in warnings]
-        left_out += [document["left_out"]] if "left_out" in document else []
-    if not rows or any([result.seed for result in listed] != first["seeds"] for listed in results):
-        raise ValueError(f"the cells of {', '.join(map(str, folders))} have not all run the same episodes")
-    return Swept(
-        rows=rows,
-        results=results,
-        env=first["env"],
-        warnings=[*warnings, *(said for said in mixed if said not in warnings)],
-        paired=paired,
-        left_out=" ".join(dict.fromkeys(left_out)),
-        made_with=made_with,
-    )

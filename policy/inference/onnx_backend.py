@@ -103,7 +103,8 @@ class OnnxModel:
             self.weights.copy_to(here / WEIGHTS_FILE)
             (here / MODEL).write_bytes(with_places(self.graph, self.weights.places))
             onnxruntime.InferenceSession(str(here / MODEL), options, providers=PROVIDERS)
-            (here / WEIGHTS_FILE).unlink()
+            for name in (MODEL, WEIGHTS_FILE):
+                (here / name).unlink()
         except Exception as error:  # the runtime has no type of its own for a full disk
             shutil.rmtree(here, ignore_errors=True)
             warnings.warn(

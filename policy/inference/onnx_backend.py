@@ -107,9 +107,10 @@ class OnnxModel:
                 (here / name).unlink()
         except Exception as error:  # the runtime has no type of its own for a full disk
             shutil.rmtree(here, ignore_errors=True)
+            version = onnxruntime.__version__  # 1.22 cannot write a graph within a graph
             warnings.warn(
-                f"each process holds its own copy of the weights, because they cannot be written to {folder} ({error}):"
-                " name a folder with room in TMPDIR to save that memory",
+                f"each process holds its own copy of the weights, because ONNX Runtime {version} cannot write them to"
+                f" {folder} ({error}): a folder with room in TMPDIR, or a newer onnxruntime, saves that memory",
                 stacklevel=2,
             )
             return self

@@ -186,7 +186,7 @@ def test_weights_that_cannot_be_packed_stay_as_they_are(tmp_path, monkeypatch):
 
     monkeypatch.setattr(MappedArrays, "copy_to", full)
     model = case("stochastic")[2].run.model
-    with pytest.warns(UserWarning, match=r"its own copy of the weights, .*No space left.*: name a folder with room"):
+    with pytest.warns(UserWarning, match=r"its own copy of the weights, .*No space left.*: a folder with room"):
         assert model.packed(tmp_path) is model
     assert not list(tmp_path.iterdir())
 

@@ -105,9 +105,10 @@ class OnnxModel:
             onnxruntime.InferenceSession(str(here / MODEL), options, providers=PROVIDERS)
             for name in (MODEL, WEIGHTS_FILE):
                 (here / name).unlink()
+            _optimised(here / PACKED, check=True)
         except Exception as error:  # the runtime has no type of its own for a full disk
             shutil.rmtree(here, ignore_errors=True)
-            version = onnxruntime.__version__  # 1.22 cannot write a graph within a graph
+            version = onnxruntime.__version__  # up to 1.24 at least, it loses the Scan's body
             warnings.warn(
                 f"each process holds its own copy of the weights, because ONNX Runtime {version} cannot write them to"
                 f" {folder} ({error}): a folder with room in TMPDIR, or a newer onnxruntime, saves that memory",
@@ -151,8 +152,14 @@ class PackedModel:
 @cache
 def _loaded(path: Path) -> Any:
     """A process receives the model with each of its runs, and loads it once."""
+    return _optimised(path)
+
+
+def _optimised(path: Path, check: bool = False) -> Any:
+    """Load a packed model; to `check` that it can be loaded, its weights need not be read."""
     onnxruntime, options = require("onnxruntime"), _options()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it has been optimised
+    options.add_session_config_entry("session.disable_prepacking", str(int(check)))
     return onnxruntime.InferenceSession(str(path), options, providers=PROVIDERS)
 
 

@@ -14,7 +14,6 @@ import torch
 
 from policy.common.descriptors import Descriptor
 from policy.common.errors import WorkerError
-from policy.inference.mapped import page_out
 from policy.model.diffusion_policy import DiffusionPolicy
 
 PREFIX = "ddim-policy-rollout-"
@@ -63,8 +62,6 @@ def parcel(policies: Sequence[DiffusionPolicy]) -> Iterator[Parcel]:
             file = stack.enter_context(tempfile.TemporaryFile())
             torch.save(list(policies), file)
             file.flush()
-            for policy in policies:  # this process has read them all, and does not need them soon
-                page_out(weight.detach().numpy() for weight in policy.parameters())
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True))
         except (OSError, RuntimeError) as error:
             raise WorkerError(

@@ -1,6 +1,7 @@
 """Sampling programs in ONNX Runtime: the eager back end's actions, from a file that does not grow with the steps."""
 
 import copy
+import errno
 import functools
 import importlib.util
 import itertools
@@ -19,6 +20,7 @@ from policy.diffusion.schedule import PREDICTION_TYPES
 from policy.inference import onnx_graph
 from policy.inference.backends import compile_sampler, compile_shared
 from policy.inference.int8 import quantized
+from policy.inference.mapped import MappedArrays
 from policy.inference.onnx_graph import kind_of
 from policy.inference.rewriting import Part
 from policy.model.config import config_to_json
@@ -162,6 +164,41 @@ def test_an_onnx_program_can_be_sent_to_another_process():
     again = pickle.loads(pickle.dumps(program))
     given = inputs(policy, sampler)
     assert torch.equal(again(*given), program(*given))
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("stochastic", {}),
+        ("stochastic", {"weights": "int8"}),
+        ("unet", {}),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("images", "encoder-decoder")),
+    ],
+)
+def test_packed_weights_give_the_same_bits_in_another_process(name, settings, tmp_path):
+    policy, sampler, program = case(name, **settings)
+    packed = program.run.model.packed(tmp_path)
+    assert program.run.model.packed(tmp_path) is packed, "it is written once"
+    (folder,) = tmp_path.iterdir()
+    assert {path.name for path in folder.iterdir()} == {"packed.onnx", "packed_weights"}
+    again = pickle.loads(pickle.dumps(replace(program, run=program.run.on(packed))))
+    for rows in (1, 7):
+        given = inputs(policy, sampler, rows)
+        assert torch.equal(again(*given), program(*given))
+
+
+@needs_onnx
+def test_weights_that_cannot_be_packed_stay_as_they_are(tmp_path, monkeypatch):
+    def full(self, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(MappedArrays, "copy_to", full)
+    model = case("stochastic")[2].run.model
+    with pytest.warns(UserWarning, match=r"its own copy of the weights, .*No space left.*: a folder with room"):
+        assert model.packed(tmp_path) is model
+    assert not list(tmp_path.iterdir())
 
 
 @needs_onnx

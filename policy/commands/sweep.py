@@ -96,7 +96,7 @@ def sweep(
     """
     if not 0 < margin < 1:
         raise ValueError(f"margin is a share of the episodes, above 0 and below 1; got {margin}")
-    check_max_ms(max_ms)
+    check_max_ms(max_ms, merges=bool(merge))
     if merge:
         if checkpoint is not None:
             raise ValueError("merge= combines sweeps that have run: leave checkpoint= out")

@@ -314,9 +314,25 @@ def test_a_single_number_is_a_sweep_of_one_cell(planar_run, run_sweep, tmp_path)
     assert sorted(named) == sorted(str(file) for file in tmp_path.iterdir() if file.name != "episodes.jsonl")
 
 
+def test_cells_above_max_ms_are_left_out_before_the_first_episode(planar_run, run_sweep, monkeypatch, tmp_path):
+    times = {"latency_ms_median": 2.0, "latency_ms_p90": 3.0}
+    monkeypatch.setattr(
+        timing, "chunk_latency", lambda program, _: {**times, "latency_ms_median": 2.0 * program.sampler.ddim_steps}
+    )
+    given = (f"checkpoint={planar_run}/checkpoint", "ddim_steps=[1,2,4]", "episodes=2", f"output_dir={tmp_path}")
+    out = run_sweep(*given, "max_ms=4")
+    document = document_of(tmp_path)
+    assert [cell["ddim_steps"] for cell in document["cells"]] == [1, 2]
+    assert document["left_out"] == "Left out, as slower than max_ms=4: ddim_steps 4 (8.0 ms)."
+    assert document["left_out"] in out
+    assert len(ledger_of(tmp_path)[0]) == 2
+    check_refused(run_sweep(*given, "max_ms=1", check=2), "no cell plans within max_ms=1: the fastest is ddim_steps 1")
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 BAD_INPUT = {
+    "no time": (["max_ms=0"], ["max_ms must be above 0 milliseconds; got 0"]),
     "no steps": (["ddim_steps=0"], ["ddim_steps must be 1 or more", "0"]),
     "negative steps": (["ddim_steps=[1,-2]"], ["ddim_steps must be 1 or more", "-2"]),
     "more than num_steps": (["ddim_steps=[1,101]"], ["1..100", "101"]),

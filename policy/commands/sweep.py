@@ -30,7 +30,7 @@ from policy.sweep.grid import Row, SweepCell, axis_values, make_cells, row_of, w
 from policy.sweep.plot import plot_rows
 from policy.sweep.report import Clip, write_report
 from policy.sweep.table import format_table, write_files
-from policy.sweep.timing import check_max_ms, latencies_of, within
+from policy.sweep.timing import check_max_ms, check_threads, latencies_of, within
 from policy.tracking.tracker import OpenRun, TrackedRun
 
 LEDGER = "episodes.jsonl"
@@ -57,6 +57,7 @@ def sweep(
     env_patience: float = ENV_PATIENCE,
     margin: float = 0.05,
     max_ms: float | None = None,
+    threads: int = 1,
     videos: int | None = None,
     merge: list[Path] | None = None,
     output_dir: Path | None = None,
@@ -85,6 +86,7 @@ def sweep(
         env_patience: seconds that one call of the simulator may take before it counts as hanging.
         margin: the difference of success rates from which a cell counts as worse, in (0, 1).
         max_ms: milliseconds that the median plan of a cell may take; slower cells are left out before any episode.
+        threads: threads of the plans whose latency is measured; episodes run on one for each worker.
         videos: episodes to record with each of the shown cells for the report; by default 2.
         merge: folders of finished sweeps; their results are merged, and no episode is run.
         output_dir: receives the files; by default a new folder under outputs/sweep.
@@ -97,6 +99,7 @@ def sweep(
     if not 0 < margin < 1:
         raise ValueError(f"margin is a share of the episodes, above 0 and below 1; got {margin}")
     check_max_ms(max_ms, merges=bool(merge))
+    check_threads(threads)
     if merge:
         if checkpoint is not None:
             raise ValueError("merge= combines sweeps that have run: leave checkpoint= out")
@@ -136,7 +139,7 @@ def sweep(
         raise ValueError(f"workers must be 1 or more; got {workers}")
     folder = output_folder(output_dir, "sweep")
     cells = with_backends(cells, folder / LEDGER)
-    latencies, left_out = None if max_ms is None else latencies_of(cells), ""
+    latencies, left_out = None if max_ms is None else latencies_of(cells, threads), ""
     if latencies is not None:  # measured before the episodes, so that no result has a say
         fast, left_out = within(cells, latencies, max_ms)
         cells, latencies = [cells[number] for number in fast], [latencies[number] for number in fast]
@@ -146,7 +149,7 @@ def sweep(
         run_missing(stage, cells, ids, ledger, num_envs, on_env_error, workers=workers)
         results = [ledger.results(cell, stage.seeds) for cell in ids]
         unpaired = ledger.unpaired
-    ran = zip(ids, cells, results, latencies or latencies_of(cells), strict=True)
+    ran = zip(ids, cells, results, latencies or latencies_of(cells, threads), strict=True)
     rows = [{"cell": name, **row_of(cell, found, latency)} for name, cell, found, latency in ran]
 
     def record(chosen: Sequence[int]) -> list[Clip]:

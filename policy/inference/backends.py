@@ -166,6 +166,17 @@ class SamplerProgram:
             added = torch.stack([randn_like(like, generator) for _ in range(self.sampler.ddim_steps)])
         return self(observations, noise, added, previous=previous, keep=keep)
 
+    def use_threads(self, threads: int) -> None:
+        """Run on some CPU threads from now on: PyTorch's, which the process shares, or ONNX Runtime's.
+
+        Args:
+            threads: 1 or more. Rollouts run on one, because the rounding of a sum depends on their number.
+        """
+        torch.set_num_threads(threads)
+        for runner in (self.run, self.warm_run):
+            if isinstance(runner, Onnx):
+                runner.model.use_threads(threads)
+
     def _check(
         self, observations: Observations, noise: Tensor, step_noise: Tensor | None, previous: Tensor, keep: Tensor
     ) -> None:

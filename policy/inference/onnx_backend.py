@@ -45,17 +45,22 @@ class OnnxModel:
     Args:
         graph: the serialised graph, see `OnnxGraph`.
         weights: the weights that it declares.
+
+    Attributes:
+        threads: CPU threads of its session. Results are repeatable with one only, which every process starts with.
     """
+
+    threads = 1
 
     def __init__(self, graph: bytes, weights: MappedArrays) -> None:
         self.graph, self.weights = graph, weights
 
     @cached_property
     def session(self) -> Any:
-        """The graph in ONNX Runtime, on one CPU thread. It is loaded where it runs, in each process once."""
+        """The graph in ONNX Runtime. It is loaded where it runs, in each process once."""
         onnxruntime = require("onnxruntime")
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
         options.log_severity_level = 3
         arrays = self.weights.arrays()
         options.add_external_initializers(
@@ -65,6 +70,12 @@ class OnnxModel:
         # The runtime reads the matrices no more: it has packed a copy of each in the order of its products.
         self.weights.forget()
         return session
+
+    def use_threads(self, threads: int) -> None:
+        """Run on some CPU threads from the next call on, which loads the session anew if they change."""
+        if threads != self.threads:
+            self.threads = threads
+            self.unload()
 
     def unload(self) -> None:
         """Free the session's memory, which the next call takes again."""
@@ -79,7 +90,7 @@ _MODELS: WeakKeyDictionary[DiffusionPolicy, dict[Hashable, OnnxModel]] = WeakKey
 
 
 class Onnx:
-    """The fused program in ONNX Runtime, on one CPU thread. It can be pickled and sent to another process.
+    """The fused program in ONNX Runtime. It can be pickled and sent to another process.
 
     Attributes:
         device: the CPU.

@@ -12,6 +12,7 @@ from policy.statistics.paired import PairedDifference, compare_success
 from policy.statistics.recommendation import Recommendation, recommend
 from policy.statistics.results import EpisodeResult, describe_broken
 from policy.sweep.grid import Row, costs_of, uniform, varying
+from policy.sweep.table import rate_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,9 +194,18 @@ def answer_of(rows: Sequence[Row], advice: Recommendation) -> str:
     row = rows[advice.cell]
     return (
         f"{label_of(rows, row)}: {advice.sentence}. Success {row['success_rate']:.0%}"
-        f" ({row['success_low']:.0%} to {row['success_high']:.0%}), {row['latency_ms_median']:.1f} ms a chunk: planning"
-        f" keeps pace up to {row['control_rate_hz']:.0f} Hz."
+        f" ({row['success_low']:.0%} to {row['success_high']:.0%}), {row['latency_ms_median']:.1f} ms a chunk"
+        f"{_rates(row)}."
     )
+
+
+def _rates(row: Row) -> str:
+    """The control rates of a row in words; nothing for one of an older version."""
+    if row.get("waiting_rate_hz") is None:
+        return ""
+    waits, ahead = rate_text(row["waiting_rate_hz"]), rate_text(row["planning_ahead_rate_hz"])
+    measured = " (measured on a busy machine, and so too slow)" if row["busy"] else ""
+    return f"{measured}: a robot keeps pace up to {waits} Hz if it waits, up to {ahead} Hz if it plans ahead"
 
 
 def label_of(rows: Sequence[Row], row: Row) -> str:

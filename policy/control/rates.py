@@ -50,5 +50,5 @@ def planning_ahead_rate(
         expected = math.ceil(delay_steps * typical_plan / slow_plan)
         start = max(delay_steps, min(execution_horizon, action_horizon - expected))
         if start + delay_steps <= action_horizon:
-            return min(delay_steps / slow_plan, 1 / slow_step)
+            return 1 / max(slow_plan / delay_steps, slow_step)
     return 0.0

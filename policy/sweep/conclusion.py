@@ -94,6 +94,7 @@ class Conclusion:
             "environment": self.env,
             "checkpoints": ", ".join(dict.fromkeys(row["checkpoint"] for row in self.rows)),
             "back end": ", ".join(dict.fromkeys(row["backend"] for row in self.rows if "backend" in row)),
+            "threads of a plan": ", ".join(dict.fromkeys(str(row.get("latency_threads") or 1) for row in self.rows)),
             "seeds": f"{min(seeds)} to {max(seeds)}",
             "margin": self.margin,
         }

@@ -92,10 +92,10 @@ def test_where_the_machine_is_busy_it_is_measured_again_and_the_quietest_time_co
             attempt = (len(calls) - warm) // latency.ROUNDS if len(calls) > warm else 0
             clocks.share = (0.5, 0.9, 0.25)[min(attempt, 2)]
 
-    clocks.share, warm = 0.5, 3
+    clocks.share, warm = 0.5, 2  # plans before the first measurement
     (found,) = measure_latency([Shared(clocks, 0.1, calls)])
     assert found.busy
-    assert found.quiet == pytest.approx(0.9, abs=0.02)
+    assert found.quiet == pytest.approx(0.9)
     assert len(calls) >= 3 * latency.ROUNDS
     assert found.row["busy"] is True
     assert found.row["latency_cpu_ms"] == pytest.approx(200)
@@ -115,8 +115,7 @@ def test_a_chunk_takes_longer_with_more_denoising_steps(monkeypatch):
     one, many = measure_latency(controllers, threads=2)
     for found in (one, many):
         assert 0 < found.median_ms <= found.p99_ms
-        assert found.step_p99_ms < found.p99_ms
         assert found.threads == 2
-    assert many.cpu_ms > 5 * one.cpu_ms
+    assert many.cpu_ms > 3 * one.cpu_ms
     assert used == [2, 2, 1, 1]
     assert torch.get_num_threads() == threads

@@ -7,7 +7,7 @@ DEMO_TASK := pick-place-v3
 DEMO_DATA := $(DEMO)/demonstrations/metaworld-$(DEMO_TASK)-v0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick-tests test-all test-reliability test-versions lint types format bench-data bench-latency bench-rollout bench-quality bench-import bench-compare bench-start bench-hostile bench-parity clean
+.PHONY: help setup demo test quick-tests test-all test-reliability test-versions lint types format bench-data bench-latency bench-rates bench-rollout bench-quality bench-import bench-compare bench-start bench-hostile bench-parity clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -103,6 +103,9 @@ bench-data: setup ## size and speed of demonstrations and windows, beside a PyTo
 
 bench-latency: setup ## a chunk's median and p99 beside the machine's floor and the reference's U-Net
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.bench.latency
+
+bench-rates: setup ## acts in real time at the control rates that a sweep prints, and counts the steps that come too late
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.bench.rates
 
 bench-rollout: setup ## environment steps a second beside the raw environment on every core
 	$(BIN)/python -m scripts.bench.rollout

@@ -14,7 +14,7 @@ from policy.sweep.timing import latencies_of, within
 
 
 def fast_cells(
-    cells: list[SweepCell], asked: tuple[str, ...], max_ms: float | None, ledger: Ledger
+    cells: list[SweepCell], asked: tuple[str, ...], max_ms: float | None, threads: int, ledger: Ledger
 ) -> tuple[list[SweepCell], list[Row] | None, str]:
     """Leave out the cells that are too slow; a sweep that goes on leaves out the same ones as before.
 
@@ -22,6 +22,7 @@ def fast_cells(
         cells: the cells.
         asked: their ids.
         max_ms: milliseconds that the median plan of a cell may take; None for no limit.
+        threads: of each plan.
         ledger: of the sweep.
 
     Returns:
@@ -36,7 +37,7 @@ def fast_cells(
         if (plan.asked, plan.max_ms) == (asked, max_ms):
             kept = [cell for cell, name in zip(cells, asked, strict=True) if name in plan.cells]
             return kept, None, plan.left_out
-    latencies = latencies_of(cells)  # before the episodes, so that no result has a say
+    latencies = latencies_of(cells, threads)  # before the episodes, so that no result has a say
     fast, left_out = within(cells, latencies, max_ms)
     return [cells[number] for number in fast], [latencies[number] for number in fast], left_out
 

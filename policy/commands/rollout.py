@@ -35,7 +35,7 @@ from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS, SamplerP
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout.cells import Cell, controllers_of, program_of
 from policy.rollout.episodes import EPISODES_FILE, MakeEnv, play_episode, write_episodes
-from policy.rollout.latency import chunk_latency
+from policy.rollout.latency import measure_latency, timed_controller
 from policy.rollout.ledger import Ledger, cell_id
 from policy.rollout.video import record_videos
 from policy.rollout.watch import ENV_PATIENCE, helpers_ended, watched
@@ -131,11 +131,12 @@ def roll_out(
             results = _against_the_clock(driver, stage, folder, on_env_error)
         unpaired = ledger.unpaired
         made_with = [stage.made_with] if driver else ledger.made_with([cell_id(recorded.settings)], stage.seeds)
+    (latency,) = measure_latency([timed_controller(policy, cell, program)])
     summary = {
         **sampler.record(),
         **asdict(controller),
         **summarize(results),
-        **chunk_latency(program, controller.candidates),
+        **latency.row,
     }
     tracking.log_table("rollout", [summary])
     tracking.finish()
@@ -145,7 +146,7 @@ def roll_out(
         print(f"warning: {warning}")
     print(
         f"one plan: {summary['latency_ms_median']:.1f} ms with {sampler.ddim_steps} ddim_steps"
-        f" (median, batch {controller.candidates}, one thread)"
+        f" (median, batch {controller.candidates}, one thread{', on a busy machine' * latency.busy})"
     )
     print(f"episodes: {write_episodes(results, folder)}")
     said = [*stage.warnings, *mixed, *filter(None, [unpaired]), *broken]

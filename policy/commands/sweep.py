@@ -32,7 +32,7 @@ from policy.sweep.merging import read_swept
 from policy.sweep.plot import plot_rows
 from policy.sweep.report import Clip, write_report
 from policy.sweep.table import format_table, write_files
-from policy.sweep.timing import check_max_ms, latencies_of
+from policy.sweep.timing import check_max_ms, check_threads, latencies_of
 from policy.tracking.tracker import OpenRun, TrackedRun
 
 LEDGER = "episodes.jsonl"
@@ -62,6 +62,7 @@ def sweep(
     margin: float = 0.05,
     max_ms: float | None = None,
     mix: bool = False,
+    threads: int = 1,
     videos: int | None = None,
     merge: list[Path] | None = None,
     output_dir: Path | None = None,
@@ -95,6 +96,7 @@ def sweep(
         max_ms: milliseconds that the median plan of a cell may take; slower cells are left out before any episode.
         mix: whether episodes may be compared that were run with other versions, another simulator or on another
             processor than the rest; the report then says so.
+        threads: threads of the plans whose latency is measured; episodes run on one for each worker.
         videos: episodes to record with each of the shown cells for the report; by default 2.
         merge: folders of finished sweeps; their results are merged, and no episode is run.
         output_dir: receives the files; by default a new folder under outputs/sweep.
@@ -106,7 +108,8 @@ def sweep(
     """
     if not 0 < margin < 1:
         raise ValueError(f"margin is a share of the episodes, above 0 and below 1; got {margin}")
-    check_max_ms(max_ms)
+    check_max_ms(max_ms, merges=bool(merge))
+    check_threads(threads)
     if merge:
         if checkpoint is not None:
             raise ValueError("merge= combines sweeps that have run: leave checkpoint= out")
@@ -150,7 +153,7 @@ def sweep(
     with Ledger(folder / LEDGER) as ledger:
         run = tracker(folder=folder, config={"checkpoint": [str(c) for c in checkpoints], "env": stage.env})
         asked = tuple(ledger.introduce(cell.settings) for cell in cells)
-        cells, latencies, left_out = fast_cells(cells, asked, max_ms, ledger)
+        cells, latencies, left_out = fast_cells(cells, asked, max_ms, threads, ledger)
 
         def wanted() -> LookPlan:
             several = can_stop_early(ledger) and len(cells) > 1
@@ -169,7 +172,7 @@ def sweep(
         plan, mixed = run_looks(stage, cells, wanted, ledger, num_envs, on_env_error, workers=workers, mix=mix)
         results, unpaired = counted_results(plan, ledger), ledger.unpaired
         made_with = ledger.made_with(plan.cells, plan.seeds)
-    ran = zip(plan.cells, cells, results, latencies or latencies_of(cells), strict=True)
+    ran = zip(plan.cells, cells, results, latencies or latencies_of(cells, threads), strict=True)
     rows = [{"cell": name, **row_of(cell, found, latency)} for name, cell, found, latency in ran]
 
     def record(chosen: Sequence[int]) -> list[Clip]:

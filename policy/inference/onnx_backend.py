@@ -55,7 +55,12 @@ class OnnxModel:
     Args:
         graph: the serialised graph, see `OnnxGraph`.
         weights: the weights that it declares.
+
+    Attributes:
+        threads: CPU threads of its session. Results are repeatable with one only, which every process starts with.
     """
+
+    threads = 1
 
     def __init__(self, graph: bytes, weights: MappedArrays) -> None:
         self.graph, self.weights = graph, weights
@@ -63,8 +68,8 @@ class OnnxModel:
 
     @cached_property
     def session(self) -> Any:
-        """The graph in ONNX Runtime, on one CPU thread. It is loaded where it runs, in each process once."""
-        onnxruntime, options = require("onnxruntime"), _options()
+        """The graph in ONNX Runtime. It is loaded where it runs, in each process once."""
+        onnxruntime, options = require("onnxruntime"), _options(self.threads)
         arrays = self.weights.arrays()
         options.add_external_initializers(
             list(arrays), [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
@@ -73,6 +78,12 @@ class OnnxModel:
         # The runtime reads the matrices no more: it has packed a copy of each in the order of its products.
         self.weights.forget()
         return session
+
+    def use_threads(self, threads: int) -> None:
+        """Run on some CPU threads from the next call on, which loads the session anew if they change."""
+        if threads != self.threads:
+            self.threads = threads
+            self.unload()
 
     def packed(self, folder: Path) -> OnnxModel | PackedModel:
         """Write the model as the runtime would hold it, once for each folder, and free the session's memory.
@@ -163,9 +174,9 @@ def _optimised(path: Path, check: bool = False) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=PROVIDERS)
 
 
-def _options() -> Any:
+def _options(threads: int = 1) -> Any:
     options = require("onnxruntime").SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     return options
 
@@ -175,7 +186,7 @@ _MODELS: WeakKeyDictionary[DiffusionPolicy, dict[Hashable, OnnxModel]] = WeakKey
 
 
 class Onnx:
-    """The fused program in ONNX Runtime, on one CPU thread. It can be pickled and sent to another process.
+    """The fused program in ONNX Runtime. It can be pickled and sent to another process.
 
     Attributes:
         device: the CPU.

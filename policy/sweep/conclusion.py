@@ -12,6 +12,7 @@ from policy.statistics.recommendation import Recommendation, describe
 from policy.statistics.results import EpisodeResult, describe_broken
 from policy.sweep.grid import Row, costs_of, uniform, varying
 from policy.sweep.looks import LookPlan, advice_on, describe_saving
+from policy.sweep.table import rate_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,7 @@ class Conclusion:
             "environment": self.env,
             "checkpoints": ", ".join(dict.fromkeys(row["checkpoint"] for row in self.rows)),
             "back end": ", ".join(dict.fromkeys(row["backend"] for row in self.rows if "backend" in row)),
+            "threads of a plan": ", ".join(dict.fromkeys(str(row.get("latency_threads") or 1) for row in self.rows)),
             "seeds": f"{min(seeds)} to {max(seeds)}",
             "margin": self.margin,
             **({"run with": run_with} if (run_with := describe_provenance(self.made_with)) else {}),
@@ -218,9 +220,18 @@ def answer_of(rows: Sequence[Row], advice: Recommendation) -> str:
     row = rows[advice.cell]
     return (
         f"{label_of(rows, row)}: {words}. Success {row['success_rate']:.0%}"
-        f" ({row['success_low']:.0%} to {row['success_high']:.0%}), {row['latency_ms_median']:.1f} ms a chunk: planning"
-        f" keeps pace up to {row['control_rate_hz']:.0f} Hz."
+        f" ({row['success_low']:.0%} to {row['success_high']:.0%}), {row['latency_ms_median']:.1f} ms a chunk"
+        f"{_rates(row)}."
     )
+
+
+def _rates(row: Row) -> str:
+    """The control rates of a row in words; nothing for one of an older version."""
+    if row.get("waiting_rate_hz") is None:
+        return ""
+    waits, ahead = rate_text(row["waiting_rate_hz"]), rate_text(row["planning_ahead_rate_hz"])
+    measured = " (measured on a busy machine, and so too slow)" if row["busy"] else ""
+    return f"{measured}: a robot keeps pace up to {waits} Hz if it waits, up to {ahead} Hz if it plans ahead"
 
 
 def label_of(rows: Sequence[Row], row: Row) -> str:

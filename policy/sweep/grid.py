@@ -31,8 +31,13 @@ Row = dict[str, Any]
 # The settings that may differ between cells, in the order of the table's first columns.
 SAMPLER_AXES = tuple(field.name for field in dataclasses.fields(Sampler))
 CONTROLLER_AXES = tuple(field.name for field in dataclasses.fields(ControllerSettings))
-# Columns of the table that older sweeps do not have: settings, the number of episodes that broke off, and the cost.
-LATER_COLUMNS = {**LATER_SETTINGS, "broke_off": 0, "multiply_adds": None}
+# Measured or counted columns that not all versions wrote.
+FIGURES = (
+    *("multiply_adds", "latency_ms_p90", "control_rate_hz", "latency_ms_p99", "latency_cpu_ms", "latency_quiet"),
+    *("latency_threads", "busy", "waiting_rate_hz", "planning_ahead_rate_hz"),
+)
+# Columns of the table that sweeps of other versions do not have, with the value that stands for their absence.
+LATER_COLUMNS = {**LATER_SETTINGS, "broke_off": 0, **dict.fromkeys(FIGURES)}
 AXES = ("checkpoint", *SAMPLER_AXES, "execution_horizon", *CONTROLLER_AXES, "backend", "weights")
 
 

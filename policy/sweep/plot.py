@@ -54,7 +54,7 @@ def draw_rows(rows: Sequence[Row]) -> Figure:
     series = _series(rows)
     for axes, key, label in (
         (left, "ddim_steps", "ddim_steps"),
-        (right, "latency_ms_median", "ms a chunk (batch 1, one thread), at each ddim_steps"),
+        (right, "latency_ms_median", "ms a chunk (one robot), at each ddim_steps"),
     ):
         for name, members in series.items():
             _draw(axes, key, name, members, alone=len(series) == 1)

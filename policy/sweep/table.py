@@ -14,9 +14,14 @@ from policy.common.markdown import markdown_table
 from policy.sweep.grid import Row, varying
 
 
-def in_millions(count: float | None) -> str:
-    """A number of multiply-adds in millions, to three digits; nothing where a row has none."""
-    return "" if count is None else f"{count / 1e6:,.{max(0, 2 - int(math.log10(max(count / 1e6, 1))))}f}"
+def in_millions(count: float) -> str:
+    """A number of multiply-adds in millions, to three digits."""
+    return f"{count / 1e6:,.{max(0, 2 - int(math.log10(max(count / 1e6, 1))))}f}"
+
+
+def rate_text(rate: float) -> str:
+    """A highest control rate, rounded down, so that the one that is read is allowed too."""
+    return f"{math.floor(rate)}" if rate >= 10 else f"{math.floor(10 * rate) / 10:.1f}"
 
 
 # By the name of the figure: the column's head, and the format of its cells.
@@ -32,8 +37,11 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "steps_mean": ("steps", "{:.0f}".format),
     "multiply_adds": ("million multiply-adds", in_millions),
     "latency_ms_median": ("ms a chunk", "{:.1f}".format),
-    "control_rate_hz": ("plans for Hz", "{:.0f}".format),
+    "waiting_rate_hz": ("waits up to Hz", rate_text),
+    "planning_ahead_rate_hz": ("plans ahead up to Hz", rate_text),
 }
+# The columns that a busy machine makes wrong.
+MEASURED = ("latency_ms_median", "waiting_rate_hz", "planning_ahead_rate_hz")
 
 
 def table_cells(rows: Sequence[Row]) -> list[list[str]]:
@@ -42,10 +50,16 @@ def table_cells(rows: Sequence[Row]) -> list[list[str]]:
     columns = {key: column for key, column in COLUMNS.items() if any(key in row for row in rows)}
     heads = [*axes, *(head for head, _ in columns.values())]
     lines = [
-        [*(str(row[axis]) for axis in axes), *(shown(row.get(key)) for key, (_, shown) in columns.items())]
+        [*(str(row[axis]) for axis in axes), *(_figure(row, key, shown) for key, (_, shown) in columns.items())]
         for row in rows
     ]
     return [heads, *lines]
+
+
+def _figure(row: Row, key: str, shown: Callable[[Any], str]) -> str:
+    if row.get(key) is None:  # a row of another version lacks it
+        return ""
+    return f"{shown(row[key])} busy" if key in MEASURED and row.get("busy") else shown(row[key])
 
 
 def format_table(rows: Sequence[Row]) -> str:

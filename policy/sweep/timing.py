@@ -1,33 +1,35 @@
-"""The latency of a sweep's cells, and the cells that are too slow to be recommended."""
+"""The latency of a sweep's cells, the control rates that it allows, and the cells that are too slow."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from policy.common.progress import progress
+from policy.common.device import available_cores
 from policy.rollout.cells import program_of
-from policy.rollout.latency import chunk_latency
+from policy.rollout.latency import measure_latency, timed_controller
 from policy.sweep.conclusion import label_of
 from policy.sweep.grid import Row, SweepCell
 
 
-def latencies_of(cells: Sequence[SweepCell]) -> list[Row]:
-    """Measure the latency of each cell.
+def latencies_of(cells: Sequence[SweepCell], threads: int = 1) -> list[Row]:
+    """Measure the latency of all cells, in turns.
 
     Args:
         cells: the cells.
+        threads: threads of each plan.
 
     Returns:
-        The columns of each cell's row that are measured.
+        The columns of each cell's row that are measured, or follow from what is measured.
     """
-    timed = progress(cells, total=len(cells), desc="latency", unit="cell")  # some backends compile for seconds
-    return [_latency(one) for one in timed]
-
-
-def _latency(one: SweepCell) -> Row:
-    latency = chunk_latency(program_of(one.checkpoint.policy, one.cell), one.cell.controller.candidates)
-    # The highest control rate at which a plan takes no longer than the execution of its actions.
-    return {**latency, "control_rate_hz": 1e3 * one.cell.execution_horizon / latency["latency_ms_median"]}
+    controllers = [
+        timed_controller(one.checkpoint.policy, one.cell, program_of(one.checkpoint.policy, one.cell)) for one in cells
+    ]
+    horizons = [
+        {"execution_horizon": one.execution_horizon, "action_horizon": one.policy.config.action_horizon}
+        for one in controllers
+    ]
+    found = zip(measure_latency(controllers, threads), horizons, strict=True)
+    return [{**latency.row, **latency.rates(**chunks)} for latency, chunks in found]
 
 
 def within(cells: Sequence[SweepCell], latencies: Sequence[Row], max_ms: float | None) -> tuple[list[int], str]:
@@ -50,7 +52,10 @@ def within(cells: Sequence[SweepCell], latencies: Sequence[Row], max_ms: float |
     times = [row["latency_ms_median"] for row in latencies]
     slow = [] if max_ms is None else [number for number, time in enumerate(times) if time > max_ms]
     axes = [one.axes for one in cells]
-    named = {number: f"{label_of(axes, axes[number])} ({times[number]:.1f} ms)" for number in range(len(cells))}
+    named = {
+        number: f"{label_of(axes, axes[number])} ({times[number]:.1f} ms{', on a busy machine' * row['busy']})"
+        for number, row in enumerate(latencies)
+    }
     if len(slow) == len(cells):
         fastest = min(named, key=times.__getitem__)
         raise ValueError(f"no cell plans within max_ms={max_ms:g}: the fastest is {named[fastest]}; raise max_ms")
@@ -58,11 +63,25 @@ def within(cells: Sequence[SweepCell], latencies: Sequence[Row], max_ms: float |
     return [number for number in named if number not in slow], sentence
 
 
-def check_max_ms(max_ms: float | None) -> None:
-    """Reject a limit of the latency that no cell can meet.
+def check_max_ms(max_ms: float | None, *, merges: bool) -> None:
+    """Reject a limit of the latency that no cell can meet, and one of cells that have run.
 
     Raises:
-        ValueError: it is not a number above 0.
+        ValueError: it is not a number above 0, or the sweep merges others.
     """
-    if max_ms is not None and not max_ms > 0:
+    if max_ms is None:
+        return
+    if merges:
+        raise ValueError("max_ms leaves cells out before they run: give it to the sweeps that merge= combines")
+    if not max_ms > 0:
         raise ValueError(f"max_ms must be above 0 milliseconds; got {max_ms}")
+
+
+def check_threads(threads: int) -> None:
+    """Reject a number of threads for which this process has no cores: such a plan is slower than on fewer.
+
+    Raises:
+        ValueError: fewer than one, or more than the cores.
+    """
+    if not 1 <= threads <= (cores := available_cores()):
+        raise ValueError(f"threads must be within 1..{cores}, the cores that this process may use; got {threads}")

@@ -22,6 +22,7 @@ from policy.commands import stage as stage_module
 from policy.commands import sweep as sweep_command
 from policy.common.errors import WorkerError
 from policy.rollout import workers
+from policy.rollout.latency import Latency
 from policy.rollout.ledger import Ledger
 from policy.rollout.workers import RolloutPool
 from policy.sweep import timing
@@ -29,7 +30,11 @@ from policy.tracking.tracker import NoTracker
 from tests.conftest import ENVIRONMENT, ROOT
 from tests.rollout.test_workers import Faulty
 
-LATENCY = ("latency_ms_median", "latency_ms_p90", "control_rate_hz")
+MEASURED = (
+    *("latency_ms_median", "latency_ms_p99", "latency_cpu_ms", "latency_quiet", "latency_threads"),
+    *("waiting_rate_hz", "planning_ahead_rate_hz"),
+)
+QUIET = {"p99_ms": 3.0, "cpu_ms": 2.0, "step_p99_ms": 0.1, "quiet": 1.0}
 # What a cell's row says about other cells.
 COMPARED = {"difference", "difference_low", "difference_high", "p_value", "not_worse"}
 
@@ -37,8 +42,11 @@ COMPARED = {"difference", "difference_low", "difference_high", "p_value", "not_w
 @pytest.fixture
 def run_sweep(run_command, plain_reports, monkeypatch):
     """The command without videos and with made-up latencies; gives what it printed, or its refusal."""
-    latency = {"latency_ms_median": 2.0, "latency_ms_p90": 3.0}
-    monkeypatch.setattr(timing, "chunk_latency", lambda program, candidates: latency)
+    monkeypatch.setattr(
+        timing,
+        "measure_latency",
+        lambda controllers, threads: [Latency(median_ms=2.0, **QUIET, threads=threads) for _ in controllers],
+    )
 
     def run(*overrides, check=0):
         done = run_command("sweep", "videos=0", *overrides, check=check)
@@ -86,8 +94,8 @@ def document_of(folder):
     assert (folder / "sweep.svg").exists()
     assert document.pop("answer")  # names a latency
     for line in document["cells"]:
-        for name in LATENCY:
-            assert line.pop(name) > 0
+        assert all(line.pop(name) > 0 for name in MEASURED)
+        assert line.pop("busy") is False
     return document
 
 
@@ -402,9 +410,30 @@ def test_a_single_number_is_a_sweep_of_one_cell(planar_run, run_sweep, tmp_path)
     assert sorted(named) == sorted(str(file) for file in tmp_path.iterdir() if file.name != "episodes.jsonl")
 
 
+def test_cells_above_max_ms_are_left_out_before_the_first_episode(planar_run, run_sweep, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        timing,
+        "measure_latency",
+        lambda controllers, threads: [
+            Latency(median_ms=2.0 * one.sampler.ddim_steps, **QUIET, threads=threads) for one in controllers
+        ],
+    )
+    given = (f"checkpoint={planar_run}/checkpoint", "ddim_steps=[1,2,4]", "episodes=2", f"output_dir={tmp_path}")
+    out = run_sweep(*given, "max_ms=4")
+    document = document_of(tmp_path)
+    assert [cell["ddim_steps"] for cell in document["cells"]] == [1, 2]
+    assert document["left_out"] == "Left out, as slower than max_ms=4: ddim_steps 4 (8.0 ms)."
+    assert document["left_out"] in out
+    assert len(ledger_of(tmp_path)[0]) == 2
+    err = run_sweep(*given, "max_ms=1", check=2)
+    assert "error: no cell plans within max_ms=1: the fastest is ddim_steps 1 (2.0 ms); raise max_ms\n" in err
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 BAD_INPUT = {
+    "no time": (["max_ms=0"], ["max_ms must be above 0 milliseconds; got 0"]),
+    "no threads": (["threads=0"], ["threads must be within 1..", "got 0"]),
     "no steps": (["ddim_steps=0"], ["ddim_steps must be 1 or more", "0"]),
     "negative steps": (["ddim_steps=[1,-2]"], ["ddim_steps must be 1 or more", "-2"]),
     "more than num_steps": (["ddim_steps=[1,101]"], ["1..100", "101"]),

@@ -106,6 +106,23 @@ def test_onnx_gives_the_eager_actions_at_any_batch_size(name):
 
 
 @needs_onnx
+def test_the_programs_of_a_policy_change_their_threads_together_and_back():
+    policy, sampler, program = case("stochastic")
+    session, given, before = program.run.model.session, inputs(policy, sampler), torch.get_num_threads()
+    expected = program(*given)
+    program.use_threads(2)
+    try:
+        assert program.run.model.session is not session
+        assert program.run.model.session.get_session_options().intra_op_num_threads == torch.get_num_threads() == 2
+        assert difference(policy, program(*given), expected) < TOLERANCE
+    finally:
+        program.use_threads(1)
+        torch.set_num_threads(before)
+    assert program.run.model.session.get_session_options().intra_op_num_threads == 1
+    assert torch.equal(program(*given), expected)
+
+
+@needs_onnx
 @pytest.mark.parametrize("name", ["stochastic", "warm", pytest.param("one step", marks=pytest.mark.slow)])
 def test_an_onnx_program_continues_a_chunk_as_ddim_step_does(name):
     """Each prediction type once, and from noise as well as from the previous chunk."""

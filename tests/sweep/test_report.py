@@ -27,7 +27,9 @@ def row(ddim_steps, success=0.5):
         "return_mean": 1.5,
         "steps_mean": 20.0,
         "latency_ms_median": 0.5 * ddim_steps,
-        "control_rate_hz": 16000 / ddim_steps,
+        "waiting_rate_hz": 2000 / ddim_steps,
+        "planning_ahead_rate_hz": 8000 / ddim_steps,
+        "busy": False,
     }
 
 

@@ -17,8 +17,10 @@ from envs.planar import PlanarEnv
 from policy import DiffusionPolicy, PolicyConfig, Sampler
 from policy.checkpoint import Checkpoint
 from policy.model.cost import multiply_adds
+from policy.rollout import latency
 from policy.rollout.cells import Cell
 from policy.rollout.episodes import run_in_process
+from policy.rollout.latency import Latency
 from policy.rollout.ledger import cell_id
 from policy.statistics.intervals import wilson_interval
 from policy.statistics.results import summarize
@@ -27,6 +29,7 @@ from policy.sweep.grid import costs_of, make_cells, row_of, uniform, varying, wi
 from policy.sweep.plot import draw_rows, plot_rows
 from policy.sweep.table import COLUMNS, format_table, in_millions, write_files
 from policy.sweep.timing import check_max_ms, latencies_of, within
+from tests.conftest import BRIEFLY
 
 SEEDS = range(70, 76)
 ENV = {"name": "planar"}
@@ -177,7 +180,10 @@ def swept(checkpoints):
 
 @pytest.fixture(scope="module")
 def rows(swept):
-    timed = zip(*swept, latencies_of(swept[0]), strict=True)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**BRIEFLY, "QUIET": 0.0}.items():
+            patch.setattr(latency, name, value)
+        timed = zip(*swept, latencies_of(swept[0]), strict=True)
     return [{"cell": f"id {number}", **row_of(*measured)} for number, measured in enumerate(timed)]
 
 
@@ -185,11 +191,12 @@ def test_a_row_holds_settings_figures_and_latency(swept, rows):
     for cell, results, row in zip(*swept, rows, strict=True):
         assert cell.axes.items() <= row.items()
         assert summarize(results).items() <= row.items()
-        assert row["control_rate_hz"] == pytest.approx(5 / (row["latency_ms_median"] / 1000))
+        assert row["waiting_rate_hz"] == pytest.approx(1000 / row["latency_ms_p99"])
+        assert row["planning_ahead_rate_hz"] > 0
         assert row["multiply_adds"] == cell.multiply_adds
     assert [row["ddim_steps"] for row in rows] == [4, 1, 2]
-    latency = {row["ddim_steps"]: row["latency_ms_median"] for row in rows}
-    assert 0 < latency[1] < latency[4]
+    times = {row["ddim_steps"]: row["latency_cpu_ms"] for row in rows}
+    assert 0 < times[1] < times[4]
 
 
 def test_the_cost_counts_the_calls_of_all_candidates_for_each_control_step(checkpoints):
@@ -210,9 +217,18 @@ def test_the_cost_ranks_cells_and_rows_that_lack_it_are_ranked_by_their_calls():
     assert merged[0].keys() == merged[1].keys()  # as a CSV file needs
     assert [line["multiply_adds"] for line in merged] == [5e5, None]
     assert costs_of(merged) == [0.5, 1.0]
-    table = format_table(merged)
-    assert "million multiply-adds" in table
+    assert "million multiply-adds" in format_table(merged)
     assert "million multiply-adds" not in format_table([old])
+
+
+def test_the_table_marks_what_a_busy_machine_measured_and_rounds_rates_down():
+    heads, (quiet, busy) = parse(
+        format_table([row(1, waiting_rate_hz=99.9, planning_ahead_rate_hz=9.99), row(4, busy=True)])
+    )
+    assert heads[-3:] == ["ms a chunk", "waits up to Hz", "plans ahead up to Hz"]
+    assert quiet[-3:] == ["0.5", "99", "9.9"]
+    assert busy[-3:] == ["2.0 busy", "500 busy", "2000 busy"]
+    assert "busy" not in "".join(busy[:-3])
 
 
 @pytest.mark.parametrize(("count", "shown"), [(1234, "0.00"), (5e5, "0.50"), (1.239e7, "12.4"), (5.6789e9, "5,679")])
@@ -222,24 +238,35 @@ def test_multiply_adds_are_shown_in_millions(count, shown):
 
 def test_cells_above_the_limit_are_left_out_by_name(checkpoints):
     cells = cells_of(checkpoints[:1], ddim_steps=[1, 4, 8])
-    latencies = [{"latency_ms_median": ms} for ms in (1.0, 20.0, 20.1)]
+    latencies = [{"latency_ms_median": ms, "busy": ms > 20} for ms in (1.0, 20.0, 20.1)]
     assert within(cells, latencies, None) == ([0, 1, 2], "")
-    assert within(cells, latencies, 20) == ([0, 1], "Left out, as slower than max_ms=20: ddim_steps 8 (20.1 ms).")
+    left_out = "Left out, as slower than max_ms=20: ddim_steps 8 (20.1 ms, on a busy machine)."
+    assert within(cells, latencies, 20) == ([0, 1], left_out)
     with pytest.raises(ValueError, match=r"no cell plans within max_ms=0.5: the fastest is ddim_steps 1 \(1.0 ms\)"):
         within(cells, latencies, 0.5)
     for wrong in (0, -1, math.nan):
         with pytest.raises(ValueError, match=f"max_ms must be above 0 milliseconds; got {wrong}"):
-            check_max_ms(wrong)
+            check_max_ms(wrong, merges=False)
+    with pytest.raises(ValueError, match="give it to the sweeps that merge= combines"):
+        check_max_ms(20, merges=True)
 
 
 def test_latency_is_that_of_the_cells_sampler_and_policy(swept, monkeypatch):
     cells, _ = swept
     seen = []
-    monkeypatch.setattr(
-        timing, "chunk_latency", lambda program, candidates: seen.append(program) or {"latency_ms_median": 20.0}
-    )
-    assert latencies_of(cells[1:2])[0]["control_rate_hz"] == 250.0  # five control steps in every 20 ms
-    assert [(p.config, p.sampler) for p in seen] == [(cells[1].checkpoint.policy.config, cells[1].cell.sampler)]
+
+    def measured(controllers, threads):
+        seen.extend(controllers)
+        times = {"median_ms": 16.0, "p99_ms": 20.0, "cpu_ms": 15.0, "step_p99_ms": 0.1, "quiet": 0.5}
+        return [Latency(**times, threads=threads) for _ in controllers]
+
+    monkeypatch.setattr(timing, "measure_latency", measured)
+    (row,) = latencies_of(cells[1:2], threads=2)
+    assert (row["waiting_rate_hz"], row["planning_ahead_rate_hz"]) == (50, 200)
+    assert (row["busy"], row["latency_threads"]) == (True, 2)
+    (controller,) = seen
+    assert (controller.policy, controller.sampler) == (cells[1].checkpoint.policy, cells[1].cell.sampler)
+    assert controller.execution_horizon == cells[1].cell.execution_horizon
 
 
 def row(ddim_steps, successes=3, episodes=4, **changes):
@@ -263,8 +290,10 @@ def row(ddim_steps, successes=3, episodes=4, **changes):
         "steps_mean": 20.0,
         "multiply_adds": 1e6 * ddim_steps / 8,
         "latency_ms_median": 0.5 * ddim_steps,
-        "latency_ms_p90": 0.6 * ddim_steps,
-        "control_rate_hz": 16000 / ddim_steps,
+        "latency_ms_p99": 0.6 * ddim_steps,
+        "waiting_rate_hz": 2000 / ddim_steps,
+        "planning_ahead_rate_hz": 8000 / ddim_steps,
+        "busy": False,
         **changes,
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -147,6 +147,7 @@ def run_missing(
     *,
     workers: int | None = None,
     name: str = "sweep",
+    after_each: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the episodes that the ledger does not hold, and add each to it as soon as it ends.
 
@@ -159,6 +160,7 @@ def run_missing(
         on_env_error: what to do with an episode that broke off.
         workers: number of processes; by default one per core.
         name: stands before the progress bar.
+        after_each: called after each episode.
 
     Raises:
         WorkerError: an episode broke off and `on_env_error` is `stop`, or the processes failed.
@@ -189,6 +191,7 @@ def run_missing(
             success = sum(outcomes[number]) / len(outcomes[number])
             bar.set_postfix(cell=f"{number + 1}/{len(cells)}", success=f"{success:.0%}", refresh=False)
             bar.update()
+            after_each()
 
 
 def stop_if_broken(result: EpisodeResult, on_env_error: OnEnvError) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,14 +28,16 @@ from policy.rollout.ledger import Ledger
 from policy.rollout.video import record_videos
 from policy.rollout.watch import ENV_PATIENCE, helpers_ended, watched
 from policy.statistics.results import EpisodeResult
-from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, read_swept, telling_seeds
+from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, read_swept, telling_seeds, title_of
+from policy.sweep.facts import facts_of
 from policy.sweep.grid import Row, SweepCell, axis_values, make_cells, row_of, with_backends
+from policy.sweep.live import LivePage, live_page, rows_so_far
 from policy.sweep.plot import plot_rows
 from policy.sweep.report import Clip, write_report
 from policy.sweep.table import format_table, write_files
 from policy.tracking.tracker import OpenRun, TrackedRun
 
-LEDGER = "episodes.jsonl"
+LEDGER, REPORT = "episodes.jsonl", "report.html"
 VIDEOS = 2
 
 
@@ -57,6 +61,7 @@ def sweep(
     env_patience: float = ENV_PATIENCE,
     margin: float = 0.05,
     videos: int | None = None,
+    watch: bool = False,
     merge: list[Path] | None = None,
     output_dir: Path | None = None,
     tracker: OpenRun,
@@ -84,6 +89,7 @@ def sweep(
         env_patience: seconds that one call of the simulator may take before it counts as hanging.
         margin: the difference of success rates from which a cell counts as worse, in (0, 1).
         videos: episodes to record with each of the shown cells for the report; by default 2.
+        watch: serve the report to a browser on this machine while the sweep runs, and keep it up to date.
         merge: folders of finished sweeps; their results are merged, and no episode is run.
         output_dir: receives the files; by default a new folder under outputs/sweep.
         tracker: opens the tracked run.
@@ -97,6 +103,8 @@ def sweep(
     if merge:
         if checkpoint is not None:
             raise ValueError("merge= combines sweeps that have run: leave checkpoint= out")
+        if watch:
+            raise ValueError("merge= combines sweeps that have run, so there is nothing to watch: leave watch= out")
         merged = read_swept(merge)
         for given in merged.warnings:
             warnings.warn(given, stacklevel=2)
@@ -133,25 +141,43 @@ def sweep(
         raise ValueError(f"workers must be 1 or more; got {workers}")
     folder = output_folder(output_dir, "sweep")
     cells = with_backends(cells, folder / LEDGER)
-    with Ledger(folder / LEDGER) as ledger:
-        run = tracker(folder=folder, config={"checkpoint": [str(c) for c in checkpoints], "env": stage.env})
-        ids = [ledger.introduce(cell.settings) for cell in cells]
-        run_missing(stage, cells, ids, ledger, num_envs, on_env_error, workers=workers)
-        results = [ledger.results(cell, stage.seeds) for cell in ids]
-        unpaired = ledger.unpaired
-    ran = zip(ids, cells, results, strict=True)
-    timed = progress(ran, total=len(cells), desc="latency", unit="cell")  # some backends compile for seconds
-    rows = [{"cell": name, **row_of(cell, found)} for name, cell, found in timed]
+    shown = live_page(folder / REPORT, title_of(stage.env), {"environment": stage.env}) if watch else nullcontext()
+    with shown as page:
+        with Ledger(folder / LEDGER) as ledger:
+            run = tracker(folder=folder, config={"checkpoint": [str(c) for c in checkpoints], "env": stage.env})
+            ids = [ledger.introduce(cell.settings) for cell in cells]
+            refresh = partial(_refresh, page, cells, ids, ledger, stage.seeds) if page else lambda: None
+            refresh()
+            run_missing(stage, cells, ids, ledger, num_envs, on_env_error, workers=workers, after_each=refresh)
+            results = [ledger.results(cell, stage.seeds) for cell in ids]
+            unpaired = ledger.unpaired
+        ran = zip(ids, cells, results, strict=True)
+        timed = progress(ran, total=len(cells), desc="latency", unit="cell")  # some backends compile for seconds
+        rows = [{"cell": name, **row_of(cell, found)} for name, cell, found in timed]
 
-    def record(chosen: Sequence[int]) -> list[Clip]:
-        count = min(VIDEOS, episodes) if videos is None else videos
-        seeds = telling_seeds([results[number] for number in chosen], count)
-        return _recorded(stage, cells, rows, chosen, seeds, folder / "videos") if seeds else []
+        def record(chosen: Sequence[int]) -> list[Clip]:
+            count = min(VIDEOS, episodes) if videos is None else videos
+            seeds = telling_seeds([results[number] for number in chosen], count)
+            return _recorded(stage, cells, rows, chosen, seeds, folder / "videos") if seeds else []
 
-    unfixed = [unpaired] if unpaired else []
-    swept = Swept(rows=rows, results=results, env=stage.env, warnings=[*stage.warnings, *unfixed], paired=not unpaired)
-    publish(folder, conclude(swept, margin), run, record)
+        said = [*stage.warnings, *filter(None, [unpaired])]
+        swept = Swept(rows=rows, results=results, env=stage.env, warnings=said, paired=not unpaired)
+        publish(folder, conclude(swept, margin), run, record)
     check_broken([result for found in results for result in found])
+
+
+def _refresh(page: LivePage, cells: Sequence[SweepCell], ids: Sequence[str], ledger: Ledger, seeds: range) -> None:
+    """Show the episodes that the ledger holds."""
+
+    def rows() -> list[Row]:
+        lacking = [{*ledger.missing(cell, seeds)} for cell in ids]
+        found = [
+            ledger.results(cell, [seed for seed in seeds if seed not in gaps])
+            for cell, gaps in zip(ids, lacking, strict=True)
+        ]
+        return rows_so_far(cells, found)
+
+    page.refresh(rows, len(cells) * len(seeds))
 
 
 def publish(
@@ -179,18 +205,27 @@ def publish(
     for warning in conclusion.found:  # the others were given before the run
         print(f"warning: {warning}")
     clips = record(conclusion.shown)
-    pictures, report = [folder / "sweep.png", folder / "sweep.svg"], folder / "report.html"
+    pictures, report = [folder / "sweep.png", folder / "sweep.svg"], folder / REPORT
     try:
-        plot_rows(rows, pictures, title=conclusion.title, paired=conclusion.paired)
+        plot_rows(
+            rows,
+            pictures,
+            title=conclusion.title,
+            paired=conclusion.paired,
+            margin=conclusion.margin,
+            chosen=advice.cell,
+        )
         write_report(
             report,
             rows,
             title=conclusion.title,
             answer=conclusion.answer,
+            facts=facts_of(rows, advice, paired=conclusion.paired),
             comparisons=[compared["sentence"] for compared in conclusion.between],
             warnings=conclusion.warnings,
             chosen=advice.cell,
             differences=conclusion.differences,
+            margin=conclusion.margin,
             clips=clips,
             without_clips="No episodes were recorded: nothing can be drawn here, or videos=0.",
             settings=conclusion.settings,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
         for c in compare_success(success, advice.best, paired=swept.paired)
     ]
     return Conclusion(
-        title=" ".join(str(value) for value in swept.env.values()),
+        title=title_of(swept.env),
         rows=[
             {**row, **to_best, "not_worse": verdict.verdict}
             for row, to_best, verdict in zip(rows, differences, advice.cells, strict=True)
@@ -179,6 +179,11 @@ def _compared(rows: Sequence[Row], number: int, reference: int, found: PairedDif
         f" {episodes:,} episodes; a chunk takes {row['latency_ms_median']:.1f} ms instead of"
         f" {slow['latency_ms_median']:.1f}.",
     }
+
+
+def title_of(env: Mapping[str, Any]) -> str:
+    """The environment in words."""
+    return " ".join(str(value) for value in env.values())
 
 
 def answer_of(rows: Sequence[Row], advice: Recommendation) -> str:

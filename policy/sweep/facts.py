@@ -31,7 +31,7 @@ def facts_of(rows: Sequence[Row], advice: Recommendation, *, paired: bool = True
 def _how_sure(advice: Recommendation) -> str:
     sure, points = f"{advice.confidence:.0%}".replace("%", " %"), f"{100 * advice.margin:g} points"
     if advice.cell is None:
-        return f"Not enough to recommend a cell: that takes {sure} confidence that it is less than {points} below the best."
+        return f"Not enough: a recommended cell is, with {sure} confidence, less than {points} below the best."
     return (
         f"{sure}: that is the chance, at least, that a sweep like this one recommends no cell whose true success is"
         f" {points} or more below the best cell's."
@@ -57,8 +57,8 @@ def _change(rows: Sequence[Row], advice: Recommendation) -> str:
             return "A cheaper cell, which this sweep does not have, or another margin."
         nearest = max(cheaper, key=lambda n: (n in open_cells, rows[n]["difference"]))
         return (
-            f"{label_of(rows, rows[nearest])}, which is cheaper, if it were shown to be less than {points} below the best:"
-            f" so far {_seen(rows[nearest])}."
+            f"{label_of(rows, rows[nearest])}, which is cheaper, if it were shown to be less than {points} below the"
+            f" best: so far {_seen(rows[nearest])}."
         )
     nearest = max(open_cells or range(len(rows)), key=lambda n: rows[n]["difference_low"])
     return (

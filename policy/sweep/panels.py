@@ -1,4 +1,4 @@
-"""What the pictures of a sweep show, as data: success against steps, differences to the best, success against latency."""
+"""The panels of a sweep, as data: success against steps, differences to the best, success against latency."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def facets_of(rows: Sequence[Row], *, margin: float = 0.05, chosen: int | None =
 
 def stop_of(row: Row) -> int:
     """The number of episodes at which a cell stopped."""
-    return int(row.get("stopped", row["episodes"]))
+    return int(row["stopped"] if "stopped" in row else row["episodes"])
 
 
 def count_of(rows: Sequence[Row]) -> str:
@@ -142,7 +142,9 @@ def _empty_panels(rows: Sequence[Row], margin: float) -> list[tuple[Panel, str, 
     by_steps = log_scale(steps, ticks=steps, name="ddim_steps")
     rate = _success_scale(rows)
     note = f"95 % Wilson intervals; {_extent(rate)}"
-    panels = [(Panel(title="Success (%) against ddim_steps", note=note, x=by_steps, y=rate), "ddim_steps", SUCCESS)]
+    panels: list[tuple[Panel, str, Sequence[str]]] = [
+        (Panel(title="Success (%) against ddim_steps", note=note, x=by_steps, y=rate), "ddim_steps", SUCCESS)
+    ]
     if all(key in row for row in rows for key in DIFFERENCE):
         panels.append((_difference_panel(rows, by_steps, margin), "ddim_steps", DIFFERENCE))
     if all(LATENCY in row for row in rows):

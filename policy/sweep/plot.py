@@ -85,7 +85,7 @@ def draw_rows(rows: Sequence[Row], *, margin: float = 0.05, chosen: int | None =
 def _draw(axes: Any, panel: Panel) -> None:
     for at, name in panel.levels:
         axes.axhline(at, color="0.5", ls=":", lw=1)
-        axes.annotate(name, (1, at), (-3, 3), xycoords=("axes fraction", "data"), ha="right", **_SMALL)
+        axes.annotate(name, (0, at), (3, 3), xycoords=("axes fraction", "data"), **_SMALL)
     for line in panel.lines:
         _draw_line(axes, panel, line)
     axes.set_xscale("log")

@@ -17,11 +17,10 @@ from policy.sweep.table import table_cells
 INTERVALS = "95 % intervals: Wilson for success, bootstrap for the score."
 # How to read the last column, by whether cells ran the same episodes.
 AGAINST_THE_BEST = {
-    True: "Every cell ran the same episodes with the same initial noise. 'Against the best' is the paired difference in"
-    " success to the best cell, in points, with its interval; these intervals hold for all cells together.",
-    False: "'Against the best' is the difference in success to the best cell, in points, with its interval, for cells that"
-    " ran different episodes; these intervals hold for all cells together.",
+    True: "Every cell ran the same episodes with the same initial noise. 'Against the best' is the paired difference",
+    False: "Cells ran different episodes. 'Against the best' is the difference",
 }
+SIMULTANEOUS = "in success to the best cell, in points, with its interval; these intervals hold for all cells together."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,7 @@ def write_report(
     *,
     title: str,
     answer: str,
-    facts: Mapping[str, str] = {},  # noqa: B006  (never changed)
+    facts: Mapping[str, str] = {},
     comparisons: Sequence[str] = (),
     warnings: Sequence[str] = (),
     chosen: int | None = None,
@@ -94,7 +93,7 @@ def write_report(
         marks=marks_of(rows, chosen) if rows else "",
         heads=heads,
         lines=lines,
-        reading=f"{INTERVALS} {AGAINST_THE_BEST[paired]}" if differences else INTERVALS,
+        reading=f"{INTERVALS} {AGAINST_THE_BEST[paired]} {SIMULTANEOUS}" if differences else INTERVALS,
         chosen=chosen,
         clips={seed: [clip for clip in clips if clip.seed == seed] for seed in seeds},
         without_clips=without_clips,

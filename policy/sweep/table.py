@@ -32,12 +32,12 @@ COLUMNS = {
 def table_cells(rows: Sequence[Row]) -> list[list[str]]:
     """The table as text: a line of heads, then a line for each row, beginning with the axes along which rows differ.
 
-    Columns that a row lacks are left out (a sweep that runs has no latencies yet), and so are equal numbers of episodes.
+    Columns that a row lacks are left out, as latencies while a sweep runs, and so are equal numbers of episodes.
     """
     axes = varying(rows)
     columns = {key: column for key, column in COLUMNS.items() if all(key in row for row in rows)}
     if len({row.get("episodes") for row in rows}) == 1:
-        del columns["episodes"]
+        columns.pop("episodes", None)
     heads = [*axes, *(head for head, _ in columns.values())]
     lines = [
         [*(str(row[axis]) for axis in axes), *(form.format(row[key]) for key, (_, form) in columns.items())]

@@ -1,0 +1,156 @@
+"""A page that changes, shown by the browser of this machine: a server of one folder's files, and of nothing else."""
+
+from __future__ import annotations
+
+import mimetypes
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+# Only this machine reaches this address.
+ADDRESS = "127.0.0.1"
+# Seconds between two looks of a page that is open.
+INTERVAL = 1.0
+# The page as it is served replaces those of its parts that have changed, so that nothing flickers or scrolls.
+SCRIPT = """
+<script>
+(() => {
+  let seen = "SEEN";
+  const parts = (page) => [...page.querySelectorAll("[data-part]")];
+  const names = (page) => parts(page).map((part) => part.dataset.part).join();
+  function replace(part, next) {
+    if (part.innerHTML === next.innerHTML) return;
+    const scrolled = [...part.querySelectorAll(".scroll")].map((box) => box.scrollLeft);
+    part.innerHTML = next.innerHTML;
+    part.querySelectorAll(".scroll").forEach((box, number) => { box.scrollLeft = scrolled[number] ?? 0; });
+  }
+  function show(text) {
+    const next = new DOMParser().parseFromString(text, "text/html");
+    next.querySelectorAll("script").forEach((script) => script.remove());
+    document.title = next.title;
+    if (names(next) !== names(document)) document.body.replaceChildren(...next.body.childNodes);
+    else parts(next).forEach((part, number) => replace(parts(document)[number], part));
+  }
+  async function look() {
+    try {
+      const answer = await fetch("/", { cache: "no-store", headers: { "If-None-Match": seen } });
+      if (answer.status === 200) { show(await answer.text()); seen = answer.headers.get("ETag"); }
+      setTimeout(look, PERIOD);
+    } catch { document.body.insertAdjacentHTML("beforeend", "<p class=faint>The command has ended.</p>"); }
+  }
+  setTimeout(look, PERIOD);
+})();
+</script>
+"""
+
+
+class _Server(ThreadingHTTPServer):
+    """Serves the files of one folder.
+
+    Args:
+        page: the page, which is also what `/` leads to.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, page: Path) -> None:
+        super().__init__((ADDRESS, 0), _Handler)
+        self.page = page.absolute()
+        self.asked = 0.0  # when somebody last asked for the page
+
+    @property
+    def names(self) -> set[str]:
+        """How a browser may call this server; another name may be that of a foreign page that leads here."""
+        return {f"{name}:{self.server_port}" for name in (ADDRESS, "localhost")}
+
+    def file_of(self, target: str) -> Path | None:
+        """The file that a request means; None for everything that is not a plain file within the folder."""
+        name = unquote(urlsplit(target).path).removeprefix("/")
+        if not name:
+            return self.page
+        folder = self.page.parent.resolve()
+        with suppress(OSError, ValueError):
+            file = (folder / name).resolve()
+            inside = file.is_relative_to(folder) and not any(
+                part.startswith(".") for part in file.relative_to(folder).parts
+            )
+            if inside and file.is_file():
+                return file
+        return None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+
+    def do_GET(self) -> None:
+        if self.headers.get("Host") not in self.server.names:
+            self.send_error(HTTPStatus.FORBIDDEN)
+            return
+        file = self.server.file_of(self.path)
+        try:
+            if file is None:
+                raise FileNotFoundError
+            content, status = file.read_bytes(), file.stat()
+        except OSError:
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return
+        version = f'"{status.st_mtime_ns}-{status.st_size}"'
+        if file == self.server.page:
+            self.server.asked = time.monotonic()
+            if self.headers.get("If-None-Match") == version:
+                self._begin(HTTPStatus.NOT_MODIFIED, {"ETag": version})
+                return
+            script = SCRIPT.replace('"SEEN"', repr(version)).replace("PERIOD", str(int(1000 * INTERVAL)))
+            content = content.replace(b"</body>", f"{script}</body>".encode())
+        kind = "text/html; charset=utf-8" if file.suffix == ".html" else mimetypes.guess_type(file)[0]
+        self._begin(
+            HTTPStatus.OK,
+            {"ETag": version, "Content-Type": kind or "application/octet-stream", "Content-Length": str(len(content))},
+        )
+        self.wfile.write(content)
+
+    def _begin(self, status: HTTPStatus, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing: the terminal belongs to the command."""
+
+
+@contextmanager
+def serving(page: Path) -> Iterator[str]:
+    """Serve a page, and the files beside it, to browsers on this machine, in a thread.
+
+    A browser that shows the page replaces what has changed every second. At the end it is left the time to fetch the
+    last version.
+
+    Args:
+        page: an HTML file; the parts that are replaced have the attribute `data-part`.
+
+    Yields:
+        The address of the page.
+
+    Raises:
+        ValueError: this machine does not let a server listen.
+    """
+    try:
+        server = _Server(page)
+    except OSError as error:
+        raise ValueError(f"no server can listen on {ADDRESS} ({error}): leave watch= out") from error
+    thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="page", daemon=True)
+    thread.start()
+    try:
+        yield f"http://{ADDRESS}:{server.server_port}/"
+        if time.monotonic() - server.asked < 2 * INTERVAL:
+            time.sleep(1.5 * INTERVAL)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 from typing import Any
 
@@ -34,6 +35,7 @@ def _environment() -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["base64"] = lambda file: base64.b64encode(file.read_bytes()).decode()
     environment.globals |= {
         "frame_of": lambda panel: Frame(panel=panel),
         "markers": list(MARKERS.values()),

@@ -8,14 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from policy.common.budget import Budget
 from policy.common.serving import serving
 from policy.statistics.intervals import wilson_interval
 from policy.statistics.results import EpisodeResult
 from policy.sweep.grid import Row, SweepCell
 from policy.sweep.report import write_report
-
-# Writing the page takes at most this share of the time, and it is written at most this often, in seconds.
-SHARE, INTERVAL = 0.02, 1.0
 
 
 class LivePage:
@@ -30,7 +28,7 @@ class LivePage:
     def __init__(self, path: Path, title: str, settings: dict[str, Any]) -> None:
         self._path, self._title, self._settings = path, title, settings
         self._rows: list[Row] = []
-        self._due = 0.0
+        self._budget = Budget()
         self.write("The sweep begins.")
 
     def refresh(self, rows: Callable[[], list[Row]], total: int) -> None:
@@ -40,15 +38,12 @@ class LivePage:
             rows: returns a row for each cell, see `rows_so_far`.
             total: the greatest number of episodes that the sweep may run.
         """
-        began = time.monotonic()
-        if began < self._due:
+        if not self._budget.due():
             return
-        self._rows = rows()
-        done = sum(row["episodes"] for row in self._rows)
-        at = time.strftime("%H:%M:%S")
-        self.write(f"Running: {done:,} of at most {total:,} episodes at {at}. The recommendation comes at the end.")
-        ended = time.monotonic()
-        self._due = ended + max(INTERVAL, (ended - began) / SHARE)
+        with self._budget.spent():
+            self._rows = rows()
+            done, at = sum(row["episodes"] for row in self._rows), time.strftime("%H:%M:%S")
+            self.write(f"Running: {done:,} of at most {total:,} episodes at {at}. The recommendation comes at the end.")
 
     def write(self, answer: str) -> None:
         """Write the page with a sentence at its head, and the rows of before."""

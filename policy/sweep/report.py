@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +35,6 @@ class Clip:
     seed: int
     caption: str
     file: Path
-
-    def encoded(self) -> str:
-        """The content of the file in base64."""
-        return base64.b64encode(self.file.read_bytes()).decode()
 
 
 def write_report(

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 # Only this machine reaches this address.
 ADDRESS = "127.0.0.1"
@@ -70,7 +70,7 @@ class _Server(ThreadingHTTPServer):
 
     def file_of(self, target: str) -> Path | None:
         """The file that a request means; None for everything that is not a plain file within the folder."""
-        name = unquote(urlsplit(target).path).removeprefix("/")
+        name = unquote(target.partition("?")[0]).removeprefix("/")
         if not name:
             return self.page
         folder = self.page.parent.resolve()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from policy.statistics.recommendation import Recommendation
 from policy.sweep.conclusion import label_of
 from policy.sweep.grid import Row
-from policy.sweep.panels import count_of, stop_of
+from policy.sweep.panels import count_of, stopped_early
 
 
 def facts_of(rows: Sequence[Row], advice: Recommendation, *, paired: bool = True) -> dict[str, str]:
@@ -40,7 +40,7 @@ def _how_sure(advice: Recommendation) -> str:
 
 def _episodes(rows: Sequence[Row], *, paired: bool) -> str:
     total = sum(row["episodes"] for row in rows)
-    early = sum(stop_of(row) < max(map(stop_of, rows)) for row in rows)
+    early = sum(stopped_early(rows))
     stopped = f"; {early} of {len(rows)} cells stopped at an earlier look" if early else ""
     same = "the same in each cell" if paired else "others in each cell"
     return f"{count_of(rows)} a cell, {same}, {total:,} in all{stopped}."

@@ -55,12 +55,12 @@ def facets_of(rows: Sequence[Row], *, margin: float = 0.05, chosen: int | None =
     """
     recommended = None if chosen is None else rows[chosen]
     empty = _empty_panels(rows, margin)
-    last = max(map(stop_of, rows))
+    early = {id(row) for row, is_early in zip(rows, stopped_early(rows), strict=True) if is_early}
     return [
         Facet(
             name=name,
             panels=[
-                replace(panel, lines=_lines(panel, series, x_key, keys, last, recommended))
+                replace(panel, lines=_lines(panel, series, x_key, keys, early, recommended))
                 for panel, x_key, keys in empty
             ],
         )
@@ -68,9 +68,10 @@ def facets_of(rows: Sequence[Row], *, margin: float = 0.05, chosen: int | None =
     ]
 
 
-def stop_of(row: Row) -> int:
-    """The number of episodes at which a cell stopped."""
-    return int(row["stopped"] if "stopped" in row else row["episodes"])
+def stopped_early(rows: Sequence[Row]) -> list[bool]:
+    """Whether each cell stopped at an earlier look than others; a sweep that knows no looks has no such cells."""
+    last = max((row.get("stopped", 0) for row in rows), default=0)
+    return [row.get("stopped", last) < last for row in rows]
 
 
 def count_of(rows: Sequence[Row]) -> str:
@@ -82,7 +83,7 @@ def count_of(rows: Sequence[Row]) -> str:
 def marks_of(rows: Sequence[Row], chosen: int | None) -> str:
     """What the marks of the pictures mean, in sentences; empty if there are none."""
     ring = "The ring is around the recommended cell." if chosen is not None else ""
-    early = len({*map(stop_of, rows)}) > 1
+    early = any(stopped_early(rows))
     hollow = "Hollow: stopped at an earlier look, after the number of episodes beside it." if early else ""
     return " ".join(filter(None, (ring, hollow)))
 
@@ -110,7 +111,7 @@ def _facets(rows: Sequence[Row]) -> dict[str, Series]:
 
 
 def _lines(
-    panel: Panel, series: Series, x_key: str, keys: Sequence[str], last: int, recommended: Row | None
+    panel: Panel, series: Series, x_key: str, keys: Sequence[str], early: set[int], recommended: Row | None
 ) -> list[Line]:
     lines = []
     for style, (name, rows) in enumerate(series.items()):
@@ -119,8 +120,8 @@ def _lines(
         points = []
         for row in sorted(rows, key=lambda row: row[x_key]):
             y, low, high = (100 * row[key] for key in keys)
-            early = stop_of(row) < last
-            note = f"{y:+.0f}" if not panel.y.low <= y <= panel.y.high else f"{stop_of(row):,}" if early else ""
+            stop = f"{row['stopped']:,}" if id(row) in early else ""
+            note = stop if panel.y.low <= y <= panel.y.high else f"{y:+.0f}"
             points.append(
                 Point(
                     x=row[x_key] * factor,
@@ -128,7 +129,7 @@ def _lines(
                     low=low,
                     high=high,
                     note=note,
-                    hollow=early,
+                    hollow=bool(stop),
                     ringed=row is recommended,
                 )
             )

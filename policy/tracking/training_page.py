@@ -172,10 +172,13 @@ def panels_of(
     scores = [Point(x=point.x, y=100 * point.y) for point in _points(history, "rollout/score_mean")]
     rollouts = [Line(name="success (%)", points=solved), Line(name="mean score x 100", points=scores, style=1)]
     rates = _points(history, "train/learning_rate")
+    power = math.floor(math.log10(max((point.y for point in rates), default=0.0) or 1.0))
+    scaled = [Point(x=point.x, y=point.y / 10**power) for point in rates]
+    rate = [Line(name="learning rate", points=thinned(scaled), marked=False)]
     found = [
         ("Loss", "logarithmic axis", log_scale([point.y for point in [*train, *held_out]]), losses),
         ("Rollouts", f"{rollout_episodes} episodes each, 95 % Wilson intervals", linear_scale(0, 100), rollouts),
-        ("Learning rate", "", _from_zero(rates), [Line(name="learning rate", points=thinned(rates), marked=False)]),
+        ("Learning rate", f"times 1e{power}", _from_zero(scaled), rate),
     ]
     return [
         Panel(title=title, note=note, x=steps, y=scale, lines=[line for line in lines if line.points], places=places)

@@ -210,7 +210,7 @@ def test_differences_have_a_panel_where_cells_far_below_the_best_are_arrows(writ
 
 def test_cells_that_stopped_at_an_earlier_look_are_hollow_and_say_after_how_many_episodes():
     rows = [
-        cell(1, 0.5, episodes=100),
+        cell(1, 0.5, episodes=100, stopped=100),
         cell(2, 0.9, episodes=600, stopped=600),
         cell(4, 0.9, episodes=600, stopped=200),
     ]

@@ -117,6 +117,8 @@ def train_policy(
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after saving.
     """
     check_start(train=train, init=init, teacher=teacher, output_dir=output_dir)
+    if not 0 <= videos <= train.rollout_episodes:
+        raise ValueError(f"videos must be within 0..{train.rollout_episodes} (train.rollout_episodes); got {videos}")
     start = _start(init, teacher, output_dir)
     env = _env_of(dataset, env, start, train)
     config, dataset = _configured(policy, dataset, auxiliary, start, train)
@@ -126,8 +128,6 @@ def train_policy(
     check_execution_horizon(execution_horizon, config.action_horizon)
     check_num_envs(num_envs)
     check_patience(env_patience)
-    if not 0 <= videos <= train.rollout_episodes:
-        raise ValueError(f"videos must be within 0..{train.rollout_episodes} (train.rollout_episodes); got {videos}")
     trained = start.policies(train) if start else {}
     run = prepare_run(config, dataset, train, seed=seed, device=check_device(device), augment=augment, **trained)
     sampler.check(run.state.policy.schedule.num_steps)

@@ -16,6 +16,11 @@ from urllib.parse import unquote
 ADDRESS = "127.0.0.1"
 # Seconds between two looks of a page that is open.
 INTERVAL = 1.0
+# What the page may load: nothing but what stands in it, and itself.
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; media-src data:;"
+    " connect-src 'self'"
+)
 # The page as it is served replaces those of its parts that have changed, so that nothing flickers or scrolls.
 SCRIPT = """
 <script>
@@ -99,6 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:
             self.send_error(HTTPStatus.NOT_FOUND)
             return
+        extra = {}
         version = f'"{status.st_mtime_ns}-{status.st_size}"'
         if file == self.server.page:
             self.server.asked = time.monotonic()
@@ -107,10 +113,16 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             script = SCRIPT.replace('"SEEN"', repr(version)).replace("PERIOD", str(int(1000 * INTERVAL)))
             content = content.replace(b"</body>", f"{script}</body>".encode())
+            extra = {"Content-Security-Policy": POLICY}
         kind = "text/html; charset=utf-8" if file.suffix == ".html" else mimetypes.guess_type(file)[0]
         self._begin(
             HTTPStatus.OK,
-            {"ETag": version, "Content-Type": kind or "application/octet-stream", "Content-Length": str(len(content))},
+            {
+                "ETag": version,
+                "Content-Type": kind or "application/octet-stream",
+                "Content-Length": str(len(content)),
+                **extra,
+            },
         )
         self.wfile.write(content)
 

@@ -104,33 +104,29 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:
             self.send_error(HTTPStatus.NOT_FOUND)
             return
-        extra = {}
-        version = f'"{status.st_mtime_ns}-{status.st_size}"'
         if file == self.server.page:
-            self.server.asked = time.monotonic()
-            if self.headers.get("If-None-Match") == version:
-                self._begin(HTTPStatus.NOT_MODIFIED, {"ETag": version})
-                return
-            script = SCRIPT.replace('"SEEN"', repr(version)).replace("PERIOD", str(int(1000 * INTERVAL)))
-            content = content.replace(b"</body>", f"{script}</body>".encode())
-            extra = {"Content-Security-Policy": POLICY}
-        kind = "text/html; charset=utf-8" if file.suffix == ".html" else mimetypes.guess_type(file)[0]
-        self._begin(
-            HTTPStatus.OK,
-            {
-                "ETag": version,
-                "Content-Type": kind or "application/octet-stream",
-                "Content-Length": str(len(content)),
-                **extra,
-            },
-        )
-        self.wfile.write(content)
+            self._send_page(content, f'"{status.st_mtime_ns}-{status.st_size}"')
+        else:
+            self._send(content, {"Content-Type": mimetypes.guess_type(file)[0] or "application/octet-stream"})
 
-    def _begin(self, status: HTTPStatus, headers: dict[str, str]) -> None:
+    def _send_page(self, content: bytes, version: str) -> None:
+        """Send the page with its script, or only say that the browser has this version."""
+        self.server.asked = time.monotonic()
+        headers = {"ETag": version, "Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": POLICY}
+        if self.headers.get("If-None-Match") == version:
+            self._send(b"", headers, HTTPStatus.NOT_MODIFIED)
+            return
+        script = SCRIPT.replace('"SEEN"', repr(version)).replace("PERIOD", str(int(1000 * INTERVAL)))
+        self._send(content.replace(b"</body>", f"{script}</body>".encode()), headers)
+
+    def _send(self, content: bytes, headers: dict[str, str], status: HTTPStatus = HTTPStatus.OK) -> None:
         self.send_response(status)
         for name, value in {**headers, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}.items():
             self.send_header(name, value)
+        if status is HTTPStatus.OK:
+            self.send_header("Content-Length", str(len(content)))
         self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing: the terminal belongs to the command."""

@@ -81,10 +81,8 @@ class _Server(ThreadingHTTPServer):
         folder = self.page.parent.resolve()
         with suppress(OSError, ValueError):
             file = (folder / name).resolve()
-            inside = file.is_relative_to(folder) and not any(
-                part.startswith(".") for part in file.relative_to(folder).parts
-            )
-            if inside and file.is_file():
+            parts = file.relative_to(folder).parts
+            if file.is_file() and not any(part.startswith(".") for part in parts):
                 return file
         return None
 
@@ -100,7 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if file is None:
                 raise FileNotFoundError
-            content, status = file.read_bytes(), file.stat()
+            # In this order: a file that is replaced in between is asked for once more.
+            status, content = file.stat(), file.read_bytes()
         except OSError:
             self.send_error(HTTPStatus.NOT_FOUND)
             return

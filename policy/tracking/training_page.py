@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from policy.statistics.intervals import wilson_interval
 PAGE, VIDEOS = "training.html", "training_videos"
 # Of a run's videos, the page shows those of the first and the newest rollouts, this many altogether.
 SHOWN_VIDEOS = 4
+# How `video_name` names a video.
+VIDEO_NAME = re.compile(r"(\d{7,})_(\d+)_(success|failure)\.mp4")
 
 Entry = Mapping[str, float]
 
@@ -204,12 +207,10 @@ def _newest(history: Sequence[Entry]) -> dict[str, str]:
 
 def _clips(folder: Path) -> list[_Clip]:
     """Videos of the first and of the newest rollouts."""
-    files = sorted(folder.glob("*_*_*.mp4"))
-    half = SHOWN_VIDEOS // 2
-    shown = files if len(files) <= SHOWN_VIDEOS else [*files[:half], *files[-half:]]
     clips = []
-    for file in shown:
-        step, seed, outcome = file.stem.split("_", 2)
-        if step.isdecimal():
+    for file in sorted(folder.glob("*.mp4")):
+        if named := VIDEO_NAME.fullmatch(file.name):
+            step, seed, outcome = named.groups()
             clips.append(_Clip(caption=f"step {int(step):,}, episode {seed}: {outcome}", file=file))
-    return clips
+    half = SHOWN_VIDEOS // 2
+    return clips if len(clips) <= SHOWN_VIDEOS else [*clips[:half], *clips[-half:]]

@@ -52,7 +52,8 @@ def _change(rows: Sequence[Row], advice: Recommendation) -> str:
     open_cells = [number for number, cell in enumerate(advice.cells) if cell.verdict == "open"]
     if advice.cell is not None:
         chosen = advice.cell
-        cheaper = [n for n in range(len(rows)) if rows[n]["ddim_steps"] < rows[chosen]["ddim_steps"]]
+        cost = [row.get("multiply_adds", row["ddim_steps"]) for row in rows]
+        cheaper = [n for n in range(len(rows)) if cost[n] < cost[chosen]]
         if not cheaper:
             return "A cheaper cell, which this sweep does not have, or another margin."
         nearest = max(cheaper, key=lambda n: (n in open_cells, rows[n]["difference"]))

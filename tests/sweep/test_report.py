@@ -10,6 +10,8 @@ import pytest
 
 from policy.common.panel import DARK, LIGHT
 from policy.common.terminal import printable
+from policy.statistics.recommendation import recommend
+from policy.sweep.facts import facts_of
 from policy.sweep.panels import facets_of
 from policy.sweep.plot import plot_rows
 from policy.sweep.report import Clip, write_report
@@ -275,3 +277,27 @@ def test_the_colours_differ_for_every_kind_of_colour_vision_and_from_the_backgro
     for colour in colours:
         dark, bright = sorted(TO_XYZ[1] @ linear(each) for each in (colour, background))
         assert (bright + 0.05) / (dark + 0.05) > 3  # WCAG 2.2, 1.4.11
+
+
+def test_the_facts_name_the_cell_that_could_change_the_answer():
+    solved = [[True] * 120 + [False] * 80, [True] * 192 + [False] * 8, [True] * 193 + [False] * 7]
+    compared = [(-0.365, -0.5, -0.3), (-0.005, -0.03, 0.02), (0.0, -0.02, 0.02)]
+    rows = [
+        cell(steps, sum(outcomes) / 200, episodes=200, difference=d, difference_low=low, difference_high=high)
+        for steps, outcomes, (d, low, high) in zip((1, 4, 16), solved, compared, strict=True)
+    ]
+    found = facts_of(rows, recommend(solved, [1, 4, 16]))
+    assert list(found) == ["how sure", "episodes", "what would change it"]
+    assert found["how sure"].startswith("95 %")
+    assert found["episodes"] == "200 a cell, the same in each cell, 600 in all."
+    assert found["what would change it"].startswith(
+        "ddim_steps 1, which is cheaper, if it were shown to be less than 5"
+    )
+    assert "so far its difference is -36.5 points (-50.0 to -30.0)." in found["what would change it"]
+    cheapest = facts_of(rows[1:], recommend(solved[1:], [4, 16]), paired=False)
+    assert cheapest["what would change it"] == "A cheaper cell, which this sweep does not have, or another margin."
+    assert "others in each cell" in cheapest["episodes"]
+    few = [outcomes[::20] for outcomes in solved]
+    nothing = facts_of(rows, recommend(few, [1, 4, 16]))
+    assert nothing["how sure"].startswith("Not enough")
+    assert "the nearest, ddim_steps 16, so far its difference is +0.0 points" in nothing["what would change it"]

@@ -143,9 +143,10 @@ def train_policy(
 
     folder = output_folder(output_dir, "train")
     film = partial(_film, run.state, folder / VIDEOS, range(ROLLOUT_SEED, ROLLOUT_SEED + videos))
-    rollout = env and partial(
-        _rolled_out, partial(make_env, **env), num_envs, env_patience, train, sampler, execution_horizon, film
-    )
+    rollout = None
+    if env:
+        make = partial(make_env, **env)
+        rollout = partial(_rolled_out, make, num_envs, env_patience, train, sampler, execution_horizon, film)
     record = _Record(
         folder=_newest(folder),
         env=env,
@@ -168,11 +169,9 @@ def train_policy(
         record.resume(run.state, train)
         _describe(run, env, start, train)
         tracking = tracker(folder=folder, config={"env": env, **record.training, **vars(config)})
-        page = training_page(
-            folder, _facts(dataset, env, record, train), run.state.history, partial(_best, record, run)
-        )
-        with page as shown:
-            _train(run, train, seed, SentToAll(tracking, shown), record, rollout or None)
+        facts = _facts(dataset, env, record, train)
+        with training_page(folder, facts, run.state.history, partial(_best, record, run)) as page:
+            _train(run, train, seed, SentToAll(tracking, page), record, rollout)
         tracked = tracking.finish()
         if run.state.step < train.all_steps:
             print(f"stopped at step {run.state.step} and saved: the same command with output_dir={folder} goes on")

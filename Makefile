@@ -25,6 +25,7 @@ demo: $(DEMO)/sweep.json ## demonstrations, training, rollout and sweep on a Met
 	@echo "Made in $(DEMO):"
 	@echo "  demonstrations/  50 scripted demonstrations of $(DEMO_TASK) (Minari)"
 	@echo "  checkpoint/      the trained policy (safetensors and JSON)"
+	@echo "  training.html    the training on one page: losses, rollouts, the best checkpoint, videos"
 	@echo "  episodes.json    50 episodes on goals it has not seen, and mp4 videos of the first ones where rendering works"
 	@echo "  report.html      the sweep on one page: how few steps suffice, plots, videos side by side"
 	@echo "  sweep.png        success against ddim_steps; the figures are in sweep.csv and sweep.json"

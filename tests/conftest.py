@@ -160,13 +160,12 @@ def run_script() -> Callable[..., Done]:
 
 @pytest.fixture
 def plain_reports(monkeypatch) -> None:
-    """Leave the plots of sweeps out, in their reports too: they take seconds, and `tests/sweep` looks at them."""
+    """Leave the pictures of sweeps out: they take seconds, and `tests/sweep` looks at them."""
 
     def no_plot(rows: object, files: list[Path], **_: object) -> None:
         for file in files:
             file.touch()
 
-    monkeypatch.setattr("policy.sweep.report._plot", lambda rows, scheme: "<svg></svg>")
     monkeypatch.setattr("policy.commands.sweep.plot_rows", no_plot)
 
 

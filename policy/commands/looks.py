@@ -52,6 +52,7 @@ def run_looks(
     *,
     workers: int | None = None,
     mix: bool = False,
+    after_each: Callable[[], None] = lambda: None,
 ) -> tuple[LookPlan, list[str]]:
     """Run what the plan of looks still needs; a plan that has come to its end runs nothing.
 
@@ -64,6 +65,7 @@ def run_looks(
         on_env_error: what to do with an episode that broke off.
         workers: number of processes; by default one per core.
         mix: see `settle_provenance`.
+        after_each: called after each episode.
 
     Returns:
         The plan, and the warnings of `settle_provenance`.
@@ -82,18 +84,23 @@ def run_looks(
     with rollout_pool(stage, ledger, min(num_envs, len(cells) * len(stage.seeds)), workers=workers) as pool:
         plan = settle(ledger, wanted())  # only now is it known whether a seed fixes the episode
         print(describe_plan(plan, keep(ledger, plan)))
-        _run_all(pool, plan, cells, ledger, on_env_error)
+        _run_all(pool, plan, cells, ledger, on_env_error, after_each)
     return plan, mixed
 
 
 def _run_all(
-    pool: RolloutPool, plan: LookPlan, cells: Sequence[SweepCell], ledger: Ledger, on_env_error: OnEnvError
+    pool: RolloutPool,
+    plan: LookPlan,
+    cells: Sequence[SweepCell],
+    ledger: Ledger,
+    on_env_error: OnEnvError,
+    after_each: Callable[[], None],
 ) -> None:
     total, finished = len(cells) * plan.looks[-1], _finished(plan, ledger)
     say_on_disk(finished, total)
     with progress(total=total, initial=finished, desc="sweep", unit="episode") as bar:
         while tasks := missing_tasks(plan, ledger):
-            run_tasks(pool, cells, plan.cells, tasks, ledger, on_env_error, bar)
+            run_tasks(pool, cells, plan.cells, tasks, ledger, on_env_error, bar, after_each)
 
 
 def _finished(plan: LookPlan, ledger: Ledger) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -208,6 +208,7 @@ def run_tasks(
     ledger: Ledger,
     on_env_error: OnEnvError,
     bar: tqdm[Any],
+    after_each: Callable[[], None] = lambda: None,
 ) -> None:
     """Run episodes, and add each to the ledger as soon as it ends.
 
@@ -219,6 +220,7 @@ def run_tasks(
         ledger: receives the results.
         on_env_error: what to do with an episode that broke off.
         bar: shows the progress.
+        after_each: called after each episode.
 
     Raises:
         WorkerError: an episode broke off and `on_env_error` is `stop`, or the processes failed.
@@ -231,6 +233,7 @@ def run_tasks(
         success = sum(outcomes[number]) / len(outcomes[number])
         bar.set_postfix(cell=f"{number + 1}/{len(cells)}", success=f"{success:.0%}", refresh=False)
         bar.update()
+        after_each()
 
 
 def stop_if_broken(result: EpisodeResult, on_env_error: OnEnvError) -> None:

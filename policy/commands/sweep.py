@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +26,10 @@ from policy.rollout.ledger import Ledger, cell_id
 from policy.rollout.video import record_videos
 from policy.rollout.watch import ENV_PATIENCE, helpers_ended, watched
 from policy.statistics.results import EpisodeResult
-from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, telling_seeds
+from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, telling_seeds, title_of
+from policy.sweep.facts import facts_of
 from policy.sweep.grid import Row, SweepCell, axis_values, make_cells, row_of, with_backends
+from policy.sweep.live import LivePage, live_page, rows_so_far
 from policy.sweep.looks import LookPlan, can_stop_early, counted_results, planned_looks
 from policy.sweep.merging import read_swept
 from policy.sweep.plot import plot_rows
@@ -35,7 +38,7 @@ from policy.sweep.table import format_table, write_files
 from policy.sweep.timing import check_max_ms, check_threads, latencies_of
 from policy.tracking.tracker import OpenRun, TrackedRun
 
-LEDGER = "episodes.jsonl"
+LEDGER, REPORT = "episodes.jsonl", "report.html"
 VIDEOS = 2
 
 
@@ -64,6 +67,7 @@ def sweep(
     mix: bool = False,
     threads: int = 1,
     videos: int | None = None,
+    watch: bool = False,
     merge: list[Path] | None = None,
     output_dir: Path | None = None,
     tracker: OpenRun,
@@ -98,6 +102,7 @@ def sweep(
             processor than the rest; the report then says so.
         threads: threads of the plans whose latency is measured; episodes run on one for each worker.
         videos: episodes to record with each of the shown cells for the report; by default 2.
+        watch: serve the report to a browser on this machine while the sweep runs, and keep it up to date.
         merge: folders of finished sweeps; their results are merged, and no episode is run.
         output_dir: receives the files; by default a new folder under outputs/sweep.
         tracker: opens the tracked run.
@@ -113,6 +118,8 @@ def sweep(
     if merge:
         if checkpoint is not None:
             raise ValueError("merge= combines sweeps that have run: leave checkpoint= out")
+        if watch:
+            raise ValueError("merge= combines sweeps that have run, so there is nothing to watch: leave watch= out")
         merged = read_swept(merge, mix=mix)
         for given in merged.warnings:
             warnings.warn(given, stacklevel=2)
@@ -150,48 +157,72 @@ def sweep(
     planned = planned_looks(episodes, looks, adaptive=adaptive)
     folder = output_folder(output_dir, "sweep")
     cells = with_backends(cells, folder / LEDGER)
-    with Ledger(folder / LEDGER) as ledger:
-        run = tracker(folder=folder, config={"checkpoint": [str(c) for c in checkpoints], "env": stage.env})
-        asked = tuple(ledger.introduce(cell.settings) for cell in cells)
-        cells, latencies, left_out = fast_cells(cells, asked, max_ms, threads, ledger)
+    shown = live_page(folder / REPORT, title_of(stage.env), {"environment": stage.env}) if watch else nullcontext()
+    with shown as page:
+        with Ledger(folder / LEDGER) as ledger:
+            run = tracker(folder=folder, config={"checkpoint": [str(c) for c in checkpoints], "env": stage.env})
+            asked = tuple(ledger.introduce(cell.settings) for cell in cells)
+            cells, latencies, left_out = fast_cells(cells, asked, max_ms, threads, ledger)
 
-        def wanted() -> LookPlan:
-            several = can_stop_early(ledger) and len(cells) > 1
-            return LookPlan(
-                asked=asked,
-                max_ms=max_ms,
-                left_out=left_out,
-                cells=tuple(cell_id(cell.settings) for cell in cells),
-                cost=tuple(cell.multiply_adds for cell in cells),
-                seed=seed,
-                looks=planned if several else planned[-1:],
-                margin=margin,
-                alpha=0,
+            def wanted() -> LookPlan:
+                several = can_stop_early(ledger) and len(cells) > 1
+                return LookPlan(
+                    asked=asked,
+                    max_ms=max_ms,
+                    left_out=left_out,
+                    cells=tuple(cell_id(cell.settings) for cell in cells),
+                    cost=tuple(cell.multiply_adds for cell in cells),
+                    seed=seed,
+                    looks=planned if several else planned[-1:],
+                    margin=margin,
+                    alpha=0,
+                )
+
+            refresh = partial(_refresh, page, cells, ledger, stage.seeds) if page else lambda: None
+            refresh()
+            plan, mixed = run_looks(
+                *(stage, cells, wanted, ledger, num_envs, on_env_error),
+                workers=workers,
+                mix=mix,
+                after_each=refresh,
             )
+            results, unpaired = counted_results(plan, ledger), ledger.unpaired
+            made_with = ledger.made_with(plan.cells, plan.seeds)
+        ran = zip(plan.cells, cells, results, latencies or latencies_of(cells, threads), strict=True)
+        rows = [{"cell": name, **row_of(cell, found, latency)} for name, cell, found, latency in ran]
 
-        plan, mixed = run_looks(stage, cells, wanted, ledger, num_envs, on_env_error, workers=workers, mix=mix)
-        results, unpaired = counted_results(plan, ledger), ledger.unpaired
-        made_with = ledger.made_with(plan.cells, plan.seeds)
-    ran = zip(plan.cells, cells, results, latencies or latencies_of(cells, threads), strict=True)
-    rows = [{"cell": name, **row_of(cell, found, latency)} for name, cell, found, latency in ran]
+        def record(chosen: Sequence[int]) -> list[Clip]:
+            count = min(VIDEOS, episodes) if videos is None else videos
+            seeds = telling_seeds([results[number] for number in chosen], count)
+            return _recorded(stage, cells, rows, chosen, seeds, folder / "videos") if seeds else []
 
-    def record(chosen: Sequence[int]) -> list[Clip]:
-        count = min(VIDEOS, episodes) if videos is None else videos
-        seeds = telling_seeds([results[number] for number in chosen], count)
-        return _recorded(stage, cells, rows, chosen, seeds, folder / "videos") if seeds else []
-
-    swept = Swept(
-        rows=rows,
-        results=results,
-        env=stage.env,
-        warnings=[*stage.warnings, *mixed, *filter(None, [unpaired])],
-        paired=not unpaired,
-        left_out=left_out,
-        plan=plan,
-        made_with=made_with,
-    )
-    publish(folder, conclude(swept, margin), run, record)
+        swept = Swept(
+            rows=rows,
+            results=results,
+            env=stage.env,
+            warnings=[*stage.warnings, *mixed, *filter(None, [unpaired])],
+            paired=not unpaired,
+            left_out=left_out,
+            plan=plan,
+            made_with=made_with,
+        )
+        publish(folder, conclude(swept, margin), run, record)
     check_broken([result for found in results for result in found])
+
+
+def _refresh(page: LivePage, cells: Sequence[SweepCell], ledger: Ledger, seeds: range) -> None:
+    """Show the episodes that the ledger holds."""
+    ids = [cell_id(cell.settings) for cell in cells]
+
+    def rows() -> list[Row]:
+        lacking = [{*ledger.missing(cell, seeds)} for cell in ids]
+        found = [
+            ledger.results(cell, [seed for seed in seeds if seed not in gaps])
+            for cell, gaps in zip(ids, lacking, strict=True)
+        ]
+        return rows_so_far(cells, found)
+
+    page.refresh(rows, len(cells) * len(seeds))
 
 
 def publish(
@@ -206,36 +237,33 @@ def publish(
         record: records episodes of the cells with the given indices; called after the tables are written.
     """
     rows, advice = conclusion.rows, conclusion.advice
-    summary = {"env": conclusion.env, "margin": conclusion.margin, "answer": conclusion.answer}
-    if conclusion.plan:
-        summary["plan"] = dataclasses.asdict(conclusion.plan)
-    summary["made_with"] = conclusion.made_with
-    if conclusion.between:
-        summary["between_checkpoints"] = conclusion.between
-    if conclusion.warnings:
-        summary["warnings"] = conclusion.warnings
-    if not conclusion.paired:
-        summary["paired"] = False
-    if conclusion.left_out:
-        summary["left_out"] = conclusion.left_out
-    files = write_files(folder, rows, conclusion.episodes, summary)
+    files = write_files(folder, rows, conclusion.episodes, conclusion.summary)
     print(format_table(rows))
     print("\n".join([conclusion.answer, *(compared["sentence"] for compared in conclusion.between)]))
     for warning in conclusion.found:  # the others were given before the run
         print(f"warning: {warning}")
     clips = record(conclusion.shown)
-    pictures, report = [folder / "sweep.png", folder / "sweep.svg"], folder / "report.html"
+    pictures, report = [folder / "sweep.png", folder / "sweep.svg"], folder / REPORT
     try:
-        plot_rows(rows, pictures, title=conclusion.title, paired=conclusion.paired)
+        plot_rows(
+            rows,
+            pictures,
+            title=conclusion.title,
+            paired=conclusion.paired,
+            margin=conclusion.margin,
+            chosen=advice.cell,
+        )
         write_report(
             report,
             rows,
             title=conclusion.title,
             answer=conclusion.answer,
+            facts=facts_of(rows, advice, paired=conclusion.paired),
             comparisons=[compared["sentence"] for compared in conclusion.between],
             warnings=conclusion.warnings,
             chosen=advice.cell,
             differences=conclusion.differences,
+            margin=conclusion.margin,
             clips=clips,
             without_clips="No episodes were recorded: nothing can be drawn here, or videos=0.",
             settings=conclusion.settings,

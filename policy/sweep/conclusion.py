@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +83,21 @@ class Conclusion:
         return [*self.given, *self.found]
 
     @property
+    def summary(self) -> Row:
+        """What `sweep.json` holds beside the cells and the episodes; what does not apply is left out."""
+        optional = {
+            "plan": dataclasses.asdict(self.plan) if self.plan else None,
+            "between_checkpoints": self.between,
+            "warnings": self.warnings,
+            "left_out": self.left_out,
+        }
+        return {
+            **{"env": self.env, "margin": self.margin, "answer": self.answer, "made_with": self.made_with},
+            **{name: value for name, value in optional.items() if value},
+            **({} if self.paired else {"paired": False}),
+        }
+
+    @property
     def shown(self) -> list[int]:
         """Indices of the cells to watch side by side: the cheapest, the recommended one and the best."""
         cost, advice = costs_of(self.rows), self.advice
@@ -131,7 +147,7 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
     ]
     saving = describe_saving(swept.plan, swept.results) if swept.plan else ""
     return Conclusion(
-        title=" ".join(str(value) for value in swept.env.values()),
+        title=title_of(swept.env),
         rows=[
             {**row, **to_best, "not_worse": verdict.verdict}
             for row, to_best, verdict in zip(rows, differences, advice.cells, strict=True)
@@ -210,6 +226,11 @@ def _compared(rows: Sequence[Row], number: int, reference: int, found: PairedDif
         f" {episodes:,} episodes; a chunk takes {row['latency_ms_median']:.1f} ms instead of"
         f" {slow['latency_ms_median']:.1f}.",
     }
+
+
+def title_of(env: Mapping[str, Any]) -> str:
+    """The environment in words."""
+    return " ".join(str(value) for value in env.values())
 
 
 def answer_of(rows: Sequence[Row], advice: Recommendation) -> str:

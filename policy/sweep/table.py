@@ -27,6 +27,7 @@ def rate_text(rate: float) -> str:
 # By the name of the figure: the column's head, and the format of its cells.
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "ddim_steps": ("ddim_steps", "{:d}".format),
+    "episodes": ("episodes", "{:d}".format),
     "success_rate": ("success", "{:.0%}".format),
     "success_low": ("95 % from", "{:.0%}".format),
     "success_high": ("to", "{:.0%}".format),
@@ -45,9 +46,14 @@ MEASURED = ("latency_ms_median", "waiting_rate_hz", "planning_ahead_rate_hz")
 
 
 def table_cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The table as text: a line of heads, then a line for each row, beginning with the axes along which rows differ."""
+    """The table as text: a line of heads, then a line for each row, beginning with the axes along which rows differ.
+
+    Columns that a row lacks are left out, as latencies while a sweep runs, and so are equal numbers of episodes.
+    """
     axes = varying(rows)
     columns = {key: column for key, column in COLUMNS.items() if any(key in row for row in rows)}
+    if len({row.get("episodes") for row in rows}) == 1:
+        columns.pop("episodes", None)
     heads = [*axes, *(head for head, _ in columns.values())]
     lines = [
         [*(str(row[axis]) for axis in axes), *(_figure(row, key, shown) for key, (_, shown) in columns.items())]

@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from policy.rollout.latency import Latency
 from policy.rollout.ledger import Ledger
 from policy.rollout.workers import RolloutPool
 from policy.sweep import timing
+from policy.sweep.live import live_page
 from policy.tracking.tracker import NoTracker
 from tests.conftest import ENVIRONMENT, ROOT
 from tests.rollout.test_workers import Faulty
@@ -530,3 +532,80 @@ def test_an_output_folder_that_is_a_file_is_refused(planar_run, run_sweep, reset
     err = run_sweep(f"checkpoint={planar_run}/checkpoint", "episodes=2", f"output_dir={tmp_path}/out", check=2)
     check_refused(err, f"cannot write to output_dir={tmp_path}/out (Not a directory)", "choose another")
     assert resets == []
+
+
+# --- watched while it runs ---------------------------------------------------------------------------------------
+
+
+def test_a_watched_sweep_serves_its_page_from_the_first_episode_to_the_report(
+    planar_run, run_sweep, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("policy.common.budget.Budget.due", lambda budget: True)
+    monkeypatch.setattr("policy.common.serving.INTERVAL", 0.01)
+    page, seen = tmp_path / "report.html", []
+    plain = sweep_command.run_missing
+
+    def run_missing(*args, after_each, **settings):
+        def look():
+            after_each()
+            seen.append(page.read_text())
+
+        plain(*args, after_each=look, **settings)
+
+    monkeypatch.setattr(sweep_command, "run_missing", run_missing)
+    cells = [f"checkpoint={planar_run}/checkpoint", "ddim_steps=[1,2]", "episodes=2", f"output_dir={tmp_path}"]
+    out = run_sweep(*cells, "watch=true")
+    assert re.search(r"watch it at http://127\.0\.0\.1:\d+/ ", out)
+    assert [re.search(r"Running: (\d) of at most 4 episodes", text)[1] for text in seen] == ["1", "2", "3", "4"]
+    assert all("<svg" in text and "recommend" in text for text in seen)
+    assert "Running" not in page.read_text()
+    assert "against the best" in page.read_text()
+    report = page.read_text()
+    run_sweep(*cells)
+    assert page.read_text() == report  # as if nobody had watched
+    assert "leave watch= out" in run_sweep(f"merge=[{tmp_path}]", "watch=true", check=2)
+
+
+def test_a_watched_sweep_that_is_stopped_says_so_on_its_page(tmp_path, monkeypatch):
+    monkeypatch.setattr("policy.common.serving.INTERVAL", 0.01)
+    page = tmp_path / "report.html"
+
+    def stopped():
+        with live_page(page, "planar", {}) as shown:
+            assert "The sweep begins." in page.read_text()
+            monkeypatch.setattr("policy.common.budget.Budget.due", lambda budget: True)
+            shown.refresh(lambda: [], 10)
+            assert "0 of at most 10 episodes" in page.read_text()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert "The sweep stopped before its end" in page.read_text()
+
+
+# --- stages that share a folder ----------------------------------------------------------------------------------
+
+
+def test_training_rollout_and_sweep_share_a_folder_and_none_overwrites_a_file_of_another(
+    planar_run, run_command, plain_reports, tmp_path
+):
+    """As in `make demo`."""
+    folder = tmp_path / "demo"
+    shutil.copytree(planar_run, folder)
+    told = (planar_run / "train.txt").read_text()
+    assert f"page: {planar_run}/training.html" in told
+    settings = [f"checkpoint={folder}/checkpoint", "episodes=2", f"output_dir={folder}"]
+
+    def files():
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    trained = files()
+    assert {folder / "training.html", folder / "checkpoint" / "training.json"} <= set(trained)
+    assert list((folder / "training_videos").glob("0000300_50000_*.mp4"))
+    run_command("rollout", *settings, "video=1")
+    rolled_out = files()
+    assert {path: rolled_out[path] for path in trained} == trained
+    run_command("sweep", *settings, "ddim_steps=[1,2]", "videos=1")
+    swept = files()
+    assert {path: swept[path] for path in rolled_out} == rolled_out
+    assert folder / "report.html" in set(swept) - set(rolled_out)

@@ -120,7 +120,7 @@ def test_the_report_is_one_file_that_needs_no_other(swept):
     assert page.links
     assert all(link.startswith(("data:video/mp4;base64,", "#")) for link in page.links)
     assert "url(http" not in text
-    assert page.tags.count("svg") == 2
+    assert page.tags.count("svg") == 3 + 2  # the panels, and the legend's two lines
     assert page.tags.count("tr") == 5
     assert 4 <= page.tags.count("video") <= 6  # two episodes at the cheapest, the recommended and the best cell
     ids = re.findall(r'\bid="([^"]+)"', text)
@@ -148,7 +148,8 @@ def test_a_browser_shows_the_report_on_a_screen_and_on_a_phone_light_and_dark(
       const done = () => { document.title = JSON.stringify({
         overflow: document.documentElement.scrollWidth - window.innerWidth, width: window.innerWidth,
         background: getComputedStyle(document.body).backgroundColor, frames: video.videoWidth,
-        plots: [...document.querySelectorAll(".plot > div")].filter(e => getComputedStyle(e).display != "none").length,
+        panels: [...document.querySelectorAll(".panels svg")].map(svg => svg.getBoundingClientRect().width),
+        text: [...document.querySelectorAll(".panels text")].map(e => e.getBoundingClientRect().height),
       }); };
       video.readyState > 0 ? done() : video.onloadedmetadata = done;
     };</script></body>"""
@@ -176,7 +177,9 @@ def test_a_browser_shows_the_report_on_a_screen_and_on_a_phone_light_and_dark(
     seen = json.loads(title[1])
     assert seen["overflow"] <= 0  # wide tables scroll inside the page, not with it
     assert seen["background"] == f"rgb({background})"
-    assert seen["plots"] == 1
+    assert len(seen["panels"]) == 3
+    assert all(300 < panel < seen["width"] for panel in seen["panels"])  # side by side, or below each other
+    assert min(seen["text"]) > 10  # pixels
     assert seen["frames"] > 0
 
 

@@ -45,7 +45,7 @@ class PairedDifference:
     adjusted_p_value: float
 
 
-def holm(p_values: ArrayLike, *, most_true: int | None = None) -> Array:
+def holm(p_values: ArrayLike, weights: ArrayLike = 1.0) -> Array:
     """Adjust p-values for multiple testing (Holm 1979).
 
     If every hypothesis with an adjusted p-value of at most alpha is rejected, the probability of one or more false
@@ -53,7 +53,8 @@ def holm(p_values: ArrayLike, *, most_true: int | None = None) -> Array:
 
     Args:
         p_values: (..., M), in [0, 1]; the M of a row are adjusted together.
-        most_true: the greatest number of hypotheses that can be true together, if fewer than M (Shaffer 1986).
+        weights: positive, of a shape that broadcasts to that of `p_values`; a hypothesis with twice the weight starts
+            with twice the level.
 
     Returns:
         (..., M) adjusted p-values in the same order, each at least its p-value.
@@ -68,11 +69,12 @@ def holm(p_values: ArrayLike, *, most_true: int | None = None) -> Array:
     p = np.asarray(p_values, dtype=float)
     if not p.ndim or not p.size or not np.all((p >= 0) & (p <= 1)):
         raise ValueError(f"p_values must be a list of one or more numbers in [0, 1]; got {p.tolist()}")
-    count = p.shape[-1]
-    order = np.argsort(p, axis=-1, kind="stable")
-    left = np.minimum(np.arange(count, 0, -1), count if most_true is None else most_true)
+    weights = np.broadcast_to(np.asarray(weights, dtype=float), p.shape)
+    order = np.argsort(p / weights, axis=-1, kind="stable")
+    sorted_weights = np.take_along_axis(weights, order, -1)
+    left = sorted_weights[..., ::-1].cumsum(-1)[..., ::-1]
+    steps = np.maximum.accumulate(left / sorted_weights * np.take_along_axis(p, order, -1), axis=-1)
     adjusted = np.empty_like(p)
-    steps = np.maximum.accumulate(left * np.take_along_axis(p, order, -1), axis=-1)
     np.put_along_axis(adjusted, order, np.minimum(steps, 1), -1)
     return adjusted
 

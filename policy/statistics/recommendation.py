@@ -45,7 +45,7 @@ from policy.statistics.paired import (
 Verdict = Literal["not worse", "worse", "open"]
 
 # The weight of a test of a cell against one that is cheaper or costs the same; the others have 1.
-LIGHT = 0.25
+LIGHT = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ Biometrika 95, 247-251). The rules below, which say when a cell needs no more ep
 may be overruled and may depend on the outcomes.
 
 A cell is a *candidate* while it could still be recommended: no cell that costs the same or less is accepted, it is not
-shown to be worse, and it is not futile. It is futile when, were it as good as the others from now on, the last look
-would accept it against one of them with a probability of less than `FUTILE`. The cheapest candidate and the cells
-against which it is undecided run on. Where these cells have seen different numbers of episodes, the others catch up
-first. The stage ends when no candidate is left, most often because the cheapest one is accepted.
+shown to be worse, and it is not futile. It is futile when the last look will probably not accept it against one of the
+others. The cheapest candidate and the cells against which it is undecided run on. Where these cells have seen different
+numbers of episodes, the others catch up first. The stage ends when no candidate is left, most often because the
+cheapest one is accepted.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ from policy.statistics.recommendation import (
 ERROR = 0.05
 # The share of the error that is left which each stage may spend: the first one 0.0475, the second one 0.0024.
 SHARE = 0.95
-# The conditional power below which a cell counts as futile.
-FUTILE = 0.4
+# A cell is futile when the last look would accept it with less than this probability, if it goes on as `_power` says.
+FUTILE = 0.25
+# How much of a difference that was observed so far is expected of the episodes to come: luck evens out.
+PERSISTS = 0.25
 # Overall levels for which the levels of the looks are computed; between them they are interpolated.
 LEVELS = np.geomspace(1e-8, 0.5, 62)
 # More looks than this save hardly any episodes, and their levels take long to compute.
@@ -244,10 +246,14 @@ def _lower(before: Array, p_values: Array, plan: Plan, look: int) -> Array:
 
 
 def _power(pairs: Pairs, plan: Plan, levels: Array) -> Array:
-    """(..., K, K) probability that the last look shows cell i not worse than cell j if both are as good from now on."""
+    """(..., K, K) probability that the last look shows cell i not worse than cell j, given the episodes so far.
+
+    The true difference is taken to be `PERSISTS` times the observed one.
+    """
     last = plan.looks[-1]
     left = last - pairs.episodes
-    ahead = pairs.differences * pairs.episodes + last * _allowed(pairs, plan, levels)
+    expected = pairs.differences * (pairs.episodes + PERSISTS * left)
+    ahead = expected + last * _allowed(pairs, plan, levels)
     return np.where(left > 0, ndtr(ahead / np.sqrt(np.maximum(left, 1) * pairs.discordant)), 0)
 
 

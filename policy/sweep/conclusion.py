@@ -11,6 +11,7 @@ from typing import Any
 from policy.statistics.paired import PairedDifference, compare_success
 from policy.statistics.recommendation import Recommendation, describe, recommend
 from policy.statistics.results import EpisodeResult, describe_broken
+from policy.statistics.simultaneous import compare_with_best
 from policy.sweep.grid import Row, uniform, varying
 
 
@@ -113,7 +114,7 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
     advice = recommend(success, cost, margin=margin, paired=swept.paired)
     differences = [
         {"difference": c.difference, "difference_low": c.low, "difference_high": c.high, "p_value": c.adjusted_p_value}
-        for c in compare_success(success, advice.best, paired=swept.paired)
+        for c in compare_with_best(success, advice.best, paired=swept.paired)
     ]
     return Conclusion(
         title=" ".join(str(value) for value in swept.env.values()),

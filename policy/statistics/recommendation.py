@@ -5,12 +5,15 @@ the one with the highest true success rate.
 
 A cell is "not worse" when `non_inferiority_test` says so against *every* other cell, not only the best seen. The truly
 best cell is one of them, whichever it is, so the guarantee holds although the data decide which cell is the best seen
-(Hsu 1984, Ann. Stat. 12, 1136-1144: multiple comparisons with the best). A cell's p-value is the greatest of these
-tests', adjusted by Holm over the cells; the truly best cell's hypothesis is false, so at most K - 1 hypotheses are
-true. Hence the probability that *any* cell called "not worse" is in truth worse than the truly best by the margin or
-more, and with it the probability of a wrong recommendation, is at most alpha for all rates, correlations and numbers of
-episodes (to within 1 % of that value, because the exact test maximises over a grid). The best seen cell is tested like
-the others: after few episodes it may be the best by luck.
+(Hsu 1984, Ann. Stat. 12, 1136-1144: multiple comparisons with the best). The tests of all cells against the same one
+are adjusted together by Holm; the error counts only for those against the truly best. Hence the probability that *any*
+cell called "not worse" is in truth worse than the truly best by the margin or more, and with it the probability of a
+wrong recommendation, is at most alpha for all rates, correlations and numbers of episodes (to within 1 % of that value,
+because the exact test maximises over a grid). The best seen cell is tested like the others: after few episodes it may
+be the best by luck.
+
+The tests of cells that are cheaper than the one they are compared with have more weight in Holm's steps, because to
+recommend a cheaper cell is what a sweep is for. The weights depend on the costs alone.
 
 A cell is "worse" when one-sided score tests (Bonferroni over the cells that it is compared with, Holm over the cells)
 show that it is worse than some cell by more than the margin. Otherwise it is "open".
@@ -41,6 +44,9 @@ from policy.statistics.paired import (
 
 Verdict = Literal["not worse", "worse", "open"]
 
+# The weight of a test of a cell against one that is cheaper or costs the same; the others have 1.
+LIGHT = 0.1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
@@ -49,7 +55,8 @@ class Pairs:
     Attributes:
         wins: (..., K, K), episodes that only cell i solved.
         episodes: (..., K, K), episodes that both cells ran when they were last compared.
-        not_worse: (..., K, K) p-values of "cell i is worse than cell j by the margin or more"; 0 on the diagonal.
+        not_worse: (..., K, K) p-values of "cell i is worse than cell j by the margin or more"; 0 on the diagonal, so
+            that a cell is never worse than itself.
         worse: (..., K, K) p-values of "cell i is not worse than cell j by more than the margin"; 1 on the diagonal.
     """
 
@@ -155,10 +162,11 @@ def recommend(
     check_fraction("confidence", confidence, above=0.5)
     solved = cells_by_episodes(success, "success", bool)
     wins = wins_over(solved) if paired else unpaired_wins(solved)
-    alpha, episodes = 1 - confidence, solved.shape[1]
+    alpha, episodes, costs = 1 - confidence, solved.shape[1], ranks(cost, len(solved))
     pairs = compare_pairs(wins, episodes, margin)
-    level = level_in_force(accepted(pairs, alpha), alpha)
-    return advise(pairs, ranks(cost, len(solved)), margin, alpha, float(level), episodes, confidence)
+    levels = levels_in_force(adjust(pairs.not_worse, costs), costs, alpha)
+    allowed = allowed_loss(pairs, margin, levels, episodes)
+    return advise(pairs, allowed, costs, margin=margin, alpha=alpha, confidence=confidence, episodes=episodes)
 
 
 def compare_pairs(wins: Array, episodes: int, margin: float) -> Pairs:
@@ -169,25 +177,38 @@ def compare_pairs(wins: Array, episodes: int, margin: float) -> Pairs:
         episodes: the number of episodes.
         margin: in (0, 1).
     """
+    # Many pairs share their counts, most of all in a simulation: each pair of counts is tested once.
     losses = np.swapaxes(wins, -1, -2)
+    codes = np.rint(wins * (episodes + 1) + losses).astype(int)
+    seen = np.zeros((episodes + 1) ** 2, dtype=bool)
+    seen[codes] = True
+    index = (seen.cumsum() - 1)[codes]
+    won, lost = np.divmod(np.flatnonzero(seen), episodes + 1)
     own = np.eye(wins.shape[-1], dtype=bool)
     return Pairs(
         wins=wins,
         episodes=np.full(wins.shape, episodes),
-        not_worse=np.where(own, 0.0, non_inferiority_test(wins, losses, episodes, margin)),
-        worse=np.where(own, 1.0, inferiority_test(wins, losses, episodes, margin)),
+        not_worse=np.where(own, 0.0, non_inferiority_test(won, lost, episodes, margin)[index]),
+        worse=np.where(own, 1.0, inferiority_test(won, lost, episodes, margin)[index]),
     )
 
 
-def adjusted_p_values(pairs: Pairs) -> Array:
-    """(..., K) p-values of "worse than the truly best cell by the margin or more", adjusted for the number of cells."""
-    cells = pairs.not_worse.shape[-1]
-    return holm(pairs.not_worse.max(-1), most_true=max(cells - 1, 1))
+def weights(costs: Array) -> Array:
+    """(K, K) weights of the tests of the row's cell against the column's, from the (K,) `ranks` of their costs."""
+    return np.where(costs[:, None] < costs, 1.0, LIGHT)
 
 
-def accepted(pairs: Pairs, alpha: float) -> Array:
-    """(..., K) bool, the cells that are shown to be not worse than the best by the margin."""
-    return adjusted_p_values(pairs) <= alpha
+def adjust(not_worse: Array, costs: Array) -> Array:
+    """Adjust the (..., K, K) p-values `Pairs.not_worse`: those in a column, against the same cell, together."""
+    columns = np.swapaxes(not_worse, -1, -2)
+    return np.swapaxes(holm(columns, weights(costs).T), -1, -2)
+
+
+def levels_in_force(adjusted: Array, costs: Array, alpha: float) -> Array:
+    """The levels that Holm's next step compares p-values with, (..., K, K), from the adjusted ones."""
+    weight = weights(costs)
+    left = np.where(adjusted > alpha, weight, 0).sum(-2, keepdims=True)
+    return alpha * weight / np.maximum(left, weight)
 
 
 def shown_worse(pairs: Pairs, alpha: float) -> Array:
@@ -203,26 +224,37 @@ def level_in_force(accepted: Array, alpha: float) -> Array:
 
 
 def advise(
-    pairs: Pairs, costs: Array, margin: float, alpha: float, level: float, episodes: int, confidence: float
+    pairs: Pairs, allowed: Array, costs: Array, *, margin: float, alpha: float, confidence: float, episodes: int
 ) -> Recommendation:
     """Turn the tests of all pairs into a recommendation.
 
     Args:
         pairs: (K, K) each.
+        allowed: (K, K), see `allowed_loss`.
         costs: see `ranks`.
         margin: in (0, 1).
         alpha: level of all verdicts "not worse" together.
-        level: level of one pair at the last look, for `allowed_loss`.
-        episodes: the number of episodes at the last look.
-        confidence: what the recommendation says.
+        confidence: see `Recommendation`.
+        episodes: see `Recommendation`.
     """
-    cells = len(costs)
-    differences = pairs.differences
+    own = np.eye(len(costs), dtype=bool)
     # Where all cells ran the same episodes, this is the order of their success rates.
-    strength = np.where(np.eye(cells, dtype=bool), np.inf, differences).min(1)
-    by_cost = sorted(range(cells), key=lambda i: (costs[i], -strength[i]))
+    strength = np.where(own, np.inf, pairs.differences).min(1)
+    by_cost = sorted(range(len(costs)), key=lambda i: (costs[i], -strength[i]))
     best = max(by_cost, key=lambda i: strength[i])  # of several, the first and hence the cheapest
-    verdicts = _verdicts(pairs, best, margin, alpha, level, episodes)
+    p_values, worse = adjust(pairs.not_worse, costs).max(1), shown_worse(pairs, alpha)
+    hardest = np.where(own, -np.inf, -pairs.differences - allowed).argmax(1)
+    verdicts = tuple(
+        CellVerdict(
+            difference=float(pairs.differences[i, best]),
+            p_value=float(p_values[i]),
+            verdict="not worse" if p_values[i] <= alpha else "worse" if worse[i] else "open",
+            hardest=int(j),
+            loss=float(-pairs.differences[i, j]),
+            allowed_loss=float(allowed[i, j]),
+        )
+        for i, j in enumerate(hardest)
+    )
     cell = next((i for i in by_cost if verdicts[i].verdict == "not worse"), None)
     open_cells = [i for i in by_cost if verdicts[i].verdict == "open" and (cell is None or costs[i] < costs[cell])]
     return Recommendation(
@@ -263,27 +295,6 @@ def describe(advice: Recommendation, names: Sequence[str]) -> str:
     return (
         f"{text}; {names[advice.undecided]} is {_points(cell.loss)} {names[cell.hardest]}, and would have to be {limit}"
         f" it ({advice.episodes:,} episodes)"
-    )
-
-
-def _verdicts(
-    pairs: Pairs, best: int, margin: float, alpha: float, level: float, episodes: int
-) -> tuple[CellVerdict, ...]:
-    p_values, bad = adjusted_p_values(pairs), shown_worse(pairs, alpha)
-    differences = pairs.differences
-    allowed = allowed_loss(pairs, margin, level, episodes)
-    shortfall = np.where(np.eye(len(bad), dtype=bool), -np.inf, -differences - allowed)
-    hardest = shortfall.argmax(1)
-    return tuple(
-        CellVerdict(
-            difference=float(differences[i, best]),
-            p_value=float(p_values[i]),
-            verdict="not worse" if p_values[i] <= alpha else "worse" if bad[i] else "open",
-            hardest=int(j),
-            loss=float(-differences[i, j]),
-            allowed_loss=float(allowed[i, j]),
-        )
-        for i, j in enumerate(hardest)
     )
 
 

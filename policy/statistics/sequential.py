@@ -8,14 +8,15 @@ sums of independent episodes. It is applied to the p-value of the exact test.
 
 A pair's *sequential p-value* is the least alpha with which its tests would have rejected by now. It can only fall, and
 under the hypothesis it is at most alpha with a probability of at most alpha, no matter when or why one stops. It
-therefore goes through the same steps as the p-value of one look, see `recommendation`: the greatest one over all other
-cells, then Holm over the cells (Liu and Anderson 2008, Biometrika 95, 247-251). The rules below, which say when a cell
-needs no more episodes, do not enter this argument. They may be overruled and may depend on the outcomes.
+therefore goes through the same steps as the p-value of one look, see `recommendation` (Liu and Anderson 2008,
+Biometrika 95, 247-251). The rules below, which say when a cell needs no more episodes, do not enter this argument. They
+may be overruled and may depend on the outcomes.
 
-A cell is a *candidate* while it could still be recommended: no cheaper cell is accepted, it is not shown to be worse,
-and it is not futile. It is futile when, were it as good as the others, the last look would still accept it with a
-probability of less than `FUTILE`. A cell runs on to the next look while a candidate is undecided against it, or while
-it is itself an undecided candidate.
+A cell is a *candidate* while it could still be recommended: no cell that costs the same or less is accepted, it is not
+shown to be worse, and it is not futile. It is futile when the last look will probably not accept it against one of the
+others. The cheapest candidate and the cells against which it is undecided run on. Where these cells have seen different
+numbers of episodes, the others catch up first. The stage ends when no candidate is left, most often because the
+cheapest one is accepted.
 """
 
 from __future__ import annotations
@@ -34,21 +35,23 @@ from policy.statistics.paired import bisect, wins_over
 from policy.statistics.recommendation import (
     Pairs,
     Recommendation,
-    accepted,
+    adjust,
     advise,
     allowed_loss,
     compare_pairs,
-    level_in_force,
+    levels_in_force,
     ranks,
     shown_worse,
 )
 
 # All stages of a sweep together recommend a wrong cell with at most this probability.
 ERROR = 0.05
-# The share of the error that is left which each stage may spend: the first one 0.045, the second one 0.0045.
-SHARE = 0.9
-# The conditional power below which a cell counts as futile.
-FUTILE = 0.1
+# The share of the error that is left which each stage may spend: the first one 0.0475, the second one 0.0024.
+SHARE = 0.95
+# A cell is futile when the last look would accept it with less than this probability, if it goes on as `_power` says.
+FUTILE = 0.25
+# How much of a difference that was observed so far is expected of the episodes to come: luck evens out.
+PERSISTS = 0.25
 # Overall levels for which the levels of the looks are computed; between them they are interpolated.
 LEVELS = np.geomspace(1e-8, 0.5, 62)
 # More looks than this save hardly any episodes, and their levels take long to compute.
@@ -86,8 +89,9 @@ class Progress:
     """How far a stage has come.
 
     Attributes:
-        running: indices of the cells that run on to the next look; empty when the stage has ended.
-        target: episodes that the running cells need for the next look; those of the last look at the end.
+        running: indices of the cells that run on to the next look, or catch up with the others; empty when the stage
+            has ended. A cell that is not among them may be needed again after a later look.
+        target: the number of episodes that the running cells must have come to before the next call changes anything.
         stopped: for each cell the number of episodes at which it stopped, or has been tested so far.
         recommendation: as of the last look whose episodes are all there; None before the first one.
     """
@@ -145,105 +149,131 @@ def follow(plan: Plan, success: Sequence[ArrayLike], cost: Sequence[float]) -> P
     """
     solved = [_outcomes(row) for row in success]
     costs = ranks(cost, len(solved))
-    state, tested = begin(len(solved)), False
-    for look, target in enumerate(plan.looks):
-        running = np.flatnonzero(state.running)
-        if any(len(solved[cell]) < target for cell in running):
+    state, look = begin(len(solved)), 0
+    while state.running.any():
+        target = plan.looks[look]
+        if any(len(solved[cell]) < target for cell in np.flatnonzero(state.running)):
             break
+        there = [cell for cell, row in enumerate(solved) if state.running[cell] or state.stopped[cell] == target]
         wins = np.zeros(state.pairs.wins.shape)
-        wins[np.ix_(running, running)] = wins_over(np.stack([solved[cell][:target] for cell in running]))
-        state, tested = step(plan, look, wins, costs, state), True
-        if not state.running.any():
-            break
-    level = level_in_force(accepted(state.pairs, plan.alpha), plan.alpha)
-    last = nominal_levels(plan.looks, len(plan.looks) - 1, level)
+        wins[np.ix_(there, there)] = wins_over(np.stack([solved[cell][:target] for cell in there]))
+        state = step(plan, look, wins, costs, state)
+        look += bool(state.moves_on)
     return Progress(
         running=tuple(np.flatnonzero(state.running).tolist()),
-        target=target,
+        target=plan.looks[min(look, len(plan.looks) - 1)],
         stopped=tuple(state.stopped.tolist()),
-        recommendation=advise(state.pairs, costs, plan.margin, plan.alpha, float(last), plan.looks[-1], 1 - ERROR)
-        if tested
-        else None,
+        recommendation=_advise(plan, state, costs) if state.stopped.any() else None,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Where one stage stands after a look, or many simulated ones at once, along the leading axes.
+    """Where one stage stands, or many simulated ones at once, along the leading axes.
 
     Attributes:
         pairs: the last comparison of each pair, with its sequential p-values.
-        running: (..., K) bool, cells that run on.
-        candidate: (..., K) bool, cells that could still be recommended, among those that are not accepted.
         stopped: (..., K) int, episodes so far.
+        running: (..., K) bool, cells that run on.
+        moves_on: (...) bool, whether they run to the next look, and not only catch up with the others at this one.
     """
 
     pairs: Pairs
-    running: Array
-    candidate: Array
     stopped: Array
+    running: Array
+    moves_on: Array
 
 
 def begin(*shape: int) -> State:
     """The state before the first look, of (..., K) cells."""
-    pair, own = (*shape, shape[-1]), np.eye(shape[-1], dtype=bool)
+    pair = (*shape, shape[-1])
     return State(
         pairs=Pairs(
             wins=np.zeros(pair),
             episodes=np.ones(pair, dtype=int),
-            not_worse=np.where(own, 0.0, np.ones(pair)),
+            not_worse=np.where(np.eye(shape[-1], dtype=bool), 0.0, np.ones(pair)),
             worse=np.ones(pair),
         ),
-        running=np.ones(shape, dtype=bool),
-        candidate=np.ones(shape, dtype=bool),
         stopped=np.zeros(shape, dtype=int),
+        running=np.ones(shape, dtype=bool),
+        moves_on=np.zeros(shape[:-1], dtype=bool),
     )
 
 
 def step(plan: Plan, look: int, wins: Array, costs: Array, state: State) -> State:
-    """Test the pairs of running cells at a look, and say which cells run on.
+    """Test the pairs of cells that are there at a look, and say which cells run on.
 
     Args:
         plan: the looks.
         look: index of this one.
-        wins: (..., K, K), episodes of this look that only the row's cell solved; what it holds for a pair with a cell
-            that has stopped is ignored.
+        wins: (..., K, K), episodes of this look that only the row's cell solved; it is not read for a pair with a cell
+            that did not come this far.
         costs: (K,), see `ranks`.
-        state: after the look before.
+        state: before; the running cells have come to this look.
     """
-    both = state.running[..., None] & state.running[..., None, :]
-    now = compare_pairs(np.where(both, wins, 0), plan.looks[look], plan.margin)
-    before = state.pairs
+    episodes = plan.looks[look]
+    stopped = np.where(state.running, episodes, state.stopped)
+    here = (stopped == episodes) & state.running.any(-1, keepdims=True)
+    new = here[..., None] & here[..., None, :] & (state.pairs.episodes < episodes)
+    now, before = compare_pairs(np.where(new, wins, 0), episodes, plan.margin), state.pairs
     pairs = Pairs(
-        wins=np.where(both, now.wins, before.wins),
-        episodes=np.where(both, now.episodes, before.episodes),
-        not_worse=np.where(both, _lower(before.not_worse, now.not_worse, plan, look), before.not_worse),
-        worse=np.where(both, _lower(before.worse, now.worse, plan, look), before.worse),
+        wins=np.where(new, now.wins, before.wins),
+        episodes=np.where(new, episodes, before.episodes),
+        not_worse=np.where(new, _lower(before.not_worse, now.not_worse, plan, look), before.not_worse),
+        worse=np.where(new, _lower(before.worse, now.worse, plan, look), before.worse),
     )
-    stopped = np.where(state.running, plan.looks[look], state.stopped)
-    won = accepted(pairs, plan.alpha)
-    level = level_in_force(won, plan.alpha)[..., None, None]
-    undecided = pairs.not_worse > level
-    hopeless = undecided & ~(both & (_power(pairs, plan, look, level) >= FUTILE))
+    needed = _needed(plan, pairs, costs)
+    behind = needed & (stopped < episodes)
+    catch_up = np.asarray(behind.any(-1))[..., None]
+    return State(pairs=pairs, stopped=stopped, running=np.where(catch_up, behind, needed), moves_on=~catch_up[..., 0])
+
+
+def _needed(plan: Plan, pairs: Pairs, costs: Array) -> Array:
+    """(..., K) bool, the cheapest candidate and the cells against which it is undecided."""
+    adjusted = adjust(pairs.not_worse, costs)
+    undecided, levels = adjusted > plan.alpha, levels_in_force(adjusted, costs, plan.alpha)
+    won = ~undecided.any(-1)
     cheapest = np.where(won, costs, len(costs)).min(-1, keepdims=True)
-    candidate = state.candidate & (costs < cheapest) & ~shown_worse(pairs, plan.alpha) & ~hopeless.any(-1)
-    needed = candidate[..., None] & undecided
-    running = state.running & (needed.any(-1) | needed.any(-2))
-    return State(pairs=pairs, running=running, candidate=candidate, stopped=stopped)
+    futile = (undecided & (_power(pairs, plan, levels) < FUTILE)).any(-1)
+    candidate = (costs < cheapest) & ~futile & ~shown_worse(pairs, plan.alpha)
+    order = np.where(candidate, costs, len(costs))
+    first = candidate & (np.arange(len(costs)) == order.argmin(-1)[..., None])
+    return first | (first[..., None] & undecided).any(-2)
 
 
 def _lower(before: Array, p_values: Array, plan: Plan, look: int) -> Array:
     return np.minimum(before, sequential_p_values(p_values, plan.looks, look))
 
 
-def _power(pairs: Pairs, plan: Plan, look: int, level: Array) -> Array:
-    """(..., K, K) probability that the last look shows cell i not worse than cell j if both are as good from now on."""
-    last, left = plan.looks[-1], plan.looks[-1] - plan.looks[look]
-    if not left:
-        return np.zeros(pairs.wins.shape)
-    allowed = allowed_loss(pairs, plan.margin, nominal_levels(plan.looks, len(plan.looks) - 1, level), last)
-    gained = pairs.differences * pairs.episodes
-    return ndtr((gained + last * allowed) / np.sqrt(left * pairs.discordant))
+def _power(pairs: Pairs, plan: Plan, levels: Array) -> Array:
+    """(..., K, K) probability that the last look shows cell i not worse than cell j, given the episodes so far.
+
+    The true difference is taken to be `PERSISTS` times the observed one.
+    """
+    last = plan.looks[-1]
+    left = last - pairs.episodes
+    expected = pairs.differences * (pairs.episodes + PERSISTS * left)
+    ahead = expected + last * _allowed(pairs, plan, levels)
+    return np.where(left > 0, ndtr(ahead / np.sqrt(np.maximum(left, 1) * pairs.discordant)), 0)
+
+
+def _allowed(pairs: Pairs, plan: Plan, levels: Array) -> Array:
+    """`allowed_loss` at the last look."""
+    last = len(plan.looks) - 1
+    return allowed_loss(pairs, plan.margin, nominal_levels(plan.looks, last, levels), plan.looks[last])
+
+
+def _advise(plan: Plan, state: State, costs: Array) -> Recommendation:
+    levels = levels_in_force(adjust(state.pairs.not_worse, costs), costs, plan.alpha)
+    return advise(
+        state.pairs,
+        _allowed(state.pairs, plan, levels),
+        costs,
+        margin=plan.margin,
+        alpha=plan.alpha,
+        confidence=1 - ERROR,
+        episodes=plan.looks[-1],
+    )
 
 
 def sequential_p_values(p_values: ArrayLike, looks: tuple[int, ...], look: int) -> Array:

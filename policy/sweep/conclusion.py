@@ -11,6 +11,7 @@ from policy.rollout.provenance import Provenance, describe_provenance
 from policy.statistics.paired import PairedDifference, compare_success
 from policy.statistics.recommendation import Recommendation, describe
 from policy.statistics.results import EpisodeResult, describe_broken
+from policy.statistics.simultaneous import compare_with_best
 from policy.sweep.grid import Row, costs_of, uniform, varying
 from policy.sweep.looks import LookPlan, advice_on, describe_saving
 from policy.sweep.table import rate_text
@@ -143,7 +144,7 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
     advice = advice_on(swept.results, costs_of(rows), margin, swept.plan, paired=swept.paired)
     differences = [
         {"difference": c.difference, "difference_low": c.low, "difference_high": c.high, "p_value": c.adjusted_p_value}
-        for c in compare_common(success, advice.best, paired=swept.paired)
+        for c in compare_with_best(success, advice.best, paired=swept.paired)
     ]
     saving = describe_saving(swept.plan, swept.results) if swept.plan else ""
     return Conclusion(
@@ -174,18 +175,6 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
     )
 
 
-def compare_common(success: Sequence[Sequence[bool]], reference: int, *, paired: bool) -> Sequence[PairedDifference]:
-    """Compare every cell with a reference, each on the episodes that both have run: cells may have stopped early."""
-    shortest = min(map(len, success))
-    if shortest == max(map(len, success)):
-        return compare_success(success, reference, paired=paired)
-    common = [min(len(found), len(success[reference])) for found in success]
-    return [
-        compare_success([found[:n], success[reference][:n]], 1, paired=paired)[0]
-        for found, n in zip(success, common, strict=True)
-    ]
-
-
 def between_checkpoints(rows: Sequence[Row], success: Sequence[Sequence[bool]], *, paired: bool) -> list[Row]:
     """Compare the cheapest cell of each further checkpoint with the most expensive one of the first.
 
@@ -207,7 +196,7 @@ def between_checkpoints(rows: Sequence[Row], success: Sequence[Sequence[bool]], 
     first, *others = cells.values()
     cost = costs_of(rows)
     reference = max(first, key=cost.__getitem__)
-    differences = compare_common(success, reference, paired=paired) if others else ()
+    differences = compare_success(success, reference, paired=paired) if others else ()
     return [
         _compared(rows, number, reference, differences[number], min(len(success[number]), len(success[reference])))
         for number in (min(numbers, key=cost.__getitem__) for numbers in others)

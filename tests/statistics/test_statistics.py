@@ -306,19 +306,20 @@ def test_mcnemar_and_holm_agree_with_statsmodels():
 def test_holm_of_an_example():
     # Holm 1979: 0.01 x 4, 0.005 x 5, then 0.03 x 3, 0.04 x 2 and never less than one before.
     assert holm([0.01, 0.04, 0.03, 0.005, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.025, 0.5])
-    assert holm([0.02, 0.03], most_true=1) == pytest.approx([0.02, 0.03])
+    assert holm([0.02, 0.03], weights=[1, 3]) == pytest.approx([0.04, 0.04])  # 0.03 x 4 / 3, then 0.02 alone
 
 
 @settings(deadline=None, max_examples=100)
-@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=30), most_true=st.integers(1, 30))
-def test_holm_keeps_the_order_lowers_nothing_and_stays_below_bonferroni(p, most_true):
+@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_holm_keeps_the_order_lowers_nothing_and_stays_below_bonferroni(p):
     adjusted = holm(p)
     order = np.argsort(p, kind="stable")
     assert np.all(np.diff(adjusted[order]) >= 0)
     assert np.all(adjusted >= p)
     assert np.all(adjusted <= np.minimum(1, len(p) * np.array(p)).max())
     assert np.all(adjusted <= 1)
-    assert np.all(holm(p, most_true=most_true) <= adjusted)
+    assert holm(p, weights=7.0) == pytest.approx(adjusted)
+    assert holm([p, p[::-1]])[1] == pytest.approx(holm(p[::-1]))
 
 
 def test_scores_are_compared_pair_by_pair():

@@ -110,7 +110,7 @@ def test_the_same_wish_finds_its_plan_again_and_another_one_gets_less_of_what_is
     assert plans_of(Ledger(tmp_path / "episodes.jsonl")) == plans
     assert len({plan.alpha for plan in plans}) == len(plans)
     assert sum(plan.alpha for plan in plans) < 0.05
-    assert "plan 2 on this ledger, with 0.45 % of wrong answers left to it" in describe_plan(others[0], 2)
+    assert "plan 2 on this ledger, with 0.24 % of wrong answers left to it" in describe_plan(others[0], 2)
 
 
 def test_cells_that_cannot_be_paired_and_ledgers_of_earlier_versions_are_compared_once(tmp_path):

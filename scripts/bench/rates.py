@@ -25,7 +25,6 @@ from policy.inference.backends import compile_sampler
 from policy.rollout.cells import Cell
 from policy.rollout.latency import measure_latency, running_on, timed_controller
 from policy.sweep.table import rate_text
-from scripts.bench.latency import randomised
 from scripts.bench.report import machine, write_report
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -53,7 +52,7 @@ def main() -> None:
 def measured(name: str, threads: int) -> list[dict[str, Any]]:
     """Measure one policy, and act at its rates."""
     config = PolicyConfig(observation_shapes={"state": (20,)}, action_dim=2, **POLICIES[name])
-    policy, sampler = randomised(DiffusionPolicy(config)), Sampler(ddim_steps=DDIM_STEPS)
+    policy, sampler = DiffusionPolicy(config).eval().requires_grad_(False), Sampler(ddim_steps=DDIM_STEPS)
     program = compile_sampler(policy, sampler, backend="fused")
     cells = [Cell(sampler=sampler, execution_horizon=horizon) for horizon in EXECUTION_HORIZONS]
     say(f"{name} on {threads} threads")

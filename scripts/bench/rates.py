@@ -62,8 +62,12 @@ def measured(name: str, threads: int) -> list[dict[str, Any]]:
         rates = latency.rates(execution_horizon=cell.execution_horizon, action_horizon=config.action_horizon)
         for mode, column in MODES.items():
             rate = float(rate_text(rates[column]))
-            with running_on(threads, [program]):
-                late = [late_steps(policy, program, cell, mode, rate, seed) for seed in range(EPISODES)]
+            try:
+                with running_on(threads, [program]):
+                    late = [late_steps(policy, program, cell, mode, rate, seed) for seed in range(EPISODES)]
+            except ValueError as error:  # plans that take as long as a chunk: the machine has become busy since
+                say(f"refused at {rate:g} Hz: {error}")
+                late = []
             rows.append(
                 {
                     "policy": name,
@@ -75,8 +79,8 @@ def measured(name: str, threads: int) -> list[dict[str, Any]]:
                     "busy": latency.busy,
                     "mode": mode,
                     "rate_hz": rate,
-                    "late_of_150": ", ".join(str(count) for count, _ in late),
-                    "quiet_while_acting": min(quiet for _, quiet in late),
+                    "late_of_150": ", ".join(str(count) for count, _ in late) or "refused",
+                    "quiet_while_acting": min((quiet for _, quiet in late), default=None),
                 }
             )
     return rows

@@ -25,7 +25,6 @@ from policy.inference.backends import compile_sampler
 from policy.rollout.cells import Cell
 from policy.rollout.latency import measure_latency, running_on, timed_controller
 from policy.sweep.table import rate_text
-from scripts.bench.latency import randomised
 from scripts.bench.report import machine, write_report
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -53,7 +52,7 @@ def main() -> None:
 def measured(name: str, threads: int) -> list[dict[str, Any]]:
     """Measure one policy, and act at its rates."""
     config = PolicyConfig(observation_shapes={"state": (20,)}, action_dim=2, **POLICIES[name])
-    policy, sampler = randomised(DiffusionPolicy(config)), Sampler(ddim_steps=DDIM_STEPS)
+    policy, sampler = DiffusionPolicy(config).eval().requires_grad_(False), Sampler(ddim_steps=DDIM_STEPS)
     program = compile_sampler(policy, sampler, backend="fused")
     cells = [Cell(sampler=sampler, execution_horizon=horizon) for horizon in EXECUTION_HORIZONS]
     say(f"{name} on {threads} threads")
@@ -63,8 +62,12 @@ def measured(name: str, threads: int) -> list[dict[str, Any]]:
         rates = latency.rates(execution_horizon=cell.execution_horizon, action_horizon=config.action_horizon)
         for mode, column in MODES.items():
             rate = float(rate_text(rates[column]))
-            with running_on(threads, [program]):
-                late = [late_steps(policy, program, cell, mode, rate, seed) for seed in range(EPISODES)]
+            try:
+                with running_on(threads, [program]):
+                    late = [late_steps(policy, program, cell, mode, rate, seed) for seed in range(EPISODES)]
+            except ValueError as error:  # plans that take as long as a chunk: the machine has become busy since
+                say(f"refused at {rate:g} Hz: {error}")
+                late = []
             rows.append(
                 {
                     "policy": name,
@@ -76,8 +79,8 @@ def measured(name: str, threads: int) -> list[dict[str, Any]]:
                     "busy": latency.busy,
                     "mode": mode,
                     "rate_hz": rate,
-                    "late_of_150": ", ".join(str(count) for count, _ in late),
-                    "quiet_while_acting": min(quiet for _, quiet in late),
+                    "late_of_150": ", ".join(str(count) for count, _ in late) or "refused",
+                    "quiet_while_acting": min((quiet for _, quiet in late), default=None),
                 }
             )
     return rows

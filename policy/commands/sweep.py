@@ -161,8 +161,9 @@ def sweep(
     with shown as page:
         with Ledger(folder / LEDGER) as ledger:
             run = tracker(folder=folder, config={"checkpoint": [str(c) for c in checkpoints], "env": stage.env})
-            asked = tuple(ledger.introduce(cell.settings) for cell in cells)
+            asked = tuple(cell_id(cell.settings) for cell in cells)
             cells, latencies, left_out = fast_cells(cells, asked, max_ms, threads, ledger)
+            ids = tuple(ledger.introduce(cell.settings) for cell in cells)
 
             def wanted() -> LookPlan:
                 several = can_stop_early(ledger) and len(cells) > 1
@@ -170,7 +171,7 @@ def sweep(
                     asked=asked,
                     max_ms=max_ms,
                     left_out=left_out,
-                    cells=tuple(cell_id(cell.settings) for cell in cells),
+                    cells=ids,
                     cost=tuple(cell.multiply_adds for cell in cells),
                     seed=seed,
                     looks=planned if several else planned[-1:],

@@ -58,6 +58,8 @@ def main() -> None:
     torch.set_num_threads(1)
     checkpoint = load_checkpoint(arguments.checkpoint, torch.device("cpu"))
     settings = {"checkpoint": checkpoint.digest, "ddim_steps": arguments.ddim_steps, "seed": arguments.seed}
+    if checkpoint.env is None:
+        raise SystemExit(f"{arguments.checkpoint} names no environment: import it with env=...")
     name = dataset_name(checkpoint.env)
     with closing(make_env(**checkpoint.env)) as env:
         assert isinstance(env.action_space, Box)

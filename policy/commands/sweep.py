@@ -190,7 +190,10 @@ def sweep(
             results, unpaired = counted_results(plan, ledger), ledger.unpaired
             made_with = ledger.made_with(plan.cells, plan.seeds)
         ran = zip(plan.cells, cells, results, latencies or latencies_of(cells, threads), strict=True)
-        rows = [{"cell": name, **row_of(cell, found, latency)} for name, cell, found, latency in ran]
+        rows = [
+            {"cell": name, **row_of(cell, found, latency), **({"stopped": len(found)} if plan.adaptive else {})}
+            for name, cell, found, latency in ran
+        ]
 
         def record(chosen: Sequence[int]) -> list[Clip]:
             count = min(VIDEOS, episodes) if videos is None else videos

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from policy.commands.stage import OnEnvError, Stage, rollout_pool, run_tasks, say_on_disk, settle_provenance
+from policy.commands.stage import (
+    OnEnvError,
+    Stage,
+    rollout_pool,
+    run_tasks,
+    say_on_disk,
+    settle_provenance,
+    warn_unpaired,
+)
 from policy.common.progress import progress
 from policy.rollout.ledger import Ledger
 from policy.rollout.workers import RolloutPool
@@ -79,6 +87,7 @@ def run_looks(
     mixed = settle_provenance(stage, cells, ledger, missing=missing, mix=mix)
     if plan and not missing:
         keep(ledger, plan)
+        warn_unpaired(ledger)
         say_on_disk(_finished(plan, ledger), len(cells) * plan.looks[-1])
         return plan, mixed
     with rollout_pool(stage, ledger, min(num_envs, len(cells) * len(stage.seeds)), workers=workers) as pool:

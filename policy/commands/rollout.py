@@ -21,6 +21,7 @@ from policy.commands.stage import (
     set_stage,
     settle_provenance,
     stop_if_broken,
+    warn_unpaired,
 )
 from policy.common.device import torch_threads
 from policy.common.files import json_text, write_text
@@ -221,6 +222,8 @@ def _as_fast_as_possible(
             progress(total=total, initial=total - len(tasks), desc="rollout", unit="episode") as bar,
         ):
             run_tasks(pool, [recorded], [cell], tasks, ledger, on_env_error, bar)
+    else:
+        warn_unpaired(ledger)
     return ledger.results(cell, stage.seeds)
 
 

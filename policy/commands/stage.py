@@ -180,6 +180,12 @@ def say_on_disk(finished: int, total: int) -> None:
         print(f"{finished} of {total} episodes are on disk already")
 
 
+def warn_unpaired(ledger: Ledger) -> None:
+    """Warn if equal seeds are not equal episodes, as far as the ledger knows."""
+    if ledger.unpaired:
+        warnings.warn(ledger.unpaired, stacklevel=3)
+
+
 @contextmanager
 def rollout_pool(stage: Stage, ledger: Ledger, num_envs: int, *, workers: int | None = None) -> Iterator[RolloutPool]:
     """Start the processes, and find out whether a seed fixes the episode; if it does not, the ledger notes that.
@@ -192,11 +198,9 @@ def rollout_pool(stage: Stage, ledger: Ledger, num_envs: int, *, workers: int | 
     """
     policies = [checkpoint.policy for checkpoint in stage.checkpoints]
     with RolloutPool(policies, stage.make_env, num_envs, workers=workers, patience=stage.env_patience) as pool:
-        if ledger.unpaired:
-            warnings.warn(ledger.unpaired, stacklevel=3)
-        elif unpaired := pool.probe(stage.seeds[0]):
+        if not ledger.unpaired and (unpaired := pool.probe(stage.seeds[0])):
             ledger.note_unpaired(unpaired)
-            warnings.warn(unpaired, stacklevel=3)
+        warn_unpaired(ledger)
         yield pool
 
 

@@ -65,6 +65,8 @@ class EpisodeResult:
             KeyError: a value is missing.
             ValueError: a value has another type, or is out of range.
         """
+        if not isinstance(row, Mapping):
+            raise ValueError(f"an episode must be an object; got {row!r}")
         broke_off = row.get("broke_off", "")
         if not isinstance(broke_off, str):
             raise ValueError(f"broke_off must be a text; got {broke_off!r}")

@@ -27,8 +27,9 @@ from policy.rollout.video import record_videos
 from policy.rollout.watch import ENV_PATIENCE, helpers_ended, watched
 from policy.statistics.results import EpisodeResult
 from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, read_swept, telling_seeds
-from policy.sweep.grid import Row, SweepCell, axis_values, make_cells, row_of, with_backends
+from policy.sweep.grid import Row, SweepCell, make_cells, with_backends
 from policy.sweep.plot import plot_rows
+from policy.sweep.recipes import check_alike, grouped, recipe_row, recipes_of, rows_by_recipe
 from policy.sweep.report import Clip, write_report
 from policy.sweep.table import format_table, write_files
 from policy.tracking.tracker import OpenRun, TrackedRun
@@ -40,7 +41,7 @@ VIDEOS = 2
 def sweep(
     make_env: MakeEnv,
     *,
-    checkpoint: Path | list[Path] | None = None,
+    checkpoint: Path | list[Path | list[Path]] | None = None,
     ddim_steps: int | list[int] = [1, 2, 4, 8, 16, 50],  # noqa: B006  (never changed)
     episodes: int = EPISODES,
     seed: int = FIRST_SEED,
@@ -65,7 +66,8 @@ def sweep(
 
     Args:
         make_env: makes an environment from its settings.
-        checkpoint: the folder that training wrote, or several.
+        checkpoint: the folder that training wrote, or several; an inner list, as [[a0,a1],[b0,b1]], holds the training
+            seeds of one recipe, which is one cell.
         ddim_steps: denoising steps; a list makes an axis.
         episodes: episodes in each cell; all cells run the same episodes with the same initial noise.
         seed: seed of the first episode; the others count up from it.
@@ -106,7 +108,8 @@ def sweep(
         return
     if checkpoint is None:
         raise ValueError("checkpoint is missing: add checkpoint=... (--help shows an example)")
-    checkpoints = axis_values("checkpoint", checkpoint)
+    recipes = recipes_of(checkpoint)
+    checkpoints = [folder for recipe in recipes for folder in recipe]
     stage = set_stage(
         make_env,
         checkpoints,
@@ -117,6 +120,8 @@ def sweep(
         device=device,
         env_patience=env_patience,
     )
+    for recipe in grouped(stage.checkpoints, recipes):
+        check_alike(recipe)
     cells = make_cells(
         stage.checkpoints,
         stage.env,
@@ -139,17 +144,26 @@ def sweep(
         run_missing(stage, cells, ids, ledger, num_envs, on_env_error, workers=workers)
         results = [ledger.results(cell, stage.seeds) for cell in ids]
         unpaired = ledger.unpaired
-    ran = zip(ids, cells, results, strict=True)
-    timed = progress(ran, total=len(cells), desc="latency", unit="cell")  # some backends compile for seconds
-    rows = [{"cell": name, **row_of(cell, found)} for name, cell, found in timed]
+    groups = rows_by_recipe(len(cells), recipes)
+    timed = progress(groups, total=len(groups), desc="latency", unit="cell")  # some backends compile for seconds
+    rows = [recipe_row(group, ids, cells, results) for group in timed]
+    members = [[str(cells[n].checkpoint.path) for n in group] for group in groups]
+    firsts = [group[0] for group in groups]
 
     def record(chosen: Sequence[int]) -> list[Clip]:
         count = min(VIDEOS, episodes) if videos is None else videos
-        seeds = telling_seeds([results[number] for number in chosen], count)
-        return _recorded(stage, cells, rows, chosen, seeds, folder / "videos") if seeds else []
+        seeds = telling_seeds([results[firsts[number]] for number in chosen], count)
+        return _recorded(stage, [cells[n] for n in firsts], rows, chosen, seeds, folder / "videos") if seeds else []
 
     unfixed = [unpaired] if unpaired else []
-    swept = Swept(rows=rows, results=results, env=stage.env, warnings=[*stage.warnings, *unfixed], paired=not unpaired)
+    swept = Swept(
+        rows=rows,
+        results=[[result for n in group for result in results[n]] for group in groups],
+        env=stage.env,
+        warnings=[*stage.warnings, *unfixed],
+        paired=not unpaired,
+        members=members,
+    )
     publish(folder, conclude(swept, margin), run, record)
     check_broken([result for found in results for result in found])
 
@@ -166,7 +180,12 @@ def publish(
         record: records episodes of the cells with the given indices; called after the tables are written.
     """
     rows, advice = conclusion.rows, conclusion.advice
-    summary = {"env": conclusion.env, "margin": conclusion.margin, "answer": conclusion.answer}
+    summary = {
+        "env": conclusion.env,
+        "margin": conclusion.margin,
+        "answer": conclusion.answer,
+        "intervals": conclusion.scope,
+    }
     if conclusion.between:
         summary["between_checkpoints"] = conclusion.between
     if conclusion.warnings:
@@ -187,7 +206,7 @@ def publish(
             rows,
             title=conclusion.title,
             answer=conclusion.answer,
-            comparisons=[compared["sentence"] for compared in conclusion.between],
+            comparisons=[*(compared["sentence"] for compared in conclusion.between), conclusion.scope],
             warnings=conclusion.warnings,
             chosen=advice.cell,
             differences=conclusion.differences,

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from policy.statistics.paired import PairedDifference, compare_success
-from policy.statistics.recommendation import Recommendation, recommend
+from policy.statistics.paired import PairedDifference
 from policy.statistics.results import EpisodeResult, describe_broken
+from policy.sweep.comparison import Advice, Comparison, words_of
 from policy.sweep.grid import Row, uniform, varying
+from policy.sweep.recipes import scope_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +21,11 @@ class Swept:
 
     Attributes:
         rows: one per cell, see `row_of`, with the cell's id as `cell`.
-        results: the episodes of each cell, the same seeds in the same order.
+        results: the episodes of each cell, the same seeds in the same order; of a recipe, checkpoint after checkpoint.
         env: settings of the environment.
         warnings: given before the run.
         paired: whether equal seeds are equal episodes.
+        members: the checkpoints of each cell, where a cell may be a recipe.
     """
 
     rows: list[Row]
@@ -31,6 +33,18 @@ class Swept:
     env: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
     paired: bool = True
+    members: list[list[str]] = field(default_factory=list)
+
+    @property
+    def episodes(self) -> list[Row]:
+        """One row per episode, of all cells; that of a recipe says by which checkpoint."""
+        rows = []
+        for number, (row, found) in enumerate(zip(self.rows, self.results, strict=True)):
+            members = self.members[number] if self.members else []
+            for episode, result in enumerate(found):
+                by = {"checkpoint": members[episode * len(members) // len(found)]} if len(members) > 1 else {}
+                rows.append({"cell": row["cell"], **by, **result.row()})
+        return uniform(rows, later={"broke_off": "", "checkpoint": ""})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +70,7 @@ class Conclusion:
     episodes: list[Row]
     env: dict[str, Any]
     margin: float
-    advice: Recommendation
+    advice: Advice
     answer: str
     given: list[str]
     found: list[str]
@@ -67,6 +81,11 @@ class Conclusion:
     def warnings(self) -> list[str]:
         """What a reader must know besides, in sentences."""
         return [*self.given, *self.found]
+
+    @property
+    def scope(self) -> str:
+        """What the intervals hold, and what they leave out."""
+        return scope_of(self.rows)
 
     @property
     def shown(self) -> list[int]:
@@ -109,26 +128,20 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
     """
     rows = uniform(swept.rows)
     success = [[result.success for result in found] for found in swept.results]
+    compared = Comparison(rows=rows, success=success, paired=swept.paired)
     cost = [(row["ddim_steps"], row["latency_ms_median"]) for row in rows]
-    advice = recommend(success, cost, margin=margin, paired=swept.paired)
+    advice = compared.recommend(cost, margin)
     differences = [
         {"difference": c.difference, "difference_low": c.low, "difference_high": c.high, "p_value": c.adjusted_p_value}
-        for c in compare_success(success, advice.best, paired=swept.paired)
+        for c in compared.differences(advice.best)
     ]
     return Conclusion(
         title=" ".join(str(value) for value in swept.env.values()),
         rows=[
-            {**row, **to_best, "not_worse": verdict.verdict}
-            for row, to_best, verdict in zip(rows, differences, advice.cells, strict=True)
+            {**row, **to_best, "not_worse": verdict}
+            for row, to_best, verdict in zip(rows, differences, [cell.verdict for cell in advice.cells], strict=True)
         ],
-        episodes=uniform(
-            [
-                {"cell": row["cell"], **result.row()}
-                for row, found in zip(rows, swept.results, strict=True)
-                for result in found
-            ],
-            later={"broke_off": ""},
-        ),
+        episodes=swept.episodes,
         env=swept.env,
         margin=margin,
         advice=advice,
@@ -141,13 +154,13 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
 
 
 def between_checkpoints(rows: Sequence[Row], success: Sequence[Sequence[bool]], *, paired: bool) -> list[Row]:
-    """Compare each further checkpoint at its fewest denoising steps with the first one at its most.
+    """Compare each further checkpoint or recipe at its fewest denoising steps with the first one at its most.
 
     Which cells are compared does not depend on their results, so that the intervals hold for each comparison.
 
     Args:
         rows: one per cell; the first checkpoint is that of the first row.
-        success: (K, N) outcomes of the cells on the same episodes.
+        success: outcomes of the cells on the same episodes, of a recipe checkpoint after checkpoint.
         paired: see `Swept`.
 
     Returns:
@@ -160,9 +173,9 @@ def between_checkpoints(rows: Sequence[Row], success: Sequence[Sequence[bool]], 
     first, *others = cells.values()
     cost = [(row["ddim_steps"], row["latency_ms_median"]) for row in rows]
     reference = max(first, key=cost.__getitem__)
-    differences = compare_success(success, reference, paired=paired) if others else ()
+    differences = Comparison(rows=rows, success=success, paired=paired).differences(reference) if others else ()
     return [
-        _compared(rows, number, reference, differences[number], len(success[0]))
+        _compared(rows, number, reference, differences[number], len(success[0]) // rows[0].get("training_seeds", 1))
         for number in (min(numbers, key=cost.__getitem__) for numbers in others)
     ]
 
@@ -181,13 +194,14 @@ def _compared(rows: Sequence[Row], number: int, reference: int, found: PairedDif
     }
 
 
-def answer_of(rows: Sequence[Row], advice: Recommendation) -> str:
+def answer_of(rows: Sequence[Row], advice: Advice) -> str:
     """The answer in one sentence: the recommended settings, their success and their latency."""
+    words = words_of(advice, [label_of(rows, row) for row in rows])
     if advice.cell is None:
-        return f"No recommendation yet: {advice.sentence}."
+        return f"No recommendation yet: {words}."
     row = rows[advice.cell]
     return (
-        f"{label_of(rows, row)}: {advice.sentence}. Success {row['success_rate']:.0%}"
+        f"{label_of(rows, row)}: {words}. Success {row['success_rate']:.0%}"
         f" ({row['success_low']:.0%} to {row['success_high']:.0%}), {row['latency_ms_median']:.1f} ms a chunk: planning"
         f" keeps pace up to {row['control_rate_hz']:.0f} Hz."
     )
@@ -237,6 +251,7 @@ def read_swept(folders: Sequence[Path]) -> Swept:
     """
     rows: list[Row] = []
     results: list[list[EpisodeResult]] = []
+    members: list[list[str]] = []
     first: dict[str, Any] = {}
     paired, warnings = True, list[str]()
     for folder in folders:
@@ -247,6 +262,12 @@ def read_swept(folders: Sequence[Path]) -> Swept:
                 cell: [EpisodeResult.from_row(row) for row in document["episodes"] if row["cell"] == cell]
                 for cell in found
             }
+            named = [
+                list(dict.fromkeys(row["checkpoint"] for row in document["episodes"] if row["cell"] == cell))
+                if found[cell].get("training_seeds", 1) > 1
+                else [found[cell]["checkpoint"]]
+                for cell in found
+            ]
             seen = {
                 "env": document["env"],
                 "seeds": sorted({result.seed for listed in episodes.values() for result in listed}),
@@ -263,7 +284,9 @@ def read_swept(folders: Sequence[Path]) -> Swept:
         paired = paired and document.get("paired", True) is True
         rows += found.values()
         results += episodes.values()
+        members += named
         warnings += [said for said in given if said not in warnings]
-    if not rows or any([result.seed for result in listed] != first["seeds"] for listed in results):
+    ran = [first["seeds"] * row.get("training_seeds", 1) for row in rows]
+    if not rows or [[result.seed for result in listed] for listed in results] != ran:
         raise ValueError(f"the cells of {', '.join(map(str, folders))} have not all run the same episodes")
-    return Swept(rows=rows, results=results, env=first["env"], warnings=warnings, paired=paired)
+    return Swept(rows=rows, results=results, env=first["env"], warnings=warnings, paired=paired, members=members)

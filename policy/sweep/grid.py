@@ -31,8 +31,9 @@ Row = dict[str, Any]
 # The settings that may differ between cells, in the order of the table's first columns.
 SAMPLER_AXES = tuple(field.name for field in dataclasses.fields(Sampler))
 CONTROLLER_AXES = tuple(field.name for field in dataclasses.fields(ControllerSettings))
-# Columns of the table that older sweeps do not have: settings, and the number of episodes that broke off.
-LATER_COLUMNS = {**LATER_SETTINGS, "broke_off": 0}
+# Columns of the table that older sweeps do not have: settings, the number of episodes that broke off, and that of
+# training seeds, which sweeps of single checkpoints have neither.
+LATER_COLUMNS = {**LATER_SETTINGS, "broke_off": 0, "training_seeds": 1}
 AXES = ("checkpoint", *SAMPLER_AXES, "execution_horizon", *CONTROLLER_AXES, "backend", "weights")
 
 

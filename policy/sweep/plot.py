@@ -69,7 +69,7 @@ def draw_rows(rows: Sequence[Row]) -> Figure:
     right.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
     left.set_xticks(sorted({row["ddim_steps"] for row in rows}))
     left.set_ylim(-3, 103)
-    left.set_ylabel("success (%), 95 % Wilson interval")
+    left.set_ylabel("success (%), 95 % interval")
     left.legend(loc="lower right", fontsize="small" if len(series) > 1 else "medium")
     _stagger(left)
     return figure

@@ -15,6 +15,7 @@ from policy.sweep.grid import Row, varying
 # By the name of the figure: the column's head, and the format of its cells.
 COLUMNS = {
     "ddim_steps": ("ddim_steps", "{:d}"),
+    "training_seeds": ("training seeds", "{:d}"),
     "success_rate": ("success", "{:.0%}"),
     "success_low": ("95 % from", "{:.0%}"),
     "success_high": ("to", "{:.0%}"),
@@ -31,9 +32,10 @@ COLUMNS = {
 def table_cells(rows: Sequence[Row]) -> list[list[str]]:
     """The table as text: a line of heads, then a line for each row, beginning with the axes along which rows differ."""
     axes = varying(rows)
-    heads = [*axes, *(head for head, _ in COLUMNS.values())]
+    columns = {key: column for key, column in COLUMNS.items() if all(key in row for row in rows)}
+    heads = [*axes, *(head for head, _ in columns.values())]
     lines = [
-        [*(str(row[axis]) for axis in axes), *(form.format(row[key]) for key, (_, form) in COLUMNS.items())]
+        [*(str(row[axis]) for axis in axes), *(form.format(row[key]) for key, (_, form) in columns.items())]
         for row in rows
     ]
     return [heads, *lines]

@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path, PurePath
 
 import pytest
+import torch
 
+from policy.checkpoint import save_checkpoint
 from policy.statistics.recipes import recipe_interval
 from policy.statistics.results import EpisodeResult
 from policy.sweep.conclusion import Swept, conclude, read_swept
 from policy.sweep.recipes import check_alike, name_of, recipes_of, rows_by_recipe, scope_of
 from policy.sweep.table import format_table, write_files
+from policy.training.state import TrainState
 from tests.sweep.test_conclusion import row
 from tests.sweep.test_sweep import make_checkpoint
 
@@ -136,37 +138,60 @@ def test_cells_are_compared_as_recipes_and_merged_again(tmp_path):
     assert conclude(read, 0.05).answer == concluded.answer
 
 
-@pytest.mark.slow
-def test_a_multirun_of_training_seeds_is_swept_as_one_recipe(
-    planar_run, run_script, run_command, plain_reports, tmp_path
-):
-    """The documented way: `ddim-train --multirun seed=0,1`, then one sweep; a ledger of single ones is reused."""
-    runs, sizes = tmp_path / "runs", ["train.steps=5", "train.rollout_every=0", "tracker=none"]
-    dataset = f"dataset.path={planar_run}/planar-v0"
-    run_script("train", "--multirun", "experiment=planar", dataset, *sizes, "seed=0,1", f"hydra.sweep.dir={runs}")
-    folders = [f"{runs}/{number}/checkpoint" for number in (0, 1)]
-    folder = tmp_path / "sweep"
-    settings = ["ddim_steps=[1,2]", "episodes=4", "videos=0", "backend=eager", f"output_dir={folder}"]
-    run_command("sweep", f"checkpoint=[{','.join(folders)}]", *settings)
-    single = json.loads((folder / "sweep.json").read_text())
-    done = run_command("sweep", f"checkpoint=[[{','.join(folders)}]]", *settings)
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """Folders of two checkpoints that differ in their training seed, and of one with another batch size."""
+    folders = []
+    for seed, batch_size in ((0, 8), (1, 8), (2, 16)):
+        folders.append(tmp_path_factory.mktemp("recipes") / str(seed) / "checkpoint")
+        policy = make_checkpoint(str(seed), seed=seed).policy
+        state = TrainState(policy=policy, ema=policy, optimizer=torch.optim.AdamW(policy.parameters()))
+        training = {"seed": seed, "batch_size": batch_size}
+        save_checkpoint(folders[-1], state, env={"name": "planar"}, execution_horizon=8, training=training)
+    return folders
+
+
+def test_a_recipe_is_one_row_from_the_episodes_of_single_checkpoints(untrained, run_command, plain_reports, tmp_path):
+    first, second, _ = untrained
+    settings = ["ddim_steps=[1,2]", "episodes=4", "videos=0", "backend=eager", "workers=1", f"output_dir={tmp_path}"]
+    run_command("sweep", f"checkpoint=[{first},{second}]", *settings)
+    single = json.loads((tmp_path / "sweep.json").read_text())
+    assert "left out" in single["intervals"]
+    done = run_command("sweep", f"checkpoint=[[{first},{second}]]", *settings)
     assert "16 of 16 episodes are on disk already" in done.stdout
-    swept = json.loads((folder / "sweep.json").read_text())
+    swept = json.loads((tmp_path / "sweep.json").read_text())
     assert [cell["training_seeds"] for cell in swept["cells"]] == [2, 2]
-    assert swept["cells"][0]["checkpoint"] == f"{runs}/{{0,1}}/checkpoint"
-    rates = [cell["success_rate"] for cell in single["cells"]]
-    assert swept["cells"][0]["success_rate"] == pytest.approx((rates[0] + rates[2]) / 2)
-    solved = [row["success"] for row in swept["episodes"] if row["cell"] == swept["cells"][0]["cell"]]
-    ends = (swept["cells"][0]["success_low"], swept["cells"][0]["success_high"])
-    assert ends == pytest.approx(recipe_interval([solved[:4], solved[4:]]))
-    assert "over 2 training seeds" in (folder / "report.html").read_text()
+    assert swept["cells"][0]["checkpoint"] == name_of([first, second])
+    scores = [cell["score_mean"] for cell in single["cells"]]
+    assert swept["cells"][0]["score_mean"] == pytest.approx((scores[0] + scores[2]) / 2)
+    found = [row["score"] for row in swept["episodes"] if row["cell"] == swept["cells"][0]["cell"]]
+    ends = (swept["cells"][0]["score_low"], swept["cells"][0]["score_high"])
+    assert ends == pytest.approx(recipe_interval([found[:4], found[4:]]))
+    assert "over 2 training seeds" in (tmp_path / "report.html").read_text()
 
 
-def test_bad_recipes_of_a_command_line(planar_run, run_command, tmp_path):
+def test_bad_recipes_of_a_command_line(untrained, run_command, tmp_path):
     """Refused in one sentence, before any episode."""
-    first, second = planar_run / "checkpoint", tmp_path / "second"
-    shutil.copytree(first, second)
-    done = run_command("sweep", f"checkpoint=[[{first},{second}]]", "episodes=2", f"output_dir={tmp_path}/out", check=2)
-    assert "have the same weights" in done.stderr
-    done = run_command("sweep", "checkpoint=[[]]", "episodes=2", check=2)
-    assert "has an empty list" in done.stderr
+    first, _, other = untrained
+    for given, words in (
+        (f"[[{first},{other}]]", f"batch_size is 8 in {first} and 16 in {other}"),
+        (f"[[{first},{first}]]", "twice"),
+        ("[[]]", "has an empty list"),
+    ):
+        done = run_command("sweep", f"checkpoint={given}", "episodes=2", f"output_dir={tmp_path}/out", check=2)
+        assert words in done.stderr.replace("\n", " ")
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_folders_of_a_multirun_make_a_recipe(planar_run, run_script, run_command, plain_reports, tmp_path):
+    """The documented way: `ddim-train --multirun seed=0,1`, then one sweep."""
+    sizes = ["train.steps=5", "train.rollout_every=0", "tracker=none", f"hydra.sweep.dir={tmp_path}/runs"]
+    dataset = f"dataset.path={planar_run}/planar-v0"
+    run_script("train", "--multirun", "experiment=planar", dataset, *sizes, "seed=0,1")
+    folders = ",".join(f"{tmp_path}/runs/{number}/checkpoint" for number in (0, 1))
+    settings = ["ddim_steps=1", "episodes=2", "videos=0", "backend=eager", "workers=1", f"output_dir={tmp_path}/sweep"]
+    run_command("sweep", f"checkpoint=[[{folders}]]", *settings)
+    (cell,) = json.loads((tmp_path / "sweep/sweep.json").read_text())["cells"]
+    assert (cell["training_seeds"], cell["checkpoint"]) == (2, f"{tmp_path}/runs/{{0,1}}/checkpoint")

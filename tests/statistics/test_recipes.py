@@ -137,6 +137,7 @@ def test_simulated_rates_have_the_stated_mean_and_spread():
         assert (rates.mean(), rates.std()) == pytest.approx((0.9, 0.05), abs=5e-4)
 
 
+@pytest.mark.slow
 def test_intervals_cover_in_a_small_simulation():
     """200 draws: a true coverage of 95 % shows at least 90 % of them."""
     row = success_row(200, seeds=3, success=0.9, spread=0.05, episodes=100)

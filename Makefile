@@ -7,7 +7,7 @@ DEMO_TASK := pick-place-v3
 DEMO_DATA := $(DEMO)/demonstrations/metaworld-$(DEMO_TASK)-v0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick-tests test-all test-reliability test-versions lint types format bench-data bench-latency bench-rollout bench-quality bench-import bench-compare bench-recipes bench-start bench-hostile bench-parity clean
+.PHONY: help setup demo test quick-tests test-all test-reliability test-versions lint types format bench-data bench-latency bench-rates bench-rollout bench-quality bench-import bench-compare bench-recipes bench-start bench-hostile bench-parity clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -25,6 +25,7 @@ demo: $(DEMO)/sweep.json ## demonstrations, training, rollout and sweep on a Met
 	@echo "Made in $(DEMO):"
 	@echo "  demonstrations/  50 scripted demonstrations of $(DEMO_TASK) (Minari)"
 	@echo "  checkpoint/      the trained policy (safetensors and JSON)"
+	@echo "  training.html    the training on one page: losses, rollouts, the best checkpoint, videos"
 	@echo "  episodes.json    50 episodes on goals it has not seen, and mp4 videos of the first ones where rendering works"
 	@echo "  report.html      the sweep on one page: how few steps suffice, plots, videos side by side"
 	@echo "  sweep.png        success against ddim_steps; the figures are in sweep.csv and sweep.json"
@@ -103,6 +104,9 @@ bench-data: setup ## size and speed of demonstrations and windows, beside a PyTo
 
 bench-latency: setup ## a chunk's median and p99 beside the machine's floor and the reference's U-Net
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.bench.latency
+
+bench-rates: setup ## acts in real time at the control rates that a sweep prints, and counts the steps that come too late
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.bench.rates
 
 bench-rollout: setup ## environment steps a second beside the raw environment on every core
 	$(BIN)/python -m scripts.bench.rollout

@@ -18,7 +18,7 @@ OBSERVATION_DIM = 39
 FEATURES_DIM = 30
 ACTION_DIM = 4
 MAX_REWARD = 10.0
-OBSERVATIONS = ("state", "features")
+OBSERVATIONS = {"state": OBSERVATION_DIM, "features": OBSERVATION_DIM + FEATURES_DIM}  # width of each kind
 # Metres. A few centimetres decide whether a grasp succeeds, and the workspace is about a metre wide.
 NEAR = 0.05
 
@@ -76,8 +76,10 @@ class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         self.camera = choose("camera", camera, [model.camera(i).name for i in range(model.ncam)])
         # Most of Meta-World's cameras hang upside down: the z component of their up vector is negative.
         self._upside_down = bool(self._simulator.data.camera(camera).xmat[7] < -1e-6)
-        size = OBSERVATION_DIM + (FEATURES_DIM if observation == "features" else 0)
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        self.observation_spaces = {
+            kind: gymnasium.spaces.Box(-np.inf, np.inf, (width,), np.float32) for kind, width in OBSERVATIONS.items()
+        }
+        self.observation_space = self.observation_spaces[observation]
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
         self._renderer: Any = None
 

@@ -9,7 +9,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.metaworld import ACTION_DIM, MetaWorldEnv
+from envs.metaworld import ACTION_DIM, OBSERVATIONS, MetaWorldEnv
 
 # Meta-World's own choice of ten, MT10.
 MT10 = (
@@ -70,8 +70,11 @@ class MetaWorldTasksEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]])
             MetaWorldEnv(task, observation=observation, render_mode=render_mode, camera=camera, image_size=image_size)
             for task in self.tasks
         ]
-        (own_size,) = self._envs[0].observation_space.shape or ()
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (own_size + len(self.tasks),), np.float32)
+        self.observation_spaces = {
+            kind: gymnasium.spaces.Box(-np.inf, np.inf, (width + len(self.tasks),), np.float32)
+            for kind, width in OBSERVATIONS.items()
+        }
+        self.observation_space = self.observation_spaces[observation]
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
         self._current = 0
 

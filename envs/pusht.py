@@ -78,7 +78,8 @@ class PushTEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
             observation_height=PICTURE_SIZE,
         )
         self._simulator._get_coverage = _ordered_coverage(self._simulator)
-        self.observation_space = _observation_space(observation)
+        self.observation_spaces = _observation_spaces()
+        self.observation_space = self.observation_spaces[observation]
         self.action_space = gymnasium.spaces.Box(0.0, 512.0, (2,), np.float32)
         self._steps = 0
 
@@ -251,21 +252,19 @@ def _agent_pos(state: NDArray[np.float64]) -> NDArray[np.float32]:
     return state[:2].astype(np.float32)
 
 
-def _observation_space(observation: str) -> gymnasium.Space[Any]:
-    """Return the space of one kind of observation."""
-    box = gymnasium.spaces.Box
-    if observation == "features":
-        return box(-np.inf, np.inf, (FEATURE_DIM,), np.float32)
-    agent_pos = box(-np.inf, np.inf, (2,), np.float32)
-    if observation == "keypoints":
-        keypoint = box(-np.inf, np.inf, (KEYPOINT_DIM,), np.float32)
-        return gymnasium.spaces.Dict({"keypoint": keypoint, "agent_pos": agent_pos})
-    if observation == "corners":
-        corners = box(-np.inf, np.inf, (CORNER_DIM,), np.float32)
-        return gymnasium.spaces.Dict({"environment_state": corners, "agent_pos": agent_pos})
-    return gymnasium.spaces.Dict(
-        {"image": box(0, 255, (PICTURE_SIZE, PICTURE_SIZE, 3), np.uint8), "agent_pos": agent_pos}
-    )
+def _observation_spaces() -> dict[str, gymnasium.Space[Any]]:
+    """Return the space of each kind of observation."""
+
+    def vector(size: int) -> gymnasium.Space[Any]:
+        return gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+
+    picture = gymnasium.spaces.Box(0, 255, (PICTURE_SIZE, PICTURE_SIZE, 3), np.uint8)
+    return {
+        "features": vector(FEATURE_DIM),
+        "keypoints": gymnasium.spaces.Dict({"keypoint": vector(KEYPOINT_DIM), "agent_pos": vector(2)}),
+        "corners": gymnasium.spaces.Dict({"environment_state": vector(CORNER_DIM), "agent_pos": vector(2)}),
+        "image": gymnasium.spaces.Dict({"image": picture, "agent_pos": vector(2)}),
+    }
 
 
 def _ordered_coverage(simulator: Any) -> Callable[[], float]:

@@ -38,6 +38,9 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 # Where pip installs the console commands.
 PROGRAMS = Path(sys.executable).parent
 
+# How commands measure latency in this process: for a moment, and not again because the tests keep the machine busy.
+BRIEFLY = {"ROUNDS": 3, "SECONDS": 0.05, "WARM_UP": 0.02, "ATTEMPTS": 1}
+
 Done = subprocess.CompletedProcess[str]
 
 
@@ -103,6 +106,8 @@ def as_a_process(*argv: str, cores: int = 1) -> Iterator[None]:
         patch.setattr(sys, "argv", list(argv))
         patch.setattr(sys, "path", list(sys.path))
         patch.setattr("policy.rollout.workers.available_cores", lambda: cores)
+        for name, value in BRIEFLY.items():
+            patch.setattr(f"policy.rollout.latency.{name}", value)
         patch.setenv("HYDRA_FULL_ERROR", "1")
         patch.setattr(warnings, "formatwarning", warnings.formatwarning)
         patch.setattr(warnings, "showwarning", _show_warning)
@@ -155,13 +160,12 @@ def run_script() -> Callable[..., Done]:
 
 @pytest.fixture
 def plain_reports(monkeypatch) -> None:
-    """Leave the plots of sweeps out, in their reports too: they take seconds, and `tests/sweep` looks at them."""
+    """Leave the pictures of sweeps out: they take seconds, and `tests/sweep` looks at them."""
 
     def no_plot(rows: object, files: list[Path], **_: object) -> None:
         for file in files:
             file.touch()
 
-    monkeypatch.setattr("policy.sweep.report._plot", lambda rows, scheme: "<svg></svg>")
     monkeypatch.setattr("policy.commands.sweep.plot_rows", no_plot)
 
 

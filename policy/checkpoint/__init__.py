@@ -22,7 +22,7 @@ Schemas: 1 had no checksums.json; 2 is the current one.
 from policy.checkpoint.description import describe_checkpoint
 from policy.checkpoint.environment import choose_env, merge_env, only_of_the_user
 from policy.checkpoint.files import SCHEMA_VERSION, is_checkpoint
-from policy.checkpoint.keeping import describe_best, keep_checkpoint
+from policy.checkpoint.keeping import best_entry, describe_best, keep_checkpoint, measured
 from policy.checkpoint.reading import Checkpoint, digest_of, load_checkpoint, resume_training
 from policy.checkpoint.writing import save_checkpoint
 from policy.common.errors import SaveError
@@ -31,6 +31,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Checkpoint",
     "SaveError",
+    "best_entry",
     "choose_env",
     "describe_best",
     "describe_checkpoint",
@@ -38,6 +39,7 @@ __all__ = [
     "is_checkpoint",
     "keep_checkpoint",
     "load_checkpoint",
+    "measured",
     "merge_env",
     "only_of_the_user",
     "resume_training",

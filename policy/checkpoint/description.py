@@ -31,6 +31,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
         "environment": " ".join(f"{key}={value}" for key, value in env.items()) if env else "none: env=... chooses one",
         "control rate": f"{rate:g} Hz, that of the demonstrations" if rate else NOT_STATED,
         "tasks": _tasks(training, env or {}),
+        **_started(training),
         "trained on": _data(training),
         "training": _steps(training),
         "measured": _measured(training),
@@ -55,6 +56,13 @@ def _data(training: Mapping[str, Any]) -> str:
         return f"imported from {imported.get('project')}: {imported.get('source')}"
     counts = [f"{training[name]} {name}" for name in ("episodes", "transitions") if name in training]
     return ": ".join(filter(None, [str(training.get("dataset", "")), ", ".join(counts)])) or NOT_STATED
+
+
+def _started(training: Mapping[str, Any]) -> dict[str, str]:
+    """The checkpoint that the training started from or learned from, by its digest; nothing if there was none."""
+    roles = {"init": "whose weights it began with", "teacher": "whose chunks it learned"}
+    found = [f"the checkpoint {training[role]}, {what}" for role, what in roles.items() if role in training]
+    return {"started from": "; ".join(found)} if found else {}
 
 
 def _steps(training: Mapping[str, Any]) -> str:

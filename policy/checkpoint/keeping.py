@@ -66,22 +66,36 @@ def describe_best(checkpoint: Path, state: TrainState, rollout_episodes: int) ->
     Returns:
         A line for the terminal.
     """
-    best = checkpoint.with_name(KEPT) / BEST
-    step = _step_of(best) if is_checkpoint(best) else -1
-    found = next((entry for entry in state.history if entry["step"] == step and rank(entry)), None)
+    found = best_entry(checkpoint, state.history)
     if found is None:
         return "best: not known, because no checkpoint was saved right after a rollout or a validation"
-    measure = _measured(found, rollout_episodes)
+    best, step = checkpoint.with_name(KEPT) / BEST, int(found["step"])
+    measure = measured(found, rollout_episodes)
     if step == state.step:
         return f"best: step {step:,}, the last, {measure}"
     last = next((entry for entry in state.history if entry["step"] == state.step), {})
     return (
         f"best: step {step:,}, {measure}, kept in {best}; the last: step {state.step:,},"
-        f" {_measured(last, rollout_episodes)}"
+        f" {measured(last, rollout_episodes)}"
     )
 
 
-def _measured(entry: Entry, rollout_episodes: int) -> str:
+def best_entry(checkpoint: Path, history: Sequence[Entry]) -> Entry | None:
+    """The log entry of the best checkpoint.
+
+    Args:
+        checkpoint: the folder of the run's newest checkpoint.
+        history: the run's log entries.
+
+    Returns:
+        The entry, or None if no checkpoint was saved right after a rollout or a validation.
+    """
+    best = checkpoint.with_name(KEPT) / BEST
+    step = _step_of(best) if is_checkpoint(best) else -1
+    return next((entry for entry in history if entry["step"] == step and rank(entry)), None)
+
+
+def measured(entry: Entry, rollout_episodes: int) -> str:
     """What an entry ranks by, in words."""
     if "rollout/success_rate" in entry:
         return f"rollout success {entry['rollout/success_rate']:.0%} (of {rollout_episodes} episodes)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +126,14 @@ def _interface(policy: DiffusionPolicy) -> str:
 
 
 def _training(training: Figures) -> str:
-    """Table of what a checkpoint notes about its training, without the dataset's folder; empty if it notes nothing."""
-    noted = [(key, training[key]) for key in ("dataset", "episodes", "step", "batch_size", "seed") if key in training]
+    """Table of what a checkpoint notes about its training, without the dataset's folder; empty if it notes nothing.
+
+    `init` and `teacher` are digests of the checkpoints that it started from.
+    """
+    names = ("init", "teacher", "dataset", "episodes", "step", "batch_size", "seed")
+    noted = [(key, training[key]) for key in names if key in training]
+    if isinstance(imported := training.get("imported"), Mapping):
+        noted.append(("imported", f"{imported.get('project')}: {imported.get('source')}"))
     rows = [(key, markdown_text(Path(str(value)).name if key == "dataset" else str(value))) for key, value in noted]
     return markdown_table(("", "value"), rows) if rows else ""
 

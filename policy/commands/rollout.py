@@ -15,8 +15,11 @@ from policy.commands.stage import (
     OnEnvError,
     Stage,
     check_broken,
-    run_missing,
+    rollout_pool,
+    run_tasks,
+    say_on_disk,
     set_stage,
+    settle_provenance,
     stop_if_broken,
 )
 from policy.common.device import torch_threads
@@ -32,7 +35,7 @@ from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS, SamplerP
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout.cells import Cell, controllers_of, program_of
 from policy.rollout.episodes import EPISODES_FILE, MakeEnv, play_episode, write_episodes
-from policy.rollout.latency import chunk_latency
+from policy.rollout.latency import measure_latency, timed_controller
 from policy.rollout.ledger import Ledger, cell_id
 from policy.rollout.video import record_videos
 from policy.rollout.watch import ENV_PATIENCE, helpers_ended, watched
@@ -60,6 +63,7 @@ def roll_out(
     env: dict[str, Any] | None = None,
     on_env_error: Literal["count", "stop"] = "count",
     env_patience: float = ENV_PATIENCE,
+    mix: bool = False,
     video: int = 0,
     output_dir: Path | None = None,
     tracker: OpenRun,
@@ -85,6 +89,8 @@ def roll_out(
         on_env_error: what to do with an episode that the simulator cannot end: `count` it as a failure with its
             reason, or `stop` the rollout.
         env_patience: seconds that one call of the simulator may take before it counts as hanging.
+        mix: whether a rollout may go on whose episodes were run with other versions, another simulator or on another
+            processor; the summary then says so.
         video: number of first episodes to record as mp4.
         output_dir: receives `episodes.json`, the summary `rollout.json`, the ledger `rollout.jsonl` and the videos; by
             default a new folder under outputs/rollout.
@@ -116,17 +122,21 @@ def roll_out(
     driver = None if control_rate is None else _real_time_controller(policy, cell, program, control_rate, stage)
     folder = output_folder(output_dir, "rollout")
     with _ledger(folder, recorded, resumes=driver is None) as ledger:
+        missing = bool(ledger.missing(cell_id(recorded.settings), stage.seeds))
+        mixed = [] if driver else settle_provenance(stage, [recorded], ledger, missing=missing, mix=mix)
         tracking = tracker(folder=folder, config={"checkpoint": str(checkpoint), "env": stage.env})
         if driver is None:
             results = _as_fast_as_possible(recorded, ledger, stage, num_envs, on_env_error)
         else:
             results = _against_the_clock(driver, stage, folder, on_env_error)
         unpaired = ledger.unpaired
+        made_with = [stage.made_with] if driver else ledger.made_with([cell_id(recorded.settings)], stage.seeds)
+    (latency,) = measure_latency([timed_controller(policy, cell, program)])
     summary = {
         **sampler.record(),
         **asdict(controller),
         **summarize(results),
-        **chunk_latency(program, controller.candidates),
+        **latency.row,
     }
     tracking.log_table("rollout", [summary])
     tracking.finish()
@@ -136,11 +146,14 @@ def roll_out(
         print(f"warning: {warning}")
     print(
         f"one plan: {summary['latency_ms_median']:.1f} ms with {sampler.ddim_steps} ddim_steps"
-        f" (median, batch {controller.candidates}, one thread)"
+        f" (median, batch {controller.candidates}, one thread{', on a busy machine' * latency.busy})"
     )
     print(f"episodes: {write_episodes(results, folder)}")
-    said = [*stage.warnings, *filter(None, [unpaired]), *broken]
-    document = {"env": stage.env, "checkpoint": str(checkpoint), **summary, "warnings": said}
+    said = [*stage.warnings, *mixed, *filter(None, [unpaired]), *broken]
+    document = {
+        **{"env": stage.env, "checkpoint": str(checkpoint), **summary},
+        **{"warnings": said, "made_with": made_with},
+    }
     write_text(folder / SUMMARY, json_text(document, indent=1))
     if video:
         (simulated,) = controllers_of([policy], [cell], stage.action_space)
@@ -200,7 +213,14 @@ def _as_fast_as_possible(
 ) -> list[EpisodeResult]:
     """Run the episodes that the ledger lacks, in simulated time; return all results in the order of their seeds."""
     cell = ledger.introduce(recorded.settings)
-    run_missing(stage, [recorded], [cell], ledger, num_envs, on_env_error, name="rollout")
+    tasks, total = [(0, seed) for seed in ledger.missing(cell, stage.seeds)], len(stage.seeds)
+    say_on_disk(total - len(tasks), total)
+    if tasks:
+        with (
+            rollout_pool(stage, ledger, min(num_envs, len(tasks))) as pool,
+            progress(total=total, initial=total - len(tasks), desc="rollout", unit="episode") as bar,
+        ):
+            run_tasks(pool, [recorded], [cell], tasks, ledger, on_env_error, bar)
     return ledger.results(cell, stage.seeds)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from gymnasium.spaces import Box
+from tqdm import tqdm
 
 from policy.checkpoint import Checkpoint, choose_env, load_checkpoint
 from policy.common.control_rate import describe_mismatch, stated_rate
@@ -18,9 +19,10 @@ from policy.common.device import check_device
 from policy.common.errors import WorkerError
 from policy.common.output import episode_seeds
 from policy.common.plugins import loaded_plugins
-from policy.common.progress import progress
+from policy.rollout.cells import Task
 from policy.rollout.episodes import Env, MakeEnv, check_num_envs, check_spaces
-from policy.rollout.ledger import Ledger
+from policy.rollout.ledger import Ledger, cell_id
+from policy.rollout.provenance import Provenance, accept_mixture, provenance, with_packages
 from policy.rollout.watch import check_patience, helpers_ended, watched
 from policy.rollout.workers import RolloutPool
 from policy.statistics.results import EpisodeResult, describe_broken, too_many_broken
@@ -47,6 +49,7 @@ class Stage:
         action_space: action space of the environment.
         env_patience: seconds that one call of the simulator may take.
         warnings: given before the run, for its files.
+        made_with: what its episodes are run with.
     """
 
     checkpoints: list[Checkpoint]
@@ -56,6 +59,7 @@ class Stage:
     action_space: Box
     env_patience: float
     warnings: list[str]
+    made_with: Provenance
 
 
 def set_stage(
@@ -103,7 +107,7 @@ def set_stage(
         for checkpoint in loaded:
             check_spaces(checkpoint.policy.config, probe)
         mismatches = [_mismatch(checkpoint, probe, control_rate) for checkpoint in loaded]
-        action_space = probe.action_space
+        action_space, made_with = probe.action_space, provenance(probe, device)
     given = list(dict.fromkeys(filter(None, mismatches)))
     for warning in given:
         warnings.warn(warning, stacklevel=2)
@@ -116,6 +120,7 @@ def set_stage(
         action_space=action_space,
         env_patience=env_patience,
         warnings=given,
+        made_with=made_with,
     )
 
 
@@ -137,58 +142,98 @@ def _probe(make_env: MakeEnv, settings: dict[str, Any], checkpoint: Checkpoint) 
         ) from error
 
 
-def run_missing(
-    stage: Stage,
-    cells: Sequence[SweepCell],
-    ids: Sequence[str],
-    ledger: Ledger,
-    num_envs: int,
-    on_env_error: OnEnvError,
-    *,
-    workers: int | None = None,
-    name: str = "sweep",
-) -> None:
-    """Run the episodes that the ledger does not hold, and add each to it as soon as it ends.
+def settle_provenance(
+    stage: Stage, cells: Sequence[SweepCell], ledger: Ledger, *, missing: bool, mix: bool
+) -> list[str]:
+    """Before a run goes on: check that its missing episodes are run like the finished ones, and write down with what.
 
     Args:
         stage: the checkpoints, the environment and the seeds.
         cells: the cells to run.
-        ids: their ids in the ledger.
-        ledger: receives the results.
+        ledger: holds the finished episodes.
+        missing: whether episodes are missing.
+        mix: whether the missing ones may be run with something else.
+
+    Returns:
+        Warnings in sentences, which are given.
+
+    Raises:
+        ValueError: something differs, and `mix` is False.
+    """
+    ids = [cell_id(cell.settings) for cell in cells]
+    now = stage.made_with
+    if any(cell.cell.backend == "onnx" for cell in cells):
+        now = with_packages(now, ["onnxruntime"])
+    instead = "Use what the finished ones were run with, or another output_dir="
+    found = [*ledger.made_with(ids, stage.seeds), *([now] if missing else [])]
+    said = accept_mixture(found, mix, where=str(ledger.path), instead=instead)
+    if missing:
+        ledger.note_provenance(now)
+    for warning in said:
+        warnings.warn(warning, stacklevel=2)
+    return said
+
+
+def say_on_disk(finished: int, total: int) -> None:
+    """Print how many episodes need not run again, if there are any."""
+    if finished:
+        print(f"{finished} of {total} episodes are on disk already")
+
+
+@contextmanager
+def rollout_pool(stage: Stage, ledger: Ledger, num_envs: int, *, workers: int | None = None) -> Iterator[RolloutPool]:
+    """Start the processes, and find out whether a seed fixes the episode; if it does not, the ledger notes that.
+
+    Args:
+        stage: the checkpoints, the environment and the seeds.
+        ledger: of the run.
         num_envs: environments that run at once.
-        on_env_error: what to do with an episode that broke off.
         workers: number of processes; by default one per core.
-        name: stands before the progress bar.
+    """
+    policies = [checkpoint.policy for checkpoint in stage.checkpoints]
+    with RolloutPool(policies, stage.make_env, num_envs, workers=workers, patience=stage.env_patience) as pool:
+        if ledger.unpaired:
+            warnings.warn(ledger.unpaired, stacklevel=3)
+        elif unpaired := pool.probe(stage.seeds[0]):
+            ledger.note_unpaired(unpaired)
+            warnings.warn(unpaired, stacklevel=3)
+        yield pool
+
+
+def run_tasks(
+    pool: RolloutPool,
+    cells: Sequence[SweepCell],
+    ids: Sequence[str],
+    tasks: Sequence[Task],
+    ledger: Ledger,
+    on_env_error: OnEnvError,
+    bar: tqdm[Any],
+    after_each: Callable[[], None] = lambda: None,
+) -> None:
+    """Run episodes, and add each to the ledger as soon as it ends.
+
+    Args:
+        pool: runs them.
+        cells: the cells that the tasks refer to.
+        ids: their ids in the ledger.
+        tasks: episodes that the ledger does not hold.
+        ledger: receives the results.
+        on_env_error: what to do with an episode that broke off.
+        bar: shows the progress.
+        after_each: called after each episode.
 
     Raises:
         WorkerError: an episode broke off and `on_env_error` is `stop`, or the processes failed.
     """
-    tasks = [(number, seed) for number, cell in enumerate(ids) for seed in ledger.missing(cell, stage.seeds)]
-    total = len(cells) * len(stage.seeds)
-    if len(tasks) < total:
-        print(f"{total - len(tasks)} of {total} episodes are on disk already")
-    if ledger.unpaired:
-        warnings.warn(ledger.unpaired, stacklevel=2)
-    if not tasks:
-        return
-    policies = [checkpoint.policy for checkpoint in stage.checkpoints]
-    with (
-        RolloutPool(
-            policies, stage.make_env, min(num_envs, len(tasks)), workers=workers, patience=stage.env_patience
-        ) as pool,
-        progress(total=total, initial=total - len(tasks), desc=name, unit="episode") as bar,
-    ):
-        if not ledger.unpaired and (unpaired := pool.probe(stage.seeds[0])):
-            ledger.note_unpaired(unpaired)
-            warnings.warn(unpaired, stacklevel=2)
-        outcomes: dict[int, list[bool]] = {number: [] for number in range(len(cells))}
-        for (number, _), result in pool.run([cell.cell for cell in cells], tasks):
-            ledger.add(ids[number], result)
-            stop_if_broken(result, on_env_error)
-            outcomes[number].append(result.success)
-            success = sum(outcomes[number]) / len(outcomes[number])
-            bar.set_postfix(cell=f"{number + 1}/{len(cells)}", success=f"{success:.0%}", refresh=False)
-            bar.update()
+    outcomes: dict[int, list[bool]] = {number: [] for number in range(len(cells))}
+    for (number, _), result in pool.run([cell.cell for cell in cells], tasks):
+        ledger.add(ids[number], result)
+        stop_if_broken(result, on_env_error)
+        outcomes[number].append(result.success)
+        success = sum(outcomes[number]) / len(outcomes[number])
+        bar.set_postfix(cell=f"{number + 1}/{len(cells)}", success=f"{success:.0%}", refresh=False)
+        bar.update()
+        after_each()
 
 
 def stop_if_broken(result: EpisodeResult, on_env_error: OnEnvError) -> None:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from policy.commands.looks import fast_cells, run_looks
 from policy.commands.stage import (
-    EPISODES,
     FIRST_SEED,
     NUM_ENVS,
     Stage,
     check_broken,
-    run_missing,
     set_stage,
 )
 from policy.common.errors import SaveError
 from policy.common.output import output_folder
-from policy.common.progress import progress
 from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS
 from policy.rollout.cells import controllers_of
 from policy.rollout.episodes import MakeEnv
@@ -26,15 +26,20 @@ from policy.rollout.ledger import Ledger
 from policy.rollout.video import record_videos
 from policy.rollout.watch import ENV_PATIENCE, helpers_ended, watched
 from policy.statistics.results import EpisodeResult
-from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, read_swept, telling_seeds
-from policy.sweep.grid import Row, SweepCell, make_cells, with_backends
+from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, telling_seeds, title_of
+from policy.sweep.facts import facts_of
+from policy.sweep.grid import Row, SweepCell, ids_of, make_cells, with_backends
+from policy.sweep.live import LivePage, live_page, rows_so_far
+from policy.sweep.looks import LookPlan, can_stop_early, counted_results, planned_looks
+from policy.sweep.merging import read_swept
 from policy.sweep.plot import plot_rows
 from policy.sweep.recipes import check_alike, grouped, recipe_row, recipes_of, rows_by_recipe
 from policy.sweep.report import Clip, write_report
 from policy.sweep.table import format_table, write_files
+from policy.sweep.timing import check_max_ms, check_threads, latencies_of
 from policy.tracking.tracker import OpenRun, TrackedRun
 
-LEDGER = "episodes.jsonl"
+LEDGER, REPORT = "episodes.jsonl", "report.html"
 VIDEOS = 2
 
 
@@ -43,7 +48,9 @@ def sweep(
     *,
     checkpoint: Path | list[Path | list[Path]] | None = None,
     ddim_steps: int | list[int] = [1, 2, 4, 8, 16, 50],  # noqa: B006  (never changed)
-    episodes: int = EPISODES,
+    episodes: int = 600,
+    adaptive: bool = True,
+    looks: int | None = None,
     seed: int = FIRST_SEED,
     num_envs: int = NUM_ENVS,
     workers: int | None = None,
@@ -57,7 +64,11 @@ def sweep(
     on_env_error: Literal["count", "stop"] = "count",
     env_patience: float = ENV_PATIENCE,
     margin: float = 0.05,
+    max_ms: float | None = None,
+    mix: bool = False,
+    threads: int = 1,
     videos: int | None = None,
+    watch: bool = False,
     merge: list[Path] | None = None,
     output_dir: Path | None = None,
     tracker: OpenRun,
@@ -69,7 +80,10 @@ def sweep(
         checkpoint: the folder that training wrote, or several; an inner list, as [[a0,a1],[b0,b1]], holds the training
             seeds of one recipe, which is one cell.
         ddim_steps: denoising steps; a list makes an axis.
-        episodes: episodes in each cell; all cells run the same episodes with the same initial noise.
+        episodes: the most that a cell runs; all cells run the same episodes with the same initial noise.
+        adaptive: compare the cells at several looks, and end those that are decided; otherwise, and with recipes, all
+            cells run all episodes, and are compared once.
+        looks: how many, equally spaced; by default 6, or fewer where a look would add less than 20 episodes.
         seed: seed of the first episode; the others count up from it.
         num_envs: environments that run at once; no result depends on it.
         workers: number of processes; by default one per core.
@@ -85,7 +99,12 @@ def sweep(
             reason, or `stop` the sweep.
         env_patience: seconds that one call of the simulator may take before it counts as hanging.
         margin: the difference of success rates from which a cell counts as worse, in (0, 1).
+        max_ms: milliseconds that the median plan of a cell may take; slower cells are left out before any episode.
+        mix: whether episodes may be compared that were run with other versions, another simulator or on another
+            processor than the rest; the report then says so.
+        threads: threads of the plans whose latency is measured; episodes run on one for each worker.
         videos: episodes to record with each of the shown cells for the report; by default 2.
+        watch: serve the report to a browser on this machine while the sweep runs, and keep it up to date.
         merge: folders of finished sweeps; their results are merged, and no episode is run.
         output_dir: receives the files; by default a new folder under outputs/sweep.
         tracker: opens the tracked run.
@@ -96,10 +115,14 @@ def sweep(
     """
     if not 0 < margin < 1:
         raise ValueError(f"margin is a share of the episodes, above 0 and below 1; got {margin}")
+    check_max_ms(max_ms, merges=bool(merge))
+    check_threads(threads)
     if merge:
         if checkpoint is not None:
             raise ValueError("merge= combines sweeps that have run: leave checkpoint= out")
-        merged = read_swept(merge)
+        if watch:
+            raise ValueError("merge= combines sweeps that have run, so there is nothing to watch: leave watch= out")
+        merged = read_swept(merge, mix=mix)
         for given in merged.warnings:
             warnings.warn(given, stacklevel=2)
         folder = output_folder(output_dir, "sweep")
@@ -136,36 +159,82 @@ def sweep(
         raise ValueError(f"videos must be within 0..{episodes} (the episodes); got {videos}")
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be 1 or more; got {workers}")
+    planned = planned_looks(episodes, looks, adaptive=adaptive)
+    if len(planned) > 1 and max(map(len, recipes)) > 1:
+        print(f"recipes run as a fixed grid: their cells are compared once, after all {episodes} episodes")
+        planned = planned[-1:]
     folder = output_folder(output_dir, "sweep")
     cells = with_backends(cells, folder / LEDGER)
-    with Ledger(folder / LEDGER) as ledger:
-        run = tracker(folder=folder, config={"checkpoint": [str(c) for c in checkpoints], "env": stage.env})
-        ids = [ledger.introduce(cell.settings) for cell in cells]
-        run_missing(stage, cells, ids, ledger, num_envs, on_env_error, workers=workers)
-        results = [ledger.results(cell, stage.seeds) for cell in ids]
-        unpaired = ledger.unpaired
-    groups = rows_by_recipe(len(cells), recipes)
-    timed = progress(groups, total=len(groups), desc="latency", unit="cell")  # some backends compile for seconds
-    rows = [recipe_row(group, ids, cells, results) for group in timed]
-    members = [[str(cells[n].checkpoint.path) for n in group] for group in groups]
-    firsts = [group[0] for group in groups]
+    groups = [[cells[number] for number in group] for group in rows_by_recipe(len(cells), recipes)]
+    shown = live_page(folder / REPORT, title_of(stage.env), {"environment": stage.env}) if watch else nullcontext()
+    with shown as page:
+        with Ledger(folder / LEDGER) as ledger:
+            run = tracker(folder=folder, config={"checkpoint": [str(c) for c in checkpoints], "env": stage.env})
+            asked = tuple(ledger.introduce(cell.settings) for group in groups for cell in group)
+            groups, latencies, left_out = fast_cells(groups, asked, max_ms, threads, ledger)
+            cells = [cell for group in groups for cell in group]
 
-    def record(chosen: Sequence[int]) -> list[Clip]:
-        count = min(VIDEOS, episodes) if videos is None else videos
-        seeds = telling_seeds([results[firsts[number]] for number in chosen], count)
-        return _recorded(stage, [cells[n] for n in firsts], rows, chosen, seeds, folder / "videos") if seeds else []
+            def wanted() -> LookPlan:
+                several = can_stop_early(ledger) and len(cells) > 1
+                return LookPlan(
+                    asked=asked,
+                    max_ms=max_ms,
+                    left_out=left_out,
+                    cells=ids_of(cells),
+                    cost=tuple(cell.multiply_adds for cell in cells),
+                    seed=seed,
+                    looks=planned if several else planned[-1:],
+                    margin=margin,
+                    alpha=0,
+                )
 
-    unfixed = [unpaired] if unpaired else []
-    swept = Swept(
-        rows=rows,
-        results=[[result for n in group for result in results[n]] for group in groups],
-        env=stage.env,
-        warnings=[*stage.warnings, *unfixed],
-        paired=not unpaired,
-        members=members,
-    )
-    publish(folder, conclude(swept, margin), run, record)
+            refresh = partial(_refresh, page, cells, ledger, stage.seeds) if page else lambda: None
+            refresh()
+            plan, mixed = run_looks(
+                *(stage, cells, wanted, ledger, num_envs, on_env_error),
+                workers=workers,
+                mix=mix,
+                after_each=refresh,
+            )
+            results, unpaired = counted_results(plan, ledger), ledger.unpaired
+            made_with = ledger.made_with(plan.cells, plan.seeds)
+        firsts = [group[0] for group in groups]
+        by_row = grouped(results, groups)
+        rows = list(map(recipe_row, groups, by_row, latencies or latencies_of(firsts, threads)))
+
+        def record(chosen: Sequence[int]) -> list[Clip]:
+            count = min(VIDEOS, episodes) if videos is None else videos
+            seeds = telling_seeds([by_row[number][0] for number in chosen], count)
+            return _recorded(stage, firsts, rows, chosen, seeds, folder / "videos") if seeds else []
+
+        swept = Swept(
+            rows=rows,
+            results=[[result for found in of_row for result in found] for of_row in by_row],
+            env=stage.env,
+            warnings=[*stage.warnings, *mixed, *filter(None, [unpaired])],
+            paired=not unpaired,
+            left_out=left_out,
+            plan=plan,
+            made_with=made_with,
+            members=[[str(cell.checkpoint.path) for cell in group] for group in groups],
+        )
+        publish(folder, conclude(swept, margin), run, record)
     check_broken([result for found in results for result in found])
+
+
+def _refresh(page: LivePage, cells: Sequence[SweepCell], ledger: Ledger, seeds: range) -> None:
+    """Show the episodes that the ledger holds."""
+    ids = ids_of(cells)
+
+    def rows() -> list[Row]:
+        lacking = [{*ledger.missing(cell, seeds)} for cell in ids]
+        found = [
+            ledger.results(cell, [seed for seed in seeds if seed not in gaps])
+            for cell, gaps in zip(ids, lacking, strict=True)
+        ]
+        return rows_so_far(cells, found)
+
+    page.refresh(rows, len(cells) * len(seeds))
 
 
 def publish(
@@ -180,36 +249,33 @@ def publish(
         record: records episodes of the cells with the given indices; called after the tables are written.
     """
     rows, advice = conclusion.rows, conclusion.advice
-    summary = {
-        "env": conclusion.env,
-        "margin": conclusion.margin,
-        "answer": conclusion.answer,
-        "intervals": conclusion.scope,
-    }
-    if conclusion.between:
-        summary["between_checkpoints"] = conclusion.between
-    if conclusion.warnings:
-        summary["warnings"] = conclusion.warnings
-    if not conclusion.paired:
-        summary["paired"] = False
-    files = write_files(folder, rows, conclusion.episodes, summary)
+    files = write_files(folder, rows, conclusion.episodes, conclusion.summary)
     print(format_table(rows))
     print("\n".join([conclusion.answer, *(compared["sentence"] for compared in conclusion.between)]))
     for warning in conclusion.found:  # the others were given before the run
         print(f"warning: {warning}")
     clips = record(conclusion.shown)
-    pictures, report = [folder / "sweep.png", folder / "sweep.svg"], folder / "report.html"
+    pictures, report = [folder / "sweep.png", folder / "sweep.svg"], folder / REPORT
     try:
-        plot_rows(rows, pictures, title=conclusion.title, paired=conclusion.paired)
+        plot_rows(
+            rows,
+            pictures,
+            title=conclusion.title,
+            paired=conclusion.paired,
+            margin=conclusion.margin,
+            chosen=advice.cell,
+        )
         write_report(
             report,
             rows,
             title=conclusion.title,
             answer=conclusion.answer,
+            facts=facts_of(rows, advice, paired=conclusion.paired),
             comparisons=[*(compared["sentence"] for compared in conclusion.between), conclusion.scope],
             warnings=conclusion.warnings,
             chosen=advice.cell,
             differences=conclusion.differences,
+            margin=conclusion.margin,
             clips=clips,
             without_clips="No episodes were recorded: nothing can be drawn here, or videos=0.",
             settings=conclusion.settings,

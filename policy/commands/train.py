@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from typing import Any, Literal
 
 from policy.checkpoint import (
     Checkpoint,
+    best_entry,
     describe_best,
     digest_of,
     is_checkpoint,
     keep_checkpoint,
     load_checkpoint,
+    measured,
     merge_env,
     only_of_the_user,
     resume_training,
@@ -34,12 +37,14 @@ from policy.data.demonstrations import Augment, Demonstrations
 from policy.diffusion.sampler import Sampler
 from policy.model.config import PolicyConfig, PolicySettings
 from policy.model.diffusion_policy import DiffusionPolicy
-from policy.rollout.cells import Cell
-from policy.rollout.episodes import MakeEnv, check_num_envs, check_spaces, run_in_process
+from policy.rollout.cells import Cell, controllers_of
+from policy.rollout.episodes import Controller, MakeEnv, check_num_envs, check_spaces, run_in_process
 from policy.rollout.probe import unrepeatable
+from policy.rollout.video import record_videos
 from policy.rollout.watch import ENV_PATIENCE, check_patience, helpers_ended, watched
-from policy.statistics.results import describe_broken, summarize
-from policy.tracking.tracker import OpenRun, TrackedRun
+from policy.statistics.results import EpisodeResult, describe_broken, summarize
+from policy.tracking.tracker import MetricsLog, OpenRun, SentToAll
+from policy.tracking.training_page import PAGE, VIDEOS, TrainingFacts, training_page, video_name
 from policy.training.loop import train
 from policy.training.preparation import Run, prepare_run
 from policy.training.settings import TrainSettings, learning_rate
@@ -51,6 +56,8 @@ ROLLOUT_SEED = 50_000
 # A checkpoint notes the names of up to so many tasks.
 MAX_TASKS = 100
 
+# Records episodes of the policy that a controller drives.
+Film = Callable[[MakeEnv, Controller], None]
 # Runs a short rollout of the averaged policy, and returns its metrics.
 Rollout = Callable[[DiffusionPolicy], dict[str, float]]
 
@@ -72,6 +79,7 @@ def train_policy(
     seed: int = 0,
     num_envs: int = 8,
     env_patience: float = ENV_PATIENCE,
+    videos: int = 1,
     device: str = "cpu",
     output_dir: Path | None = None,
     expected: list[dict[str, float]] | None = None,
@@ -97,8 +105,9 @@ def train_policy(
         seed: seed of the split, the weights and every training step.
         num_envs: environments that run at once in the rollouts during training.
         env_patience: seconds that one call of the simulator may take in them.
+        videos: first episodes of each of these rollouts to record, for the run's page.
         device: `cpu` or `cuda`.
-        output_dir: receives `checkpoint/`; by default a new folder under outputs/train.
+        output_dir: receives `checkpoint/` and the page `training.html`; by default a new folder under outputs/train.
         expected: success_rate and score_mean that a preset reaches, for some values of `ddim_steps`; only printed.
 
     Raises:
@@ -108,6 +117,8 @@ def train_policy(
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after saving.
     """
     check_start(train=train, init=init, teacher=teacher, output_dir=output_dir)
+    if not 0 <= videos <= train.rollout_episodes:
+        raise ValueError(f"videos must be within 0..{train.rollout_episodes} (train.rollout_episodes); got {videos}")
     start = _start(init, teacher, output_dir)
     env = _env_of(dataset, env, start, train)
     config, dataset = _configured(policy, dataset, auxiliary, start, train)
@@ -120,7 +131,7 @@ def train_policy(
     trained = start.policies(train) if start else {}
     run = prepare_run(config, dataset, train, seed=seed, device=check_device(device), augment=augment, **trained)
     sampler.check(run.state.policy.schedule.num_steps)
-    rollout, tasks = None, dataset.metadata.get("tasks")
+    tasks = dataset.metadata.get("tasks")
     if env:
         with helpers_ended(), watched(make_env, env_patience) as make, closing(make(**env)) as probe:
             check_spaces(config, probe)
@@ -129,11 +140,13 @@ def train_policy(
             unfixed = unrepeatable(probe, ROLLOUT_SEED)[1] if train.rollout_every else ""
         for warning in filter(None, (mismatch, unfixed)):
             warnings.warn(warning, stacklevel=2)
-        rollout = partial(
-            _rolled_out, partial(make_env, **env), num_envs, env_patience, train, sampler, execution_horizon
-        )
 
     folder = output_folder(output_dir, "train")
+    film = partial(_film, run.state, folder / VIDEOS, range(ROLLOUT_SEED, ROLLOUT_SEED + videos))
+    rollout = None
+    if env:
+        make = partial(make_env, **env)
+        rollout = partial(_rolled_out, make, num_envs, env_patience, train, sampler, execution_horizon, film)
     record = _Record(
         folder=_newest(folder),
         env=env,
@@ -156,13 +169,16 @@ def train_policy(
         record.resume(run.state, train)
         _describe(run, env, start, train)
         tracking = tracker(folder=folder, config={"env": env, **record.training, **vars(config)})
-        _train(run, train, seed, tracking, record, rollout)
+        facts = _facts(dataset, env, record, train)
+        with training_page(folder, facts, run.state.history, partial(_best, record, run)) as page:
+            _train(run, train, seed, SentToAll(tracking, page), record, rollout)
         tracked = tracking.finish()
         if run.state.step < train.all_steps:
             print(f"stopped at step {run.state.step} and saved: the same command with output_dir={folder} goes on")
             raise KeyboardInterrupt  # so that commands that follow a complete training do not start
         print(describe_best(record.folder, run.state, train.rollout_episodes))
         print(f"checkpoint: {record.folder}" + (f"   tracked: {tracked}" if tracked else ""))
+        print(f"page: {folder / PAGE}")
         for row in expected or []:
             print("the preset as committed reaches: " + ", ".join(f"{name}={value:g}" for name, value in row.items()))
         if env is None:
@@ -372,7 +388,7 @@ def _described_start(run: Run, start: _Start, train: TrainSettings) -> str:
 
 
 def _train(
-    run: Run, settings: TrainSettings, seed: int, tracking: TrackedRun, record: _Record, rollout: Rollout | None
+    run: Run, settings: TrainSettings, seed: int, tracking: MetricsLog, record: _Record, rollout: Rollout | None
 ) -> None:
     """Train until the end or a signal, and print the speed and the skipped steps."""
     first_step, began = run.state.step, time.perf_counter()
@@ -411,6 +427,7 @@ def _rolled_out(
     settings: TrainSettings,
     sampler: Sampler,
     execution_horizon: int,
+    film: Film,
     policy: DiffusionPolicy,
 ) -> dict[str, float]:
     """Run a short rollout of the averaged policy, and return its metrics."""
@@ -419,7 +436,45 @@ def _rolled_out(
     with helpers_ended(), watched(make_env, env_patience) as make, ExitStack() as simulators:
         opened = [simulators.enter_context(closing(make())) for _ in range(min(num_envs, len(seeds)))]
         results = [result for _, result in run_in_process([policy], opened, [cell], [(0, seed) for seed in seeds])]
+        film(make, *controllers_of([policy], [cell], opened[0].action_space))
     for sentence in describe_broken(results):
         warnings.warn(sentence, stacklevel=2)
     summary = summarize(sorted(results, key=lambda result: result.seed))
     return {key: summary[key] for key in ("success_rate", "score_mean", "return_mean")}
+
+
+def _film(state: TrainState, folder: Path, seeds: Sequence[int], make_env: MakeEnv, controller: Controller) -> None:
+    """Record episodes of a rollout for the run's page; one that cannot be drawn is a warning."""
+
+    def file_of(number: int, result: EpisodeResult) -> Path:
+        return folder / video_name(state.step, result.seed, success=result.success)
+
+    try:
+        if seeds:
+            folder.mkdir(exist_ok=True)
+            deque(record_videos(make_env, [(controller, seed) for seed in seeds], file_of), maxlen=0)
+    except Exception as error:  # an environment need not know how to draw
+        warnings.warn(f"no videos of this run ({error}): videos=0 leaves them out", stacklevel=2)
+
+
+def _facts(
+    dataset: Demonstrations, env: dict[str, Any] | None, record: _Record, settings: TrainSettings
+) -> TrainingFacts:
+    """What the run's page says of it besides its metrics."""
+    name = " ".join(map(str, env.values())) if env else Path(dataset.source).name
+    return TrainingFacts(
+        title=f"Training: {name}",
+        all_steps=settings.all_steps,
+        phases=[(settings.steps, "rectification")] if settings.steps and settings.rectify_steps else [],
+        rollout_episodes=settings.rollout_episodes,
+        settings={"environment": env, **record.training},
+    )
+
+
+def _best(record: _Record, run: Run) -> tuple[int, str] | None:
+    """The step of the best checkpoint so far, and the checkpoint in words."""
+    found = best_entry(record.folder, run.state.history)
+    if found is None:
+        return None
+    step = int(found["step"])
+    return step, f"step {step:,}, {measured(found, record.training['rollout_episodes'])}"

@@ -20,7 +20,7 @@ from policy.common.observations import Observations, check_observations, is_imag
 from policy.diffusion.coefficients import reverse_process
 from policy.diffusion.ddim import Generators, randn_like
 from policy.diffusion.sampler import Course, Sampler
-from policy.inference.onnx_backend import ONNX_PACKAGES, Onnx
+from policy.inference.onnx_backend import ONNX_PACKAGES, Onnx, OnnxModel
 from policy.inference.onnx_graph import kind_of
 from policy.inference.program import Program, SamplingInputs, keep_with_past, with_past
 from policy.model.config import PolicyConfig
@@ -165,6 +165,17 @@ class SamplerProgram:
         if self.sampler.eta > 0:
             added = torch.stack([randn_like(like, generator) for _ in range(self.sampler.ddim_steps)])
         return self(observations, noise, added, previous=previous, keep=keep)
+
+    def use_threads(self, threads: int) -> None:
+        """Run on some CPU threads from now on: PyTorch's, which the process shares, or ONNX Runtime's.
+
+        Args:
+            threads: 1 or more. Rollouts run on one, because the rounding of a sum depends on their number.
+        """
+        torch.set_num_threads(threads)
+        for runner in (self.run, self.warm_run):
+            if isinstance(runner, Onnx) and isinstance(runner.model, OnnxModel):  # a packed one is for rollouts
+                runner.model.use_threads(threads)
 
     def _check(
         self, observations: Observations, noise: Tensor, step_noise: Tensor | None, previous: Tensor, keep: Tensor

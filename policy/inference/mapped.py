@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +40,11 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
 
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
 
 class MappedArrays:
     """Arrays in a file without a name, which ends with the last process that has it open.
@@ -45,13 +52,16 @@ class MappedArrays:
     Shared memory is too small for that in a container: Docker allows 64 MB. Pickled while this process runs, the
     arrays arrive in another process as the same memory.
 
+    Attributes:
+        places: where each array lies.
+
     Args:
         file: number of the open file; it is closed with this object.
-        places: where each array lies.
+        places: see above.
     """
 
     def __init__(self, file: int, places: Mapping[str, Place]) -> None:
-        self._file, self._places = file, dict(places)
+        self._file, self.places = file, dict(places)
         self._memory = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
 
     @classmethod
@@ -82,8 +92,13 @@ class MappedArrays:
         """The arrays, which cannot be written to."""
         return {
             name: np.frombuffer(self._memory, place.dtype, int(np.prod(place.shape)), place.offset).reshape(place.shape)
-            for name, place in self._places.items()
+            for name, place in self.places.items()
         }
+
+    def copy_to(self, path: Path) -> None:
+        """Write a copy of the file."""
+        os.lseek(self._file, 0, os.SEEK_SET)
+        shutil.copyfile(f"/dev/fd/{self._file}", path)
 
     def forget(self) -> None:
         """Let the system drop what it has read of the file; it is read again where it is needed."""
@@ -95,7 +110,7 @@ class MappedArrays:
             os.close(self._file)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _received, (Descriptor(self._file), self._places)
+        return _received, (Descriptor(self._file), self.places)
 
 
 def _received(descriptor: Any, places: Mapping[str, Place]) -> MappedArrays:
@@ -113,3 +128,9 @@ def page_out(arrays: Iterable[NDArray[Any]]) -> None:
         size = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
         if size > 0:
             madvise(begin, size, MADV_PAGEOUT)  # a refusal costs memory, and nothing else
+
+
+def give_back() -> None:
+    """Return freed memory to the system: glibc keeps what it expects to need again."""
+    if sys.platform.startswith("linux") and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)

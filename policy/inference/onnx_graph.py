@@ -25,7 +25,7 @@ from torch import nn
 
 from policy.diffusion.sampler import Sampler
 from policy.inference.int8 import narrow
-from policy.inference.mapped import Maker
+from policy.inference.mapped import Maker, Place
 from policy.inference.program import Program
 from policy.inference.rewriting import Part, rewrite
 from policy.model.diffusion_policy import zero_observations
@@ -39,6 +39,8 @@ STEP = "step."
 # Numbers in a weight that is kept apart from the graph. Smaller ones stay in it, so that the runtime can fold them.
 SMALLEST_WEIGHT = 1024
 LARGEST_FILE = 2**31 - 1
+# Name of the file that holds the weights which are kept apart.
+WEIGHTS_FILE = "weights"
 
 
 def require(package: str) -> Any:
@@ -151,6 +153,25 @@ def complete_model(model: bytes, weights: Mapping[str, NDArray[Any]], constants:
     for name, array in {**constants, **weights}.items():
         graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     return bytes(complete.SerializeToString())
+
+
+def with_places(model: bytes, places: Mapping[str, Place]) -> bytes:
+    """Say where the weights lie in the file `WEIGHTS_FILE` beside the model.
+
+    Args:
+        model: a serialised `OnnxGraph.model`.
+        places: the place of each of its weights.
+
+    Returns:
+        The bytes of a file.
+    """
+    placed = require("onnx").ModelProto.FromString(model)
+    for value in placed.graph.initializer:
+        if value.name in places:
+            place = places[value.name]
+            value.external_data.add(key="offset", value=str(place.offset))
+            value.external_data.add(key="length", value=str(place.size))
+    return bytes(placed.SerializeToString())
 
 
 def _traced(program: Program) -> tuple[Part, Part]:
@@ -293,7 +314,7 @@ def _declared(onnx: Any, name: str, array: NDArray[Any]) -> Any:
         data_type=onnx.helper.np_dtype_to_tensor_dtype(array.dtype),
         data_location=onnx.TensorProto.EXTERNAL,
     )
-    value.external_data.add(key="location", value="weights")
+    value.external_data.add(key="location", value=WEIGHTS_FILE)
     return value
 
 

@@ -71,6 +71,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
             num_steps=self.schedule.num_steps,
         )
         check_denoiser(config.denoiser["name"], self.denoiser)
+        self.denoiser.check_past_actions(config.past_actions)
         # Built last, so that the initial weights of the other parts are the same with and without auxiliary heads.
         self.auxiliary_heads = ModulesByKey(
             {key: nn.Linear(config.obs_size, shape[0]) for key, shape in config.auxiliary_shapes.items()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -12,9 +13,9 @@ from gymnasium.spaces import Box
 from policy.control.receding_horizon import RecedingHorizonController
 from policy.control.timeline import ControllerSettings
 from policy.diffusion.sampler import Sampler
-from policy.inference.backends import DEFAULT_WEIGHTS, PLAIN_BACKEND, SamplerProgram, compile_shared
+from policy.inference.backends import DEFAULT_WEIGHTS, PLAIN_BACKEND, Runner, SamplerProgram, compile_shared
 from policy.inference.mapped import page_out
-from policy.inference.onnx_backend import Onnx
+from policy.inference.onnx_backend import Onnx, OnnxModel
 from policy.model.diffusion_policy import DiffusionPolicy
 
 # The `plan_batch` of all rollouts: a fixed number, so that results do not depend on the number of environments.
@@ -85,12 +86,27 @@ def program_of(policy: DiffusionPolicy, cell: Cell) -> SamplerProgram:
     return compile_shared(policy, cell.sampler, backend=cell.backend, weights=cell.weights)
 
 
-def portable_programs(policies: Sequence[DiffusionPolicy], cells: Iterable[Cell]) -> dict[Cell, SamplerProgram]:
-    """Compile the cells whose backend takes seconds to compile and whose programs other processes can receive."""
+def portable_programs(
+    policies: Sequence[DiffusionPolicy], cells: Iterable[Cell], folder: Path
+) -> dict[Cell, SamplerProgram]:
+    """Compile the cells whose backend takes seconds to compile and whose programs other processes can receive.
+
+    Args:
+        policies: the policies that the cells refer to.
+        cells: the cells.
+        folder: for files that hold the weights for all processes; it must stay until they have ended.
+
+    Returns:
+        The programs of these cells.
+    """
     programs = {cell: program_of(policies[cell.policy], cell) for cell in cells if cell.backend == "onnx"}
-    for program in programs.values():
-        if isinstance(program.run, Onnx):
-            program.run.model.unload()  # it runs in the other processes
     for number in {cell.policy for cell in programs}:
         page_out(weight.detach().numpy() for weight in policies[number].parameters())
-    return programs
+    return {
+        cell: replace(program, run=_portable(program.run, folder), warm_run=_portable(program.warm_run, folder))
+        for cell, program in programs.items()
+    }
+
+
+def _portable(run: Runner, folder: Path) -> Runner:
+    return run.on(run.model.packed(folder)) if isinstance(run, Onnx) and isinstance(run.model, OnnxModel) else run

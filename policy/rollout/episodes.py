@@ -67,23 +67,14 @@ def check_spaces(config: PolicyConfig, env: Env) -> None:
         env: the environment.
 
     Raises:
-        ValueError: a key or shape differs; the message names both sides, and the keys under which they would fit.
+        ValueError: a key or shape differs; the message names both sides, and the choice and keys that would fit.
     """
-    space = env.observation_space
-    spaces = space.spaces if isinstance(space, gymnasium.spaces.Dict) else {plain_key(space.shape or ()): space}
-    shapes = {key: tuple(part.shape or ()) for key, part in spaces.items()}
+    shapes = _shapes(env.observation_space)
     wanted = {key: tuple(shape) for key, shape in config.observation_shapes.items()}
     if shapes != wanted:
-        keys = fitting_keys(wanted, shapes)
-        renamed = (
-            f"; it fits under other names: keys={describe_keys(keys)} of ddim-import, or"
-            " the same as dataset.observation_keys of ddim-train"
-            if keys
-            else ""
-        )
         raise ValueError(
             f"the environment's observations {_describe(shapes)} do not fit the policy's {_describe(wanted)}:"
-            f" choose the env= that the demonstrations came from{renamed}"
+            f" choose the env= that the demonstrations came from{_what_fits(wanted, env)}"
         )
     if env.action_space.shape != (config.action_dim,):
         raise ValueError(
@@ -100,6 +91,26 @@ def check_num_envs(num_envs: int) -> None:
     """
     if num_envs < 1:
         raise ValueError(f"num_envs must be 1 or more; got {num_envs}")
+
+
+def _shapes(space: gymnasium.Space[Any]) -> dict[str, tuple[int, ...]]:
+    spaces = space.spaces if isinstance(space, gymnasium.spaces.Dict) else {plain_key(space.shape or ()): space}
+    return {key: tuple(part.shape or ()) for key, part in spaces.items()}
+
+
+def _what_fits(wanted: Mapping[str, tuple[int, ...]], env: Env) -> str:
+    """Say under which names an environment fits, or with which of the observations that its setting offers."""
+    offered = {"it fits": env.observation_space}
+    for value, space in getattr(env.unwrapped, "observation_spaces", {}).items():
+        offered[f"env.observation={value} fits"] = space
+    for fits, space in offered.items():
+        if keys := fitting_keys(wanted, _shapes(space)):
+            names = (
+                f" under other names: keys={describe_keys(keys)} of ddim-import, or the same as"
+                " dataset.observation_keys of ddim-train"
+            )
+            return f"; {fits}{names if any(ours != theirs for ours, theirs in keys.items()) else ''}"
+    return ""
 
 
 def _describe(shapes: Mapping[str, tuple[int, ...]]) -> str:

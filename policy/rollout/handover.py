@@ -1,4 +1,4 @@
-"""What a rollout process receives as it starts: open files, the policies in one of them, and its standard error."""
+"""What a rollout process receives as it starts: the policies in an open file, a folder, and its standard error."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import IO
+from pathlib import Path
+from typing import IO, NamedTuple
 
 import torch
 
 from policy.common.descriptors import Descriptor
 from policy.common.errors import WorkerError
 from policy.model.diffusion_policy import DiffusionPolicy
+
+PREFIX = "ddim-policy-rollout-"
 
 
 @contextmanager
@@ -32,12 +35,24 @@ def standard_error_into(log: IO[bytes]) -> Iterator[Descriptor]:
         os.close(real)
 
 
+class Parcel(NamedTuple):
+    """What all processes share.
+
+    Attributes:
+        policies: an open file that holds the policies.
+        folder: for files that hold compiled programs.
+    """
+
+    policies: Descriptor
+    folder: Path
+
+
 @contextmanager
-def parcel(policies: Sequence[DiffusionPolicy]) -> Iterator[Descriptor]:
+def parcel(policies: Sequence[DiffusionPolicy]) -> Iterator[Parcel]:
     """Write policies to a file that processes map into memory, so that their weights are there once.
 
     Shared memory is too small for that in a container: Docker allows 64 MB. The file has no name, and ends with the
-    processes.
+    processes. The folder is removed at the end.
 
     Raises:
         WorkerError: there is no room for it.
@@ -47,17 +62,18 @@ def parcel(policies: Sequence[DiffusionPolicy]) -> Iterator[Descriptor]:
             file = stack.enter_context(tempfile.TemporaryFile())
             torch.save(list(policies), file)
             file.flush()
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True))
         except (OSError, RuntimeError) as error:
             raise WorkerError(
                 f"the policies cannot be written for the rollout processes ({error}): name a folder with room in"
                 " TMPDIR, or use num_envs=1"
             ) from error
-        yield Descriptor(file.fileno())
+        yield Parcel(Descriptor(file.fileno()), Path(folder))
 
 
-def unpacked(parcel: Descriptor) -> list[DiffusionPolicy]:
+def unpacked(parcel: Parcel) -> list[DiffusionPolicy]:
     """Map the policies of a `parcel` into memory, in the process that received it."""
-    number = parcel.take()
+    number = parcel.policies.take()
     try:
         # The parent has just written it: nothing that a user loads comes this way.
         policies: list[DiffusionPolicy] = torch.load(f"/dev/fd/{number}", mmap=True, weights_only=False)

@@ -1,14 +1,18 @@
 """The ledger of a sweep or rollout: every finished episode, written to disk at once and exactly once.
 
 One JSON object a line: `{"cell": id, "settings": {...}}` introduces a cell, `{"cell": id, "seed": ...}` is an episode,
-`{"unpaired": "..."}` says why equal seeds are not equal episodes.
+`{"made_with": {...}}` says what the episodes after it were run with, `{"unpaired": "..."}` why equal seeds are not
+equal episodes, and `{"plan": {...}}` is a plan of looks, made before its episodes. Each line ends with a checksum,
+`"check"`; lines that earlier versions wrote have none.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,9 +20,23 @@ from typing import Any
 from filelock import lock_descriptor
 
 from policy.common.files import json_text
+from policy.rollout.provenance import UNKNOWN, Provenance, is_provenance
 from policy.statistics.results import EpisodeResult
 
 Settings = Mapping[str, Any]
+
+# The checksum at the end of a line.
+CHECK = b', "check": "%08x"}'
+CHECKED = re.compile(rb'.*, "check": "[0-9a-f]{8}"}', re.DOTALL)
+# The names in lines without a checksum: no later version writes such a line.
+UNCHECKED = {
+    *("cell", "settings", "unpaired"),
+    *("seed", "success", "score", "return", "steps", "late_steps", "attempts", "broke_off"),
+}
+
+
+class _RepeatedError(ValueError):
+    """A line says what an earlier one has said; the message is what."""
 
 
 def cell_id(settings: Settings) -> str:
@@ -42,6 +60,43 @@ def recorded_settings(file: Path) -> list[Settings]:
     return found
 
 
+def _line_of(row: Mapping[str, Any]) -> bytes:
+    """A line of the file, with its checksum (CRC-32 of what stands before it) and without its end."""
+    text = json_text(row).encode()[:-1]
+    return text + CHECK % zlib.crc32(text)
+
+
+def _row_of(line: bytes, checked: bool) -> tuple[dict[str, Any], bool]:
+    """Read a line.
+
+    Args:
+        line: the line without its end.
+        checked: whether a line before it has a checksum, so that this one must have one.
+
+    Returns:
+        The row without its checksum, and whether it has one.
+
+    Raises:
+        ValueError: the line was edited, or cut.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("it is not JSON: it was edited or cut") from error
+    if not isinstance(row, dict):
+        raise ValueError("it is not a JSON object")
+    if row.pop("check", None) is None:
+        if checked:
+            raise ValueError("its checksum is missing")
+        if unknown := [name for name in row if name not in UNCHECKED]:
+            raise ValueError(f"{unknown[0]!r} is unknown")
+        return row, False
+    text = line[: -len(CHECK % 0)]
+    if line != text + CHECK % zlib.crc32(text):
+        raise ValueError("it does not fit its checksum: it was edited")
+    return row, True
+
+
 class Ledger:
     """Results by cell and seed, in a file that is appended to and never rewritten.
 
@@ -55,9 +110,13 @@ class Ledger:
     """
 
     def __init__(self, file: Path) -> None:
-        self._results: dict[str, dict[int, EpisodeResult]] = {}
+        # By cell and seed: the result, and the index of its provenance.
+        self._results: dict[str, dict[int, tuple[EpisodeResult, int]]] = {}
+        self._introduced: set[str] = set()
+        self._made_with: list[Provenance] = [UNKNOWN]
         self.unpaired = ""  # why equal seeds are not equal episodes, as a sentence; empty if nothing says so
-        self._path = file
+        self.path = file
+        self.plans: list[Settings] = []  # in the order in which they were made
         try:
             self._file = file.open("a+b")
             ours = lock_descriptor(self._file.fileno(), blocking=False)
@@ -68,40 +127,81 @@ class Ledger:
             raise ValueError(f"{file} is in use by another process: wait for it, or choose another output_dir=")
         self._file.seek(0)
         content = self._file.read()
-        whole = content.rfind(b"\n") + 1
-        self._file.truncate(whole)
         try:
-            for number, line in enumerate(content[:whole].splitlines(), 1):
-                self._read(number, line)
+            self._read_all(content)
         except ValueError:
             self.close()
             raise
+        self._file.truncate(content.rfind(b"\n") + 1)
 
-    def _read(self, number: int, line: bytes) -> None:
-        where = f"{self._path}, line {number}"
-        try:
-            row = json.loads(line)
-            if "unpaired" in row:
-                self.unpaired = str(row["unpaired"])
-                return
-            known = self._results.setdefault(row["cell"], {})
-            if "settings" in row:
-                return
-            result = EpisodeResult.from_row(row)
-            repeated = result.seed in known
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{where} is damaged ({error!r}): remove the line, its episode is run again") from error
-        if repeated:
-            raise ValueError(
-                f"{where} repeats the episode with seed {result.seed} of cell {row['cell']}: remove one of the two"
-            )
-        known[result.seed] = result
+    def _read_all(self, content: bytes) -> None:
+        """Read the lines that are whole.
+
+        Raises:
+            ValueError: a line is damaged or repeated.
+        """
+        *lines, rest = content.split(b"\n")
+        if CHECKED.match(rest) and not CHECKED.fullmatch(rest):  # no killed process leaves more than a line
+            lines.append(rest)
+        checked = False
+        for number, line in enumerate(lines, 1):
+            try:
+                row, checked = _row_of(line, checked)
+                _kind_of(row)(self, row)
+            except _RepeatedError as error:
+                raise ValueError(f"{self.path}, line {number} repeats {error}: remove one of the two") from error
+            except (ValueError, KeyError, TypeError) as error:
+                reason = f"{error} is missing" if isinstance(error, KeyError) else error
+                raise ValueError(
+                    f"{self.path}, line {number} is damaged ({reason}): remove the line; if it is an episode, that is"
+                    " run again"
+                ) from error
+
+    def _read_provenance(self, row: Mapping[str, Any]) -> None:
+        made_with = row["made_with"]
+        if not made_with or not is_provenance(made_with):
+            raise ValueError("made_with is not a provenance")
+        if made_with == self._made_with[-1]:
+            raise _RepeatedError("the line of before that says what episodes were run with")
+        self._made_with.append(made_with)
+
+    def _read_unpaired(self, row: Mapping[str, Any]) -> None:
+        if not isinstance(row["unpaired"], str) or not row["unpaired"]:
+            raise ValueError(f"unpaired must be a sentence; got {row['unpaired']!r}")
+        if self.unpaired:
+            raise _RepeatedError("that equal seeds are not equal episodes")
+        self.unpaired = row["unpaired"]
+
+    def _read_plan(self, row: Mapping[str, Any]) -> None:
+        if not isinstance(row["plan"], dict):
+            raise ValueError(f"{row['plan']!r} is not a plan")
+        if row["plan"] in self.plans:
+            raise _RepeatedError("a plan")
+        self.plans.append(row["plan"])
+
+    def _read_settings(self, row: Mapping[str, Any]) -> None:
+        if row["cell"] != cell_id(row["settings"]):
+            raise ValueError(f"{row['cell']} is not the id of these settings")
+        if row["cell"] in self._introduced:
+            raise _RepeatedError(f"the settings of cell {row['cell']}")
+        self._introduced.add(row["cell"])
+
+    def _read_episode(self, row: Mapping[str, Any]) -> None:
+        if not isinstance(row["cell"], str):
+            raise ValueError(f"{row['cell']!r} is not the id of a cell")
+        result = EpisodeResult.from_row(row)
+        if result.seed in self._results.get(row["cell"], {}):
+            raise _RepeatedError(f"the episode with seed {result.seed} of cell {row['cell']}")
+        self._keep(row["cell"], result)
+
+    def _keep(self, cell: str, result: EpisodeResult) -> None:
+        self._results.setdefault(cell, {})[result.seed] = (result, len(self._made_with) - 1)
 
     def introduce(self, settings: Settings) -> str:
         """Write down a cell's settings, unless the file has them, and return the cell's id."""
         cell = cell_id(settings)
-        if cell not in self._results:
-            self._results[cell] = {}
+        if cell not in self._introduced:
+            self._introduced.add(cell)
             self._append({"cell": cell, "settings": dict(settings)})
         return cell
 
@@ -109,6 +209,24 @@ class Ledger:
         """Write down that equal seeds are not equal episodes."""
         self.unpaired = reason
         self._append({"unpaired": reason})
+
+    def note_plan(self, plan: Settings) -> None:
+        """Write down a plan of looks."""
+        self.plans.append(plan)
+        self._append({"plan": dict(plan)})
+
+    def note_provenance(self, made_with: Provenance) -> None:
+        """Write down what the episodes that are added from now on were run with, unless that is as before."""
+        if made_with != self._made_with[-1]:
+            self._made_with.append(made_with)
+            self._append({"made_with": made_with})
+
+    def made_with(self, cells: Iterable[str], seeds: Iterable[int]) -> list[Provenance]:
+        """The provenances of the results that these cells have for these seeds, each once, in their order."""
+        wanted = set(seeds)
+        used = {number for cell in cells for seed, (_, number) in self._results.get(cell, {}).items() if seed in wanted}
+        found = [self._made_with[number] for number in sorted(used)]
+        return [one for index, one in enumerate(found) if one not in found[:index]]
 
     def finished(self) -> set[str]:
         """The ids of the cells that have results."""
@@ -120,14 +238,14 @@ class Ledger:
         Raises:
             ValueError: the cell already has a result for that seed.
         """
-        if result.seed in self._results[cell]:
+        if not self.missing(cell, [result.seed]):
             raise ValueError(f"the episode with seed {result.seed} of cell {cell} was run twice")
-        self._results[cell][result.seed] = result
+        self._keep(cell, result)
         self._append({"cell": cell, **result.row()})
 
     def missing(self, cell: str, seeds: Iterable[int]) -> list[int]:
         """The seeds for which the cell has no result yet."""
-        return [seed for seed in seeds if seed not in self._results[cell]]
+        return [seed for seed in seeds if seed not in self._results.get(cell, {})]
 
     def results(self, cell: str, seeds: Sequence[int]) -> list[EpisodeResult]:
         """The cell's results in the order of the seeds.
@@ -136,11 +254,11 @@ class Ledger:
             ValueError: a seed has no result.
         """
         if gaps := self.missing(cell, seeds):
-            raise ValueError(f"{self._path}: cell {cell} lacks {len(gaps)} episodes, the first with seed {gaps[0]}")
-        return [self._results[cell][seed] for seed in seeds]
+            raise ValueError(f"{self.path}: cell {cell} lacks {len(gaps)} episodes, the first with seed {gaps[0]}")
+        return [self._results[cell][seed][0] for seed in seeds]
 
     def _append(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json_text(row).encode() + b"\n")
+        self._file.write(_line_of(row) + b"\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -154,3 +272,21 @@ class Ledger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+# What reads a line, by a name that only lines of its kind have; the most frequent kind comes first.
+_KINDS = {
+    "seed": Ledger._read_episode,
+    "settings": Ledger._read_settings,
+    "made_with": Ledger._read_provenance,
+    "unpaired": Ledger._read_unpaired,
+    "plan": Ledger._read_plan,
+}
+
+
+def _kind_of(row: Mapping[str, Any]) -> Callable[[Ledger, Mapping[str, Any]], None]:
+    """What reads this line."""
+    for name, read in _KINDS.items():
+        if name in row:
+            return read
+    raise ValueError("it is of no known kind")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout import handover
 from policy.rollout.cells import Cell, Task, controllers_of, portable_programs
 from policy.rollout.episodes import Env, MakeEnv, check_num_envs, run_episodes, run_in_process
-from policy.rollout.handover import standard_error_into
+from policy.rollout.handover import Parcel, standard_error_into
 from policy.rollout.probe import Trajectory, difference, unrepeatable, warning
 from policy.rollout.watch import ENV_PATIENCE, Clock, WatchedEnv, check_patience, overdue, watched
 from policy.statistics.results import EpisodeResult
@@ -168,7 +169,8 @@ class RolloutPool:
         if not self._workers:
             yield from run_in_process(self._policies, self._envs, cells, tasks)
             return
-        self._programs |= portable_programs(self._policies, set(cells) - self._programs.keys())
+        fresh_cells = set(cells) - self._programs.keys()
+        self._programs |= portable_programs(self._policies, fresh_cells, self._parcel.folder)
         programs = {number: self._programs[cell] for number, cell in enumerate(cells) if cell in self._programs}
         fresh, suspects, unfinished = deque(tasks), deque[Task](), set(tasks)
         attempts, fruitless = Counter[Task](), 0
@@ -353,7 +355,7 @@ def _check_main_guard() -> None:
 def _serve(
     standard_error: Descriptor,
     plugins: Sequence[str],
-    parcel: Descriptor,
+    parcel: Parcel,
     make_env: MakeEnv,
     num_envs: int,
     connection: Connection,
@@ -364,7 +366,7 @@ def _serve(
     Args:
         standard_error: the parent's, see `standard_error_into`.
         plugins: modules to import.
-        parcel: the policies, see `handover.parcel`.
+        parcel: the policies and a folder, see `handover.parcel`.
         make_env: makes an environment.
         num_envs: number of environments.
         connection: to the parent.
@@ -376,7 +378,7 @@ def _serve(
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     leave_children_alone()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(parcel.folder,), daemon=True).start()
     torch.set_num_threads(1)  # processes with several spinning threads each would slow each other down
 
     envs: list[WatchedEnv] = []
@@ -433,11 +435,12 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
-def _end_with_parent() -> None:
-    """End this process and its group when its parent ends: a parent that was killed cannot do it."""
+def _end_with_parent(folder: Path) -> None:
+    """End this process and its group when its parent ends, and remove its folder: a parent that was killed cannot."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
+        shutil.rmtree(folder, ignore_errors=True)
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGKILL)
         os._exit(1)

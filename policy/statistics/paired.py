@@ -9,15 +9,20 @@ Where a seed does not fix the episode, equal seeds are different episodes and ou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import bdtrc, ndtr, ndtri
+from scipy.special import gammaln, ndtr, ndtri, xlogy
 
 from policy.statistics.checks import Array, cells_by_episodes, check_bounds, check_fraction
 from policy.statistics.intervals import RESAMPLES_AT_ONCE, mean_intervals
+
+# Score statistics are told apart in steps of 10 / BINS: at 4, a step changes a p-value by a thousandth of it.
+BINS = 1 << 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +45,19 @@ class PairedDifference:
     adjusted_p_value: float
 
 
-def holm(p_values: ArrayLike, *, most_true: int | None = None) -> Array:
+def holm(p_values: ArrayLike, weights: ArrayLike = 1.0) -> Array:
     """Adjust p-values for multiple testing (Holm 1979).
 
     If every hypothesis with an adjusted p-value of at most alpha is rejected, the probability of one or more false
     rejections is at most alpha.
 
     Args:
-        p_values: (M,), in [0, 1].
-        most_true: the greatest number of hypotheses that can be true together, if fewer than M (Shaffer 1986).
+        p_values: (..., M), in [0, 1]; the M of a row are adjusted together.
+        weights: positive, of a shape that broadcasts to that of `p_values`; a hypothesis with twice the weight starts
+            with twice the level.
 
     Returns:
-        (M,) adjusted p-values in the same order, each at least its p-value.
+        (..., M) adjusted p-values in the same order, each at least its p-value.
 
     Raises:
         ValueError: no p-values, or p-values outside [0, 1].
@@ -61,12 +67,15 @@ def holm(p_values: ArrayLike, *, most_true: int | None = None) -> Array:
         [0.03, 0.06, 0.06]
     """
     p = np.asarray(p_values, dtype=float)
-    if p.ndim != 1 or not p.size or not np.all((p >= 0) & (p <= 1)):
+    if not p.ndim or not p.size or not np.all((p >= 0) & (p <= 1)):
         raise ValueError(f"p_values must be a list of one or more numbers in [0, 1]; got {p.tolist()}")
-    order = np.argsort(p, kind="stable")
-    left = np.minimum(np.arange(p.size, 0, -1), p.size if most_true is None else most_true)
+    weights = np.broadcast_to(np.asarray(weights, dtype=float), p.shape)
+    order = np.argsort(p / weights, axis=-1, kind="stable")
+    sorted_weights = np.take_along_axis(weights, order, -1)
+    left = sorted_weights[..., ::-1].cumsum(-1)[..., ::-1]
+    steps = np.maximum.accumulate(left / sorted_weights * np.take_along_axis(p, order, -1), axis=-1)
     adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(np.maximum.accumulate(left * p[order]), 1)
+    np.put_along_axis(adjusted, order, np.minimum(steps, 1), -1)
     return adjusted
 
 
@@ -93,7 +102,9 @@ def mcnemar_test(wins: ArrayLike, losses: ArrayLike) -> Array:
     return np.minimum(1, 2 * binom.cdf(np.minimum(wins, losses), wins + losses, 0.5))
 
 
-def paired_interval(wins: ArrayLike, losses: ArrayLike, episodes: int, confidence: float = 0.95) -> tuple[Array, Array]:
+def paired_interval(
+    wins: ArrayLike, losses: ArrayLike, episodes: ArrayLike, confidence: float = 0.95
+) -> tuple[Array, Array]:
     """Tango's score interval for the difference of two paired success rates (Tango 1998, Stat. Med. 17, 891-908).
 
     It inverts the score test, as Wilson's interval does for one rate. It keeps its coverage in small samples and for
@@ -102,7 +113,7 @@ def paired_interval(wins: ArrayLike, losses: ArrayLike, episodes: int, confidenc
     Args:
         wins: (...), episodes that only the first cell solved.
         losses: (...), episodes that only the second cell solved.
-        episodes: N, the number of all episodes.
+        episodes: (...), the number of all episodes.
         confidence: two-sided coverage of the interval, in (0, 1); each end alone is a one-sided bound at a confidence
             of (1 + confidence) / 2.
 
@@ -155,20 +166,41 @@ def non_inferiority_test(wins: ArrayLike, losses: ArrayLike, episodes: int, marg
     check_fraction("margin", margin)
     excess, deviation = score_statistic(*discordant_counts(wins, losses, episodes), episodes, -margin)
     z = np.asarray(excess / deviation)
-    return np.maximum(ndtr(-z), _exact_p_values(z.ravel(), episodes, margin).reshape(z.shape))
+    return np.maximum(ndtr(-z), _tails(episodes, margin)[_bins(z)])
+
+
+def inferiority_test(wins: ArrayLike, losses: ArrayLike, episodes: int, margin: float) -> Array:
+    """Test that a cell's true success rate is not lower than another's by more than `margin`: Tango's score test.
+
+    Args:
+        wins: (...), episodes that only the first cell solved.
+        losses: (...), episodes that only the second cell solved.
+        episodes: N, the number of all episodes.
+        margin: a difference of success rates, in (0, 1).
+
+    Returns:
+        (...) one-sided asymptotic p-values; a small one shows that the first cell is worse by more than `margin`.
+
+    Raises:
+        ValueError: impossible counts, or a margin outside (0, 1).
+    """
+    check_fraction("margin", margin)
+    excess, deviation = score_statistic(*discordant_counts(wins, losses, episodes), episodes, -margin)
+    return np.asarray(ndtr(excess / deviation))
 
 
 def compare_success(
-    success: ArrayLike, reference: int, confidence: float = 0.95, *, paired: bool = True
+    success: Sequence[ArrayLike], reference: int, confidence: float = 0.95, *, paired: bool = True
 ) -> tuple[PairedDifference, ...]:
-    """Compare the success rate of every cell with that of a reference cell.
+    """Compare the success rate of every cell with that of a reference cell, chosen without looking at the outcomes.
 
     The intervals are Tango's. The p-values are those of the exact McNemar test, adjusted by Holm over all pairs of
-    cells.
+    cells. For a reference that the outcomes decide, such as the best cell, see `simultaneous.compare_with_best`.
 
     Args:
-        success: (K, N) bool, K cells on the same N episodes.
-        reference: index of the cell to compare with, such as the best.
+        success: for each cell its outcomes, true or false; column n is the same episode. Cells may have run different
+            numbers of episodes; a pair is compared on those that both ran.
+        reference: index of the cell to compare with.
         confidence: two-sided coverage of each interval separately, in (0, 1).
         paired: whether a column is the same episode for all cells; otherwise see `unpaired_wins`.
 
@@ -176,15 +208,14 @@ def compare_success(
         One comparison per cell; for the reference itself the difference is 0 and the p-value 1.
 
     Raises:
-        ValueError: a malformed array, a reference that does not exist, or a confidence outside (0, 1).
+        ValueError: malformed outcomes, a reference that does not exist, or a confidence outside (0, 1).
     """
-    solved = cells_by_episodes(success, "success", bool)
-    _check_reference(reference, len(solved))
-    wins = wins_over(solved) if paired else unpaired_wins(solved)
-    first, second = np.triu_indices(len(solved), 1)
+    wins, episodes = pair_counts(success, paired=paired)
+    _check_reference(reference, len(wins))
+    first, second = np.triu_indices(len(wins), 1)
     p = mcnemar_test(wins[first, second], wins[second, first])
-    low, high = paired_interval(wins[:, reference], wins[reference], solved.shape[1], confidence)
-    return _differences(solved.mean(1), low, high, p, reference)
+    low, high = paired_interval(wins[:, reference], wins[reference], episodes[:, reference], confidence)
+    return _differences((wins[:, reference] - wins[reference]) / episodes[:, reference], low, high, p, reference)
 
 
 def compare_means(
@@ -219,23 +250,23 @@ def compare_means(
     first, second = np.triu_indices(len(matrix), 1)
     p = _sign_flip_test(matrix[first] - matrix[second])
     low, high = mean_intervals(matrix - matrix[reference], confidence, span)
-    return _differences(matrix.mean(1), low, high, p, reference)
+    return _differences(matrix.mean(1) - matrix[reference].mean(), low, high, p, reference)
 
 
-def score_statistic(wins: Array, losses: Array, episodes: int, difference: ArrayLike) -> tuple[Array, Array]:
+def score_statistic(wins: Array, losses: Array, episodes: ArrayLike, difference: ArrayLike) -> tuple[Array, Array]:
     """Numerator and denominator of Tango's score statistic for a hypothesis about the difference of two rates.
 
     Args:
         wins: (...) float, episodes that only the first cell solved.
         losses: (...) float, episodes that only the second cell solved.
-        episodes: N, the number of all episodes.
+        episodes: (...), the number of all episodes.
         difference: (...), in (-1, 1), the hypothesis: the rate of wins minus the rate of losses.
 
     Returns:
         (...) wins - losses minus its expectation under the hypothesis, and its standard deviation at the restricted
         maximum likelihood estimate of the rate of losses (Tango 1998).
     """
-    difference = np.asarray(difference)
+    difference, episodes = np.asarray(difference), np.asarray(episodes)
     a = 2 * episodes
     b = (2 * episodes - wins + losses) * difference - wins - losses
     c = -losses * difference * (1 - difference)
@@ -244,39 +275,57 @@ def score_statistic(wins: Array, losses: Array, episodes: int, difference: Array
     return wins - losses - episodes * difference, np.sqrt(np.maximum(variance, 0))
 
 
-def _exact_p_values(z: Array, episodes: int, margin: float) -> Array:
-    """Compute the greatest probability of a score statistic of `z` or more when the true difference is -margin.
+def null_deviation(discordant: Array, margin: float) -> Array:
+    """Standard deviation per episode that the score test expects under a difference of -margin.
 
     Args:
-        z: (K,) observed statistics.
+        discordant: (...), the rate of episodes that exactly one of both cells solved.
+        margin: in (0, 1).
+    """
+    return score_statistic(discordant / 2, discordant / 2, 1, -margin)[1]
+
+
+@lru_cache(maxsize=64)
+def _tails(episodes: int, margin: float) -> Array:
+    """Compute the upper tails of the score statistic when the true difference is -margin.
+
+    Args:
         episodes: N, the number of all episodes.
         margin: in (0, 1).
 
     Returns:
-        (K,) probabilities.
+        For each of `_bins`, the probability of a statistic in this bin or above it, at the rate of wins for which it is
+        greatest. Values that share a bin count as equal, so that no probability is too small.
     """
-    # Imported here: scipy.stats takes a second to load, and intervals do not need it.
-    from scipy.stats import binom
-
-    losses = np.arange(episodes + 1)
-    # Bisect, for each number of losses, the least number of wins that reaches z: the statistic grows with the wins.
-    few, many = np.zeros((len(z), episodes + 1), dtype=int), np.tile(episodes - losses + 1, (len(z), 1))
-    for _ in range(episodes.bit_length() + 1):
-        middle = (few + many) // 2
-        excess, deviation = score_statistic(middle.astype(float), losses.astype(float), episodes, -margin)
-        reached = excess >= (z[:, None] - 1e-9) * deviation
-        few, many = np.where(reached | (few == many), few, middle + 1), np.where(reached, middle, many)
+    log_factorial = gammaln(np.arange(episodes + 1) + 1.0)
+    greatest = np.zeros(2 * BINS + 1)
     # The rate of wins is unknown: try a grid from 0 to its greatest possible value, finer near 0.
-    win_rate = (1 - margin) / 2 * np.linspace(0, 1, 33) ** 2
-    weight = binom.pmf(losses, episodes, (win_rate + margin)[:, None])
-    likely, lost = np.nonzero(weight > 1e-10)
-    # Given the number of losses, the wins are binomial among the remaining episodes.
-    trials, rate = episodes - lost, np.minimum(win_rate / (1 - margin - win_rate), 1)[likely]
-    needed = many[:, lost]
-    tail = np.where(needed > trials, 0.0, np.where(needed == 0, 1.0, bdtrc(needed - 1.0, trials, rate)))
-    sums = np.zeros((len(z), len(win_rate)))
-    np.add.at(sums.T, likely, (weight[likely, lost] * tail).T)
-    return np.minimum(sums.max(1), 1)
+    for win_rate in (1 - margin) / 2 * np.linspace(0, 1, 33) ** 2:
+        wins, losses = (_likely_counts(episodes, rate) for rate in (win_rate, win_rate + margin))
+        wins, losses = np.meshgrid(wins, losses)
+        possible = wins + losses <= episodes
+        wins, losses = wins[possible], losses[possible]
+        neither = episodes - wins - losses
+        logarithm = log_factorial[-1] - log_factorial[wins] - log_factorial[losses] - log_factorial[neither]
+        rates = (win_rate, win_rate + margin, max(1 - 2 * win_rate - margin, 0.0))
+        chance = np.exp(logarithm + sum(map(xlogy, (wins, losses, neither), rates)))
+        excess, deviation = score_statistic(wins.astype(float), losses.astype(float), episodes, -margin)
+        found = np.bincount(_bins(excess / deviation), chance, minlength=len(greatest))
+        # What is left out as too unlikely counts as a statistic of any size.
+        greatest = np.maximum(greatest, found[::-1].cumsum()[::-1] + max(1 - found.sum(), 0.0))
+    return np.minimum(greatest, 1)
+
+
+def _bins(z: Array) -> Array:
+    """Number the intervals of width 10 / BINS in which score statistics lie; the last ones are open."""
+    return np.floor((np.clip(z, -10, 10) + 10 + 1e-9) * (BINS / 10)).astype(int).clip(0, 2 * BINS)
+
+
+def _likely_counts(episodes: int, rate: float) -> Array:
+    """The numbers of events of this rate in so many episodes, without those whose probability is below about 1e-10."""
+    reach = 6.5 * math.sqrt(episodes * rate * (1 - rate)) + 7
+    low, high = math.floor(episodes * rate - reach), math.ceil(episodes * rate + reach)
+    return np.arange(max(low, 0), min(high, episodes) + 1) if rate > 0 else np.zeros(1, dtype=int)
 
 
 def bisect(below: Callable[[Array], Array], low: Array, high: Array) -> Array:
@@ -316,11 +365,11 @@ def _sign_flip_test(differences: Array) -> Array:
     return as_far / (40 * RESAMPLES_AT_ONCE + 1)
 
 
-def _differences(means: Array, low: Array, high: Array, p: Array, reference: int) -> tuple[PairedDifference, ...]:
-    """Combine means, intervals and p-values into one comparison per cell.
+def _differences(differences: Array, low: Array, high: Array, p: Array, reference: int) -> tuple[PairedDifference, ...]:
+    """Combine differences, intervals and p-values into one comparison per cell.
 
     Args:
-        means: (K,) of the cells.
+        differences: (K,) from the reference cell.
         low: (K,) lower ends of the differences from the reference.
         high: (K,) upper ends of the differences from the reference.
         p: (K (K - 1) / 2,) p-values of all pairs, row by row above the diagonal of the matrix of pairs.
@@ -329,7 +378,7 @@ def _differences(means: Array, low: Array, high: Array, p: Array, reference: int
     Returns:
         One comparison per cell.
     """
-    count = len(means)
+    count = len(differences)
     raw, adjusted = np.ones((count, count)), np.ones((count, count))
     upper = np.triu_indices(count, 1)
     if p.size:
@@ -338,7 +387,7 @@ def _differences(means: Array, low: Array, high: Array, p: Array, reference: int
     low[reference] = high[reference] = 0.0
     return tuple(
         PairedDifference(
-            difference=float(means[i] - means[reference]),
+            difference=float(differences[i]),
             low=float(low[i]),
             high=float(high[i]),
             p_value=float(raw[i, reference]),
@@ -348,15 +397,50 @@ def _differences(means: Array, low: Array, high: Array, p: Array, reference: int
     )
 
 
-def discordant_counts(wins: ArrayLike, losses: ArrayLike, episodes: int) -> tuple[Array, Array]:
+def discordant_counts(wins: ArrayLike, losses: ArrayLike, episodes: ArrayLike) -> tuple[Array, Array]:
     """Check the numbers of discordant episodes of pairs of cells, and broadcast them to float arrays of one shape."""
     first, second = np.broadcast_arrays(np.asarray(wins, dtype=float), np.asarray(losses, dtype=float))
-    if episodes < 1 or not np.all((first >= 0) & (second >= 0) & (first + second <= episodes)):
+    if np.any(np.less(episodes, 1)) or not np.all((first >= 0) & (second >= 0) & (first + second <= episodes)):
         raise ValueError(
             "wins and losses must be 0 or more and together at most the number of episodes, which must be 1 or more;"
-            f" got {episodes} episodes"
+            f" got {np.max(episodes)} episodes"
         )
     return first, second
+
+
+def outcomes_of(success: Sequence[ArrayLike]) -> list[Array]:
+    """Check the outcomes of each cell, one or more cells and episodes: a bool array per cell, of any lengths.
+
+    Raises:
+        ValueError: no cells, no episodes, or outcomes other than true and false.
+    """
+    if not len(success):
+        raise ValueError("success must be of one or more cells; got none")
+    return [cells_by_episodes([row], "success", bool)[0] for row in success]
+
+
+def pair_counts(success: Sequence[ArrayLike], *, paired: bool) -> tuple[Array, Array]:
+    """Compare each pair of cells on the episodes that both ran.
+
+    Args:
+        success: for each cell its outcomes, true or false; column n is the same episode.
+        paired: see `compare_success`; cells that are not paired need the same number of episodes.
+
+    Returns:
+        (K, K) episodes that only the row's cell solved, and (K, K) episodes that both ran.
+
+    Raises:
+        ValueError: malformed outcomes.
+    """
+    if not paired:
+        solved = cells_by_episodes(success, "success", bool)
+        return unpaired_wins(solved), np.full((len(solved), len(solved)), solved.shape[1])
+    rows = outcomes_of(success)
+    lengths = np.array([len(row) for row in rows])
+    solved, failed = np.zeros((2, len(rows), lengths.max()))
+    for number, row in enumerate(rows):
+        solved[number, : len(row)], failed[number, : len(row)] = row, ~row
+    return solved @ failed.T, np.minimum.outer(lengths, lengths)
 
 
 def wins_over(solved: Array) -> Array:

@@ -1,9 +1,10 @@
 """The cell to recommend where each cell is a recipe used in one way: verdicts over training seeds and episodes.
 
 The reasoning is that of `policy.statistics.recommendation`: a cell is "not worse" when the test says so against every
-other cell, by Holm over the cells. The tests are those of `policy.statistics.recipes`, whose level is shown by
-simulation and is not exact. Few training seeds leave much undecided, and more episodes may not change that: an
-undecided answer says which of the two would help most, and promises no number.
+other cell, and the tests of all cells against the same one are adjusted together by Holm. The tests are those of
+`policy.statistics.recipes`, whose level is shown by simulation and is not exact. Few training seeds leave much
+undecided, and more episodes may not change that: an undecided answer says which of the two would help most, and
+promises no number.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from policy.statistics.recipes import (
     not_worse_test,
     worse_test,
 )
-from policy.statistics.recommendation import Verdict
+from policy.statistics.recommendation import Verdict, adjust, ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +146,7 @@ def recommend_recipes(
     best = max(by_cost, key=lambda i: rates[i])  # of several, the first and hence the cheapest
     verdicts = _verdicts(
         {(i, j): _difference(solved, recipe, i, j) for i in every for j in every if i != j or len(every) == 1},
-        len(every),
+        ranks(cost, len(every)),
         episodes,
         margin,
         1 - confidence,
@@ -192,16 +193,18 @@ def _difference(solved: Sequence[Array], recipe: Sequence[int], i: int, j: int) 
 
 
 def _verdicts(
-    estimates: Mapping[tuple[int, int], Estimate], cells: int, episodes: int, margin: float, alpha: float
+    estimates: Mapping[tuple[int, int], Estimate], costs: Array, episodes: int, margin: float, alpha: float
 ) -> tuple[RecipeVerdict, ...]:
-    """The verdicts on K cells, from the estimates of each one's difference from each other."""
+    """The verdicts on K cells, from all differences and the `ranks` of the cells' costs."""
+    cells = len(costs)
     if cells == 1:
         return (RecipeVerdict(verdict="not worse", p_value=0, hardest=0, difference=0, half_width=0, seeds_share=0),)
     tests = {pair: not_worse_test(estimate, episodes, margin) for pair, estimate in estimates.items()}
     others = [[j for j in range(cells) if j != i] for i in range(cells)]
     hardest = [max(others[i], key=lambda j: tests[i, j]) for i in range(cells)]
     least = [min(worse_test(estimates[i, j], episodes, margin) for j in others[i]) for i in range(cells)]
-    good = holm([tests[i, hardest[i]] for i in range(cells)], most_true=cells - 1)
+    not_worse = np.array([[tests[i, j] if i != j else 0.0 for j in range(cells)] for i in range(cells)])
+    good = adjust(not_worse, costs).max(1)
     bad = holm([min(1.0, (cells - 1) * p) for p in least])
     verdicts = []
     for i in range(cells):

@@ -1,19 +1,24 @@
-"""The cell to recommend: the cheapest that is not worse than the best, or how many more episodes would decide.
+"""The cell to recommend: the cheapest that is not worse than the best.
 
 The *best seen* cell is the one with the highest observed success rate. The *truly best* cell, which is not known, is
 the one with the highest true success rate.
 
 A cell is "not worse" when `non_inferiority_test` says so against *every* other cell, not only the best seen. The truly
 best cell is one of them, whichever it is, so the guarantee holds although the data decide which cell is the best seen
-(Hsu 1984, Ann. Stat. 12, 1136-1144: multiple comparisons with the best). A cell's p-value is the greatest of these
-tests', adjusted by Holm over the cells; the truly best cell's hypothesis is false, so at most K - 1 hypotheses are
-true. Hence the probability that *any* cell called "not worse" is in truth worse than the truly best by the margin or
-more, and with it the probability of a wrong recommendation, is at most 1 - confidence for all rates, correlations and
-numbers of episodes (to within 1 % of that value, because the exact test maximises over a grid). The best seen cell is
-tested like the others: after few episodes it may be the best by luck.
+(Hsu 1984, Ann. Stat. 12, 1136-1144: multiple comparisons with the best). The tests of all cells against the same one
+are adjusted together by Holm; the error counts only for those against the truly best. Hence the probability that *any*
+cell called "not worse" is in truth worse than the truly best by the margin or more, and with it the probability of a
+wrong recommendation, is at most alpha for all rates, correlations and numbers of episodes (to within 1 % of that value,
+because the exact test maximises over a grid). The best seen cell is tested like the others: after few episodes it may
+be the best by luck.
+
+The tests of cells that are cheaper than the one they are compared with have more weight in Holm's steps, because to
+recommend a cheaper cell is what a sweep is for. The weights depend on the costs alone.
 
 A cell is "worse" when one-sided score tests (Bonferroni over the cells that it is compared with, Holm over the cells)
 show that it is worse than some cell by more than the margin. Otherwise it is "open".
+
+`recommend` is for one look at one set of episodes. `sequential.follow` looks several times and stops early.
 """
 
 from __future__ import annotations
@@ -25,21 +30,50 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import ndtr, ndtri
+from scipy.special import ndtri
 
 from policy.statistics.checks import Array, cells_by_episodes, check_fraction
 from policy.statistics.paired import (
-    bisect,
-    discordant_counts,
     holm,
+    inferiority_test,
     non_inferiority_test,
-    paired_interval,
-    score_statistic,
+    null_deviation,
     unpaired_wins,
     wins_over,
 )
 
 Verdict = Literal["not worse", "worse", "open"]
+
+# The weight of a test of a cell against one that is cheaper or costs the same; the others have 1.
+LIGHT = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """What is known about each pair of K cells; row i and column j are cell i compared with cell j.
+
+    Attributes:
+        wins: (..., K, K), episodes that only cell i solved.
+        episodes: (..., K, K), episodes that both cells ran when they were last compared.
+        not_worse: (..., K, K) p-values of "cell i is worse than cell j by the margin or more"; 0 on the diagonal, so
+            that a cell is never worse than itself.
+        worse: (..., K, K) p-values of "cell i is not worse than cell j by more than the margin"; 1 on the diagonal.
+    """
+
+    wins: Array
+    episodes: Array
+    not_worse: Array
+    worse: Array
+
+    @property
+    def discordant(self) -> Array:
+        """(..., K, K), the rate of episodes that exactly one of both solved, shrunk slightly away from 0."""
+        return (self.wins + np.swapaxes(self.wins, -1, -2) + 1) / (self.episodes + 2)
+
+    @property
+    def differences(self) -> Array:
+        """(..., K, K), the observed success rate of cell i minus that of cell j on the episodes that both ran."""
+        return (self.wins - np.swapaxes(self.wins, -1, -2)) / self.episodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +81,22 @@ class CellVerdict:
     """The verdict on one cell of a `Recommendation`.
 
     Attributes:
-        difference: observed success rate minus that of the best seen cell.
-        low: one-sided lower confidence bound of the difference, for this pair alone.
-        high: one-sided upper confidence bound of the difference, for this pair alone.
+        difference: observed success rate minus that of the best seen cell, on the episodes that both ran.
         p_value: for the hypothesis that the cell is worse than the truly best cell by the margin or more, adjusted for
             the number of cells.
-        verdict: "not worse" (that hypothesis is rejected), "worse" (the cell is shown to be worse) or "open" (there are
-            too few episodes).
-        more_episodes: how many more episodes would probably end an open verdict if the cell is as good as the best; 0
-            for the other verdicts.
+        verdict: "not worse" (that hypothesis is rejected), "worse" (the cell is shown to be worse) or "open" (neither
+            is shown).
+        hardest: index of the cell against which it is hardest to show that this one is not worse.
+        loss: observed success rate of that cell minus that of this one, on the episodes that both ran.
+        allowed_loss: about the greatest `loss` at which the cell would have become "not worse" with all episodes.
     """
 
     difference: float
-    low: float
-    high: float
     p_value: float
     verdict: Verdict
-    more_episodes: int
+    hardest: int
+    loss: float
+    allowed_loss: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,21 +106,23 @@ class Recommendation:
     Attributes:
         cell: index of the recommended cell; None if no cell is shown to be not worse than the best.
         best: index of the cell with the highest observed success rate (of several, the cheapest).
+        cheapest: index of the cell with the lowest cost (of several, the more successful).
+        undecided: index of the cell that would have improved the recommendation and came nearest to it; None if no cell
+            that is open is cheaper than the recommended one.
         margin: the difference of success rates from which a cell counts as worse.
         confidence: of all verdicts "not worse" together.
+        episodes: the number of episodes that each cell ran, or could have run.
         cells: one verdict per cell.
-        more_episodes: how many more episodes would probably lead to a recommendation, or to that of a cheaper cell; 0
-            if no cell that would improve the recommendation is open.
-        sentence: the recommendation in words.
     """
 
     cell: int | None
     best: int
+    cheapest: int
+    undecided: int | None
     margin: float
     confidence: float
+    episodes: int
     cells: tuple[CellVerdict, ...]
-    more_episodes: int
-    sentence: str
 
 
 def recommend(
@@ -100,17 +135,15 @@ def recommend(
 ) -> Recommendation:
     """Recommend the cheapest cell whose success rate is not worse than the best cell's by `margin` or more.
 
-    The module's docstring explains the verdicts, and `episodes_needed` explains `more_episodes`. The guarantee is for
-    one look at one set of episodes. Adding episodes until a recommendation appears gives more chances of a wrong one;
-    for two looks, use `confidence=0.975` for both.
+    The module's docstring explains the verdicts. The guarantee is for one look at one set of episodes. Looking again
+    after more episodes gives more chances of a wrong recommendation: `sequential.follow` is for that.
 
     Args:
         success: (K, N) bool, K cells on the same N episodes.
-        cost: (K,) numbers, or tuples in the order of their importance, such as (`ddim_steps`, latency). Of cells with
-            equal costs the more successful one is recommended.
+        cost: (K,) numbers, or tuples in the order of their importance. Of cells with equal costs the more successful
+            one is recommended, and of equally successful ones the first.
         margin: a difference of success rates, in (0, 1).
-        confidence: one-sided, in (0.5, 1), of all verdicts "not worse" together; each `low` and `high` has it
-            separately.
+        confidence: one-sided, in (0.5, 1), of all verdicts "not worse" together.
         paired: whether a column is the same episode for all cells; otherwise see `unpaired_wins`.
 
     Returns:
@@ -128,143 +161,167 @@ def recommend(
     check_fraction("margin", margin)
     check_fraction("confidence", confidence, above=0.5)
     solved = cells_by_episodes(success, "success", bool)
-    costs = _costs(cost, len(solved))
-    cells, episodes = solved.shape
-    rates = solved.mean(1)
-    by_cost = sorted(range(cells), key=lambda i: (costs[i], -rates[i]))
-    best = max(by_cost, key=lambda i: rates[i])  # of several, the first and hence the cheapest
     wins = wins_over(solved) if paired else unpaired_wins(solved)
-    verdicts = _verdicts(wins, rates, best, episodes, margin, 1 - confidence)
+    alpha, episodes, costs = 1 - confidence, solved.shape[1], ranks(cost, len(solved))
+    pairs = compare_pairs(wins, episodes, margin)
+    levels = levels_in_force(adjust(pairs.not_worse, costs), costs, alpha)
+    allowed = allowed_loss(pairs, margin, levels, episodes)
+    return advise(pairs, allowed, costs, margin=margin, alpha=alpha, confidence=confidence, episodes=episodes)
+
+
+def compare_pairs(wins: Array, episodes: int, margin: float) -> Pairs:
+    """Test every pair of cells on the same episodes, at one look.
+
+    Args:
+        wins: (..., K, K), episodes that only the row's cell solved.
+        episodes: the number of episodes.
+        margin: in (0, 1).
+    """
+    # Many pairs share their counts, most of all in a simulation: each pair of counts is tested once.
+    losses = np.swapaxes(wins, -1, -2)
+    codes = np.rint(wins * (episodes + 1) + losses).astype(int)
+    seen = np.zeros((episodes + 1) ** 2, dtype=bool)
+    seen[codes] = True
+    index = (seen.cumsum() - 1)[codes]
+    won, lost = np.divmod(np.flatnonzero(seen), episodes + 1)
+    own = np.eye(wins.shape[-1], dtype=bool)
+    return Pairs(
+        wins=wins,
+        episodes=np.full(wins.shape, episodes),
+        not_worse=np.where(own, 0.0, non_inferiority_test(won, lost, episodes, margin)[index]),
+        worse=np.where(own, 1.0, inferiority_test(won, lost, episodes, margin)[index]),
+    )
+
+
+def weights(costs: Array) -> Array:
+    """(K, K) weights of the tests of the row's cell against the column's, from the (K,) `ranks` of their costs."""
+    return np.where(costs[:, None] < costs, 1.0, LIGHT)
+
+
+def adjust(not_worse: Array, costs: Array) -> Array:
+    """Adjust the (..., K, K) p-values `Pairs.not_worse`: those in a column, against the same cell, together."""
+    columns = np.swapaxes(not_worse, -1, -2)
+    return np.swapaxes(holm(columns, weights(costs).T), -1, -2)
+
+
+def levels_in_force(adjusted: Array, costs: Array, alpha: float) -> Array:
+    """The levels that Holm's next step compares p-values with, (..., K, K), from the adjusted ones."""
+    weight = weights(costs)
+    left = np.where(adjusted > alpha, weight, 0).sum(-2, keepdims=True)
+    return alpha * weight / np.maximum(left, weight)
+
+
+def shown_worse(pairs: Pairs, alpha: float) -> Array:
+    """(..., K) bool, the cells that are shown to be worse than some cell by more than the margin."""
+    cells = pairs.worse.shape[-1]
+    return holm(np.minimum(1, max(cells - 1, 1) * pairs.worse.min(-1))) <= alpha
+
+
+def level_in_force(accepted: Array, alpha: float) -> Array:
+    """(...) the level that Holm's next step compares a pair's p-value with, from the (..., K) `accepted` cells."""
+    cells = accepted.shape[-1]
+    return alpha / np.clip(cells - accepted.sum(-1), 1, max(cells - 1, 1))
+
+
+def advise(
+    pairs: Pairs, allowed: Array, costs: Array, *, margin: float, alpha: float, confidence: float, episodes: int
+) -> Recommendation:
+    """Turn the tests of all pairs into a recommendation.
+
+    Args:
+        pairs: (K, K) each.
+        allowed: (K, K), see `allowed_loss`.
+        costs: see `ranks`.
+        margin: in (0, 1).
+        alpha: level of all verdicts "not worse" together.
+        confidence: see `Recommendation`.
+        episodes: see `Recommendation`.
+    """
+    own = np.eye(len(costs), dtype=bool)
+    # Where all cells ran the same episodes, this is the order of their success rates.
+    strength = np.where(own, np.inf, pairs.differences).min(1)
+    by_cost = sorted(range(len(costs)), key=lambda i: (costs[i], -strength[i]))
+    best = max(by_cost, key=lambda i: strength[i])  # of several, the first and hence the cheapest
+    p_values, worse = adjust(pairs.not_worse, costs).max(1), shown_worse(pairs, alpha)
+    hardest = np.where(own, -np.inf, -pairs.differences - allowed).argmax(1)
+    verdicts = tuple(
+        CellVerdict(
+            difference=float(pairs.differences[i, best]),
+            p_value=float(p_values[i]),
+            verdict="not worse" if p_values[i] <= alpha else "worse" if worse[i] else "open",
+            hardest=int(j),
+            loss=float(-pairs.differences[i, j]),
+            allowed_loss=float(allowed[i, j]),
+        )
+        for i, j in enumerate(hardest)
+    )
     cell = next((i for i in by_cost if verdicts[i].verdict == "not worse"), None)
-    cheaper = [i for i in by_cost if cell is None or costs[i] < costs[cell]]
-    more = min((verdicts[i].more_episodes for i in cheaper if verdicts[i].more_episodes), default=0)
+    open_cells = [i for i in by_cost if verdicts[i].verdict == "open" and (cell is None or costs[i] < costs[cell])]
     return Recommendation(
         cell=cell,
         best=best,
+        cheapest=by_cost[0],
+        undecided=min(open_cells, key=lambda i: verdicts[i].loss - verdicts[i].allowed_loss, default=None),
         margin=margin,
         confidence=confidence,
+        episodes=episodes,
         cells=verdicts,
-        more_episodes=more,
-        sentence=_sentence(cell, best, by_cost[0], cells, margin, confidence, more),
     )
 
 
-def episodes_needed(
-    wins: ArrayLike, losses: ArrayLike, episodes: int, margin: float, *, alpha: float = 0.05, power: float = 0.8
-) -> Array:
-    """How many more episodes `non_inferiority_test` needs if the two cells are in truth equal.
-
-    After M episodes the N episodes of today still count. The sum of differences is then wins - losses of today plus a
-    sum with mean 0 and variance (M - N) d. The score test rejects at alpha when the total exceeds
-    z_alpha sqrt(M v) - M margin. It does so with probability `power` at the least M with
-
-        wins - losses + M margin >= z_alpha sqrt(M v) + z_power sqrt((M - N) d),
-
-    where d = (wins + losses + 1) / (N + 2) is the observed rate of discordant episodes, shrunk slightly away from 0,
-    and v is the variance per episode that the score test expects for a difference of -margin. This is the normal
-    approximation of Nam (1997, Biometrics 53, 1422-1430), conditional on the episodes observed so far.
+def describe(advice: Recommendation, names: Sequence[str]) -> str:
+    """Say in words what is recommended and what could not be decided.
 
     Args:
-        wins: (...), episodes that only the first cell solved.
-        losses: (...), episodes that only the second cell solved.
-        episodes: N, the number of episodes so far.
-        margin: a difference of success rates, in (0, 1).
-        alpha: level of the test, in (0, 1).
-        power: probability that the test rejects, in (0, 1).
+        advice: the recommendation.
+        names: of the cells.
 
     Returns:
-        (...) int, M - N; 0 where the test already rejects.
-
-    Raises:
-        ValueError: impossible counts, or a margin, alpha or power outside (0, 1).
-
-    Example:
-        >>> episodes_needed([2, 6, 6], [2, 6, 10], 50, 0.05).tolist()
-        [198, 559, 902]
+        The words, without a full stop.
     """
-    for name, fraction in (("margin", margin), ("alpha", alpha), ("power", power)):
-        check_fraction(name, fraction)
-    wins, losses = discordant_counts(wins, losses, episodes)
-    discordant = (wins + losses + 1) / (episodes + 2)
-    _, null = score_statistic(discordant / 2, discordant / 2, 1, -margin)
-    z_null, z_power = -ndtri(alpha), max(ndtri(power), 0.0)
-
-    def short(total: Array) -> Array:
-        noise = z_null * null * np.sqrt(total) + z_power * np.sqrt(discordant * (total - episodes))
-        return wins - losses + total * margin < noise
-
-    # An upper bound on M: its square root x is the greater root of margin x^2 = noise x + |wins - losses|.
-    noise = z_null * null + z_power * np.sqrt(discordant)
-    enough = ((noise + np.sqrt(noise**2 + 4 * margin * abs(wins - losses))) / (2 * margin)) ** 2
-    now = np.full(wins.shape, float(episodes))
-    total = bisect(short, now, np.maximum(enough, episodes))
-    return np.where(short(now), np.ceil(total - episodes), 0).astype(int)
-
-
-def _verdicts(
-    wins: Array, rates: Array, best: int, episodes: int, margin: float, alpha: float
-) -> tuple[CellVerdict, ...]:
-    """The verdicts on K cells, from their (K, K) `wins` over each other and their (K,) success `rates`."""
-    p_values, verdicts, more_episodes = _judge(wins, episodes, margin, alpha)
-    low, high = paired_interval(wins[:, best], wins[best], episodes, 1 - 2 * alpha)
-    low[best] = high[best] = 0.0
-    return tuple(
-        CellVerdict(
-            difference=float(rates[i] - rates[best]),
-            low=float(low[i]),
-            high=float(high[i]),
-            p_value=float(p_values[i]),
-            verdict=verdicts[i],
-            more_episodes=int(more_episodes[i]),
-        )
-        for i in range(len(wins))
+    if len(advice.cells) == 1:
+        return "there is one cell only, and nothing to compare it with"
+    shown = f"not worse than the best by {100 * advice.margin:g} points ({100 * advice.confidence:g} % sure)"
+    if advice.cell is None:
+        text = f"no cell is shown to be {shown}"
+    elif advice.cell == advice.best == advice.cheapest:
+        text = f"the cheapest cell is also the best, and {shown}"
+    else:
+        text = f"the cheapest cell that is shown to be {shown}"
+    if advice.undecided is None:
+        return text
+    cell = advice.cells[advice.undecided]
+    limit = f"{'at most' if cell.allowed_loss >= 0 else 'at least'} about {_points(cell.allowed_loss)}"
+    return (
+        f"{text}; {names[advice.undecided]} is {_points(cell.loss)} {names[cell.hardest]}, and would have to be {limit}"
+        f" it ({advice.episodes:,} episodes)"
     )
 
 
-def _judge(wins: Array, episodes: int, margin: float, alpha: float) -> tuple[Array, list[Verdict], Array]:
-    """Compute `p_value`, `verdict` and `more_episodes` of each of K cells, from their (K, K) `wins` over each other."""
-    cells = len(wins)
-    if cells == 1:
-        return np.zeros(1), ["not worse"], np.zeros(1, dtype=int)
-    excess, deviation = score_statistic(wins, wins.T, episodes, -margin)
-    z = excess / deviation
-    np.fill_diagonal(z, np.inf)
-    every, hardest = np.arange(cells), z.argmin(1)  # the least z has the greatest p-value
-    p = non_inferiority_test(wins[every, hardest], wins[hardest, every], episodes, margin)
-    p_not_worse = holm(p, most_true=cells - 1)
-    p_worse = holm(np.minimum(1, (cells - 1) * ndtr(z.min(1))))
-    verdicts: list[Verdict] = [
-        "not worse" if good <= alpha else "worse" if bad <= alpha else "open"
-        for good, bad in zip(p_not_worse, p_worse, strict=True)
-    ]
-    # Holm's level for the next cell to be called "not worse".
-    level = alpha / np.clip(verdicts.count("open") + verdicts.count("worse"), 1, cells - 1)
-    pairs = episodes_needed(wins, wins.T, episodes, margin, alpha=level)
-    np.fill_diagonal(pairs, 0)
-    # One or more: `episodes_needed` uses the score test, which may reject where the exact test does not yet.
-    needed = np.where([verdict == "open" for verdict in verdicts], np.maximum(pairs.max(1), 1), 0)
-    return p_not_worse, verdicts, needed
+def allowed_loss(pairs: Pairs, margin: float, level: ArrayLike, episodes: int) -> Array:
+    """(..., K, K) about the greatest loss of success rate that `non_inferiority_test` still rejects at `level`.
+
+    This is the normal approximation of Nam (1997, Biometrics 53, 1422-1430), for the rate of discordant episodes that
+    was observed so far and this number of episodes.
+    """
+    deviation = null_deviation(pairs.discordant, margin)
+    return margin + ndtri(np.asarray(level)) * deviation / math.sqrt(episodes)
 
 
-def _sentence(
-    cell: int | None, best: int, cheapest: int, cells: int, margin: float, confidence: float, more: int
-) -> str:
-    digits = max(len(str(more)) - 2, 0)  # rounded up to two digits: the number is an estimate
-    wait = f"not enough episodes: about {math.ceil(more / 10**digits) * 10**digits} more would decide"
-    if cells == 1:
-        return "there is one cell only, and nothing to compare it with"
-    if cell is None:
-        return wait + (" (the cheapest cell is the best so far)" if best == cheapest else "")
-    if cell == best == cheapest:
-        return "the cheapest cell is also the best"
-    sure = f"the cheapest cell that is not worse than the best by {100 * margin:g} points ({100 * confidence:g} % sure)"
-    return f"{sure}; of cheaper ones, {wait}" if more else sure
+def ranks(cost: Sequence[float] | Sequence[Sequence[float]], cells: int) -> Array:
+    """Check the costs of K cells and number them: (K,) int, from 0 for the lowest cost, the same for equal ones.
 
-
-def _costs(cost: Any, cells: int) -> list[tuple[float, ...]]:
-    costs = [tuple(float(part) for part in np.atleast_1d(entry)) for entry in cost]
+    Raises:
+        ValueError: another number of costs, or costs that are not finite numbers or tuples of the same length.
+    """
+    costs: list[tuple[Any, ...]] = [tuple(float(part) for part in np.atleast_1d(entry)) for entry in cost]
     if len(costs) != cells:
         raise ValueError(f"cost must have one entry per cell; got {len(costs)} for {cells} cells")
     if len({len(entry) for entry in costs}) > 1 or not all(math.isfinite(part) for entry in costs for part in entry):
         raise ValueError(f"cost must be finite numbers, or tuples of the same length with finite numbers; got {cost}")
-    return costs
+    order = sorted(set(costs))
+    return np.array([order.index(entry) for entry in costs])
+
+
+def _points(loss: float) -> str:
+    return f"{abs(100 * loss):.1f} points {'below' if loss >= 0 else 'above'}"

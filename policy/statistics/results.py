@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,10 +63,42 @@ class EpisodeResult:
 
         Raises:
             KeyError: a value is missing.
+            ValueError: a value has another type, or is out of range.
         """
-        values = {name: row[name] for name in ("seed", "success", "score", "steps", "attempts")}
-        later = {"late_steps": row.get("late_steps", 0), "broke_off": row.get("broke_off", "")}
-        return EpisodeResult(return_=row["return"], **later, **values)
+        broke_off = row.get("broke_off", "")
+        if not isinstance(broke_off, str):
+            raise ValueError(f"broke_off must be a text; got {broke_off!r}")
+        # JSON has no infinity, which is what a sum of finite rewards may be.
+        returned = math.nan if row["return"] is None else row["return"]
+        return EpisodeResult(
+            seed=_whole("seed", row["seed"], 0),
+            success=_truth("success", row["success"]),
+            score=_real("score", row["score"], (0, 1)),
+            return_=_real("return", returned),
+            # An episode may break off at its reset.
+            steps=_whole("steps", row["steps"], 0 if broke_off else 1),
+            late_steps=_whole("late_steps", row.get("late_steps", 0), 0),
+            attempts=_whole("attempts", row["attempts"], 1),
+            broke_off=broke_off,
+        )
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} must be a whole number, {least} or more; got {value!r}")
+    return value
+
+
+def _truth(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false; got {value!r}")
+    return value
+
+
+def _real(name: str, value: Any, bounds: tuple[float, float] | None = None) -> float:
+    if type(value) not in (int, float) or (bounds and not bounds[0] <= value <= bounds[1]):
+        raise ValueError(f"{name} must be a number{' within {}..{}'.format(*bounds) if bounds else ''}; got {value!r}")
+    return float(value)
 
 
 def summarize(results: Sequence[EpisodeResult]) -> dict[str, Any]:

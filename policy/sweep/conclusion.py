@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from policy.rollout.provenance import Provenance, describe_provenance
 from policy.statistics.paired import PairedDifference
 from policy.statistics.results import EpisodeResult, describe_broken
 from policy.sweep.comparison import Advice, Comparison, words_of
-from policy.sweep.grid import Row, uniform, varying
+from policy.sweep.grid import Row, costs_of, uniform, varying
+from policy.sweep.looks import LookPlan, describe_saving, success_of
 from policy.sweep.recipes import scope_of
+from policy.sweep.table import rate_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +23,14 @@ class Swept:
 
     Attributes:
         rows: one per cell, see `row_of`, with the cell's id as `cell`.
-        results: the episodes of each cell, the same seeds in the same order; of a recipe, checkpoint after checkpoint.
+        results: the episodes of each cell, the same seeds in the same order, of a recipe checkpoint after checkpoint; a
+            cell that stopped early has fewer.
         env: settings of the environment.
         warnings: given before the run.
         paired: whether equal seeds are equal episodes.
+        left_out: a sentence about the cells that were too slow to take part, see `within`; empty without any.
+        plan: the plan of looks; None for merged sweeps.
+        made_with: what the episodes were run with, each provenance once.
         members: the checkpoints of each cell, where a cell may be a recipe.
     """
 
@@ -33,6 +39,9 @@ class Swept:
     env: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
     paired: bool = True
+    left_out: str = ""
+    plan: LookPlan | None = None
+    made_with: list[Provenance] = field(default_factory=list)
     members: list[list[str]] = field(default_factory=list)
 
     @property
@@ -56,26 +65,32 @@ class Conclusion:
         rows: one per cell, with its difference to the best cell and its verdict.
         episodes: one row per episode, of all cells.
         env: settings of the environment.
+        plan: see `Swept`.
         margin: see `recommend`.
         advice: the recommendation.
         answer: the recommendation in a sentence, with its figures.
         given: warnings that were given before the run, in sentences.
         found: those that its results give.
         paired: see `Swept`.
+        left_out: see `Swept`.
         between: comparisons between checkpoints, see `between_checkpoints`.
+        made_with: see `Swept`.
     """
 
     title: str
     rows: list[Row]
     episodes: list[Row]
     env: dict[str, Any]
+    plan: LookPlan | None
     margin: float
     advice: Advice
     answer: str
     given: list[str]
     found: list[str]
     paired: bool
+    left_out: str
     between: list[Row]
+    made_with: list[Provenance]
 
     @property
     def warnings(self) -> list[str]:
@@ -88,12 +103,28 @@ class Conclusion:
         return scope_of(self.rows)
 
     @property
+    def summary(self) -> Row:
+        """What `sweep.json` holds beside the cells and the episodes; what does not apply is left out."""
+        optional = {
+            "plan": dataclasses.asdict(self.plan) if self.plan else None,
+            "between_checkpoints": self.between,
+            "warnings": self.warnings,
+            "left_out": self.left_out,
+        }
+        return {
+            **{"env": self.env, "margin": self.margin, "answer": self.answer, "intervals": self.scope},
+            "made_with": self.made_with,
+            **{name: value for name, value in optional.items() if value},
+            **({} if self.paired else {"paired": False}),
+        }
+
+    @property
     def shown(self) -> list[int]:
         """Indices of the cells to watch side by side: the cheapest, the recommended one and the best."""
-        rows, advice = self.rows, self.advice
-        cheapest = min(range(len(rows)), key=lambda number: (rows[number]["ddim_steps"], number))
+        cost, advice = costs_of(self.rows), self.advice
+        by_cost = sorted(range(len(cost)), key=cost.__getitem__)
         chosen = advice.best if advice.cell is None else advice.cell
-        return sorted({cheapest, chosen, advice.best}, key=lambda number: (rows[number]["ddim_steps"], number))
+        return sorted({by_cost[0], chosen, advice.best}, key=by_cost.index)
 
     @property
     def differences(self) -> list[str]:
@@ -103,13 +134,15 @@ class Conclusion:
     @property
     def settings(self) -> dict[str, Any]:
         """Further facts about the sweep that a reader needs, by name."""
-        seeds = [row["seed"] for row in self.episodes if row["cell"] == self.rows[0]["cell"]]
+        seeds = [row["seed"] for row in self.episodes]
         return {
             "environment": self.env,
             "checkpoints": ", ".join(dict.fromkeys(row["checkpoint"] for row in self.rows)),
             "back end": ", ".join(dict.fromkeys(row["backend"] for row in self.rows if "backend" in row)),
+            "threads of a plan": ", ".join(dict.fromkeys(str(row.get("latency_threads") or 1) for row in self.rows)),
             "seeds": f"{min(seeds)} to {max(seeds)}",
             "margin": self.margin,
+            **({"run with": run_with} if (run_with := describe_provenance(self.made_with)) else {}),
         }
 
 
@@ -127,40 +160,45 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
         ValueError: see `recommend`.
     """
     rows = uniform(swept.rows)
-    success = [[result.success for result in found] for found in swept.results]
+    success = success_of(swept.results)
     compared = Comparison(rows=rows, success=success, paired=swept.paired)
-    cost = [(row["ddim_steps"], row["latency_ms_median"]) for row in rows]
-    advice = compared.recommend(cost, margin)
+    advice = compared.recommend(margin, swept.plan)
     differences = [
         {"difference": c.difference, "difference_low": c.low, "difference_high": c.high, "p_value": c.adjusted_p_value}
-        for c in compared.differences(advice.best)
+        for c in compared.with_best(advice.best)
     ]
+    saving = describe_saving(swept.plan, swept.results) if swept.plan else ""
     return Conclusion(
-        title=" ".join(str(value) for value in swept.env.values()),
+        title=title_of(swept.env),
         rows=[
             {**row, **to_best, "not_worse": verdict}
             for row, to_best, verdict in zip(rows, differences, [cell.verdict for cell in advice.cells], strict=True)
         ],
         episodes=swept.episodes,
         env=swept.env,
+        plan=swept.plan,
         margin=margin,
         advice=advice,
-        answer=answer_of(rows, advice),
+        answer=" ".join(filter(None, [answer_of(rows, advice), saving, swept.left_out])),
+        left_out=swept.left_out,
         given=swept.warnings,
         found=describe_broken([result for found in swept.results for result in found]),
         paired=swept.paired,
         between=between_checkpoints(rows, success, paired=swept.paired),
+        made_with=swept.made_with,
     )
 
 
 def between_checkpoints(rows: Sequence[Row], success: Sequence[Sequence[bool]], *, paired: bool) -> list[Row]:
-    """Compare each further checkpoint or recipe at its fewest denoising steps with the first one at its most.
+    """Compare the cheapest cell of each further checkpoint or recipe with the most expensive one of the first.
 
-    Which cells are compared does not depend on their results, so that the intervals hold for each comparison.
+    The cost is that of `costs_of`. Which cells are compared does not depend on their results, so that the intervals
+    hold for each comparison.
 
     Args:
         rows: one per cell; the first checkpoint is that of the first row.
-        success: outcomes of the cells on the same episodes, of a recipe checkpoint after checkpoint.
+        success: the outcomes of each cell on the same episodes, of a recipe checkpoint after checkpoint; a cell that
+            stopped early has fewer.
         paired: see `Swept`.
 
     Returns:
@@ -171,11 +209,12 @@ def between_checkpoints(rows: Sequence[Row], success: Sequence[Sequence[bool]], 
     for number, row in enumerate(rows):
         cells.setdefault(row["checkpoint"], []).append(number)
     first, *others = cells.values()
-    cost = [(row["ddim_steps"], row["latency_ms_median"]) for row in rows]
+    cost = costs_of(rows)
     reference = max(first, key=cost.__getitem__)
     differences = Comparison(rows=rows, success=success, paired=paired).differences(reference) if others else ()
+    episodes = [len(solved) // row.get("training_seeds", 1) for row, solved in zip(rows, success, strict=True)]
     return [
-        _compared(rows, number, reference, differences[number], len(success[0]) // rows[0].get("training_seeds", 1))
+        _compared(rows, number, reference, differences[number], min(episodes[number], episodes[reference]))
         for number in (min(numbers, key=cost.__getitem__) for numbers in others)
     ]
 
@@ -194,17 +233,31 @@ def _compared(rows: Sequence[Row], number: int, reference: int, found: PairedDif
     }
 
 
+def title_of(env: Mapping[str, Any]) -> str:
+    """The environment in words."""
+    return " ".join(str(value) for value in env.values())
+
+
 def answer_of(rows: Sequence[Row], advice: Advice) -> str:
     """The answer in one sentence: the recommended settings, their success and their latency."""
     words = words_of(advice, [label_of(rows, row) for row in rows])
     if advice.cell is None:
-        return f"No recommendation yet: {words}."
+        return f"No recommendation: {words}."
     row = rows[advice.cell]
     return (
         f"{label_of(rows, row)}: {words}. Success {row['success_rate']:.0%}"
-        f" ({row['success_low']:.0%} to {row['success_high']:.0%}), {row['latency_ms_median']:.1f} ms a chunk: planning"
-        f" keeps pace up to {row['control_rate_hz']:.0f} Hz."
+        f" ({row['success_low']:.0%} to {row['success_high']:.0%}), {row['latency_ms_median']:.1f} ms a chunk"
+        f"{_rates(row)}."
     )
+
+
+def _rates(row: Row) -> str:
+    """The control rates of a row in words; nothing for one of an older version."""
+    if row.get("waiting_rate_hz") is None:
+        return ""
+    waits, ahead = rate_text(row["waiting_rate_hz"]), rate_text(row["planning_ahead_rate_hz"])
+    measured = " (measured on a busy machine, and so too slow)" if row["busy"] else ""
+    return f"{measured}: a robot keeps pace up to {waits} Hz if it waits, up to {ahead} Hz if it plans ahead"
 
 
 def label_of(rows: Sequence[Row], row: Row) -> str:
@@ -221,72 +274,17 @@ def telling_seeds(results: Sequence[Sequence[EpisodeResult]], count: int) -> lis
     """Choose the seeds of the episodes that are worth watching.
 
     Args:
-        results: results of the cells to watch, the same seeds in the same order.
+        results: results of the cells to watch, the same seeds in the same order; one may have fewer than another.
         count: maximum number of seeds.
 
     Returns:
         Seeds taken in turns from three kinds of episodes, so that failures are not hidden: those on which cells differ,
         those that all cells solved, and those that all cells failed.
     """
-    by_seed = [[found[n].success for found in results] for n in range(len(results[0]))]
+    by_seed = [[result.success for result in same] for same in zip(*results, strict=False)]
     split = [n for n, solved in enumerate(by_seed) if any(solved) and not all(solved)]
     solved_by_all = [n for n, solved in enumerate(by_seed) if all(solved)]
     failed_by_all = [n for n, solved in enumerate(by_seed) if not any(solved)]
     kinds = [kind for kind in (split, solved_by_all, failed_by_all) if kind]
     turns = [kind[turn] for turn in range(max(map(len, kinds))) for kind in kinds if turn < len(kind)]
     return [results[0][n].seed for n in turns[:count]]
-
-
-def read_swept(folders: Sequence[Path]) -> Swept:
-    """Read the cells of several finished sweeps.
-
-    Args:
-        folders: each with a `sweep.json`.
-
-    Returns:
-        The cells, in the order of the folders.
-
-    Raises:
-        ValueError: a folder without a finished sweep, different environments or episodes, or a cell that occurs twice.
-    """
-    rows: list[Row] = []
-    results: list[list[EpisodeResult]] = []
-    members: list[list[str]] = []
-    first: dict[str, Any] = {}
-    paired, warnings = True, list[str]()
-    for folder in folders:
-        try:
-            document = json.loads((folder / "sweep.json").read_text())
-            found = {row["cell"]: row for row in document["cells"]}
-            episodes = {
-                cell: [EpisodeResult.from_row(row) for row in document["episodes"] if row["cell"] == cell]
-                for cell in found
-            }
-            named = [
-                list(dict.fromkeys(row["checkpoint"] for row in document["episodes"] if row["cell"] == cell))
-                if found[cell].get("training_seeds", 1) > 1
-                else [found[cell]["checkpoint"]]
-                for cell in found
-            ]
-            seen = {
-                "env": document["env"],
-                "seeds": sorted({result.seed for listed in episodes.values() for result in listed}),
-            }
-            found_in_results = describe_broken([result for listed in episodes.values() for result in listed])
-            given = [str(said) for said in document.get("warnings", []) if said not in found_in_results]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder} holds no finished sweep ({error!r}): run it to its end first") from error
-        first = first or seen
-        if differs := [name for name in seen if seen[name] != first[name]]:
-            raise ValueError(f"{differs[0]} of {folder} and of {folders[0]} differ: only equal ones can be compared")
-        if repeated := found.keys() & {row["cell"] for row in rows}:
-            raise ValueError(f"{folder} repeats the cell {min(repeated)}: leave one of them out")
-        paired = paired and document.get("paired", True) is True
-        rows += found.values()
-        results += episodes.values()
-        members += named
-        warnings += [said for said in given if said not in warnings]
-    ran = [first["seeds"] * row.get("training_seeds", 1) for row in rows]
-    if not rows or [[result.seed for result in listed] for listed in results] != ran:
-        raise ValueError(f"the cells of {', '.join(map(str, folders))} have not all run the same episodes")
-    return Swept(rows=rows, results=results, env=first["env"], warnings=warnings, paired=paired, members=members)

@@ -21,8 +21,8 @@ from policy.inference.backends import (
     choose_backend,
 )
 from policy.inference.onnx_backend import check_installed
-from policy.rollout.cells import Cell, program_of
-from policy.rollout.latency import chunk_latency
+from policy.model.cost import multiply_adds
+from policy.rollout.cells import Cell
 from policy.rollout.ledger import cell_id, recorded_settings
 from policy.statistics.results import EpisodeResult, summarize
 
@@ -31,9 +31,13 @@ Row = dict[str, Any]
 # The settings that may differ between cells, in the order of the table's first columns.
 SAMPLER_AXES = tuple(field.name for field in dataclasses.fields(Sampler))
 CONTROLLER_AXES = tuple(field.name for field in dataclasses.fields(ControllerSettings))
-# Columns of the table that older sweeps do not have: settings, the number of episodes that broke off, and that of
-# training seeds, which sweeps of single checkpoints have neither.
-LATER_COLUMNS = {**LATER_SETTINGS, "broke_off": 0, "training_seeds": 1}
+# Measured or counted columns that not all versions wrote.
+FIGURES = (
+    *("multiply_adds", "latency_ms_p90", "control_rate_hz", "latency_ms_p99", "latency_cpu_ms", "latency_quiet"),
+    *("latency_threads", "busy", "waiting_rate_hz", "planning_ahead_rate_hz"),
+)
+# Columns of the table that sweeps of other versions do not have, with the value that stands for their absence.
+LATER_COLUMNS = {**LATER_SETTINGS, "broke_off": 0, "training_seeds": 1, **dict.fromkeys(FIGURES)}
 AXES = ("checkpoint", *SAMPLER_AXES, "execution_horizon", *CONTROLLER_AXES, "backend", "weights")
 
 
@@ -73,6 +77,12 @@ class SweepCell:
         device = self.checkpoint.policy.device.type
         axes = {**self.axes, "checkpoint": self.checkpoint.digest, "device": device, "env": dict(self.env)}
         return {name: value for name, value in axes.items() if LATER_SETTINGS.get(name, ...) != value}
+
+    @property
+    def multiply_adds(self) -> float:
+        """Multiply-adds per control step: the cost that ranks cells, which depends on no measurement."""
+        counted, cell = multiply_adds(self.checkpoint.policy), self.cell
+        return counted.per_step(cell.sampler.ddim_steps, cell.controller.candidates, cell.execution_horizon)
 
 
 def make_cells(
@@ -217,24 +227,39 @@ def axis_values(name: str, given: Any) -> list[Any]:
     return values
 
 
-def row_of(cell: SweepCell, results: Sequence[EpisodeResult]) -> Row:
-    """The row of a cell as JSON data: its settings, its figures with their intervals, and its measured latency.
+def row_of(cell: SweepCell, results: Sequence[EpisodeResult], latency: Row) -> Row:
+    """The row of a cell as JSON data: its settings, its figures with their intervals, its cost and its latency.
 
     Args:
         cell: the cell.
         results: the results of its episodes.
+        latency: its measured columns, see `latencies_of`.
 
     Returns:
         The row.
     """
-    latency = chunk_latency(program_of(cell.checkpoint.policy, cell.cell), cell.cell.controller.candidates)
-    return {
-        **cell.axes,
-        **summarize(results),
-        **latency,
-        # The highest control rate at which a plan takes no longer than the execution of its actions.
-        "control_rate_hz": 1e3 * cell.cell.execution_horizon / latency["latency_ms_median"],
-    }
+    return {**cell.axes, **summarize(results), "multiply_adds": cell.multiply_adds, **latency}
+
+
+def ids_of(cells: Sequence[SweepCell]) -> tuple[str, ...]:
+    """The ids of cells in the ledger."""
+    return tuple(cell_id(cell.settings) for cell in cells)
+
+
+def has_recipes(rows: Sequence[Row]) -> bool:
+    """Whether a row is that of several training seeds."""
+    return any(row.get("training_seeds", 1) > 1 for row in rows)
+
+
+def costs_of(rows: Sequence[Row]) -> list[float]:
+    """What ranks cells by cost: the multiply-adds per control step, which no measurement changes.
+
+    Where a row lacks them, as those of older sweeps do, it is the calls of the denoiser per control step for all rows:
+    the same order among cells of one policy, apart from the encoder's share.
+    """
+    if all(row.get("multiply_adds") is not None for row in rows):
+        return [row["multiply_adds"] for row in rows]
+    return [row["ddim_steps"] * row.get("candidates", 1) / row["execution_horizon"] for row in rows]
 
 
 def varying(rows: Sequence[Row]) -> list[str]:

@@ -1,44 +1,61 @@
-"""The plots of a sweep: success against `ddim_steps`, and against the latency of a chunk."""
+"""The pictures of a sweep as files: its panels, drawn by Matplotlib."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from policy.common.drawing import drawing
+from policy.common.panel import DASHES, LIGHT, MARKERS, Line, Panel
 from policy.common.terminal import printable
-from policy.sweep.grid import Row, varying
+from policy.sweep.grid import Row
+from policy.sweep.panels import count_of, facets_of, marks_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Tick labels: the greatest number of lines, their spacing in font sizes, the least gap within a line in label heights.
 LINES, SPACING, GAP = 6, 1.2, 0.4
+# The size of a panel in inches, and characters in a line of its head and of the legend.
+PANEL, HEAD, LEGEND = (4.4, 3.7), 52, 60
 
 
-def plot_rows(rows: Sequence[Row], files: Sequence[Path], title: str, paired: bool = True) -> None:
-    """Draw both plots under a title and save them.
+def plot_rows(
+    rows: Sequence[Row],
+    files: Sequence[Path],
+    title: str,
+    paired: bool = True,
+    margin: float = 0.05,
+    chosen: int | None = None,
+) -> None:
+    """Draw the panels under a title and save them.
 
     Args:
         rows: the cells' rows.
         files: each receives the same figure, in the format of its suffix.
         title: says what was swept.
         paired: whether all cells ran the same episodes.
+        margin: the difference of success rates from which a cell counts as worse.
+        chosen: index of the recommended row, or None.
     """
     compared = "the same" if paired else "others"
     with drawing():
-        figure = draw_rows(rows)
-        figure.suptitle(printable(f"{title}: {rows[0]['episodes']} episodes per point, {compared} in each"))
+        figure = draw_rows(rows, margin=margin, chosen=chosen)
+        head = f"{title}: {count_of(rows)} episodes per point, {compared} in each. {marks_of(rows, chosen)}"
+        figure.suptitle(printable(head.strip()), fontsize="medium")
         for file in files:
             figure.savefig(file, dpi=150)
 
 
-def draw_rows(rows: Sequence[Row]) -> Figure:
-    """Draw both plots side by side, with confidence intervals and without a title.
+def draw_rows(rows: Sequence[Row], *, margin: float = 0.05, chosen: int | None = None) -> Figure:
+    """Draw the panels side by side, and facets below each other, without a title.
 
     Args:
         rows: the cells' rows.
+        margin: the difference of success rates from which a cell counts as worse.
+        chosen: index of the recommended row, or None.
 
     Returns:
         The figure.
@@ -46,38 +63,80 @@ def draw_rows(rows: Sequence[Row]) -> Figure:
     # The object interface needs no display and leaves pyplot's global state alone.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    facets = facets_of(rows, margin=margin, chosen=chosen)
+    columns = len(facets[0].panels)
+    width, height = PANEL
+    figure = Figure(figsize=(width * columns, height * len(facets)), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    series = _series(rows)
-    for axes, key, label in (
-        (left, "ddim_steps", "ddim_steps"),
-        (right, "latency_ms_median", "ms a chunk (batch 1, one thread), at each ddim_steps"),
-    ):
-        for name, members in series.items():
-            _draw(axes, key, name, members, alone=len(series) == 1)
-        axes.set_xscale("log", base=2 if key == "ddim_steps" else 10)
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
-        axes.margins(x=0.1)
-        axes.set_xlabel(label)
-        axes.grid(alpha=0.3)
-    latencies = [row["latency_ms_median"] for row in rows]
-    wide = max(latencies) > 300 * min(latencies)
-    right.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
-    left.set_xticks(sorted({row["ddim_steps"] for row in rows}))
-    left.set_ylim(-3, 103)
-    left.set_ylabel("success (%), 95 % interval")
-    left.legend(loc="lower right", fontsize="small" if len(series) > 1 else "medium")
-    _stagger(left)
+    for facet, line in zip(facets, figure.subplots(len(facets), columns, squeeze=False), strict=True):
+        for axes, panel in zip(line, facet.panels, strict=True):
+            _draw(axes, panel)
+        if facet.name:
+            line[0].set_ylabel(_wrapped(facet.name, HEAD))
+        if facet.legend:
+            line[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small", handlelength=3)
+    figure.draw_without_rendering()  # places the labels
+    for axes in figure.axes:
+        _stagger(axes)
     return figure
+
+
+def _draw(axes: Any, panel: Panel) -> None:
+    for at, name in panel.levels:
+        axes.axhline(at, color="0.5", ls=":", lw=1)
+        axes.annotate(name, (0, at), (3, 3), xycoords=("axes fraction", "data"), **_SMALL)
+    for line in panel.lines:
+        _draw_line(axes, panel, line)
+    axes.set_xscale("log")
+    axes.minorticks_off()
+    for axis, scale in ((axes.xaxis, panel.x), (axes.yaxis, panel.y)):
+        axis.set_ticks(*zip(*scale.ticks, strict=True))
+    axes.set_xlim(panel.x.low, panel.x.high)
+    room = 0.03 * (panel.y.high - panel.y.low)
+    axes.set_ylim(panel.y.low - room, panel.y.high + room)
+    axes.set_xlabel(panel.x.name)
+    axes.set_title(f"{panel.title}\n{_wrapped(panel.note, HEAD)}", fontsize="small")
+    axes.grid(alpha=0.3)
+
+
+_SMALL = {"textcoords": "offset points", "fontsize": "x-small", "color": "0.35"}
+
+
+def _draw_line(axes: Any, panel: Panel, line: Line) -> None:
+    colour, marker = LIGHT[line.style], [*MARKERS][line.style]
+    heights = [min(max(point.y, panel.y.low), panel.y.high) for point in line.points]
+    axes.plot(
+        [point.x for point in line.points],
+        heights,
+        color=colour,
+        dashes=DASHES[line.style],
+        marker=marker,
+        ms=0,
+        lw=1.5,
+    )
+    within = [point for point, height in zip(line.points, heights, strict=True) if point.y == height]
+    ends = [[point.y - point.low for point in within], [point.high - point.y for point in within]]
+    axes.errorbar([p.x for p in within], [p.y for p in within], yerr=ends, color=colour, capsize=3, lw=1, ls="")
+    for point, height in zip(line.points, heights, strict=True):
+        shape = marker if point.y == height else "$▼$" if point.y < height else "$▲$"
+        face = "white" if point.hollow else colour
+        axes.plot([point.x], [height], color=colour, marker=shape, mfc=face, ms=6, zorder=3)
+        if point.ringed:
+            axes.plot([point.x], [height], color="black", marker="o", mfc="none", ms=13, ls="", zorder=4)
+        if point.note:
+            side = 1 if panel.x.place(point.x) < 0.8 else -1
+            place = (6 * side, -11 if point.y == height else 6)
+            axes.annotate(point.note, (point.x, height), place, ha="left" if side > 0 else "right", **_SMALL)
+    axes.plot([], [], color=colour, dashes=DASHES[line.style], marker=marker, label=_wrapped(line.name, LEGEND))
+
+
+def _wrapped(text: str, width: int) -> str:
+    return textwrap.fill(printable(text), width)
 
 
 def _stagger(axes: Any) -> None:
     """Move each tick label of the x axis that would touch another to a lower line, or hide it if no line has room."""
-    axes.figure.draw_without_rendering()  # places the labels
     ends: list[float] = []  # where the last label of each line ends
     for tick in axes.xaxis.get_major_ticks():
         box = tick.label1.get_window_extent()
@@ -87,27 +146,3 @@ def _stagger(axes: Any) -> None:
             continue
         ends[line : line + 1] = [box.x1 + GAP * box.height]
         tick.set_pad(tick.get_pad() + line * SPACING * tick.label1.get_size())
-
-
-def _series(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Group rows that differ in `ddim_steps` only, by the settings in which a group differs from the others."""
-    axes = varying(rows)
-    series: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row["ddim_steps"]):
-        series.setdefault(", ".join(f"{axis} {row[axis]}" for axis in axes), []).append(row)
-    return series
-
-
-def _draw(axes: Any, key: str, name: str, rows: Sequence[Row], *, alone: bool) -> None:
-    """Draw one series over `key`; if it is the only one, there is room for its mean score and labels too."""
-    success = [100 * row["success_rate"] for row in rows]
-    below = [s - 100 * row["success_low"] for s, row in zip(success, rows, strict=True)]
-    above = [100 * row["success_high"] - s for s, row in zip(success, rows, strict=True)]
-    x = [row[key] for row in rows]
-    axes.errorbar(x, success, yerr=[below, above], fmt="o-", capsize=4, label=printable(name) or "success")
-    if alone:
-        scores = [100 * row["score_mean"] for row in rows]
-        axes.plot(x, scores, "s--", color="0.6", ms=4, lw=1, label="mean score x 100")
-    if key == "latency_ms_median" and alone:
-        for row, at, height in zip(rows, x, success, strict=True):
-            axes.annotate(str(row["ddim_steps"]), (at, height), textcoords="offset points", xytext=(6, -12))

@@ -12,7 +12,7 @@ from policy.checkpoint import Checkpoint
 from policy.rollout.ledger import cell_id
 from policy.statistics.recipes import recipe_interval
 from policy.statistics.results import EpisodeResult
-from policy.sweep.grid import Row, SweepCell, row_of
+from policy.sweep.grid import Row, SweepCell, ids_of, row_of
 
 # What may differ between the checkpoints of a recipe: the seed, and what follows from it.
 FREE = ("seed", "step", "init", "teacher")
@@ -92,37 +92,37 @@ def check_alike(recipe: Sequence[Checkpoint]) -> None:
             )
 
 
-def recipe_row(
-    group: Sequence[int],
-    ids: Sequence[str],
-    cells: Sequence[SweepCell],
-    results: Sequence[Sequence[EpisodeResult]],
-) -> Row:
+def recipe_axes(cells: Sequence[SweepCell]) -> Row:
+    """The settings of a recipe at one point of the axes, with one name for its checkpoints."""
+    folders = [cell.checkpoint.path for cell in cells]
+    return {**cells[0].axes, **({"checkpoint": name_of(folders)} if len(folders) > 1 else {})}
+
+
+def recipe_row(cells: Sequence[SweepCell], results: Sequence[Sequence[EpisodeResult]], latency: Row) -> Row:
     """The row of a recipe at one point of the axes; of a single checkpoint, that of its cell.
 
-    Its figures are means over the checkpoints, its intervals are those of the recipe, and its latency is measured with
-    the first checkpoint, whose network is that of the others but for the weights.
+    Its figures are means over the checkpoints, its intervals are those of the recipe, and its latency is that of the
+    first checkpoint, whose network is that of the others but for the weights.
 
     Args:
-        group: the indices of its cells, see `rows_by_recipe`.
-        ids: the ids of all cells in the ledger.
-        cells: all cells.
+        cells: one for each checkpoint.
         results: the episodes of each.
+        latency: the measured columns of the first cell, see `latencies_of`.
 
     Returns:
         The row, with its id as `cell` and, for several checkpoints, their number as `training_seeds`.
     """
-    found = [results[number] for number in group]
-    row = row_of(cells[group[0]], [result for episodes in found for result in episodes])
-    if len(group) == 1:
-        return {"cell": ids[group[0]], **row}
-    success_low, success_high = recipe_interval([[result.success for result in episodes] for episodes in found])
-    score_low, score_high = recipe_interval([[result.score for result in episodes] for episodes in found])
+    ids = ids_of(cells)
+    row = row_of(cells[0], [result for found in results for result in found], latency)
+    if len(cells) == 1:
+        return {"cell": ids[0], **row}
+    success_low, success_high = recipe_interval([[result.success for result in found] for found in results])
+    score_low, score_high = recipe_interval([[result.score for result in found] for found in results])
     return {
-        "cell": cell_id({"recipe": [ids[number] for number in group]}),
+        "cell": cell_id({"recipe": [*ids]}),
         **row,
-        "checkpoint": name_of([cells[number].checkpoint.path for number in group]),
-        "training_seeds": len(group),
+        **recipe_axes(cells),
+        "training_seeds": len(cells),
         "success_low": success_low,
         "success_high": success_high,
         "score_low": score_low,

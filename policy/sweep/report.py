@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-import base64
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from policy.common.drawing import drawing
 from policy.common.files import write_text
-from policy.common.terminal import printable
-from policy.sweep.grid import Row
-from policy.sweep.plot import draw_rows
+from policy.common.page import page_text
+from policy.sweep.grid import Row, has_recipes
+from policy.sweep.panels import facets_of, marks_of
 from policy.sweep.table import table_cells
 
-TEMPLATE = "report_template.html"
-# The plots' matplotlib style, by the page's colour scheme.
-STYLES = {"light": "default", "dark": "dark_background"}
+# What the intervals are, by whether cells are recipes.
+INTERVALS = {
+    True: "95 % intervals: over training seeds and episodes for recipes, otherwise Wilson for success and bootstrap for"
+    " the score.",
+    False: "95 % intervals: Wilson for success, bootstrap for the score.",
+}
+# How to read the last column, by whether cells ran the same episodes.
+AGAINST_THE_BEST = {
+    True: "Every cell ran the same episodes with the same initial noise. 'Against the best' is the paired difference",
+    False: "Cells ran different episodes. 'Against the best' is the difference",
+}
+# What its intervals hold for, by the same as above.
+TOGETHER = {
+    True: "in success to the best cell, in points, with its interval, which holds for its cell alone and leaves out"
+    " that the best cell was found by these outcomes.",
+    False: "in success to the best cell, in points, with its interval; these intervals hold for all cells together.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +46,6 @@ class Clip:
     caption: str
     file: Path
 
-    def encoded(self) -> str:
-        """The content of the file in base64."""
-        return base64.b64encode(self.file.read_bytes()).decode()
-
 
 def write_report(
     path: Path,
@@ -47,12 +53,14 @@ def write_report(
     *,
     title: str,
     answer: str,
+    facts: Mapping[str, str] = {},
     comparisons: Sequence[str] = (),
     warnings: Sequence[str] = (),
-    chosen: int | None,
-    differences: Sequence[str],
-    clips: Sequence[Clip],
-    without_clips: str,
+    chosen: int | None = None,
+    differences: Sequence[str] = (),
+    margin: float = 0.05,
+    clips: Sequence[Clip] = (),
+    without_clips: str = "",
     settings: Mapping[str, Any],
     paired: bool = True,
 ) -> None:
@@ -60,56 +68,48 @@ def write_report(
 
     Args:
         path: the HTML file.
-        rows: the cells' rows.
+        rows: the cells' rows; while a sweep runs they may lack latencies and differences, or there may be none.
         title: says what was swept.
         answer: the recommendation, in a sentence.
+        facts: what stands below it, sentences by name: how sure it is, on how many episodes, what would change it.
         comparisons: how checkpoints differ, in sentences.
         warnings: what a reader must know besides, in sentences.
         chosen: index of the recommended row, or None.
-        differences: how each row compares with the best one, in words.
+        differences: how each row compares with the best one, in words; a column that is left out if there are none.
+        margin: the difference of success rates from which a cell counts as worse.
         clips: recorded episodes; those with the same seed stand side by side.
         without_clips: stands where the episodes would, if there are none.
         settings: listed at the end of the page, by name.
         paired: whether all cells ran the same episodes.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    heads, *lines = table_cells(rows)
+    heads, *lines = table_cells(rows) if rows else [[]]
+    if differences:
+        heads = [*heads, "against the best"]
+        lines = [[*line, difference] for line, difference in zip(lines, differences, strict=True)]
     seeds = dict.fromkeys(clip.seed for clip in clips)
-    environment = Environment(
-        loader=PackageLoader("policy.sweep", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    page = environment.get_template(TEMPLATE).render(
+    page = page_text(
+        "sweep/report_template.html",
         title=title,
-        episodes_per_cell=rows[0]["episodes"],
         answer=answer,
+        facts=facts,
         comparisons=comparisons,
         warnings=warnings,
-        plots={scheme: _plot(rows, scheme) for scheme in STYLES},
-        heads=[*heads, "against the best"],
-        lines=[[*line, difference] for line, difference in zip(lines, differences, strict=True)],
+        facets=facets_of(rows, margin=margin, chosen=chosen) if rows else [],
+        marks=marks_of(rows, chosen) if rows else "",
+        heads=heads,
+        lines=lines,
+        reading=_reading(rows, compared=bool(differences), paired=paired),
         chosen=chosen,
         clips={seed: [clip for clip in clips if clip.seed == seed] for seed in seeds},
         without_clips=without_clips,
         settings=settings,
         paired=paired,
     )
-    write_text(path, printable(page))
+    write_text(path, page)
 
 
-def _plot(rows: Sequence[Row], scheme: str) -> str:
-    """The plots as an SVG element for a page of a light or dark colour scheme."""
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "sweep", "savefig.transparent": True}
-    with drawing(STYLES[scheme], settings):
-        buffer = BytesIO()
-        draw_rows(rows).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue().decode()
-    svg = text[text.index("<svg") :]
-    # Both schemes' plots stand in one page: a prefix keeps their ids apart. The metadata holds links to other sites.
-    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{scheme}-", svg)
-    return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+def _reading(rows: Sequence[Row], *, compared: bool, paired: bool) -> str:
+    """How to read the table, in sentences."""
+    recipes = has_recipes(rows)
+    against = f" {AGAINST_THE_BEST[paired]} {TOGETHER[recipes]}" if compared else ""
+    return f"{INTERVALS[recipes]}{against}"

@@ -14,6 +14,22 @@ class MetricsLog(Protocol):
         """Record the metrics of a training step."""
 
 
+class SentToAll:
+    """Sends the metrics of training steps to several places.
+
+    Args:
+        *logs: the places.
+    """
+
+    def __init__(self, *logs: MetricsLog) -> None:
+        self._logs = logs
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Record the metrics of a training step in each place."""
+        for log in self._logs:
+            log.log(metrics, step)
+
+
 class TrackedRun(MetricsLog, Protocol):
     """One tracked run."""
 

@@ -58,7 +58,10 @@ STAGES = {
     ),
     "sweep": ("sweep", CHECKPOINT, *SWEEP),
 }
-MEASURED = ("latency_ms_median", "latency_ms_p90", "control_rate_hz")
+MEASURED = (
+    *("latency_ms_median", "latency_ms_p90", "control_rate_hz", "latency_ms_p99", "latency_cpu_ms", "latency_quiet"),
+    *("busy", "waiting_rate_hz", "planning_ahead_rate_hz"),
+)
 CONCLUDED = ("answer", "difference", "difference_low", "difference_high", "p_value")
 NAME_ONLY = (".png", ".svg", ".html", ".mp4")
 # Actions are of the order of 1: what float32 rounds differently may differ in the last bits.

@@ -93,18 +93,26 @@ def test_a_policy_of_which_nothing_is_known_has_a_card(policy):
     )
 
 
+def test_an_imported_policy_says_where_it_comes_from(policy):
+    training = {"imported": {"project": "LeRobot", "source": "diffusion_*pusht"}}
+    policy.origin = Origin(env=None, execution_horizon=8, training=training)
+    assert "| imported | LeRobot: diffusion_\\*pusht |" in model_card(policy, None, None).text
+
+
 def test_everything_that_is_known_stands_on_the_card_as_it_is(policy, tmp_path):
     """Nothing of it is taken for the template's language, for Markdown or for HTML."""
     env = "<planar> & {{ env }}"
     policy.origin = Origin(
-        env={"name": env}, execution_horizon=5, training={"dataset": "/home/me/reach-v0", "step": 7, "seed": 1, "x": 2}
+        env={"name": env},
+        execution_horizon=5,
+        training={"dataset": "/home/me/reach-v0", "init": "0f3a", "step": 7, "seed": 1, "x": 2},
     )
     (tmp_path / "sweep.json").write_text(json.dumps({"cells": [ROW]}))
     card = model_card(policy, tmp_path / "sweep.json", "mit")
     assert card.text == text(
         policy,
         env="&lt;planar> &amp; {{ env }}",
-        training="|  | value |\n| --- | --- |\n| dataset | reach-v0 |\n| step | 7 |\n| seed | 1 |",
+        training="|  | value |\n| --- | --- |\n| init | 0f3a |\n| dataset | reach-v0 |\n| step | 7 |\n| seed | 1 |",
         evaluation="| ddim_steps | success | 95 % interval | episodes | mean score | latency of a chunk (median) |\n"
         "| --- | --- | --- | --- | --- | --- |\n"
         "| 1 | 95.0% | 91.0% to 97.3% | 200 | 0.970 | 0.4 ms |\n\n"

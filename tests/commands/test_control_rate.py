@@ -11,7 +11,7 @@ import pytest
 import envs
 from policy import load_checkpoint
 from policy.common.control_rate import describe_mismatch, stated_rate
-from policy.sweep.conclusion import read_swept
+from policy.sweep.merging import read_swept
 
 FAST = """
 import gymnasium, numpy as np

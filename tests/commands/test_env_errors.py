@@ -13,6 +13,7 @@ import torch
 import zarr
 
 from policy import DiffusionPolicy, PolicyConfig
+from policy.commands import stage
 from policy.common.output import output_folder
 from policy.rollout.ledger import Ledger
 from tests.conftest import ENVIRONMENT, ROOT
@@ -198,7 +199,7 @@ def test_sigterm_in_the_middle_of_a_simulators_step_ends_training_with_every_ste
 # --- rollouts that were interrupted ------------------------------------------------------------------------------
 
 
-def test_a_rollout_that_stopped_goes_on_and_ends_like_an_undisturbed_one(run_command, tmp_path):
+def test_a_rollout_that_stopped_goes_on_and_ends_like_an_undisturbed_one(run_command, tmp_path, monkeypatch):
     settings = ("checkpoint=ck", *ENV, *bad(2), "episodes=5", "num_envs=1", *FAST)
     run_command("rollout", *settings, "on_env_error=stop", f"output_dir={tmp_path}/cut", check=1)
     assert not (tmp_path / "cut/episodes.json").exists()
@@ -209,6 +210,15 @@ def test_a_rollout_that_stopped_goes_on_and_ends_like_an_undisturbed_one(run_com
         assert (tmp_path / "cut" / file).read_text() == (tmp_path / "whole" / file).read_text()
     again = run_command("rollout", *settings, "episodes=6", f"output_dir={tmp_path}/cut").stdout
     assert "5 of 6 episodes are on disk already" in again
+    (made_with,) = json.loads((tmp_path / "cut/rollout.json").read_text())["made_with"]
+    newer = {**made_with, "versions": {**made_with["versions"], "torch": "99"}}
+    monkeypatch.setattr(stage, "provenance", lambda env, device: newer)
+    refused = run_command("rollout", *settings, "episodes=7", f"output_dir={tmp_path}/cut", check=2).stderr
+    assert f"would mix episodes that were not run alike: torch {made_with['versions']['torch']} and 99. " in refused
+    mixed = run_command("rollout", *settings, "episodes=7", "mix=true", f"output_dir={tmp_path}/cut")
+    said = "the episodes were not all run alike (mix=true): torch "
+    assert said in mixed.stderr
+    assert json.loads((tmp_path / "cut/rollout.json").read_text())["warnings"][0].startswith(said)
 
 
 @pytest.mark.parametrize("other", ["sampler.ddim_steps=2", "env.max_episode_steps=4"])

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(
 
 EXAMPLE = ROOT / "docs" / "examples" / "run_exported_policy.py"
 ROBOT_LOOP = EXAMPLE.with_name("robot_loop.py")
-SAMPLER = Sampler(ddim_steps=2, eta=0.5)
+SAMPLER_SETTINGS = {"ddim_steps": 2, "eta": 0.5}
+SAMPLER = Sampler(**SAMPLER_SETTINGS)
 # What a machine without torch answers to `import torch`.
 BLOCKED = """
 import sys
@@ -66,10 +67,15 @@ def make_checkpoint(folder, config):
 
 
 @pytest.fixture(scope="session")
-def exported(checkpoint, made_once):
-    return made_once(
-        "exported", lambda folder: export_policy(checkpoint=checkpoint, sampler=SAMPLER, output_dir=folder)
-    )
+def exported(checkpoint, made_once, run_script):
+    """What the command wrote; `said.txt` is what it printed."""
+
+    def export(folder):
+        sampler = [f"sampler.{name}={value}" for name, value in SAMPLER_SETTINGS.items()]
+        done = run_script("export", f"checkpoint={checkpoint}", *sampler, f"output_dir={folder}/policy")
+        (folder / "said.txt").write_text(done.stdout)
+
+    return made_once("exported", export) / "policy"
 
 
 @pytest.fixture(scope="module")
@@ -205,10 +211,7 @@ def test_settings_that_do_not_fit_are_refused_in_a_sentence(checkpoint):
         export_policy(checkpoint=checkpoint, sampler=Sampler(ddim_steps=101))
 
 
-def test_the_command_exports(small_checkpoint, run_script, run_command, tmp_path):
-    settings = [f"checkpoint={small_checkpoint}", "sampler.ddim_steps=1", f"output_dir={tmp_path}"]
-    out = run_script("export", *settings).stdout
-    assert f"python {EXAMPLE} {tmp_path}" in out
-    assert json.loads((tmp_path / "export.json").read_text())["sampler"]["ddim_steps"] == 1
+def test_the_command_says_how_to_run_what_it_wrote_and_refuses_in_a_sentence(exported, run_command, tmp_path):
+    assert f"python {EXAMPLE} {exported}" in (exported.parent / "said.txt").read_text()
     refused = run_command("export", f"checkpoint={tmp_path}/none", check=2)
     assert refused.stderr.startswith("error: no checkpoint at")

@@ -21,17 +21,17 @@ NOT_FOR_A_ROLLOUT = {
     *("onnx", "mujoco", "metaworld", "gym_pusht", "sympy", "torch._dynamo"),
 }
 
-# Runs a command with each list of settings in turn, and writes down what it said, loaded and opened.
+# Runs commands with their settings in turn, and writes down what each said, loaded and opened.
 PROBE = """
 import contextlib, importlib, io, json, sys
 
 opened = []
 sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
-command, heavy, calls = json.loads(sys.stdin.read())
+heavy, calls = json.loads(sys.stdin.read())
 answers = []
-for call in calls:
+for command, *settings in calls:
     opened.clear()
-    sys.argv = [command, *call]
+    sys.argv = [command, *settings]
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -53,8 +53,8 @@ def fresh(code, given="", folder=ROOT):
     return json.loads(done.stdout)
 
 
-def answers_of(command, calls, folder, heavy=HEAVY):
-    return fresh(PROBE, json.dumps([command, sorted(heavy), calls]), folder)
+def answers_of(calls, folder, heavy=HEAVY):
+    return fresh(PROBE, json.dumps([sorted(heavy), calls]), folder)
 
 
 # Settings with a typing mistake, and the name that the refusal proposes.
@@ -90,36 +90,33 @@ MISSING = {
 }
 
 
-@pytest.mark.parametrize("command", MISSPELT)
-def test_help_and_misspelt_settings_are_answered_before_anything_heavy_is_loaded_or_opened(command, tmp_path):
-    helped, *refused = answers_of(
-        command,
-        [
-            ["--help"],
-            *([*MISSING.get(command, []), *settings.split()] for settings in MISSPELT[command]),
-        ],
-        tmp_path,
-    )
-    assert helped["code"] == 0
-    assert f"ddim-{command}" in helped["out"] or f"scripts/{command}" in helped["out"]
-    for answer, (settings, nearest) in zip(refused, MISSPELT[command].items(), strict=True):
-        assert answer["code"] == 2, settings
-        assert answer["err"].startswith("error: unknown "), settings
-        assert answer["err"].count("\n") == 1, settings
+def test_help_and_misspelt_settings_are_answered_before_anything_heavy_is_loaded_or_opened(tmp_path):
+    misspelt = [(command, *pair) for command, settings in MISSPELT.items() for pair in settings.items()]
+    helps = [[command, "--help"] for command in MISSPELT]
+    wrong = [[command, *MISSING.get(command, []), *settings.split()] for command, settings, _ in misspelt]
+    answers = answers_of([*helps, *wrong], tmp_path)
+    helped, refused = answers[: len(helps)], answers[len(helps) :]
+    for command, answer in zip(MISSPELT, helped, strict=True):
+        assert answer["code"] == 0, command
+        assert f"ddim-{command}" in answer["out"] or f"scripts/{command}" in answer["out"]
+    for answer, (command, settings, nearest) in zip(refused, misspelt, strict=True):
+        assert answer["code"] == 2, (command, settings)
+        assert answer["err"].startswith("error: unknown "), (command, settings)
+        assert answer["err"].count("\n") == 1, (command, settings)
         name = settings.split()[-1].split("=")[0].split(".")[-1]
         assert f"{name!r} (did you mean {nearest!r}?)" in answer["err"]
     # An editable install looks through a place that is no file.
     places = ("__editable__", sys.prefix, sys.base_prefix, str(ROOT), "/dev/", "/proc/", "/etc/", "/usr/")
-    for answer in (helped, *refused):
-        assert answer["loaded"] == []
-        assert [file for file in answer["opened"] if not file.startswith(places)] == []
-        assert [file for file in answer["opened"] if "nowhere" in file] == []
+    for answer, call in zip(answers, [*helps, *wrong], strict=True):
+        assert answer["loaded"] == [], call
+        assert [file for file in answer["opened"] if not file.startswith(places)] == [], call
+        assert [file for file in answer["opened"] if "nowhere" in file] == [], call
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_probe_notices_what_is_loaded_and_opened(tmp_path):
     (tmp_path / "my_part.py").write_text("import h5py\nopen('my_notes.txt', 'w').close()\n")
-    (answer,) = answers_of("train", [["plugins=[my_part]", "prediction_typ=x"]], tmp_path)
+    (answer,) = answers_of([["train", "plugins=[my_part]", "prediction_typ=x"]], tmp_path)
     assert answer["code"] == 2
     assert "h5py" in answer["loaded"]
     assert "my_notes.txt" in answer["opened"]
@@ -140,7 +137,7 @@ def test_a_name_of_the_package_loads_what_it_needs_and_no_more():
 
 def test_a_rollout_loads_only_what_it_needs(planar_run, tmp_path):
     settings = [f"checkpoint={planar_run}/checkpoint", "episodes=1", "num_envs=1", f"output_dir={tmp_path}/out"]
-    (answer,) = answers_of("rollout", [settings], tmp_path, NOT_FOR_A_ROLLOUT | {"torch"})
+    (answer,) = answers_of([["rollout", *settings]], tmp_path, NOT_FOR_A_ROLLOUT | {"torch"})
     assert answer["code"] == 0, answer["err"]
     assert "success" in answer["out"]
     assert answer["loaded"] == ["torch"]  # which also shows that the probe sees what a rollout loads

@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,14 +23,20 @@ from policy.commands import stage as stage_module
 from policy.commands import sweep as sweep_command
 from policy.common.errors import WorkerError
 from policy.rollout import workers
+from policy.rollout.latency import Latency
 from policy.rollout.ledger import Ledger
 from policy.rollout.workers import RolloutPool
-from policy.sweep import grid
+from policy.sweep import timing
+from policy.sweep.live import live_page
 from policy.tracking.tracker import NoTracker
 from tests.conftest import ENVIRONMENT, ROOT
 from tests.rollout.test_workers import Faulty
 
-LATENCY = ("latency_ms_median", "latency_ms_p90", "control_rate_hz")
+MEASURED = (
+    *("latency_ms_median", "latency_ms_p99", "latency_cpu_ms", "latency_quiet", "latency_threads"),
+    *("waiting_rate_hz", "planning_ahead_rate_hz"),
+)
+QUIET = {"p99_ms": 3.0, "cpu_ms": 2.0, "step_p99_ms": 0.1, "quiet": 1.0}
 # What a cell's row says about other cells.
 COMPARED = {"difference", "difference_low", "difference_high", "p_value", "not_worse"}
 
@@ -37,8 +44,11 @@ COMPARED = {"difference", "difference_low", "difference_high", "p_value", "not_w
 @pytest.fixture
 def run_sweep(run_command, plain_reports, monkeypatch):
     """The command without videos and with made-up latencies; gives what it printed, or its refusal."""
-    latency = {"latency_ms_median": 2.0, "latency_ms_p90": 3.0}
-    monkeypatch.setattr(grid, "chunk_latency", lambda program, candidates: latency)
+    monkeypatch.setattr(
+        timing,
+        "measure_latency",
+        lambda controllers, threads: [Latency(median_ms=2.0, **QUIET, threads=threads) for _ in controllers],
+    )
 
     def run(*overrides, check=0):
         done = run_command("sweep", "videos=0", *overrides, check=check)
@@ -64,7 +74,7 @@ def ledger_of(folder):
     file = folder / "episodes.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
     cells = [line["cell"] for line in lines if "settings" in line]
-    return cells, [(line["cell"], line["seed"]) for line in lines if "settings" not in line]
+    return cells, [(line["cell"], line["seed"]) for line in lines if "seed" in line]
 
 
 def check_exactly_once(folder, cells, episodes):
@@ -86,8 +96,8 @@ def document_of(folder):
     assert (folder / "sweep.svg").exists()
     assert document.pop("answer")  # names a latency
     for line in document["cells"]:
-        for name in LATENCY:
-            assert line.pop(name) > 0
+        assert all(line.pop(name) > 0 for name in MEASURED)
+        assert line.pop("busy") is False
     return document
 
 
@@ -233,8 +243,14 @@ def test_more_cells_and_more_episodes_run_only_what_is_new(planar_run, run_sweep
     assert run(grown, [1, 2], 5, 6, "seed=100003") == ["4 of 10 episodes are on disk already"]
     assert run(once, [2, 4, 1], 5, 15) == []
     run(grown, [2, 4, 1], 5, 0)
-    for name in ("sweep.csv", "episodes.csv", "sweep.json", "sweep.png"):
+    for name in ("sweep.csv", "episodes.csv", "sweep.png"):
         assert (grown / name).read_bytes() == (once / name).read_bytes()
+    documents = [json.loads((folder / "sweep.json").read_text()) for folder in (grown, once)]
+    first, later = [document["plan"].pop("alpha") for document in reversed(documents)]
+    for document in documents:
+        del document["answer"]  # says how near the undecided cells came
+    assert documents[0] == documents[1]
+    assert 0 < later < first < 0.05  # a plan on a ledger that has been looked at has less left to spend
 
 
 def test_a_checkpoint_that_moved_is_known_by_its_weights(planar_run, run_sweep, resets, tmp_path):
@@ -244,6 +260,88 @@ def test_a_checkpoint_that_moved_is_known_by_its_weights(planar_run, run_sweep, 
             shutil.copytree(planar_run / "checkpoint", moved)
         run_sweep(f"checkpoint={folder}", "ddim_steps=1", "episodes=2", f"output_dir={tmp_path}/out")
         assert len(resets) == 2
+
+
+# --- the same simulator all through ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def simulator(monkeypatch):
+    """Sets the version of the simulator's package as the command sees it."""
+    genuine = stage_module.provenance
+
+    def use(version):
+        def made_up(env, device):
+            found = genuine(env, device)
+            return {**found, "versions": {**found["versions"], "simulator": version}}
+
+        monkeypatch.setattr(stage_module, "provenance", made_up)
+
+    return use
+
+
+def test_episodes_of_another_simulator_are_refused_or_mixed_and_shown(planar_run, run_sweep, simulator, tmp_path):
+    out, settings = tmp_path / "out", [f"checkpoint={planar_run}/checkpoint", "ddim_steps=1", "num_envs=1"]
+    simulator("1.0")
+    run_sweep(*settings, "episodes=2", f"output_dir={out}")
+    assert [one["versions"]["simulator"] for one in document_of(out)["made_with"]] == ["1.0"]
+    simulator("2.0")
+    before = (out / "episodes.jsonl").read_bytes()
+    refused = run_sweep(*settings, "episodes=3", f"output_dir={out}", check=2)
+    assert refused == (
+        f"error: {out}/episodes.jsonl would mix episodes that were not run alike: simulator 1.0 and 2.0. Use what the"
+        " finished ones were run with, or another output_dir=, or accept the mixture with mix=true: the report shows it"
+        "\n"
+    )
+    assert (out / "episodes.jsonl").read_bytes() == before
+    run_sweep(*settings, "episodes=2", f"output_dir={out}")  # nothing is run, and so nothing is mixed
+    assert (out / "episodes.jsonl").read_bytes() == before
+    assert [one["versions"]["simulator"] for one in document_of(out)["made_with"]] == ["1.0"]
+    said = "the episodes were not all run alike (mix=true): simulator 1.0 and 2.0"
+    run_sweep(*settings, "episodes=3", "mix=true", f"output_dir={out}")
+    assert document_of(out)["warnings"] == [said]
+    assert said in (out / "report.html").read_text()
+    assert "simulator 2.0" in (out / "report.html").read_text()
+    refused = run_sweep(*settings, "episodes=3", f"output_dir={out}", check=2)  # also when all is there
+    assert "simulator 1.0 and 2.0" in refused
+
+
+def test_sweeps_of_other_simulators_are_merged_only_if_that_is_wanted(planar_run, run_sweep, simulator, tmp_path):
+    for version, steps in (("1.0", 1), ("2.0", 2)):
+        simulator(version)
+        settings = [f"checkpoint={planar_run}/checkpoint", f"ddim_steps={steps}", "episodes=2", "num_envs=1"]
+        run_sweep(*settings, f"output_dir={tmp_path}/{steps}")
+    merge = [f"merge=[{tmp_path}/1,{tmp_path}/2]", f"output_dir={tmp_path}/all"]
+    assert run_sweep(*merge, check=2) == (
+        f"error: merging {tmp_path}/2 with {tmp_path}/1 would mix episodes that were not run alike: simulator 1.0 and"
+        " 2.0. Leave one of them out, or accept the mixture with mix=true: the report shows it\n"
+    )
+    run_sweep(*merge, "mix=true")
+    document = document_of(tmp_path / "all")
+    assert document["warnings"] == ["the episodes were not all run alike (mix=true): simulator 1.0 and 2.0"]
+    assert [one["versions"]["simulator"] for one in document["made_with"]] == ["1.0", "2.0"]
+    edited = json.loads((tmp_path / "2/sweep.json").read_text())
+    (tmp_path / "2/sweep.json").write_text(json.dumps({**edited, "made_with": "yesterday"}))
+    assert "made_with is not a list of provenances" in run_sweep(*merge, "mix=true", check=2)
+    del edited["made_with"]  # as earlier versions have written it
+    (tmp_path / "2/sweep.json").write_text(json.dumps(edited))
+    run_sweep(*merge)
+    (said,) = document_of(tmp_path / "all")["warnings"]
+    assert said.startswith("some of the episodes come from a version that did not record what they were run with")
+
+
+def test_a_sweep_of_an_earlier_version_goes_on(planar_run, run_sweep, tmp_path):
+    settings = [f"checkpoint={planar_run}/checkpoint", "ddim_steps=1", "num_envs=1", f"output_dir={tmp_path}"]
+    run_sweep(*settings, "episodes=2")
+    file = tmp_path / "episodes.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    new = {"made_with", "plan"}
+    earlier = [{name: row[name] for name in row if name != "check"} for row in rows if not new & row.keys()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in earlier))
+    assert "2 of 3 episodes are on disk already" in run_sweep(*settings, "episodes=3")
+    (said,) = document_of(tmp_path)["warnings"]
+    assert said.startswith("some of the episodes come from a version that did not record what they were run with")
+    check_exactly_once(tmp_path, cells=1, episodes=3)
 
 
 # --- axes --------------------------------------------------------------------------------------------------------
@@ -314,9 +412,30 @@ def test_a_single_number_is_a_sweep_of_one_cell(planar_run, run_sweep, tmp_path)
     assert sorted(named) == sorted(str(file) for file in tmp_path.iterdir() if file.name != "episodes.jsonl")
 
 
+def test_cells_above_max_ms_are_left_out_before_the_first_episode(planar_run, run_sweep, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        timing,
+        "measure_latency",
+        lambda controllers, threads: [
+            Latency(median_ms=2.0 * one.sampler.ddim_steps, **QUIET, threads=threads) for one in controllers
+        ],
+    )
+    given = (f"checkpoint={planar_run}/checkpoint", "ddim_steps=[1,2,4]", "episodes=2", f"output_dir={tmp_path}")
+    out = run_sweep(*given, "max_ms=4")
+    document = document_of(tmp_path)
+    assert [cell["ddim_steps"] for cell in document["cells"]] == [1, 2]
+    assert document["left_out"] == "Left out, as slower than max_ms=4: ddim_steps 4 (8.0 ms)."
+    assert document["left_out"] in out
+    assert len(ledger_of(tmp_path)[0]) == 2
+    err = run_sweep(*given, "max_ms=1", check=2)
+    assert "error: no cell plans within max_ms=1: the fastest is ddim_steps 1 (2.0 ms); raise max_ms\n" in err
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 BAD_INPUT = {
+    "no time": (["max_ms=0"], ["max_ms must be above 0 milliseconds; got 0"]),
+    "no threads": (["threads=0"], ["threads must be within 1..", "got 0"]),
     "no steps": (["ddim_steps=0"], ["ddim_steps must be 1 or more", "0"]),
     "negative steps": (["ddim_steps=[1,-2]"], ["ddim_steps must be 1 or more", "-2"]),
     "more than num_steps": (["ddim_steps=[1,101]"], ["1..100", "101"]),
@@ -413,3 +532,80 @@ def test_an_output_folder_that_is_a_file_is_refused(planar_run, run_sweep, reset
     err = run_sweep(f"checkpoint={planar_run}/checkpoint", "episodes=2", f"output_dir={tmp_path}/out", check=2)
     check_refused(err, f"cannot write to output_dir={tmp_path}/out (Not a directory)", "choose another")
     assert resets == []
+
+
+# --- watched while it runs ---------------------------------------------------------------------------------------
+
+
+def test_a_watched_sweep_serves_its_page_from_the_first_episode_to_the_report(
+    planar_run, run_sweep, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("policy.common.budget.Budget.due", lambda budget: True)
+    monkeypatch.setattr("policy.common.serving.INTERVAL", 0.01)
+    page, seen = tmp_path / "report.html", []
+    plain = sweep_command.run_missing
+
+    def run_missing(*args, after_each, **settings):
+        def look():
+            after_each()
+            seen.append(page.read_text())
+
+        plain(*args, after_each=look, **settings)
+
+    monkeypatch.setattr(sweep_command, "run_missing", run_missing)
+    cells = [f"checkpoint={planar_run}/checkpoint", "ddim_steps=[1,2]", "episodes=2", f"output_dir={tmp_path}"]
+    out = run_sweep(*cells, "watch=true")
+    assert re.search(r"watch it at http://127\.0\.0\.1:\d+/ ", out)
+    assert [re.search(r"Running: (\d) of at most 4 episodes", text)[1] for text in seen] == ["1", "2", "3", "4"]
+    assert all("<svg" in text and "recommend" in text for text in seen)
+    assert "Running" not in page.read_text()
+    assert "against the best" in page.read_text()
+    report = page.read_text()
+    run_sweep(*cells)
+    assert page.read_text() == report  # as if nobody had watched
+    assert "leave watch= out" in run_sweep(f"merge=[{tmp_path}]", "watch=true", check=2)
+
+
+def test_a_watched_sweep_that_is_stopped_says_so_on_its_page(tmp_path, monkeypatch):
+    monkeypatch.setattr("policy.common.serving.INTERVAL", 0.01)
+    page = tmp_path / "report.html"
+
+    def stopped():
+        with live_page(page, "planar", {}) as shown:
+            assert "The sweep begins." in page.read_text()
+            monkeypatch.setattr("policy.common.budget.Budget.due", lambda budget: True)
+            shown.refresh(lambda: [], 10)
+            assert "0 of at most 10 episodes" in page.read_text()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert "The sweep stopped before its end" in page.read_text()
+
+
+# --- stages that share a folder ----------------------------------------------------------------------------------
+
+
+def test_training_rollout_and_sweep_share_a_folder_and_none_overwrites_a_file_of_another(
+    planar_run, run_command, plain_reports, tmp_path
+):
+    """As in `make demo`."""
+    folder = tmp_path / "demo"
+    shutil.copytree(planar_run, folder)
+    told = (planar_run / "train.txt").read_text()
+    assert f"page: {planar_run}/training.html" in told
+    settings = [f"checkpoint={folder}/checkpoint", "episodes=2", f"output_dir={folder}"]
+
+    def files():
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    trained = files()
+    assert {folder / "training.html", folder / "checkpoint" / "training.json"} <= set(trained)
+    assert list((folder / "training_videos").glob("0000300_50000_*.mp4"))
+    run_command("rollout", *settings, "video=1")
+    rolled_out = files()
+    assert {path: rolled_out[path] for path in trained} == trained
+    run_command("sweep", *settings, "ddim_steps=[1,2]", "videos=1")
+    swept = files()
+    assert {path: swept[path] for path in rolled_out} == rolled_out
+    assert folder / "report.html" in set(swept) - set(rolled_out)

@@ -14,7 +14,7 @@ import envs.pusht_geometry
 REVISIONS = {
     envs.pusht: (
         "3f303a64342c6647d7b6d63745988e2f18e57f02a2bb88d68b811a793c2b54db",
-        "ec29028e8ab661f7edd724dff092ba781c23365f44e279b7762e736369694e5d",
+        "b6d606b97e3c1940592f51b2f75ec85fe8d00759f7a6e294380843eb8c695552",
     ),
     envs.pusht_geometry: (
         "a80451f38198d76709708dd939409064c49cfa1a6bb7ba3746b5dcd78fe9be72",

@@ -209,6 +209,7 @@ def test_gymnasiums_own_checker_accepts_every_observation(kind):
     check_env(env, skip_render_check=True, skip_close_check=True)
     observation, _ = env.reset(seed=0)
     assert env.observation_space.contains(observation)
+    assert [*env.unwrapped.observation_spaces] == KINDS
 
 
 def test_an_unknown_observation_is_refused():

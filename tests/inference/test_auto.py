@@ -1,19 +1,11 @@
 """`backend=auto`: the fastest back end by a rule, and only where it samples the actions of `eager`."""
 
-import importlib.util
-
 import pytest
-import torch
 
 import policy.inference.backends as backends
 from policy import Sampler
 from policy.inference.backends import choose_backend, compile_sampler
 from tests.inference.cases import shared_policy
-
-needs_onnx = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in backends.ONNX_PACKAGES),
-    reason="needs pip install 'ddim-policy[export]'",
-)
 
 
 @pytest.fixture
@@ -64,13 +56,3 @@ def test_without_the_packages_it_is_fused(large, monkeypatch):
 
 def test_narrow_weights_ask_for_onnx():
     assert choose_backend([shared_policy()], [Sampler()], "int8") == "onnx"
-
-
-@needs_onnx
-def test_samplers_of_a_policy_share_one_model():
-    policy = shared_policy("residual_mlp")
-    programs = [backends.compile_shared(policy, Sampler(ddim_steps=steps), backend="onnx") for steps in (1, 3)]
-    assert programs[0].run.model is programs[1].run.model
-    given = {"state": torch.zeros(1, 2, 5), "goal": torch.zeros(1, 2, 3)}
-    one, three = (program(given, torch.ones(1, 8, 2)) for program in programs)
-    assert not torch.equal(one, three)

@@ -1,11 +1,13 @@
 """Sampling programs in ONNX Runtime: the eager back end's actions, from a file that does not grow with the steps."""
 
 import copy
+import errno
 import functools
 import importlib.util
 import itertools
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,8 +18,9 @@ from policy import Sampler
 from policy.diffusion.ddim import SPACINGS
 from policy.diffusion.schedule import PREDICTION_TYPES
 from policy.inference import onnx_graph
-from policy.inference.backends import compile_sampler
+from policy.inference.backends import compile_sampler, compile_shared
 from policy.inference.int8 import quantized
+from policy.inference.mapped import MappedArrays
 from policy.inference.onnx_graph import kind_of
 from policy.inference.rewriting import Part
 from policy.model.config import config_to_json
@@ -103,7 +106,24 @@ def test_onnx_gives_the_eager_actions_at_any_batch_size(name):
 
 
 @needs_onnx
-@pytest.mark.parametrize("name", ["stochastic", "warm", "one step"])
+def test_the_programs_of_a_policy_change_their_threads_together_and_back():
+    policy, sampler, program = case("stochastic")
+    session, given, before = program.run.model.session, inputs(policy, sampler), torch.get_num_threads()
+    expected = program(*given)
+    program.use_threads(2)
+    try:
+        assert program.run.model.session is not session
+        assert program.run.model.session.get_session_options().intra_op_num_threads == torch.get_num_threads() == 2
+        assert difference(policy, program(*given), expected) < TOLERANCE
+    finally:
+        program.use_threads(1)
+        torch.set_num_threads(before)
+    assert program.run.model.session.get_session_options().intra_op_num_threads == 1
+    assert torch.equal(program(*given), expected)
+
+
+@needs_onnx
+@pytest.mark.parametrize("name", ["stochastic", "warm", pytest.param("one step", marks=pytest.mark.slow)])
 def test_an_onnx_program_continues_a_chunk_as_ddim_step_does(name):
     """Each prediction type once, and from noise as well as from the previous chunk."""
     policy, sampler, _ = case(name)
@@ -139,10 +159,20 @@ def test_an_onnx_program_continues_a_chunk_whatever_is_predicted(prediction_type
 
 
 @needs_onnx
-@pytest.mark.slow  # all samplers share one graph; test_auto.py looks at that
+@pytest.mark.slow  # all samplers share one graph, see above
 def test_the_size_of_an_onnx_program_does_not_grow_with_its_steps():
     small, large = (case(name)[2].run.file() for name in ("one step", "all steps"))
     assert len(large) - len(small) < 99 * 4 * (32 + 5 + 2)  # a timestep's embedding and coefficients for each step
+
+
+@needs_onnx
+def test_samplers_of_a_policy_share_one_model():
+    policy, sampler, _ = case("stochastic")
+    programs = [compile_shared(policy, replace(sampler, ddim_steps=steps), backend="onnx") for steps in (1, 3)]
+    assert programs[0].run.model is programs[1].run.model
+    observations, noise, step_noise = inputs(policy, replace(sampler, ddim_steps=3))
+    one, three = (program(observations, noise, step_noise[: program.sampler.ddim_steps]) for program in programs)
+    assert not torch.equal(one, three)
 
 
 @needs_onnx
@@ -151,6 +181,41 @@ def test_an_onnx_program_can_be_sent_to_another_process():
     again = pickle.loads(pickle.dumps(program))
     given = inputs(policy, sampler)
     assert torch.equal(again(*given), program(*given))
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("stochastic", {}),
+        ("stochastic", {"weights": "int8"}),
+        ("unet", {}),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("images", "encoder-decoder")),
+    ],
+)
+def test_packed_weights_give_the_same_bits_in_another_process(name, settings, tmp_path):
+    policy, sampler, program = case(name, **settings)
+    packed = program.run.model.packed(tmp_path)
+    assert program.run.model.packed(tmp_path) is packed, "it is written once"
+    (folder,) = tmp_path.iterdir()
+    assert {path.name for path in folder.iterdir()} == {"packed.onnx", "packed_weights"}
+    again = pickle.loads(pickle.dumps(replace(program, run=program.run.on(packed))))
+    for rows in (1, 7):
+        given = inputs(policy, sampler, rows)
+        assert torch.equal(again(*given), program(*given))
+
+
+@needs_onnx
+def test_weights_that_cannot_be_packed_stay_as_they_are(tmp_path, monkeypatch):
+    def full(self, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(MappedArrays, "copy_to", full)
+    model = case("stochastic")[2].run.model
+    with pytest.warns(UserWarning, match=r"its own copy of the weights, .*No space left.*: a folder with room"):
+        assert model.packed(tmp_path) is model
+    assert not list(tmp_path.iterdir())
 
 
 @needs_onnx
@@ -176,6 +241,7 @@ def test_quantized_weights_are_off_by_half_a_step_at_most(block_size):
 
 
 @needs_onnx
+@pytest.mark.slow  # a trace for a check that all back ends share; test_inference.py looks at it
 def test_inputs_that_do_not_fit_are_refused_in_a_sentence():
     check_refusals("onnx")
 

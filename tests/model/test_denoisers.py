@@ -1,6 +1,7 @@
 """The networks: the source document's sizes to the last parameter, and gradients that reach all of them."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -406,9 +407,14 @@ def test_causal_actions_depend_on_earlier_ones_and_as_many_observations(encoder_
     newest[:, 6:] += 1
     # Layers of self-attention mix the observations before the actions attend to them.
     assert changed(noisy, timestep, newest) == ([True] * 4 if encoder_layers else [False, False, True, True])
+    refused = pytest.raises(ValueError, match=r"past_actions must be 2 or more .*; got 1")
+    with nullcontext() if encoder_layers else refused:
+        network.check_past_actions(1)
+    network.check_past_actions(2)
     network = EncoderDecoder(**sizes, causal=False).eval()
     before = randomised(network)(noisy, timestep, observations)
     assert changed(later, timestep, observations) == changed(noisy, timestep, newest) == [True] * 4
+    network.check_past_actions(0)
 
 
 @pytest.mark.parametrize(

@@ -612,6 +612,7 @@ def test_weights_without_statistics_do_not_load(key):
         ),
         ({"schedule": {"zero_terminal_snr": "perhaps"}}, r"schedule\.zero_terminal_snr should be bool; got 'perhaps'"),
         ({"denoiser": {"name": "unet", "widths": [12]}}, r"multiple of groups=8 and larger; got \[12\]"),
+        ({"denoiser": {"name": "encoder_decoder", "obs_tokens": 7}}, "past_actions must be 6 or more .*; got 0"),
         ({"denoiser": {"name": "unet", "widths": 12}}, r"denoiser\.widths should be .*; got 12"),
         ({"observation_shapes": {}}, "at least one observation key"),
         ({"observation_shapes": {"image": (3, 8, 8)}}, r"takes vectors; observation 'image' has shape \(3, 8, 8\)"),

@@ -14,6 +14,7 @@ from policy import DiffusionPolicy
 from policy.commands.rollout import roll_out
 from policy.control.timeline import ControllerSettings
 from policy.diffusion.sampler import Sampler
+from policy.rollout.latency import Latency
 from policy.tracking.tracker import NoTracker
 from scripts.command import refusals
 from tests.conftest import PLANAR_CONFIG, as_a_process
@@ -21,6 +22,8 @@ from tests.reliability.fuzzed_env import CASES, FIRST_SEED
 
 EPISODES = 4
 EXAMPLES = {"full": 500}.get(os.environ.get("HYPOTHESIS_PROFILE", ""), 20)
+
+QUICK = Latency(median_ms=1.0, p99_ms=1.0, cpu_ms=1.0, step_p99_ms=0.1, quiet=1.0, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def rolled_out(checkpoint, kwargs, processes, folder):
     env = {"name": "gym", "id": "tests.reliability.fuzzed_env:Fuzzed-v0", "kwargs": kwargs}
     parts = {"sampler": Sampler(ddim_steps=1), "controller": ControllerSettings(), "tracker": NoTracker}
     try:
-        timed = mock.patch("policy.commands.rollout.chunk_latency", return_value={"latency_ms_median": 1.0})
+        timed = mock.patch("policy.commands.rollout.measure_latency", return_value=[QUICK])
         with as_a_process("rollout", cores=processes), timed, refusals():
             roll_out(
                 envs.make,

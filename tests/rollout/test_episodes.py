@@ -3,6 +3,7 @@
 import dataclasses
 import heapq
 import itertools
+from typing import ClassVar
 
 import gymnasium
 import numpy as np
@@ -11,10 +12,9 @@ import torch
 
 from policy import ControllerSettings, DiffusionPolicy, PolicyConfig, RecedingHorizonController, Sampler
 from policy.common.device import torch_threads
-from policy.inference.backends import SamplerProgram, compile_sampler
+from policy.inference.backends import SamplerProgram
 from policy.rollout.cells import PLAN_BATCH, Cell
 from policy.rollout.episodes import check_spaces, record_episode, run_episodes, run_in_process
-from policy.rollout.latency import chunk_latency
 from policy.statistics.results import EpisodeResult
 
 CONFIG = PolicyConfig(
@@ -291,6 +291,10 @@ class Dictionary(Counter):
     observation_space = gymnasium.spaces.Dict({"a": Counter.observation_space, "b": Counter.observation_space})
 
 
+class Several(Counter):
+    observation_spaces: ClassVar = {"state": Counter.observation_space, "two": Dictionary.observation_space}
+
+
 def test_fitting_spaces_are_accepted():
     check_spaces(CONFIG, Counter())
     shapes = {"b": (3,), "a": (3,)}
@@ -308,40 +312,19 @@ def test_fitting_spaces_are_accepted():
             r"came from; it fits under other names: keys=\{state: observation.state\} of ddim-import",
         ),
         ({}, Dictionary(), r"observations a \(3,\), b \(3,\) do not fit the policy's state \(3,\)"),
+        ({"observation_shapes": {"a": (3,), "b": (3,)}}, Several(), r"came from; env\.observation=two fits$"),
+        (
+            {"observation_shapes": {"a": (3,), "box": (3,)}},
+            Several(),
+            r"env\.observation=two fits under other names: keys=\{a: a, b: box\} of ddim-import",
+        ),
+        ({"observation_shapes": {"a": (7,)}}, Several(), r"demonstrations came from$"),
         ({"action_dim": 3}, Counter(), r"actions have shape \(2,\), the policy's \(3,\): choose the env="),
     ],
 )
 def test_spaces_that_do_not_fit_are_refused_naming_both_sides(change, env, message):
     with pytest.raises(ValueError, match=message):
         check_spaces(dataclasses.replace(CONFIG, **change), env)
-
-
-def test_a_chunk_takes_longer_with_more_denoising_steps(policy):
-    programs = [compile_sampler(policy, Sampler(ddim_steps=steps)) for steps in (1, 32)]
-    one, many = (chunk_latency(program, repeats=7) for program in programs)
-    for latency in (one, many):
-        assert 0 < latency["latency_ms_median"] <= latency["latency_ms_p90"]
-    assert many["latency_ms_median"] > 5 * one["latency_ms_median"]
-
-
-@pytest.mark.parametrize("warm_start", [None, 0.5])
-def test_latency_is_timed_over_so_many_calls_of_one_robot(policy, warm_start):
-    calls, program = [], compile_sampler(policy, Sampler(ddim_steps=3, eta=0.5, warm_start=warm_start))
-
-    class Counted:
-        def __init__(self, name):
-            self.name, self.runner = name, getattr(program, name)
-            self.device = self.runner.device
-
-        def __call__(self, given):
-            calls.append((self.name, given))
-            return self.runner(given)
-
-    chunk_latency(dataclasses.replace(program, run=Counted("run"), warm_run=Counted("warm_run")), repeats=4)
-    assert len(calls) > 4  # and some untimed before them
-    for name, given in calls:
-        assert given.observations["state"].shape == (1, 2, 3)
-        assert name == ("run" if warm_start is None else "warm_run")
 
 
 def test_threads_are_put_back_also_after_an_error():

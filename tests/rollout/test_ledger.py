@@ -1,9 +1,12 @@
 """The ledger: what was written down stays, and nothing is counted twice."""
 
 import json
+import math
 import os
+import re
 import signal
 import time
+import zlib
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +22,7 @@ from policy.rollout.ledger import Ledger, cell_id
 from policy.statistics.results import EpisodeResult
 from policy.sweep.grid import make_cells, uniform
 
+DATA = Path(__file__).resolve().parents[1] / "data"
 SETTINGS = {
     "checkpoint": "0123456789abcdef",
     "ddim_steps": 4,
@@ -79,6 +83,7 @@ def test_every_result_is_on_disk_as_soon_as_it_was_added(file):
         for count in range(1, 4):
             ledger.add(cell, result(count))
             lines = [json.loads(line) for line in file.read_text().splitlines()]
+            assert all(len(line.pop("check")) == 8 for line in lines)
             assert lines[0] == {"cell": cell, "settings": SETTINGS}
             assert lines[1:] == [{"cell": cell, **result(seed).row()} for seed in range(1, count + 1)]
 
@@ -147,6 +152,8 @@ def test_a_ledger_cut_anywhere_can_be_completed(file, written):
         lambda line: line.replace(b'"score"', b'"skore"'),
         lambda line: line.replace(b'"cell": "', b'"cell": ["').replace(b'", "seed"', b'"], "seed"'),
         lambda line: line.replace(b'"seed": 7', b'"seed": {}'),
+        lambda line: line.replace(b'"steps": 17', b'"steps": 71'),
+        lambda line: line[: line.rindex(b",")] + b"}\n",  # without its checksum
     ],
 )
 def test_a_damaged_line_is_an_error_that_names_file_and_line(file, written, damage):
@@ -154,7 +161,9 @@ def test_a_damaged_line_is_an_error_that_names_file_and_line(file, written, dama
     assert damaged != written[1]
     file.write_bytes(b"".join([written[0], damaged, *written[2:]]))
     content = file.read_bytes()
-    with pytest.raises(ValueError, match=rf"{file}, line 2 is damaged .*: remove the line, its episode is run again"):
+    with pytest.raises(
+        ValueError, match=rf"{file}, line 2 is damaged .*: remove the line; if it is an episode, that is run"
+    ):
         Ledger(file)
     assert file.read_bytes() == content
     file.write_bytes(b"".join([written[0], *written[2:]]))  # as the message says; the lock is free
@@ -206,6 +215,192 @@ def test_a_second_process_is_refused_until_the_first_has_ended(file, written):
         os.waitpid(holder, 0)
     with Ledger(file) as ledger:
         assert ledger.missing(cell_id(OTHER), [7, 8]) == []
+
+
+# --- every line is checked --------------------------------------------------------------------------------------
+
+MADE_WITH = {
+    "versions": {"ddim-policy": "0.1.0", "torch": "2.7.0"},
+    "machine": {"processor": "one"},
+    "environment": {"envs/planar.py": "0123456789ab"},
+}
+NEWER = {**MADE_WITH, "versions": {"ddim-policy": "0.1.0", "torch": "2.13.0"}}
+
+
+@pytest.fixture(scope="module")
+def of_all_kinds(tmp_path_factory):
+    """The lines of a small ledger that has lines of all kinds, and a file for others."""
+    file = tmp_path_factory.mktemp("kinds") / "episodes.jsonl"
+    with Ledger(file) as ledger:
+        ledger.note_provenance(MADE_WITH)
+        cell = ledger.introduce(SETTINGS)
+        ledger.note_unpaired("seed 7 does not fix the episode")
+        ledger.add(cell, result(7))
+        ledger.add(cell, result(8, success=False, steps=0, broke_off="it \u00df"))
+    return file.read_bytes().splitlines(keepends=True), file.with_name("edited.jsonl")
+
+
+def refusal_of(file, lines):
+    """What the ledger of these lines is refused with; the file stays as it is."""
+    file.write_bytes(b"".join(lines))
+    with pytest.raises(ValueError, match=rf"^{file}, line \d+ ") as caught:
+        Ledger(file)
+    assert file.read_bytes() == b"".join(lines)
+    return str(caught.value).removeprefix(f"{file}, ")
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_an_edit_of_any_byte_is_found_and_its_line_named(of_all_kinds, data):
+    lines, file = of_all_kinds
+    number = data.draw(st.integers(0, len(lines) - 1), "line")
+    at = data.draw(st.integers(0, len(lines[number]) - 1), "byte")
+    byte = data.draw(st.integers(0, 255).filter(lambda byte: byte != lines[number][at]), "instead")
+    edited = lines[number][:at] + bytes([byte]) + lines[number][at + 1 :]
+    said = refusal_of(file, [*lines[:number], edited, *lines[number + 1 :]])
+    assert said.startswith(f"line {number + 1} is damaged (")
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_an_edit_of_the_checksum_or_of_the_lines_end_is_found(of_all_kinds, number):
+    lines, file = of_all_kinds
+    for at in range(len(lines[number]) - 24, len(lines[number])):
+        edited = lines[number][:at] + bytes([lines[number][at] ^ 1]) + lines[number][at + 1 :]
+        assert refusal_of(file, [*lines[:number], edited, *lines[number + 1 :]]).startswith(f"line {number + 1} is")
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_a_line_that_stands_there_twice_is_named(of_all_kinds, data):
+    lines, file = of_all_kinds
+    number = data.draw(st.integers(0, len(lines) - 1), "line")
+    at = data.draw(st.integers(number + 1, len(lines)), "again at")
+    said = refusal_of(file, [*lines[:at], lines[number], *lines[at:]])
+    assert re.match(rf"line {at + 1} repeats .*: remove one of the two", said)
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_a_line_that_was_cut_is_named_unless_it_is_the_last(of_all_kinds, data):
+    lines, file = of_all_kinds
+    number = data.draw(st.integers(0, len(lines) - 2), "line")
+    length = data.draw(st.integers(1, len(lines[number]) - 2), "length")
+    end = data.draw(st.sampled_from([b"", b"\n"]), "end")
+    said = refusal_of(file, [*lines[:number], lines[number][:length] + end, *lines[number + 1 :]])
+    assert said.startswith(f"line {number + 1} is damaged (it is not JSON: it was edited or cut)")
+
+
+def checked(row):
+    """A line with a checksum that fits."""
+    text = json.dumps(row)[:-1].encode()
+    return text + b', "check": "%08x"}\n' % zlib.crc32(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": -1}, "seed must be a whole number, 0 or more; got -1"),
+        ({"seed": True}, "seed must be a whole number, 0 or more; got True"),
+        ({"seed": 7.0}, "seed must be a whole number, 0 or more; got 7.0"),
+        ({"success": 1}, "success must be true or false; got 1"),
+        ({"score": 1.0001}, "score must be a number within 0..1; got 1.0001"),
+        ({"score": None}, "score must be a number within 0..1; got None"),
+        ({"score": float("nan")}, "score must be a number within 0..1; got nan"),
+        ({"return": "3"}, "return must be a number; got '3'"),
+        ({"steps": 0}, "steps must be a whole number, 1 or more; got 0"),
+        ({"late_steps": -1}, "late_steps must be a whole number, 0 or more; got -1"),
+        ({"attempts": 0}, "attempts must be a whole number, 1 or more; got 0"),
+        ({"broke_off": 3}, "broke_off must be a text; got 3"),
+        ({"cell": 3}, "3 is not the id of a cell"),
+    ],
+)
+def test_what_a_line_holds_is_checked(file, changes, said):
+    """With and without a checksum: an earlier version has written none."""
+    row = {"cell": cell_id(SETTINGS), **result(7).row(), **changes}
+    for line in (checked(row), json.dumps(row).encode() + b"\n"):
+        assert refusal_of(file, [line]).startswith(f"line 1 is damaged ({said}): remove the line; if it is an episode")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"cell": "0123456789ab", "settings": SETTINGS},
+        {"cell": cell_id(SETTINGS), "settings": {**SETTINGS, "ddim_steps": 5}},
+        {"cell": cell_id(SETTINGS), "settings": 3},
+        {"cell": cell_id(SETTINGS), "settings": None},
+        {"settings": SETTINGS},
+        {"unpaired": ""},
+        {"unpaired": 3},
+        {"made_with": {}},
+        {"made_with": {"versions": {"torch": 2}}},
+        {"made_with": ["torch"]},
+        {"cell": cell_id(SETTINGS)},
+        {},
+        [],
+        None,
+    ],
+)
+def test_lines_of_the_other_kinds_are_checked_too(file, row):
+    line = checked(row) if row else json.dumps(row).encode() + b"\n"
+    assert refusal_of(file, [line]).startswith("line 1 is damaged (")
+
+
+def test_a_line_nested_too_deeply_is_damaged(file):
+    assert refusal_of(file, [b"[" * 100_000 + b"\n"]).startswith("line 1 is damaged (it is not JSON")
+
+
+def test_a_return_that_was_not_finite_can_be_read(file):
+    with Ledger(file) as ledger:
+        ledger.add(ledger.introduce(SETTINGS), result(7, return_=float("inf")))
+    with Ledger(file) as ledger:
+        (back,) = ledger.results(cell_id(SETTINGS), [7])
+    assert math.isnan(back.return_)
+
+
+def test_a_ledger_of_an_earlier_version_goes_on(file):
+    """This file was written before lines had checksums and said what episodes were run with."""
+    before = (DATA / "ledger_before_checksums.jsonl").read_bytes()
+    file.write_bytes(before)
+    with Ledger(file) as ledger:
+        cells = [ledger.introduce(given_settings) for given_settings in (BEFORE_SOLVERS, OTHER)]
+        assert [ledger.missing(cell, range(6, 11)) for cell in cells] == [[6, 10], [6, 9, 10]]
+        assert ledger.results(cells[1], [7, 8]) == [result(7), result(8)]
+        assert ledger.results(cells[0], [9])[0].attempts == 2
+        assert ledger.unpaired.startswith("equal seeds are not equal episodes")
+        assert ledger.made_with(cells, range(10)) == [{}]
+        assert file.read_bytes() == before
+        ledger.note_provenance(MADE_WITH)
+        ledger.add(cells[1], result(9))
+    with Ledger(file) as ledger:
+        assert ledger.missing(cells[1], range(6, 11)) == [6, 10]
+        assert ledger.made_with(cells, range(10)) == [{}, MADE_WITH]
+    written = file.read_bytes()
+    assert written.startswith(before)
+    lines = written.splitlines(keepends=True)
+    assert refusal_of(file, [*lines, lines[3]]).startswith("line 11 is damaged (its checksum is missing)")
+    assert refusal_of(file, [lines[0].replace(b'"candidates": 1', b'"candidates": 2')]).startswith("line 1 is damaged")
+
+
+# --- what episodes were run with ---------------------------------------------------------------------------------
+
+
+def test_each_episode_is_of_the_last_provenance_before_it(file):
+    with Ledger(file) as ledger:
+        one, other = ledger.introduce(SETTINGS), ledger.introduce(OTHER)
+        ledger.note_provenance(MADE_WITH)
+        ledger.note_provenance(dict(reversed(MADE_WITH.items())))  # the same
+        ledger.add(one, result(7))
+        ledger.note_provenance(NEWER)
+        ledger.add(one, result(8))
+        ledger.add(other, result(7))
+        ledger.note_provenance(MADE_WITH)
+        ledger.add(other, result(8))
+    assert file.read_bytes().count(b"made_with") == 3
+    with Ledger(file) as ledger:
+        assert ledger.made_with([one], [7]) == [MADE_WITH]
+        assert ledger.made_with([one], [8]) == ledger.made_with([other], [7]) == [NEWER]
+        assert ledger.made_with([one], [7, 8, 9]) == ledger.made_with([one, other], range(10)) == [MADE_WITH, NEWER]
+        assert ledger.made_with([other], [9]) == ledger.made_with(["unknown"], [7]) == []
 
 
 # --- cells -------------------------------------------------------------------------------------------------------

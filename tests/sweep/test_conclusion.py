@@ -12,7 +12,8 @@ import pytest
 from policy.statistics.paired import paired_interval
 from policy.statistics.recommendation import recommend
 from policy.statistics.results import EpisodeResult
-from policy.sweep.conclusion import answer_of, between_checkpoints, telling_seeds
+from policy.sweep.conclusion import Swept, answer_of, between_checkpoints, conclude, telling_seeds
+from policy.sweep.grid import costs_of
 
 CHROMIUM = shutil.which("chromium")
 
@@ -28,24 +29,56 @@ def row(ddim_steps, success):
         "success_rate": success,
         "success_low": success - 0.02,
         "success_high": success + 0.02,
+        "multiply_adds": 1e6 * ddim_steps / 8,
         "latency_ms_median": 0.5 * ddim_steps,
-        "control_rate_hz": 1e3 * 8 / (0.5 * ddim_steps),
+        "waiting_rate_hz": 2000 / ddim_steps,
+        "planning_ahead_rate_hz": 8000 / ddim_steps,
+        "busy": False,
     }
 
 
 def test_the_answer_names_the_cheapest_good_cell_with_its_latency_and_rate():
     success = [[True] * 300 + [False] * 200, [True] * 480 + [False] * 20, [True] * 481 + [False] * 19]
     rows = [row(1, 0.6), row(4, 0.96), row(16, 0.962)]
-    advice = recommend(success, [(r["ddim_steps"], r["latency_ms_median"]) for r in rows])
+    advice = recommend(success, costs_of(rows))
     answer = answer_of(rows, advice)
-    assert answer.startswith("ddim_steps 4: the cheapest cell that is not worse than the best by 5 points (95 % sure)")
-    assert "Success 96% (94% to 98%), 2.0 ms a chunk: planning keeps pace up to 4000 Hz." in answer
+    assert answer.startswith(
+        "ddim_steps 4: the cheapest cell that is shown to be not worse than the best by 5 points (95 % sure)"
+    )
+    rates = "a robot keeps pace up to 500 Hz if it waits, up to 2000 Hz if it plans ahead."
+    assert f"Success 96% (94% to 98%), 2.0 ms a chunk: {rates}" in answer
+    loud = answer_of([{**r, "busy": True} for r in rows], advice)
+    assert f"2.0 ms a chunk (measured on a busy machine, and so too slow): {rates}" in loud
+    old = [{name: value for name, value in r.items() if name not in ("waiting_rate_hz", "busy")} for r in rows]
+    assert answer_of(old, advice).endswith("2.0 ms a chunk.")
 
 
-def test_too_few_episodes_give_no_recommendation_but_say_how_many_more_would():
+def swept_of(*rows, outcomes):
+    results = [
+        [EpisodeResult(seed=n, success=s, score=float(s), return_=0.0, steps=1) for n, s in enumerate(solved)]
+        for solved in outcomes
+    ]
+    return Swept(rows=[{**r, "cell": f"id {n}"} for n, r in enumerate(rows)], results=results, env={"name": "planar"})
+
+
+def test_measured_latency_changes_no_recommendation():
+    solved = [[True] * 200, [True] * 200, [True] * 199 + [False]]
+    horizons = [{**row(4, 1.0), "execution_horizon": h, "multiply_adds": 4e6 / h} for h in (8, 8, 4)]
+    for latencies in ([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]):
+        timed = [{**r, "latency_ms_median": ms} for r, ms in zip(horizons, latencies, strict=True)]
+        concluded = conclude(swept_of(*timed, outcomes=solved), margin=0.05)
+        assert (concluded.advice.cell, concluded.shown) == (0, [0])
+    fewer_calls = [{**row(8, 1.0), "multiply_adds": 1e6}, {**row(4, 1.0), "multiply_adds": 2e6}]
+    assert conclude(swept_of(*fewer_calls, outcomes=solved[:2]), margin=0.05).advice.cell == 0
+
+
+def test_too_few_episodes_give_no_recommendation_but_say_what_the_difference_would_have_to_be():
     success = [[True, False] * 10, [False, True] * 10]
     answer = answer_of([row(1, 0.5), row(8, 0.5)], recommend(success, [1, 8]))
-    assert re.fullmatch(r"No recommendation yet: not enough episodes: about \d+ more would decide.*", answer)
+    assert answer.startswith(
+        "No recommendation: no cell is shown to be not worse than the best by 5 points (95 % sure)"
+    )
+    assert re.search(r"; ddim_steps \d is 0.0 points below ddim_steps \d, and would have to be .* above it", answer)
 
 
 def test_episodes_that_tell_cells_apart_are_shown_first_and_failures_are_not_hidden():
@@ -87,7 +120,7 @@ def test_the_report_is_one_file_that_needs_no_other(swept):
     assert page.links
     assert all(link.startswith(("data:video/mp4;base64,", "#")) for link in page.links)
     assert "url(http" not in text
-    assert page.tags.count("svg") == 2
+    assert page.tags.count("svg") == 3 + 2  # the panels, and the legend's two lines
     assert page.tags.count("tr") == 5
     assert 4 <= page.tags.count("video") <= 6  # two episodes at the cheapest, the recommended and the best cell
     ids = re.findall(r'\bid="([^"]+)"', text)
@@ -115,7 +148,8 @@ def test_a_browser_shows_the_report_on_a_screen_and_on_a_phone_light_and_dark(
       const done = () => { document.title = JSON.stringify({
         overflow: document.documentElement.scrollWidth - window.innerWidth, width: window.innerWidth,
         background: getComputedStyle(document.body).backgroundColor, frames: video.videoWidth,
-        plots: [...document.querySelectorAll(".plot > div")].filter(e => getComputedStyle(e).display != "none").length,
+        panels: [...document.querySelectorAll(".panels svg")].map(svg => svg.getBoundingClientRect().width),
+        text: [...document.querySelectorAll(".panels text")].map(e => e.getBoundingClientRect().height),
       }); };
       video.readyState > 0 ? done() : video.onloadedmetadata = done;
     };</script></body>"""
@@ -143,7 +177,9 @@ def test_a_browser_shows_the_report_on_a_screen_and_on_a_phone_light_and_dark(
     seen = json.loads(title[1])
     assert seen["overflow"] <= 0  # wide tables scroll inside the page, not with it
     assert seen["background"] == f"rgb({background})"
-    assert seen["plots"] == 1
+    assert len(seen["panels"]) == 3
+    assert all(300 < panel < seen["width"] for panel in seen["panels"])  # side by side, or below each other
+    assert min(seen["text"]) > 10  # pixels
     assert seen["frames"] > 0
 
 
@@ -205,7 +241,7 @@ def compared_cells(*cells, paired=True):
     return between_checkpoints(rows, [solved for *_, solved in cells], paired=paired)
 
 
-def test_checkpoints_are_compared_at_the_fewest_steps_with_the_first_one_at_its_most():
+def test_checkpoints_are_compared_at_their_cheapest_cell_with_the_first_ones_most_expensive():
     slow, fast, other = [True] * 380 + [False] * 20, [True] * 376 + [False] * 24, [True] * 400
     cells = [("slow", 1, other), ("slow", 100, slow), ("fast", 8, other), ("fast", 1, fast), ("third", 2, other)]
     found, third = compared_cells(*cells)

@@ -10,7 +10,8 @@ import torch
 from policy.checkpoint import save_checkpoint
 from policy.statistics.recipes import recipe_interval
 from policy.statistics.results import EpisodeResult
-from policy.sweep.conclusion import Swept, conclude, read_swept
+from policy.sweep.conclusion import Swept, conclude
+from policy.sweep.merging import read_swept
 from policy.sweep.recipes import check_alike, name_of, recipes_of, rows_by_recipe, scope_of
 from policy.sweep.table import format_table, write_files
 from policy.training.state import TrainState

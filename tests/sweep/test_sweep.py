@@ -16,15 +16,22 @@ from PIL import Image
 from envs.planar import PlanarEnv
 from policy import DiffusionPolicy, PolicyConfig, Sampler
 from policy.checkpoint import Checkpoint
+from policy.common.panel import LIGHT
+from policy.model.cost import multiply_adds
+from policy.rollout import latency
 from policy.rollout.cells import Cell
 from policy.rollout.episodes import run_in_process
+from policy.rollout.latency import Latency
 from policy.rollout.ledger import cell_id
 from policy.statistics.intervals import wilson_interval
 from policy.statistics.results import summarize
-from policy.sweep import grid
-from policy.sweep.grid import make_cells, row_of, varying, with_backends
+from policy.sweep import timing
+from policy.sweep.grid import costs_of, make_cells, row_of, uniform, varying, with_backends
+from policy.sweep.panels import facets_of
 from policy.sweep.plot import draw_rows, plot_rows
-from policy.sweep.table import COLUMNS, format_table, write_files
+from policy.sweep.table import COLUMNS, format_table, in_millions, write_files
+from policy.sweep.timing import check_max_ms, latencies_of, within
+from tests.conftest import BRIEFLY
 
 SEEDS = range(70, 76)
 ENV = {"name": "planar"}
@@ -175,27 +182,93 @@ def swept(checkpoints):
 
 @pytest.fixture(scope="module")
 def rows(swept):
-    return [{"cell": f"id {k}", **row_of(cell, results)} for k, (cell, results) in enumerate(zip(*swept, strict=True))]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**BRIEFLY, "QUIET": 0.0}.items():
+            patch.setattr(latency, name, value)
+        timed = zip(*swept, latencies_of(swept[0]), strict=True)
+    return [{"cell": f"id {number}", **row_of(*measured)} for number, measured in enumerate(timed)]
 
 
 def test_a_row_holds_settings_figures_and_latency(swept, rows):
     for cell, results, row in zip(*swept, rows, strict=True):
         assert cell.axes.items() <= row.items()
         assert summarize(results).items() <= row.items()
-        assert row["control_rate_hz"] == pytest.approx(5 / (row["latency_ms_median"] / 1000))
+        assert row["waiting_rate_hz"] == pytest.approx(1000 / row["latency_ms_p99"])
+        assert row["planning_ahead_rate_hz"] > 0
+        assert row["multiply_adds"] == cell.multiply_adds
     assert [row["ddim_steps"] for row in rows] == [4, 1, 2]
-    latency = {row["ddim_steps"]: row["latency_ms_median"] for row in rows}
-    assert 0 < latency[1] < latency[4]
+    times = {row["ddim_steps"]: row["latency_cpu_ms"] for row in rows}
+    assert 0 < times[1] < times[4]
+
+
+def test_the_cost_counts_the_calls_of_all_candidates_for_each_control_step(checkpoints):
+    counted = multiply_adds(checkpoints[0].policy)
+    one, several = cells_of(checkpoints[:1], ddim_steps=8, controller={"candidates": [1, 3]})
+    assert one.multiply_adds == (counted.encoder + 8 * counted.denoiser) / 5
+    assert several.multiply_adds == pytest.approx(3 * one.multiply_adds)
+    (often,) = cells_of(checkpoints[:1], ddim_steps=8, execution_horizon=1)
+    assert often.multiply_adds == pytest.approx(5 * one.multiply_adds)
+
+
+def test_the_cost_ranks_cells_and_rows_that_lack_it_are_ranked_by_their_calls():
+    rows = [row(4, execution_horizon=8), row(1, execution_horizon=1), row(3, execution_horizon=8)]
+    assert costs_of(rows) == [5e5, 1.25e5, 3.75e5]
+    old = {name: value for name, value in rows[1].items() if name != "multiply_adds"}
+    assert costs_of([rows[0], old, {**rows[2], "candidates": 2}]) == [0.5, 1.0, 0.75]
+    merged = uniform([rows[0], old])
+    assert merged[0].keys() == merged[1].keys()  # as a CSV file needs
+    assert [line["multiply_adds"] for line in merged] == [5e5, None]
+    assert costs_of(merged) == [0.5, 1.0]
+    assert "million multiply-adds" in format_table(merged)
+    assert "million multiply-adds" not in format_table([old])
+
+
+def test_the_table_marks_what_a_busy_machine_measured_and_rounds_rates_down():
+    heads, (quiet, busy) = parse(
+        format_table([row(1, waiting_rate_hz=99.9, planning_ahead_rate_hz=9.99), row(4, busy=True)])
+    )
+    assert heads[-3:] == ["ms a chunk", "waits up to Hz", "plans ahead up to Hz"]
+    assert quiet[-3:] == ["0.5", "99", "9.9"]
+    assert busy[-3:] == ["2.0 busy", "500 busy", "2000 busy"]
+    assert "busy" not in "".join(busy[:-3])
+
+
+@pytest.mark.parametrize(("count", "shown"), [(1234, "0.00"), (5e5, "0.50"), (1.239e7, "12.4"), (5.6789e9, "5,679")])
+def test_multiply_adds_are_shown_in_millions(count, shown):
+    assert in_millions(count) == shown
+
+
+def test_cells_above_the_limit_are_left_out_by_name(checkpoints):
+    axes = [cell.axes for cell in cells_of(checkpoints[:1], ddim_steps=[1, 4, 8])]
+    latencies = [{"latency_ms_median": ms, "busy": ms > 20} for ms in (1.0, 20.0, 20.1)]
+    assert within(axes, latencies, None) == ([0, 1, 2], "")
+    left_out = "Left out, as slower than max_ms=20: ddim_steps 8 (20.1 ms, on a busy machine)."
+    assert within(axes, latencies, 20) == ([0, 1], left_out)
+    with pytest.raises(ValueError, match=r"no cell plans within max_ms=0.5: the fastest is ddim_steps 1 \(1.0 ms\)"):
+        within(axes, latencies, 0.5)
+    for wrong in (0, -1, math.nan):
+        with pytest.raises(ValueError, match=f"max_ms must be above 0 milliseconds; got {wrong}"):
+            check_max_ms(wrong, merges=False)
+    with pytest.raises(ValueError, match="give it to the sweeps that merge= combines"):
+        check_max_ms(20, merges=True)
 
 
 def test_latency_is_that_of_the_cells_sampler_and_policy(swept, monkeypatch):
-    cells, results = swept
+    cells, _ = swept
     seen = []
-    monkeypatch.setattr(
-        grid, "chunk_latency", lambda program, candidates: seen.append(program) or {"latency_ms_median": 20.0}
-    )
-    assert row_of(cells[1], results[1])["control_rate_hz"] == 250.0  # five control steps in every 20 ms
-    assert [(p.config, p.sampler) for p in seen] == [(cells[1].checkpoint.policy.config, cells[1].cell.sampler)]
+
+    def measured(controllers, threads):
+        seen.extend(controllers)
+        times = {"median_ms": 16.0, "p99_ms": 20.0, "cpu_ms": 15.0, "step_p99_ms": 0.1, "quiet": 0.5}
+        return [Latency(**times, threads=threads) for _ in controllers]
+
+    monkeypatch.setattr(timing, "measure_latency", measured)
+    (row,) = latencies_of(cells[1:2], threads=2)
+    assert (row["waiting_rate_hz"], row["planning_ahead_rate_hz"]) == (50, 200)
+    assert (row["busy"], row["latency_threads"]) == (True, 2)
+    (controller,) = seen
+    assert (controller.policy, controller.sampler) == (cells[1].checkpoint.policy, cells[1].cell.sampler)
+    assert controller.execution_horizon == cells[1].cell.execution_horizon
 
 
 def row(ddim_steps, successes=3, episodes=4, **changes):
@@ -217,9 +290,12 @@ def row(ddim_steps, successes=3, episodes=4, **changes):
         "score_high": 0.75,
         "return_mean": 1.5,
         "steps_mean": 20.0,
+        "multiply_adds": 1e6 * ddim_steps / 8,
         "latency_ms_median": 0.5 * ddim_steps,
-        "latency_ms_p90": 0.6 * ddim_steps,
-        "control_rate_hz": 16000 / ddim_steps,
+        "latency_ms_p99": 0.6 * ddim_steps,
+        "waiting_rate_hz": 2000 / ddim_steps,
+        "planning_ahead_rate_hz": 8000 / ddim_steps,
+        "busy": False,
         **changes,
     }
 
@@ -273,7 +349,8 @@ def parse(table):
 
 def test_the_table_is_markdown_with_the_rows_figures(rows):
     heads, body = parse(format_table(rows))
-    assert heads == [head for head, _ in COLUMNS.values()]
+    left_out = ("episodes", "training_seeds")  # all have the same number
+    assert heads == [head for key, (head, _) in COLUMNS.items() if key not in left_out]
     assert len(body) == len(rows)
     for row, printed in zip(rows, body, strict=True):
         shown = dict(zip(heads, printed, strict=True))
@@ -310,7 +387,7 @@ def test_the_pictures_show_something(tmp_path, name):
     files = [tmp_path / "sweep.png", tmp_path / "sweep.svg"]
     plot_rows(SERIES[name], files, title="planar")
     pixels = np.asarray(Image.open(files[0]).convert("RGB"))
-    assert pixels.shape == (4 * 150, 9 * 150, 3)
+    assert pixels.shape == (3.7 * 150, 2 * 4.4 * 150, 3)
     for half in np.array_split(pixels, 2, axis=1):
         coloured = np.ptp(half.astype(int), axis=2) > 60  # a curve, not the black and grey of axes and text
         assert coloured.sum() > 150
@@ -354,21 +431,21 @@ def test_tick_labels_do_not_overlap_and_each_ddim_steps_has_one(steps, latency):
                 assert not one.get_window_extent().overlaps(other.get_window_extent()), (one, other)
     by_steps, by_latency = ([label.get_text() for label in next(labels_of(axes))] for axes in figure.axes)
     assert by_steps == [str(k) for k in steps] or (len(steps) == 100 and len(by_steps) > 20)  # no room for 100
-    assert len(by_latency) >= 2
+    assert len(by_latency) >= min(2, len({*latencies}))
 
 
 def points_of(rows, tmp_path, monkeypatch):
-    """What is drawn, by series and picture: (x, success)."""
+    """What is drawn, by colour and picture: (x, success, the ends of its interval)."""
     from matplotlib.axes import Axes
 
     drawn, plain = {}, Axes.errorbar
 
-    def errorbar(axes, x, y, *, yerr, label, **settings):
+    def errorbar(axes, x, y, *, yerr, color, **settings):
         assert np.min(yerr) >= 0
-        drawn.setdefault(label, []).append(
+        drawn.setdefault(color, []).append(
             [(a, b, b - low, b + high) for a, b, low, high in zip(x, y, *yerr, strict=True)]
         )
-        return plain(axes, x, y, yerr=yerr, label=label, **settings)
+        return plain(axes, x, y, yerr=yerr, color=color, **settings)
 
     monkeypatch.setattr(Axes, "errorbar", errorbar)
     plot_rows(rows, [tmp_path / "sweep.svg"], title="planar")
@@ -377,17 +454,19 @@ def points_of(rows, tmp_path, monkeypatch):
 
 def test_a_series_is_drawn_over_ddim_steps_and_over_latency(tmp_path, monkeypatch):
     drawn = points_of(four_series(), tmp_path, monkeypatch)
-    assert list(drawn) == [f"eta {eta}, execution_horizon {h}" for h in (4, 8) for eta in (0.0, 1.0)]
+    names = [line.name for line in facets_of(four_series())[0].legend]
+    assert names == [f"eta {eta}, execution_horizon {h}" for h in (4, 8) for eta in (0.0, 1.0)]
+    assert list(drawn) == list(LIGHT[:4])
     low, high = (100 * end for end in wilson_interval(3, 4))
-    for name, (by_steps, by_latency) in drawn.items():
-        assert by_steps == [pytest.approx((k, 75, low, high)) for k in (1, 2, 8)]
+    for name, (by_steps, by_latency) in zip(names, drawn.values(), strict=True):
+        assert by_steps == [pytest.approx((k, 75, low, high), rel=0.06) for k in (1, 2, 8)]  # series stand side by side
         factor = 2 if name.startswith("eta 1.0") else 1
         assert by_latency == [pytest.approx((k * factor, 75, low, high)) for k in (1, 2, 8)]
 
 
 def test_a_single_series_is_in_the_order_of_its_steps(tmp_path, monkeypatch):
-    (name, (by_steps, _)), *others = points_of(SERIES["one"], tmp_path, monkeypatch).items()
-    assert (name, others) == ("success", [])
+    (by_steps, _), *others = points_of(SERIES["one"], tmp_path, monkeypatch).values()
+    assert others == []
     assert [point[:2] for point in by_steps] == [(1, 25), (2, 50), (8, 75)]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from policy import DiffusionPolicy, PolicyConfig, TrainSettings
-from policy.checkpoint import load_checkpoint, save_checkpoint
+from policy.checkpoint import describe_checkpoint, load_checkpoint, save_checkpoint
 from policy.commands import train as command
 from policy.commands.train import check_start, train_policy
 from policy.data.demonstrations import Demonstrations
@@ -162,6 +162,8 @@ def test_a_smaller_policy_learns_the_chunks_of_a_larger_one(trained, demonstrati
     assert config.schedule == PolicyConfig(observation_shapes={"state": (3,)}, action_dim=2).schedule
     assert same(student.policy.action_normalizer.state_dict(), teacher.policy.action_normalizer.state_dict())
     assert student.training["teacher"] == teacher.digest
+    assert describe_checkpoint(student)["started from"] == f"the checkpoint {teacher.digest}, whose chunks it learned"
+    assert "started from" not in describe_checkpoint(teacher)
     assert f"a new policy learns the chunks of {trained}" in capsys.readouterr().out
 
 

@@ -56,6 +56,16 @@ class Denoiser(nn.Module):
         """
         raise NotImplementedError
 
+    def check_past_actions(self, past_actions: int) -> None:
+        """Reject a number of past actions after which an action does not depend on every observation.
+
+        Args:
+            past_actions: number of actions in front of the chunk that are denoised and cut off.
+
+        Raises:
+            ValueError: it is too small; a network whose actions all depend on every observation takes any.
+        """
+
 
 def check_denoiser(name: str, built: object) -> None:
     """Reject a part that trains as a denoiser and then cannot act as one.
@@ -68,7 +78,7 @@ def check_denoiser(name: str, built: object) -> None:
         ValueError: it is not a `Denoiser` with the parts that sampling calls one by one.
     """
     missing = [part for part in ("embed_timestep", "conditions", "denoise") if not hasattr(built, part)]
-    if missing or not isinstance(built, nn.Module):
+    if missing or not isinstance(built, Denoiser):
         lacks = f", without {', '.join(missing)}" if missing else ""
         raise ValueError(
             f"the denoiser {name!r} is a {type(built).__name__}{lacks}: derive it from"

@@ -112,9 +112,8 @@ class EncoderDecoder(Denoiser):
         obs_tokens: number of tokens into which the observation embedding is split, such as `obs_horizon` with
             `encoder=concatenate`, which embeds the steps one after the other.
         encoder_layers: number of encoder layers of self-attention; 0 for an MLP on each token.
-        causal: whether an action attends to no later action, and action i to the observation tokens 0..i only. With
-            several observation tokens, `past_actions` should be `obs_tokens` - 1 or more, so that the actions given out
-            attend to the newest observation.
+        causal: whether an action attends to no later action, and action i to the observation tokens 0..i only; see
+            `check_past_actions`.
         dropout: dropout probability.
 
     Raises:
@@ -160,6 +159,8 @@ class EncoderDecoder(Denoiser):
             raise ValueError(f"encoder_layers must be 0 or more; got {encoder_layers}")
         super().__init__()
         self.obs_tokens = obs_tokens
+        # Layers of self-attention mix the observations before the actions attend to them.
+        self.unseen = obs_tokens - 1 if causal and not encoder_layers else 0
         self.embed_timestep = TimestepEmbedding(num_steps, hidden_size, endpoint=True)
         self.enter_observation = nn.Linear(obs_size // obs_tokens, hidden_size)
         self.memory_positions = positions(1 + obs_tokens, hidden_size)
@@ -195,6 +196,15 @@ class EncoderDecoder(Denoiser):
         for layer, projected in zip(self.layers, conditions, strict=True):
             x = layer(x, projected, self.earlier, self.seen)
         return self.leave(self.norm(x))
+
+    def check_past_actions(self, past_actions: int) -> None:
+        """See `Denoiser.check_past_actions`; those of causal attention alone do not depend on later observations."""
+        if past_actions < self.unseen:
+            raise ValueError(
+                f"past_actions must be {self.unseen} or more with denoiser.causal=true and denoiser.obs_tokens="
+                f"{self.obs_tokens}, or the first actions would not depend on the newest observation; got"
+                f" {past_actions}: raise it, or choose denoiser.causal=false or denoiser.encoder_layers=1"
+            )
 
 
 def positions(tokens: int, width: int) -> nn.Parameter:

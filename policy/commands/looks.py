@@ -1,0 +1,111 @@
+"""Run the episodes of a sweep from look to look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from policy.commands.stage import OnEnvError, Stage, rollout_pool, run_tasks, say_on_disk, settle_provenance
+from policy.common.progress import progress
+from policy.rollout.ledger import Ledger
+from policy.rollout.workers import RolloutPool
+from policy.sweep.grid import Row, SweepCell, ids_of
+from policy.sweep.looks import LookPlan, describe_plan, keep, missing_tasks, plans_of, settle
+from policy.sweep.recipes import recipe_axes
+from policy.sweep.timing import latencies_of, within
+
+
+def fast_cells(
+    groups: list[list[SweepCell]], asked: tuple[str, ...], max_ms: float | None, threads: int, ledger: Ledger
+) -> tuple[list[list[SweepCell]], list[Row] | None, str]:
+    """Leave out the cells that are too slow; a sweep that goes on leaves out the same ones as before.
+
+    Args:
+        groups: the cells of each row. Those of a recipe stay or go together, as the first one's latency decides.
+        asked: the ids of all of them.
+        max_ms: milliseconds that the median plan of a cell may take; None for no limit.
+        threads: of each plan.
+        ledger: of the sweep.
+
+    Returns:
+        The groups that stay, the latencies of their first cells if they had to be measured, and a sentence about the
+        others.
+
+    Raises:
+        ValueError: no cell is fast enough.
+    """
+    if max_ms is None:
+        return groups, None, ""
+    for plan in plans_of(ledger):
+        kept = [group for group in groups if {*ids_of(group)} <= {*plan.cells}]
+        stay = ids_of([cell for group in kept for cell in group])
+        if (plan.asked, plan.max_ms, plan.cells) == (asked, max_ms, stay):
+            return kept, None, plan.left_out
+    firsts = [group[0] for group in groups]
+    latencies = latencies_of(firsts, threads)  # before the episodes, so that no result has a say
+    fast, left_out = within([recipe_axes(group) for group in groups], latencies, max_ms)
+    return [groups[number] for number in fast], [latencies[number] for number in fast], left_out
+
+
+def run_looks(
+    stage: Stage,
+    cells: Sequence[SweepCell],
+    wanted: Callable[[], LookPlan],
+    ledger: Ledger,
+    num_envs: int,
+    on_env_error: OnEnvError,
+    *,
+    workers: int | None = None,
+    mix: bool = False,
+    after_each: Callable[[], None] = lambda: None,
+) -> tuple[LookPlan, list[str]]:
+    """Run what the plan of looks still needs; a plan that has come to its end runs nothing.
+
+    Args:
+        stage: the checkpoints, the environment and the seeds.
+        cells: the cells to run.
+        wanted: what this command asks for, which depends on what the ledger holds and says of its cells.
+        ledger: receives the plan and the results.
+        num_envs: environments that run at once.
+        on_env_error: what to do with an episode that broke off.
+        workers: number of processes; by default one per core.
+        mix: see `settle_provenance`.
+        after_each: called after each episode.
+
+    Returns:
+        The plan, and the warnings of `settle_provenance`.
+
+    Raises:
+        ValueError: the missing episodes would be run with something else than the finished ones, and `mix` is False.
+        WorkerError: an episode broke off and `on_env_error` is `stop`, or the processes failed.
+    """
+    plan = settle(ledger, wanted()) if ledger.finished() else None
+    missing = plan is None or bool(missing_tasks(plan, ledger))
+    mixed = settle_provenance(stage, cells, ledger, missing=missing, mix=mix)
+    if plan and not missing:
+        keep(ledger, plan)
+        say_on_disk(_finished(plan, ledger), len(cells) * plan.looks[-1])
+        return plan, mixed
+    with rollout_pool(stage, ledger, min(num_envs, len(cells) * len(stage.seeds)), workers=workers) as pool:
+        plan = settle(ledger, wanted())  # only now is it known whether a seed fixes the episode
+        print(describe_plan(plan, keep(ledger, plan)))
+        _run_all(pool, plan, cells, ledger, on_env_error, after_each)
+    return plan, mixed
+
+
+def _run_all(
+    pool: RolloutPool,
+    plan: LookPlan,
+    cells: Sequence[SweepCell],
+    ledger: Ledger,
+    on_env_error: OnEnvError,
+    after_each: Callable[[], None],
+) -> None:
+    total, finished = len(cells) * plan.looks[-1], _finished(plan, ledger)
+    say_on_disk(finished, total)
+    with progress(total=total, initial=finished, desc="sweep", unit="episode") as bar:
+        while tasks := missing_tasks(plan, ledger):
+            run_tasks(pool, cells, plan.cells, tasks, ledger, on_env_error, bar, after_each)
+
+
+def _finished(plan: LookPlan, ledger: Ledger) -> int:
+    return sum(len(plan.seeds) - len(ledger.missing(cell, plan.seeds)) for cell in plan.cells)

@@ -1,0 +1,206 @@
+"""The looks of a sweep: planned before its first episode, kept in the ledger, and followed from what the ledger holds.
+
+A plan says at which numbers of episodes the cells are compared, and how much of the 5 % of wrong recommendations it may
+spend. A later command that asks for something else (more episodes, another margin, other cells) makes a further plan
+from what is left, so that all answers on one ledger together keep the promise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from policy.rollout.cells import Task
+from policy.rollout.ledger import Ledger
+from policy.statistics.recommendation import Recommendation, recommend
+from policy.statistics.results import EpisodeResult
+from policy.statistics.sequential import ERROR, Plan, Progress, follow, plan_looks, stage_alpha
+
+MOST_LOOKS = 6
+LEAST_EPISODES = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookPlan:
+    """A plan of looks, with the cells and episodes that it is for.
+
+    Attributes:
+        asked: ids of the cells that the command asked for.
+        max_ms: the limit of their latency, or None.
+        left_out: a sentence about the cells that were slower than that.
+        cells: ids of the cells that take part, in their order.
+        cost: what ranks them, see `costs_of`.
+        seed: of the first episode.
+        looks: see `Plan`.
+        margin: see `Plan`.
+        alpha: see `Plan`.
+    """
+
+    asked: tuple[str, ...]
+    max_ms: float | None
+    left_out: str
+    cells: tuple[str, ...]
+    cost: tuple[float, ...]
+    seed: int
+    looks: tuple[int, ...]
+    margin: float
+    alpha: float
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether there is more than one look."""
+        return len(self.looks) > 1
+
+    @property
+    def seeds(self) -> range:
+        """Seeds of all episodes, of which a cell may run fewer."""
+        return range(self.seed, self.seed + self.looks[-1])
+
+    def progress(self, success: Sequence[Sequence[bool]]) -> Progress:
+        """Follow the plan as far as the cells' outcomes go."""
+        return follow(Plan(looks=self.looks, margin=self.margin, alpha=self.alpha), success, self.cost)
+
+    @staticmethod
+    def from_row(row: Mapping[str, Any]) -> LookPlan:
+        """Read what `dataclasses.asdict` and JSON made of a plan.
+
+        Raises:
+            ValueError: it is none.
+        """
+        try:
+            return LookPlan(**{**row, **{name: tuple(row[name]) for name in ("asked", "cells", "cost", "looks")}})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{dict(row)} is no plan of looks ({error!r})") from error
+
+
+def planned_looks(episodes: int, looks: int | None, *, adaptive: bool) -> tuple[int, ...]:
+    """The numbers of episodes at which to look.
+
+    Args:
+        episodes: the most that a cell runs.
+        looks: how many; None for six, or fewer where a look would add less than 20 episodes, which decide nothing.
+        adaptive: otherwise there is one look.
+
+    Raises:
+        ValueError: looks that do not fit.
+    """
+    if not adaptive:
+        if looks not in (None, 1):
+            raise ValueError(f"adaptive=false looks once, after all episodes: leave looks={looks} out")
+        return (episodes,)
+    return plan_looks(episodes, max(1, min(MOST_LOOKS, episodes // LEAST_EPISODES)) if looks is None else looks)
+
+
+def plans_of(ledger: Ledger) -> list[LookPlan]:
+    """The plans of earlier commands, in the order in which they were made."""
+    return [LookPlan.from_row(row) for row in ledger.plans]
+
+
+def settle(ledger: Ledger, wanted: LookPlan) -> LookPlan:
+    """Find the plan that an earlier command made for the same wish, or make one from what earlier plans left.
+
+    Args:
+        ledger: of the sweep.
+        wanted: its `alpha` is not used.
+
+    Returns:
+        The plan, with its share of the wrong recommendations.
+    """
+    earlier = plans_of(ledger)
+    same = (plan for plan in earlier if dataclasses.replace(plan, alpha=wanted.alpha) == wanted)
+    return next(same, dataclasses.replace(wanted, alpha=stage_alpha(len(earlier) + 1)))
+
+
+def keep(ledger: Ledger, plan: LookPlan) -> int:
+    """Write a plan down, unless the ledger has it, and return its number there: 1 for the first."""
+    if plan not in plans_of(ledger):
+        ledger.note_plan(dataclasses.asdict(plan))
+    return plans_of(ledger).index(plan) + 1
+
+
+def leading_results(plan: LookPlan, ledger: Ledger) -> list[list[EpisodeResult]]:
+    """The results of each cell up to its first episode that is missing."""
+    found = []
+    for cell in plan.cells:
+        missing = set(ledger.missing(cell, plan.seeds))
+        count = next((number for number, seed in enumerate(plan.seeds) if seed in missing), len(plan.seeds))
+        found.append(ledger.results(cell, plan.seeds[:count]))
+    return found
+
+
+def missing_tasks(plan: LookPlan, ledger: Ledger) -> list[Task]:
+    """The episodes that the next look needs; none if the plan has come to its end."""
+    progress = plan.progress(success_of(leading_results(plan, ledger)))
+    seeds = plan.seeds[: progress.target]
+    return [(number, seed) for number in progress.running for seed in ledger.missing(plan.cells[number], seeds)]
+
+
+def counted_results(plan: LookPlan, ledger: Ledger) -> list[list[EpisodeResult]]:
+    """The results of each cell up to the look at which it stopped; those after it belong to other plans."""
+    found = leading_results(plan, ledger)
+    return [results[:count] for results, count in zip(found, plan.progress(success_of(found)).stopped, strict=True)]
+
+
+def success_of(results: Sequence[Sequence[EpisodeResult]]) -> list[list[bool]]:
+    """Whether each cell solved its episodes."""
+    return [[result.success for result in found] for found in results]
+
+
+def advice_on(
+    success: Sequence[Sequence[bool]],
+    cost: Sequence[float],
+    margin: float,
+    plan: LookPlan | None,
+    *,
+    paired: bool,
+) -> Recommendation:
+    """Recommend a cell, as the plan says.
+
+    Args:
+        success: the outcomes of each cell.
+        cost: what ranks the cells, without a plan.
+        margin: the difference of success rates from which a cell counts as worse, without a plan.
+        plan: None for merged sweeps, which are looked at once.
+        paired: whether equal seeds are equal episodes; cells that are not paired have a single look.
+    """
+    if plan and paired:
+        advice = plan.progress(success).recommendation
+        assert advice is not None, "a plan that has come to its end has had a look"
+        return advice
+    if plan:
+        once = recommend(success, plan.cost, margin=plan.margin, confidence=1 - plan.alpha, paired=False)
+        return dataclasses.replace(once, confidence=1 - ERROR)  # of all plans on the ledger together
+    return recommend(success, cost, margin=margin, paired=paired)
+
+
+def can_stop_early(ledger: Ledger) -> bool:
+    """Whether several looks make sense: not for cells that cannot be paired.
+
+    A ledger that an earlier version began has been looked at with nothing planned: it goes on as one fixed grid.
+    """
+    return not ledger.unpaired and (bool(ledger.plans) or not ledger.finished())
+
+
+def describe_plan(plan: LookPlan, number: int) -> str:
+    """Say at how many episodes a plan looks.
+
+    Args:
+        plan: the plan.
+        number: 1 for the first plan on its ledger.
+    """
+    looks = ", ".join(map(str, plan.looks))
+    at = (
+        f"up to {plan.looks[-1]} episodes a cell, compared at {looks}"
+        if plan.adaptive
+        else f"one look at {looks} episodes"
+    )
+    rest = f"; plan {number} on this ledger, with {100 * plan.alpha:.2g} % of wrong answers left to it"
+    return at + (rest if number > 1 else "")
+
+
+def describe_saving(plan: LookPlan, results: Sequence[Sequence[EpisodeResult]]) -> str:
+    """Say how many episodes were not needed; empty for a plan of one look."""
+    ran, most = sum(map(len, results)), len(plan.cells) * plan.looks[-1]
+    return f"{ran:,} of at most {most:,} episodes decided this." if plan.adaptive else ""

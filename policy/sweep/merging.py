@@ -1,0 +1,110 @@
+"""Several finished sweeps put together as one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from policy.rollout.provenance import UNKNOWN, Provenance, accept_mixture, is_provenance
+from policy.statistics.results import EpisodeResult, describe_broken
+from policy.sweep.conclusion import Swept
+from policy.sweep.grid import Row
+
+
+def read_swept(folders: Sequence[Path], *, mix: bool = False) -> Swept:
+    """Read the cells of several finished sweeps.
+
+    Args:
+        folders: one or more, each with a `sweep.json`.
+        mix: whether their episodes may have been run with different things, see `accept_mixture`.
+
+    Returns:
+        The cells, in the order of the folders.
+
+    Raises:
+        ValueError: a folder without a finished sweep or with an adaptive one, different environments or episodes, a
+            cell that occurs twice, or a mixture that is not wanted.
+    """
+    sweeps = [_read(folder) for folder in folders]
+    first, made_with, mixed = sweeps[0], list[Provenance](), list[str]()
+    cells: set[str] = set()
+    for folder, swept in zip(folders, sweeps, strict=True):
+        for name, theirs, ours in (("env", swept.env, first.env), ("seeds", _seeds(swept), _seeds(first))):
+            if theirs != ours:
+                raise ValueError(f"{name} of {folder} and of {folders[0]} differ: only equal ones can be compared")
+        found = {row["cell"] for row in swept.rows}
+        if repeated := found & cells:
+            raise ValueError(f"{folder} repeats the cell {min(repeated)}: leave one of them out")
+        cells |= found
+        made_with += [one for one in swept.made_with if one not in made_with]
+        where, instead = f"merging {folder} with {folders[0]}", "Leave one of them out"
+        mixed = accept_mixture(made_with, mix, where=where, instead=instead)
+    results = [listed for swept in sweeps for listed in swept.results]
+    rows = [row for swept in sweeps for row in swept.rows]
+    if [[result.seed for result in listed] for listed in results] != [
+        _seeds(first) * _checkpoints(row) for row in rows
+    ]:
+        raise ValueError(f"the cells of {', '.join(map(str, folders))} have not all run the same episodes")
+    warnings = [said for swept in sweeps for said in swept.warnings]
+    return Swept(
+        rows=rows,
+        results=results,
+        env=first.env,
+        warnings=list(dict.fromkeys([*warnings, *mixed])),
+        paired=all(swept.paired for swept in sweeps),
+        left_out=" ".join(dict.fromkeys(swept.left_out for swept in sweeps if swept.left_out)),
+        made_with=made_with,
+        members=[members for swept in sweeps for members in swept.members],
+    )
+
+
+def _read(folder: Path) -> Swept:
+    """Read one sweep.
+
+    Raises:
+        ValueError: there is none, or an adaptive one.
+    """
+    try:
+        document = json.loads((folder / "sweep.json").read_text())
+        results = [
+            [EpisodeResult.from_row(row) for row in document["episodes"] if row["cell"] == cell["cell"]]
+            for cell in document["cells"]
+        ]
+        said_again = describe_broken([result for listed in results for result in listed])
+        recorded = document.get("made_with", [UNKNOWN])
+        if not all(map(is_provenance, recorded)) or not results:
+            raise ValueError("no cells, or made_with is not a list of provenances")
+        looks: Sequence[Any] = document["plan"]["looks"] if "plan" in document else ()
+        swept = Swept(
+            rows=document["cells"],
+            results=results,
+            env=document["env"],
+            warnings=[str(said) for said in document.get("warnings", []) if said not in said_again],
+            paired=document.get("paired", True) is True,
+            left_out=document.get("left_out", ""),
+            made_with=recorded,
+            members=[
+                list(dict.fromkeys(row["checkpoint"] for row in document["episodes"] if row["cell"] == cell["cell"]))
+                if _checkpoints(cell) > 1
+                else [cell["checkpoint"]]
+                for cell in document["cells"]
+            ],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} holds no finished sweep ({error!r}): run it to its end first") from error
+    if len(looks) > 1:
+        raise ValueError(
+            f"{folder} holds an adaptive sweep, which has been looked at and whose cells may have stopped at different"
+            " looks: give checkpoint=[A,B] to one sweep, or merge sweeps that ran with adaptive=false"
+        )
+    return swept
+
+
+def _checkpoints(row: Row) -> int:
+    return int(row.get("training_seeds", 1))
+
+
+def _seeds(swept: Swept) -> list[int]:
+    return sorted({result.seed for listed in swept.results for result in listed})

@@ -1,0 +1,142 @@
+"""Plans of looks in the ledger: kept, found again, followed by another, and never spent twice."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from policy.rollout.ledger import Ledger
+from policy.statistics.results import EpisodeResult
+from policy.sweep.looks import (
+    LookPlan,
+    can_stop_early,
+    counted_results,
+    describe_plan,
+    describe_saving,
+    keep,
+    missing_tasks,
+    planned_looks,
+    plans_of,
+    settle,
+)
+
+RATES = (0.1, 0.9, 0.95)
+OUTCOMES = np.random.default_rng(0).random((3, 120)) < np.array(RATES)[:, None]
+
+
+def result(cell, seed):
+    solved = bool(OUTCOMES[cell, seed])
+    return EpisodeResult(seed=seed, success=solved, score=float(solved), return_=0.0, steps=1)
+
+
+def planned(ledger, **changes):
+    plan = settle(ledger, wish(ledger, **changes))
+    keep(ledger, plan)
+    return plan
+
+
+def wish(ledger, **changes):
+    cells = tuple(ledger.introduce({"ddim_steps": steps}) for steps in (1, 2, 8))
+    wanted = LookPlan(
+        asked=cells,
+        max_ms=None,
+        left_out="",
+        cells=cells,
+        cost=(1.0, 2.0, 8.0),
+        seed=0,
+        looks=(40, 80, 120),
+        margin=0.2,
+        alpha=0,
+    )
+    return dataclasses.replace(wanted, **changes)
+
+
+def run(plan, ledger, most=10**6):
+    """Run what the plan asks for, one episode after the other, and return the order in which they ran."""
+    ran = []
+    while len(ran) < most and (tasks := missing_tasks(plan, ledger)):
+        for number, seed in tasks[: most - len(ran)]:
+            ledger.add(plan.cells[number], result(number, seed))
+            ran.append((number, seed))
+    return ran
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    with Ledger(tmp_path_factory.mktemp("whole") / "episodes.jsonl") as ledger:
+        plan = planned(ledger)
+        return plan, run(plan, ledger), counted_results(plan, ledger)
+
+
+def test_a_cell_that_is_decided_runs_no_further_and_the_others_do(whole):
+    plan, ran, counted = whole
+    stops = [len(found) for found in counted]
+    assert stops[0] == 40 < max(stops)
+    assert len(ran) == sum(stops) < 3 * 120
+    assert describe_saving(plan, counted) == f"{len(ran)} of at most 360 episodes decided this."
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.integers(1, 150), min_size=1, max_size=3))
+def test_a_sweep_that_is_interrupted_anywhere_ends_as_one_that_is_not(whole, tmp_path_factory, pauses):
+    file = tmp_path_factory.mktemp("paused") / "episodes.jsonl"
+    ran = []
+    for most in [*pauses, 10**6]:
+        with Ledger(file) as ledger:
+            plan = planned(ledger)
+            ran += run(plan, ledger, most)
+            counted = counted_results(plan, ledger)
+    assert len(plans_of(Ledger(file))) == 1
+    assert (plan, sorted(ran), counted) == (whole[0], sorted(whole[1]), whole[2])
+
+
+def test_the_same_wish_finds_its_plan_again_and_another_one_gets_less_of_what_is_left(tmp_path):
+    with Ledger(tmp_path / "episodes.jsonl") as ledger:
+        first = planned(ledger)
+        run(first, ledger)
+        before = counted_results(first, ledger)
+        others = [
+            planned(ledger, **changes)
+            for changes in ({"margin": 0.1}, {"looks": (60, 120)}, {"looks": (120,)}, {"cost": (1.0, 2.0, 3.0)})
+        ]
+        for plan in others:
+            run(plan, ledger)
+        assert planned(ledger) == first
+        assert counted_results(first, ledger) == before  # what another plan ran does not change what this one saw
+    plans = [first, *others]
+    assert plans_of(Ledger(tmp_path / "episodes.jsonl")) == plans
+    assert len({plan.alpha for plan in plans}) == len(plans)
+    assert sum(plan.alpha for plan in plans) < 0.05
+    assert "plan 2 on this ledger, with 0.24 % of wrong answers left to it" in describe_plan(others[0], 2)
+
+
+def test_cells_that_cannot_be_paired_and_ledgers_of_earlier_versions_are_compared_once(tmp_path):
+    with Ledger(tmp_path / "new.jsonl") as ledger:
+        assert can_stop_early(ledger)
+        ledger.note_unpaired("seed 0 did not repeat")
+        assert not can_stop_early(ledger)
+    with Ledger(tmp_path / "old.jsonl") as ledger:
+        ledger.add(ledger.introduce({"ddim_steps": 1}), result(0, 0))
+        assert not can_stop_early(ledger)
+
+
+def test_looks_by_default_are_six_and_never_closer_than_20_episodes():
+    assert planned_looks(600, None, adaptive=True) == (100, 200, 300, 400, 500, 600)
+    assert planned_looks(50, None, adaptive=True) == (25, 50)
+    assert planned_looks(4, None, adaptive=True) == planned_looks(4, None, adaptive=False) == (4,)
+    with pytest.raises(ValueError, match="looks must be 1 to the number of episodes, 4, and at most 100; got 5"):
+        planned_looks(4, 5, adaptive=True)
+    with pytest.raises(ValueError, match="adaptive=false looks once, after all episodes: leave looks=3 out"):
+        planned_looks(600, 3, adaptive=False)
+
+
+def test_a_plan_survives_json_and_what_is_none_is_refused(tmp_path):
+    with Ledger(tmp_path / "episodes.jsonl") as ledger:
+        plan = wish(ledger)
+    row = json.loads(json.dumps(dataclasses.asdict(plan)))
+    assert LookPlan.from_row(row) == plan
+    with pytest.raises(ValueError, match="is no plan of looks"):
+        LookPlan.from_row({"looks": [1]})

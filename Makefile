@@ -7,7 +7,7 @@ DEMO_TASK := pick-place-v3
 DEMO_DATA := $(DEMO)/demonstrations/metaworld-$(DEMO_TASK)-v0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick-tests test-all test-reliability test-versions lint types format bench-data bench-latency bench-rates bench-rollout bench-quality bench-import bench-compare bench-recipes bench-start bench-hostile bench-parity clean
+.PHONY: help setup demo test quick-tests test-all test-reliability test-versions lint types format bench-data bench-latency bench-rates bench-rollout bench-quality bench-import bench-compare bench-recipes bench-sweep bench-start bench-hostile bench-parity clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -126,6 +126,9 @@ bench-parity: setup ## how far imported policies are from what the projects that
 bench-import: setup ## large U-Nets beside LeRobot's own network (LEROBOT=its Python, or makes it: 6 GB), and their sweeps' memory
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.bench.imports $(if $(LEROBOT),lerobot=$(LEROBOT)) $(OVERRIDES)
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.bench.memory
+
+bench-sweep: setup ## simulated sweeps: errors of each way of stopping, episodes saved, right answers (SWEEPS=500 is faster)
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.bench.sweep $(if $(SWEEPS),sweeps=$(SWEEPS))
 
 bench-compare: setup ## denoisers, targets, schedules and horizons on Push-T, one change at a time: DATA=...
 	$(BIN)/python -m scripts.bench.compare dataset.path=$(DATA) $(OVERRIDES)

@@ -170,9 +170,10 @@ def sweep(
     with shown as page:
         with Ledger(folder / LEDGER) as ledger:
             run = tracker(folder=folder, config={"checkpoint": [str(c) for c in checkpoints], "env": stage.env})
-            asked = tuple(ledger.introduce(cell.settings) for group in groups for cell in group)
+            asked = ids_of([cell for group in groups for cell in group])
             groups, latencies, left_out = fast_cells(groups, asked, max_ms, threads, ledger)
             cells = [cell for group in groups for cell in group]
+            ids = tuple(ledger.introduce(cell.settings) for cell in cells)
 
             def wanted() -> LookPlan:
                 several = can_stop_early(ledger) and len(cells) > 1
@@ -180,7 +181,7 @@ def sweep(
                     asked=asked,
                     max_ms=max_ms,
                     left_out=left_out,
-                    cells=ids_of(cells),
+                    cells=ids,
                     cost=tuple(cell.multiply_adds for cell in cells),
                     seed=seed,
                     looks=planned if several else planned[-1:],
@@ -200,7 +201,11 @@ def sweep(
             made_with = ledger.made_with(plan.cells, plan.seeds)
         firsts = [group[0] for group in groups]
         by_row = grouped(results, groups)
-        rows = list(map(recipe_row, groups, by_row, latencies or latencies_of(firsts, threads)))
+        measured = zip(groups, by_row, latencies or latencies_of(firsts, threads), strict=True)
+        rows = [
+            {**recipe_row(group, found, latency), **({"stopped": len(found[0])} if plan.adaptive else {})}
+            for group, found, latency in measured
+        ]
 
         def record(chosen: Sequence[int]) -> list[Clip]:
             count = min(VIDEOS, episodes) if videos is None else videos

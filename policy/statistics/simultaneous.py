@@ -66,7 +66,7 @@ def _critical_value(solved: Sequence[Array], wins: Array, episodes: Array, confi
     for number, rates in _resampled(solved, generator, paired=paired):
         first, second = np.nonzero(np.triu(episodes == number, 1))
         shift = rates[:, first] - rates[:, second] - difference[first, second]
-        greatest = np.maximum(greatest, (abs(shift) / deviation[first, second]).max(1))
+        greatest = np.maximum(greatest, (abs(shift) / deviation[first, second]).max(1, initial=0.0))
     return max(float(np.quantile(greatest, confidence)), float(ndtri((1 + confidence) / 2)))
 
 

@@ -82,5 +82,6 @@ def check_threads(threads: int) -> None:
     Raises:
         ValueError: fewer than one, or more than the cores.
     """
-    if not 1 <= threads <= (cores := available_cores()):
+    cores = available_cores()
+    if not 1 <= threads <= cores:
         raise ValueError(f"threads must be within 1..{cores}, the cores that this process may use; got {threads}")

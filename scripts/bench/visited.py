@@ -56,8 +56,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=200_000, help="of the first episode; test episodes start at 100000")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    checkpoint = load_checkpoint(arguments.checkpoint, torch.device("cpu"))
+    checkpoint = load_checkpoint(arguments.checkpoint, "cpu")
     settings = {"checkpoint": checkpoint.digest, "ddim_steps": arguments.ddim_steps, "seed": arguments.seed}
+    if checkpoint.env is None:
+        raise SystemExit(f"{arguments.checkpoint} names no environment: import it with env=...")
     name = dataset_name(checkpoint.env)
     with closing(make_env(**checkpoint.env)) as env:
         assert isinstance(env.action_space, Box)

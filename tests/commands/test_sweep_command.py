@@ -543,16 +543,16 @@ def test_a_watched_sweep_serves_its_page_from_the_first_episode_to_the_report(
     monkeypatch.setattr("policy.common.budget.Budget.due", lambda budget: True)
     monkeypatch.setattr("policy.common.serving.INTERVAL", 0.01)
     page, seen = tmp_path / "report.html", []
-    plain = sweep_command.run_missing
+    plain = sweep_command.run_looks
 
-    def run_missing(*args, after_each, **settings):
+    def run_looks(*args, after_each, **settings):
         def look():
             after_each()
             seen.append(page.read_text())
 
-        plain(*args, after_each=look, **settings)
+        return plain(*args, after_each=look, **settings)
 
-    monkeypatch.setattr(sweep_command, "run_missing", run_missing)
+    monkeypatch.setattr(sweep_command, "run_looks", run_looks)
     cells = [f"checkpoint={planar_run}/checkpoint", "ddim_steps=[1,2]", "episodes=2", f"output_dir={tmp_path}"]
     out = run_sweep(*cells, "watch=true")
     assert re.search(r"watch it at http://127\.0\.0\.1:\d+/ ", out)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from scipy.special import ndtri
 from scipy.stats import multivariate_normal
 
@@ -104,19 +103,17 @@ def sweep(plan, success, cost, before=None):
 
 
 PLAN = Plan(looks=(20, 40, 60, 80), margin=0.2, alpha=0.045)
-SWEEPS = hnp.arrays(bool, st.tuples(st.integers(2, 5), st.just(80)))
 RATES = st.lists(st.sampled_from([0.1, 0.5, 0.8, 0.95, 1.0]), min_size=2, max_size=5)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(rates=RATES, seed=st.integers(0, 99), extra=st.integers(0, 30))
-def test_cells_that_stopped_stay_stopped_and_an_interrupted_sweep_stops_at_the_same_looks(rates, seed, extra):
+def test_an_interrupted_sweep_stops_at_the_same_looks(rates, seed, extra):
     success, cost = outcomes(rates, 80, seed), range(len(rates))
     seen = sweep(PLAN, success, cost)
     for earlier, later in pairwise(seen):
-        assert set(later.running) <= set(earlier.running)
         assert all(a <= b for a, b in zip(earlier.stopped, later.stopped, strict=True))
-        assert later.target > earlier.target or not later.running
+        assert later.target >= earlier.target
     end = seen[-1]
     assert set(end.stopped) <= set(PLAN.looks)
     # Killed in the middle of a look, or with episodes that nobody asked for, it comes to the same end.
@@ -126,7 +123,7 @@ def test_cells_that_stopped_stay_stopped_and_an_interrupted_sweep_stops_at_the_s
     assert follow(PLAN, more, cost) == end
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(rates=RATES, seed=st.integers(0, 99))
 def test_a_plan_of_one_look_is_the_fixed_grid(rates, seed):
     success, cost = outcomes(rates, 80, seed), range(len(rates))
@@ -151,6 +148,20 @@ def test_a_hopeless_cell_stops_at_once_and_the_cheapest_good_one_ends_the_stage(
     assert end.recommendation.cell == 1
     assert end.recommendation.cells[0].verdict == "worse"
     assert max(end.stopped) < 600
+
+
+def test_a_cell_that_stopped_catches_up_when_it_is_needed_again():
+    # The second cell stops, because the first one, which is the cheapest, is clearly better than it. The first one then
+    # turns out to be worse than the third one, and the second one is compared with that.
+    episodes = np.arange(600)
+    first, second, third = np.ones((3, 600), dtype=bool)
+    second[:100] = episodes[:100] % 20 > 0
+    first[150:] = episodes[150:] % 5 > 0
+    seen = sweep(Plan(looks=SIX, margin=0.05, alpha=0.045), [first, second, third], [1, 2, 3])
+    stopped = [progress.stopped[1] for progress in seen]
+    assert stopped == sorted(stopped)
+    assert seen[-1].recommendation.cell in (1, 2)
+    assert seen[-1].recommendation.cells[0].verdict == "worse"
 
 
 def test_of_equal_costs_the_more_successful_is_recommended_then_the_first():

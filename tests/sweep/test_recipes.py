@@ -8,9 +8,14 @@ import pytest
 import torch
 
 from policy.checkpoint import save_checkpoint
+from policy.commands.looks import fast_cells
+from policy.rollout.ledger import Ledger
 from policy.statistics.recipes import recipe_interval
 from policy.statistics.results import EpisodeResult
 from policy.sweep.conclusion import Swept, conclude
+from policy.sweep.facts import facts_of
+from policy.sweep.grid import ids_of, make_cells
+from policy.sweep.looks import LookPlan, keep
 from policy.sweep.merging import read_swept
 from policy.sweep.recipes import check_alike, name_of, recipes_of, rows_by_recipe, scope_of
 from policy.sweep.table import format_table, write_files
@@ -133,10 +138,49 @@ def test_cells_are_compared_as_recipes_and_merged_again(tmp_path):
     episodes = concluded.episodes
     assert [episodes[n]["checkpoint"] for n in (0, 200, 400, 1200)] == ["0", "1", "2", ""]
     write_files(tmp_path, concluded.rows, episodes, {"env": swept.env})
+    facts = facts_of(concluded.rows, concluded.advice)
+    assert "about the chance, over training seeds and episodes, that" in facts["how sure"]
+    assert "the same for each training seed, 1,400 in all." in facts["episodes"]
     read = read_swept([tmp_path])
     assert read.members == swept.members
     assert read.results == swept.results
     assert conclude(read, 0.05).answer == concluded.answer
+
+
+def test_a_later_plan_has_less_left_to_be_wrong():
+    plan = LookPlan(
+        asked=(), max_ms=None, left_out="", cells=(), cost=(), seed=0, looks=(200,), margin=0.05, alpha=1e-12
+    )
+    concluded = conclude(dataclasses.replace(swept_recipes(), plan=plan), 0.05)
+    assert "not worse" not in [cell["not_worse"] for cell in concluded.rows]
+    assert concluded.advice.confidence == 0.95
+
+
+def test_a_recipe_is_left_out_as_a_whole(monkeypatch, tmp_path):
+    """By the latency of its first checkpoint; what is left out stays out when the sweep goes on."""
+    cells = make_cells(
+        [make_checkpoint(name) for name in "abc"],
+        {"name": "planar"},
+        ddim_steps=[1, 8],
+        sampler={},
+        controller={},
+        execution_horizon=None,
+    )
+    groups = [[cells[n] for n in group] for group in rows_by_recipe(len(cells), [["a", "b"], ["c"]])]
+    measured = [{"latency_ms_median": ms, "busy": False} for ms in (1.0, 9.0, 1.0, 9.0)]
+    monkeypatch.setattr("policy.commands.looks.latencies_of", lambda firsts, threads: measured[: len(firsts)])
+    asked = ids_of([cell for group in groups for cell in group])
+    with Ledger(tmp_path / "episodes.jsonl") as ledger:
+        kept, latencies, left_out = fast_cells(groups, asked, 5, 1, ledger)
+        assert kept == [groups[0], groups[2]]
+        assert latencies == [measured[0], measured[2]]
+        assert "checkpoint runs/{a,b}" in left_out
+        stay = tuple(ledger.introduce(cell.settings) for group in kept for cell in group)
+        plan = LookPlan(
+            asked=asked, max_ms=5, left_out=left_out, cells=stay, cost=(), seed=0, looks=(2,), margin=0.05, alpha=0.05
+        )
+        keep(ledger, plan)
+        assert fast_cells(groups, asked, 5, 1, ledger) == (kept, None, left_out)
 
 
 @pytest.fixture(scope="module")
@@ -158,9 +202,11 @@ def test_a_recipe_is_one_row_from_the_episodes_of_single_checkpoints(untrained, 
     run_command("sweep", f"checkpoint=[{first},{second}]", *settings)
     single = json.loads((tmp_path / "sweep.json").read_text())
     assert "left out" in single["intervals"]
-    done = run_command("sweep", f"checkpoint=[[{first},{second}]]", *settings)
+    done = run_command("sweep", f"checkpoint=[[{first},{second}]]", "looks=2", *settings)
     assert "16 of 16 episodes are on disk already" in done.stdout
+    assert "recipes run as a fixed grid: their cells are compared once, after all 4 episodes" in done.stdout
     swept = json.loads((tmp_path / "sweep.json").read_text())
+    assert swept["plan"]["looks"] == [4]
     assert [cell["training_seeds"] for cell in swept["cells"]] == [2, 2]
     assert swept["cells"][0]["checkpoint"] == name_of([first, second])
     scores = [cell["score_mean"] for cell in single["cells"]]

@@ -15,7 +15,7 @@ from policy.statistics.results import EpisodeResult
 from policy.sweep.grid import Row, SweepCell, ids_of, row_of
 
 # What may differ between the checkpoints of a recipe: the seed, and what follows from it.
-FREE = ("seed", "step", "init", "teacher")
+FREE = ("seed", "step", "measured", "init", "teacher")
 
 
 def recipes_of(checkpoint: Path | Sequence[Path | Sequence[Path]]) -> list[list[Path]]:

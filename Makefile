@@ -7,7 +7,7 @@ DEMO_TASK := pick-place-v3
 DEMO_DATA := $(DEMO)/demonstrations/metaworld-$(DEMO_TASK)-v0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick-tests test-all test-reliability test-versions lint types format bench-data bench-latency bench-rates bench-rollout bench-quality bench-import bench-compare bench-sweep bench-start bench-hostile bench-parity clean
+.PHONY: help setup demo test quick-tests test-all test-reliability test-versions lint types format bench-data bench-latency bench-rates bench-rollout bench-quality bench-import bench-compare bench-recipes bench-sweep bench-start bench-hostile bench-parity clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -132,6 +132,9 @@ bench-sweep: setup ## simulated sweeps: errors of each way of stopping, episodes
 
 bench-compare: setup ## denoisers, targets, schedules and horizons on Push-T, one change at a time: DATA=...
 	$(BIN)/python -m scripts.bench.compare dataset.path=$(DATA) $(OVERRIDES)
+
+bench-recipes: setup ## coverage and width of the intervals over training seeds, beside pooled ones, by simulation
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.bench.recipes
 
 clean: ## remove the virtual environment and caches, not outputs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -16,38 +16,42 @@ from policy.commands.stage import (
 from policy.common.progress import progress
 from policy.rollout.ledger import Ledger
 from policy.rollout.workers import RolloutPool
-from policy.sweep.grid import Row, SweepCell
+from policy.sweep.grid import Row, SweepCell, ids_of
 from policy.sweep.looks import LookPlan, describe_plan, keep, missing_tasks, plans_of, settle
+from policy.sweep.recipes import recipe_axes
 from policy.sweep.timing import latencies_of, within
 
 
 def fast_cells(
-    cells: list[SweepCell], asked: tuple[str, ...], max_ms: float | None, threads: int, ledger: Ledger
-) -> tuple[list[SweepCell], list[Row] | None, str]:
+    groups: list[list[SweepCell]], asked: tuple[str, ...], max_ms: float | None, threads: int, ledger: Ledger
+) -> tuple[list[list[SweepCell]], list[Row] | None, str]:
     """Leave out the cells that are too slow; a sweep that goes on leaves out the same ones as before.
 
     Args:
-        cells: the cells.
-        asked: their ids.
+        groups: the cells of each row. Those of a recipe stay or go together, as the first one's latency decides.
+        asked: the ids of all of them.
         max_ms: milliseconds that the median plan of a cell may take; None for no limit.
         threads: of each plan.
         ledger: of the sweep.
 
     Returns:
-        The cells that stay, their latencies if they had to be measured, and a sentence about the others.
+        The groups that stay, the latencies of their first cells if they had to be measured, and a sentence about the
+        others.
 
     Raises:
         ValueError: no cell is fast enough.
     """
     if max_ms is None:
-        return cells, None, ""
+        return groups, None, ""
     for plan in plans_of(ledger):
-        if (plan.asked, plan.max_ms) == (asked, max_ms):
-            kept = [cell for cell, name in zip(cells, asked, strict=True) if name in plan.cells]
+        kept = [group for group in groups if {*ids_of(group)} <= {*plan.cells}]
+        stay = ids_of([cell for group in kept for cell in group])
+        if (plan.asked, plan.max_ms, plan.cells) == (asked, max_ms, stay):
             return kept, None, plan.left_out
-    latencies = latencies_of(cells, threads)  # before the episodes, so that no result has a say
-    fast, left_out = within(cells, latencies, max_ms)
-    return [cells[number] for number in fast], [latencies[number] for number in fast], left_out
+    firsts = [group[0] for group in groups]
+    latencies = latencies_of(firsts, threads)  # before the episodes, so that no result has a say
+    fast, left_out = within([recipe_axes(group) for group in groups], latencies, max_ms)
+    return [groups[number] for number in fast], [latencies[number] for number in fast], left_out
 
 
 def run_looks(

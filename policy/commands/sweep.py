@@ -22,17 +22,18 @@ from policy.common.output import output_folder
 from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS
 from policy.rollout.cells import controllers_of
 from policy.rollout.episodes import MakeEnv
-from policy.rollout.ledger import Ledger, cell_id
+from policy.rollout.ledger import Ledger
 from policy.rollout.video import record_videos
 from policy.rollout.watch import ENV_PATIENCE, helpers_ended, watched
 from policy.statistics.results import EpisodeResult
 from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, telling_seeds, title_of
 from policy.sweep.facts import facts_of
-from policy.sweep.grid import Row, SweepCell, axis_values, make_cells, row_of, with_backends
+from policy.sweep.grid import Row, SweepCell, ids_of, make_cells, with_backends
 from policy.sweep.live import LivePage, live_page, rows_so_far
 from policy.sweep.looks import LookPlan, can_stop_early, counted_results, planned_looks
 from policy.sweep.merging import read_swept
 from policy.sweep.plot import plot_rows
+from policy.sweep.recipes import check_alike, grouped, recipe_row, recipes_of, rows_by_recipe
 from policy.sweep.report import Clip, write_report
 from policy.sweep.table import format_table, write_files
 from policy.sweep.timing import check_max_ms, check_threads, latencies_of
@@ -45,7 +46,7 @@ VIDEOS = 2
 def sweep(
     make_env: MakeEnv,
     *,
-    checkpoint: Path | list[Path] | None = None,
+    checkpoint: Path | list[Path | list[Path]] | None = None,
     ddim_steps: int | list[int] = [1, 2, 4, 8, 16, 50],  # noqa: B006  (never changed)
     episodes: int = 600,
     adaptive: bool = True,
@@ -76,11 +77,12 @@ def sweep(
 
     Args:
         make_env: makes an environment from its settings.
-        checkpoint: the folder that training wrote, or several.
+        checkpoint: the folder that training wrote, or several; an inner list, as [[a0,a1],[b0,b1]], holds the training
+            seeds of one recipe, which is one cell.
         ddim_steps: denoising steps; a list makes an axis.
         episodes: the most that a cell runs; all cells run the same episodes with the same initial noise.
-        adaptive: compare the cells at several looks, and end those that are decided; otherwise all cells run all
-            episodes, and are compared once.
+        adaptive: compare the cells at several looks, and end those that are decided; otherwise, and with recipes, all
+            cells run all episodes, and are compared once.
         looks: how many, equally spaced; by default 6, or fewer where a look would add less than 20 episodes.
         seed: seed of the first episode; the others count up from it.
         num_envs: environments that run at once; no result depends on it.
@@ -129,7 +131,8 @@ def sweep(
         return
     if checkpoint is None:
         raise ValueError("checkpoint is missing: add checkpoint=... (--help shows an example)")
-    checkpoints = axis_values("checkpoint", checkpoint)
+    recipes = recipes_of(checkpoint)
+    checkpoints = [folder for recipe in recipes for folder in recipe]
     stage = set_stage(
         make_env,
         checkpoints,
@@ -140,6 +143,8 @@ def sweep(
         device=device,
         env_patience=env_patience,
     )
+    for recipe in grouped(stage.checkpoints, recipes):
+        check_alike(recipe)
     cells = make_cells(
         stage.checkpoints,
         stage.env,
@@ -155,14 +160,19 @@ def sweep(
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be 1 or more; got {workers}")
     planned = planned_looks(episodes, looks, adaptive=adaptive)
+    if len(planned) > 1 and max(map(len, recipes)) > 1:
+        print(f"recipes run as a fixed grid: their cells are compared once, after all {episodes} episodes")
+        planned = planned[-1:]
     folder = output_folder(output_dir, "sweep")
     cells = with_backends(cells, folder / LEDGER)
+    groups = [[cells[number] for number in group] for group in rows_by_recipe(len(cells), recipes)]
     shown = live_page(folder / REPORT, title_of(stage.env), {"environment": stage.env}) if watch else nullcontext()
     with shown as page:
         with Ledger(folder / LEDGER) as ledger:
             run = tracker(folder=folder, config={"checkpoint": [str(c) for c in checkpoints], "env": stage.env})
-            asked = tuple(cell_id(cell.settings) for cell in cells)
-            cells, latencies, left_out = fast_cells(cells, asked, max_ms, threads, ledger)
+            asked = ids_of([cell for group in groups for cell in group])
+            groups, latencies, left_out = fast_cells(groups, asked, max_ms, threads, ledger)
+            cells = [cell for group in groups for cell in group]
             ids = tuple(ledger.introduce(cell.settings) for cell in cells)
 
             def wanted() -> LookPlan:
@@ -189,26 +199,29 @@ def sweep(
             )
             results, unpaired = counted_results(plan, ledger), ledger.unpaired
             made_with = ledger.made_with(plan.cells, plan.seeds)
-        ran = zip(plan.cells, cells, results, latencies or latencies_of(cells, threads), strict=True)
+        firsts = [group[0] for group in groups]
+        by_row = grouped(results, groups)
+        measured = zip(groups, by_row, latencies or latencies_of(firsts, threads), strict=True)
         rows = [
-            {"cell": name, **row_of(cell, found, latency), **({"stopped": len(found)} if plan.adaptive else {})}
-            for name, cell, found, latency in ran
+            {**recipe_row(group, found, latency), **({"stopped": len(found[0])} if plan.adaptive else {})}
+            for group, found, latency in measured
         ]
 
         def record(chosen: Sequence[int]) -> list[Clip]:
             count = min(VIDEOS, episodes) if videos is None else videos
-            seeds = telling_seeds([results[number] for number in chosen], count)
-            return _recorded(stage, cells, rows, chosen, seeds, folder / "videos") if seeds else []
+            seeds = telling_seeds([by_row[number][0] for number in chosen], count)
+            return _recorded(stage, firsts, rows, chosen, seeds, folder / "videos") if seeds else []
 
         swept = Swept(
             rows=rows,
-            results=results,
+            results=[[result for found in of_row for result in found] for of_row in by_row],
             env=stage.env,
             warnings=[*stage.warnings, *mixed, *filter(None, [unpaired])],
             paired=not unpaired,
             left_out=left_out,
             plan=plan,
             made_with=made_with,
+            members=[[str(cell.checkpoint.path) for cell in group] for group in groups],
         )
         publish(folder, conclude(swept, margin), run, record)
     check_broken([result for found in results for result in found])
@@ -216,7 +229,7 @@ def sweep(
 
 def _refresh(page: LivePage, cells: Sequence[SweepCell], ledger: Ledger, seeds: range) -> None:
     """Show the episodes that the ledger holds."""
-    ids = [cell_id(cell.settings) for cell in cells]
+    ids = ids_of(cells)
 
     def rows() -> list[Row]:
         lacking = [{*ledger.missing(cell, seeds)} for cell in ids]
@@ -263,7 +276,7 @@ def publish(
             title=conclusion.title,
             answer=conclusion.answer,
             facts=facts_of(rows, advice, paired=conclusion.paired),
-            comparisons=[compared["sentence"] for compared in conclusion.between],
+            comparisons=[*(compared["sentence"] for compared in conclusion.between), conclusion.scope],
             warnings=conclusion.warnings,
             chosen=advice.cell,
             differences=conclusion.differences,

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from policy.rollout.provenance import Provenance, describe_provenance
-from policy.statistics.paired import PairedDifference, compare_success
-from policy.statistics.recommendation import Recommendation, describe
+from policy.statistics.paired import PairedDifference
 from policy.statistics.results import EpisodeResult, describe_broken
-from policy.statistics.simultaneous import compare_with_best
+from policy.sweep.comparison import Advice, Comparison, words_of
 from policy.sweep.grid import Row, costs_of, uniform, varying
-from policy.sweep.looks import LookPlan, advice_on, describe_saving
+from policy.sweep.looks import LookPlan, describe_saving, success_of
+from policy.sweep.recipes import scope_of
 from policy.sweep.table import rate_text
 
 
@@ -23,13 +23,15 @@ class Swept:
 
     Attributes:
         rows: one per cell, see `row_of`, with the cell's id as `cell`.
-        results: the episodes of each cell, the same seeds in the same order; a cell that stopped early has fewer.
+        results: the episodes of each cell, the same seeds in the same order, of a recipe checkpoint after checkpoint; a
+            cell that stopped early has fewer.
         env: settings of the environment.
         warnings: given before the run.
         paired: whether equal seeds are equal episodes.
         left_out: a sentence about the cells that were too slow to take part, see `within`; empty without any.
         plan: the plan of looks; None for merged sweeps.
         made_with: what the episodes were run with, each provenance once.
+        members: the checkpoints of each cell, where a cell may be a recipe.
     """
 
     rows: list[Row]
@@ -40,6 +42,18 @@ class Swept:
     left_out: str = ""
     plan: LookPlan | None = None
     made_with: list[Provenance] = field(default_factory=list)
+    members: list[list[str]] = field(default_factory=list)
+
+    @property
+    def episodes(self) -> list[Row]:
+        """One row per episode, of all cells; that of a recipe says by which checkpoint."""
+        rows = []
+        for number, (row, found) in enumerate(zip(self.rows, self.results, strict=True)):
+            members = self.members[number] if self.members else []
+            for episode, result in enumerate(found):
+                by = {"checkpoint": members[episode * len(members) // len(found)]} if len(members) > 1 else {}
+                rows.append({"cell": row["cell"], **by, **result.row()})
+        return uniform(rows, later={"broke_off": "", "checkpoint": ""})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +83,7 @@ class Conclusion:
     env: dict[str, Any]
     plan: LookPlan | None
     margin: float
-    advice: Recommendation
+    advice: Advice
     answer: str
     given: list[str]
     found: list[str]
@@ -84,6 +98,11 @@ class Conclusion:
         return [*self.given, *self.found]
 
     @property
+    def scope(self) -> str:
+        """What the intervals hold, and what they leave out."""
+        return scope_of(self.rows)
+
+    @property
     def summary(self) -> Row:
         """What `sweep.json` holds beside the cells and the episodes; what does not apply is left out."""
         optional = {
@@ -93,7 +112,8 @@ class Conclusion:
             "left_out": self.left_out,
         }
         return {
-            **{"env": self.env, "margin": self.margin, "answer": self.answer, "made_with": self.made_with},
+            **{"env": self.env, "margin": self.margin, "answer": self.answer, "intervals": self.scope},
+            "made_with": self.made_with,
             **{name: value for name, value in optional.items() if value},
             **({} if self.paired else {"paired": False}),
         }
@@ -140,27 +160,21 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
         ValueError: see `recommend`.
     """
     rows = uniform(swept.rows)
-    success = [[result.success for result in found] for found in swept.results]
-    advice = advice_on(swept.results, costs_of(rows), margin, swept.plan, paired=swept.paired)
+    success = success_of(swept.results)
+    compared = Comparison(rows=rows, success=success, paired=swept.paired)
+    advice = compared.recommend(margin, swept.plan)
     differences = [
         {"difference": c.difference, "difference_low": c.low, "difference_high": c.high, "p_value": c.adjusted_p_value}
-        for c in compare_with_best(success, advice.best, paired=swept.paired)
+        for c in compared.with_best(advice.best)
     ]
     saving = describe_saving(swept.plan, swept.results) if swept.plan else ""
     return Conclusion(
         title=title_of(swept.env),
         rows=[
-            {**row, **to_best, "not_worse": verdict.verdict}
-            for row, to_best, verdict in zip(rows, differences, advice.cells, strict=True)
+            {**row, **to_best, "not_worse": verdict}
+            for row, to_best, verdict in zip(rows, differences, [cell.verdict for cell in advice.cells], strict=True)
         ],
-        episodes=uniform(
-            [
-                {"cell": row["cell"], **result.row()}
-                for row, found in zip(rows, swept.results, strict=True)
-                for result in found
-            ],
-            later={"broke_off": ""},
-        ),
+        episodes=swept.episodes,
         env=swept.env,
         plan=swept.plan,
         margin=margin,
@@ -176,14 +190,15 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
 
 
 def between_checkpoints(rows: Sequence[Row], success: Sequence[Sequence[bool]], *, paired: bool) -> list[Row]:
-    """Compare the cheapest cell of each further checkpoint with the most expensive one of the first.
+    """Compare the cheapest cell of each further checkpoint or recipe with the most expensive one of the first.
 
     The cost is that of `costs_of`. Which cells are compared does not depend on their results, so that the intervals
     hold for each comparison.
 
     Args:
         rows: one per cell; the first checkpoint is that of the first row.
-        success: the outcomes of each cell on the same episodes; a cell that stopped early has fewer.
+        success: the outcomes of each cell on the same episodes, of a recipe checkpoint after checkpoint; a cell that
+            stopped early has fewer.
         paired: see `Swept`.
 
     Returns:
@@ -196,9 +211,10 @@ def between_checkpoints(rows: Sequence[Row], success: Sequence[Sequence[bool]], 
     first, *others = cells.values()
     cost = costs_of(rows)
     reference = max(first, key=cost.__getitem__)
-    differences = compare_success(success, reference, paired=paired) if others else ()
+    differences = Comparison(rows=rows, success=success, paired=paired).differences(reference) if others else ()
+    episodes = [len(solved) // row.get("training_seeds", 1) for row, solved in zip(rows, success, strict=True)]
     return [
-        _compared(rows, number, reference, differences[number], min(len(success[number]), len(success[reference])))
+        _compared(rows, number, reference, differences[number], min(episodes[number], episodes[reference]))
         for number in (min(numbers, key=cost.__getitem__) for numbers in others)
     ]
 
@@ -222,9 +238,9 @@ def title_of(env: Mapping[str, Any]) -> str:
     return " ".join(str(value) for value in env.values())
 
 
-def answer_of(rows: Sequence[Row], advice: Recommendation) -> str:
+def answer_of(rows: Sequence[Row], advice: Advice) -> str:
     """The answer in one sentence: the recommended settings, their success and their latency."""
-    words = describe(advice, [label_of(rows, row) for row in rows])
+    words = words_of(advice, [label_of(rows, row) for row in rows])
     if advice.cell is None:
         return f"No recommendation: {words}."
     row = rows[advice.cell]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from policy.statistics.recommendation import Recommendation
+from policy.sweep.comparison import Advice
 from policy.sweep.conclusion import label_of
-from policy.sweep.grid import Row, costs_of
+from policy.sweep.grid import Row, costs_of, has_recipes
 from policy.sweep.panels import count_of, stopped_early
 
 
-def facts_of(rows: Sequence[Row], advice: Recommendation, *, paired: bool = True) -> dict[str, str]:
+def facts_of(rows: Sequence[Row], advice: Advice, *, paired: bool = True) -> dict[str, str]:
     """The facts about a recommendation, each a sentence.
 
     Args:
@@ -22,18 +22,19 @@ def facts_of(rows: Sequence[Row], advice: Recommendation, *, paired: bool = True
         `how sure`, `episodes` and `what would change it`.
     """
     return {
-        "how sure": _how_sure(advice),
+        "how sure": _how_sure(advice, has_recipes(rows)),
         "episodes": _episodes(rows, paired=paired),
         "what would change it": _change(rows, advice),
     }
 
 
-def _how_sure(advice: Recommendation) -> str:
+def _how_sure(advice: Advice, over_seeds: bool) -> str:
     sure, points = f"{advice.confidence:.0%}".replace("%", " %"), f"{100 * advice.margin:g} points"
     if advice.cell is None:
         return f"Not enough: a recommended cell is, with {sure} confidence, less than {points} below the best."
+    chance = "about the chance, over training seeds and episodes," if over_seeds else "the chance, at least,"
     return (
-        f"{sure}: that is the chance, at least, that a sweep like this one recommends no cell whose true success is"
+        f"{sure}: that is {chance} that a sweep like this one recommends no cell whose true success is"
         f" {points} or more below the best cell's."
     )
 
@@ -42,14 +43,16 @@ def _episodes(rows: Sequence[Row], *, paired: bool) -> str:
     total = sum(row["episodes"] for row in rows)
     early = sum(stopped_early(rows))
     stopped = f"; {early} of {len(rows)} cells stopped at an earlier look" if early else ""
-    same = "the same in each cell" if paired else "others in each cell"
+    each = "for each training seed" if has_recipes(rows) else "in each cell"
+    same = f"{'the same' if paired else 'others'} {each}"
     return f"{count_of(rows)} a cell, {same}, {total:,} in all{stopped}."
 
 
-def _change(rows: Sequence[Row], advice: Recommendation) -> str:
+def _change(rows: Sequence[Row], advice: Advice) -> str:
     """Name the cell that is most likely to be recommended instead, and what its difference would have to be."""
     points = f"{100 * advice.margin:g} points"
-    open_cells = [number for number, cell in enumerate(advice.cells) if cell.verdict == "open"]
+    verdicts = [cell.verdict for cell in advice.cells]
+    open_cells = [number for number, verdict in enumerate(verdicts) if verdict == "open"]
     if advice.cell is not None:
         chosen = advice.cell
         cost = costs_of(rows)

@@ -37,7 +37,7 @@ FIGURES = (
     *("latency_threads", "busy", "waiting_rate_hz", "planning_ahead_rate_hz"),
 )
 # Columns of the table that sweeps of other versions do not have, with the value that stands for their absence.
-LATER_COLUMNS = {**LATER_SETTINGS, "broke_off": 0, **dict.fromkeys(FIGURES)}
+LATER_COLUMNS = {**LATER_SETTINGS, "broke_off": 0, "training_seeds": 1, **dict.fromkeys(FIGURES)}
 AXES = ("checkpoint", *SAMPLER_AXES, "execution_horizon", *CONTROLLER_AXES, "backend", "weights")
 
 
@@ -239,6 +239,16 @@ def row_of(cell: SweepCell, results: Sequence[EpisodeResult], latency: Row) -> R
         The row.
     """
     return {**cell.axes, **summarize(results), "multiply_adds": cell.multiply_adds, **latency}
+
+
+def ids_of(cells: Sequence[SweepCell]) -> tuple[str, ...]:
+    """The ids of cells in the ledger."""
+    return tuple(cell_id(cell.settings) for cell in cells)
+
+
+def has_recipes(rows: Sequence[Row]) -> bool:
+    """Whether a row is that of several training seeds."""
+    return any(row.get("training_seeds", 1) > 1 for row in rows)
 
 
 def costs_of(rows: Sequence[Row]) -> list[float]:

@@ -58,9 +58,8 @@ class LookPlan:
         """Seeds of all episodes, of which a cell may run fewer."""
         return range(self.seed, self.seed + self.looks[-1])
 
-    def progress(self, results: Sequence[Sequence[EpisodeResult]]) -> Progress:
-        """Follow the plan as far as the cells' results go."""
-        success = [[result.success for result in found] for found in results]
+    def progress(self, success: Sequence[Sequence[bool]]) -> Progress:
+        """Follow the plan as far as the cells' outcomes go."""
         return follow(Plan(looks=self.looks, margin=self.margin, alpha=self.alpha), success, self.cost)
 
     @staticmethod
@@ -133,7 +132,7 @@ def leading_results(plan: LookPlan, ledger: Ledger) -> list[list[EpisodeResult]]
 
 def missing_tasks(plan: LookPlan, ledger: Ledger) -> list[Task]:
     """The episodes that the next look needs; none if the plan has come to its end."""
-    progress = plan.progress(leading_results(plan, ledger))
+    progress = plan.progress(success_of(leading_results(plan, ledger)))
     seeds = plan.seeds[: progress.target]
     return [(number, seed) for number in progress.running for seed in ledger.missing(plan.cells[number], seeds)]
 
@@ -141,11 +140,16 @@ def missing_tasks(plan: LookPlan, ledger: Ledger) -> list[Task]:
 def counted_results(plan: LookPlan, ledger: Ledger) -> list[list[EpisodeResult]]:
     """The results of each cell up to the look at which it stopped; those after it belong to other plans."""
     found = leading_results(plan, ledger)
-    return [results[:count] for results, count in zip(found, plan.progress(found).stopped, strict=True)]
+    return [results[:count] for results, count in zip(found, plan.progress(success_of(found)).stopped, strict=True)]
+
+
+def success_of(results: Sequence[Sequence[EpisodeResult]]) -> list[list[bool]]:
+    """Whether each cell solved its episodes."""
+    return [[result.success for result in found] for found in results]
 
 
 def advice_on(
-    results: Sequence[Sequence[EpisodeResult]],
+    success: Sequence[Sequence[bool]],
     cost: Sequence[float],
     margin: float,
     plan: LookPlan | None,
@@ -155,17 +159,16 @@ def advice_on(
     """Recommend a cell, as the plan says.
 
     Args:
-        results: those of each cell.
+        success: the outcomes of each cell.
         cost: what ranks the cells, without a plan.
         margin: the difference of success rates from which a cell counts as worse, without a plan.
         plan: None for merged sweeps, which are looked at once.
         paired: whether equal seeds are equal episodes; cells that are not paired have a single look.
     """
     if plan and paired:
-        advice = plan.progress(results).recommendation
+        advice = plan.progress(success).recommendation
         assert advice is not None, "a plan that has come to its end has had a look"
         return advice
-    success = [[result.success for result in found] for found in results]
     if plan:
         once = recommend(success, plan.cost, margin=plan.margin, confidence=1 - plan.alpha, paired=False)
         return dataclasses.replace(once, confidence=1 - ERROR)  # of all plans on the ledger together

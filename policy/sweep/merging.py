@@ -10,6 +10,7 @@ from typing import Any
 from policy.rollout.provenance import UNKNOWN, Provenance, accept_mixture, is_provenance
 from policy.statistics.results import EpisodeResult, describe_broken
 from policy.sweep.conclusion import Swept
+from policy.sweep.grid import Row
 
 
 def read_swept(folders: Sequence[Path], *, mix: bool = False) -> Swept:
@@ -41,17 +42,21 @@ def read_swept(folders: Sequence[Path], *, mix: bool = False) -> Swept:
         where, instead = f"merging {folder} with {folders[0]}", "Leave one of them out"
         mixed = accept_mixture(made_with, mix, where=where, instead=instead)
     results = [listed for swept in sweeps for listed in swept.results]
-    if any([result.seed for result in listed] != _seeds(first) for listed in results):
+    rows = [row for swept in sweeps for row in swept.rows]
+    if [[result.seed for result in listed] for listed in results] != [
+        _seeds(first) * _checkpoints(row) for row in rows
+    ]:
         raise ValueError(f"the cells of {', '.join(map(str, folders))} have not all run the same episodes")
     warnings = [said for swept in sweeps for said in swept.warnings]
     return Swept(
-        rows=[row for swept in sweeps for row in swept.rows],
+        rows=rows,
         results=results,
         env=first.env,
         warnings=list(dict.fromkeys([*warnings, *mixed])),
         paired=all(swept.paired for swept in sweeps),
         left_out=" ".join(dict.fromkeys(swept.left_out for swept in sweeps if swept.left_out)),
         made_with=made_with,
+        members=[members for swept in sweeps for members in swept.members],
     )
 
 
@@ -80,6 +85,12 @@ def _read(folder: Path) -> Swept:
             paired=document.get("paired", True) is True,
             left_out=document.get("left_out", ""),
             made_with=recorded,
+            members=[
+                list(dict.fromkeys(row["checkpoint"] for row in document["episodes"] if row["cell"] == cell["cell"]))
+                if _checkpoints(cell) > 1
+                else [cell["checkpoint"]]
+                for cell in document["cells"]
+            ],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} holds no finished sweep ({error!r}): run it to its end first") from error
@@ -89,6 +100,10 @@ def _read(folder: Path) -> Swept:
             " looks: give checkpoint=[A,B] to one sweep, or merge sweeps that ran with adaptive=false"
         )
     return swept
+
+
+def _checkpoints(row: Row) -> int:
+    return int(row.get("training_seeds", 1))
 
 
 def _seeds(swept: Swept) -> list[int]:

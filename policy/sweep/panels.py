@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from policy.common.panel import STYLES, Line, Panel, Point, Scale, linear_scale, log_scale
-from policy.sweep.grid import Row, varying
+from policy.sweep.grid import Row, has_recipes, varying
 
 # Where the axis of success may begin and end, in percent: at the nearest ones around all intervals.
 BOTTOMS, TOPS = (95, 90, 80, 70, 60, 50, 0), (5, 10, 20, 30, 40, 50, 100)
@@ -142,7 +142,7 @@ def _empty_panels(rows: Sequence[Row], margin: float) -> list[tuple[Panel, str, 
     steps = sorted({row["ddim_steps"] for row in rows})
     by_steps = log_scale(steps, ticks=steps, name="ddim_steps")
     rate = _success_scale(rows)
-    note = f"95 % Wilson intervals; {_extent(rate)}"
+    note = f"95 % {'' if has_recipes(rows) else 'Wilson '}intervals; {_extent(rate)}"
     panels: list[tuple[Panel, str, Sequence[str]]] = [
         (Panel(title="Success (%) against ddim_steps", note=note, x=by_steps, y=rate), "ddim_steps", SUCCESS)
     ]
@@ -162,7 +162,7 @@ def _difference_panel(rows: Sequence[Row], by_steps: Scale, margin: float) -> Pa
     beyond = "; ▼ lies below it" if any(100 * row["difference"] < scale.low for row in rows) else ""
     return Panel(
         title="Difference to the best (points of success)",
-        note=f"simultaneous 95 % intervals; {_extent(scale)}{beyond}",
+        note=f"{'' if has_recipes(rows) else 'simultaneous '}95 % intervals; {_extent(scale)}{beyond}",
         x=by_steps,
         y=scale,
         levels=[(0, "the best"), (-points, f"worse by {points:g}")],

@@ -9,17 +9,27 @@ from typing import Any
 
 from policy.common.files import write_text
 from policy.common.page import page_text
-from policy.sweep.grid import Row
+from policy.sweep.grid import Row, has_recipes
 from policy.sweep.panels import facets_of, marks_of
 from policy.sweep.table import table_cells
 
-INTERVALS = "95 % intervals: Wilson for success, bootstrap for the score."
+# What the intervals are, by whether cells are recipes.
+INTERVALS = {
+    True: "95 % intervals: over training seeds and episodes for recipes, otherwise Wilson for success and bootstrap for"
+    " the score.",
+    False: "95 % intervals: Wilson for success, bootstrap for the score.",
+}
 # How to read the last column, by whether cells ran the same episodes.
 AGAINST_THE_BEST = {
     True: "Every cell ran the same episodes with the same initial noise. 'Against the best' is the paired difference",
     False: "Cells ran different episodes. 'Against the best' is the difference",
 }
-SIMULTANEOUS = "in success to the best cell, in points, with its interval; these intervals hold for all cells together."
+# What its intervals hold for, by the same as above.
+TOGETHER = {
+    True: "in success to the best cell, in points, with its interval, which holds for its cell alone and leaves out"
+    " that the best cell was found by these outcomes.",
+    False: "in success to the best cell, in points, with its interval; these intervals hold for all cells together.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +98,7 @@ def write_report(
         marks=marks_of(rows, chosen) if rows else "",
         heads=heads,
         lines=lines,
-        reading=f"{INTERVALS} {AGAINST_THE_BEST[paired]} {SIMULTANEOUS}" if differences else INTERVALS,
+        reading=_reading(rows, compared=bool(differences), paired=paired),
         chosen=chosen,
         clips={seed: [clip for clip in clips if clip.seed == seed] for seed in seeds},
         without_clips=without_clips,
@@ -96,3 +106,10 @@ def write_report(
         paired=paired,
     )
     write_text(path, page)
+
+
+def _reading(rows: Sequence[Row], *, compared: bool, paired: bool) -> str:
+    """How to read the table, in sentences."""
+    recipes = has_recipes(rows)
+    against = f" {AGAINST_THE_BEST[paired]} {TOGETHER[recipes]}" if compared else ""
+    return f"{INTERVALS[recipes]}{against}"

@@ -27,6 +27,7 @@ def rate_text(rate: float) -> str:
 # By the name of the figure: the column's head, and the format of its cells.
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "ddim_steps": ("ddim_steps", "{:d}".format),
+    "training_seeds": ("training seeds", "{:d}".format),
     "episodes": ("episodes", "{:d}".format),
     "success_rate": ("success", "{:.0%}".format),
     "success_low": ("95 % from", "{:.0%}".format),

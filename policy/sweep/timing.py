@@ -32,14 +32,14 @@ def latencies_of(cells: Sequence[SweepCell], threads: int = 1) -> list[Row]:
     return [{**latency.row, **latency.rates(**chunks)} for latency, chunks in found]
 
 
-def within(cells: Sequence[SweepCell], latencies: Sequence[Row], max_ms: float | None) -> tuple[list[int], str]:
+def within(axes: Sequence[Row], latencies: Sequence[Row], max_ms: float | None) -> tuple[list[int], str]:
     """Find the cells whose plans are fast enough. The others are left out of the sweep before its first episode.
 
     Leaving them out does not depend on any result, so that what the sweep says of the other cells is as sure as
     without them.
 
     Args:
-        cells: the cells.
+        axes: the settings of each cell.
         latencies: see `latencies_of`.
         max_ms: milliseconds that the median plan of a cell may take; None for no limit.
 
@@ -51,12 +51,11 @@ def within(cells: Sequence[SweepCell], latencies: Sequence[Row], max_ms: float |
     """
     times = [row["latency_ms_median"] for row in latencies]
     slow = [] if max_ms is None else [number for number, time in enumerate(times) if time > max_ms]
-    axes = [one.axes for one in cells]
     named = {
         number: f"{label_of(axes, axes[number])} ({times[number]:.1f} ms{', on a busy machine' * row['busy']})"
         for number, row in enumerate(latencies)
     }
-    if len(slow) == len(cells):
+    if len(slow) == len(axes):
         fastest = min(named, key=times.__getitem__)
         raise ValueError(f"no cell plans within max_ms={max_ms:g}: the fastest is {named[fastest]}; raise max_ms")
     sentence = f"Left out, as slower than max_ms={max_ms:g}: {'; '.join(named[n] for n in slow)}." if slow else ""

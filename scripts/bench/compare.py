@@ -5,7 +5,9 @@
 
 Each variant of `experiment=pusht_state` is trained with three training seeds on a small, equal budget of windows,
 without rectification. It is rolled out on the same episodes, whose seeds start at 200000: episodes on which choices may
-be made. Other settings are passed to the training of all variants. The same command resumes an interrupted comparison.
+be made. The training seeds of a variant are one recipe: the intervals of its success, and of the difference to the
+first variant, are over training seeds and episodes. Other settings are passed to the training of all variants. The same
+command resumes an interrupted comparison.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
+from policy.statistics.recipes import difference_estimate, difference_interval, recipe_interval
 from scripts.bench.report import machine, write_report
 from scripts.bench.trainings import Trained, Unit, file_name, listed, run_units, train_and_sweep
 
@@ -55,7 +60,8 @@ def main() -> None:
     print(machine("gymnasium"))
     began = time.perf_counter()
     found = run_units(units, "compare", _say)
-    write_report("compare", [_row(variant, found[number :: len(variants)]) for number, variant in enumerate(variants)])
+    recipes = [found[number :: len(variants)] for number in range(len(variants))]
+    write_report("compare", [row(variant, own, recipes[0]) for variant, own in zip(variants, recipes, strict=True)])
     print(f"{len(units)} trainings in {time.perf_counter() - began:.0f} s")
 
 
@@ -80,15 +86,24 @@ def _say(trained: Trained) -> None:
     print(f"{trained.unit.name}: {', '.join(rates)} in {trained.train_s:.0f} s", flush=True)
 
 
-def _row(variant: str, trained: Sequence[Trained]) -> dict[str, Any]:
-    """The row of a variant: the mean over its training seeds, and the value of each seed."""
-    row: dict[str, Any] = {"variant": variant, "train_s": fmean(one.train_s for one in trained)}
-    for number, steps in enumerate(DDIM_STEPS):
-        cells = [one.swept["cells"][number] for one in trained]
-        row[f"success at {steps}"] = fmean(cell["success_rate"] for cell in cells)
-        row[f"seeds at {steps}"] = ", ".join(f"{cell['success_rate']:.0%}" for cell in cells)
-        row[f"score at {steps}"] = fmean(cell["score_mean"] for cell in cells)
-    return row
+def row(variant: str, trained: Sequence[Trained], first: Sequence[Trained]) -> dict[str, Any]:
+    """The row of a variant: the mean over its training seeds with its interval, and the value of each seed."""
+    found: dict[str, Any] = {"variant": variant, "train_s": fmean(one.train_s for one in trained)}
+    for steps in DDIM_STEPS:
+        own, other = (
+            [[result.success for result in one.results(steps)] for one in recipe] for recipe in (trained, first)
+        )
+        found[f"success at {steps}"] = float(np.mean(own))
+        found[f"seeds at {steps}"] = ", ".join(f"{rate:.0%}" for rate in np.mean(own, axis=1))
+        if len(own) > 1:
+            found[f"95 % at {steps}"] = "{:.0%} to {:.0%}".format(*recipe_interval(own))
+        if trained is not first:
+            difference = difference_estimate(own, other)
+            ends = difference_interval(difference, len(own[0]))
+            points = (100 * value for value in (difference.value, *ends))
+            found[f"points from the first at {steps}"] = "{:+.0f} ({:+.0f} to {:+.0f})".format(*points)
+        found[f"score at {steps}"] = fmean(result.score for one in trained for result in one.results(steps))
+    return found
 
 
 if __name__ == "__main__":

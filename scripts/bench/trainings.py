@@ -15,6 +15,7 @@ from typing import Any
 
 from policy.common.device import available_cores
 from policy.common.progress import progress
+from policy.statistics.results import EpisodeResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,11 @@ class Trained:
     unit: Unit
     train_s: float
     swept: Mapping[str, Any]
+
+    def results(self, ddim_steps: int) -> list[EpisodeResult]:
+        """The episodes of the cell with these steps."""
+        (cell,) = [row["cell"] for row in self.swept["cells"] if row["ddim_steps"] == ddim_steps]
+        return [EpisodeResult.from_row(row) for row in self.swept["episodes"] if row["cell"] == cell]
 
 
 def run_units(units: Sequence[Unit], title: str, done: Callable[[Trained], None]) -> list[Trained]:

@@ -502,7 +502,7 @@ def test_checkpoints_that_make_no_sweep_are_refused(planar_run, other_checkpoint
     out = f"output_dir={tmp_path}/out"
     for overrides, parts in (
         ([], ["checkpoint is missing: add checkpoint=..."]),
-        (["checkpoint=[]"], ["checkpoint is empty"]),
+        (["checkpoint=[]"], ["checkpoint=[] has an empty list"]),
         ([f"checkpoint={tmp_path}/none"], [f"no checkpoint at {tmp_path}/none"]),
         ([f"checkpoint=[{real},{tmp_path}/none]"], [f"no checkpoint at {tmp_path}/none"]),
         ([f"checkpoint=[{real},{real}]"], ["checkpoint must not repeat a value"]),

@@ -7,12 +7,15 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from policy.statistics.results import EpisodeResult
 from scripts.bench import compare, quality, trainings
-from scripts.bench.quality import _total, _units
+from scripts.bench.quality import _units, total
+from scripts.bench.trainings import Trained, Unit
 from tests.conftest import ENVIRONMENT, ROOT
 
 
@@ -137,11 +140,51 @@ def row(success, score=0.9):
 
 def test_a_promise_is_kept_within_two_standard_errors_of_the_trainings():
     rows = [row(0.80), row(0.84), row(0.88)]  # standard error 0.0231
-    assert _total(8, rows, {"success_rate": 0.88})["reached"]
-    assert not _total(8, rows, {"success_rate": 0.89})["reached"]
-    assert not _total(8, rows, {"success_rate": 0.84, "score_mean": 0.95})["reached"]
-    assert "reached" not in _total(8, rows, {})
-    assert _total(8, rows, {})["success_rate"] == pytest.approx(0.84)
+    assert total(rows, [], {"success_rate": 0.88})["reached"]
+    assert not total(rows, [], {"success_rate": 0.89})["reached"]
+    assert not total(rows, [], {"success_rate": 0.84, "score_mean": 0.95})["reached"]
+    assert "reached" not in total(rows, [], {})
+    assert total(rows, [], {})["success_rate"] == pytest.approx(0.84)
+
+
+def results(solved, episodes=200):
+    return [
+        EpisodeResult(seed=n, success=n < solved, score=min(n, solved) / episodes, return_=0.0, steps=1)
+        for n in range(episodes)
+    ]
+
+
+def test_training_seeds_keep_a_promise_within_the_interval_of_their_recipe():
+    seeds = [results(160), results(168), results(176)]
+    rows = [row(0.80), row(0.84), row(0.88)]
+    found = total(rows, seeds, {"success_rate": 0.93})
+    assert found["reached"]
+    assert found["success_low"] < 0.76
+    assert 0.93 < found["success_high"] < 0.97
+    assert not total(rows, seeds, {"success_rate": 0.97})["reached"]
+
+
+def test_a_variant_is_compared_over_its_training_seeds():
+    def trained(*solved):
+        return [
+            Trained(
+                unit=Unit(name="seed", commands=[], folder=Path()),
+                train_s=1.0,
+                swept={
+                    "cells": [{"cell": f"c{steps}", "ddim_steps": steps} for steps in (8, 1)],
+                    "episodes": [{"cell": f"c{steps}", **r.row()} for steps in (8, 1) for r in results(count)],
+                },
+            )
+            for count in solved
+        ]
+
+    base, other = trained(100, 104, 108), trained(20, 24, 28)
+    found = compare.row("other", other, base)
+    assert (found["success at 8"], found["seeds at 8"]) == (pytest.approx(0.12), "10%, 12%, 14%")
+    assert found["95 % at 8"].endswith("%")
+    assert found["points from the first at 8"].startswith("-40 (-")
+    assert "points from the first at 8" not in compare.row("base", base, base)
+    assert "95 % at 8" not in compare.row("other", other[:1], base)
 
 
 @pytest.mark.slow

@@ -1,0 +1,180 @@
+"""Recipes: checkpoints that differ in their training seed only, and make one cell of a sweep together."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from policy.checkpoint import Checkpoint
+from policy.rollout.ledger import cell_id
+from policy.statistics.recipes import recipe_interval
+from policy.statistics.results import EpisodeResult
+from policy.sweep.grid import Row, SweepCell, ids_of, row_of
+
+# What may differ between the checkpoints of a recipe: the seed, and what follows from it.
+FREE = ("seed", "step", "measured", "init", "teacher")
+
+
+def recipes_of(checkpoint: Path | Sequence[Path | Sequence[Path]]) -> list[list[Path]]:
+    """The folders of each recipe that a user names.
+
+    Args:
+        checkpoint: a folder, or a list in which a folder is a recipe of one training seed, and an inner list holds the
+            training seeds of one recipe.
+
+    Returns:
+        One list for each recipe.
+
+    Raises:
+        ValueError: an empty list, or a folder that is named twice.
+    """
+    listed = [checkpoint] if isinstance(checkpoint, Path) else checkpoint
+    recipes = [[recipe] if isinstance(recipe, Path) else list(recipe) for recipe in listed]
+    if not all([recipes, *recipes]):
+        raise ValueError(
+            f"checkpoint={_written(recipes)} has an empty list: name one checkpoint or more, and the training seeds of"
+            " one recipe in an inner list, as checkpoint=[[a0,a1,a2],[b0,b1,b2]]"
+        )
+    folders = [folder for recipe in recipes for folder in recipe]
+    if repeated := [folder for number, folder in enumerate(folders) if folder in folders[:number]]:
+        raise ValueError(f"checkpoint must not repeat a checkpoint; got {repeated[0]} twice: name each one once")
+    return recipes
+
+
+def grouped(values: Sequence[Any], recipes: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Group values of all checkpoints, in their order, as the recipes do."""
+    left = iter(values)
+    return [list(itertools.islice(left, len(recipe))) for recipe in recipes]
+
+
+def rows_by_recipe(cells: int, recipes: Sequence[Sequence[Any]]) -> list[list[int]]:
+    """The cells that make each row of a sweep: one row for each recipe and combination of the axes.
+
+    Args:
+        cells: the number of cells, those of one checkpoint after those of another, with the same combinations.
+        recipes: the checkpoints of each recipe.
+
+    Returns:
+        The indices of the cells of each row.
+    """
+    combinations = cells // sum(map(len, recipes))
+    starts = grouped(range(0, cells, combinations), recipes)
+    return [[start + number for start in recipe] for recipe in starts for number in range(combinations)]
+
+
+def check_alike(recipe: Sequence[Checkpoint]) -> None:
+    """Check that checkpoints differ in their training seed only.
+
+    Raises:
+        ValueError: a setting or an observation differs, two have the same weights, or two the same training seed.
+    """
+    first, *others = recipe
+    settings = _settings(first)
+    for other in others:
+        own = _settings(other)
+        for name in [*settings, *(own.keys() - settings.keys())]:
+            if settings.get(name) != own.get(name):
+                raise ValueError(
+                    f"the checkpoints of one recipe may differ in their training seed only: {name} is"
+                    f" {settings.get(name)} in {first.path} and {own.get(name)} in {other.path}; list them as"
+                    " recipes of their own"
+                )
+    for one, other in itertools.combinations(recipe, 2):
+        seeds = one.training.get("seed"), other.training.get("seed")
+        same = "weights" if one.digest == other.digest else f"training seed {seeds[0]}" if seeds[0] == seeds[1] else ""
+        if same and (same == "weights" or seeds[0] is not None):
+            raise ValueError(
+                f"{one.path} and {other.path} have the same {same}: a recipe takes one checkpoint for each training"
+                " seed (ddim-train --multirun seed=0,1,2)"
+            )
+
+
+def recipe_axes(cells: Sequence[SweepCell]) -> Row:
+    """The settings of a recipe at one point of the axes, with one name for its checkpoints."""
+    folders = [cell.checkpoint.path for cell in cells]
+    return {**cells[0].axes, **({"checkpoint": name_of(folders)} if len(folders) > 1 else {})}
+
+
+def recipe_row(cells: Sequence[SweepCell], results: Sequence[Sequence[EpisodeResult]], latency: Row) -> Row:
+    """The row of a recipe at one point of the axes; of a single checkpoint, that of its cell.
+
+    Its figures are means over the checkpoints, its intervals are those of the recipe, and its latency is that of the
+    first checkpoint, whose network is that of the others but for the weights.
+
+    Args:
+        cells: one for each checkpoint.
+        results: the episodes of each.
+        latency: the measured columns of the first cell, see `latencies_of`.
+
+    Returns:
+        The row, with its id as `cell` and, for several checkpoints, their number as `training_seeds`.
+    """
+    ids = ids_of(cells)
+    row = row_of(cells[0], [result for found in results for result in found], latency)
+    if len(cells) == 1:
+        return {"cell": ids[0], **row}
+    success_low, success_high = recipe_interval([[result.success for result in found] for found in results])
+    score_low, score_high = recipe_interval([[result.score for result in found] for found in results])
+    return {
+        "cell": cell_id({"recipe": [*ids]}),
+        **row,
+        **recipe_axes(cells),
+        "training_seeds": len(cells),
+        "success_low": success_low,
+        "success_high": success_high,
+        "score_low": score_low,
+        "score_high": score_high,
+    }
+
+
+def name_of(folders: Sequence[PurePath]) -> str:
+    """One name for the folders of a recipe, as a shell writes it.
+
+    >>> name_of([PurePath("runs/a/0/checkpoint"), PurePath("runs/a/1/checkpoint")])
+    'runs/a/{0,1}/checkpoint'
+    """
+    parts = [folder.parts for folder in folders]
+    shortest = min(map(len, parts))
+    same = [len({part[number] for part in parts}) == 1 for number in range(shortest)]
+    same_from_end = [len({part[-1 - number] for part in parts}) == 1 for number in range(shortest)]
+    start = len(list(itertools.takewhile(bool, same)))
+    end = min(len(list(itertools.takewhile(bool, same_from_end))), shortest - start)
+    middles = ",".join("/".join(part[start : len(part) - end]) for part in parts)
+    return str(PurePath(*parts[0][:start], f"{{{middles}}}", *parts[0][len(parts[0]) - end :]))
+
+
+def scope_of(rows: Sequence[Row]) -> str:
+    """What the intervals of success hold, in a sentence: recipes, or single checkpoints."""
+    counts = sorted({row.get("training_seeds", 1) for row in rows})
+    many = " or ".join(str(count) for count in counts if count > 1)
+    if counts == [1]:
+        return (
+            "The intervals are those of these checkpoints alone: what another training seed would change is left out"
+            " (checkpoint=[[a0,a1,a2]] takes in three)."
+        )
+    over = f"The intervals and verdicts of recipes are over {many} training seeds and the episodes"
+    if counts[0] == 1:
+        return f"{over}; those of single checkpoints leave out what another training seed would change."
+    return f"{over}: they hold for another training seed too."
+
+
+def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The settings with which a checkpoint was made, nested ones by their dotted name."""
+    trained = {name: value for name, value in checkpoint.training.items() if name not in FREE}
+    policy = dataclasses.asdict(checkpoint.policy.config)
+    return dict(_flat({**policy, **trained, "execution_horizon": checkpoint.execution_horizon}))
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    return [
+        entry
+        for name, value in settings.items()
+        for entry in (_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)])
+    ]
+
+
+def _written(recipes: Sequence[Sequence[Path]]) -> str:
+    return "[" + ",".join(f"[{','.join(map(str, recipe))}]" for recipe in recipes) + "]"

@@ -51,7 +51,7 @@ $(DEMO)/episodes.json: | $(DEMO)/trained
 	$(BIN)/python scripts/rollout.py checkpoint=$(DEMO)/checkpoint episodes=50 video=2 output_dir=$(DEMO)
 
 $(DEMO)/sweep.json: | $(DEMO)/episodes.json
-	$(BIN)/python scripts/sweep.py checkpoint=$(DEMO)/checkpoint ddim_steps=[1,2,4,8,16,50] episodes=50 output_dir=$(DEMO)
+	$(BIN)/python scripts/sweep.py checkpoint=$(DEMO)/checkpoint ddim_steps=[1,2,4,8,16,50] episodes=240 output_dir=$(DEMO)
 
 test: setup lint ## linter, types and the tests that take minutes together
 	@$(MAKE) --no-print-directory --jobs=2 types quick-tests

@@ -52,7 +52,7 @@ def _change(rows: Sequence[Row], advice: Recommendation) -> str:
     open_cells = [number for number, cell in enumerate(advice.cells) if cell.verdict == "open"]
     if advice.cell is not None:
         chosen = advice.cell
-        cost = [row.get("multiply_adds", row["ddim_steps"]) for row in rows]
+        cost = [float(row.get("multiply_adds") or row["ddim_steps"]) for row in rows]
         cheaper = [n for n in range(len(rows)) if cost[n] < cost[chosen]]
         if not cheaper:
             return "A cheaper cell, which this sweep does not have, or another margin."

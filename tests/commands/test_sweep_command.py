@@ -505,7 +505,7 @@ def test_checkpoints_that_make_no_sweep_are_refused(planar_run, other_checkpoint
         (["checkpoint=[]"], ["checkpoint=[] has an empty list"]),
         ([f"checkpoint={tmp_path}/none"], [f"no checkpoint at {tmp_path}/none"]),
         ([f"checkpoint=[{real},{tmp_path}/none]"], [f"no checkpoint at {tmp_path}/none"]),
-        ([f"checkpoint=[{real},{real}]"], ["checkpoint must not repeat a value"]),
+        ([f"checkpoint=[{real},{real}]"], ["checkpoint must not repeat a checkpoint"]),
         ([f"checkpoint=[{real},{copy}]"], [str(real), str(copy), "are the same cell"]),
         ([f"checkpoint=[{real},{elsewhere}]"], [str(elsewhere), "a sweep compares policies in one environment"]),
     ):

@@ -90,7 +90,7 @@ def run_looks(
     missing = plan is None or bool(missing_tasks(plan, ledger))
     mixed = settle_provenance(stage, cells, ledger, missing=missing, mix=mix)
     if plan and not missing:
-        keep(ledger, plan)
+        print(describe_plan(plan, keep(ledger, plan)))
         warn_unpaired(ledger)
         say_on_disk(_finished(plan, ledger), len(cells) * plan.looks[-1])
         return plan, mixed

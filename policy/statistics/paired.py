@@ -163,9 +163,7 @@ def non_inferiority_test(wins: ArrayLike, losses: ArrayLike, episodes: int, marg
     Raises:
         ValueError: impossible counts, or a margin outside (0, 1).
     """
-    check_fraction("margin", margin)
-    excess, deviation = score_statistic(*discordant_counts(wins, losses, episodes), episodes, -margin)
-    z = np.asarray(excess / deviation)
+    z = _margin_statistic(wins, losses, episodes, margin)
     return np.maximum(ndtr(-z), _tails(episodes, margin)[_bins(z)])
 
 
@@ -184,9 +182,14 @@ def inferiority_test(wins: ArrayLike, losses: ArrayLike, episodes: int, margin: 
     Raises:
         ValueError: impossible counts, or a margin outside (0, 1).
     """
+    return np.asarray(ndtr(_margin_statistic(wins, losses, episodes, margin)))
+
+
+def _margin_statistic(wins: ArrayLike, losses: ArrayLike, episodes: int, margin: float) -> Array:
+    """Tango's statistic (...) for the hypothesis that the first cell is worse by exactly `margin`."""
     check_fraction("margin", margin)
     excess, deviation = score_statistic(*discordant_counts(wins, losses, episodes), episodes, -margin)
-    return np.asarray(ndtr(excess / deviation))
+    return np.asarray(excess / deviation)
 
 
 def compare_success(

@@ -25,7 +25,7 @@ from policy.statistics.recipes import (
     not_worse_test,
     worse_test,
 )
-from policy.statistics.recommendation import Verdict, adjust, ranks
+from policy.statistics.recommendation import ONE_CELL, Verdict, adjust, not_worse, ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +174,8 @@ def describe_recipes(advice: RecipeRecommendation, names: Sequence[str]) -> str:
         The words, without a full stop.
     """
     if len(advice.cells) == 1:
-        return "there is one cell only, and nothing to compare it with"
-    shown = f"not worse than the best by {100 * advice.margin:g} points ({100 * advice.confidence:g} % sure)"
+        return ONE_CELL
+    shown = not_worse(advice.margin, advice.confidence)
     found = "no cell" if advice.cell is None else "the cheapest cell that"
     text = f"{found} is shown to be {shown}, over training seeds and episodes"
     if advice.undecided is None:

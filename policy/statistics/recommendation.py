@@ -44,6 +44,8 @@ from policy.statistics.paired import (
 
 Verdict = Literal["not worse", "worse", "open"]
 
+ONE_CELL = "there is one cell only, and nothing to compare it with"
+
 # The weight of a test of a cell against one that is cheaper or costs the same; the others have 1.
 LIGHT = 0.1
 
@@ -269,6 +271,11 @@ def advise(
     )
 
 
+def not_worse(margin: float, confidence: float) -> str:
+    """What is shown of a recommended cell, in words."""
+    return f"not worse than the best by {100 * margin:g} points ({100 * confidence:g} % sure)"
+
+
 def describe(advice: Recommendation, names: Sequence[str]) -> str:
     """Say in words what is recommended and what could not be decided.
 
@@ -280,8 +287,8 @@ def describe(advice: Recommendation, names: Sequence[str]) -> str:
         The words, without a full stop.
     """
     if len(advice.cells) == 1:
-        return "there is one cell only, and nothing to compare it with"
-    shown = f"not worse than the best by {100 * advice.margin:g} points ({100 * advice.confidence:g} % sure)"
+        return ONE_CELL
+    shown = not_worse(advice.margin, advice.confidence)
     if advice.cell is None:
         text = f"no cell is shown to be {shown}"
     elif advice.cell == advice.best == advice.cheapest:

@@ -112,14 +112,13 @@ def _policy(widths: tuple[int, ...]) -> DiffusionPolicy:
 
 
 def _chunks(name: str, threads: int, theirs: Callable[..., float]) -> list[dict[str, Any]]:
-    """Time chunks at each number of steps; ONNX Runtime has one thread whatever PyTorch has."""
+    """Time chunks at each number of steps."""
     policy = _policy(NETWORKS[name])
     say(f"{name}: {count(policy):,} parameters")
     observations = {"state": torch.zeros(1, policy.config.obs_horizon, OBSERVATION)}
     noise = torch.zeros(1, HORIZON, ACTION)
     matrices = [w.flatten(1) for w in policy.denoiser.parameters() if w.ndim == 3]
     vectors = [torch.ones(w.shape[1]) for w in matrices]
-    contenders = {n: s for n, s in CONTENDERS.items() if threads == 1 or s["backend"] != "onnx"}
     rows = []
     for ddim_steps, eta in (*((k, 0.0) for k in STEPS), (100, 1.0)):
 
@@ -130,7 +129,9 @@ def _chunks(name: str, threads: int, theirs: Callable[..., float]) -> list[dict[
 
         sampler = Sampler(ddim_steps=ddim_steps, eta=eta)
         added = torch.zeros(ddim_steps, 1, HORIZON, ACTION) if eta else None
-        programs = {n: compile_shared(policy, sampler, **settings) for n, settings in contenders.items()}
+        programs = {n: compile_shared(policy, sampler, **settings) for n, settings in CONTENDERS.items()}
+        for program in programs.values():
+            program.use_threads(threads)
         calls: dict[str, Call] = {n: partial(program, observations, noise, added) for n, program in programs.items()}
         rounds = ROUNDS if ddim_steps < 100 else 3
         with torch.no_grad():

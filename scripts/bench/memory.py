@@ -25,7 +25,7 @@ from scripts.bench.latency import count, randomised
 from scripts.bench.report import machine, write_report
 
 NETWORKS = {"66M": (256, 512, 1024), "251M": (512, 1024, 2048)}
-TINY = (8, 16)
+TINY = (16, 32)
 # Bytes of a weight; the scales of int8 weights are left out.
 BACKENDS = {"onnx": 4, "onnx int8": 1, "fused": 4}
 SECONDS_BETWEEN = 0.1

@@ -29,7 +29,7 @@ from policy.statistics.results import EpisodeResult
 from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, telling_seeds, title_of
 from policy.sweep.facts import facts_of
 from policy.sweep.grid import Row, SweepCell, ids_of, make_cells, with_backends
-from policy.sweep.live import LivePage, live_page, rows_so_far
+from policy.sweep.live import LivePage, live_page
 from policy.sweep.looks import LookPlan, can_stop_early, counted_results, planned_looks
 from policy.sweep.merging import read_swept
 from policy.sweep.plot import plot_rows
@@ -182,6 +182,7 @@ def sweep(
                     max_ms=max_ms,
                     left_out=left_out,
                     cells=ids,
+                    recipes=tuple(map(len, groups)),
                     cost=tuple(cell.multiply_adds for cell in cells),
                     seed=seed,
                     looks=planned if several else planned[-1:],
@@ -189,7 +190,7 @@ def sweep(
                     alpha=0,
                 )
 
-            refresh = partial(_refresh, page, cells, ledger, stage.seeds) if page else lambda: None
+            refresh = partial(_refresh, page, groups, ledger, stage.seeds) if page else lambda: None
             refresh()
             plan, mixed = run_looks(
                 *(stage, cells, wanted, ledger, num_envs, on_env_error),
@@ -227,19 +228,18 @@ def sweep(
     check_broken([result for found in results for result in found])
 
 
-def _refresh(page: LivePage, cells: Sequence[SweepCell], ledger: Ledger, seeds: range) -> None:
+def _refresh(page: LivePage, groups: Sequence[Sequence[SweepCell]], ledger: Ledger, seeds: range) -> None:
     """Show the episodes that the ledger holds."""
-    ids = ids_of(cells)
 
-    def rows() -> list[Row]:
-        lacking = [{*ledger.missing(cell, seeds)} for cell in ids]
-        found = [
-            ledger.results(cell, [seed for seed in seeds if seed not in gaps])
-            for cell, gaps in zip(ids, lacking, strict=True)
-        ]
-        return rows_so_far(cells, found)
+    def finished(cell: str) -> list[EpisodeResult]:
+        missing = {*ledger.missing(cell, seeds)}
+        return ledger.results(cell, [seed for seed in seeds if seed not in missing])
 
-    page.refresh(rows, len(cells) * len(seeds))
+    page.refresh(
+        groups,
+        lambda: [[finished(cell) for cell in ids_of(group)] for group in groups],
+        sum(map(len, groups)) * len(seeds),
+    )
 
 
 def publish(

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from envs import families
 from policy.common.arguments import Target, check_arguments, check_names, did_you_mean, settings_of
+from policy.common.modules import FUNCTIONS
 from policy.common.registry import Registry, check_spec
 from policy.common.signatures import Declaration, declaration_of, load
 from policy.data.formats import FORMATS
@@ -266,7 +267,11 @@ def _build(where: str, node: Any) -> Any:
 
 def _require(where: str, target: Target, settings: Settings) -> None:
     for name in _missing(target, settings):
-        raise ValueError(f"{where}.{name} is missing: add {where}.{name}=...")
+        if where in FUNCTIONS:
+            add = f"{where}._partial_=true, so that the function is called with each episode, and not now"
+        else:
+            add = f"{where}.{name}=..."
+        raise ValueError(f"{where}.{name} is missing: add {add}")
 
 
 def _missing(target: Target, settings: Settings) -> list[str]:

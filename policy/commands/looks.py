@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 from policy.commands.stage import (
     OnEnvError,
@@ -17,7 +18,7 @@ from policy.common.progress import progress
 from policy.rollout.ledger import Ledger
 from policy.rollout.workers import RolloutPool
 from policy.sweep.grid import Row, SweepCell, ids_of
-from policy.sweep.looks import LookPlan, describe_plan, keep, missing_tasks, plans_of, settle
+from policy.sweep.looks import LookPlan, can_stop_early, describe_plan, keep, missing_tasks, plans_of, settle
 from policy.sweep.recipes import recipe_axes
 from policy.sweep.timing import latencies_of, within
 
@@ -45,13 +46,55 @@ def fast_cells(
         return groups, None, ""
     for plan in plans_of(ledger):
         kept = [group for group in groups if {*ids_of(group)} <= {*plan.cells}]
-        stay = ids_of([cell for group in kept for cell in group])
+        stay = ids_of([*chain(*kept)])
         if (plan.asked, plan.max_ms, plan.cells) == (asked, max_ms, stay):
             return kept, None, plan.left_out
     firsts = [group[0] for group in groups]
     latencies = latencies_of(firsts, threads)  # before the episodes, so that no result has a say
     fast, left_out = within([recipe_axes(group) for group in groups], latencies, max_ms)
     return [groups[number] for number in fast], [latencies[number] for number in fast], left_out
+
+
+def wanted_plan(
+    groups: Sequence[Sequence[SweepCell]],
+    ledger: Ledger,
+    *,
+    looks: tuple[int, ...],
+    asked: tuple[str, ...],
+    max_ms: float | None,
+    left_out: str,
+    seed: int,
+    margin: float,
+) -> LookPlan:
+    """What a command asks for; cells that cannot be paired, and a single one, are looked at once.
+
+    Args:
+        groups: the cells of each row.
+        ledger: of the sweep.
+        looks: the numbers of episodes at which cells that can stop early are compared.
+        asked: see `LookPlan`.
+        max_ms: see `LookPlan`.
+        left_out: see `LookPlan`.
+        seed: see `LookPlan`.
+        margin: see `LookPlan`.
+
+    Returns:
+        The plan, before `settle` says what it may spend.
+    """
+    cells = [*chain(*groups)]
+    several = can_stop_early(ledger) and len(cells) > 1
+    return LookPlan(
+        asked=asked,
+        max_ms=max_ms,
+        left_out=left_out,
+        cells=ids_of(cells),
+        recipes=tuple(map(len, groups)),
+        cost=tuple(cell.multiply_adds for cell in cells),
+        seed=seed,
+        looks=looks if several else looks[-1:],
+        margin=margin,
+        alpha=0,
+    )
 
 
 def run_looks(

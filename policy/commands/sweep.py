@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from policy.commands.looks import fast_cells, run_looks
+from policy.commands.looks import fast_cells, run_looks, wanted_plan
 from policy.commands.stage import (
     FIRST_SEED,
     NUM_ENVS,
@@ -29,11 +30,11 @@ from policy.statistics.results import EpisodeResult
 from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, telling_seeds, title_of
 from policy.sweep.facts import facts_of
 from policy.sweep.grid import Row, SweepCell, ids_of, make_cells, with_backends
-from policy.sweep.live import LivePage, live_page, rows_so_far
-from policy.sweep.looks import LookPlan, can_stop_early, counted_results, planned_looks
+from policy.sweep.live import LivePage, live_page
+from policy.sweep.looks import LookPlan, counted_results, planned_looks
 from policy.sweep.merging import read_swept
 from policy.sweep.plot import plot_rows
-from policy.sweep.recipes import check_alike, grouped, recipe_row, recipes_of, rows_by_recipe
+from policy.sweep.recipes import check_alike, grouped, grouped_cells, recipe_row, recipes_of
 from policy.sweep.report import Clip, write_report
 from policy.sweep.table import format_table, write_files
 from policy.sweep.timing import check_max_ms, check_threads, latencies_of
@@ -122,17 +123,12 @@ def sweep(
             raise ValueError("merge= combines sweeps that have run: leave checkpoint= out")
         if watch:
             raise ValueError("merge= combines sweeps that have run, so there is nothing to watch: leave watch= out")
-        merged = read_swept(merge, mix=mix)
-        for given in merged.warnings:
-            warnings.warn(given, stacklevel=2)
-        folder = output_folder(output_dir, "sweep")
-        run = tracker(folder=folder, config={"merge": [str(path) for path in merge]})
-        publish(folder, conclude(merged, margin), run, lambda chosen: [])
+        _merge(merge, mix=mix, margin=margin, output_dir=output_dir, tracker=tracker)
         return
     if checkpoint is None:
         raise ValueError("checkpoint is missing: add checkpoint=... (--help shows an example)")
     recipes = recipes_of(checkpoint)
-    checkpoints = [folder for recipe in recipes for folder in recipe]
+    checkpoints = [*chain(*recipes)]
     stage = set_stage(
         make_env,
         checkpoints,
@@ -159,37 +155,30 @@ def sweep(
         raise ValueError(f"videos must be within 0..{episodes} (the episodes); got {videos}")
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be 1 or more; got {workers}")
-    planned = planned_looks(episodes, looks, adaptive=adaptive)
-    if len(planned) > 1 and max(map(len, recipes)) > 1:
-        print(f"recipes run as a fixed grid: their cells are compared once, after all {episodes} episodes")
-        planned = planned[-1:]
+    planned = _planned_looks(recipes, episodes, looks, adaptive=adaptive)
     folder = output_folder(output_dir, "sweep")
-    cells = with_backends(cells, folder / LEDGER)
-    groups = [[cells[number] for number in group] for group in rows_by_recipe(len(cells), recipes)]
+    groups = grouped_cells(with_backends(cells, folder / LEDGER), recipes)
     shown = live_page(folder / REPORT, title_of(stage.env), {"environment": stage.env}) if watch else nullcontext()
     with shown as page:
         with Ledger(folder / LEDGER) as ledger:
             run = tracker(folder=folder, config={"checkpoint": [str(c) for c in checkpoints], "env": stage.env})
-            asked = ids_of([cell for group in groups for cell in group])
+            asked = ids_of([*chain(*groups)])
             groups, latencies, left_out = fast_cells(groups, asked, max_ms, threads, ledger)
-            cells = [cell for group in groups for cell in group]
-            ids = tuple(ledger.introduce(cell.settings) for cell in cells)
-
-            def wanted() -> LookPlan:
-                several = can_stop_early(ledger) and len(cells) > 1
-                return LookPlan(
-                    asked=asked,
-                    max_ms=max_ms,
-                    left_out=left_out,
-                    cells=ids,
-                    cost=tuple(cell.multiply_adds for cell in cells),
-                    seed=seed,
-                    looks=planned if several else planned[-1:],
-                    margin=margin,
-                    alpha=0,
-                )
-
-            refresh = partial(_refresh, page, cells, ledger, stage.seeds) if page else lambda: None
+            cells = [*chain(*groups)]
+            for cell in cells:
+                ledger.introduce(cell.settings)
+            wanted = partial(
+                wanted_plan,
+                groups,
+                ledger,
+                looks=planned,
+                asked=asked,
+                max_ms=max_ms,
+                left_out=left_out,
+                seed=seed,
+                margin=margin,
+            )
+            refresh = partial(_refresh, page, groups, ledger, stage.seeds) if page else lambda: None
             refresh()
             plan, mixed = run_looks(
                 *(stage, cells, wanted, ledger, num_envs, on_env_error),
@@ -197,24 +186,13 @@ def sweep(
                 mix=mix,
                 after_each=refresh,
             )
-            results, unpaired = counted_results(plan, ledger), ledger.unpaired
+            results, unpaired = grouped(counted_results(plan, ledger), groups), ledger.unpaired
             made_with = ledger.made_with(plan.cells, plan.seeds)
         firsts = [group[0] for group in groups]
-        by_row = grouped(results, groups)
-        measured = zip(groups, by_row, latencies or latencies_of(firsts, threads), strict=True)
-        rows = [
-            {**recipe_row(group, found, latency), **({"stopped": len(found[0])} if plan.adaptive else {})}
-            for group, found, latency in measured
-        ]
-
-        def record(chosen: Sequence[int]) -> list[Clip]:
-            count = min(VIDEOS, episodes) if videos is None else videos
-            seeds = telling_seeds([by_row[number][0] for number in chosen], count)
-            return _recorded(stage, firsts, rows, chosen, seeds, folder / "videos") if seeds else []
-
+        rows = _rows(groups, results, latencies or latencies_of(firsts, threads), plan)
         swept = Swept(
             rows=rows,
-            results=[[result for found in of_row for result in found] for of_row in by_row],
+            results=[[*chain(*found)] for found in results],
             env=stage.env,
             warnings=[*stage.warnings, *mixed, *filter(None, [unpaired])],
             paired=not unpaired,
@@ -223,23 +201,58 @@ def sweep(
             made_with=made_with,
             members=[[str(cell.checkpoint.path) for cell in group] for group in groups],
         )
+        count = min(VIDEOS, episodes) if videos is None else videos
+        record = partial(_recorded, stage, firsts, rows, [found[0] for found in results], count, folder / "videos")
         publish(folder, conclude(swept, margin), run, record)
-    check_broken([result for found in results for result in found])
+    check_broken([*chain(*swept.results)])
 
 
-def _refresh(page: LivePage, cells: Sequence[SweepCell], ledger: Ledger, seeds: range) -> None:
+def _merge(folders: list[Path], *, mix: bool, margin: float, output_dir: Path | None, tracker: OpenRun) -> None:
+    """Compare the cells of sweeps that have run."""
+    merged = read_swept(folders, mix=mix)
+    for given in merged.warnings:
+        warnings.warn(given, stacklevel=3)
+    folder = output_folder(output_dir, "sweep")
+    run = tracker(folder=folder, config={"merge": [str(path) for path in folders]})
+    publish(folder, conclude(merged, margin), run, lambda chosen: [])
+
+
+def _planned_looks(
+    recipes: Sequence[Sequence[Path]], episodes: int, looks: int | None, *, adaptive: bool
+) -> tuple[int, ...]:
+    """The looks that the settings ask for; recipes are compared once."""
+    planned = planned_looks(episodes, looks, adaptive=adaptive)
+    if len(planned) > 1 and max(map(len, recipes)) > 1:
+        print(f"recipes run as a fixed grid: their cells are compared once, after all {episodes} episodes")
+        return planned[-1:]
+    return planned
+
+
+def _rows(
+    groups: Sequence[Sequence[SweepCell]],
+    results: Sequence[Sequence[Sequence[EpisodeResult]]],
+    latencies: Sequence[Row],
+    plan: LookPlan,
+) -> list[Row]:
+    """The row of each cell or recipe; in an adaptive sweep it says after how many episodes the cell stopped."""
+    return [
+        {**recipe_row(group, found, latency), **({"stopped": len(found[0])} if plan.adaptive else {})}
+        for group, found, latency in zip(groups, results, latencies, strict=True)
+    ]
+
+
+def _refresh(page: LivePage, groups: Sequence[Sequence[SweepCell]], ledger: Ledger, seeds: range) -> None:
     """Show the episodes that the ledger holds."""
-    ids = ids_of(cells)
 
-    def rows() -> list[Row]:
-        lacking = [{*ledger.missing(cell, seeds)} for cell in ids]
-        found = [
-            ledger.results(cell, [seed for seed in seeds if seed not in gaps])
-            for cell, gaps in zip(ids, lacking, strict=True)
-        ]
-        return rows_so_far(cells, found)
+    def finished(cell: str) -> list[EpisodeResult]:
+        missing = {*ledger.missing(cell, seeds)}
+        return ledger.results(cell, [seed for seed in seeds if seed not in missing])
 
-    page.refresh(rows, len(cells) * len(seeds))
+    page.refresh(
+        groups,
+        lambda: [[finished(cell) for cell in ids_of(group)] for group in groups],
+        sum(map(len, groups)) * len(seeds),
+    )
 
 
 def publish(
@@ -301,11 +314,18 @@ def _recorded(
     stage: Stage,
     cells: Sequence[SweepCell],
     rows: Sequence[Row],
-    chosen: Sequence[int],
-    seeds: Sequence[int],
+    results: Sequence[Sequence[EpisodeResult]],
+    count: int,
     folder: Path,
+    chosen: Sequence[int],
 ) -> list[Clip]:
-    """Repeat episodes and record them; if rendering is not possible, print one line that says so."""
+    """Repeat the most telling episodes of the chosen cells and record them.
+
+    If rendering is not possible, print one line that says so.
+    """
+    seeds = telling_seeds([results[number] for number in chosen], count)
+    if not seeds:
+        return []
     policies, shown = [c.policy for c in stage.checkpoints], [cells[number].cell for number in chosen]
     controllers = controllers_of(policies, shown, stage.action_space)
     takes = [

@@ -133,14 +133,8 @@ def train_policy(
     sampler.check(run.state.policy.schedule.num_steps)
     tasks = dataset.metadata.get("tasks")
     if env:
-        with helpers_ended(), watched(make_env, env_patience) as make, closing(make(**env)) as probe:
-            check_spaces(config, probe)
-            tasks = tasks or getattr(probe.unwrapped, "tasks", None)
-            mismatch = describe_mismatch(rate, stated_rate(probe.metadata.get("render_fps")))
-            unfixed = unrepeatable(probe, ROLLOUT_SEED)[1] if train.rollout_every else ""
-        for warning in filter(None, (mismatch, unfixed)):
-            warnings.warn(warning, stacklevel=2)
-
+        found = _tried(make_env, env, env_patience, config, rate, rolls_out=bool(train.rollout_every))
+        tasks = tasks or found
     folder = output_folder(output_dir, "train")
     film = partial(_film, run.state, folder / VIDEOS, range(ROLLOUT_SEED, ROLLOUT_SEED + videos))
     rollout = None
@@ -176,18 +170,50 @@ def train_policy(
         if run.state.step < train.all_steps:
             print(f"stopped at step {run.state.step} and saved: the same command with output_dir={folder} goes on")
             raise KeyboardInterrupt  # so that commands that follow a complete training do not start
-        print(describe_best(record.folder, run.state, train.rollout_episodes))
-        print(f"checkpoint: {record.folder}" + (f"   tracked: {tracked}" if tracked else ""))
-        print(f"page: {folder / PAGE}")
-        for row in expected or []:
-            print("the preset as committed reaches: " + ", ".join(f"{name}={value:g}" for name, value in row.items()))
-        if env is None:
-            print("no environment is known, so there is nothing to roll out in: env=... of ddim-rollout chooses one")
-        print(
-            next_line(
-                "ddim-rollout" if env else "ddim-export", checkpoint=record.folder, env=only_of_the_user(env or {})
-            )
-        )
+        _say_end(run.state, record, train, tracked, expected or [])
+
+
+def _tried(
+    make_env: MakeEnv,
+    env: dict[str, Any],
+    env_patience: float,
+    config: PolicyConfig,
+    rate: float | None,
+    *,
+    rolls_out: bool,
+) -> Any:
+    """Check an environment against the policy and the demonstrations' rate before training; return its `tasks`, if any.
+
+    Raises:
+        ValueError: its observations or actions are not the policy's.
+    """
+    with helpers_ended(), watched(make_env, env_patience) as make, closing(make(**env)) as probe:
+        check_spaces(config, probe)
+        mismatch = describe_mismatch(rate, stated_rate(probe.metadata.get("render_fps")))
+        unfixed = unrepeatable(probe, ROLLOUT_SEED)[1] if rolls_out else ""
+        tasks = getattr(probe.unwrapped, "tasks", None)
+    for warning in filter(None, (mismatch, unfixed)):
+        warnings.warn(warning, stacklevel=3)
+    return tasks
+
+
+def _say_end(
+    state: TrainState,
+    record: _Record,
+    settings: TrainSettings,
+    tracked: str,
+    expected: Sequence[Mapping[str, float]],
+) -> None:
+    """Say what a complete training made, and what to do with it."""
+    print(describe_best(record.folder, state, settings.rollout_episodes))
+    print(f"checkpoint: {record.folder}" + (f"   tracked: {tracked}" if tracked else ""))
+    print(f"page: {record.folder.parent / PAGE}")
+    for row in expected:
+        print("the preset as committed reaches: " + ", ".join(f"{name}={value:g}" for name, value in row.items()))
+    if record.env is None:
+        print("no environment is known, so there is nothing to roll out in: env=... of ddim-rollout chooses one")
+    command, of_the_user = "ddim-rollout" if record.env else "ddim-export", only_of_the_user(record.env or {})
+    print(next_line(command, checkpoint=record.folder, env=of_the_user))
 
 
 def _names(tasks: Any) -> list[str] | None:

@@ -14,7 +14,7 @@ from policy.common.signatures import load
 # The packages of this project. A folder of the user's own may have one of these names.
 OWN = ("policy", "envs", "conf", "scripts")
 # Settings that take a function of the user's as `module:function`.
-FUNCTIONS = (("dataset", "transform"), ("dataset", "relabel"), (None, "augment"))
+FUNCTIONS = ("dataset.transform", "dataset.relabel", "augment")
 
 
 def search_for(module: str, setting: str) -> None:
@@ -118,15 +118,15 @@ def with_functions(settings: Mapping[str, Any]) -> dict[str, Any]:
     {'augment': {'_target_': 'my_module.mirror', '_partial_': True}}
     """
     changed = dict(settings)
-    for group, name in FUNCTIONS:
-        node = changed if group is None else changed.get(group)
+    for label in FUNCTIONS:
+        group, _, name = label.rpartition(".")
+        node = changed.get(group) if group else changed
         value = node.get(name) if isinstance(node, Mapping) else None
         if not isinstance(value, str):
             continue
         module, colon, function = value.partition(":")
-        label = f"{group}.{name}" if group else name
         if not colon or not all(part.isidentifier() for part in (*module.split("."), function)):
             raise ValueError(f"{label} takes a function as module:function, such as my_module:{name}; got {value!r}")
         part = {"_target_": f"{module}.{function}", "_partial_": True}
-        changed = changed | {name: part} if group is None else changed | {group: {**changed[group], name: part}}
+        changed = changed | ({group: {**changed[group], name: part}} if group else {name: part})
     return changed

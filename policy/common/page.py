@@ -15,7 +15,8 @@ def page_text(template: str, **values: Any) -> str:
 
     Args:
         template: path of an HTML file within this package; it extends `common/page.html`.
-        **values: what the template names.
+        **values: what the template names, and of every page the `title`, the `answer` below it, the `facts` and the
+            `settings`, both by name.
 
     Returns:
         The page.

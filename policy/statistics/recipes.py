@@ -12,9 +12,11 @@ The variance of the recipe's mean has two parts:
 - *episodes*: what the shared difficulty of the N episodes adds. It counts as known, because N is large.
 
 The quantile that multiplies their root is the mean of Student's and the normal one, weighted by the parts (Cochran
-1964, Biometrics 20, 191-195). Few seeds may all miss a rare bad training, which their spread then does not show. So an
-end of an interval is at least as far as *one further seed* would move the mean whose success lies 20 points nearer to
-one half. `make bench-recipes` shows by simulation that the intervals cover, and how wide they are.
+1964, Biometrics 20, 191-195). The interval of a success rate is symmetric on the scale of its *angle*, the arcsine of
+its root (Anscombe 1948, Biometrika 35, 246-254): near 100 % the seeds lie more widely below the mean than above it, and
+so does the interval. Few seeds may all miss a rare bad training, which their spread then does not show. So an end of an
+interval is at least as far as *one further seed* would move the mean whose success lies 20 points nearer to one half.
+`make bench-recipes` shows by simulation that the intervals cover, and how wide they are.
 
 A single checkpoint is a recipe of one seed: no figure here holds what another training seed would change.
 """
@@ -22,6 +24,7 @@ A single checkpoint is a recipe of one seed: no figure here holds what another t
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,7 +82,7 @@ def recipe_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float,
         >>> seeds = [[True] * 90 + [False] * 10, [True] * 94 + [False] * 6, [True] * 85 + [False] * 15]
         >>> low, high = recipe_interval(seeds)
         >>> round(low, 2), round(high, 2)
-        (0.78, 1.0)
+        (0.76, 0.98)
     """
     check_fraction("confidence", confidence)
     matrix = cells_by_episodes(values, "values", float)
@@ -87,7 +90,8 @@ def recipe_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float,
         raise ValueError("a recipe needs checkpoints of two training seeds or more: one says nothing about the others")
     check_bounds(matrix, (0, 1))
     estimate = _estimate(matrix, _reach(matrix))
-    low, high = _ends(estimate, confidence)
+    low, high = _around(estimate.value, _half_width(estimate, confidence))
+    low, high = min(low, estimate.value + estimate.reach[0]), max(high, estimate.value + estimate.reach[1])
     if not estimate.variance:  # all values are equal: the seeds may add nothing to the episodes of one
         least, most = bootstrap_interval(matrix[0].tolist(), confidence, bounds=(0, 1))
         low, high = min(low, least), max(high, most)
@@ -109,7 +113,9 @@ def difference_interval(estimate: Estimate, episodes: int, confidence: float = 0
         ValueError: a confidence outside (0, 1).
     """
     check_fraction("confidence", confidence)
-    low, high = _ends(estimate, confidence)
+    half_width = _half_width(estimate, confidence)
+    low = estimate.value - max(half_width, -estimate.reach[0])
+    high = estimate.value + max(half_width, estimate.reach[1])
     if not estimate.variance:  # all episodes differ alike: 1, 0 or -1
         wins, losses = max(round(estimate.value * episodes), 0), max(round(-estimate.value * episodes), 0)
         least, most = paired_interval(wins, losses, episodes, confidence)
@@ -238,13 +244,16 @@ def _quantile(estimate: Estimate, tail: ArrayLike) -> Array:
     return np.asarray((student - estimate.episodes * ndtri(tail)) / total)
 
 
-def _ends(estimate: Estimate, confidence: float) -> tuple[float, float]:
-    """Both ends of the estimate's interval, before it is limited to possible values."""
-    half_width = float(_quantile(estimate, (1 - confidence) / 2)) * estimate.variance**0.5
-    return (
-        estimate.value - max(half_width, -estimate.reach[0]),
-        estimate.value + max(half_width, estimate.reach[1]),
-    )
+def _half_width(estimate: Estimate, confidence: float) -> float:
+    """Half the width of the interval that the variance gives."""
+    return float(_quantile(estimate, (1 - confidence) / 2)) * estimate.variance**0.5
+
+
+def _around(rate: float, half_width: float) -> tuple[float, float]:
+    """Both ends of the interval rate ± half_width, made symmetric on the scale of the rate's angle."""
+    angle, slope = math.asin(rate**0.5), 2 * (rate * (1 - rate)) ** 0.5
+    turned = half_width / slope if slope else 0.0
+    return math.sin(max(angle - turned, 0.0)) ** 2, math.sin(min(angle + turned, math.pi / 2)) ** 2
 
 
 def _p_value(estimate: Estimate, excess: float) -> float:

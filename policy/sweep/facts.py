@@ -49,28 +49,33 @@ def _episodes(rows: Sequence[Row], *, paired: bool) -> str:
 
 
 def _change(rows: Sequence[Row], advice: Advice) -> str:
-    """Name the cell that is most likely to be recommended instead, and what its difference would have to be."""
+    """Name the cell that came nearest to being recommended instead, and its difference so far."""
     points = f"{100 * advice.margin:g} points"
-    verdicts = [cell.verdict for cell in advice.cells]
-    open_cells = [number for number, verdict in enumerate(verdicts) if verdict == "open"]
-    if advice.cell is not None:
-        chosen = advice.cell
-        cost = costs_of(rows)
-        cheaper = [n for n in range(len(rows)) if cost[n] < cost[chosen]]
-        if not cheaper:
-            return "A cheaper cell, which this sweep does not have, or another margin."
-        nearest = max(cheaper, key=lambda n: (n in open_cells, rows[n]["difference"]))
+    if advice.cell is None:
+        nearest = advice.best if advice.undecided is None else advice.undecided
         return (
-            f"{label_of(rows, rows[nearest])}, which is cheaper, if it were shown to be less than {points} below the"
-            f" best: so far {_seen(rows[nearest])}."
+            f"A cell that is shown to be less than {points} below every other one: the nearest is"
+            f" {label_of(rows, rows[nearest])}; so far {_seen(rows, nearest, advice)}."
         )
-    nearest = max(open_cells or range(len(rows)), key=lambda n: rows[n]["difference_low"])
+    cost = costs_of(rows)
+    cheaper = [number for number in range(len(rows)) if cost[number] < cost[advice.cell]]
+    if not cheaper:
+        return "A cheaper cell, which this sweep does not have, or another margin."
+    by_success = max(cheaper, key=lambda number: rows[number]["difference"])
+    nearest = by_success if advice.undecided is None else advice.undecided
     return (
-        f"A cell that is shown to be less than {points} below every other one: the nearest,"
-        f" {label_of(rows, rows[nearest])}, so far {_seen(rows[nearest])}."
+        f"{label_of(rows, rows[nearest])}, which is cheaper, if it were shown to be less than {points} below the"
+        f" best: so far {_seen(rows, nearest, advice)}."
     )
 
 
-def _seen(row: Row) -> str:
-    difference, low, high = (100 * row[key] for key in ("difference", "difference_low", "difference_high"))
-    return f"its difference is {difference:+.1f} points ({low:+.1f} to {high:+.1f})"
+def _seen(rows: Sequence[Row], number: int, advice: Advice) -> str:
+    """A cell's difference to the best one; of the best one itself, that to the cell that is hardest for it."""
+    if number != advice.best:
+        found, to = [rows[number][key] for key in ("difference", "difference_low", "difference_high")], ""
+    else:
+        other = rows[advice.cells[number].hardest]
+        found = [-other[key] for key in ("difference", "difference_high", "difference_low")]
+        to = f" to {label_of(rows, other)}"
+    difference, low, high = (100 * value for value in found)
+    return f"its difference{to} is {difference:+.1f} points ({low:+.1f} to {high:+.1f})"

@@ -1,4 +1,4 @@
-"""The page of a sweep while it runs: how far it is, and each cell's success so far."""
+"""The page of a sweep while it runs: how far it is, and the success so far of each cell or recipe."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from policy.common.budget import Budget
 from policy.common.serving import serving
 from policy.statistics.intervals import wilson_interval
+from policy.statistics.recipes import recipe_interval
 from policy.statistics.results import EpisodeResult
-from policy.sweep.grid import Row, SweepCell
+from policy.sweep.grid import Row, SweepCell, uniform
+from policy.sweep.recipes import recipe_axes
 from policy.sweep.report import write_report
 
 
@@ -31,18 +36,25 @@ class LivePage:
         self._budget = Budget()
         self.write("The sweep begins.")
 
-    def refresh(self, rows: Callable[[], list[Row]], total: int) -> None:
+    def refresh(
+        self,
+        groups: Sequence[Sequence[SweepCell]],
+        finished: Callable[[], Sequence[Sequence[Sequence[EpisodeResult]]]],
+        total: int,
+    ) -> None:
         """Write the page again, unless it was written a moment ago.
 
         Args:
-            rows: returns a row for each cell, see `rows_so_far`.
+            groups: the cells of each row; a recipe has one for each training seed.
+            finished: returns the results of each of these cells.
             total: the greatest number of episodes that the sweep may run.
         """
         if not self._budget.due():
             return
         with self._budget.spent():
-            self._rows = rows()
-            done, at = sum(row["episodes"] for row in self._rows), time.strftime("%H:%M:%S")
+            results = finished()
+            self._rows = rows_so_far(groups, results)
+            done, at = sum(len(found) for of_row in results for found in of_row), time.strftime("%H:%M:%S")
             self.write(f"Running: {done:,} of at most {total:,} episodes at {at}. The recommendation comes at the end.")
 
     def write(self, answer: str) -> None:
@@ -57,16 +69,28 @@ class LivePage:
         )
 
 
-def rows_so_far(cells: Sequence[SweepCell], results: Sequence[Sequence[EpisodeResult]]) -> list[Row]:
-    """A row for each cell that has results: its settings, its number of episodes, and its success with its interval."""
+def rows_so_far(
+    groups: Sequence[Sequence[SweepCell]], results: Sequence[Sequence[Sequence[EpisodeResult]]]
+) -> list[Row]:
+    """A row for each cell or recipe that has results: its settings, number of episodes, and success with its interval.
+
+    The checkpoints of a recipe are compared on the same episodes, so that those which all of them have run count.
+    """
     rows = []
-    for cell, found in zip(cells, results, strict=True):
-        if found:
-            solved, episodes = sum(result.success for result in found), len(found)
-            low, high = wilson_interval(solved, episodes)
-            success = {"success_rate": solved / episodes, "success_low": low, "success_high": high}
-            rows.append({**cell.axes, "episodes": episodes, **success})
-    return rows
+    for cells, found in zip(groups, results, strict=True):
+        solved = _solved_by_all(found)
+        if solved.size:
+            count, episodes = solved.shape
+            low, high = recipe_interval(solved) if count > 1 else wilson_interval(int(solved.sum()), episodes)
+            success = {"success_rate": float(solved.mean()), "success_low": low, "success_high": high}
+            rows.append({**recipe_axes(cells), "training_seeds": count, "episodes": solved.size, **success})
+    return uniform(rows)
+
+
+def _solved_by_all(results: Sequence[Sequence[EpisodeResult]]) -> NDArray[np.bool_]:
+    """(S, N) bool, the outcomes of S checkpoints on the N episodes that all of them have run."""
+    by_seed = [{result.seed: result.success for result in found} for found in results]
+    return np.array([[of_one[seed] for seed in by_seed[0] if all(seed in of for of in by_seed)] for of_one in by_seed])
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """The looks of a sweep: planned before its first episode, kept in the ledger, and followed from what the ledger holds.
 
 A plan says at which numbers of episodes the cells are compared, and how much of the 5 % of wrong recommendations it may
-spend. A later command that asks for something else (more episodes, another margin, other cells) makes a further plan
-from what is left, so that all answers on one ledger together keep the promise.
+spend. A later command that asks for something else (more episodes, another margin, other cells or recipes) makes a
+further plan from what is left, so that all answers on one ledger together keep the promise.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class LookPlan:
         max_ms: the limit of their latency, or None.
         left_out: a sentence about the cells that were slower than that.
         cells: ids of the cells that take part, in their order.
+        recipes: how many of them make each row, one after the other: 1, or the number of training seeds of a recipe.
+            The same cells as other recipes are another question, with another answer that may be wrong.
         cost: what ranks them, see `costs_of`.
         seed: of the first episode.
         looks: see `Plan`.
@@ -42,6 +44,7 @@ class LookPlan:
     max_ms: float | None
     left_out: str
     cells: tuple[str, ...]
+    recipes: tuple[int, ...]
     cost: tuple[float, ...]
     seed: int
     looks: tuple[int, ...]
@@ -64,13 +67,15 @@ class LookPlan:
 
     @staticmethod
     def from_row(row: Mapping[str, Any]) -> LookPlan:
-        """Read what `dataclasses.asdict` and JSON made of a plan.
+        """Read what `dataclasses.asdict` and JSON made of a plan; one without `recipes` is of single checkpoints.
 
         Raises:
             ValueError: it is none.
         """
         try:
-            return LookPlan(**{**row, **{name: tuple(row[name]) for name in ("asked", "cells", "cost", "looks")}})
+            whole = {"recipes": [1] * len(row["cells"]), **row}
+            lists = ("asked", "cells", "recipes", "cost", "looks")
+            return LookPlan(**{**whole, **{name: tuple(whole[name]) for name in lists}})
         except (KeyError, TypeError) as error:
             raise ValueError(f"{dict(row)} is no plan of looks ({error!r})") from error
 

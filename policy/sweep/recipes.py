@@ -38,7 +38,7 @@ def recipes_of(checkpoint: Path | Sequence[Path | Sequence[Path]]) -> list[list[
             f"checkpoint={_written(recipes)} has an empty list: name one checkpoint or more, and the training seeds of"
             " one recipe in an inner list, as checkpoint=[[a0,a1,a2],[b0,b1,b2]]"
         )
-    folders = [folder for recipe in recipes for folder in recipe]
+    folders = [*itertools.chain(*recipes)]
     if repeated := [folder for number, folder in enumerate(folders) if folder in folders[:number]]:
         raise ValueError(f"checkpoint must not repeat a checkpoint; got {repeated[0]} twice: name each one once")
     return recipes
@@ -48,6 +48,11 @@ def grouped(values: Sequence[Any], recipes: Sequence[Sequence[Any]]) -> list[lis
     """Group values of all checkpoints, in their order, as the recipes do."""
     left = iter(values)
     return [list(itertools.islice(left, len(recipe))) for recipe in recipes]
+
+
+def grouped_cells(cells: Sequence[SweepCell], recipes: Sequence[Sequence[Any]]) -> list[list[SweepCell]]:
+    """The cells that make each row of a sweep, see `rows_by_recipe`."""
+    return [[cells[number] for number in group] for group in rows_by_recipe(len(cells), recipes)]
 
 
 def rows_by_recipe(cells: int, recipes: Sequence[Sequence[Any]]) -> list[list[int]]:
@@ -113,7 +118,7 @@ def recipe_row(cells: Sequence[SweepCell], results: Sequence[Sequence[EpisodeRes
         The row, with its id as `cell` and, for several checkpoints, their number as `training_seeds`.
     """
     ids = ids_of(cells)
-    row = row_of(cells[0], [result for found in results for result in found], latency)
+    row = row_of(cells[0], [*itertools.chain(*results)], latency)
     if len(cells) == 1:
         return {"cell": ids[0], **row}
     success_low, success_high = recipe_interval([[result.success for result in found] for found in results])

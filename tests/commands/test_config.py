@@ -111,6 +111,12 @@ def test_every_experiment_composes_with_training_and_builds(experiment):
         _build("dataset", config["dataset"])
 
 
+def test_a_function_that_would_be_called_at_once_must_be_partial():
+    given = composed("train", "experiment=pusht_state", "~dataset.transform._partial_")["dataset"]
+    with pytest.raises(ValueError, match=r"observations is missing: add dataset\.transform\._partial_=true, so that"):
+        _build("dataset", given)
+
+
 @pytest.mark.parametrize("experiment", GROUPS["experiment"])
 def test_an_experiment_gives_way_to_the_command_line(experiment):
     config = composed("train", f"experiment={experiment}", "++train.steps=7", "denoiser=residual_mlp", "tracker=none")

@@ -574,7 +574,7 @@ def test_a_watched_sweep_that_is_stopped_says_so_on_its_page(tmp_path, monkeypat
         with live_page(page, "planar", {}) as shown:
             assert "The sweep begins." in page.read_text()
             monkeypatch.setattr("policy.common.budget.Budget.due", lambda budget: True)
-            shown.refresh(lambda: [], 10)
+            shown.refresh([], lambda: [], 10)
             assert "0 of at most 10 episodes" in page.read_text()
             raise KeyboardInterrupt
 

@@ -22,7 +22,7 @@ def outcomes(rates, episodes=200, seed=0):
     return np.array([generator.permutation(row) for row in rows])
 
 
-def test_the_interval_is_that_of_cochran_for_two_way_mean_squares():
+def test_the_interval_is_that_of_cochran_for_two_way_mean_squares_on_the_scale_of_angles():
     solved = outcomes([0.5, 0.6, 0.7], 100)
     low, high = recipe_interval(solved)
     # By hand: mean squares of the crossed layout (statsmodels' anova of a two-way table gives the same).
@@ -32,7 +32,11 @@ def test_the_interval_is_that_of_cochran_for_two_way_mean_squares():
     residual = ((solved - seeds[:, None] - episodes + grand) ** 2).sum() / (2 * 99)
     parts = between / 300, max(difficulty - residual, 0) / 300
     quantile = (4.302653 * parts[0] + 1.959964 * parts[1]) / sum(parts)
-    assert (low, high) == pytest.approx((grand - quantile * sum(parts) ** 0.5, grand + quantile * sum(parts) ** 0.5))
+    turned = quantile * sum(parts) ** 0.5 / (2 * (grand * (1 - grand)) ** 0.5)
+    ends = np.sin(np.arcsin(grand**0.5) + np.array([-turned, turned])) ** 2
+    assert (low, high) == pytest.approx(tuple(ends))
+    flipped = recipe_interval(~solved)
+    assert flipped == pytest.approx((1 - high, 1 - low))
 
 
 def test_no_end_is_nearer_than_one_further_seed_could_move_it():
@@ -51,6 +55,7 @@ def test_scores_have_an_interval_too():
     scores = np.clip(outcomes([0.4, 0.5, 0.6]) + 0.1, 0, 1)
     low, high = recipe_interval(scores)
     assert 0 < low < scores.mean() < high < 1
+    assert recipe_interval([[1.0] * 100, [1.0] * 99 + [1 - 2e-16]]) == pytest.approx((14 / 15, 1))  # a mean of 1.0
 
 
 @pytest.mark.parametrize(

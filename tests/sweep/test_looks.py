@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from policy.rollout.ledger import Ledger
 from policy.statistics.results import EpisodeResult
+from policy.statistics.sequential import stage_alpha
 from policy.sweep.looks import (
     LookPlan,
     can_stop_early,
@@ -45,6 +46,7 @@ def wish(ledger, **changes):
         max_ms=None,
         left_out="",
         cells=cells,
+        recipes=(1, 1, 1),
         cost=(1.0, 2.0, 8.0),
         seed=0,
         looks=(40, 80, 120),
@@ -113,6 +115,15 @@ def test_the_same_wish_finds_its_plan_again_and_another_one_gets_less_of_what_is
     assert "plan 2 on this ledger, with 0.24 % of wrong answers left to it" in describe_plan(others[0], 2)
 
 
+def test_the_same_cells_as_other_recipes_are_another_question_that_gets_less_of_what_is_left(tmp_path):
+    with Ledger(tmp_path / "episodes.jsonl") as ledger:
+        shapes = ((1, 1, 1), (2, 1), (1, 2), (3,))
+        plans = [planned(ledger, looks=(120,), recipes=recipes) for recipes in shapes]
+        assert [planned(ledger, looks=(120,), recipes=recipes) for recipes in shapes] == plans
+    assert len(plans_of(Ledger(tmp_path / "episodes.jsonl"))) == 4
+    assert [plan.alpha for plan in plans] == pytest.approx([stage_alpha(stage) for stage in (1, 2, 3, 4)])
+
+
 def test_cells_that_cannot_be_paired_and_ledgers_of_earlier_versions_are_compared_once(tmp_path):
     with Ledger(tmp_path / "new.jsonl") as ledger:
         assert can_stop_early(ledger)
@@ -137,6 +148,8 @@ def test_a_plan_survives_json_and_what_is_none_is_refused(tmp_path):
     with Ledger(tmp_path / "episodes.jsonl") as ledger:
         plan = wish(ledger)
     row = json.loads(json.dumps(dataclasses.asdict(plan)))
+    assert LookPlan.from_row(row) == plan
+    del row["recipes"]  # as an earlier version wrote it, of single checkpoints
     assert LookPlan.from_row(row) == plan
     with pytest.raises(ValueError, match="is no plan of looks"):
         LookPlan.from_row({"looks": [1]})

@@ -10,11 +10,13 @@ import torch
 from policy.checkpoint import save_checkpoint
 from policy.commands.looks import fast_cells
 from policy.rollout.ledger import Ledger
+from policy.statistics.intervals import wilson_interval
 from policy.statistics.recipes import recipe_interval
 from policy.statistics.results import EpisodeResult
 from policy.sweep.conclusion import Swept, conclude
 from policy.sweep.facts import facts_of
 from policy.sweep.grid import ids_of, make_cells
+from policy.sweep.live import rows_so_far
 from policy.sweep.looks import LookPlan, keep
 from policy.sweep.merging import read_swept
 from policy.sweep.recipes import check_alike, name_of, recipes_of, rows_by_recipe, scope_of
@@ -149,7 +151,16 @@ def test_cells_are_compared_as_recipes_and_merged_again(tmp_path):
 
 def test_a_later_plan_has_less_left_to_be_wrong():
     plan = LookPlan(
-        asked=(), max_ms=None, left_out="", cells=(), cost=(), seed=0, looks=(200,), margin=0.05, alpha=1e-12
+        asked=(),
+        max_ms=None,
+        left_out="",
+        cells=(),
+        recipes=(),
+        cost=(),
+        seed=0,
+        looks=(200,),
+        margin=0.05,
+        alpha=1e-12,
     )
     concluded = conclude(dataclasses.replace(swept_recipes(), plan=plan), 0.05)
     assert "not worse" not in [cell["not_worse"] for cell in concluded.rows]
@@ -177,10 +188,40 @@ def test_a_recipe_is_left_out_as_a_whole(monkeypatch, tmp_path):
         assert "checkpoint runs/{a,b}" in left_out
         stay = tuple(ledger.introduce(cell.settings) for group in kept for cell in group)
         plan = LookPlan(
-            asked=asked, max_ms=5, left_out=left_out, cells=stay, cost=(), seed=0, looks=(2,), margin=0.05, alpha=0.05
+            asked=asked,
+            max_ms=5,
+            left_out=left_out,
+            cells=stay,
+            recipes=(2, 1),
+            cost=(),
+            seed=0,
+            looks=(2,),
+            margin=0.05,
+            alpha=0.05,
         )
         keep(ledger, plan)
         assert fast_cells(groups, asked, 5, 1, ledger) == (kept, None, left_out)
+
+
+def test_the_page_of_a_running_sweep_shows_recipes_on_the_episodes_that_all_their_checkpoints_have_run():
+    a, b, c = make_cells(
+        [make_checkpoint(name) for name in "abc"],
+        {"name": "planar"},
+        ddim_steps=[1],
+        sampler={},
+        controller={},
+        execution_horizon=None,
+    )
+    both = [[True, True, False, True], [True, False, False, False]]
+    of_recipe = [results(*both[0], False, True), results(*both[1])]
+    rows = rows_so_far([[a, b], [c]], [of_recipe, [results(True, True, False)]])
+    low, high = recipe_interval(both)
+    assert rows[0]["checkpoint"] == "runs/{a,b}"
+    assert [(row["training_seeds"], row["episodes"]) for row in rows] == [(2, 8), (1, 3)]
+    assert [rows[0][key] for key in ("success_rate", "success_low", "success_high")] == [0.5, low, high]
+    assert [rows[1][key] for key in ("success_low", "success_high")] == [*wilson_interval(2, 3)]
+    assert rows_so_far([[a, b]], [[results(True), []]]) == []  # until the second one has run an episode too
+    assert "training_seeds" not in rows_so_far([[c]], [[results(True)]])[0]
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +245,7 @@ def test_a_recipe_is_one_row_from_the_episodes_of_single_checkpoints(untrained, 
     assert "left out" in single["intervals"]
     done = run_command("sweep", f"checkpoint=[[{first},{second}]]", "looks=2", *settings)
     assert "16 of 16 episodes are on disk already" in done.stdout
+    assert "plan 2 on this ledger, with 0.24 % of wrong answers left to it" in done.stdout
     assert "recipes run as a fixed grid: their cells are compared once, after all 4 episodes" in done.stdout
     swept = json.loads((tmp_path / "sweep.json").read_text())
     assert swept["plan"]["looks"] == [4]

@@ -302,7 +302,23 @@ def test_the_facts_name_the_cell_that_could_change_the_answer():
     cheapest = facts_of(rows[1:], recommend(solved[1:], [4, 16]), paired=False)
     assert cheapest["what would change it"] == "A cheaper cell, which this sweep does not have, or another margin."
     assert "others in each cell" in cheapest["episodes"]
-    few = [outcomes[::20] for outcomes in solved]
-    nothing = facts_of(rows, recommend(few, [1, 4, 16]))
-    assert nothing["how sure"].startswith("Not enough")
-    assert "the nearest, ddim_steps 16, so far its difference is +0.0 points" in nothing["what would change it"]
+
+
+def test_without_a_recommendation_the_best_cell_is_nearest_by_its_difference_to_another():
+    solved = [[True] * 6 + [False] * 4, [True] * 8 + [False] * 2, [True] * 9 + [False]]
+    compared = [(-0.3, -0.5, 0.1), (-0.1, -0.4, 0.2), (0.0, 0.0, 0.0)]
+    rows = [
+        {
+            **cell(steps, sum(outcomes) / 10, episodes=10, difference=d, difference_low=low, difference_high=high),
+            "execution_horizon": 8,
+        }
+        for steps, outcomes, (d, low, high) in zip((1, 4, 16), solved, compared, strict=True)
+    ]
+    advice = recommend(solved, [1, 4, 16])
+    assert (advice.cell, advice.undecided) == (None, advice.best)
+    found = facts_of(rows, advice)
+    assert found["how sure"].startswith("Not enough")
+    assert found["what would change it"] == (
+        "A cell that is shown to be less than 5 points below every other one: the nearest is ddim_steps 16; so far its"
+        " difference to ddim_steps 4 is +10.0 points (-20.0 to +40.0)."
+    )

@@ -93,7 +93,7 @@ def test_any_step_of_any_schedule_is_a_ddim_step(data, betas, prediction_type, s
     x, predicted, z, known = randn(4, *SHAPE)
     given = {"known": known.tanh(), "keep": torch.tensor([1.0, 0.3, 0.0, 0.0])[:, None]} if inpaint else {}
     for row, t, landing in zip(table, timesteps.tolist(), landings(timesteps), strict=True):
-        ours = take_step(x, predicted, row, predicts_clean=prediction_type == "sample", clip=clip, noise=z, **given)
+        ours, _ = take_step(x, predicted, row, predicts_clean=prediction_type == "sample", clip=clip, noise=z, **given)
         theirs = ddim_step(
             x, predicted, t, landing, schedule, eta, prediction_type=prediction_type, clip=clip, noise=z, **given
         )

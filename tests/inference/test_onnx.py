@@ -48,7 +48,7 @@ def _traced_once():
     traced, known = onnx_graph._traced, {}
 
     def once(program):
-        settings = json.dumps(config_to_json(program.policy.config)), kind_of(program.sampler)
+        settings = json.dumps(config_to_json(program.policy.config)), kind_of(program)
         if settings not in known:  # the weights of `make_policy` follow from the configuration
             known[settings] = traced(program)
         return [Part(copy.deepcopy(graph), dict(weights)) for graph, weights in known[settings]]

@@ -245,6 +245,33 @@ def halved(schedule, timesteps, eta, prediction_type):
     return table
 
 
+def momentum(schedule, timesteps, eta, prediction_type):
+    """A multistep solver of a plugin: DDIM and a share of the clean estimate of the step before."""
+    table = ddim_coefficients(schedule, timesteps, eta, prediction_type)
+    return torch.cat([table, torch.full((len(table), 1), 0.25, dtype=torch.float64)], dim=1)
+
+
+def test_a_table_with_a_sixth_column_adds_the_clean_estimate_of_the_step_before():
+    """As it was used: clipped, and with the known actions in it. The starting point stands in for it at first."""
+    schedule, given = make_schedule(num_steps=20), {"known": randn(*SHAPE, seed=1), "keep": 0.5}
+    table = momentum(schedule, ddim_timesteps(20, 4), 1.0, "sample")
+    noises = randn(4, *SHAPE, seed=2)
+    chunk = reverse_process(
+        lambda step, x: 2 * x,
+        randn(*SHAPE),
+        table,
+        predicts_clean=True,
+        clip=1.0,
+        step_noise=noises.__getitem__,
+        **given,
+    )
+    x = before = randn(*SHAPE)
+    for row, noise in zip(table, noises, strict=True):
+        clean = 0.5 * given["known"] + 0.5 * (2 * x).clamp(-1, 1)
+        x, before = row[2] * x + row[3] * clean + row[4] * noise + 0.25 * before, clean
+    assert apart(chunk, x) < 1e-12
+
+
 def test_ddim_is_a_solver_by_name_and_others_can_be_registered(monkeypatch):
     monkeypatch.setattr(SOLVERS, "_parts", dict(SOLVERS._parts))
     assert SOLVERS["ddim"] is ddim_coefficients

@@ -67,6 +67,11 @@ CASES = {
     "warm": (("modulated_mlp", "epsilon"), WIDE, Sampler(ddim_steps=4, eta=0.5, spacing="leading", warm_start=0.4)),
     "one step": (("residual_mlp", "v_prediction"), {}, Sampler(ddim_steps=1, clip=None, spacing="linspace")),
     "all steps": (("residual_mlp", "v_prediction"), {}, Sampler(ddim_steps=100, clip=None, spacing="linspace")),
+    "multistep": (
+        ("residual_mlp", "v_prediction"),
+        {},
+        Sampler(ddim_steps=4, clip=None, solver="dpmpp_2m", start=0.7, noise_scale=0.5),
+    ),
     "images": (("modulated_mlp", "sample", True), {}, Sampler(ddim_steps=2)),
     "unet": (("unet", "v_prediction"), {}, Sampler(ddim_steps=8)),
     "transformer": (("transformer", "sample"), WIDE, Sampler(ddim_steps=3, eta=1.0)),
@@ -176,6 +181,19 @@ def test_samplers_of_a_policy_share_one_model():
 
 
 @needs_onnx
+@pytest.mark.slow  # one more trace
+def test_solvers_that_carry_the_same_state_share_one_model():
+    policy, sampler, _ = case("multistep")
+    models = {
+        solver: compile_shared(policy, replace(sampler, solver=solver, ddim_steps=2), backend="onnx").run.model
+        for solver in ("ddim", "dpmpp_2m")
+    }
+    again = compile_shared(policy, replace(sampler, start=1.0), backend="onnx").run.model
+    assert again is models["dpmpp_2m"]
+    assert models["ddim"] is not models["dpmpp_2m"]
+
+
+@needs_onnx
 def test_an_onnx_program_can_be_sent_to_another_process():
     policy, sampler, program = case("stochastic")
     again = pickle.loads(pickle.dumps(program))
@@ -190,7 +208,8 @@ def test_an_onnx_program_can_be_sent_to_another_process():
         ("stochastic", {}),
         ("stochastic", {"weights": "int8"}),
         ("unet", {}),
-        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("images", "encoder-decoder")),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("images", "encoder-decoder", "multistep")),
+        pytest.param("multistep", {"weights": "int8"}, marks=pytest.mark.slow),
     ],
 )
 def test_packed_weights_give_the_same_bits_in_another_process(name, settings, tmp_path):

@@ -36,6 +36,23 @@ SOLVERS: Registry[Solver] = Registry(
 )
 
 
+# Solvers that add no noise.
+NOISELESS = ("dpmpp_2m",)
+
+
+def check_noiseless(solver: str, eta: float) -> None:
+    """Reject noise for a solver that adds none.
+
+    Raises:
+        ValueError: the solver is one of `NOISELESS`, and `eta` is not 0.
+    """
+    if solver in NOISELESS and eta != 0:
+        raise ValueError(
+            f"sampler.solver={solver} adds no noise, so sampler.eta must be 0; got {eta}: leave sampler.eta out, or use"
+            " sampler.solver=ddim"
+        )
+
+
 def ddim_coefficients(schedule: NoiseSchedule, timesteps: Tensor, eta: float, prediction_type: str) -> Tensor:
     """Compute the coefficient table of DDIM (Song et al. 2021, eq. 12 and 16).
 
@@ -91,10 +108,7 @@ def dpmpp_2m_coefficients(schedule: NoiseSchedule, timesteps: Tensor, eta: float
     Raises:
         ValueError: eta is not 0, an unknown prediction type, or `epsilon` at a timestep without signal, ᾱ = 0.
     """
-    if eta != 0:
-        raise ValueError(
-            f"the solver dpmpp_2m adds no noise, so eta must be 0; got eta={eta}: leave eta out, or use solver=ddim"
-        )
+    check_noiseless("dpmpp_2m", eta)
     first_order = ddim_coefficients(schedule, timesteps, 0.0, prediction_type)
     alpha_cumprod = schedule.alphas_cumprod[timesteps]
     lengths = (alpha_cumprod.log() - (1 - alpha_cumprod).log()).diff() / 2

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policy.diffusion.coefficients import SOLVERS, TO_CLEAN_BEFORE
+from policy.diffusion.coefficients import SOLVERS, TO_CLEAN_BEFORE, check_noiseless
 from policy.diffusion.ddim import check_ddim_steps, check_eta, check_spacing, ddim_timesteps
 from policy.diffusion.schedule import NoiseSchedule
 
@@ -25,7 +25,7 @@ class Sampler:
 
     Attributes:
         ddim_steps: denoising steps K, within 1..num_steps of the checkpoint's schedule.
-        eta: 0 deterministic, 1 DDPM.
+        eta: 0 deterministic, 1 DDPM; 0 only for `dpmpp_2m`, which adds no noise.
         spacing: `trailing`, `leading` or `linspace`.
         clip: bound on the normalised estimate of the clean chunk, in units of the policy's `action_bound`, or None.
         warm_start: begin every chunk except an episode's first from the previous chunk, shifted to now and noised to
@@ -61,6 +61,7 @@ class Sampler:
             )
         if self.solver not in SOLVERS:
             raise SOLVERS.unknown(self.solver)
+        check_noiseless(self.solver, self.eta)
         if not 0 < self.start <= 1:
             raise ValueError(f"sampler.start must be above 0 and at most 1; got {self.start}")
         if not 0 <= self.noise_scale < math.inf:
@@ -112,7 +113,7 @@ class Sampler:
         """Return the solver's coefficients, (ddim_steps, 5 or 6) float64; see `policy.diffusion.coefficients`.
 
         Raises:
-            ValueError: the solver does not support `eta`, or one of the user's own fails or returns no such table.
+            ValueError: a solver of the user's own fails, or returns no such table.
         """
         try:
             table = SOLVERS[self.solver](schedule, course.timesteps, self.eta, prediction_type)

@@ -186,5 +186,5 @@ def test_a_schedule_that_ends_without_signal_begins_at_order_1(prediction_type):
 
 
 def test_noise_is_refused():
-    with pytest.raises(ValueError, match=r"dpmpp_2m adds no noise, so eta must be 0; got eta=0.5: .* solver=ddim"):
+    with pytest.raises(ValueError, match=r"solver=dpmpp_2m adds no noise, so sampler.eta must be 0; got 0.5"):
         dpmpp_2m_coefficients(make_schedule(num_steps=20), ddim_timesteps(20, 4), 0.5, "sample")

@@ -26,6 +26,7 @@ from policy.diffusion.schedule import make_schedule
         ({"noise_scale": -0.1}, "noise_scale must be 0 or more, and finite; got -0.1"),
         ({"noise_scale": float("inf")}, "noise_scale must be 0 or more, and finite; got inf"),
         ({"noise_scale": float("nan")}, "noise_scale must be 0 or more"),
+        ({"solver": "dpmpp_2m", "eta": 0.5}, r"solver=dpmpp_2m adds no noise, .* got 0.5: .* use sampler.solver=ddim"),
         ({"solver": "dimm"}, r"unknown solver 'dimm' \(did you mean 'ddim'\?\); allowed: .*plugins="),
     ],
 )

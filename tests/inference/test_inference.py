@@ -110,11 +110,6 @@ def test_without_noise_every_draw_is_the_same_chunk():
         assert torch.equal(program(observations, noise), program(observations, -noise))
 
 
-def test_a_solver_that_adds_no_noise_refuses_eta_before_anything_runs():
-    with pytest.raises(ValueError, match=r"eta must be 0; got eta=0.5"):
-        compile_sampler(shared_policy(), Sampler(solver="dpmpp_2m", eta=0.5))
-
-
 def test_what_is_kept_is_seen_by_the_network_as_data_under_its_own_noise():
     policy, sampler = make_policy(), Sampler(ddim_steps=5, warm_start=0.5)
     observations, noise, _ = inputs(policy, sampler)

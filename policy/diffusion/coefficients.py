@@ -35,7 +35,6 @@ SOLVERS: Registry[Solver] = Registry(
     },
 )
 
-
 # Solvers that add no noise.
 NOISELESS = ("dpmpp_2m",)
 

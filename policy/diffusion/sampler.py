@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from policy.diffusion.coefficients import SOLVERS
+from policy.diffusion.coefficients import SOLVERS, TO_CLEAN_BEFORE, check_noiseless
 from policy.diffusion.ddim import check_ddim_steps, check_eta, check_spacing, ddim_timesteps
 from policy.diffusion.schedule import NoiseSchedule
 
 # Settings that were added after the first sweeps, with the value that those sweeps used implicitly. A record leaves out
 # a setting with this value, so that the cells of an older ledger keep their names.
-LATER_SETTINGS = {"solver": "ddim"}
+LATER_SETTINGS = {"solver": "ddim", "start": 1.0, "noise_scale": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +25,15 @@ class Sampler:
 
     Attributes:
         ddim_steps: denoising steps K, within 1..num_steps of the checkpoint's schedule.
-        eta: 0 deterministic, 1 DDPM.
+        eta: 0 deterministic, 1 DDPM; 0 only for `dpmpp_2m`, which adds no noise.
         spacing: `trailing`, `leading` or `linspace`.
         clip: bound on the normalised estimate of the clean chunk, in units of the policy's `action_bound`, or None.
         warm_start: begin every chunk except an episode's first from the previous chunk, shifted to now and noised to
             this share of the schedule's timesteps, above 0 and at most 1; None begins from noise alone.
-        solver: name of the solver: `ddim`, or one that a plugin registers.
+        solver: name of the solver: `ddim`, `dpmpp_2m`, or one that a plugin registers.
+        start: begin a chunk from noise at this share of the schedule's timesteps, above 0 and at most 1; the
+            `ddim_steps` visit only what lies below.
+        noise_scale: factor of the noise that a chunk begins from, 0 or more; 0 begins from zeros.
 
     Raises:
         ValueError: a value outside its range.
@@ -41,6 +45,8 @@ class Sampler:
     clip: float | None = 1.0
     warm_start: float | None = None
     solver: str = "ddim"
+    start: float = 1.0
+    noise_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.ddim_steps < 1:
@@ -55,9 +61,14 @@ class Sampler:
             )
         if self.solver not in SOLVERS:
             raise SOLVERS.unknown(self.solver)
+        check_noiseless(self.solver, self.eta)
+        if not 0 < self.start <= 1:
+            raise ValueError(f"sampler.start must be above 0 and at most 1; got {self.start}")
+        if not 0 <= self.noise_scale < math.inf:
+            raise ValueError(f"sampler.noise_scale must be 0 or more, and finite; got {self.noise_scale}")
 
     def check(self, num_steps: int) -> None:
-        """Reject more denoising steps than the schedule, or the share of it that `warm_start` leaves, has timesteps.
+        """Reject more denoising steps than the schedule, or the share of it that is left, has timesteps.
 
         Args:
             num_steps: T of the checkpoint's schedule.
@@ -66,11 +77,12 @@ class Sampler:
             ValueError: too many denoising steps; the message gives the limit.
         """
         check_ddim_steps(self.ddim_steps, num_steps)
-        if self.warm_start is not None and self.ddim_steps > (lowest := self._warm_range(num_steps)):
-            raise ValueError(
-                f"sampler.warm_start={self.warm_start} leaves {lowest} of {num_steps} timesteps, fewer than"
-                f" ddim_steps={self.ddim_steps}: raise warm_start or lower ddim_steps"
-            )
+        for name, share in (("start", self.start), ("warm_start", self.warm_start)):
+            if share is not None and self.ddim_steps > (left := timesteps_within(share, num_steps)):
+                raise ValueError(
+                    f"sampler.{name}={share} leaves {left} of {num_steps} timesteps, fewer than"
+                    f" ddim_steps={self.ddim_steps}: raise {name} or lower ddim_steps"
+                )
 
     def record(self) -> dict[str, Any]:
         """Return the settings as JSON data, without those of `LATER_SETTINGS` that have their earlier value."""
@@ -81,9 +93,9 @@ class Sampler:
         """Return the course of a chunk that begins from noise.
 
         Raises:
-            ValueError: more denoising steps than the schedule has timesteps.
+            ValueError: more denoising steps than the share `start` of the schedule has timesteps.
         """
-        return Course(timesteps=ddim_timesteps(schedule.num_steps, self.ddim_steps, self.spacing))
+        return Course(timesteps=self._timesteps(schedule, self.start), noise=self.noise_scale)
 
     def warm_course(self, schedule: NoiseSchedule) -> Course:
         """Return the course of a chunk that begins from the previous one, noised to `warm_start` of the schedule.
@@ -91,12 +103,14 @@ class Sampler:
         Raises:
             ValueError: more denoising steps than that share has timesteps.
         """
-        timesteps = ddim_timesteps(self._warm_range(schedule.num_steps), self.ddim_steps, self.spacing)
+        assert self.warm_start is not None
+        timesteps = self._timesteps(schedule, self.warm_start)
         alpha_cumprod = schedule.alphas_cumprod[timesteps[0]].item()
-        return Course(timesteps=timesteps, signal=alpha_cumprod**0.5, noise=(1 - alpha_cumprod) ** 0.5)
+        noise = self.noise_scale * (1 - alpha_cumprod) ** 0.5
+        return Course(timesteps=timesteps, signal=alpha_cumprod**0.5, noise=noise)
 
     def table(self, schedule: NoiseSchedule, course: Course, prediction_type: str) -> Tensor:
-        """Return the solver's coefficients, (ddim_steps, 5) float64; see `policy.diffusion.coefficients`.
+        """Return the solver's coefficients, (ddim_steps, 5 or 6) float64; see `policy.diffusion.coefficients`.
 
         Raises:
             ValueError: a solver of the user's own fails, or returns no such table.
@@ -107,20 +121,24 @@ class Sampler:
             raise
         except Exception as error:
             raise ValueError(f"the solver {self.solver!r} failed with {type(error).__name__}: {error}") from error
-        shape = (len(course.timesteps), 5)
-        if not isinstance(table, Tensor) or table.shape != shape or table.dtype != torch.float64:
+        shapes = [(len(course.timesteps), columns) for columns in (TO_CLEAN_BEFORE, TO_CLEAN_BEFORE + 1)]
+        if not isinstance(table, Tensor) or tuple(table.shape) not in shapes or table.dtype != torch.float64:
             found = f"{table.dtype} of shape {tuple(table.shape)}" if isinstance(table, Tensor) else repr(table)
             raise ValueError(
-                f"the solver {self.solver!r} must return a table of shape {shape}, float64, one row for each denoising"
-                f" step; got {found}"
+                f"the solver {self.solver!r} must return a table of shape {shapes[0]}, or {shapes[1]} for a multistep"
+                f" solver, float64, one row for each denoising step; got {found}"
             )
         if not table.isfinite().all():
             raise ValueError(f"the table of the solver {self.solver!r} holds numbers that are not finite")
         return table
 
-    def _warm_range(self, num_steps: int) -> int:
-        assert self.warm_start is not None
-        return max(1, round(self.warm_start * num_steps))
+    def _timesteps(self, schedule: NoiseSchedule, share: float) -> Tensor:
+        return ddim_timesteps(timesteps_within(share, schedule.num_steps), self.ddim_steps, self.spacing)
+
+
+def timesteps_within(share: float, num_steps: int) -> int:
+    """The number of timesteps, 1 or more, in the lowest share of a schedule of `num_steps`."""
+    return max(1, round(share * num_steps))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +148,7 @@ class Course:
     Attributes:
         timesteps: (ddim_steps,) int64, strictly decreasing; the last step ends at ᾱ = 1.
         signal: factor of the previous chunk in the starting point, √ᾱ of the first timestep; 0 begins from noise alone.
-        noise: factor of the noise in the starting point, √(1 - ᾱ); 1 begins from noise alone.
+        noise: factor of the noise in the starting point: `noise_scale`, times √(1 - ᾱ) if there is a signal.
     """
 
     timesteps: Tensor

@@ -21,7 +21,6 @@ from policy.diffusion.coefficients import reverse_process
 from policy.diffusion.ddim import Generators, randn_like
 from policy.diffusion.sampler import Course, Sampler
 from policy.inference.onnx_backend import ONNX_PACKAGES, Onnx, OnnxModel
-from policy.inference.onnx_graph import kind_of
 from policy.inference.program import Program, SamplingInputs, keep_with_past, with_past
 from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy, zero_observations
@@ -280,7 +279,7 @@ def choose_backend(
 
     Args:
         policies: the policies that will be compared; they all get the same back end.
-        samplers: their samplers, of which one of each kind is tried.
+        samplers: their samplers, of which one is tried for each clip, each solver, and with and without noise.
         weights: type of the weights.
 
     Returns:
@@ -294,7 +293,7 @@ def choose_backend(
         chosen = "onnx"
     else:
         return PLAIN_BACKEND
-    kinds = {kind_of(sampler): sampler for sampler in samplers}.values()
+    kinds = {(sampler.clip, sampler.eta > 0, sampler.solver): sampler for sampler in samplers}.values()
     agree = all(_agrees(policy, sampler, chosen) for policy in policies for sampler in kinds)
     return chosen if agree else PLAIN_BACKEND
 

@@ -190,7 +190,7 @@ class Onnx:
 
     Attributes:
         device: the CPU.
-        model: the graph, which all programs of a policy share that clip alike and are alike stochastic.
+        model: the graph, which all programs of a policy share that are of one kind, see `kind_of`.
 
     Args:
         model: see above.
@@ -217,7 +217,7 @@ class Onnx:
         check_installed("onnx")
         on_cpu = policy if policy.device.type == "cpu" else copy.deepcopy(policy).cpu()
         program = Program(on_cpu, sampler, course)
-        models, kind = _MODELS.setdefault(policy, {}), (*kind_of(sampler), weights)
+        models, kind = _MODELS.setdefault(policy, {}), (*kind_of(program), weights)
         if kind not in models:
             graph = build_graph(program, weights)
             models[kind] = OnnxModel(graph.model.SerializeToString(), MappedArrays.write(graph.weights))

@@ -4,8 +4,8 @@ The two halves of the program are traced once each and joined here around a Scan
 the file and the time to build it therefore do not grow with ddim_steps, and each weight is stored once and packed once
 by the runtime. Unrolled steps would each pack their own copy, and a call would read K times as much memory.
 
-The steps' coefficients, embedded timesteps and number are inputs. All samplers of a policy that clip alike therefore
-share one graph, and one copy of the weights.
+The steps' coefficients, embedded timesteps and number are inputs. All samplers of a policy that clip alike, are alike
+stochastic and carry the same state from step to step therefore share one graph, and one copy of the weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from policy.diffusion.sampler import Sampler
 from policy.inference.int8 import narrow
 from policy.inference.mapped import Maker, Place
 from policy.inference.program import Program
@@ -80,9 +79,9 @@ class OnnxGraph:
     weights: dict[str, Maker]
 
 
-def kind_of(sampler: Sampler) -> tuple[Any, ...]:
-    """What samplers must have in common to use the same graph."""
-    return sampler.clip, sampler.eta > 0
+def kind_of(program: Program) -> tuple[Any, ...]:
+    """What programs of a policy must have in common to use the same graph."""
+    return program.sampler.clip, program.sampler.eta > 0, program.is_multistep
 
 
 def sampler_inputs(program: Program) -> dict[str, NDArray[np.float32]]:
@@ -191,23 +190,26 @@ def _traced(program: Program) -> tuple[Part, Part]:
         outputs=["first", "known", *names],
         dynamic=({key: {0: batch} for key in observations}, {0: steps}, None, {0: batch}, {0: batch}),
     )
-    noisy = sampler.eta > 0
+    noisy, multistep = sampler.eta > 0, program.is_multistep
     # The inputs have the order of a Scan's body: the carried state first, then one row of each scanned tensor. `known`
     # and `keep` are the same in all steps, and the body takes them from the graph around it.
+    state = ["x", *(["clean_before"] if multistep else [])]
     step = _trace(
         program.step,
         (
             x,
+            x.clone() if multistep else None,
             x.clone(),
             previous[..., 0].clone(),
             program.coefficients[0],
             [condition[0] for condition in conditions],
             x.clone() if noisy else None,
         ),
-        inputs=["x", "known", "keep", "coefficients", *names, *(["added"] if noisy else [])],
-        outputs=["x_next"],
+        inputs=[*state, "known", "keep", "coefficients", *names, *(["added"] if noisy else [])],
+        outputs=[f"{name}_next" for name in state],
         dynamic=(
             {0: batch},
+            {0: batch} if multistep else None,
             {0: batch},
             {0: batch},
             None,
@@ -269,10 +271,12 @@ def _joined(onnx: Any, program: Program, prepare: Part, step: Part) -> Any:
     if program.sampler.eta > 0:
         more.append(helper.make_tensor_value_info("step_noise", floats, ["steps", *denoised]))
         scanned.append("step_noise")
+    # The starting point stands in for the clean estimate before the first one, as in `reverse_process`.
+    carried, ended = (["first"] * 2, ["denoised", "last_clean"]) if program.is_multistep else (["first"], ["denoised"])
     body = _under(STEP, step.graph, outer=("known", "keep"))
     nodes = [
         *prepare.graph.node,
-        helper.make_node("Scan", ["first", *scanned], ["denoised"], body=body, num_scan_inputs=len(scanned)),
+        helper.make_node("Scan", [*carried, *scanned], ended, body=body, num_scan_inputs=len(scanned)),
         # Past actions are cut off.
         helper.make_node("Slice", ["denoised", "actions.first", "actions.end", "actions.axis"], ["normalized"]),
         helper.make_node("Mul", ["normalized", "actions.factor"], ["scaled"]),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from policy.common.observations import Observations
-from policy.diffusion.coefficients import reverse_process, take_step
+from policy.diffusion.coefficients import TO_CLEAN_BEFORE, reverse_process, take_step
 from policy.diffusion.sampler import Course, Sampler
 from policy.model.diffusion_policy import DiffusionPolicy
 
@@ -110,26 +110,30 @@ class Step(nn.Module):
     def forward(
         self,
         x: Tensor,
+        clean_before: Tensor | None,
         known: Tensor,
         keep: Tensor,
         coefficients: Tensor,
         conditions: Sequence[Tensor],
         noise: Tensor | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         """Take the step.
 
         Args:
             x: (B, denoised_horizon, action_dim) noisy actions at this timestep.
+            clean_before: (B, denoised_horizon, action_dim) clean estimate of the step before; None for a solver that
+                is not multistep.
             known: (B, denoised_horizon, action_dim) normalised previous actions.
             keep: (B, action_horizon) weight of each previous action, in [0, 1].
-            coefficients: (5,) coefficients of this step, see `policy.diffusion.coefficients`.
+            coefficients: (5,) or (6,) coefficients of this step, see `policy.diffusion.coefficients`.
             conditions: the denoiser's conditions of this step, each (B, ...), see `Prepare`.
             noise: (B, denoised_horizon, action_dim) standard normal; None for eta = 0.
 
         Returns:
-            (B, denoised_horizon, action_dim) actions at the next timestep.
+            What the next step takes: (B, denoised_horizon, action_dim) actions at the next timestep and, for a
+            multistep solver, the clean estimate of this step, of the same shape.
         """
-        return take_step(
+        moved, clean = take_step(
             x,
             self.denoiser.denoise(x, conditions),
             coefficients,
@@ -138,7 +142,9 @@ class Step(nn.Module):
             known=known,
             keep=keep_with_past(keep, self.past_actions),
             noise=noise,
+            clean_before=clean_before,
         )
+        return (moved,) if clean_before is None else (moved, clean)
 
 
 class Program(nn.Module):
@@ -165,6 +171,11 @@ class Program(nn.Module):
         self.register_buffer("embedded_timesteps", embedded, persistent=False)
         self.register_buffer("start", start, persistent=False)
         self.register_buffer("coefficients", coefficients.to(policy.device, torch.float32), persistent=False)
+
+    @property
+    def is_multistep(self) -> bool:
+        """Whether a step uses the clean estimate of the step before."""
+        return self.coefficients.shape[1] > TO_CLEAN_BEFORE
 
     @property
     def device(self) -> torch.device:

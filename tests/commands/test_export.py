@@ -200,6 +200,17 @@ def test_an_export_whose_actions_are_not_the_policys_is_not_written(small_checkp
     assert not (tmp_path / "export").exists()
 
 
+@pytest.mark.slow  # one more trace
+def test_a_multistep_solver_and_its_starting_point_are_in_the_model(small_checkpoint, example, tmp_path):
+    sampler = Sampler(ddim_steps=3, solver="dpmpp_2m", start=0.8, noise_scale=0.5)
+    export_policy(checkpoint=small_checkpoint, sampler=sampler, output_dir=tmp_path / "export")
+    exported = example.ExportedPolicy(tmp_path / "export")
+    assert Sampler(**exported.about["sampler"]) == sampler
+    given = dict(np.load(tmp_path / "export/example_input.npz"))
+    program = compile_sampler(load_checkpoint(small_checkpoint).policy, sampler, backend="eager")
+    assert np.allclose(exported(given), export_module.run_on(program, given), atol=1e-4)
+
+
 def test_settings_that_do_not_fit_are_refused_in_a_sentence(checkpoint):
     with pytest.raises(ValueError, match=r"unknown format 'onx' \(did you mean 'onnx'\?\); allowed: onnx"):
         export_policy(checkpoint=checkpoint, format="onx", sampler=SAMPLER)

@@ -93,7 +93,7 @@ def test_any_step_of_any_schedule_is_a_ddim_step(data, betas, prediction_type, s
     x, predicted, z, known = randn(4, *SHAPE)
     given = {"known": known.tanh(), "keep": torch.tensor([1.0, 0.3, 0.0, 0.0])[:, None]} if inpaint else {}
     for row, t, landing in zip(table, timesteps.tolist(), landings(timesteps), strict=True):
-        ours = take_step(x, predicted, row, predicts_clean=prediction_type == "sample", clip=clip, noise=z, **given)
+        ours, _ = take_step(x, predicted, row, predicts_clean=prediction_type == "sample", clip=clip, noise=z, **given)
         theirs = ddim_step(
             x, predicted, t, landing, schedule, eta, prediction_type=prediction_type, clip=clip, noise=z, **given
         )
@@ -243,6 +243,33 @@ def halved(schedule, timesteps, eta, prediction_type):
     table = ddim_coefficients(schedule, timesteps, eta, prediction_type)
     table[-1, 3] = 0.5
     return table
+
+
+def momentum(schedule, timesteps, eta, prediction_type):
+    """A multistep solver of a plugin: DDIM and a share of the clean estimate of the step before."""
+    table = ddim_coefficients(schedule, timesteps, eta, prediction_type)
+    return torch.cat([table, torch.full((len(table), 1), 0.25, dtype=torch.float64)], dim=1)
+
+
+def test_a_table_with_a_sixth_column_adds_the_clean_estimate_of_the_step_before():
+    """As it was used: clipped, and with the known actions in it. The starting point stands in for it at first."""
+    schedule, given = make_schedule(num_steps=20), {"known": randn(*SHAPE, seed=1), "keep": 0.5}
+    table = momentum(schedule, ddim_timesteps(20, 4), 1.0, "sample")
+    noises = randn(4, *SHAPE, seed=2)
+    chunk = reverse_process(
+        lambda step, x: 2 * x,
+        randn(*SHAPE),
+        table,
+        predicts_clean=True,
+        clip=1.0,
+        step_noise=noises.__getitem__,
+        **given,
+    )
+    x = before = randn(*SHAPE)
+    for row, noise in zip(table, noises, strict=True):
+        clean = 0.5 * given["known"] + 0.5 * (2 * x).clamp(-1, 1)
+        x, before = row[2] * x + row[3] * clean + row[4] * noise + 0.25 * before, clean
+    assert apart(chunk, x) < 1e-12
 
 
 def test_ddim_is_a_solver_by_name_and_others_can_be_registered(monkeypatch):

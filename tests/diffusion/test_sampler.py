@@ -20,6 +20,13 @@ from policy.diffusion.schedule import make_schedule
         ({"spacing": "karras"}, "trailing, leading, linspace; got 'karras'"),
         ({"clip": 0.0}, "clip must be positive"),
         ({"clip": float("nan")}, "clip must be positive"),
+        ({"start": 0.0}, "start must be above 0 and at most 1; got 0.0"),
+        ({"start": 1.1}, "start must be above 0 and at most 1; got 1.1"),
+        ({"start": float("nan")}, "start must be above 0"),
+        ({"noise_scale": -0.1}, "noise_scale must be 0 or more, and finite; got -0.1"),
+        ({"noise_scale": float("inf")}, "noise_scale must be 0 or more, and finite; got inf"),
+        ({"noise_scale": float("nan")}, "noise_scale must be 0 or more"),
+        ({"solver": "dpmpp_2m", "eta": 0.5}, r"solver=dpmpp_2m adds no noise, .* got 0.5: .* use sampler.solver=ddim"),
         ({"solver": "dimm"}, r"unknown solver 'dimm' \(did you mean 'ddim'\?\); allowed: .*plugins="),
     ],
 )
@@ -35,6 +42,11 @@ def test_a_sampler_is_checked_against_a_schedule_when_there_is_one():
     Sampler(ddim_steps=40, warm_start=0.4).check(100)
     with pytest.raises(ValueError, match=r"warm_start=0\.4 leaves 40 of 100 timesteps, fewer than ddim_steps=41"):
         Sampler(ddim_steps=41, warm_start=0.4).check(100)
+    Sampler(ddim_steps=30, start=0.3).check(100)
+    with pytest.raises(
+        ValueError, match=r"start=0\.3 leaves 30 of 100 timesteps, fewer than ddim_steps=31: raise start"
+    ):
+        Sampler(ddim_steps=31, start=0.3).check(100)
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
@@ -54,6 +66,23 @@ def test_a_warm_course_begins_from_the_previous_chunk_under_the_noise_of_its_fir
     previous, noise = torch.randn(2, 3, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = schedule.add_noise(previous, noise, int(course.timesteps[0]))
     torch.testing.assert_close(course.signal * previous + course.noise * noise, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+def test_a_start_below_the_last_timestep_visits_the_grid_of_what_lies_below_it(spacing):
+    schedule = make_schedule(num_steps=100)
+    sampler = Sampler(ddim_steps=5, spacing=spacing, start=0.3, warm_start=0.5)
+    assert torch.equal(sampler.cold_course(schedule).timesteps, ddim_timesteps(30, 5, spacing))
+    assert torch.equal(sampler.warm_course(schedule).timesteps, ddim_timesteps(50, 5, spacing))
+    assert Sampler(ddim_steps=1, start=0.001).cold_course(schedule).timesteps.tolist() == [0]
+
+
+def test_the_noise_of_every_starting_point_is_scaled():
+    schedule = make_schedule(num_steps=100)
+    plain, scaled = (Sampler(ddim_steps=5, warm_start=0.5, noise_scale=scale) for scale in (1.0, 0.3))
+    assert scaled.cold_course(schedule).noise == 0.3
+    warm, expected = scaled.warm_course(schedule), plain.warm_course(schedule)
+    assert (warm.signal, warm.noise) == (expected.signal, pytest.approx(0.3 * expected.noise))
 
 
 def test_a_course_is_what_begins_from_noise_unless_it_says_more():

@@ -85,7 +85,8 @@ def continued_by_ddim_step(policy, sampler, observations, noise, step_noise, pre
     """Actions that continue a chunk, computed from parts that have tests of their own."""
     known, keep = policy.action_normalizer.normalize(previous), keep[..., None]
     share, spacing = sampler.warm_start, sampler.spacing
-    timesteps = ddim_timesteps(100 if share is None else round(100 * share), sampler.ddim_steps, spacing)
+    noise = sampler.noise_scale * noise
+    timesteps = ddim_timesteps(round(100 * (sampler.start if share is None else share)), sampler.ddim_steps, spacing)
     x = noise if share is None else policy.schedule.add_noise(known, noise, timesteps[:1].expand(len(noise)))
     for k, (t, landing) in enumerate(zip(timesteps.tolist(), [*timesteps.tolist()[1:], -1], strict=True)):
         predicted = policy.denoiser(x, torch.full((len(noise),), t), policy.embed(observations))

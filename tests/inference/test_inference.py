@@ -54,6 +54,10 @@ SETTINGS = [
     Sampler(ddim_steps=k, eta=eta, clip=clip, spacing=spacing)
     for k, eta, clip, spacing in itertools.product((1, 2, 3, 8, 16), (0.0, 0.5, 1.0), (None, 1.0, 0.5), SPACINGS)
 ]
+MULTISTEP = [
+    Sampler(ddim_steps=k, clip=clip, spacing=spacing, solver="dpmpp_2m", start=start, noise_scale=scale)
+    for k, clip, spacing, start, scale in itertools.product((3, 8), (None, 1.0), SPACINGS, (0.6, 1.0), (0.5, 1.0))
+]
 
 
 def check_fused(denoiser, prediction_type, settings):
@@ -71,14 +75,15 @@ def check_fused(denoiser, prediction_type, settings):
 @pytest.mark.parametrize(("denoiser", "prediction_type"), zip(DENOISERS, itertools.cycle(PREDICTION_TYPES)))
 def test_conditioning_all_steps_at_once_changes_nothing(denoiser, prediction_type):
     """Every seventh of the settings: among those, each value still meets each value of every other setting."""
-    check_fused(denoiser, prediction_type, SETTINGS[PREDICTION_TYPES.index(prediction_type) :: 7])
+    first = PREDICTION_TYPES.index(prediction_type)
+    check_fused(denoiser, prediction_type, [*SETTINGS[first::7], *MULTISTEP[first::7]])
 
 
 @pytest.mark.slow  # some seconds each
 @pytest.mark.parametrize("denoiser", DENOISERS)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_conditioning_all_steps_at_once_changes_nothing_at_any_setting(denoiser, prediction_type):
-    check_fused(denoiser, prediction_type, SETTINGS)
+    check_fused(denoiser, prediction_type, SETTINGS + MULTISTEP)
 
 
 @pytest.mark.parametrize("backend", ["eager", "fused"])
@@ -87,6 +92,22 @@ def test_conditioning_all_steps_at_once_changes_nothing_at_any_setting(denoiser,
 def test_a_program_continues_a_chunk_as_ddim_step_does(backend, prediction_type, warm_start):
     sampler = Sampler(ddim_steps=4, eta=0.5, warm_start=warm_start)
     check_continuation(shared_policy(prediction_type=prediction_type), sampler, backend)
+
+
+# The settings of the starting point, which `ddim_step` knows nothing of.
+@pytest.mark.parametrize("backend", ["eager", "fused"])
+@pytest.mark.parametrize("warm_start", [None, 0.4])
+def test_a_program_begins_where_its_sampler_says(backend, warm_start):
+    sampler = Sampler(ddim_steps=4, warm_start=warm_start, start=0.6, noise_scale=0.5)
+    check_continuation(shared_policy(prediction_type="v_prediction"), sampler, backend)
+
+
+def test_without_noise_every_draw_is_the_same_chunk():
+    policy = shared_policy()
+    observations, noise, _ = inputs(policy, Sampler())
+    for backend in ("eager", "fused"):
+        program = compile_sampler(policy, Sampler(ddim_steps=2, start=0.5, noise_scale=0.0), backend=backend)
+        assert torch.equal(program(observations, noise), program(observations, -noise))
 
 
 def test_what_is_kept_is_seen_by_the_network_as_data_under_its_own_noise():

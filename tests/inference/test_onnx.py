@@ -48,7 +48,7 @@ def _traced_once():
     traced, known = onnx_graph._traced, {}
 
     def once(program):
-        settings = json.dumps(config_to_json(program.policy.config)), kind_of(program.sampler)
+        settings = json.dumps(config_to_json(program.policy.config)), kind_of(program)
         if settings not in known:  # the weights of `make_policy` follow from the configuration
             known[settings] = traced(program)
         return [Part(copy.deepcopy(graph), dict(weights)) for graph, weights in known[settings]]
@@ -68,7 +68,11 @@ CASES = {
     "one step": (("residual_mlp", "v_prediction"), {}, Sampler(ddim_steps=1, clip=None, spacing="linspace")),
     "all steps": (("residual_mlp", "v_prediction"), {}, Sampler(ddim_steps=100, clip=None, spacing="linspace")),
     "images": (("modulated_mlp", "sample", True), {}, Sampler(ddim_steps=2)),
-    "unet": (("unet", "v_prediction"), {}, Sampler(ddim_steps=8)),
+    "multistep": (
+        ("unet", "v_prediction"),
+        {},
+        Sampler(ddim_steps=8, solver="dpmpp_2m", start=0.7, noise_scale=0.5),
+    ),
     "transformer": (("transformer", "sample"), WIDE, Sampler(ddim_steps=3, eta=1.0)),
     "encoder-decoder": (("encoder_decoder", "v_prediction"), {}, Sampler(ddim_steps=3, clip=None)),
 }
@@ -176,6 +180,19 @@ def test_samplers_of_a_policy_share_one_model():
 
 
 @needs_onnx
+@pytest.mark.slow  # one more trace
+def test_solvers_that_carry_the_same_state_share_one_model():
+    policy, sampler, _ = case("multistep")
+    models = {
+        solver: compile_shared(policy, replace(sampler, solver=solver, ddim_steps=2), backend="onnx").run.model
+        for solver in ("ddim", "dpmpp_2m")
+    }
+    again = compile_shared(policy, replace(sampler, start=1.0), backend="onnx").run.model
+    assert again is models["dpmpp_2m"]
+    assert models["ddim"] is not models["dpmpp_2m"]
+
+
+@needs_onnx
 def test_an_onnx_program_can_be_sent_to_another_process():
     policy, sampler, program = case("stochastic")
     again = pickle.loads(pickle.dumps(program))
@@ -189,8 +206,9 @@ def test_an_onnx_program_can_be_sent_to_another_process():
     [
         ("stochastic", {}),
         ("stochastic", {"weights": "int8"}),
-        ("unet", {}),
+        ("multistep", {}),
         *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("images", "encoder-decoder")),
+        pytest.param("multistep", {"weights": "int8"}, marks=pytest.mark.slow),
     ],
 )
 def test_packed_weights_give_the_same_bits_in_another_process(name, settings, tmp_path):

@@ -514,6 +514,14 @@ def test_another_solver_makes_another_cell_and_is_recorded(heun):
     assert cell_of(sampler={"solver": "ddim"}).settings == BEFORE_SOLVERS  # said or not
 
 
+@pytest.mark.parametrize("setting", [{"solver": "dpmpp_2m"}, {"start": 0.5}, {"noise_scale": 0}])
+def test_another_way_to_few_steps_makes_another_cell(setting):
+    cell = cell_of(sampler=setting)
+    assert cell.settings == {**BEFORE_SOLVERS, **setting}
+    assert cell_id(cell.settings) != cell_id(BEFORE_SOLVERS)
+    assert cell_of(sampler={"start": 1, "noise_scale": 1}).settings == BEFORE_SOLVERS  # said or not
+
+
 def test_rows_of_the_default_solver_have_no_column_for_it():
     rows = [{**cell_of(steps).axes, "success_rate": 0.5} for steps in (1, 2)]
     assert all("solver" in row for row in rows)  # axes name all, so that they can be compared

@@ -17,6 +17,7 @@ from envs.planar import PlanarEnv
 from policy import DiffusionPolicy, PolicyConfig, Sampler
 from policy.checkpoint import Checkpoint
 from policy.common.panel import LIGHT
+from policy.diffusion.sampler import LATER_SETTINGS
 from policy.model.cost import multiply_adds
 from policy.rollout import latency
 from policy.rollout.cells import Cell
@@ -105,7 +106,7 @@ def test_settings_say_the_weights_and_axes_their_folder(checkpoints):
     shared = {"ddim_steps": 4, "eta": 1.0, "spacing": "trailing", "clip": 1.0, "execution_horizon": 5}
     shared |= {"backend": "fused", "weights": "float32", "warm_start": None}
     shared |= {"mode": "synchronous", "delay_steps": 0, "late": "hold", "candidates": 1}
-    assert cell.axes == {"checkpoint": "runs/a", "solver": "ddim", **shared}
+    assert cell.axes == {"checkpoint": "runs/a", **LATER_SETTINGS, **shared}
     assert cell.settings == {
         "checkpoint": "weights of a",
         **shared,

@@ -17,7 +17,7 @@ setup: $(VENV)/.installed ## make the virtual environment in .venv, with all tha
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[export,launchers,metaworld,pusht,robotics,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[export,launchers,metaworld,ocbench,pusht,robotics,dev]'
 	@touch $@
 
 demo: $(DEMO)/sweep.json ## demonstrations, training, rollout and sweep on a Meta-World task
@@ -85,7 +85,7 @@ test-versions: $(VERSIONS)/oldest/.installed $(VERSIONS)/newest/.installed ## th
 $(VERSIONS)/oldest/.installed: VERSION_PINS := $(OLDEST)
 $(VERSIONS)/oldest/.installed $(VERSIONS)/newest/.installed:
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(VERSION_PINS) --editable '.[export,launchers,metaworld,pusht,robotics,dev]'
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(VERSION_PINS) --editable '.[export,launchers,metaworld,ocbench,pusht,robotics,dev]'
 	@touch $@
 
 lint: setup

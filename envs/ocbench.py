@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.errors import import_extra
-from envs.rendering import rendering_errors, require_rgb_array
+from envs.rendering import fast_renderer, rendering_errors, require_rgb_array
 from envs.spaces import Observation, check_action
 
 ACTION_DIM = 7
@@ -43,6 +43,7 @@ class OCBenchEnv(gymnasium.Env[Any, NDArray[np.float32]]):
         render_mode: str | None = None,
         image_size: int = 224,
         p_mistake: float = 0.0,
+        max_episode_steps: int | None = None,
     ) -> None:
         """Build the task.
 
@@ -53,6 +54,7 @@ class OCBenchEnv(gymnasium.Env[Any, NDArray[np.float32]]):
             image_size: Height and width of a picture, in pixels, both observed and rendered.
             p_mistake: Probability that the expert starts a sub-task with a mistake, which it corrects afterwards; the
                 environment does not depend on it.
+            max_episode_steps: Control steps after which an episode is truncated, by default as the task is registered.
 
         Raises:
             MissingExtraError: If OCBench, or a system library that it needs, is not installed.
@@ -65,17 +67,22 @@ class OCBenchEnv(gymnasium.Env[Any, NDArray[np.float32]]):
         self.task = _chosen(task)
         self.p_mistake = p_mistake
         self.render_mode = render_mode
+        self.image_size = image_size
         self.is_visual = task.startswith("visual-")
         spec = gymnasium.spec(task + VERSION)
-        self.max_episode_steps = spec.max_episode_steps
+        self.max_episode_steps = max_episode_steps or spec.max_episode_steps
         self.simulator: Any = gymnasium.make(
-            spec, max_episode_steps=-1, disable_env_checker=True, width=image_size, height=image_size
-        ).unwrapped
-        # Frees the renderer before the interpreter tears OpenGL down, even if nobody calls close().
-        self._finalizer = weakref.finalize(self, self.simulator.close)
-        self.metadata = {"render_modes": ["rgb_array"], "render_fps": round(1.0 / self.simulator.control_timestep())}
+            spec, max_episode_steps=max_episode_steps, disable_env_checker=True, width=image_size, height=image_size
+        )
+        self._renderer: Any = None
+        # Frees what draws before the interpreter tears OpenGL down, even if nobody calls close().
+        self._finalizers = [weakref.finalize(self, self.simulator.close)]
+        self.metadata = {
+            "render_modes": ["rgb_array"],
+            "render_fps": round(1.0 / self.simulator.unwrapped.control_timestep()),
+        }
         self.info: dict[str, Any] = {}  # the simulator's own, of the newest observation: what the controllers see
-        self.observation_space = self._plain_space(image_size)
+        self.observation_space = self._plain_space()
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
 
     def reset(
@@ -100,7 +107,7 @@ class OCBenchEnv(gymnasium.Env[Any, NDArray[np.float32]]):
             action: (7,) finite numbers, clipped to [-1, 1].
 
         Returns:
-            Observation, reward (1 on success), terminated, truncated (never) and info.
+            Observation, reward (1 on success), terminated, truncated and info.
 
         Raises:
             ValueError: If the action is not seven finite numbers.
@@ -112,23 +119,29 @@ class OCBenchEnv(gymnasium.Env[Any, NDArray[np.float32]]):
         return self._plain(observation), float(reward), bool(terminated), bool(truncated), outcome
 
     def render(self) -> NDArray[np.uint8]:
-        """Draw the scene, (image_size, image_size, 3) uint8.
+        """Draw the scene from the front, (image_size, image_size, 3) uint8, without shadows.
 
         Raises:
             RenderingUnavailableError: If this machine cannot render, or ``render_mode`` is None.
         """
         require_rgb_array(self.render_mode)
         with rendering_errors():
-            frame: NDArray[np.uint8] = self.simulator.render()
+            simulator = self.simulator.unwrapped
+            if self._renderer is None:
+                self._renderer = fast_renderer(simulator.model, self.image_size)
+                self._finalizers.append(weakref.finalize(self, self._renderer.close))
+            self._renderer.update_scene(simulator.data, camera=CAMERAS[0])
+            frame: NDArray[np.uint8] = self._renderer.render()
         return frame
 
     def close(self) -> None:
-        """Free the renderer."""
-        self._finalizer()
+        """Free what draws."""
+        for finalizer in self._finalizers:
+            finalizer()
 
-    def _plain_space(self, image_size: int) -> gymnasium.spaces.Space[Any]:
+    def _plain_space(self) -> gymnasium.spaces.Space[Any]:
         if self.is_visual:
-            picture = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+            picture = gymnasium.spaces.Box(0, 255, (self.image_size, self.image_size, 3), np.uint8)
             return gymnasium.spaces.Dict({camera: picture for camera in CAMERAS})
         width = self.simulator.observation_space.shape
         return gymnasium.spaces.Box(-np.inf, np.inf, width, np.float32)

@@ -221,30 +221,35 @@ def ocbench_tasks() -> list[str]:
 
 
 def _chosen(task: str) -> str:
-    """Return a task that this family has, or say which ones are near."""
+    """Return a task that this family has, or say why it has not this one and which ones are near."""
     tasks = ocbench_tasks()
     if task in tasks:
         return task
-    near = difflib.get_close_matches(task, tasks, n=3, cutoff=0.0)
-    families = sorted({name.split("-")[0] for name in tasks if not name.startswith("visual-")})
-    reason = "is not known"
-    if task.removeprefix("visual-").split("-")[0] in families and "-lite-" not in task:
-        reason = "is not one of the lite tasks, which this family has"
-    if task.removeprefix("visual-").split("-")[0] in families and "-cpu-" not in task:
+    if _kind(task) not in map(_kind, tasks):
+        reason = "is not known"
+    elif "-cpu-" not in task:
         reason = "needs a GPU"
-    raise ValueError(f"The OCBench task {task!r} {reason}; choose one of those on the CPU, such as {', '.join(near)}.")
+    else:
+        reason = "is not one of its lite tasks" if "-lite-" not in task else "is not known"
+    near = ", ".join(difflib.get_close_matches(task, tasks, n=3, cutoff=0.0))
+    raise ValueError(f"The OCBench task {task!r} {reason}; choose a lite one on the CPU, such as {near}.")
+
+
+def _kind(task: str) -> str:
+    """The scene that a task plays in: block, chamber, hanoi or switch."""
+    return task.removeprefix("visual-").split("-")[0]
 
 
 def _controller(env: OCBenchEnv) -> Any:
     """Build the controller of a task, which makes mistakes at the environment's rate."""
     from ocbench import oracles
 
-    family = env.task.removeprefix("visual-").split("-")[0]
-    if family == "switch":  # it draws a rate for each episode from a range
+    kind = _kind(env.task)
+    if kind == "switch":  # it draws a rate for each episode from a range
         return oracles.SwitchController(env=env.simulator, p_mistake_range=(env.p_mistake, env.p_mistake))
     controllers = {
         "block": oracles.BlockController,
         "chamber": oracles.ChamberController,
         "hanoi": oracles.HanoiController,
     }
-    return controllers[family](env=env.simulator, p_mistake=env.p_mistake)
+    return controllers[kind](env=env.simulator, p_mistake=env.p_mistake)

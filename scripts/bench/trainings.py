@@ -27,12 +27,14 @@ class Unit:
         commands: the commands in order; each resumes where it stopped, and ends at once if nothing is left to do.
         folder: the folder that the commands write to.
         tasks: the tasks of a policy that plays several, chosen by the episode's seed; each becomes a row.
+        data: the demonstrations, where the benchmark itself collects them.
     """
 
     name: str
     commands: Sequence[Sequence[str]]
     folder: Path
     tasks: Sequence[str] = ()
+    data: Path | None = None
 
 
 def train_and_sweep(

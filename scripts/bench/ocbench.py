@@ -111,7 +111,7 @@ def figures(trained: Trained, ddim_steps: int) -> dict[str, Any]:
     limit = gymnasium.spec(env["task"] + VERSION).max_episode_steps
     results = trained.results(ddim_steps)
     found = {
-        "p_mistake": env["p_mistake"],
+        "p_mistake": env.get("p_mistake", 0.0),
         **demonstrated(data),
         "limit": limit,
         # With few demonstrations none is held out.

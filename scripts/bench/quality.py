@@ -20,7 +20,6 @@ resumes an interrupted benchmark.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 import zlib
@@ -33,19 +32,16 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from envs.metaworld_tasks import MT10
-from policy.common.files import json_text, write_text
 from policy.data.minari_writer import dataset_name
 from policy.statistics.recipes import recipe_interval
 from policy.statistics.results import EpisodeResult, summarize
 from scripts.bench import ocbench
-from scripts.bench.kept_rows import ROOT
+from scripts.bench.finished import FINISHED, finished_rows, keep_rows
 from scripts.bench.report import machine, write_report
 from scripts.bench.trainings import Trained, Unit, file_name, listed, run_units, train_and_sweep
 from scripts.command import CONF
 
 FOLDER = Path("outputs/quality")
-# Rows of finished trainings by preset and training, in the repository: those of a benchmark that takes days.
-FINISHED = ROOT / "docs/rows"
 SEEDS = (0, 1, 2)
 DDIM_STEPS = [8, 1]
 # Overrides of the benchmark itself; all others are passed to the training.
@@ -66,9 +62,9 @@ def main() -> None:
     units = _units(preset, overrides, ddim_steps)
     print(machine("gymnasium"))
     began = time.perf_counter()
-    finished = FINISHED / preset if preset == "ocbench" and set(overrides) <= {"tasks"} else None
-    kept = {unit.name: rows for unit in units if (rows := _read(finished, unit))}
-    found = run_units([unit for unit in units if unit.name not in kept], preset, partial(_done, finished))
+    folder = FINISHED / preset if preset == "ocbench" and set(overrides) <= {"tasks"} else None
+    kept = {unit.name: rows for unit in units if (rows := finished_rows(folder, unit.name))}
+    found = run_units([unit for unit in units if unit.name not in kept], preset, partial(_done, folder))
     kept |= {trained.unit.name: _rows(trained) for trained in found}
     rows = [row for unit in units for row in kept[unit.name]]
     changes = variant(overrides)
@@ -84,7 +80,7 @@ def main() -> None:
         for k in ddim_steps
     ]
     write_report("_".join(["quality", preset, *changes]), rows + totals)
-    print(f"{len(units)} trainings in {time.perf_counter() - began:.0f} s")
+    print(f"{len(found)} trainings in {time.perf_counter() - began:.0f} s")
     if any(row.get("reached") is False for row in totals):
         sys.exit(f"{preset} does not reach the score that {_file(preset)} promises")
 
@@ -200,26 +196,12 @@ def _scripted(
     )
 
 
-def _done(finished: Path | None, trained: Trained) -> None:
+def _done(folder: Path | None, trained: Trained) -> None:
     """Print the success of a training, and keep its rows where the preset has a folder for them."""
     rows = _rows(trained)
     rates = (f"{row['success_rate']:.0%} at {row['ddim_steps']}" for row in rows)
     print(f"{trained.unit.name}: {', '.join(rates)}", flush=True)
-    if finished is not None:
-        finished.mkdir(parents=True, exist_ok=True)
-        write_text(_kept_file(finished, trained.unit), json_text({"machine": machine("gymnasium"), "rows": rows}))
-
-
-def _read(finished: Path | None, unit: Unit) -> list[Row]:
-    """The rows of a training that was finished before; empty for another."""
-    if finished is None or not (file := _kept_file(finished, unit)).exists():
-        return []
-    rows: list[Row] = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    return rows
-
-
-def _kept_file(finished: Path, unit: Unit) -> Path:
-    return finished / f"{unit.name}.json"
+    keep_rows(folder, trained, rows)
 
 
 def _rows(trained: Trained) -> list[Row]:

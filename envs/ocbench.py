@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import numpy as np
@@ -77,9 +77,10 @@ class OCBenchEnv(gymnasium.Env[Any, NDArray[np.float32]]):
         self._renderer: Any = None
         # Frees what draws before the interpreter tears OpenGL down, even if nobody calls close().
         self._finalizers = [weakref.finalize(self, self.simulator.close)]
+        self._bare = cast(Any, self.simulator.unwrapped)
         self.metadata = {
             "render_modes": ["rgb_array"],
-            "render_fps": round(1.0 / self.simulator.unwrapped.control_timestep()),
+            "render_fps": round(1.0 / self._bare.control_timestep()),
         }
         self.info: dict[str, Any] = {}  # the simulator's own, of the newest observation: what the controllers see
         self.observation_space = self._plain_space()
@@ -126,11 +127,10 @@ class OCBenchEnv(gymnasium.Env[Any, NDArray[np.float32]]):
         """
         require_rgb_array(self.render_mode)
         with rendering_errors():
-            simulator = self.simulator.unwrapped
             if self._renderer is None:
-                self._renderer = fast_renderer(simulator.model, self.image_size)
+                self._renderer = fast_renderer(self._bare.model, self.image_size)
                 self._finalizers.append(weakref.finalize(self, self._renderer.close))
-            self._renderer.update_scene(simulator.data, camera=CAMERAS[0])
+            self._renderer.update_scene(self._bare.data, camera=CAMERAS[0])
             frame: NDArray[np.uint8] = self._renderer.render()
         return frame
 

@@ -123,8 +123,11 @@ def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) ->
         if preset == "ocbench":
             ocbench.check_tasks(tasks)
             # All tasks without mistakes come first: an interrupted benchmark is whole in one of its halves.
-            make = partial(ocbench.task_unit, training=training, ddim_steps=ddim_steps, **counts)
-            return [make(task, p_mistake, collected, folder) for p_mistake in ocbench.MISTAKES for task in tasks]
+            return [
+                ocbench.task_unit(task, rate, collected, folder, training=training, ddim_steps=ddim_steps, **counts)
+                for rate in ocbench.MISTAKES
+                for task in tasks
+            ]
         return [
             _scripted(preset, group, collected, folder, training=training, ddim_steps=ddim_steps, **counts)
             for group in groups
@@ -228,7 +231,7 @@ def total(rows: Sequence[Row], seeds: Sequence[Sequence[EpisodeResult]], promise
         promised: the figures that the preset states.
     """
     episodes = sum(row["episodes"] for row in rows)
-    same = {name: rows[0][name] for name in ("ddim_steps", "p_mistake") if name in rows[0]}
+    same: Row = {name: rows[0][name] for name in ("ddim_steps", "p_mistake") if name in rows[0]}
     mean: Row = {"training": "mean", **same, "episodes": episodes}
     for name, of in (("success_rate", "success"), ("score_mean", "score")):
         values = [row[name] for row in rows]

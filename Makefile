@@ -7,7 +7,7 @@ DEMO_TASK := pick-place-v3
 DEMO_DATA := $(DEMO)/demonstrations/metaworld-$(DEMO_TASK)-v0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick-tests test-all test-reliability test-versions lint types format bench-data bench-latency bench-rates bench-rollout bench-quality bench-import bench-compare bench-recipes bench-sweep bench-start bench-hostile bench-parity clean
+.PHONY: help setup demo test quick-tests test-all test-reliability test-versions lint types format bench-data bench-latency bench-rates bench-rollout bench-quality bench-demonstrations bench-import bench-compare bench-recipes bench-sweep bench-start bench-hostile bench-parity clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -17,7 +17,7 @@ setup: $(VENV)/.installed ## make the virtual environment in .venv, with all tha
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[export,launchers,metaworld,pusht,robotics,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[export,launchers,metaworld,ocbench,pusht,robotics,dev]'
 	@touch $@
 
 demo: $(DEMO)/sweep.json ## demonstrations, training, rollout and sweep on a Meta-World task
@@ -85,7 +85,7 @@ test-versions: $(VERSIONS)/oldest/.installed $(VERSIONS)/newest/.installed ## th
 $(VERSIONS)/oldest/.installed: VERSION_PINS := $(OLDEST)
 $(VERSIONS)/oldest/.installed $(VERSIONS)/newest/.installed:
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(VERSION_PINS) --editable '.[export,launchers,metaworld,pusht,robotics,dev]'
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(VERSION_PINS) --editable '.[export,launchers,metaworld,ocbench,pusht,robotics,dev]'
 	@touch $@
 
 lint: setup
@@ -113,6 +113,9 @@ bench-rollout: setup ## environment steps a second beside the raw environment on
 
 bench-quality: setup ## retrain PRESET (with DATA=... where it needs a file) and compare with the score it promises
 	$(BIN)/python -m scripts.bench.quality $(PRESET) $(if $(DATA),dataset.path=$(DATA)) $(OVERRIDES)
+
+bench-demonstrations: setup ## success of OCBench tasks against the number of demonstrations, beside plain regression
+	$(BIN)/python -m scripts.bench.demonstrations $(OVERRIDES)
 
 bench-start: setup ## CPU seconds until each command answers, and its five heaviest imports
 	$(BIN)/python -m scripts.bench.start

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.checked import BROKE_OFF
+from envs.spaces import Observation
 
 LOGGER = logging.getLogger(__name__)
 MAX_ATTEMPTS_PER_EPISODE = 10
@@ -20,8 +21,8 @@ MAX_ATTEMPTS_PER_EPISODE = 10
 class Expert(Protocol):
     """A scripted demonstrator for one episode."""
 
-    def __call__(self, observation: NDArray[np.float32], /) -> NDArray[np.float32]:
-        """Map an observation (D,) to an action (A,) inside the action space."""
+    def __call__(self, observation: Any, /) -> NDArray[np.float32]:
+        """Map an observation, (D,) or arrays by key, to an action (A,) inside the action space."""
         ...
 
 
@@ -31,7 +32,8 @@ class RecordedEpisode:
 
     Attributes:
         seed: ``env.reset(seed=seed)`` gives the initial state again.
-        observations: (T + 1, D) float32; the last one was observed after the last action.
+        observations: (T + 1, D) float32, or such arrays and pictures (T + 1, H, W, C) uint8 by key; the last one was
+            observed after the last action.
         actions: (T, A) float32, the expert's own, also where noise was added to the executed ones.
         rewards: (T,) float32.
         terminations: (T,) bool.
@@ -40,7 +42,7 @@ class RecordedEpisode:
     """
 
     seed: int
-    observations: NDArray[np.float32]
+    observations: Observation
     actions: NDArray[np.float32]
     rewards: NDArray[np.float32]
     terminations: NDArray[np.bool_]
@@ -165,10 +167,16 @@ def _play(
         done = terminated or truncated or cut
     return RecordedEpisode(
         seed=seed,
-        observations=np.asarray(observations, dtype=np.float32),
+        observations=_stacked(observations),
         actions=np.asarray(actions, dtype=np.float32),
         rewards=np.asarray(rewards, dtype=np.float32),
         terminations=np.asarray(terminations, dtype=np.bool_),
         truncations=np.asarray(truncations, dtype=np.bool_),
         is_success=np.asarray(successes, dtype=np.bool_),
     )
+
+
+def _stacked(observations: Sequence[Any]) -> Observation:
+    if isinstance(observations[0], dict):
+        return {key: np.stack([observation[key] for observation in observations]) for key in observations[0]}
+    return np.stack(observations)

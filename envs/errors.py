@@ -67,7 +67,7 @@ def import_extra(module: str, *, title: str, extra: str) -> ModuleType:
     """Import an optional simulator.
 
     Args:
-        module: Top-level module to import, such as ``"metaworld"``.
+        module: Module to import, such as ``"metaworld"``.
         title: The simulator's name in messages, such as ``"Meta-World"``.
         extra: The extra of this package that installs the simulator.
 
@@ -90,6 +90,6 @@ def import_extra(module: str, *, title: str, extra: str) -> ModuleType:
             message = f"{title} needs the system library package {package}; run: {remedy} ({error})"
             raise MissingExtraError(message) from error
         remedy = f"pip install 'ddim-policy[{extra}]'"
-        absent = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == module
+        absent = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == module.split(".")[0]
         reason = "is not installed" if absent else f"cannot be imported ({error})"
         raise MissingExtraError(f"{title} {reason}; run: {remedy}") from error

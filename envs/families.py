@@ -24,6 +24,7 @@ FAMILIES: dict[str, str | Family] = {
     "gym": "envs.gym_env:make_gym",
     "metaworld": "envs.metaworld:MetaWorldEnv",
     "metaworld_tasks": "envs.metaworld_tasks:MetaWorldTasksEnv",
+    "ocbench": "envs.ocbench:OCBenchEnv",
     "planar": "envs.planar:PlanarEnv",
     "pusht": "envs.pusht:PushTEnv",
 }
@@ -31,6 +32,7 @@ FAMILIES: dict[str, str | Family] = {
 EXPERTS: dict[str, str | ExpertFactory] = {
     "metaworld": "envs.metaworld:make_metaworld_expert",
     "metaworld_tasks": "envs.metaworld:make_metaworld_expert",
+    "ocbench": "envs.ocbench:make_ocbench_expert",
     "planar": "envs.planar:make_planar_expert",
 }
 
@@ -60,9 +62,9 @@ def make(
     """Make an environment, whose every value is checked.
 
     Args:
-        name: ``"metaworld"`` (``task=``), ``"metaworld_tasks"`` (``tasks=``), ``"pusht"`` (``observation=``),
-            ``"planar"``, ``"gym"`` (``id=``, ``kwargs=``, ``observation_keys=``, ``success=``), or a family of
-            `register_family`.
+        name: ``"metaworld"`` (``task=``), ``"metaworld_tasks"`` (``tasks=``), ``"ocbench"`` (``task=``), ``"pusht"``
+            (``observation=``), ``"planar"``, ``"gym"`` (``id=``, ``kwargs=``, ``observation_keys=``, ``success=``), or
+            a family of `register_family`.
         render_mode: ``None`` or ``"rgb_array"``.
         max_episode_steps: Control steps after which an episode is truncated, by default the environment's own limit.
         **kwargs: Options of that family; its class or function describes them.

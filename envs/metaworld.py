@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.errors import choose, import_extra
-from envs.rendering import rendering_errors, require_rgb_array
+from envs.rendering import fast_renderer, rendering_errors, require_rgb_array
 from envs.spaces import check_action
 
 OBSERVATION_DIM = 39
@@ -142,7 +142,7 @@ class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         require_rgb_array(self.render_mode)
         with rendering_errors():
             if self._renderer is None:
-                self._renderer = _fast_renderer(self._simulator.model, self.image_size)
+                self._renderer = fast_renderer(self._simulator.model, self.image_size)
                 # Closes the renderer before the interpreter tears OpenGL down, even if nobody calls close().
                 self._finalizer = weakref.finalize(self, self._renderer.close)
             self._renderer.update_scene(self._simulator.data, camera=self.camera)
@@ -214,24 +214,3 @@ def _observable_task(task_class: Any) -> Any:
     simulator._set_task_called = True
     simulator.seeded_rand_vec = True
     return simulator
-
-
-def _fast_renderer(model: Any, image_size: int) -> Any:
-    """Build an offscreen renderer without antialiasing, shadows and reflections.
-
-    With them, software rendering is ten times slower.
-    """
-    import mujoco
-
-    # If a renderer cannot be built, its finalizer fails because these attributes do not exist.
-    for owner, name in (
-        (mujoco.Renderer, "_gl_context"),
-        (mujoco.Renderer, "_mjr_context"),
-        (mujoco.GLContext, "_context"),
-    ):
-        setattr(owner, name, getattr(owner, name, None))
-    model.vis.quality.offsamples = 0
-    renderer = mujoco.Renderer(model, image_size, image_size)
-    for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-        renderer.scene.flags[flag] = False
-    return renderer

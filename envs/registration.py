@@ -11,6 +11,7 @@ from types import ModuleType
 IDS = {
     "ddim_policy/MetaWorld-v0": "envs.metaworld:MetaWorldEnv",
     "ddim_policy/MetaWorldTasks-v0": "envs.metaworld_tasks:MetaWorldTasksEnv",
+    "ddim_policy/OCBench-v0": "envs.ocbench:OCBenchEnv",
     "ddim_policy/Planar-v0": "envs.planar:PlanarEnv",
     "ddim_policy/PushT-v0": "envs.pusht:PushTEnv",
 }

@@ -52,5 +52,8 @@ def collect(
         unfinished = output_dir / f".{dataset_id}"
         with recorded_episodes(unfinished, settings, episodes, attempts, envs.Episode) as recorded:
             path = write_minari(recorded, folder=output_dir, dataset_id=dataset_id, env=simulator, env_settings=env)
+    failed = recorded[-1].seed + 1 - seed - len(recorded)
     print(f"{episodes} demonstrations of {sum(map(len, recorded))} control steps in all: {path}")
+    if failed:
+        print(f"{failed} attempts failed and are left out")
     print(next_line("ddim-train", **{"dataset.path": path}))

@@ -85,12 +85,32 @@ def _introduce(folder: Path, settings: Mapping[str, Any]) -> None:
 def _write(folder: Path, episode: RecordedEpisode) -> None:
     file = folder / f"{episode.seed:012d}.npz"
     with replacing_file(file) as new, new.open("wb") as opened:
-        np.savez(opened, **vars(episode))
+        np.savez(opened, **dict(_arrays(vars(episode))))
+
+
+def _arrays(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The fields by name; those of a field that holds arrays by key as `field/key`."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{key}", array) for key, array in value.items())
+        else:
+            yield name, value
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] if arrays[name].ndim else arrays[name].item() for name in arrays}
+            return _fields(arrays)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} is damaged ({error}): remove it, its episode is recorded again") from error
+
+
+def _fields(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, array in arrays.items():
+        field, slash, key = name.partition("/")
+        if slash:
+            fields.setdefault(field, {})[key] = array
+        else:
+            fields[field] = array if array.ndim else array.item()
+    return fields

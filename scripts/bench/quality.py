@@ -4,13 +4,18 @@
     python -m scripts.bench.quality metaworld
     python -m scripts.bench.quality metaworld tasks=[assembly-v3,reach-v3] episodes=20 train.steps=500
     python -m scripts.bench.quality metaworld_tasks
+    python -m scripts.bench.quality ocbench
 
 A preset of recorded human demonstrations is trained with three seeds, which are one recipe: it reaches its score where
 the interval over training seeds and episodes does. `metaworld` is trained on every task, each with
-its own scripted demonstrations, and `metaworld_tasks` once on those of ten tasks together; for these two,
-`demonstrations` and `episodes` are numbers per task. As many trainings as there are cores run side by side, with one
-thread each. Runs with other training settings or other `demonstrations` get folders and a report of their own, and are
-not compared with the preset's score. The same command resumes an interrupted benchmark.
+its own scripted demonstrations, and `metaworld_tasks` once on those of ten tasks together; for these two and `ocbench`,
+`demonstrations` and `episodes` are numbers per task. `ocbench` is trained on each of 27 tasks twice, on demonstrations
+without mistakes and with them, and its rows say why a task fails. The rows of a finished training are written to
+`docs/rows/ocbench`; one whose file is there is not run again.
+
+As many trainings as there are cores run side by side, with one thread each. Runs with other training settings or other
+`demonstrations` get folders and a report of their own, and are not compared with the preset's score. The same command
+resumes an interrupted benchmark.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import sys
 import time
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -29,6 +35,8 @@ from envs.metaworld_tasks import MT10
 from policy.data.minari_writer import dataset_name
 from policy.statistics.recipes import recipe_interval
 from policy.statistics.results import EpisodeResult, summarize
+from scripts.bench import ocbench
+from scripts.bench.finished import FINISHED, finished_rows, keep_rows
 from scripts.bench.report import machine, write_report
 from scripts.bench.trainings import Trained, Unit, file_name, listed, run_units, train_and_sweep
 from scripts.command import CONF
@@ -40,7 +48,7 @@ DDIM_STEPS = [8, 1]
 OWN = ("tasks", "seeds", "episodes", "demonstrations")
 # Overrides that do not make a run another training of the preset.
 SAME = ("tasks", "seeds", "episodes", "dataset.path")
-SCRIPTED = ("metaworld", "metaworld_tasks")  # presets whose trainings are of tasks, not of training seeds
+SCRIPTED = ("metaworld", "metaworld_tasks", "ocbench")  # presets whose trainings are of tasks, not of training seeds
 SUMMARY = ("episodes", "successes", "success_rate", "success_low", "success_high", "score_mean")
 
 Row = dict[str, Any]
@@ -54,17 +62,25 @@ def main() -> None:
     units = _units(preset, overrides, ddim_steps)
     print(machine("gymnasium"))
     began = time.perf_counter()
-    found = run_units(units, preset, _say)
-    rows = [row for trained in found for row in _rows(trained)]
+    folder = FINISHED / preset if preset == "ocbench" and set(overrides) <= {"tasks"} else None
+    kept = {unit.name: rows for unit in units if (rows := finished_rows(folder, unit.name))}
+    found = run_units([unit for unit in units if unit.name not in kept], preset, partial(_done, folder))
+    kept |= {trained.unit.name: _rows(trained) for trained in found}
+    rows = [row for unit in units for row in kept[unit.name]]
     changes = variant(overrides)
     binding = {} if changes else promised  # the preset states no score of another training
     seeds = [] if preset in SCRIPTED else found
     totals = [
-        total([row for row in rows if row["ddim_steps"] == k], [one.results(k) for one in seeds], binding.get(k, {}))
+        total(
+            [row for row in rows if row["ddim_steps"] == k and row.get("p_mistake") == p_mistake],
+            [one.results(k) for one in seeds],
+            binding.get(k, {}),
+        )
+        for p_mistake in dict.fromkeys(row.get("p_mistake") for row in rows)
         for k in ddim_steps
     ]
     write_report("_".join(["quality", preset, *changes]), rows + totals)
-    print(f"{len(units)} trainings in {time.perf_counter() - began:.0f} s")
+    print(f"{len(found)} trainings in {time.perf_counter() - began:.0f} s")
     if any(row.get("reached") is False for row in totals):
         sys.exit(f"{preset} does not reach the score that {_file(preset)} promises")
 
@@ -102,7 +118,16 @@ def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) ->
     if preset in SCRIPTED:
         tasks = listed(own["tasks"]) if "tasks" in own else list(_tasks(preset))
         groups = [tasks] if preset == "metaworld_tasks" else [[task] for task in tasks]
-        counts = {name: int(own.get(name, default)) for name, default in (("demonstrations", 50), ("episodes", 100))}
+        wanted = {"demonstrations": 200 if preset == "ocbench" else 50, "episodes": 100}
+        counts = {name: int(own.get(name, default)) for name, default in wanted.items()}
+        if preset == "ocbench":
+            ocbench.check_tasks(tasks)
+            # All tasks without mistakes come first: an interrupted benchmark is whole in one of its halves.
+            return [
+                ocbench.task_unit(task, rate, collected, folder, training=training, ddim_steps=ddim_steps, **counts)
+                for rate in ocbench.MISTAKES
+                for task in tasks
+            ]
         return [
             _scripted(preset, group, collected, folder, training=training, ddim_steps=ddim_steps, **counts)
             for group in groups
@@ -127,6 +152,8 @@ def _tasks(preset: str) -> Sequence[str]:
     """All tasks that a preset can be trained on."""
     if preset == "metaworld_tasks":
         return MT10
+    if preset == "ocbench":
+        return ocbench.state_tasks()
     from metaworld.policies import ENV_POLICY_MAP
 
     return sorted(ENV_POLICY_MAP)
@@ -172,9 +199,12 @@ def _scripted(
     )
 
 
-def _say(trained: Trained) -> None:
-    rates = (f"{row['success_rate']:.0%} at {row['ddim_steps']}" for row in _rows(trained))
+def _done(folder: Path | None, trained: Trained) -> None:
+    """Print the success of a training, and keep its rows where the preset has a folder for them."""
+    rows = _rows(trained)
+    rates = (f"{row['success_rate']:.0%} at {row['ddim_steps']}" for row in rows)
     print(f"{trained.unit.name}: {', '.join(rates)}", flush=True)
+    keep_rows(folder, trained, rows)
 
 
 def _rows(trained: Trained) -> list[Row]:
@@ -186,7 +216,8 @@ def _rows(trained: Trained) -> list[Row]:
         for number, name in enumerate(names):
             summary = summarize([result for result in results if result.seed % len(names) == number])
             shown = {key: summary[key] for key in SUMMARY}
-            rows.append({"training": name, "ddim_steps": cell["ddim_steps"], **shown, "train_s": trained.train_s})
+            row = {"training": name, "ddim_steps": cell["ddim_steps"], **shown, "train_s": trained.train_s}
+            rows.append(row | (ocbench.figures(trained, cell["ddim_steps"]) if trained.unit.data else {}))
     return rows
 
 
@@ -200,7 +231,8 @@ def total(rows: Sequence[Row], seeds: Sequence[Sequence[EpisodeResult]], promise
         promised: the figures that the preset states.
     """
     episodes = sum(row["episodes"] for row in rows)
-    mean: Row = {"training": "mean", "ddim_steps": rows[0]["ddim_steps"], "episodes": episodes}
+    same: Row = {name: rows[0][name] for name in ("ddim_steps", "p_mistake") if name in rows[0]}
+    mean: Row = {"training": "mean", **same, "episodes": episodes}
     for name, of in (("success_rate", "success"), ("score_mean", "score")):
         values = [row[name] for row in rows]
         mean[name] = fmean(values)

@@ -11,11 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from policy.common.device import available_cores
 from policy.common.progress import progress
 from policy.statistics.results import EpisodeResult
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +30,14 @@ class Unit:
         commands: the commands in order; each resumes where it stopped, and ends at once if nothing is left to do.
         folder: the folder that the commands write to.
         tasks: the tasks of a policy that plays several, chosen by the episode's seed; each becomes a row.
+        data: the demonstrations, where the benchmark itself collects them.
     """
 
     name: str
     commands: Sequence[Sequence[str]]
     folder: Path
     tasks: Sequence[str] = ()
+    data: Path | None = None
 
 
 def train_and_sweep(
@@ -101,20 +106,54 @@ def run_units(units: Sequence[Unit], title: str, done: Callable[[Trained], None]
         done(trained)
         return trained
 
+    return side_by_side(run, units, title, "training")
+
+
+def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], title: str, unit: str) -> list[Result]:
+    """Work on as many items at a time as there are cores.
+
+    Args:
+        work: called with each item, in a thread.
+        items: the items.
+        title: title of the progress bar.
+        unit: the word for an item there.
+
+    Returns:
+        The results, in the order of the items. If a command fails, the program exits with a message that names its log.
+    """
     with ThreadPoolExecutor(available_cores()) as threads:
         try:
-            return list(progress(threads.map(run, units), total=len(units), desc=title, unit="training"))
+            return list(progress(threads.map(work, items), total=len(items), desc=title, unit=unit))
         except subprocess.CalledProcessError as error:
             threads.shutdown(cancel_futures=True)
             sys.exit(f"{' '.join(error.cmd[2:])} ended with exit code {error.returncode}: see log.txt in its folder")
 
 
 def _run(unit: Unit) -> Trained:
-    """Run one training and its evaluation in processes of one thread; `log.txt` receives their output."""
-    unit.folder.mkdir(parents=True, exist_ok=True)
-    path = unit.folder / "log.txt"
+    """Run one training and its evaluation."""
+    log = run_commands(unit.folder, unit.commands)
+    # The training prints this at its end and when it is interrupted; only time before a SIGKILL is not counted.
+    train_s = sum(map(float, re.findall(r"^\d+ steps in ([\d.]+) s, ", log.read_text(), re.MULTILINE)))
+    return Trained(unit=unit, train_s=train_s, swept=json.loads((unit.folder / "sweep/sweep.json").read_text()))
+
+
+def run_commands(folder: Path, commands: Sequence[Sequence[str]]) -> Path:
+    """Run commands one after the other, each in a process of one thread.
+
+    Args:
+        folder: receives their output as `log.txt`.
+        commands: the module and the arguments of each.
+
+    Returns:
+        The log.
+
+    Raises:
+        subprocess.CalledProcessError: a command failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "log.txt"
     with path.open("a") as log:
-        for command in unit.commands:
+        for command in commands:
             subprocess.run(
                 [sys.executable, "-m", *command],
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -122,9 +161,7 @@ def _run(unit: Unit) -> Trained:
                 stderr=subprocess.STDOUT,
                 check=True,
             )
-    # The training prints this at its end and when it is interrupted; only time before a SIGKILL is not counted.
-    train_s = sum(map(float, re.findall(r"^\d+ steps in ([\d.]+) s, ", path.read_text(), re.MULTILINE)))
-    return Trained(unit=unit, train_s=train_s, swept=json.loads((unit.folder / "sweep/sweep.json").read_text()))
+    return path
 
 
 def file_name(overrides: Mapping[str, str]) -> list[str]:

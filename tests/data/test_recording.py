@@ -4,8 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+from gymnasium import spaces
+from gymnasium.wrappers import TransformObservation
 
 import envs
+from envs import families
 from envs.checked import CheckedEnv
 from envs.planar import PlanarEnv, make_planar_expert
 from policy.common.errors import WorkerError
@@ -72,3 +75,42 @@ def test_attempts_that_the_simulator_broke_off_are_no_demonstrations():
     env = CheckedEnv(Breaking, "breaking", 100)
     recorded = envs.collect_episodes(env, make_planar_expert, episodes=3, seed=0)
     assert [episode.seed for episode in recorded] == [0, 4, 6]
+
+
+def test_pictures_and_vectors_by_key_are_recorded_and_read_again(tmp_path, monkeypatch):
+    class Seen(TransformObservation):
+        """The planar task with a picture; a key may hold a slash."""
+
+        max_episode_steps = PlanarEnv.max_episode_steps
+
+        def __init__(self, render_mode: str | None = None):
+            env = PlanarEnv()
+            picture = spaces.Box(0, 255, (2, 3, 3), np.uint8)
+            space = spaces.Dict({"arm/state": env.observation_space, "camera": picture})
+            super().__init__(env, self.seen, space)
+
+        def seen(self, state):
+            return {"arm/state": state, "camera": np.full((2, 3, 3), 100 * abs(state[0]), np.uint8)}
+
+    def expert(env, seed):
+        plain = make_planar_expert(env, seed)
+        return lambda observation: plain(observation["arm/state"])
+
+    monkeypatch.setitem(envs.FAMILIES, "seen", Seen)
+    monkeypatch.setitem(families.EXPERTS, "seen", expert)
+
+    def interrupted(*arguments, **settings):
+        yield from itertools.islice(COLLECT(*arguments, **settings), 1)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as cut:
+        cut.setattr(envs, "collect_episodes", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            collect(env={"name": "seen"}, episodes=2, output_dir=tmp_path)
+    collect(env={"name": "seen"}, episodes=2, output_dir=tmp_path)
+    collect(env=PLANAR, episodes=2, output_dir=tmp_path)
+    seen = read_demonstrations(format="minari", path=tmp_path / "seen-v0").observations
+    state = content(tmp_path)["state"]
+    np.testing.assert_array_equal(seen["arm/state"], state)
+    assert seen["camera"].dtype == np.uint8
+    assert (seen["camera"][:, 0, 0, 0] == (100 * abs(state[:, 0])).astype(np.uint8)).all()

@@ -10,7 +10,13 @@ from omegaconf import OmegaConf
 import envs
 
 FILES = {path.stem: path for path in (Path(__file__).resolve().parents[2] / "conf" / "env").glob("*.yaml")}
-EXTRAS = {"gymnasium_robotics": "robotics", "gym_pusht": "pusht", "metaworld": "metaworld", "mujoco": "robotics"}
+EXTRAS = {
+    "gymnasium_robotics": "robotics",
+    "gym_pusht": "pusht",
+    "metaworld": "metaworld",
+    "mujoco": "robotics",
+    "ocbench": "ocbench",
+}
 
 # File, changes from the command line, the simulator's package, the observed shapes, and the width of an action.
 FAMILIES = [
@@ -23,6 +29,7 @@ FAMILIES = [
     ("metaworld", {}, "metaworld", {"": (69,)}, 4),
     ("metaworld", {"observation": "state"}, "metaworld", {"": (39,)}, 4),
     ("metaworld_tasks", {"tasks": ["reach-v3", "push-v3"]}, "metaworld", {"": (71,)}, 4),
+    ("ocbench", {}, "ocbench", {"": (28,)}, 7),
     ("fetch", {}, "gymnasium_robotics", {"observation": (10,), "achieved_goal": (3,), "desired_goal": (3,)}, 4),
     (
         "fetch",

@@ -15,7 +15,7 @@ from envs import families
 from envs.planar import PlanarEnv, PlanarExpert
 from policy.common.signatures import declaration_of
 
-SIMULATORS = ("mujoco", "metaworld", "gymnasium_robotics", "gym_pusht", "pymunk", "cv2", "scipy")
+SIMULATORS = ("mujoco", "metaworld", "ocbench", "gymnasium_robotics", "gym_pusht", "pymunk", "cv2", "scipy")
 
 
 def test_nothing_is_imported_before_it_is_used():
@@ -48,7 +48,7 @@ def test_every_public_name_is_there():
         envs.mak  # noqa: B018
 
 
-@pytest.mark.parametrize("id", ["MetaWorld-v0", "MetaWorldTasks-v0", "Planar-v0", "PushT-v0"])
+@pytest.mark.parametrize("id", ["MetaWorld-v0", "MetaWorldTasks-v0", "OCBench-v0", "Planar-v0", "PushT-v0"])
 def test_gymnasium_knows_the_ids(id):
     module, _, name = gymnasium.spec(f"ddim_policy/{id}").entry_point.partition(":")
     assert find_spec(module) is not None
@@ -115,6 +115,6 @@ def test_an_unknown_family_is_answered_with_the_nearest_and_with_plugins():
     with pytest.raises(ValueError) as error:
         envs.make("plannar")
     assert str(error.value) == (
-        "Unknown environment 'plannar'. Did you mean 'planar'? Allowed: gym, metaworld, metaworld_tasks, planar, pusht."
-        " A family of your own comes with plugins=[the module that registers it]."
+        "Unknown environment 'plannar'. Did you mean 'planar'? Allowed: gym, metaworld, metaworld_tasks, ocbench,"
+        " planar, pusht. A family of your own comes with plugins=[the module that registers it]."
     )

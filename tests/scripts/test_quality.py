@@ -11,10 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from policy.statistics.results import EpisodeResult
-from scripts.bench import compare, quality, trainings
+from scripts.bench import compare, demonstrations, finished, quality, trainings
+from scripts.bench.ocbench import why
 from scripts.bench.quality import _units, total
+from scripts.bench.regression import Regression
 from scripts.bench.trainings import Trained, Unit
 from tests.conftest import ENVIRONMENT, ROOT
 
@@ -164,19 +167,17 @@ def test_training_seeds_keep_a_promise_within_the_interval_of_their_recipe():
     assert not total(rows, seeds, {"success_rate": 0.97})["reached"]
 
 
+def swept(solved):
+    return {
+        "cells": [{"cell": f"c{steps}", "ddim_steps": steps} for steps in (8, 1)],
+        "episodes": [{"cell": f"c{steps}", **result.row()} for steps in (8, 1) for result in results(solved)],
+    }
+
+
 def test_a_variant_is_compared_over_its_training_seeds():
     def trained(*solved):
-        return [
-            Trained(
-                unit=Unit(name="seed", commands=[], folder=Path()),
-                train_s=1.0,
-                swept={
-                    "cells": [{"cell": f"c{steps}", "ddim_steps": steps} for steps in (8, 1)],
-                    "episodes": [{"cell": f"c{steps}", **r.row()} for steps in (8, 1) for r in results(count)],
-                },
-            )
-            for count in solved
-        ]
+        unit = Unit(name="seed", commands=[], folder=Path())
+        return [Trained(unit=unit, train_s=1.0, swept=swept(count)) for count in solved]
 
     base, other = trained(100, 104, 108), trained(20, 24, 28)
     found = compare.row("other", other, base)
@@ -205,3 +206,93 @@ def test_variants_are_trained_alike_but_for_one_thing_and_compared_on_the_same_e
     swept = [json.loads((run / "sweep/sweep.json").read_text()) for run in runs.values()]
     seeds = [sorted({row["seed"] for row in one["episodes"]}) for one in swept]
     assert seeds == [[200000, 200001, 200002]] * 2
+
+
+def test_ocbench_is_trained_on_every_task_with_and_without_mistakes():
+    pytest.importorskip("ocbench", reason="pip install 'ddim-policy[ocbench]'")
+    units = _units("ocbench", {}, [8, 1])
+    assert len({unit.name for unit in units}) == len({unit.data for unit in units}) == len(units) == 54
+    assert not any("mistakes" in unit.name for unit in units[:27])
+    collect, train, sweep = units[-1].commands
+    assert "env.p_mistake=0.1" in collect
+    assert "episodes=200" in collect
+    assert {"experiment=ocbench", f"dataset.path={units[-1].data}"} <= set(train)
+    assert {"episodes=100", "ddim_steps=[8,1]"} <= set(sweep)
+    with pytest.raises(SystemExit, match="Unknown OCBench task 'blok'"):
+        _units("ocbench", {"tasks": "[blok]"}, [8])
+
+
+def test_the_curve_has_each_number_of_each_task_beside_regression_on_the_same_file():
+    units = demonstrations.units_of(list(demonstrations.TASKS), list(demonstrations.COUNTS), {})
+    assert len({unit.name for unit in units}) == len(units) == 50
+    assert len({unit.data for unit in units}) == 5
+    assert [unit.name.rsplit("-", 2)[1:] for unit in units[:2]] == [["diffusion", "100"], ["regression", "100"]]
+    train, sweep = units[-1].commands
+    assert {"dataset.max_episodes=2000", "denoiser=regression", demonstrations.PLUGIN} <= set(train)
+    assert {demonstrations.PLUGIN, "ddim_steps=[1]"} <= set(sweep)
+
+
+def test_the_rows_of_a_finished_training_are_read_as_done(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("ocbench", reason="pip install 'ddim-policy[ocbench]'")
+    done = [
+        Trained(unit=unit, train_s=1.0, swept=swept(solved=1))
+        for unit in _units("ocbench", {"tasks": "[block-cpu-lite-single-task1]"}, [8, 1])
+    ]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quality, "FINISHED", tmp_path / "rows")
+    for p_mistake, one in enumerate(done):
+        rows = [row(0.5) | {"training": one.unit.name, "ddim_steps": k, "p_mistake": p_mistake} for k in (8, 1)]
+        finished.keep_rows(tmp_path / "rows/ocbench", one, rows)
+    monkeypatch.setattr(sys, "argv", ["quality", "ocbench", "tasks=[block-cpu-lite-single-task1]"])
+    quality.main()
+    assert "0 trainings" in capsys.readouterr().out
+    report = json.loads((tmp_path / "outputs/bench/quality_ocbench.json").read_text())
+    assert [line["training"] for line in report] == [*(one.unit.name for one in done for _ in (8, 1)), *4 * ["mean"]]
+    kept = json.loads((tmp_path / "rows/ocbench" / f"{done[0].unit.name}.json").read_text())
+    assert kept["solved_seeds"] == {"8": [0], "1": [0]}
+
+
+def test_the_reasons_of_a_failure_follow_from_its_figures():
+    found = {"demonstrations": 80, "failed_attempts": 20, "mean_steps": 80.0, "limit": 100, "dead_ends": 200}
+    plain = {**found, "failed_attempts": 0, "mean_steps": 50.0, "dead_ends": 0, "train_loss": 1.0, "val_loss": None}
+    assert why(plain, results(190)) == ""
+    assert why(plain, results(0)) == "none of the known reasons"
+    assert why({**found, "train_loss": 1.0, "val_loss": 2.0}, results(0)).split("; ") == [
+        "over-fitted: the loss on held-out demonstrations is 2.0 times that on training ones",
+        "short of time: a demonstration takes 80% of the time limit",
+        "hard for the expert too: 20 of its 100 attempts failed",
+        "dead ends: 200 of 200 failures end in a state that cannot be solved",
+    ]
+
+
+def test_regression_is_the_same_chunk_at_every_timestep_and_for_every_noise():
+    network = Regression(obs_size=5, action_dim=2, action_horizon=3, num_steps=10)
+    observed = torch.randn(4, 5)
+    chunks = [network(torch.randn(4, 3, 2), torch.full((4,), step), observed) for step in (0, 9)]
+    assert torch.equal(*chunks)
+    (conditions,) = network.conditions(network.embed_timestep(torch.arange(10))[:, None], observed)
+    assert torch.equal(conditions[7], chunks[0].flatten(1))
+    layers = [part for part in network.modules() if isinstance(part, torch.nn.Linear)]
+    assert [layer.out_features for layer in layers] == [256, 256, 256, 6]
+
+
+@pytest.mark.slow
+def test_ocbench_and_its_curve_run_from_collection_to_table(bench, tmp_path):
+    pytest.importorskip("ocbench", reason="pip install 'ddim-policy[ocbench]'")
+    tiny = ["tasks=[block-cpu-lite-single-task1]", "episodes=1", "train.steps=5"]
+    bench(quality, "ocbench", "demonstrations=2", *tiny)
+    (report,) = (tmp_path / "outputs/bench").glob("quality_ocbench_*.json")
+    rows = json.loads(report.read_text())
+    assert [(line["training"], line["ddim_steps"], line["p_mistake"]) for line in rows] == [
+        *(
+            (f"block-cpu-lite-single-task1{name}", steps, rate)
+            for name, rate in (("", 0), ("-mistakes", 0.1))
+            for steps in (8, 1)
+        ),
+        *(("mean", steps, rate) for rate in (0, 0.1) for steps in (8, 1)),
+    ]
+    bench(demonstrations, "counts=[1,2]", *tiny)
+    (report,) = (tmp_path / "outputs/bench").glob("demonstrations_*.json")
+    found = [(line["model"], line["demonstrations"], line["ddim_steps"]) for line in json.loads(report.read_text())]
+    kinds = [("diffusion", 8), ("diffusion", 1), ("regression", 1)]
+    assert found == [(model, count, steps) for count in (1, 2) for model, steps in kinds]

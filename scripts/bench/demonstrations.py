@@ -1,0 +1,149 @@
+"""Success against the number of demonstrations, of diffusion and of plain regression on the same files.
+
+    python -m scripts.bench.demonstrations
+    python -m scripts.bench.demonstrations tasks=[block-cpu-lite-single-task1] counts=[5,10] episodes=4 train.steps=50
+
+Five OCBench tasks are trained on the first 100, 200, 500, 1,000 and 2,000 scripted demonstrations of one file each, by
+the preset `ocbench` and by `scripts.bench.regression`, and rolled out on the same held-out episodes. All tasks and both
+models of one number come before the next number: an interrupted benchmark is a fair one of fewer demonstrations. The
+rows of a finished training are written to `docs/rows/demonstrations`, unless a setting differs; one whose file is there
+is not run again. Other settings are passed to all trainings. The same command resumes an interrupted benchmark.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from policy.data.minari_writer import dataset_name
+from policy.statistics.results import summarize
+from scripts.bench.finished import FINISHED, finished_rows, keep_rows
+from scripts.bench.ocbench import check_tasks, collection
+from scripts.bench.report import machine, write_report
+from scripts.bench.trainings import (
+    Trained,
+    Unit,
+    file_name,
+    listed,
+    run_commands,
+    run_units,
+    side_by_side,
+    train_and_sweep,
+)
+
+FOLDER = Path("outputs/demonstrations_curve")
+TASKS = (
+    "block-cpu-lite-single-task1",
+    "chamber-cpu-lite-easy-task1",
+    "hanoi-cpu-lite-single-task1",
+    "switch-cpu-lite-3x3-task1",
+    "block-cpu-lite-double-task1",
+)
+COUNTS = (100, 200, 500, 1_000, 2_000)
+PLUGIN = "plugins=[scripts.bench.regression]"
+# Settings of each model's training, settings of its sweep, and the values of `ddim_steps`; regression has one.
+MODELS = {
+    "diffusion": (["experiment=ocbench"], [], (8, 1)),
+    "regression": (["experiment=ocbench", PLUGIN, "denoiser=regression", "encoder=concatenate"], [PLUGIN], (1,)),
+}
+OWN = ("tasks", "counts", "episodes")
+SUMMARY = ("episodes", "successes", "success_rate", "success_low", "success_high")
+
+
+def main() -> None:
+    """Run the benchmark."""
+    arguments = sys.argv[1:]
+    if not all("=" in argument for argument in arguments):
+        sys.exit(f"usage: python -m scripts.bench.demonstrations [NAME=VALUE ...]; got {arguments}")
+    given = dict(argument.split("=", 1) for argument in arguments)
+    tasks = listed(given.get("tasks", ",".join(TASKS)))
+    texts = listed(given["counts"]) if "counts" in given else list(map(str, COUNTS))
+    if not all(text.isdecimal() and int(text) for text in texts):
+        sys.exit(f"counts={given['counts']} must be numbers of demonstrations, such as counts=[100,200]")
+    counts = list(map(int, texts))
+    check_tasks(tasks)
+    print(machine("gymnasium"))
+    began = time.perf_counter()
+    folder = FINISHED / "demonstrations" if set(given) <= {"tasks", "counts"} else None
+    units = units_of(tasks, counts, given)
+    kept = {unit.name: rows for unit in units if (rows := finished_rows(folder, unit.name))}
+    missing = [unit for unit in units if unit.name not in kept]
+    collect(missing, max(counts))
+    found = run_units(missing, "demonstrations", partial(_done, folder))
+    kept |= {trained.unit.name: rows_of(trained) for trained in found}
+    changes = file_name({name: value for name, value in given.items() if name not in OWN})
+    write_report("_".join(["demonstrations", *changes]), [row for unit in units for row in kept[unit.name]])
+    print(f"{len(missing)} trainings in {time.perf_counter() - began:.0f} s")
+
+
+def units_of(tasks: list[str], counts: list[int], given: Mapping[str, str]) -> list[Unit]:
+    """The trainings of each task and model on each number of demonstrations.
+
+    Args:
+        tasks: OCBench's names.
+        counts: numbers of demonstrations.
+        given: overrides; those that are not the benchmark's own are passed to the trainings.
+    """
+    training = [f"{name}={value}" for name, value in given.items() if name not in OWN]
+    changes = file_name({name: value for name, value in given.items() if name not in ("tasks", "counts")})
+    return [
+        _unit(task, model, count, FOLDER.joinpath(*changes), training, given.get("episodes", "100"))
+        for count in sorted(counts)
+        for task in tasks
+        for model in MODELS
+    ]
+
+
+def _unit(task: str, model: str, count: int, root: Path, training: list[str], episodes: str) -> Unit:
+    own, sweep, ddim_steps = MODELS[model]
+    name = f"{task}-{model}-{count}"
+    data = FOLDER / "data" / dataset_name({"name": "ocbench", "task": task})
+    return Unit(
+        name=name,
+        folder=root / name,
+        tasks=(task,),
+        data=data,
+        commands=train_and_sweep(
+            root / name,
+            [*own, f"dataset.path={data}", f"dataset.max_episodes={count}", *training],
+            [*sweep, f"episodes={episodes}"],
+            ddim_steps,
+        ),
+    )
+
+
+def collect(units: list[Unit], episodes: int) -> None:
+    """Collect the demonstrations of the units that are not there, side by side, each file once."""
+    wanted = {unit.data: unit.tasks[0] for unit in units if unit.data is not None and not unit.data.exists()}
+
+    def one(file: tuple[Path, str]) -> None:
+        data, task = file
+        run_commands(FOLDER / "data" / task, [collection(task, 0.0, episodes, data)])
+
+    side_by_side(one, list(wanted.items()), "collect", "file")
+
+
+def _done(folder: Path | None, trained: Trained) -> None:
+    rows = rows_of(trained)
+    rates = (f"{row['success_rate']:.0%} at {row['ddim_steps']}" for row in rows)
+    print(f"{trained.unit.name}: {', '.join(rates)}", flush=True)
+    keep_rows(folder, trained, rows)
+
+
+def rows_of(trained: Trained) -> list[dict[str, Any]]:
+    """One row per cell of a training's sweep."""
+    task, model, count = trained.unit.name.rsplit("-", 2)
+    rows = []
+    for cell in trained.swept["cells"]:
+        summary = summarize(trained.results(cell["ddim_steps"]))
+        row = {"task": task, "model": model, "demonstrations": int(count), "ddim_steps": cell["ddim_steps"]}
+        rows.append(row | {name: summary[name] for name in SUMMARY} | {"train_s": trained.train_s})
+    return rows
+
+
+if __name__ == "__main__":
+    main()

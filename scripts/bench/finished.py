@@ -1,0 +1,58 @@
+"""Rows of finished trainings, one JSON file each in the repository: a benchmark that takes days reads them as done.
+
+To measure a training again, remove its file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from policy.common.files import json_text, write_text
+from scripts.bench.kept_rows import ROOT
+from scripts.bench.report import machine
+from scripts.bench.trainings import Trained
+
+# One folder for each benchmark that keeps its rows.
+FINISHED = ROOT / "docs/rows"
+
+Row = dict[str, Any]
+
+
+def finished_rows(folder: Path | None, name: str) -> list[Row]:
+    """The rows of a finished training; empty for one that is not finished, or whose rows are not kept.
+
+    Args:
+        folder: holds the rows; None if none are kept.
+        name: name of the training.
+    """
+    file = _file(folder, name) if folder is not None else None
+    if file is None or not file.exists():
+        return []
+    rows: list[Row] = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def keep_rows(folder: Path | None, trained: Trained, rows: Sequence[Row]) -> None:
+    """Write the rows of a finished training, with the machine and the seeds of the episodes that were solved.
+
+    Args:
+        folder: receives the rows; None if none are kept.
+        trained: the training.
+        rows: JSON data.
+    """
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    solved = {
+        str(cell["ddim_steps"]): [result.seed for result in trained.results(cell["ddim_steps"]) if result.success]
+        for cell in trained.swept["cells"]
+    }
+    content = {"machine": machine("gymnasium"), "rows": list(rows), "solved_seeds": solved}
+    write_text(_file(folder, trained.unit.name), json_text(content) + "\n")
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.json"

@@ -6,6 +6,7 @@ output_dir/
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from policy.adapters.imported import Imported, build_policy, with_keys
 from policy.adapters.parity import Comparison, compare, read_reference
 from policy.adapters.reading import read_source
-from policy.checkpoint.files import TRAINING_RECORD, replacing
+from policy.checkpoint.files import TRAINING_RECORD, open_folder, replacing
 from policy.checkpoint.writing import write_policy
 from policy.common.errors import ParityError
 from policy.common.markdown import markdown_table
@@ -52,8 +53,8 @@ def import_checkpoint(
         ValueError: the source cannot be imported, or does not fit the environment.
         ParityError: an output of the imported policy differs from `verify`.
     """
-    if output_dir and (output_dir.expanduser() / CHECKPOINT / TRAINING_RECORD).exists():
-        raise ValueError(f"a training run resumes from {output_dir / CHECKPOINT}: choose another output_dir=")
+    if output_dir:
+        _check_replaceable(output_dir.expanduser() / CHECKPOINT)
     reference = None if verify is None else read_reference(verify)
     read = read_source(source, average=average)
     imported = with_keys(read, keys or {})
@@ -69,6 +70,22 @@ def import_checkpoint(
     _write(folder, imported, policy, source, env)
     print(f"checkpoint: {folder}")
     print(next_line("ddim-sweep", checkpoint=folder, env=env))
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Reject a place where anything but an earlier import would be lost, such as the source itself."""
+    if (folder / TRAINING_RECORD).exists():
+        raise ValueError(f"a training run resumes from {folder}: choose another output_dir=")
+    if os.path.lexists(folder) and not _was_imported(folder):
+        raise ValueError(f"{folder} exists, and ddim-import did not write it: choose another output_dir=")
+
+
+def _was_imported(folder: Path) -> bool:
+    try:
+        training = open_folder(folder).config.get("training")
+    except ValueError:  # it is not a checkpoint of ours
+        return False
+    return isinstance(training, dict) and "imported" in training
 
 
 def _described(imported: Imported, policy: DiffusionPolicy, source: str) -> str:

@@ -62,14 +62,16 @@ def import_checkpoint(
     print(_described(imported, policy, source))
     if env:
         with closing(make_env(**env)) as made:
-            check_spaces(imported.config, made)
+            check_spaces(imported.config, made, keys)
     if reference is not None:
         ours = dict(zip(read.config.observation_shapes, imported.config.observation_shapes, strict=True))
         _verify(compare(policy, reference, keys=ours, execution_horizon=imported.execution_horizon), source)
     folder = output_folder(output_dir, "import") / CHECKPOINT
     _write(folder, imported, policy, source, env)
     print(f"checkpoint: {folder}")
-    print(next_line("ddim-sweep", checkpoint=folder, env=env))
+    if not env:
+        print("no environment is known: import again with env=..., or choose one with env=... of ddim-sweep")
+    print(next_line("ddim-sweep" if env else "ddim-export", checkpoint=folder, env=env))
 
 
 def _check_replaceable(folder: Path) -> None:

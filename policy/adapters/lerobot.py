@@ -28,6 +28,8 @@ LAST_GROUPS = 8
 PARTS = ("diffusion.unet.", "diffusion.rgb_encoder.", "normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
 # What LeRobot adds to a standard deviation.
 EPSILON = 1e-8
+# Steps of a processor that change no values.
+NEUTRAL_STEPS = ("rename_observations_processor", "to_batch_processor", "device_processor")
 # A picture is in [0, 1] there, and in [0, 255] here.
 PIXEL = 255.0
 
@@ -304,6 +306,7 @@ def _processor(folder: Path, file: str, name: str) -> dict[str, Any] | None:
     step = next((s for s in named if isinstance(s, dict) and s.get("registry_name") == name), None)
     if step is None or not isinstance(step.get("config", {}), dict):
         raise ValueError(f"{folder / file} must name a step {name!r}, which normalises")
+    _refuse_processing(folder / file, named, step)
     state = step.get("state_file")
     tensors: dict[str, Tensor] = {}
     if state is not None:
@@ -313,6 +316,26 @@ def _processor(folder: Path, file: str, name: str) -> dict[str, Any] | None:
             )
         tensors = read_tensors(_file(folder, state))
     return {**step, "tensors": tensors}
+
+
+def _refuse_processing(file: Path, steps: Sequence[Any], normalizing: Mapping[str, Any]) -> None:
+    """Reject a processor that changes values in other ways than LeRobot's diffusion policies do."""
+    for step in steps:
+        name = step.get("registry_name") or step.get("class") if isinstance(step, dict) else step
+        if step is not normalizing and name not in NEUTRAL_STEPS:
+            raise ValueError(
+                f"{file} has the step {str(name)[:80]!r}: only processors that rename, move and normalise can be"
+                " imported"
+            )
+    config = normalizing.get("config", {})
+    if not isinstance(modes := config.get("norm_map", {}), dict):
+        raise ValueError(f"{file} must hold norm_map as a mapping; got {repr(modes)[:80]}")
+    for setting, usual in (("eps", EPSILON), ("normalize_observation_keys", None)):
+        if (value := config.get(setting, usual)) != usual:
+            raise ValueError(
+                f"{file} normalises with {setting}={str(value)[:80]}: only {setting}={usual}, LeRobot's default, can be"
+                " imported"
+            )
 
 
 def _described(found: Settings, inputs: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, str]:

@@ -6,7 +6,6 @@ output_dir/
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from policy.adapters.imported import Imported, build_policy, with_keys
 from policy.adapters.parity import Comparison, compare, read_reference
 from policy.adapters.reading import read_source
-from policy.checkpoint.files import TRAINING_RECORD, open_folder, replacing
+from policy.checkpoint.files import TRAINING_RECORD, is_checkpoint, open_folder, replacing
 from policy.checkpoint.writing import write_policy
 from policy.common.errors import ParityError
 from policy.common.markdown import markdown_table
@@ -78,7 +77,7 @@ def _check_replaceable(folder: Path) -> None:
     """Reject a place where anything but an earlier import would be lost, such as the source itself."""
     if (folder / TRAINING_RECORD).exists():
         raise ValueError(f"a training run resumes from {folder}: choose another output_dir=")
-    if os.path.lexists(folder) and not _was_imported(folder):
+    if is_checkpoint(folder) and not _was_imported(folder):
         raise ValueError(f"{folder} exists, and ddim-import did not write it: choose another output_dir=")
 
 
@@ -127,7 +126,8 @@ def _write(
     training = {
         "imported": {
             "project": imported.project,
-            "source": Path(source).name,  # the rest of the path is private
+            # The rest of a path on this machine is private; the name of a repository is not.
+            "source": Path(source).name if Path(source).expanduser().exists() else source,
             **imported.found,
         }
     }

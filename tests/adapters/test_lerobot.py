@@ -240,6 +240,32 @@ def test_a_processor_names_files_of_its_own_folder_only(tmp_path):
         read_lerobot(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"registry_name": "image_crop_resize_processor"}, "has the step 'image_crop_resize_processor': only"),
+        ({"registry_name": None, "class": "mine.Scale"}, "has the step 'mine.Scale': only processors"),
+        ({"registry_name": None}, "must name a step 'normalizer_processor'"),
+        ({"config": {"eps": 0.01}}, "normalises with eps=0.01: only eps=1e-08"),
+        ({"config": {"normalize_observation_keys": ["observation.state"]}}, "only normalize_observation_keys=None"),
+        ({"config": {"norm_map": ["MIN_MAX"]}}, "must hold norm_map as a mapping"),
+    ],
+)
+def test_a_processor_that_does_something_else_is_refused(tmp_path, changes, said):
+    folder = shutil.copytree(TINY, tmp_path / "copy")
+    file = folder / "policy_preprocessor.json"
+    content = json.loads(file.read_text())
+    *_, normalizing = content["steps"]
+    if "class" in changes or "crop" in str(changes):
+        content["steps"].append(changes)
+    else:
+        normalizing |= changes
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r".") as refused:
+        read_source(str(folder))
+    assert said in str(refused.value)
+
+
 def test_statistics_of_the_old_format_that_were_never_set_are_missing(tmp_path):
     folder = shutil.copytree(OLD, tmp_path / "copy")
     weights = load_file(folder / "model.safetensors")

@@ -17,7 +17,7 @@ from policy.adapters.unet_keys import unet_weights
 from policy.checkpoint.files import read_json, read_tensors
 from policy.model.config import PolicyConfig
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, ADAPTER = "config.json", "model.safetensors", "adapter_config.json"
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 LEROBOT_FILES = (CONFIG, WEIGHTS, "policy_*.json", "policy_*.safetensors")
 STATE, ENVIRONMENT_STATE, ACTION = "observation.state", "observation.environment_state", "action"
@@ -114,7 +114,7 @@ def _refuse(folder: Path, found: Settings) -> None:
         raise ValueError(
             f"{folder} holds a policy of the type {kind!r}; a LeRobot policy of the type 'diffusion' can be imported"
         )
-    if found.data.get("use_peft") or (folder / "adapter_config.json").exists():
+    if found.data.get("use_peft"):
         raise ValueError(f"{folder} holds adapter weights (PEFT): merge them into the policy with LeRobot first")
     kind, shape = _features(found, "output_features").get(ACTION, ("", ()))
     if len(shape) != 1:

@@ -283,11 +283,27 @@ def test_other_folders_are_named(tmp_path):
     (tmp_path / "set" / "meta").mkdir(parents=True)
     (tmp_path / "set" / "meta" / "info.json").write_text("{}")
     (tmp_path / "run" / "pretrained_model").mkdir(parents=True)
+    (tmp_path / "older" / "checkpoints" / "020000" / "pretrained_model").mkdir(parents=True)
+    (tmp_path / "older" / "checkpoints" / "010000" / "pretrained_model").mkdir(parents=True)
+    (tmp_path / "theirs" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "theirs" / "checkpoints" / "epoch=0100.ckpt").touch()
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").touch()
+    shutil.copytree(TINY, tmp_path / "cloned")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / "cloned" / "model.safetensors").write_text(pointer)
+    (tmp_path / "latest.ckpt").write_text(pointer)
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "checksums.json").write_text("{}")
     for name, said in (
         ("set", "a LeRobot dataset and not a policy"),
         ("run", r"source=.*run/pretrained_model"),
+        ("older", r"source=.*older/checkpoints/020000/pretrained_model"),
+        ("theirs", r"source=.*theirs/checkpoints/epoch=0100.ckpt"),
+        ("peft", r"adapter weights \(PEFT\): merge them"),
+        ("cloned", r"model.safetensors is a pointer of Git LFS and not the file: run `git lfs pull` there"),
+        ("cloned/config.json", r"a part of a LeRobot policy: name its folder, source=.*cloned"),
+        ("latest.ckpt", r"latest.ckpt is a pointer of Git LFS"),
         ("ours", "a checkpoint of ddim-policy already"),
         ("nowhere", r"neither a file, nor a folder, nor a repository"),
     ):

@@ -183,7 +183,7 @@ def _encoder(
     cameras = [f"diffusion.rgb_encoder.{number}." for number in range(len(pictures))]
     weights: dict[str, Tensor] = {}
     for number, prefix in enumerate(cameras if separate else ["diffusion.rgb_encoder."]):
-        weights |= prefixed(f"cameras.{number}.", _camera_weights(under(prefix, tensors)))
+        weights |= prefixed(f"cameras.{number}.", _camera_weights(found.path.parent / WEIGHTS, under(prefix, tensors)))
     backbone = describe_backbone(under("cameras.0.backbone.", weights))
     keypoints = found.take("spatial_softmax_num_keypoints", int)
     shape = next(iter(pictures.values()))
@@ -215,12 +215,12 @@ def _crop(found: Settings, resize: tuple[int, int] | None) -> tuple[int, int] | 
     return (int(resize[0] * ratio), int(resize[1] * ratio)) if ratio < 1 else None
 
 
-def _camera_weights(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _camera_weights(path: Path, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     backbone = prefixed("backbone.", backbone_weights(under("backbone.", theirs)))
     points = prefixed("pool.0.", under("pool.nets.", theirs))
     head = under("out.", theirs)
     if "weight" not in head or "weight" not in under("pool.nets.", theirs):
-        raise ValueError("its image encoder lacks weights of the spatial softmax or of the layer after it")
+        raise ValueError(f"{path} lacks weights of the image encoder: of the spatial softmax, or of the layer after it")
     sharpness = torch.ones(len(points["pool.0.weight"]), 1)
     return {
         **backbone,

@@ -14,6 +14,7 @@ from .pusht_geometry import pusht_corners as pusht_corners
 from .pusht_geometry import pusht_features as pusht_features
 from .pusht_geometry import pusht_hindsight as pusht_hindsight
 from .pusht_geometry import pusht_keypoints as pusht_keypoints
+from .pusht_geometry import pusht_keypoints_agent_pos as pusht_keypoints_agent_pos
 from .pusht_geometry import pusht_mirror as pusht_mirror
 from .pusht_geometry import pusht_state_corners as pusht_state_corners
 from .pusht_geometry import pusht_state_features as pusht_state_features

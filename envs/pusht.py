@@ -51,7 +51,7 @@ class PushTEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         Args:
             render_mode: ``None`` or ``"rgb_array"``.
             image_size: Height and width of a frame that `render` draws, in pixels; observed pictures keep their size.
-            observation: ``"features"``, ``"keypoints"``, ``"corners"`` or ``"image"``.
+            observation: ``"features"``, ``"keypoints"``, ``"keypoints_agent_pos"``, ``"corners"`` or ``"image"``.
 
         Raises:
             MissingExtraError: If gym-pusht, a system library it needs, or a pymunk below 7 is not installed.
@@ -60,6 +60,7 @@ class PushTEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         describe: dict[str, Callable[[NDArray[np.float64]], Observation]] = {
             "features": pusht_features,
             "keypoints": lambda state: {"keypoint": pusht_keypoints(state), "agent_pos": _agent_pos(state)},
+            "keypoints_agent_pos": lambda state: np.concatenate([pusht_keypoints(state), _agent_pos(state)]),
             "corners": lambda state: {"environment_state": self._corners(), "agent_pos": _agent_pos(state)},
             "image": lambda state: {"image": self._picture(), "agent_pos": _agent_pos(state)},
         }
@@ -262,6 +263,7 @@ def _observation_spaces() -> dict[str, gymnasium.Space[Any]]:
     return {
         "features": vector(FEATURE_DIM),
         "keypoints": gymnasium.spaces.Dict({"keypoint": vector(KEYPOINT_DIM), "agent_pos": vector(2)}),
+        "keypoints_agent_pos": vector(KEYPOINT_DIM + 2),
         "corners": gymnasium.spaces.Dict({"environment_state": vector(CORNER_DIM), "agent_pos": vector(2)}),
         "image": gymnasium.spaces.Dict({"image": picture, "agent_pos": vector(2)}),
     }

@@ -142,6 +142,25 @@ def pusht_agent_pos(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArr
     return {**rest, "agent_pos": state[..., :2].astype(np.float32)}
 
 
+def pusht_keypoints_agent_pos(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Turn the demonstrations' observations into those of ``observation="keypoints_agent_pos"``.
+
+    Args:
+        observations: ``"state"`` (T, 5), and ``"keypoint"`` (T, 9, 2), which is computed if it is not there; other keys
+            stay as they are.
+
+    Returns:
+        The observations with ``"state"`` (T, 20) float32: x, y of the keypoints and of the finger, as diffusion_policy
+        lists them.
+
+    Raises:
+        ValueError: If there is no such state.
+    """
+    changed = pusht_agent_pos({"keypoint": pusht_keypoints(_state_of(observations)), **observations})
+    keypoints, agent_pos = changed.pop("keypoint"), changed.pop("agent_pos")
+    return {**changed, "state": np.concatenate([keypoints, agent_pos], axis=-1)}
+
+
 def pusht_state_corners(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Turn the demonstrations' observations into those of ``observation="corners"``.
 

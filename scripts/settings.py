@@ -98,6 +98,8 @@ class Task:
             if name in parameters and isinstance(value, dict) and not (name in replaced and "name" not in value):
                 _check_node(name, value)
         known = inspect.Signature([*parameters.values(), PLUGINS])
+        for name in settings.keys() - known.parameters.keys():
+            _refuse_without_its_group(self.name, name, settings)
         check_arguments(self.name, Declaration(known, ""), settings, prefix="")
         for given, part in self.alternatives.items():
             if settings.get(given) is not None and _missing(_declared(part, settings[part]), settings[part]):
@@ -215,6 +217,13 @@ def _check_node(where: str, node: Settings) -> None:
         check_arguments(where, TARGETS[where], settings)
     elif where in TARGETS:  # names only: in a sweep, each value may be a list
         check_names(where, TARGETS[where], settings)
+
+
+def _refuse_without_its_group(where: str, name: str, settings: Settings) -> None:
+    """Reject an unknown setting that one of the command's groups has, such as `ddim_steps` for `sampler.ddim_steps`."""
+    for group, node in settings.items():
+        if isinstance(node, dict) and "_target_" in node and name in _declared(group, node).signature.parameters:
+            raise ValueError(f"unknown setting of {where} {name!r} (did you mean {group}.{name}=...?)")
 
 
 def _declared(where: str, node: Any) -> Declaration:

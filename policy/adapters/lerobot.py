@@ -17,7 +17,7 @@ from policy.adapters.unet_keys import unet_weights
 from policy.checkpoint.files import read_json, read_tensors
 from policy.model.config import PolicyConfig
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, ADAPTER = "config.json", "model.safetensors", "adapter_config.json"
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 LEROBOT_FILES = (CONFIG, WEIGHTS, "policy_*.json", "policy_*.safetensors")
 STATE, ENVIRONMENT_STATE, ACTION = "observation.state", "observation.environment_state", "action"
@@ -28,6 +28,8 @@ LAST_GROUPS = 8
 PARTS = ("diffusion.unet.", "diffusion.rgb_encoder.", "normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
 # What LeRobot adds to a standard deviation.
 EPSILON = 1e-8
+# Steps of a processor that change no values.
+NEUTRAL_STEPS = ("rename_observations_processor", "to_batch_processor", "device_processor")
 # A picture is in [0, 1] there, and in [0, 255] here.
 PIXEL = 255.0
 
@@ -112,7 +114,7 @@ def _refuse(folder: Path, found: Settings) -> None:
         raise ValueError(
             f"{folder} holds a policy of the type {kind!r}; a LeRobot policy of the type 'diffusion' can be imported"
         )
-    if found.data.get("use_peft") or (folder / "adapter_config.json").exists():
+    if found.data.get("use_peft"):
         raise ValueError(f"{folder} holds adapter weights (PEFT): merge them into the policy with LeRobot first")
     kind, shape = _features(found, "output_features").get(ACTION, ("", ()))
     if len(shape) != 1:
@@ -181,7 +183,7 @@ def _encoder(
     cameras = [f"diffusion.rgb_encoder.{number}." for number in range(len(pictures))]
     weights: dict[str, Tensor] = {}
     for number, prefix in enumerate(cameras if separate else ["diffusion.rgb_encoder."]):
-        weights |= prefixed(f"cameras.{number}.", _camera_weights(under(prefix, tensors)))
+        weights |= prefixed(f"cameras.{number}.", _camera_weights(found.path.parent / WEIGHTS, under(prefix, tensors)))
     backbone = describe_backbone(under("cameras.0.backbone.", weights))
     keypoints = found.take("spatial_softmax_num_keypoints", int)
     shape = next(iter(pictures.values()))
@@ -213,12 +215,12 @@ def _crop(found: Settings, resize: tuple[int, int] | None) -> tuple[int, int] | 
     return (int(resize[0] * ratio), int(resize[1] * ratio)) if ratio < 1 else None
 
 
-def _camera_weights(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _camera_weights(path: Path, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     backbone = prefixed("backbone.", backbone_weights(under("backbone.", theirs)))
     points = prefixed("pool.0.", under("pool.nets.", theirs))
     head = under("out.", theirs)
     if "weight" not in head or "weight" not in under("pool.nets.", theirs):
-        raise ValueError("its image encoder lacks weights of the spatial softmax or of the layer after it")
+        raise ValueError(f"{path} lacks weights of the image encoder: of the spatial softmax, or of the layer after it")
     sharpness = torch.ones(len(points["pool.0.weight"]), 1)
     return {
         **backbone,
@@ -304,6 +306,7 @@ def _processor(folder: Path, file: str, name: str) -> dict[str, Any] | None:
     step = next((s for s in named if isinstance(s, dict) and s.get("registry_name") == name), None)
     if step is None or not isinstance(step.get("config", {}), dict):
         raise ValueError(f"{folder / file} must name a step {name!r}, which normalises")
+    _refuse_processing(folder / file, named, step)
     state = step.get("state_file")
     tensors: dict[str, Tensor] = {}
     if state is not None:
@@ -313,6 +316,26 @@ def _processor(folder: Path, file: str, name: str) -> dict[str, Any] | None:
             )
         tensors = read_tensors(_file(folder, state))
     return {**step, "tensors": tensors}
+
+
+def _refuse_processing(file: Path, steps: Sequence[Any], normalizing: Mapping[str, Any]) -> None:
+    """Reject a processor that changes values in other ways than LeRobot's diffusion policies do."""
+    for step in steps:
+        name = step.get("registry_name") or step.get("class") if isinstance(step, dict) else step
+        if step is not normalizing and name not in NEUTRAL_STEPS:
+            raise ValueError(
+                f"{file} has the step {str(name)[:80]!r}: only processors that rename, move and normalise can be"
+                " imported"
+            )
+    config = normalizing.get("config", {})
+    if not isinstance(modes := config.get("norm_map", {}), dict):
+        raise ValueError(f"{file} must hold norm_map as a mapping; got {repr(modes)[:80]}")
+    for setting, usual in (("eps", EPSILON), ("normalize_observation_keys", None)):
+        if (value := config.get(setting, usual)) != usual:
+            raise ValueError(
+                f"{file} normalises with {setting}={str(value)[:80]}: only {setting}={usual}, LeRobot's default, can be"
+                " imported"
+            )
 
 
 def _described(found: Settings, inputs: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -10,13 +11,25 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from policy.adapters.diffusion_policy import read_diffusion_policy
 from policy.adapters.imported import Imported
-from policy.adapters.lerobot import CONFIG, LEROBOT_FILES, read_lerobot
+from policy.adapters.lerobot import ADAPTER, CONFIG, LEROBOT_FILES, WEIGHTS, read_lerobot
 from policy.checkpoint.files import CHECKSUMS, refusing
 
 # Owner and name of a repository, as the Hub allows them.
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Where the projects' trainings leave a policy inside their own folders.
-INSIDE = ("pretrained_model", "checkpoints/last/pretrained_model", "checkpoints/latest.ckpt")
+# Where the projects' trainings leave policies inside their own folders, the newest first.
+INSIDE = (
+    "pretrained_model",
+    "last/pretrained_model",
+    "checkpoints/last/pretrained_model",
+    "*/pretrained_model",
+    "checkpoints/*/pretrained_model",
+    "latest.ckpt",
+    "checkpoints/latest.ckpt",
+    "*.ckpt",
+    "checkpoints/*.ckpt",
+)
+# What `git clone` leaves in place of a large file where Git LFS is not installed.
+POINTER = b"version https://git-lfs"
 
 
 def read_source(source: str, *, average: bool = True) -> Imported:
@@ -35,6 +48,7 @@ def read_source(source: str, *, average: bool = True) -> Imported:
     path = Path(source).expanduser()
     with refusing(path):
         if path.is_file():
+            _refuse_other_files(path)
             return read_diffusion_policy(path, average=average)
         if not path.exists():
             path = _downloaded(source)
@@ -44,15 +58,32 @@ def read_source(source: str, *, average: bool = True) -> Imported:
         return read_lerobot(path)
 
 
+def _refuse_other_files(file: Path) -> None:
+    _refuse_pointers([file])
+    if file.name in (CONFIG, WEIGHTS):
+        raise ValueError(f"{file} is a part of a LeRobot policy: name its folder, source={file.parent}")
+
+
+def _refuse_pointers(files: Iterable[Path]) -> None:
+    for file in files:
+        if file.is_file():  # opening a pipe would block
+            with file.open("rb") as opened:
+                if opened.read(len(POINTER)) == POINTER:
+                    raise ValueError(f"{file} is a pointer of Git LFS and not the file: run `git lfs pull` there")
+
+
 def _refuse_other_folders(folder: Path) -> None:
     if (folder / CHECKSUMS).exists():
         raise ValueError(f"{folder} is a checkpoint of ddim-policy already: use checkpoint={folder}")
     if (folder / "meta" / "info.json").exists():
         raise ValueError(f"{folder} is a LeRobot dataset and not a policy: name the policy's own folder")
+    if (folder / ADAPTER).exists():
+        raise ValueError(f"{folder} holds adapter weights (PEFT): merge them into the policy with LeRobot first")
     if not (folder / CONFIG).is_file():
-        inside = next((folder / place for place in INSIDE if (folder / place).exists()), None)
+        inside = next((found for place in INSIDE for found in sorted(folder.glob(place), reverse=True)), None)
         hint = f"source={inside}" if inside else f"a LeRobot folder with {CONFIG}, or a .ckpt file of diffusion_policy"
         raise ValueError(f"{folder} holds no policy: name {hint}")
+    _refuse_pointers(sorted(folder.glob("*.safetensors")))
 
 
 def _downloaded(source: str) -> Path:

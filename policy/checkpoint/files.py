@@ -27,6 +27,8 @@ TRAINING_WEIGHTS, TRAINING_RECORD = "training.safetensors", "training.json"
 MAX_BYTES = {CONFIG: 2**20, CHECKSUMS: 2**16, TRAINING_RECORD: 2**28, WEIGHTS: 2**34, TRAINING_WEIGHTS: 2**36}
 # Limit of a safetensors file's header: enough for some 30,000 tensors.
 MAX_HEADER_BYTES = 2**22
+# How to use a policy that this package did not write.
+OF_ANOTHER_PROJECT = "turn the policy of another project into one with ddim-import"
 # Limit of an error message's length, because a message may quote text of any length from a file.
 MAX_MESSAGE = 600
 
@@ -79,11 +81,15 @@ def open_folder(folder: Path, root: Path | None = None) -> Folder:
     """
     # A run killed between the two renames of `replacing` leaves its last good checkpoint under this name.
     path = folder if folder.exists() or not _beside(folder, "old").exists() else _beside(folder, "old")
+    if path.is_file():
+        raise ValueError(f"{path} is a file, and a checkpoint is a folder: {OF_ANOTHER_PROJECT} source={path}")
     if not os.path.lexists(path / CONFIG):
         raise ValueError(f"no checkpoint at {folder}: give the folder that ddim-train names")
     root = Path(os.path.realpath(root or path))
     config = read_json(_regular(path, CONFIG, root))
-    schema = config.get("schema_version")
+    if "schema_version" not in config:
+        raise ValueError(f"{path} is not a checkpoint of ddim-policy: {OF_ANOTHER_PROJECT} source={path}")
+    schema = config["schema_version"]
     if type(schema) is not int or not 1 <= schema <= SCHEMA_VERSION:
         newer = type(schema) is int and schema > SCHEMA_VERSION
         advice = "upgrade ddim-policy to the version that wrote it, or newer" if newer else "use another checkpoint"

@@ -14,7 +14,7 @@ from typing import Any
 from policy.adapters.imported import Imported, build_policy, with_keys
 from policy.adapters.parity import Comparison, compare, read_reference
 from policy.adapters.reading import read_source
-from policy.checkpoint.files import TRAINING_RECORD, replacing
+from policy.checkpoint.files import TRAINING_RECORD, is_checkpoint, open_folder, replacing
 from policy.checkpoint.writing import write_policy
 from policy.common.errors import ParityError
 from policy.common.markdown import markdown_table
@@ -52,8 +52,8 @@ def import_checkpoint(
         ValueError: the source cannot be imported, or does not fit the environment.
         ParityError: an output of the imported policy differs from `verify`.
     """
-    if output_dir and (output_dir.expanduser() / CHECKPOINT / TRAINING_RECORD).exists():
-        raise ValueError(f"a training run resumes from {output_dir / CHECKPOINT}: choose another output_dir=")
+    if output_dir:
+        _check_replaceable(output_dir.expanduser() / CHECKPOINT)
     reference = None if verify is None else read_reference(verify)
     read = read_source(source, average=average)
     imported = with_keys(read, keys or {})
@@ -61,14 +61,32 @@ def import_checkpoint(
     print(_described(imported, policy, source))
     if env:
         with closing(make_env(**env)) as made:
-            check_spaces(imported.config, made)
+            check_spaces(imported.config, made, keys)
     if reference is not None:
         ours = dict(zip(read.config.observation_shapes, imported.config.observation_shapes, strict=True))
         _verify(compare(policy, reference, keys=ours, execution_horizon=imported.execution_horizon), source)
     folder = output_folder(output_dir, "import") / CHECKPOINT
     _write(folder, imported, policy, source, env)
     print(f"checkpoint: {folder}")
-    print(next_line("ddim-sweep", checkpoint=folder, env=env))
+    if not env:
+        print("no environment is known: import again with env=..., or choose one with env=... of ddim-sweep")
+    print(next_line("ddim-sweep" if env else "ddim-export", checkpoint=folder, env=env))
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Reject a place where anything but an earlier import would be lost, such as the source itself."""
+    if (folder / TRAINING_RECORD).exists():
+        raise ValueError(f"a training run resumes from {folder}: choose another output_dir=")
+    if is_checkpoint(folder) and not _was_imported(folder):
+        raise ValueError(f"{folder} exists, and ddim-import did not write it: choose another output_dir=")
+
+
+def _was_imported(folder: Path) -> bool:
+    try:
+        training = open_folder(folder).config.get("training")
+    except ValueError:  # it is not a checkpoint of ours
+        return False
+    return isinstance(training, dict) and "imported" in training
 
 
 def _described(imported: Imported, policy: DiffusionPolicy, source: str) -> str:
@@ -108,7 +126,8 @@ def _write(
     training = {
         "imported": {
             "project": imported.project,
-            "source": Path(source).name,  # the rest of the path is private
+            # The rest of a path on this machine is private; the name of a repository is not.
+            "source": Path(source).name if Path(source).expanduser().exists() else source,
             **imported.found,
         }
     }

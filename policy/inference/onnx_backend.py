@@ -119,10 +119,11 @@ class OnnxModel:
             _optimised(here / PACKED, check=True)
         except Exception as error:  # the runtime has no type of its own for a full disk
             shutil.rmtree(here, ignore_errors=True)
-            version = onnxruntime.__version__  # up to 1.24 at least, it loses the Scan's body
+            version = onnxruntime.__version__  # before 1.31, it loses the Scan's body
+            reason = " ".join(str(error).split())[:100]  # the runtime may quote a whole node
             warnings.warn(
                 f"each process holds its own copy of the weights, because ONNX Runtime {version} cannot write them to"
-                f" {folder} ({error}): a folder with room in TMPDIR, or a newer onnxruntime, saves that memory",
+                f" {folder} ({reason}): a folder with room in TMPDIR, or onnxruntime 1.31 or newer, saves that memory",
                 stacklevel=2,
             )
             return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,12 +60,13 @@ class _Running(_Tally):
     controller: RecedingHorizonController
 
 
-def check_spaces(config: PolicyConfig, env: Env) -> None:
+def check_spaces(config: PolicyConfig, env: Env, names: Mapping[str, str] | None = None) -> None:
     """Reject an environment whose spaces do not fit the policy.
 
     Args:
         config: the policy's configuration.
         env: the environment.
+        names: the name in its source of each observation that was renamed, if the policy is being imported.
 
     Raises:
         ValueError: a key or shape differs; the message names both sides, and the choice and keys that would fit.
@@ -74,7 +76,7 @@ def check_spaces(config: PolicyConfig, env: Env) -> None:
     if shapes != wanted:
         raise ValueError(
             f"the environment's observations {_describe(shapes)} do not fit the policy's {_describe(wanted)}:"
-            f" choose the env= that the demonstrations came from{_what_fits(wanted, env)}"
+            f" choose the env= that the demonstrations came from{_what_fits(wanted, env, names or {})}"
         )
     if env.action_space.shape != (config.action_dim,):
         raise ValueError(
@@ -98,18 +100,19 @@ def _shapes(space: gymnasium.Space[Any]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(part.shape or ()) for key, part in spaces.items()}
 
 
-def _what_fits(wanted: Mapping[str, tuple[int, ...]], env: Env) -> str:
+def _what_fits(wanted: Mapping[str, tuple[int, ...]], env: Env, names: Mapping[str, str]) -> str:
     """Say under which names an environment fits, or with which of the observations that its setting offers."""
     offered = {"it fits": env.observation_space}
     for value, space in getattr(env.unwrapped, "observation_spaces", {}).items():
         offered[f"env.observation={value} fits"] = space
     for fits, space in offered.items():
         if keys := fitting_keys(wanted, _shapes(space)):
-            names = (
-                f" under other names: keys={describe_keys(keys)} of ddim-import, or the same as"
-                " dataset.observation_keys of ddim-train"
+            setting = f"keys={describe_keys({ours: names.get(theirs, theirs) for ours, theirs in keys.items()})}"
+            renamed = (
+                f" under other names: {shlex.quote(setting)} of ddim-import, or the same as dataset.observation_keys"
+                " of ddim-train"
             )
-            return f"; {fits}{names if any(ours != theirs for ours, theirs in keys.items()) else ''}"
+            return f"; {fits}{renamed if any(ours != theirs for ours, theirs in keys.items()) else ''}"
     return ""
 
 

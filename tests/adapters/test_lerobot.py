@@ -240,6 +240,32 @@ def test_a_processor_names_files_of_its_own_folder_only(tmp_path):
         read_lerobot(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"registry_name": "image_crop_resize_processor"}, "has the step 'image_crop_resize_processor': only"),
+        ({"registry_name": None, "class": "mine.Scale"}, "has the step 'mine.Scale': only processors"),
+        ({"registry_name": None}, "must name a step 'normalizer_processor'"),
+        ({"config": {"eps": 0.01}}, "normalises with eps=0.01: only eps=1e-08"),
+        ({"config": {"normalize_observation_keys": ["observation.state"]}}, "only normalize_observation_keys=None"),
+        ({"config": {"norm_map": ["MIN_MAX"]}}, "must hold norm_map as a mapping"),
+    ],
+)
+def test_a_processor_that_does_something_else_is_refused(tmp_path, changes, said):
+    folder = shutil.copytree(TINY, tmp_path / "copy")
+    file = folder / "policy_preprocessor.json"
+    content = json.loads(file.read_text())
+    *_, normalizing = content["steps"]
+    if "class" in changes or "crop" in str(changes):
+        content["steps"].append(changes)
+    else:
+        normalizing |= changes
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r".") as refused:
+        read_source(str(folder))
+    assert said in str(refused.value)
+
+
 def test_statistics_of_the_old_format_that_were_never_set_are_missing(tmp_path):
     folder = shutil.copytree(OLD, tmp_path / "copy")
     weights = load_file(folder / "model.safetensors")
@@ -257,11 +283,27 @@ def test_other_folders_are_named(tmp_path):
     (tmp_path / "set" / "meta").mkdir(parents=True)
     (tmp_path / "set" / "meta" / "info.json").write_text("{}")
     (tmp_path / "run" / "pretrained_model").mkdir(parents=True)
+    (tmp_path / "older" / "checkpoints" / "020000" / "pretrained_model").mkdir(parents=True)
+    (tmp_path / "older" / "checkpoints" / "010000" / "pretrained_model").mkdir(parents=True)
+    (tmp_path / "theirs" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "theirs" / "checkpoints" / "epoch=0100.ckpt").touch()
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").touch()
+    shutil.copytree(TINY, tmp_path / "cloned")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / "cloned" / "model.safetensors").write_text(pointer)
+    (tmp_path / "latest.ckpt").write_text(pointer)
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "checksums.json").write_text("{}")
     for name, said in (
         ("set", "a LeRobot dataset and not a policy"),
         ("run", r"source=.*run/pretrained_model"),
+        ("older", r"source=.*older/checkpoints/020000/pretrained_model"),
+        ("theirs", r"source=.*theirs/checkpoints/epoch=0100.ckpt"),
+        ("peft", r"adapter weights \(PEFT\): merge them"),
+        ("cloned", r"model.safetensors is a pointer of Git LFS and not the file: run `git lfs pull` there"),
+        ("cloned/config.json", r"a part of a LeRobot policy: name its folder, source=.*cloned"),
+        ("latest.ckpt", r"latest.ckpt is a pointer of Git LFS"),
         ("ours", "a checkpoint of ddim-policy already"),
         ("nowhere", r"neither a file, nor a folder, nor a repository"),
     ):

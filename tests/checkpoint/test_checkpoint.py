@@ -286,6 +286,14 @@ def test_another_schema_is_refused_with_both_versions_and_advice(saved, version,
         load_checkpoint(saved)
 
 
+def test_the_policy_of_another_project_has_to_be_imported(tmp_path):
+    (tmp_path / "config.json").write_text('{"type": "diffusion"}')
+    (tmp_path / "latest.ckpt").touch()
+    for path in (tmp_path, tmp_path / "latest.ckpt"):
+        with pytest.raises(ValueError, match=f"into one with ddim-import source={path}$"):
+            load_checkpoint(path)
+
+
 def test_resuming_from_another_schema_is_refused(demonstrations, saved):
     edit(saved, lambda config: config.update(schema_version=3))
     with pytest.raises(ValueError, match="schema 3"):

@@ -128,6 +128,7 @@ def test_multirun_may_stand_anywhere(run_command, monkeypatch, tmp_path):
         ("rollout", ["checkpoint=x", "device=cudda"], "'cuda'"),
         ("rollout", ["env=metawrld"], "'metaworld'"),
         ("export", ["checkpoint=x", "format=onx"], "'onnx'"),
+        ("rollout", ["checkpoint=x", "ddim_steps=2"], "sampler.ddim_steps=...?"),
         ("train", ["--output-dir=x"], "output_dir="),
         ("train", ["--multrun"], "'--multirun'"),
         ("train", ["--config-name", "trian"], "'train'"),

@@ -199,7 +199,7 @@ def test_an_action_that_is_not_two_finite_numbers_is_refused(action):
         env.step(action)
 
 
-KINDS = ["features", "keypoints", "corners", "image"]
+KINDS = ["features", "keypoints", "keypoints_agent_pos", "corners", "image"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -227,6 +227,12 @@ def test_every_observation_is_of_the_same_physics():
             pose = [*described[:4], np.arctan2(described[5], described[4])]
             np.testing.assert_allclose(pointed["keypoint"], envs.pusht_keypoints(pose), atol=1e-3)
             described, pointed, seen = (env.step(target)[0] for env in (features, keypoints, image))
+
+
+def test_one_vector_holds_the_keypoints_and_then_the_finger():
+    apart, joined = (envs.make("pusht", observation=kind) for kind in ("keypoints", "keypoints_agent_pos"))
+    seen, state = apart.reset(seed=3)[0], joined.reset(seed=3)[0]
+    np.testing.assert_array_equal(state, [*seen["keypoint"], *seen["agent_pos"]])
 
 
 def test_the_picture_is_gym_pushts_own():
@@ -315,6 +321,12 @@ def test_demonstrations_become_what_the_environment_gives():
         space = envs.make("pusht", observation=kind).observation_space
         assert space.contains({key: values[0] for key, values in given.items()})
     np.testing.assert_array_equal(changed["keypoint"].reshape(4, 9, 2), keypoints)
+    for given in ({"state": states}, {"state": states, "keypoint": keypoints}):
+        joined = envs.pusht_keypoints_agent_pos(given)
+        assert list(joined) == ["state"]
+        np.testing.assert_allclose(joined["state"][:, :18], changed["keypoint"], atol=0.6)
+        np.testing.assert_array_equal(joined["state"][:, 18:], states[:, :2])
+        assert envs.make("pusht", observation="keypoints_agent_pos").observation_space.contains(joined["state"][0])
     np.testing.assert_array_equal(shown["agent_pos"], states[:, :2])
     np.testing.assert_array_equal(cornered["environment_state"], features["state"][:, 6:22])
 
@@ -338,7 +350,10 @@ def test_pictures_drawn_of_states_are_those_that_the_environment_shows():
         envs.pusht_pictures({"state": state[None], "img": shown["image"][None]})
 
 
-@pytest.mark.parametrize("transform", [envs.pusht_state_features, envs.pusht_agent_pos, envs.pusht_state_corners])
+@pytest.mark.parametrize(
+    "transform",
+    [envs.pusht_state_features, envs.pusht_agent_pos, envs.pusht_keypoints_agent_pos, envs.pusht_state_corners],
+)
 def test_a_transform_names_what_it_misses(transform):
     with pytest.raises(ValueError, match=r"need the key 'state'.* got action, img"):
         transform({"img": np.zeros(1), "action": np.zeros(1)})

@@ -309,14 +309,14 @@ def test_fitting_spaces_are_accepted():
         (
             {"observation_shapes": {"observation.state": (3,)}},
             Counter(),
-            r"came from; it fits under other names: keys=\{state: observation.state\} of ddim-import",
+            r"came from; it fits under other names: 'keys=\{state: observation.state\}' of ddim-import",
         ),
         ({}, Dictionary(), r"observations a \(3,\), b \(3,\) do not fit the policy's state \(3,\)"),
         ({"observation_shapes": {"a": (3,), "b": (3,)}}, Several(), r"came from; env\.observation=two fits$"),
         (
             {"observation_shapes": {"a": (3,), "box": (3,)}},
             Several(),
-            r"env\.observation=two fits under other names: keys=\{a: a, b: box\} of ddim-import",
+            r"env\.observation=two fits under other names: 'keys=\{a: a, b: box\}' of ddim-import",
         ),
         ({"observation_shapes": {"a": (7,)}}, Several(), r"demonstrations came from$"),
         ({"action_dim": 3}, Counter(), r"actions have shape \(2,\), the policy's \(3,\): choose the env="),
@@ -325,6 +325,12 @@ def test_fitting_spaces_are_accepted():
 def test_spaces_that_do_not_fit_are_refused_naming_both_sides(change, env, message):
     with pytest.raises(ValueError, match=message):
         check_spaces(dataclasses.replace(CONFIG, **change), env)
+
+
+def test_the_mapping_that_fits_names_the_observations_of_the_source():
+    renamed = dataclasses.replace(CONFIG, observation_shapes={"agent": (3,)})
+    with pytest.raises(ValueError, match=r"'keys=\{state: observation.state\}' of ddim-import"):
+        check_spaces(renamed, Counter(), {"agent": "observation.state"})
 
 
 def test_threads_are_put_back_also_after_an_error():

@@ -187,10 +187,10 @@ def sweep(
                     looks=planned if several else planned[-1:],
                     margin=margin,
                     alpha=0,
+                    recipes=tuple(map(len, groups)) if max(map(len, recipes)) > 1 else (),
                 )
 
             refresh = partial(_refresh, page, cells, ledger, stage.seeds) if page else lambda: None
-            refresh()
             plan, mixed = run_looks(
                 *(stage, cells, wanted, ledger, num_envs, on_env_error),
                 workers=workers,
@@ -220,6 +220,7 @@ def sweep(
             paired=not unpaired,
             left_out=left_out,
             plan=plan,
+            alpha=plan.alpha,
             made_with=made_with,
             members=[[str(cell.checkpoint.path) for cell in group] for group in groups],
         )

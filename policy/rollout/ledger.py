@@ -232,6 +232,11 @@ class Ledger:
         """The ids of the cells that have results."""
         return {cell for cell, results in self._results.items() if results}
 
+    def span(self, cells: Iterable[str]) -> range:
+        """The seeds from the first to the last that one of these cells has a result for; at least one has results."""
+        seeds = [seed for cell in cells for seed in self._results.get(cell, {})]
+        return range(min(seeds), max(seeds) + 1)
+
     def add(self, cell: str, result: EpisodeResult) -> None:
         """Write down an episode's result.
 

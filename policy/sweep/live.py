@@ -20,7 +20,8 @@ class LivePage:
     """A sweep's report before its end; it recommends nothing, because the episodes do not suffice yet.
 
     Args:
-        path: the HTML file, which the report replaces at the end.
+        path: the HTML file, which the report replaces at the end. One that is there stays until the sweep runs: the
+            command may be refused yet, or another process may write it.
         title: says what is swept.
         settings: further facts, by name.
     """
@@ -29,7 +30,9 @@ class LivePage:
         self._path, self._title, self._settings = path, title, settings
         self._rows: list[Row] = []
         self._budget = Budget()
-        self.write("The sweep begins.")
+        self._ours = False
+        if not path.exists():
+            self.write("The sweep begins.")
 
     def refresh(self, rows: Callable[[], list[Row]], total: int) -> None:
         """Write the page again, unless it was written a moment ago.
@@ -47,6 +50,7 @@ class LivePage:
 
     def write(self, answer: str) -> None:
         """Write the page with a sentence at its head, and the rows of before."""
+        self._ours = True
         write_report(
             self._path,
             self._rows,
@@ -55,6 +59,11 @@ class LivePage:
             without_clips="Episodes are recorded at the end.",
             settings=self._settings,
         )
+
+    def stop(self) -> None:
+        """Say on the page, if it was written, that the sweep did not come to its end."""
+        if self._ours:
+            self.write("The sweep stopped before its end: the same command with the same output_dir goes on.")
 
 
 def rows_so_far(cells: Sequence[SweepCell], results: Sequence[Sequence[EpisodeResult]]) -> list[Row]:
@@ -87,5 +96,5 @@ def live_page(path: Path, title: str, settings: dict[str, Any]) -> Iterator[Live
         try:
             yield page
         except BaseException:
-            page.write("The sweep stopped before its end: the same command with the same output_dir goes on.")
+            page.stop()
             raise

@@ -151,9 +151,22 @@ def test_a_later_plan_has_less_left_to_be_wrong():
     plan = LookPlan(
         asked=(), max_ms=None, left_out="", cells=(), cost=(), seed=0, looks=(200,), margin=0.05, alpha=1e-12
     )
-    concluded = conclude(dataclasses.replace(swept_recipes(), plan=plan), 0.05)
+    concluded = conclude(dataclasses.replace(swept_recipes(), plan=plan, alpha=plan.alpha), 0.05)
     assert "not worse" not in [cell["not_worse"] for cell in concluded.rows]
     assert concluded.advice.confidence == 0.95
+
+
+def test_a_merge_has_no_more_left_to_be_wrong_than_the_sweeps_that_it_merges(tmp_path):
+    plan = LookPlan(
+        asked=(), max_ms=None, left_out="", cells=(), cost=(), seed=0, looks=(200,), margin=0.05, alpha=1e-12
+    )
+    swept = dataclasses.replace(swept_recipes(), plan=plan, alpha=plan.alpha)
+    concluded = conclude(swept, 0.05)
+    write_files(tmp_path, concluded.rows, concluded.episodes, concluded.summary)
+    merged = conclude(read_swept([tmp_path]), 0.05)
+    assert merged.advice.cell is concluded.advice.cell is None
+    write_files(tmp_path, merged.rows, merged.episodes, merged.summary)
+    assert read_swept([tmp_path]).alpha == plan.alpha  # also of a merge of merges
 
 
 def test_a_recipe_is_left_out_as_a_whole(monkeypatch, tmp_path):

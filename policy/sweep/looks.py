@@ -8,6 +8,7 @@ from what is left, so that all answers on one ledger together keep the promise.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,7 +121,15 @@ def settle(ledger: Ledger, wanted: LookPlan) -> LookPlan:
     if found := next((plan for plan in earlier if dataclasses.replace(plan, alpha=wanted.alpha) == wanted), None):
         return found
     _check_choice(ledger, wanted, earlier)
-    return dataclasses.replace(wanted, alpha=stage_alpha(len(earlier) + 1))
+    return dataclasses.replace(wanted, alpha=_alpha_left(ledger, earlier))
+
+
+def _alpha_left(ledger: Ledger, earlier: Sequence[LookPlan]) -> float:
+    """What the next plan may spend; a plan whose line was removed, as a damaged one may be, has still been spent."""
+    if not earlier:
+        return stage_alpha(2 if ledger.began_checked else 1)
+    spent = min(plan.alpha for plan in earlier)
+    return next(alpha for alpha in map(stage_alpha, itertools.count(len(earlier) + 1)) if alpha < spent)
 
 
 def _check_choice(ledger: Ledger, wanted: LookPlan, earlier: Sequence[LookPlan]) -> None:

@@ -143,6 +143,21 @@ def test_a_ledger_without_a_plan_is_compared_on_all_its_episodes(tmp_path):
         assert settle(ledger, wish(ledger, looks=(100,))).looks == (100,)
 
 
+def test_a_plan_whose_line_was_removed_stays_spent(tmp_path):
+    file = tmp_path / "episodes.jsonl"
+    with Ledger(file) as ledger:
+        first = planned(ledger)
+        run(first, ledger, 10)
+        second = planned(ledger, margin=0.1)
+    lines = file.read_text().splitlines(keepends=True)
+    plans = [line for line in lines if "looks" in line]
+    for lost in (plans[:1], plans):
+        file.write_text("".join(line for line in lines if line not in lost))
+        with Ledger(file) as ledger:
+            assert settle(ledger, wish(ledger, looks=(120,))).alpha <= second.alpha
+            assert settle(ledger, wish(ledger, looks=(120,))).alpha < first.alpha
+
+
 def test_cells_that_cannot_be_paired_and_ledgers_of_earlier_versions_are_compared_once(tmp_path):
     with Ledger(tmp_path / "new.jsonl") as ledger:
         assert can_stop_early(ledger)

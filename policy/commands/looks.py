@@ -120,7 +120,7 @@ def run_looks(
         on_env_error: what to do with an episode that broke off.
         workers: number of processes; by default one per core.
         mix: see `settle_provenance`.
-        after_each: called after each episode.
+        after_each: called before the first episode, and after each.
 
     Returns:
         The plan, and the warnings of `settle_provenance`.
@@ -154,6 +154,7 @@ def _run_all(
 ) -> None:
     total, finished = len(cells) * plan.looks[-1], _finished(plan, ledger)
     say_on_disk(finished, total)
+    after_each()
     with progress(total=total, initial=finished, desc="sweep", unit="episode") as bar:
         while tasks := missing_tasks(plan, ledger):
             run_tasks(pool, cells, plan.cells, tasks, ledger, on_env_error, bar, after_each)

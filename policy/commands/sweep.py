@@ -179,7 +179,6 @@ def sweep(
                 margin=margin,
             )
             refresh = partial(_refresh, page, groups, ledger, stage.seeds) if page else lambda: None
-            refresh()
             plan, mixed = run_looks(
                 *(stage, cells, wanted, ledger, num_envs, on_env_error),
                 workers=workers,
@@ -198,6 +197,7 @@ def sweep(
             paired=not unpaired,
             left_out=left_out,
             plan=plan,
+            alpha=plan.alpha,
             made_with=made_with,
             members=[[str(cell.checkpoint.path) for cell in group] for group in groups],
         )

@@ -117,6 +117,7 @@ class Ledger:
         self.unpaired = ""  # why equal seeds are not equal episodes, as a sentence; empty if nothing says so
         self.path = file
         self.plans: list[Settings] = []  # in the order in which they were made
+        self.began_checked = False  # whether a version that writes checksums has left episodes here
         try:
             self._file = file.open("a+b")
             ours = lock_descriptor(self._file.fileno(), blocking=False)
@@ -148,6 +149,7 @@ class Ledger:
             try:
                 row, checked = _row_of(line, checked)
                 _kind_of(row)(self, row)
+                self.began_checked |= checked and "seed" in row
             except _RepeatedError as error:
                 raise ValueError(f"{self.path}, line {number} repeats {error}: remove one of the two") from error
             except (ValueError, KeyError, TypeError) as error:
@@ -231,6 +233,11 @@ class Ledger:
     def finished(self) -> set[str]:
         """The ids of the cells that have results."""
         return {cell for cell, results in self._results.items() if results}
+
+    def span(self, cells: Iterable[str]) -> range:
+        """The seeds from the first to the last that one of these cells has a result for; at least one has results."""
+        seeds = [seed for cell in cells for seed in self._results.get(cell, {})]
+        return range(min(seeds), max(seeds) + 1)
 
     def add(self, cell: str, result: EpisodeResult) -> None:
         """Write down an episode's result.

@@ -52,13 +52,12 @@ class Comparison:
             return self.differences(best)
         return compare_with_best(self.success, best, paired=self.paired)
 
-    def recommend(self, margin: float, plan: LookPlan | None) -> Advice:
-        """Recommend a cell, as the plan says; without one, as for cells that are looked at once."""
+    def recommend(self, margin: float, plan: LookPlan | None, alpha: float) -> Advice:
+        """Recommend a cell, as the plan says; without one, as for cells that are looked at once at level `alpha`."""
         cost = costs_of(self.rows)
         if not has_recipes(self.rows):
-            return advice_on(self.success, cost, margin, plan, paired=self.paired)
-        level = plan.alpha if plan else ERROR
-        advice = recommend_recipes(self._by_seed, self._recipes, cost, margin=margin, confidence=1 - level)
+            return advice_on(self.success, cost, margin, plan, alpha=alpha, paired=self.paired)
+        advice = recommend_recipes(self._by_seed, self._recipes, cost, margin=margin, confidence=1 - alpha)
         return dataclasses.replace(advice, confidence=1 - ERROR)  # of all plans on the ledger together
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 from policy.rollout.provenance import Provenance, describe_provenance
 from policy.statistics.paired import PairedDifference
 from policy.statistics.results import EpisodeResult, describe_broken
+from policy.statistics.sequential import ERROR
 from policy.sweep.comparison import Advice, Comparison, words_of
 from policy.sweep.grid import Row, costs_of, uniform, varying
 from policy.sweep.looks import LookPlan, describe_saving, success_of
@@ -30,6 +31,7 @@ class Swept:
         paired: whether equal seeds are equal episodes.
         left_out: a sentence about the cells that were too slow to take part, see `within`; empty without any.
         plan: the plan of looks; None for merged sweeps.
+        alpha: the probability of a wrong recommendation that the plan may spend, or that the merged sweeps left.
         made_with: what the episodes were run with, each provenance once.
         members: the checkpoints of each cell, where a cell may be a recipe.
     """
@@ -41,6 +43,7 @@ class Swept:
     paired: bool = True
     left_out: str = ""
     plan: LookPlan | None = None
+    alpha: float = ERROR
     made_with: list[Provenance] = field(default_factory=list)
     members: list[list[str]] = field(default_factory=list)
 
@@ -66,6 +69,7 @@ class Conclusion:
         episodes: one row per episode, of all cells.
         env: settings of the environment.
         plan: see `Swept`.
+        alpha: see `Swept`.
         margin: see `recommend`.
         advice: the recommendation.
         answer: the recommendation in a sentence, with its figures.
@@ -82,6 +86,7 @@ class Conclusion:
     episodes: list[Row]
     env: dict[str, Any]
     plan: LookPlan | None
+    alpha: float
     margin: float
     advice: Advice
     answer: str
@@ -112,7 +117,13 @@ class Conclusion:
             "left_out": self.left_out,
         }
         return {
-            **{"env": self.env, "margin": self.margin, "answer": self.answer, "intervals": self.scope},
+            **{
+                "env": self.env,
+                "margin": self.margin,
+                "alpha": self.alpha,
+                "answer": self.answer,
+                "intervals": self.scope,
+            },
             "made_with": self.made_with,
             **{name: value for name, value in optional.items() if value},
             **({} if self.paired else {"paired": False}),
@@ -162,12 +173,12 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
     rows = uniform(swept.rows)
     success = success_of(swept.results)
     compared = Comparison(rows=rows, success=success, paired=swept.paired)
-    advice = compared.recommend(margin, swept.plan)
+    advice = compared.recommend(margin, swept.plan, swept.alpha)
     differences = [
         {"difference": c.difference, "difference_low": c.low, "difference_high": c.high, "p_value": c.adjusted_p_value}
         for c in compared.with_best(advice.best)
     ]
-    saving = describe_saving(swept.plan, swept.results) if swept.plan else ""
+    saving = describe_saving(swept.plan, swept.results, decided=advice.cell is not None) if swept.plan else ""
     return Conclusion(
         title=title_of(swept.env),
         rows=[
@@ -177,6 +188,7 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
         episodes=swept.episodes,
         env=swept.env,
         plan=swept.plan,
+        alpha=swept.alpha,
         margin=margin,
         advice=advice,
         answer=" ".join(filter(None, [answer_of(rows, advice), saving, swept.left_out])),

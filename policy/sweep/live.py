@@ -25,7 +25,8 @@ class LivePage:
     """A sweep's report before its end; it recommends nothing, because the episodes do not suffice yet.
 
     Args:
-        path: the HTML file, which the report replaces at the end.
+        path: the HTML file, which the report replaces at the end. One that is there stays until the sweep runs: the
+            command may be refused yet, or another process may write it.
         title: says what is swept.
         settings: further facts, by name.
     """
@@ -34,7 +35,9 @@ class LivePage:
         self._path, self._title, self._settings = path, title, settings
         self._rows: list[Row] = []
         self._budget = Budget()
-        self.write("The sweep begins.")
+        self._ours = False
+        if not path.exists():
+            self.write("The sweep begins.")
 
     def refresh(
         self,
@@ -59,6 +62,7 @@ class LivePage:
 
     def write(self, answer: str) -> None:
         """Write the page with a sentence at its head, and the rows of before."""
+        self._ours = True
         write_report(
             self._path,
             self._rows,
@@ -67,6 +71,11 @@ class LivePage:
             without_clips="Episodes are recorded at the end.",
             settings=self._settings,
         )
+
+    def stop(self) -> None:
+        """Say on the page, if it was written, that the sweep did not come to its end."""
+        if self._ours:
+            self.write("The sweep stopped before its end: the same command with the same output_dir goes on.")
 
 
 def rows_so_far(
@@ -111,5 +120,5 @@ def live_page(path: Path, title: str, settings: dict[str, Any]) -> Iterator[Live
         try:
             yield page
         except BaseException:
-            page.write("The sweep stopped before its end: the same command with the same output_dir goes on.")
+            page.stop()
             raise

@@ -8,6 +8,7 @@ further plan from what is left, so that all answers on one ledger together keep 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,8 +76,10 @@ class LookPlan:
         try:
             whole = {"recipes": [1] * len(row["cells"]), **row}
             lists = ("asked", "cells", "recipes", "cost", "looks")
-            return LookPlan(**{**whole, **{name: tuple(whole[name]) for name in lists}})
-        except (KeyError, TypeError) as error:
+            plan = LookPlan(**{**whole, **{name: tuple(whole[name]) for name in lists}})
+            Plan(looks=plan.looks, margin=plan.margin, alpha=plan.alpha)
+            return plan
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{dict(row)} is no plan of looks ({error!r})") from error
 
 
@@ -112,10 +115,56 @@ def settle(ledger: Ledger, wanted: LookPlan) -> LookPlan:
 
     Returns:
         The plan, with its share of the wrong recommendations.
+
+    Raises:
+        ValueError: the wish chooses among results that were seen.
     """
     earlier = plans_of(ledger)
-    same = (plan for plan in earlier if dataclasses.replace(plan, alpha=wanted.alpha) == wanted)
-    return next(same, dataclasses.replace(wanted, alpha=stage_alpha(len(earlier) + 1)))
+    if found := next((plan for plan in earlier if dataclasses.replace(plan, alpha=wanted.alpha) == wanted), None):
+        return found
+    _check_choice(ledger, wanted, earlier)
+    return dataclasses.replace(wanted, alpha=_alpha_left(ledger, earlier))
+
+
+def _alpha_left(ledger: Ledger, earlier: Sequence[LookPlan]) -> float:
+    """What the next plan may spend; a plan whose line was removed, as a damaged one may be, has still been spent."""
+    if not earlier:
+        return stage_alpha(2 if ledger.began_checked else 1)
+    spent = min(plan.alpha for plan in earlier)
+    return next(alpha for alpha in map(stage_alpha, itertools.count(len(earlier) + 1)) if alpha < spent)
+
+
+def _check_choice(ledger: Ledger, wanted: LookPlan, earlier: Sequence[LookPlan]) -> None:
+    """Refuse to compare only a part of what was seen: whoever chooses it by its results can make a worse cell win.
+
+    No small share of the wrong recommendations covers that, because a part can be chosen in too many ways. A single
+    cell is compared with nothing, and cells without results can be chosen by nothing.
+
+    Raises:
+        ValueError: a cell is left out, or episodes are.
+    """
+    if len(wanted.cells) == 1:
+        return
+    way_out = "or begin with seeds that nobody has seen (seed=)"
+    seen = {cell for cell in ledger.finished() if len(ledger.missing(cell, wanted.seeds)) < len(wanted.seeds)}
+    others = seen.difference(wanted.cells)
+    if others and others != seen:
+        raise ValueError(
+            f"{ledger.path} has results of {len(others)} more {'cells' if len(others) > 1 else 'cell'} for these seeds,"
+            " and an answer that leaves out cells after their results were seen is not sure: sweep all of them,"
+            f" {way_out}"
+        )
+    started = [plan.seeds for plan in earlier if not {*plan.cells}.isdisjoint(wanted.cells)]
+    if not earlier and seen:  # an earlier version ran its episodes without a plan
+        started = [ledger.span(seen)]
+    for seeds in started:
+        apart = seeds.stop <= wanted.seeds.start or wanted.seeds.stop <= seeds.start
+        if not apart and (seeds.start != wanted.seed or seeds.stop > wanted.seeds.stop):
+            raise ValueError(
+                f"{ledger.path} holds a sweep of these cells with seed={seeds.start} and {len(seeds)} episodes, and an"
+                " answer that leaves out episodes after they were seen is not sure: take that seed and as many"
+                f" episodes or more, {way_out}"
+            )
 
 
 def keep(ledger: Ledger, plan: LookPlan) -> int:
@@ -159,6 +208,7 @@ def advice_on(
     margin: float,
     plan: LookPlan | None,
     *,
+    alpha: float,
     paired: bool,
 ) -> Recommendation:
     """Recommend a cell, as the plan says.
@@ -168,16 +218,15 @@ def advice_on(
         cost: what ranks the cells, without a plan.
         margin: the difference of success rates from which a cell counts as worse, without a plan.
         plan: None for merged sweeps, which are looked at once.
+        alpha: the probability of a wrong recommendation that one look may spend.
         paired: whether equal seeds are equal episodes; cells that are not paired have a single look.
     """
     if plan and paired:
         advice = plan.progress(success).recommendation
         assert advice is not None, "a plan that has come to its end has had a look"
         return advice
-    if plan:
-        once = recommend(success, plan.cost, margin=plan.margin, confidence=1 - plan.alpha, paired=False)
-        return dataclasses.replace(once, confidence=1 - ERROR)  # of all plans on the ledger together
-    return recommend(success, cost, margin=margin, paired=paired)
+    once = recommend(success, plan.cost if plan else cost, margin=margin, confidence=1 - alpha, paired=paired)
+    return dataclasses.replace(once, confidence=1 - ERROR)  # of all plans on the ledger together
 
 
 def can_stop_early(ledger: Ledger) -> bool:
@@ -205,7 +254,17 @@ def describe_plan(plan: LookPlan, number: int) -> str:
     return at + (rest if number > 1 else "")
 
 
-def describe_saving(plan: LookPlan, results: Sequence[Sequence[EpisodeResult]]) -> str:
-    """Say how many episodes were not needed; empty for a plan of one look."""
+def describe_saving(plan: LookPlan, results: Sequence[Sequence[EpisodeResult]], *, decided: bool) -> str:
+    """Say how many episodes were not needed; empty for a plan of one look.
+
+    Args:
+        plan: the plan, at its end.
+        results: of each cell.
+        decided: whether a cell is recommended.
+    """
     ran, most = sum(map(len, results)), len(plan.cells) * plan.looks[-1]
-    return f"{ran:,} of at most {most:,} episodes decided this." if plan.adaptive else ""
+    if not plan.adaptive:
+        return ""
+    if decided or ran == most:
+        return f"{ran:,} of at most {most:,} episodes decided this." if decided else ""
+    return f"The sweep ended after {ran:,} of at most {most:,} episodes, as the rest would hardly have decided it."

@@ -9,6 +9,7 @@ from typing import Any
 
 from policy.rollout.provenance import UNKNOWN, Provenance, accept_mixture, is_provenance
 from policy.statistics.results import EpisodeResult, describe_broken
+from policy.statistics.sequential import ERROR
 from policy.sweep.conclusion import Swept
 from policy.sweep.grid import Row
 
@@ -54,6 +55,7 @@ def read_swept(folders: Sequence[Path], *, mix: bool = False) -> Swept:
         env=first.env,
         warnings=list(dict.fromkeys([*warnings, *mixed])),
         paired=all(swept.paired for swept in sweeps),
+        alpha=min(swept.alpha for swept in sweeps),
         left_out=" ".join(dict.fromkeys(swept.left_out for swept in sweeps if swept.left_out)),
         made_with=made_with,
         members=[members for swept in sweeps for members in swept.members],
@@ -76,13 +78,14 @@ def _read(folder: Path) -> Swept:
         recorded = document.get("made_with", [UNKNOWN])
         if not all(map(is_provenance, recorded)) or not results:
             raise ValueError("no cells, or made_with is not a list of provenances")
-        looks: Sequence[Any] = document["plan"]["looks"] if "plan" in document else ()
+        plan: dict[str, Any] = document.get("plan", {})
         swept = Swept(
             rows=document["cells"],
             results=results,
             env=document["env"],
             warnings=[str(said) for said in document.get("warnings", []) if said not in said_again],
             paired=document.get("paired", True) is True,
+            alpha=min(ERROR, float(document.get("alpha", plan.get("alpha", ERROR)))),
             left_out=document.get("left_out", ""),
             made_with=recorded,
             members=[
@@ -94,7 +97,7 @@ def _read(folder: Path) -> Swept:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} holds no finished sweep ({error!r}): run it to its end first") from error
-    if len(looks) > 1:
+    if len(plan.get("looks", ())) > 1:
         raise ValueError(
             f"{folder} holds an adaptive sweep, which has been looked at and whose cells may have stopped at different"
             " looks: give checkpoint=[A,B] to one sweep, or merge sweeps that ran with adaptive=false"

@@ -149,7 +149,9 @@ def _empty_panels(rows: Sequence[Row], margin: float) -> list[tuple[Panel, str, 
     if all(key in row for row in rows for key in DIFFERENCE):
         panels.append((_difference_panel(rows, by_steps, margin), "ddim_steps", DIFFERENCE))
     if all(LATENCY in row for row in rows):
-        by_latency = log_scale([row[LATENCY] for row in rows], name="ms a chunk (batch 1, one thread)")
+        threads = sorted({row.get("latency_threads") or 1 for row in rows})
+        counted = "one thread" if threads == [1] else f"threads: {', '.join(map(str, threads))}"
+        by_latency = log_scale([row[LATENCY] for row in rows], name=f"ms a chunk (batch 1, {counted})")
         panels.append((Panel(title="Success (%) against latency", note=note, x=by_latency, y=rate), LATENCY, SUCCESS))
     return panels
 

@@ -556,8 +556,8 @@ def test_a_watched_sweep_serves_its_page_from_the_first_episode_to_the_report(
     cells = [f"checkpoint={planar_run}/checkpoint", "ddim_steps=[1,2]", "episodes=2", f"output_dir={tmp_path}"]
     out = run_sweep(*cells, "watch=true")
     assert re.search(r"watch it at http://127\.0\.0\.1:\d+/ ", out)
-    assert [re.search(r"Running: (\d) of at most 4 episodes", text)[1] for text in seen] == ["1", "2", "3", "4"]
-    assert all("<svg" in text and "recommend" in text for text in seen)
+    assert [re.search(r"Running: (\d) of at most 4 episodes", text)[1] for text in seen] == ["0", "1", "2", "3", "4"]
+    assert all("<svg" in text and "recommend" in text for text in seen[1:])
     assert "Running" not in page.read_text()
     assert "against the best" in page.read_text()
     report = page.read_text()
@@ -581,6 +581,14 @@ def test_a_watched_sweep_that_is_stopped_says_so_on_its_page(tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         stopped()
     assert "The sweep stopped before its end" in page.read_text()
+
+
+def test_a_watched_sweep_that_is_refused_leaves_the_report_of_before_as_it_was(tmp_path):
+    page = tmp_path / "report.html"
+    page.write_text("the report")
+    with pytest.raises(ValueError, match="refused"), live_page(page, "planar", {}):
+        raise ValueError("refused")
+    assert page.read_text() == "the report"
 
 
 # --- stages that share a folder ----------------------------------------------------------------------------------

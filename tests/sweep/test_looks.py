@@ -78,7 +78,9 @@ def test_a_cell_that_is_decided_runs_no_further_and_the_others_do(whole):
     stops = [len(found) for found in counted]
     assert stops[0] == 40 < max(stops)
     assert len(ran) == sum(stops) < 3 * 120
-    assert describe_saving(plan, counted) == f"{len(ran)} of at most 360 episodes decided this."
+    assert describe_saving(plan, counted, decided=True) == f"{len(ran)} of at most 360 episodes decided this."
+    assert "as the rest would hardly have decided it" in describe_saving(plan, counted, decided=False)
+    assert not describe_saving(plan, [[result(0, 0)] * 120] * 3, decided=False)
 
 
 @settings(max_examples=8, deadline=None)
@@ -124,6 +126,53 @@ def test_the_same_cells_as_other_recipes_are_another_question_that_gets_less_of_
     assert [plan.alpha for plan in plans] == pytest.approx([stage_alpha(stage) for stage in (1, 2, 3, 4)])
 
 
+def test_a_wish_that_leaves_out_what_was_seen_is_refused(tmp_path):
+    with Ledger(tmp_path / "episodes.jsonl") as ledger:
+        first = planned(ledger)
+        run(first, ledger)
+        fewer = {"cells": first.cells[1:], "recipes": (1, 1), "cost": first.cost[1:]}
+        with pytest.raises(ValueError, match="has results of 1 more cell for these seeds"):
+            settle(ledger, wish(ledger, **fewer))
+        for part in ({"looks": (60,)}, {"seed": 40, "looks": (80,)}, {"seed": 20}):
+            with pytest.raises(ValueError, match="holds a sweep of these cells with seed=0 and 120 episodes"):
+                settle(ledger, wish(ledger, **part))
+        assert settle(ledger, wish(ledger, looks=(60, 150))).alpha < first.alpha
+        assert settle(ledger, wish(ledger, seed=120, **fewer)).alpha < first.alpha  # nobody has seen these seeds
+        assert settle(
+            ledger, wish(ledger, cells=first.cells[:1], recipes=(1,), cost=(1.0,), looks=(60,))
+        )  # compares nothing
+        other = ledger.introduce({"ddim_steps": 50})
+        assert settle(
+            ledger, wish(ledger, cells=(*first.cells, other), recipes=(1, 1, 1, 1), cost=(1.0, 2.0, 8.0, 50.0))
+        )
+        assert settle(ledger, wish(ledger, recipes=(1, 2))).alpha < first.alpha  # asks something else of the same cells
+
+
+def test_a_ledger_without_a_plan_is_compared_on_all_its_episodes(tmp_path):
+    with Ledger(tmp_path / "episodes.jsonl") as ledger:
+        for cell in wish(ledger).cells:
+            for seed in range(100):
+                ledger.add(cell, result(0, seed))
+        with pytest.raises(ValueError, match="with seed=0 and 100 episodes"):
+            settle(ledger, wish(ledger, looks=(80,)))
+        assert settle(ledger, wish(ledger, looks=(100,))).looks == (100,)
+
+
+def test_a_plan_whose_line_was_removed_stays_spent(tmp_path):
+    file = tmp_path / "episodes.jsonl"
+    with Ledger(file) as ledger:
+        first = planned(ledger)
+        run(first, ledger, 10)
+        second = planned(ledger, margin=0.1)
+    lines = file.read_text().splitlines(keepends=True)
+    plans = [line for line in lines if "looks" in line]
+    for lost in (plans[:1], plans):
+        file.write_text("".join(line for line in lines if line not in lost))
+        with Ledger(file) as ledger:
+            assert settle(ledger, wish(ledger, looks=(120,))).alpha <= second.alpha
+            assert settle(ledger, wish(ledger, looks=(120,))).alpha < first.alpha
+
+
 def test_cells_that_cannot_be_paired_and_ledgers_of_earlier_versions_are_compared_once(tmp_path):
     with Ledger(tmp_path / "new.jsonl") as ledger:
         assert can_stop_early(ledger)
@@ -147,9 +196,13 @@ def test_looks_by_default_are_six_and_never_closer_than_20_episodes():
 def test_a_plan_survives_json_and_what_is_none_is_refused(tmp_path):
     with Ledger(tmp_path / "episodes.jsonl") as ledger:
         plan = wish(ledger)
+    plan = dataclasses.replace(plan, alpha=0.01)
     row = json.loads(json.dumps(dataclasses.asdict(plan)))
     assert LookPlan.from_row(row) == plan
     del row["recipes"]  # as an earlier version wrote it, of single checkpoints
     assert LookPlan.from_row(row) == plan
     with pytest.raises(ValueError, match="is no plan of looks"):
         LookPlan.from_row({"looks": [1]})
+    for wrong in ({"looks": [5, 3]}, {"alpha": 0.7}, {"margin": "much"}, {"more": 1}):
+        with pytest.raises(ValueError, match="is no plan of looks"):
+            LookPlan.from_row({**row, **wrong})

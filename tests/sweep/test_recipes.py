@@ -149,22 +149,34 @@ def test_cells_are_compared_as_recipes_and_merged_again(tmp_path):
     assert conclude(read, 0.05).answer == concluded.answer
 
 
+SPENT = LookPlan(
+    asked=(),
+    max_ms=None,
+    left_out="",
+    cells=(),
+    recipes=(),
+    cost=(),
+    seed=0,
+    looks=(200,),
+    margin=0.05,
+    alpha=1e-12,
+)
+
+
 def test_a_later_plan_has_less_left_to_be_wrong():
-    plan = LookPlan(
-        asked=(),
-        max_ms=None,
-        left_out="",
-        cells=(),
-        recipes=(),
-        cost=(),
-        seed=0,
-        looks=(200,),
-        margin=0.05,
-        alpha=1e-12,
-    )
-    concluded = conclude(dataclasses.replace(swept_recipes(), plan=plan), 0.05)
+    concluded = conclude(dataclasses.replace(swept_recipes(), plan=SPENT, alpha=SPENT.alpha), 0.05)
     assert "not worse" not in [cell["not_worse"] for cell in concluded.rows]
     assert concluded.advice.confidence == 0.95
+
+
+def test_a_merge_has_no_more_left_to_be_wrong_than_the_sweeps_that_it_merges(tmp_path):
+    swept = dataclasses.replace(swept_recipes(), plan=SPENT, alpha=SPENT.alpha)
+    concluded = conclude(swept, 0.05)
+    write_files(tmp_path, concluded.rows, concluded.episodes, concluded.summary)
+    merged = conclude(read_swept([tmp_path]), 0.05)
+    assert merged.advice.cell is concluded.advice.cell is None
+    write_files(tmp_path, merged.rows, merged.episodes, merged.summary)
+    assert read_swept([tmp_path]).alpha == SPENT.alpha  # also of a merge of merges
 
 
 def test_a_recipe_is_left_out_as_a_whole(monkeypatch, tmp_path):

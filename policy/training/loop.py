@@ -38,6 +38,8 @@ SHOWN = {
     "val/loss": ("validation loss", "{:.4f}"),
     "rollout/success_rate": ("rollout success", "{:.0%}"),
 }
+# Steps between measurements of the chunks' errors, each of which takes about as long as ten steps.
+MEASURE_EVERY = 1_000
 # Training fails after this many skipped steps in a row, because the weights have then diverged.
 MOST_SKIPPED_IN_A_ROW = 100
 
@@ -105,6 +107,7 @@ class _Trainer:
     should_stop: Callable[[], bool]
     tracker: MetricsLog
     save: Callable[[TrainState], None]
+    measure: Callable[[DiffusionPolicy], dict[str, float]] | None
     phases: list[Phase] = field(init=False)
     unread: list[Outcome] = field(default_factory=list)
 
@@ -112,7 +115,7 @@ class _Trainer:
         self.phases = phases_of(self.settings)
 
     def metrics_due(self) -> dict[str, float]:
-        """The losses to log after the newest step; empty after most steps."""
+        """The losses and errors to log after the newest step; empty after most steps."""
         state, settings, metrics = self.run.state, self.settings, dict[str, float]()
         last = state.step == settings.all_steps
         if last or state.step % settings.log_every == 0:
@@ -122,6 +125,8 @@ class _Trainer:
         if len(self.run.validation) and (last or state.step % settings.val_every == 0):
             # Of the first phase to the last step, so that the losses of one run can be compared.
             metrics["val/loss"] = validation_loss(self.phases[0], state.ema, self.run.validation)
+        if self.measure and (last or state.step % MEASURE_EVERY == 0):
+            metrics.update(self.measure(state.ema))
         return metrics
 
     def rollout_due(self) -> bool:
@@ -188,6 +193,7 @@ def train(
     tracker: MetricsLog,
     save: Callable[[TrainState], None],
     rollout: Callable[[DiffusionPolicy], dict[str, float]] | None = None,
+    measure: Callable[[DiffusionPolicy], dict[str, float]] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Train from the state's step up to `settings.all_steps`.
@@ -206,6 +212,7 @@ def train(
         save: called every `save_every` steps, before and after rollouts, and at the end, also when stopped.
         rollout: called with the averaged policy every `rollout_every` steps; returns metrics. One that raises is a
             warning without metrics; one that was interrupted is repeated when training goes on.
+        measure: called with the averaged policy every 1,000 steps and at the end; returns metrics.
         should_stop: called after every step; if it returns True, the state is saved and training ends.
 
     Raises:
@@ -214,7 +221,14 @@ def train(
     """
     state = run.state
     trainer = _Trainer(
-        run=run, settings=settings, seed=seed, rollout=rollout, should_stop=should_stop, tracker=tracker, save=save
+        run=run,
+        settings=settings,
+        seed=seed,
+        rollout=rollout,
+        should_stop=should_stop,
+        tracker=tracker,
+        save=save,
+        measure=measure,
     )
     phases, begun = trainer.phases, -1
     if trainer.rollout_due() and not trainer.roll_out():  # the run had been interrupted in it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -146,6 +147,24 @@ def digest_of(folder: Path) -> str:
         ValueError: there is no checkpoint, or it is damaged.
     """
     return open_folder(folder.expanduser()).verify(WEIGHTS)[1][:16]
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """Read the metrics of the training that a checkpoint belongs to; none from one that cannot resume.
+
+    Raises:
+        ValueError: there is no checkpoint, or it is damaged.
+    """
+    opened = open_folder(folder.expanduser())
+    if not os.path.lexists(opened.path / TRAINING_RECORD):
+        return []
+    file = opened.verify(TRAINING_RECORD)[0]
+    record = read_json(file)
+    with refusing(file):
+        return [
+            {str(name): float(value) for name, value in entry.items() if value is not None}
+            for entry in record["history"]
+        ]
 
 
 def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]) -> dict[str, Any]:

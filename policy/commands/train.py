@@ -400,7 +400,10 @@ def _measure(run: Run, dataset: Demonstrations, sampler: Sampler) -> Rollout | N
     """What measures the errors of the policy's chunks; None where the demonstrations' actions are not the policy's."""
     if dataset.actions.shape[1] != run.state.policy.config.action_dim:
         return None
-    return ErrorMeter(run.training, run.validation, sampler).metrics
+    try:
+        return ErrorMeter(run.training, run.validation, sampler).metrics
+    except ValueError:  # actions that never change are no reason not to train
+        return None
 
 
 def _train(

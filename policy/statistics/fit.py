@@ -156,8 +156,8 @@ def conclude(history: Sequence[Mapping[str, float]]) -> Conclusion | None:
     if not measured:
         return None
     newest = measured[-1]
-    ratio, episodes = _ratio_of(newest, "fit/ratio"), int(newest.get("fit/episodes", 0))
-    if ratio is None or episodes < FEWEST_EPISODES:
+    error, ratio, episodes = _of(newest, "fit/error"), _of(newest, "fit/ratio"), int(newest.get("fit/episodes", 0))
+    if error is None or ratio is None or episodes < FEWEST_EPISODES:
         return _undecided(
             f"the averaged chunk is {newest[TRAINING]:.2g} standard deviations off on training episodes", episodes
         )
@@ -165,7 +165,7 @@ def conclude(history: Sequence[Mapping[str, float]]) -> Conclusion | None:
         f"the averaged chunk is {newest[HELD_OUT]:.2g} standard deviations off on held-out episodes and"
         f" {newest[TRAINING]:.2g} on training episodes"
     )
-    if newest["fit/error_high"] <= PRECISE:
+    if error.high <= PRECISE:
         return Conclusion(
             kind="precise",
             sentence=f"precise: {off}; a robot that fails nevertheless meets states that no demonstration shows",
@@ -197,7 +197,7 @@ def _undecided(figures: str, episodes: int) -> Conclusion:
 def _too_short(measured: Sequence[Mapping[str, float]]) -> str:
     """Why more steps would help, in words; empty if nothing says so."""
     newest = measured[-1]
-    neighbours = _ratio_of(newest, "fit/neighbour_ratio")
+    neighbours = _of(newest, "fit/neighbour_ratio")
     if neighbours and neighbours.low > 1:
         return f"{neighbours} what copying the most similar training windows gives"
     middle = min(measured, key=lambda entry: abs(entry["step"] - newest["step"] / 2))
@@ -207,5 +207,6 @@ def _too_short(measured: Sequence[Mapping[str, float]]) -> str:
     return ""
 
 
-def _ratio_of(entry: Mapping[str, float], name: str) -> Ratio | None:
-    return Ratio(*(entry[f"{name}{end}"] for end in ("", "_low", "_high"))) if name in entry else None
+def _of(entry: Mapping[str, float], name: str) -> Ratio | None:
+    names = [f"{name}{end}" for end in ("", "_low", "_high")]
+    return Ratio(*(entry[name] for name in names)) if entry.keys() >= {*names} else None

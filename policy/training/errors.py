@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -82,6 +81,45 @@ class Neighbours:
     errors: Array
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """The errors of one policy.
+
+    Attributes:
+        training: of windows of training episodes.
+        training_episodes: (N,) the episode of each of these windows.
+        held_out: of windows of held-out episodes; None if there are none.
+        held_out_episodes: (M,) the episode of each of these.
+        neighbours: of the held-out windows; None if there are none, or if the policy observes only images.
+    """
+
+    training: WindowErrors
+    training_episodes: NDArray[np.int64]
+    held_out: WindowErrors | None
+    held_out_episodes: NDArray[np.int64]
+    neighbours: Neighbours | None
+
+    def metrics(self) -> dict[str, float]:
+        """Return the errors as entries of a run's history.
+
+        Returns:
+            Root mean square errors under `train/` and `val/`, and how the two compare from episode to episode under
+            `fit/`, see `compared_episodes`.
+        """
+        metrics = root_mean_squares("train", self.training)
+        if self.held_out is None:
+            return metrics
+        metrics |= root_mean_squares("val", self.held_out)
+        near = self.neighbours
+        if near:
+            metrics["val/neighbour_chunk_error"] = math.sqrt(np.nanmean(near.errors))
+        return metrics | compared_episodes(
+            by_episode(self.held_out.averaged_chunk, self.held_out_episodes),
+            by_episode(self.training.averaged_chunk, self.training_episodes),
+            by_episode(near.errors, self.held_out_episodes) if near else None,
+        )
+
+
 class ErrorMeter:
     """Measures policies on the same windows of a training's episodes, with the same noise.
 
@@ -89,54 +127,39 @@ class ErrorMeter:
         training: windows of the training episodes.
         validation: windows of the held-out episodes; may be empty.
         sampler: settings of the sampler.
+
+    Raises:
+        ValueError: no action of the training episodes ever changes.
     """
 
     def __init__(self, training: Windows, validation: Windows, sampler: Sampler) -> None:
         self._training, self._validation, self._sampler = training, validation, sampler
+        self._ours, self._others = select(training), select(validation)
+        self._deviation = action_deviation(training)
         self._neighbours: Neighbours | None = None
+        if np.isnan(self._deviation).all():
+            raise ValueError("no action of the training episodes ever changes, so there is no unit for errors")
 
-    @cached_property
-    def deviation(self) -> Array:
-        """The standard deviation of each action dimension over the training episodes; NaN where it is constant."""
-        return action_deviation(self._training)
+    def measure(self, policy: DiffusionPolicy) -> Measurement:
+        """Measure a policy; its normalisers are the same in every call."""
+        program = compile_sampler(policy, self._sampler, backend=PLAIN_BACKEND)
+        held_out = None
+        if len(self._validation):
+            held_out = squared_errors(program, self._validation, self._others.windows, self._deviation)
+            self._neighbours = self._neighbours or nearest(
+                policy, self._training, self._validation, self._others.windows, self._deviation
+            )
+        return Measurement(
+            training=squared_errors(program, self._training, self._ours.windows, self._deviation),
+            training_episodes=self._ours.episodes,
+            held_out=held_out,
+            held_out_episodes=self._others.episodes,
+            neighbours=self._neighbours,
+        )
 
     def metrics(self, policy: DiffusionPolicy) -> dict[str, float]:
-        """Measure a policy.
-
-        Args:
-            policy: the policy, in evaluation mode.
-
-        Returns:
-            Entries of a run's history: root mean square errors under `train/` and `val/`, and how the two compare from
-            episode to episode under `fit/`, see `policy.statistics.fit`. Empty if no action ever changes.
-        """
-        if np.isnan(self.deviation).all():
-            return {}
-        program = compile_sampler(policy, self._sampler, backend=PLAIN_BACKEND)
-        ours = select(self._training)
-        on_training = squared_errors(program, self._training, ours.windows, self.deviation)
-        metrics = root_mean_squares("train", on_training)
-        if len(self._validation):
-            others = select(self._validation)
-            held_out = squared_errors(program, self._validation, others.windows, self.deviation)
-            near = self.neighbours(policy)
-            metrics |= root_mean_squares("val", held_out)
-            if near:
-                metrics["val/neighbour_chunk_error"] = math.sqrt(np.nanmean(near.errors))
-            metrics |= compared_episodes(
-                by_episode(held_out.averaged_chunk, others.episodes),
-                by_episode(on_training.averaged_chunk, ours.episodes),
-                by_episode(near.errors, others.episodes) if near else None,
-            )
-        return metrics
-
-    def neighbours(self, policy: DiffusionPolicy) -> Neighbours | None:
-        """Return the training windows nearest to the held-out ones; None for a policy that observes only images."""
-        if self._neighbours is None:
-            self._neighbours = nearest(
-                policy, self._training, self._validation, select(self._validation).windows, self.deviation
-            )
-        return self._neighbours
+        """Measure a policy, and return its errors as entries of a run's history."""
+        return self.measure(policy).metrics()
 
 
 def select(windows: Windows) -> Selection:

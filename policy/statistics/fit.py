@@ -157,7 +157,7 @@ def conclude(history: Sequence[Mapping[str, float]]) -> Conclusion | None:
         return None
     newest = measured[-1]
     error, ratio, episodes = _of(newest, "fit/error"), _of(newest, "fit/ratio"), int(newest.get("fit/episodes", 0))
-    if error is None or ratio is None or episodes < FEWEST_EPISODES:
+    if error is None or ratio is None or HELD_OUT not in newest or episodes < FEWEST_EPISODES:
         return _undecided(
             f"the averaged chunk is {newest[TRAINING]:.2g} standard deviations off on training episodes", episodes
         )
@@ -200,7 +200,9 @@ def _too_short(measured: Sequence[Mapping[str, float]]) -> str:
     neighbours = _of(newest, "fit/neighbour_ratio")
     if neighbours and neighbours.low > 1:
         return f"{neighbours} what copying the most similar training windows gives"
-    middle = min(measured, key=lambda entry: abs(entry["step"] - newest["step"] / 2))
+    middle = min(
+        (entry for entry in measured if HELD_OUT in entry), key=lambda entry: abs(entry["step"] - newest["step"] / 2)
+    )
     fall = middle[HELD_OUT] / newest[HELD_OUT]
     if abs(middle["step"] / newest["step"] - 0.5) <= NEAR_THE_MIDDLE and fall >= STILL_FALLING:
         return f"and on held-out episodes it was {fall:.2g} times as much halfway"

@@ -102,12 +102,11 @@ class _Trainer:
 
     run: Run
     settings: TrainSettings
-    seed: int
     rollout: Callable[[DiffusionPolicy], dict[str, float]] | None
+    measure: Callable[[DiffusionPolicy], dict[str, float]] | None
     should_stop: Callable[[], bool]
     tracker: MetricsLog
     save: Callable[[TrainState], None]
-    measure: Callable[[DiffusionPolicy], dict[str, float]] | None
     phases: list[Phase] = field(init=False)
     unread: list[Outcome] = field(default_factory=list)
 
@@ -223,12 +222,11 @@ def train(
     trainer = _Trainer(
         run=run,
         settings=settings,
-        seed=seed,
         rollout=rollout,
+        measure=measure,
         should_stop=should_stop,
         tracker=tracker,
         save=save,
-        measure=measure,
     )
     phases, begun = trainer.phases, -1
     if trainer.rollout_due() and not trainer.roll_out():  # the run had been interrupted in it

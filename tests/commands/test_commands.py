@@ -196,7 +196,7 @@ def test_inspect_refuses_what_does_not_belong_together(planar_run, run_command):
         in run_command("inspect_data", data, checkpoint, "dataset.max_episodes=7", check=2).stderr
     )
     older = f"checkpoint={ROOT}/tests/data/checkpoint_schema1"
-    assert "does not note episodes, transitions" in run_command("inspect_data", data, older, check=2).stderr
+    assert "does not note transitions of its training" in run_command("inspect_data", data, older, check=2).stderr
     assert "no checkpoint at nowhere" in run_command("inspect_data", data, "checkpoint=nowhere", check=2).stderr
     assert "no checkpoint at nowhere" in run_command("inspect_data", "checkpoint=nowhere", check=2).stderr
 

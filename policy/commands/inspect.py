@@ -33,7 +33,7 @@ from policy.training.preparation import split_windows
 from policy.training.start import fitting
 
 # What a checkpoint notes of its training that says which episodes were held out.
-SPLIT = {"episodes": int, "transitions": int, "val_fraction": (int, float), "mask_padding": bool, "seed": int}
+SPLIT = {"episodes": int, "transitions": int, "val_fraction": int | float, "mask_padding": bool, "seed": int}
 
 
 def inspect(

@@ -7,7 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import count
 from statistics import fmean
 from typing import Any, Protocol
@@ -96,22 +96,32 @@ def phases_of(settings: TrainSettings) -> list[Phase]:
     return phases
 
 
-@dataclass(kw_only=True)
+@dataclass
 class _Trainer:
-    """One call of `train`: its arguments, and the outcomes of steps that have not been read yet."""
+    """One call of `train`: its arguments, the phase begun last, and outcomes of steps that have not been read yet."""
 
     run: Run
     settings: TrainSettings
+    _: KW_ONLY
     rollout: Callable[[DiffusionPolicy], dict[str, float]] | None
     measure: Callable[[DiffusionPolicy], dict[str, float]] | None
     should_stop: Callable[[], bool]
     tracker: MetricsLog
     save: Callable[[TrainState], None]
     phases: list[Phase] = field(init=False)
+    begun: int = -1
     unread: list[Outcome] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.phases = phases_of(self.settings)
+
+    def begun_phase(self) -> Phase:
+        """The phase of the next step; it is begun if this call of `train` has not taken a step of it."""
+        number = self.settings.place(self.run.state.step)[0]
+        if number != self.begun:
+            self.phases[number].begin(self.run.state)
+            self.begun = number
+        return self.phases[number]
 
     def metrics_due(self) -> dict[str, float]:
         """The losses and errors to log after the newest step; empty after most steps."""
@@ -220,24 +230,15 @@ def train(
     """
     state = run.state
     trainer = _Trainer(
-        run=run,
-        settings=settings,
-        rollout=rollout,
-        measure=measure,
-        should_stop=should_stop,
-        tracker=tracker,
-        save=save,
+        run, settings, rollout=rollout, measure=measure, should_stop=should_stop, tracker=tracker, save=save
     )
-    phases, begun = trainer.phases, -1
     if trainer.rollout_due() and not trainer.roll_out():  # the run had been interrupted in it
         return
     with progress(total=settings.all_steps, initial=state.step, desc="train", unit="step") as bar:
         ahead = batches_ahead(run.training, range(state.step, settings.all_steps), settings.batch_size, seed)
         for windows, batch in ahead:
-            if (number := settings.place(state.step)[0]) != begun:
-                phases[number].begin(state)
-                begun = number
-            trainer.unread.append((windows, _train_step(state, phases[number], batch, settings, seed)))
+            phase = trainer.begun_phase()
+            trainer.unread.append((windows, _train_step(state, phase, batch, settings, seed)))
             state.step += 1
             bar.update()
             if metrics := trainer.metrics_due():

@@ -20,15 +20,16 @@ LEAST_ERROR = 1e-6
 CONFIDENCE = 0.95
 # Below this many held-out episodes nothing is concluded: their errors could all be unusual in the same way.
 FEWEST_EPISODES = 4
-# An error up to this leaves 1 % of the variance of the actions unexplained.
-PRECISE = 0.1
+# An error below this leaves less than 4 % of the variance of the actions unexplained. Where demonstrators choose between
+# ways, a policy that always solves its task has a larger one, so that a larger one alone is never called a fault.
+PRECISE = 0.2
 # From this ratio of held-out to training error on, at least half of the squared error on new episodes does not occur on
 # those that the policy was trained on, so that it comes from their number and not from the demonstrators' randomness.
 OVER_FITTED = math.sqrt(2)
 # A training is too short if the second half of its steps still lowers the held-out error by this factor.
 STILL_FALLING = 1.25
 # The two halves are compared by a measurement at most this share of the run away from its middle.
-NEAR_THE_MIDDLE = 0.15
+NEAR_THE_MIDDLE = 0.2
 
 # The errors by which a training is judged, on each kind of episodes.
 HELD_OUT, TRAINING = "val/averaged_chunk_error", "train/averaged_chunk_error"
@@ -51,7 +52,7 @@ class Ratio(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.2g} times ({self.low:.2g} to {self.high:.2g})"
+        return f"{self.value:.2g} times (95 % interval {self.low:.2g} to {self.high:.2g})"
 
 
 def unpaired_ratio(errors: ArrayLike, others: ArrayLike) -> Ratio | None:
@@ -66,7 +67,7 @@ def unpaired_ratio(errors: ArrayLike, others: ArrayLike) -> Ratio | None:
 
     Example:
         >>> print(unpaired_ratio([0.4, 0.5, 0.45, 0.42], [0.1, 0.12, 0.11, 0.1]))
-        4.1 times (3.5 to 4.8)
+        4.1 times (95 % interval 3.5 to 4.8)
     """
     logs = [_logarithms(errors), _logarithms(others)]
     if min(map(len, logs)) < 2:
@@ -180,6 +181,11 @@ def conclude(history: Sequence[Mapping[str, float]]) -> Conclusion | None:
         return Conclusion(kind="under-trained", sentence=f"under-trained: {off}, {too_short}: raise train.steps")
     if ratio.low <= 1 and ratio.high >= OVER_FITTED:
         return _undecided(f"{off}, {ratio}", episodes)
+    if _halfway(measured) is None:
+        return Conclusion(
+            kind="undecided",
+            sentence=f"not over-fitted, but perhaps under-trained: {off}; a run of 2000 steps or more can tell",
+        )
     return Conclusion(
         kind="limited",
         sentence=f"neither over-fitted nor under-trained: {off}; the rest is chance in the demonstrations, or follows"
@@ -200,13 +206,18 @@ def _too_short(measured: Sequence[Mapping[str, float]]) -> str:
     neighbours = _of(newest, "fit/neighbour_ratio")
     if neighbours and neighbours.low > 1:
         return f"{neighbours} what copying the most similar training windows gives"
-    middle = min(
-        (entry for entry in measured if HELD_OUT in entry), key=lambda entry: abs(entry["step"] - newest["step"] / 2)
-    )
-    fall = middle[HELD_OUT] / newest[HELD_OUT]
-    if abs(middle["step"] / newest["step"] - 0.5) <= NEAR_THE_MIDDLE and fall >= STILL_FALLING:
-        return f"and on held-out episodes it was {fall:.2g} times as much halfway"
+    halfway = _halfway(measured)
+    if halfway is not None and halfway >= STILL_FALLING * newest[HELD_OUT]:
+        return f"and on held-out episodes it was {halfway / newest[HELD_OUT]:.2g} times as much halfway"
     return ""
+
+
+def _halfway(measured: Sequence[Mapping[str, float]]) -> float | None:
+    """The held-out error about halfway through the run; None where it was not measured."""
+    end = measured[-1]["step"]
+    known = [entry for entry in measured if HELD_OUT in entry]
+    middle = min(known, key=lambda entry: abs(entry["step"] - end / 2))
+    return middle[HELD_OUT] if abs(middle["step"] - end / 2) <= NEAR_THE_MIDDLE * end else None
 
 
 def _of(entry: Mapping[str, float], name: str) -> Ratio | None:

@@ -68,8 +68,8 @@ def test_the_interval_of_a_ratio_covers_it_as_often_as_it_says_with_few_episodes
         (errors(0.5), errors(0.2, seed=1), errors(0.6, seed=2), "over-fitted", "more demonstrations"),
         (errors(0.8), errors(0.78, seed=1), errors(0.4, seed=2), "under-trained", "train.steps"),
         (errors(PRECISE / 2), errors(PRECISE / 4, seed=1), errors(0.3, seed=2), "precise", "precise"),
-        (errors(0.5), errors(0.48, seed=1), errors(0.6, seed=2), "limited", "neither over-fitted nor under-trained"),
-        (errors(0.5), errors(0.48, seed=1), None, "limited", "neither"),
+        (errors(0.5), errors(0.48, seed=1), errors(0.6, seed=2), "undecided", "perhaps under-trained"),
+        (errors(0.5), errors(0.48, seed=1), None, "undecided", "2000 steps"),
         (errors(0.5, 4, spread=1), errors(0.4, seed=1), errors(0.6, 4, seed=2), "undecided", "held-out episodes (4)"),
         (errors(5, 3), errors(0.2, seed=1), errors(6, 3, seed=2), "undecided", "held-out episodes (3)"),
         (errors(5, 1), errors(0.2, seed=1), errors(6, 1, seed=2), "undecided", "train.val_fraction"),
@@ -95,7 +95,8 @@ def test_without_held_out_episodes_or_a_measurement_nothing_is_concluded():
     [
         ([500, 1000], 1.05 * STILL_FALLING, "under-trained"),
         ([500, 1000], 0.95 * STILL_FALLING, "limited"),
-        ([100, 900, 1000], 3, "limited"),
+        ([500, 1000], 1, "limited"),
+        ([100, 900, 1000], 3, "undecided"),
         ([100, 520, 900, 1000], 2, "under-trained"),
     ],
 )
@@ -107,11 +108,14 @@ def test_an_error_that_still_falls_in_the_second_half_means_too_few_steps(steps,
     assert found.kind == kind
     if kind == "under-trained":
         assert f"{factor:.2g} times as much halfway" in found.sentence
+    if kind == "limited":
+        assert found.sentence.startswith("neither over-fitted nor under-trained: ")
 
 
 def test_a_small_or_uncertain_difference_is_not_over_fitting():
-    found = conclude([entry(errors(0.5), errors(0.5 / 1.2, seed=1, spread=0.05))])
-    assert found.kind == "limited"
+    small = entry(errors(0.5), errors(0.5 / 1.2, seed=1, spread=0.05), step=500)
+    assert small["fit/ratio_low"] > 1
+    assert conclude([small, {**small, "step": 1000}]).kind == "limited"
     found = conclude([entry(errors(0.5, FEWEST_EPISODES, spread=1), errors(0.5 / OVER_FITTED / 1.1, seed=1))])
     assert found.kind == "undecided"
 

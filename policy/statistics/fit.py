@@ -20,14 +20,15 @@ LEAST_ERROR = 1e-6
 CONFIDENCE = 0.95
 # Below this many held-out episodes nothing is concluded: their errors could all be unusual in the same way.
 FEWEST_EPISODES = 4
-# An error below this leaves less than 4 % of the variance of the actions unexplained. Where demonstrators choose between
-# ways, a policy that always solves its task has a larger one, so that a larger one alone is never called a fault.
+# An error below this leaves less than 4 % of the variance of the actions unexplained. Where demonstrators choose
+# between ways, a policy that always solves its task has a larger one: a larger one alone is never called a fault.
 PRECISE = 0.2
 # From this ratio of held-out to training error on, at least half of the squared error on new episodes does not occur on
 # those that the policy was trained on, so that it comes from their number and not from the demonstrators' randomness.
 OVER_FITTED = math.sqrt(2)
-# A training is too short if the second half of its steps still lowers the held-out error by this factor.
-STILL_FALLING = 1.25
+# A training is too short if the second half of its steps still lowers the held-out error by this factor. The falling
+# learning rate alone lowers it by about 1.2: planar, 384 demonstrations, 4,000 steps, 0.227 halfway and 0.186 at last.
+STILL_FALLING = 1.4
 # The two halves are compared by a measurement at most this share of the run away from its middle.
 NEAR_THE_MIDDLE = 0.2
 

@@ -128,10 +128,9 @@ class Windows:
             key: values.take(past, axis=0) for key, values in self.demonstrations.observations.items()
         }
         actions = self.demonstrations.actions.take(np.clip(future, start, end - 1), axis=0)
-        if self._augment is not None:
-            observations, actions = _with_counterparts(
-                self._augment, observations, actions, windows >= self.num_transitions
-            )
+        mirrored = windows >= self.num_transitions
+        if self._augment is not None and mirrored.any():  # a symmetry need not take arrays without rows
+            observations, actions = _with_counterparts(self._augment, observations, actions, mirrored)
         inside = (start <= future) & (future < end) if self._mask_padding else np.ones_like(future, dtype=np.bool_)
         return {
             "observations": {key: torch.from_numpy(values) for key, values in observations.items()},

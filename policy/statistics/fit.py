@@ -170,7 +170,8 @@ def conclude(history: Sequence[Mapping[str, float]]) -> Conclusion | None:
     if error.high <= PRECISE:
         return Conclusion(
             kind="precise",
-            sentence=f"precise: {off}; a robot that fails nevertheless meets states that no demonstration shows",
+            sentence=f"precise: {off}; if its rollouts fail, they meet states that no demonstration shows, or the"
+            " task asks for smaller errors",
         )
     if ratio.low > 1 and ratio.value >= OVER_FITTED:
         return Conclusion(
@@ -207,9 +208,9 @@ def _too_short(measured: Sequence[Mapping[str, float]]) -> str:
     neighbours = _of(newest, "fit/neighbour_ratio")
     if neighbours and neighbours.low > 1:
         return f"{neighbours} what copying the most similar training windows gives"
-    halfway = _halfway(measured)
-    if halfway is not None and halfway >= STILL_FALLING * newest[HELD_OUT]:
-        return f"and on held-out episodes it was {halfway / newest[HELD_OUT]:.2g} times as much halfway"
+    halfway, at_last = _halfway(measured), max(newest[HELD_OUT], LEAST_ERROR)
+    if halfway is not None and halfway >= STILL_FALLING * at_last:
+        return f"and on held-out episodes it was {halfway / at_last:.2g} times as much halfway"
     return ""
 
 

@@ -198,7 +198,7 @@ def trained(data, config=CONFIG, **settings):
     ("data", "settings", "kind"),
     [
         (walks(60), {"steps": 10, "val_fraction": 0.2}, "under-trained"),
-        (walks(60), {"steps": 10, "val_fraction": 0.02}, "undecided"),
+        pytest.param(walks(60), {"steps": 10, "val_fraction": 0.02}, "undecided", marks=pytest.mark.slow),
         pytest.param(walks(60), {"steps": 300, "val_fraction": 0.2}, "precise", marks=pytest.mark.slow),
         pytest.param(walks(20), {"steps": 200, "val_fraction": 0.85}, "over-fitted", marks=pytest.mark.slow),
     ],

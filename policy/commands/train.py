@@ -358,12 +358,15 @@ class _Record:
                 f" {settings.steps}, {learning_rate(state.step, settings):.2g} at this step"
             )
         if self.folder.exists():  # the run may have been killed after saving it and before keeping it
-            keep_checkpoint(self.folder, state, keep_last=self.keep_last)
+            self._keep(state)
 
     def save(self, state: TrainState) -> None:
         """Write the newest checkpoint and the history, and update the last few and the best."""
         training = {**self.training, "measured": newest_metrics(state.history)}
         save_checkpoint(self.folder, state, env=self.env, execution_horizon=self.execution_horizon, training=training)
+        self._keep(state)
+
+    def _keep(self, state: TrainState) -> None:
         write_text(self.folder.with_name(HISTORY), "".join(f"{json_text(entry)}\n" for entry in state.history))
         keep_checkpoint(self.folder, state, keep_last=self.keep_last)
 

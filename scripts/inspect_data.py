@@ -3,7 +3,13 @@
 from scripts.command import command
 
 EXAMPLE = "python scripts/inspect_data.py dataset=zarr dataset.path=pusht_cchi_v7_replay.zarr.zip"
-main = command("inspect", "policy.commands.inspect:inspect", EXAMPLE, alternatives={"checkpoint": "dataset"})
+main = command(
+    "inspect",
+    "policy.commands.inspect:inspect",
+    EXAMPLE,
+    alternatives={"checkpoint": "dataset"},
+    check_first="policy.commands.inspect:check_checkpoint",
+)
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """Checkpoints: folders of safetensors and JSON. Loading one never executes any of its content.
 
-A run folder holds
+A run folder holds, beside the page of the run and its metrics (history.jsonl),
 
 checkpoint/              the newest checkpoint: a run resumes from it, and other commands are given this folder
   config.json            the policy's configuration, its environment and its training settings
@@ -23,7 +23,7 @@ from policy.checkpoint.description import describe_checkpoint
 from policy.checkpoint.environment import choose_env, merge_env, only_of_the_user
 from policy.checkpoint.files import SCHEMA_VERSION, is_checkpoint
 from policy.checkpoint.keeping import best_entry, describe_best, keep_checkpoint, measured
-from policy.checkpoint.reading import Checkpoint, digest_of, load_checkpoint, resume_training
+from policy.checkpoint.reading import Checkpoint, digest_of, load_checkpoint, read_history, resume_training
 from policy.checkpoint.writing import save_checkpoint
 from policy.common.errors import SaveError
 
@@ -42,6 +42,7 @@ __all__ = [
     "measured",
     "merge_env",
     "only_of_the_user",
+    "read_history",
     "resume_training",
     "save_checkpoint",
 ]

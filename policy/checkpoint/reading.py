@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -146,6 +148,30 @@ def digest_of(folder: Path) -> str:
         ValueError: there is no checkpoint, or it is damaged.
     """
     return open_folder(folder.expanduser()).verify(WEIGHTS)[1][:16]
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """Read the metrics of the training that a checkpoint belongs to; none from one that cannot resume.
+
+    Raises:
+        ValueError: there is no checkpoint, or it is damaged.
+    """
+    opened = open_folder(folder.expanduser())
+    if not os.path.lexists(opened.path / TRAINING_RECORD):
+        return []
+    file = opened.verify(TRAINING_RECORD)[0]
+    record = read_json(file)
+    with refusing(file):
+        try:
+            return [_finite(entry) for entry in record["history"] if math.isfinite(entry["step"])]
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error}): use another checkpoint") from error
+
+
+def _finite(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of an entry but those that were not finite, which are null in JSON."""
+    metrics = {str(name): float(value) for name, value in entry.items() if value is not None}
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,20 +1,39 @@
-"""`ddim-inspect`: figures, window times and a picture of demonstrations; or what a checkpoint is and was trained on."""
+"""`ddim-inspect`: what is inside demonstrations, what a checkpoint is, or, given both, the errors of its chunks."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
 
-from policy.checkpoint import describe_checkpoint, load_checkpoint, only_of_the_user
+import numpy as np
+
+from policy.checkpoint import (
+    Checkpoint,
+    describe_checkpoint,
+    digest_of,
+    load_checkpoint,
+    only_of_the_user,
+    read_history,
+)
 from policy.common.files import json_text, write_text
 from policy.common.next_line import next_line
 from policy.common.output import output_folder
+from policy.common.terminal import printable
 from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
 from policy.data.demonstrations import Demonstrations
+from policy.diffusion.sampler import Sampler
+from policy.inspection.error_picture import describe_by_distance, plot_errors
 from policy.inspection.figures import inspect_dataset, spread
 from policy.inspection.picture import plot_episodes
 from policy.inspection.text import format_inspection
 from policy.model.config import PolicySettings
+from policy.statistics.fit import TRAINING, conclude
+from policy.training.errors import ErrorMeter, Measurement
+from policy.training.preparation import split_windows
+from policy.training.start import fitting
+
+# What a checkpoint notes of its training that says which episodes were held out.
+SPLIT = {"episodes": int, "transitions": int, "val_fraction": int | float, "mask_padding": bool, "seed": int}
 
 
 def inspect(
@@ -30,25 +49,29 @@ def inspect(
 ) -> None:
     """Show what is inside a dataset (episodes, keys, a training window, a picture) or, with checkpoint=, a policy.
 
+    With both, the errors of the policy's chunks are measured again, on the training and the held-out episodes of the
+    data that it was trained on.
+
     Args:
         dataset: the demonstrations.
-        checkpoint: instead of a dataset, the folder that training wrote; the settings below are for datasets.
+        checkpoint: the folder that training wrote; the settings below but for output_dir are for a dataset alone.
         obs_horizon: observations that the policy looks back on.
         action_horizon: actions in one chunk.
         execution_horizon: actions executed before the next plan.
         episodes: number of episodes in the picture, evenly spread over the dataset.
         dimensions: vectors up to this width are printed with a row for each dimension.
-        output_dir: receives `inspect.json` and `inspect.png`; by default a new folder under outputs/inspect.
+        output_dir: receives `inspect.json` and `inspect.png`, or `errors.json` and `errors.png`; by default a new
+            folder under outputs/inspect.
 
     Raises:
-        ValueError: settings out of range, values that are not finite, or not just one thing to inspect.
+        ValueError: settings out of range, values that are not finite, nothing to inspect, or a dataset that the policy
+            was not trained on.
     """
-    if (dataset is None) == (checkpoint is None):
-        raise ValueError("inspect shows a dataset (dataset.path=...) or a policy (checkpoint=...): give one of the two")
     if checkpoint is not None:
-        _inspect_checkpoint(checkpoint)
+        _inspect_checkpoint(checkpoint, dataset, output_dir)
         return
-    assert dataset is not None
+    if dataset is None:
+        raise ValueError("inspect shows a dataset (dataset.path=...), a policy (checkpoint=...), or both: give one")
     for name, value in (("obs_horizon", obs_horizon), ("action_horizon", action_horizon), ("episodes", episodes)):
         if value < 1:
             raise ValueError(f"{name} must be 1 or more; got {value}")
@@ -63,9 +86,70 @@ def inspect(
     print(f"\nfiles: {folder / 'inspect.json'}, {folder / 'inspect.png'}")
 
 
-def _inspect_checkpoint(folder: Path) -> None:
-    loaded = load_checkpoint(folder)
+def check_checkpoint(*, checkpoint: Path | None = None) -> None:
+    """Check that there is a whole checkpoint, before demonstrations are read.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    if checkpoint is not None:
+        digest_of(checkpoint)
+
+
+def _inspect_checkpoint(folder: Path, dataset: Demonstrations | None, output_dir: Path | None) -> None:
+    loaded, history = load_checkpoint(folder), read_history(folder)
+    measured = None if dataset is None else _measured(loaded, dataset)
     for name, text in describe_checkpoint(loaded).items():
         print(f"{name:<12} {text}")
+    if measured:
+        history = [*history, {"step": loaded.training.get("step", 0), **measured.metrics()}]
+    if conclusion := conclude(history):
+        print(f"{'errors':<12} {conclusion.sentence}")
+    if measured:
+        _show_errors(measured, loaded, output_folder(output_dir, "inspect"))
     command = "ddim-rollout" if loaded.env else "ddim-export"
     print(next_line(command, checkpoint=folder, env=only_of_the_user(loaded.env or {})))
+
+
+def _measured(loaded: Checkpoint, dataset: Demonstrations) -> Measurement:
+    """Measure the errors of a policy on the episodes that its training held out and on those that it learned from.
+
+    Raises:
+        ValueError: the training does not say how it split the episodes, or these are not its episodes.
+    """
+    config, training = loaded.policy.config, loaded.training
+    if missing := [name for name, kind in SPLIT.items() if not isinstance(training.get(name), kind)]:
+        raise ValueError(
+            f"{loaded.path} does not note {', '.join(missing)} of its training, so that its held-out episodes are not"
+            " known: leave dataset= out"
+        )
+    dataset = fitting(dataset, config, loaded.path, with_actions=True)
+    noted = (training["episodes"], training["transitions"])
+    if noted != (dataset.num_episodes, len(dataset.actions)):
+        raise ValueError(
+            f"{loaded.path} was trained on {noted[0]} episodes with {noted[1]} transitions, and {dataset.source} has"
+            f" {dataset.num_episodes} with {len(dataset.actions)}: give the dataset and the dataset settings of its"
+            " training"
+        )
+    split = split_windows(
+        config,
+        dataset,
+        val_fraction=training["val_fraction"],
+        mask_padding=training["mask_padding"],
+        seed=training["seed"],
+    )
+    return ErrorMeter(*split, Sampler()).measure(loaded.policy)
+
+
+def _show_errors(measured: Measurement, loaded: Checkpoint, folder: Path) -> None:
+    """Write the errors, and draw those of held-out windows against their distances to training observations."""
+    files = [folder / "errors.json"]
+    write_text(files[0], json_text(measured.metrics(), indent=1))
+    if measured.held_out and measured.neighbours:
+        distances = measured.neighbours.distances
+        errors = np.sqrt(np.nanmean(measured.held_out.averaged_chunk, axis=1))
+        print(f"{'':<12} {describe_by_distance(distances, errors)}")
+        training_error = measured.metrics()[TRAINING]
+        files.append(folder / "errors.png")
+        plot_errors(distances, errors, training_error, f"{printable(str(loaded.path))}, held-out episodes", files[1])
+    print(f"files: {', '.join(map(str, files))}")

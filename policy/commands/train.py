@@ -28,6 +28,7 @@ from policy.checkpoint import (
 )
 from policy.common.control_rate import describe_mismatch, stated_rate
 from policy.common.device import check_device
+from policy.common.files import json_text, write_text
 from policy.common.interrupt import stop_on_signal
 from policy.common.locks import only_process
 from policy.common.next_line import next_line
@@ -42,9 +43,11 @@ from policy.rollout.episodes import Controller, MakeEnv, check_num_envs, check_s
 from policy.rollout.probe import unrepeatable
 from policy.rollout.video import record_videos
 from policy.rollout.watch import ENV_PATIENCE, check_patience, helpers_ended, watched
+from policy.statistics.fit import conclude
 from policy.statistics.results import EpisodeResult, describe_broken, summarize
 from policy.tracking.tracker import MetricsLog, OpenRun, SentToAll
 from policy.tracking.training_page import PAGE, VIDEOS, TrainingFacts, training_page, video_name
+from policy.training.errors import ErrorMeter
 from policy.training.loop import train
 from policy.training.preparation import Run, prepare_run
 from policy.training.settings import TrainSettings, learning_rate
@@ -53,12 +56,14 @@ from policy.training.state import TrainState, newest_metrics
 
 # First seed of the rollouts during training. Demonstrations use seeds from 0, reported results those from 100000.
 ROLLOUT_SEED = 50_000
+# The file beside the checkpoint that holds the run's metrics, a line for each entry.
+HISTORY = "history.jsonl"
 # A checkpoint notes the names of up to so many tasks.
 MAX_TASKS = 100
 
 # Records episodes of the policy that a controller drives.
 Film = Callable[[MakeEnv, Controller], None]
-# Runs a short rollout of the averaged policy, and returns its metrics.
+# Runs a short rollout of the averaged policy, or measures the errors of its chunks, and returns the metrics.
 Rollout = Callable[[DiffusionPolicy], dict[str, float]]
 
 
@@ -107,7 +112,8 @@ def train_policy(
         env_patience: seconds that one call of the simulator may take in them.
         videos: first episodes of each of these rollouts to record, for the run's page.
         device: `cpu` or `cuda`.
-        output_dir: receives `checkpoint/` and the page `training.html`; by default a new folder under outputs/train.
+        output_dir: receives `checkpoint/`, the page `training.html` and the metrics `history.jsonl`; by default a new
+            folder under outputs/train.
         expected: success_rate and score_mean that a preset reaches, for some values of `ddim_steps`; only printed.
 
     Raises:
@@ -165,7 +171,7 @@ def train_policy(
         tracking = tracker(folder=folder, config={"env": env, **record.training, **vars(config)})
         facts = _facts(dataset, env, record, train)
         with training_page(folder, facts, run.state.history, partial(_best, record, run)) as page:
-            _train(run, train, seed, SentToAll(tracking, page), record, rollout)
+            _train(run, train, seed, SentToAll(tracking, page), record, rollout, _measure(run, dataset, sampler))
         tracked = tracking.finish()
         if run.state.step < train.all_steps:
             print(f"stopped at step {run.state.step} and saved: the same command with output_dir={folder} goes on")
@@ -206,6 +212,8 @@ def _say_end(
 ) -> None:
     """Say what a complete training made, and what to do with it."""
     print(describe_best(record.folder, state, settings.rollout_episodes))
+    if conclusion := conclude(state.history):
+        print(conclusion.sentence)
     print(f"checkpoint: {record.folder}" + (f"   tracked: {tracked}" if tracked else ""))
     print(f"page: {record.folder.parent / PAGE}")
     for row in expected:
@@ -376,12 +384,16 @@ class _Record:
                 f" {settings.steps}, {learning_rate(state.step, settings):.2g} at this step"
             )
         if self.folder.exists():  # the run may have been killed after saving it and before keeping it
-            keep_checkpoint(self.folder, state, keep_last=self.keep_last)
+            self._keep(state)
 
     def save(self, state: TrainState) -> None:
-        """Write the newest checkpoint, and update the last few and the best."""
+        """Write the newest checkpoint and the history, and update the last few and the best."""
         training = {**self.training, "measured": newest_metrics(state.history)}
         save_checkpoint(self.folder, state, env=self.env, execution_horizon=self.execution_horizon, training=training)
+        self._keep(state)
+
+    def _keep(self, state: TrainState) -> None:
+        write_text(self.folder.with_name(HISTORY), "".join(f"{json_text(entry)}\n" for entry in state.history))
         keep_checkpoint(self.folder, state, keep_last=self.keep_last)
 
 
@@ -413,8 +425,24 @@ def _described_start(run: Run, start: _Start, train: TrainSettings) -> str:
     return f"rectifies {name}: it learns its own chunks, {steps}{changes}"
 
 
+def _measure(run: Run, dataset: Demonstrations, sampler: Sampler) -> Rollout | None:
+    """What measures the errors of the policy's chunks; None where the demonstrations' actions are not the policy's."""
+    if dataset.actions.shape[1] != run.state.policy.config.action_dim:
+        return None
+    try:
+        return ErrorMeter(run.training, run.validation, sampler).metrics
+    except ValueError:  # actions that never change are no reason not to train
+        return None
+
+
 def _train(
-    run: Run, settings: TrainSettings, seed: int, tracking: MetricsLog, record: _Record, rollout: Rollout | None
+    run: Run,
+    settings: TrainSettings,
+    seed: int,
+    tracking: MetricsLog,
+    record: _Record,
+    rollout: Rollout | None,
+    measure: Rollout | None,
 ) -> None:
     """Train until the end or a signal, and print the speed and the skipped steps."""
     first_step, began = run.state.step, time.perf_counter()
@@ -433,6 +461,7 @@ def _train(
                 tracker=tracking,
                 save=record.save,
                 rollout=rollout and interruptible,
+                measure=measure,
                 should_stop=should_stop,
             )
     except FloatingPointError as error:

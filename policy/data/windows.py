@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -126,10 +128,9 @@ class Windows:
             key: values.take(past, axis=0) for key, values in self.demonstrations.observations.items()
         }
         actions = self.demonstrations.actions.take(np.clip(future, start, end - 1), axis=0)
-        if self._augment is not None:
-            observations, actions = _with_counterparts(
-                self._augment, observations, actions, windows >= self.num_transitions
-            )
+        mirrored = windows >= self.num_transitions
+        if self._augment is not None and mirrored.any():  # a symmetry need not take arrays without rows
+            observations, actions = _with_counterparts(self._augment, observations, actions, mirrored)
         inside = (start <= future) & (future < end) if self._mask_padding else np.ones_like(future, dtype=np.bool_)
         return {
             "observations": {key: torch.from_numpy(values) for key, values in observations.items()},
@@ -140,6 +141,14 @@ class Windows:
     def episodes_of(self, windows: NDArray[np.int64]) -> list[int]:
         """The sorted numbers of the episodes that windows come from, without repetition."""
         return np.unique(self.episodes[self._locate(windows)[1]]).tolist()
+
+    def showing(self, keys: Sequence[str]) -> Windows:
+        """Return the same windows with some of their observations only, and without counterparts."""
+        shown = copy.copy(self)
+        observations = {key: self.demonstrations.observations[key] for key in keys}
+        shown.demonstrations = dataclasses.replace(self.demonstrations, observations=observations)
+        shown._augment = None
+        return shown
 
     def _locate(self, windows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Each window, or the window whose counterpart it is, and the index of its episode in `episodes`."""

@@ -16,6 +16,7 @@ from policy.common.budget import Budget
 from policy.common.files import write_text
 from policy.common.page import page_text
 from policy.common.panel import Line, Panel, Point, Scale, linear_scale, log_scale, thinned
+from policy.statistics.fit import conclude
 from policy.statistics.intervals import wilson_interval
 
 PAGE, VIDEOS = "training.html", "training_videos"
@@ -23,6 +24,14 @@ PAGE, VIDEOS = "training.html", "training_videos"
 SHOWN_VIDEOS = 4
 # How `video_name` names a video.
 VIDEO_NAME = re.compile(r"(\d{7,})_(\d+)_(success|failure)\.mp4")
+
+# The errors of chunks that the page shows, and their names.
+ERRORS = {
+    "val/sampled_chunk_error": "held-out episodes, a sample",
+    "val/averaged_chunk_error": "held-out episodes, the average of samples",
+    "train/averaged_chunk_error": "training episodes, the average of samples",
+    "val/neighbour_chunk_error": "held-out episodes, the most similar training windows",
+}
 
 Entry = Mapping[str, float]
 
@@ -106,12 +115,21 @@ class TrainingPage:
             "tracking/training_page.html",
             title=facts.title,
             answer=f"{state}: step {step:,} of {facts.all_steps:,}, at {at}.",
-            facts={"best checkpoint": best[1] if best else "none yet", **_newest(self._history)},
+            facts={
+                "best checkpoint": best[1] if best else "none yet",
+                **_newest(self._history),
+                **self._conclusion(step),
+            },
             panels=panels_of(self._history, facts.all_steps, facts.rollout_episodes, places),
             clips=_clips(self._folder / VIDEOS),
             settings=facts.settings,
             running=running,
         )
+
+    def _conclusion(self, step: int) -> dict[str, str]:
+        """What the errors mean, once the training is complete."""
+        found = conclude(self._history) if step >= self._facts.all_steps else None
+        return {"errors": found.sentence} if found else {}
 
 
 @contextmanager
@@ -150,7 +168,7 @@ def video_name(step: int, seed: int, *, success: bool) -> str:
 def panels_of(
     history: Sequence[Entry], all_steps: int, rollout_episodes: int, places: Sequence[tuple[int, str]] = ()
 ) -> list[Panel]:
-    """The charts of a run: losses, rollouts and learning rate; one without any value is left out.
+    """The charts of a run: losses, errors, rollouts and learning rate; one without any value is left out.
 
     Args:
         history: the log entries.
@@ -167,6 +185,11 @@ def panels_of(
         Line(name="training, mean since the entry before", points=thinned(train), marked=False),
         Line(name="held-out episodes", points=thinned(held_out), style=1, marked=len(held_out) < 50),
     ]
+    errors = [
+        Line(name=name, points=thinned(points), style=style, marked=len(points) < 50)
+        for style, (key, name) in enumerate(ERRORS.items())
+        for points in [_points(history, key)]
+    ]
     solved = [
         Point(x=point.x, y=100 * point.y, low=100 * low, high=100 * high)
         for point in _points(history, "rollout/success_rate")
@@ -180,6 +203,12 @@ def panels_of(
     rate = [Line(name="learning rate", points=thinned(scaled), marked=False)]
     found = [
         ("Loss", "logarithmic axis", log_scale([point.y for point in [*train, *held_out]]), losses),
+        (
+            "Error of chunks",
+            "in standard deviations of the actions",
+            _from_zero([p for e in errors for p in e.points]),
+            errors,
+        ),
         ("Rollouts", f"{rollout_episodes} episodes each, 95 % Wilson intervals", linear_scale(0, 100), rollouts),
         ("Learning rate", f"times 1e{power}", _from_zero(scaled), rate),
     ]

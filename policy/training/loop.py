@@ -7,7 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import count
 from statistics import fmean
 from typing import Any, Protocol
@@ -38,6 +38,8 @@ SHOWN = {
     "val/loss": ("validation loss", "{:.4f}"),
     "rollout/success_rate": ("rollout success", "{:.0%}"),
 }
+# Steps between measurements of the chunks' errors, each of which takes about as long as ten steps.
+MEASURE_EVERY = 1_000
 # Training fails after this many skipped steps in a row, because the weights have then diverged.
 MOST_SKIPPED_IN_A_ROW = 100
 
@@ -94,25 +96,35 @@ def phases_of(settings: TrainSettings) -> list[Phase]:
     return phases
 
 
-@dataclass(kw_only=True)
+@dataclass
 class _Trainer:
-    """One call of `train`: its arguments, and the outcomes of steps that have not been read yet."""
+    """One call of `train`: its arguments, the phase begun last, and outcomes of steps that have not been read yet."""
 
     run: Run
     settings: TrainSettings
-    seed: int
+    _: KW_ONLY
     rollout: Callable[[DiffusionPolicy], dict[str, float]] | None
+    measure: Callable[[DiffusionPolicy], dict[str, float]] | None
     should_stop: Callable[[], bool]
     tracker: MetricsLog
     save: Callable[[TrainState], None]
     phases: list[Phase] = field(init=False)
+    begun: int = -1
     unread: list[Outcome] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.phases = phases_of(self.settings)
 
+    def begun_phase(self) -> Phase:
+        """The phase of the next step; it is begun if this call of `train` has not taken a step of it."""
+        number = self.settings.place(self.run.state.step)[0]
+        if number != self.begun:
+            self.phases[number].begin(self.run.state)
+            self.begun = number
+        return self.phases[number]
+
     def metrics_due(self) -> dict[str, float]:
-        """The losses to log after the newest step; empty after most steps."""
+        """The losses and errors to log after the newest step; empty after most steps."""
         state, settings, metrics = self.run.state, self.settings, dict[str, float]()
         last = state.step == settings.all_steps
         if last or state.step % settings.log_every == 0:
@@ -122,6 +134,8 @@ class _Trainer:
         if len(self.run.validation) and (last or state.step % settings.val_every == 0):
             # Of the first phase to the last step, so that the losses of one run can be compared.
             metrics["val/loss"] = validation_loss(self.phases[0], state.ema, self.run.validation)
+        if self.measure and (last or state.step % MEASURE_EVERY == 0):
+            metrics.update(self.measure(state.ema))
         return metrics
 
     def rollout_due(self) -> bool:
@@ -188,6 +202,7 @@ def train(
     tracker: MetricsLog,
     save: Callable[[TrainState], None],
     rollout: Callable[[DiffusionPolicy], dict[str, float]] | None = None,
+    measure: Callable[[DiffusionPolicy], dict[str, float]] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Train from the state's step up to `settings.all_steps`.
@@ -206,6 +221,7 @@ def train(
         save: called every `save_every` steps, before and after rollouts, and at the end, also when stopped.
         rollout: called with the averaged policy every `rollout_every` steps; returns metrics. One that raises is a
             warning without metrics; one that was interrupted is repeated when training goes on.
+        measure: called with the averaged policy every 1,000 steps and at the end; returns metrics.
         should_stop: called after every step; if it returns True, the state is saved and training ends.
 
     Raises:
@@ -214,18 +230,15 @@ def train(
     """
     state = run.state
     trainer = _Trainer(
-        run=run, settings=settings, seed=seed, rollout=rollout, should_stop=should_stop, tracker=tracker, save=save
+        run, settings, rollout=rollout, measure=measure, should_stop=should_stop, tracker=tracker, save=save
     )
-    phases, begun = trainer.phases, -1
     if trainer.rollout_due() and not trainer.roll_out():  # the run had been interrupted in it
         return
     with progress(total=settings.all_steps, initial=state.step, desc="train", unit="step") as bar:
         ahead = batches_ahead(run.training, range(state.step, settings.all_steps), settings.batch_size, seed)
         for windows, batch in ahead:
-            if (number := settings.place(state.step)[0]) != begun:
-                phases[number].begin(state)
-                begun = number
-            trainer.unread.append((windows, _train_step(state, phases[number], batch, settings, seed)))
+            phase = trainer.begun_phase()
+            trainer.unread.append((windows, _train_step(state, phase, batch, settings, seed)))
             state.step += 1
             bar.update()
             if metrics := trainer.metrics_due():

@@ -75,17 +75,14 @@ def prepare_run(
     if settings.rectify_steps and (teacher or settings.steps):  # a run that goes on may have its teacher stored
         num_steps = (teacher or policy).schedule.num_steps
         check_ddim_steps(settings.rectify_ddim_steps, num_steps, "train.rectify_ddim_steps")
-    layout: dict[str, Any] = {
-        "obs_horizon": config.obs_horizon,
-        "action_horizon": config.action_horizon,
-        "past_actions": config.past_actions,
-        "mask_padding": settings.mask_padding,
-    }
-    train_episodes, val_episodes = split_episodes(
-        demonstrations.num_episodes, settings.val_fraction, seed, demonstrations.held_out
+    training, validation = split_windows(
+        config,
+        demonstrations,
+        val_fraction=settings.val_fraction,
+        mask_padding=settings.mask_padding,
+        seed=seed,
+        augment=augment,
     )
-    training = Windows(demonstrations, train_episodes, augment=augment, **layout)
-    validation = Windows(demonstrations, val_episodes, **layout)
     if init is not None:
         policy.load_state_dict(init.state_dict())
     elif teacher is not None:
@@ -96,6 +93,44 @@ def prepare_run(
     if teacher is not None:
         state.teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
     return Run(state=state, training=training, validation=validation)
+
+
+def split_windows(
+    config: PolicyConfig,
+    demonstrations: Demonstrations,
+    *,
+    val_fraction: float,
+    mask_padding: bool,
+    seed: int,
+    augment: Augment | None = None,
+) -> tuple[Windows, Windows]:
+    """Split the episodes as a training does, and return the windows of the training and of the held-out episodes.
+
+    Args:
+        config: the policy's configuration.
+        demonstrations: all episodes.
+        val_fraction: see `split_episodes`.
+        mask_padding: see `Windows`.
+        seed: the run's seed.
+        augment: see `prepare_run`.
+
+    Returns:
+        The windows of both; those of held-out episodes may be none.
+
+    Raises:
+        ValueError: see `split_episodes`.
+    """
+    layout: dict[str, Any] = {
+        "obs_horizon": config.obs_horizon,
+        "action_horizon": config.action_horizon,
+        "past_actions": config.past_actions,
+        "mask_padding": mask_padding,
+    }
+    train_episodes, val_episodes = split_episodes(
+        demonstrations.num_episodes, val_fraction, seed, demonstrations.held_out
+    )
+    training = Windows(demonstrations, train_episodes, augment=augment, **layout)
+    return training, Windows(demonstrations, val_episodes, **layout)
 
 
 def start_training(policy: DiffusionPolicy, settings: TrainSettings) -> TrainState:

@@ -19,6 +19,7 @@ from policy.checkpoint import (
     files,
     is_checkpoint,
     keep_checkpoint,
+    read_history,
     resume_training,
 )
 from policy.checkpoint.files import seal
@@ -158,6 +159,21 @@ def test_a_resumed_run_starts_from_more_than_the_weights(demonstrations, saved):
     one, other = advance(resumed, 8), advance(bare, 8)
     weights = [r.state.policy.denoiser.leave.weight for r in (one, other)]
     assert not torch.equal(*weights)
+
+
+def test_the_history_is_read_without_the_policy_and_a_checkpoint_that_cannot_resume_has_none(run, saved):
+    assert read_history(saved) == run.state.history
+    edit(saved, lambda record: record["history"].append({"step": 99, "val/loss": None}), "training.json")
+    seal(saved)
+    assert read_history(saved)[-1] == {"step": 99}
+    edit(saved, lambda record: record.update(history=[{"step": "last"}]), "training.json")
+    with pytest.raises(ValueError, match="damaged"):
+        read_history(saved)
+    seal(saved)
+    with pytest.raises(ValueError, match=r"training\.json"):
+        read_history(saved)
+    (saved / "training.json").unlink()
+    assert read_history(saved) == []
 
 
 def test_resuming_with_other_settings_is_refused(demonstrations, saved):

@@ -5,6 +5,7 @@ Most console commands run once for real, in a process of its own: `ddim-collect`
 """
 
 import csv
+import html
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ import pytest
 from policy import load_checkpoint
 from policy.common.next_line import next_line
 from policy.data.reading import read_demonstrations
+from policy.statistics.fit import conclude
 from policy.statistics.intervals import wilson_interval
 from tests.conftest import ENVIRONMENT, PROGRAMS, ROOT
 
@@ -66,6 +68,13 @@ def test_training_leaves_a_self_contained_checkpoint_and_an_offline_run(planar_r
     assert re.search(rf"^step 300: loss 0\.\d+, validation loss 0\.\d+, {re.escape(success)}$", out, re.MULTILINE)
     assert f"best: step 300, the last, {success}" in out
     assert f"ddim-rollout checkpoint={planar_run}/checkpoint" in out
+    lines = (planar_run / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == history
+    assert {"val/sampled_chunk_error/1", "train/averaged_first_action_error", "fit/ratio_high"} <= history[-1].keys()
+    sentence = conclude(history).sentence
+    assert sentence.startswith("too few held-out episodes (2) to tell")
+    assert f"\n{sentence}\ncheckpoint: " in out
+    assert html.escape(sentence) in (planar_run / "training.html").read_text(encoding="utf-8")
 
 
 def test_rollout_writes_one_entry_per_seed_and_videos(planar_run, console, tmp_path):
@@ -157,6 +166,19 @@ def test_inspect_says_what_a_checkpoint_is_and_was_trained_on(planar_run, run_co
     assert out.splitlines()[-1] == next_line("ddim-rollout", checkpoint=folder)
     best = run_command("inspect_data", f"checkpoint={planar_run}/checkpoints/best").stdout
     assert said["measured"] in best  # a kept checkpoint says it too, without the history
+    assert said["errors"].startswith("too few held-out episodes (2)")
+
+
+def test_inspect_of_a_checkpoint_and_its_data_measures_and_draws_the_errors(planar_run, run_command, tmp_path):
+    given = [f"checkpoint={planar_run}/checkpoint", f"dataset.path={planar_run}/planar-v0"]
+    out = run_command("inspect_data", *given, f"output_dir={tmp_path}").stdout
+    history = json.loads((planar_run / "checkpoint" / "training.json").read_text())["history"][-1]
+    found = json.loads((tmp_path / "errors.json").read_text())
+    assert found == pytest.approx({name: history[name] for name in found}, rel=1e-4)
+    assert conclude([history]).sentence in out
+    assert "by distance to the nearest training observation: " in out
+    assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "inspect.json").exists()
 
 
 def test_inspect_of_an_older_checkpoint_says_what_it_does_not_state(run_command):
@@ -166,10 +188,16 @@ def test_inspect_of_an_older_checkpoint_says_what_it_does_not_state(run_command)
     assert "measured     neither a validation loss nor a rollout" in out
 
 
-def test_inspect_takes_one_thing(planar_run, run_command):
+def test_inspect_refuses_what_does_not_belong_together(planar_run, run_command):
     data, checkpoint = f"dataset.path={planar_run}/planar-v0", f"checkpoint={planar_run}/checkpoint"
     assert "dataset.path is missing" in run_command("inspect_data", check=2).stderr
-    assert "give one of the two" in run_command("inspect_data", data, checkpoint, check=2).stderr
+    assert (
+        "give the dataset and the dataset settings of its training"
+        in run_command("inspect_data", data, checkpoint, "dataset.max_episodes=7", check=2).stderr
+    )
+    older = f"checkpoint={ROOT}/tests/data/checkpoint_schema1"
+    assert "does not note transitions of its training" in run_command("inspect_data", data, older, check=2).stderr
+    assert "no checkpoint at nowhere" in run_command("inspect_data", data, "checkpoint=nowhere", check=2).stderr
     assert "no checkpoint at nowhere" in run_command("inspect_data", "checkpoint=nowhere", check=2).stderr
 
 

@@ -284,6 +284,27 @@ def test_each_window_has_one_counterpart_under_a_symmetry(case, seed):
     assert torch.equal(batch["mask"], originals["mask"])
 
 
+def test_a_batch_without_counterparts_asks_nothing_of_the_symmetry():
+    def shaped(observations, actions):
+        return negated(observations, actions.reshape(len(actions), -1))  # fails without rows
+
+    windows = Windows(demonstrations([5, 4]), np.arange(2), obs_horizon=2, action_horizon=3, augment=shaped)
+    plain = Windows(demonstrations([5, 4]), np.arange(2), obs_horizon=2, action_horizon=3)
+    assert torch.equal(windows.gather(np.arange(9))["actions"], plain.gather(np.arange(9))["actions"])
+
+
+@settings(deadline=None)
+@given(case=cases())
+def test_windows_can_show_some_of_their_observations_alone(case):
+    whole, shown = with_symmetry(case), with_symmetry(case).showing(["state"])
+    assert 2 * len(shown) == len(whole)
+    numbers = np.arange(len(shown))
+    batch, expected = shown.gather(numbers), whole.gather(numbers)
+    assert batch["observations"].keys() == {"state"}
+    assert torch.equal(batch["observations"]["state"], expected["observations"]["state"])
+    assert torch.equal(batch["actions"], expected["actions"])
+
+
 @settings(deadline=None)
 @given(case=cases())
 def test_the_mask_can_be_left_off(case):

@@ -84,8 +84,9 @@ def step_of(folder: Path) -> int:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file of a finished run's checkpoints, the last and the best ones included."""
-    found = [path for name in ("checkpoint", "checkpoints") for path in (folder / name).rglob("*") if path.is_file()]
+    """The history of a finished run, and every file of its checkpoints, the last and the best ones included."""
+    found = [folder / "history.jsonl"]
+    found += [path for name in ("checkpoint", "checkpoints") for path in (folder / name).rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 

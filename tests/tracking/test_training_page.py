@@ -80,6 +80,17 @@ def test_the_charts_hold_the_whole_history_and_intervals_of_its_rollouts():
     assert panels_of([], 40, 4) == []
 
 
+def test_errors_have_a_chart_and_their_meaning_stands_on_the_page_once_training_is_complete(tmp_path):
+    logs = {"val/sampled_chunk_error": 0.6, "val/averaged_chunk_error": 0.5, "train/averaged_chunk_error": 0.2}
+    history = [entry(20, **logs), entry(40, **logs, **{"val/neighbour_chunk_error": 0.7})]
+    errors = panels_of(history, 40, 4)[1]
+    assert [[p.y for p in line.points] for line in errors.lines] == [[0.6, 0.6], [0.5, 0.5], [0.2, 0.2], [0.7]]
+    assert len({line.style for line in errors.lines}) == 4
+    for log, said in ((history[:1], False), (history, True)):
+        TrainingPage(tmp_path, facts(), log, lambda: None)
+        assert ("too few held-out episodes" in (tmp_path / "training.html").read_text()) is said
+
+
 def test_a_long_history_is_thinned_and_keeps_its_extremes():
     points = [Point(x=step, y=1 / (1 + step)) for step in range(10_000)]
     points[1234] = Point(x=1234, y=99.0)

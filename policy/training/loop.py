@@ -189,8 +189,9 @@ def train(
     save: Callable[[TrainState], None],
     rollout: Callable[[DiffusionPolicy], dict[str, float]] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    until: int | None = None,
 ) -> None:
-    """Train from the state's step up to `settings.all_steps`.
+    """Train from the state's step up to `settings.all_steps`, or a part of the way.
 
     Step n draws its windows, timesteps, noise and dropout from (seed, n) alone, so that a run that is interrupted and
     resumed gives the same result as an uninterrupted one.
@@ -207,6 +208,7 @@ def train(
         rollout: called with the averaged policy every `rollout_every` steps; returns metrics. One that raises is a
             warning without metrics; one that was interrupted is repeated when training goes on.
         should_stop: called after every step; if it returns True, the state is saved and training ends.
+        until: the step to stop and save at, as if `should_stop` returned True there; None for the last one.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite and `on_bad_loss` is `stop`, or a hundred steps in a row
@@ -219,8 +221,9 @@ def train(
     phases, begun = trainer.phases, -1
     if trainer.rollout_due() and not trainer.roll_out():  # the run had been interrupted in it
         return
-    with progress(total=settings.all_steps, initial=state.step, desc="train", unit="step") as bar:
-        ahead = batches_ahead(run.training, range(state.step, settings.all_steps), settings.batch_size, seed)
+    end = settings.all_steps if until is None else min(until, settings.all_steps)
+    with progress(total=end, initial=state.step, desc="train", unit="step") as bar:
+        ahead = batches_ahead(run.training, range(state.step, end), settings.batch_size, seed)
         for windows, batch in ahead:
             if (number := settings.place(state.step)[0]) != begun:
                 phases[number].begin(state)
@@ -233,7 +236,7 @@ def train(
             rollout_due = trainer.rollout_due()
             if metrics and not rollout_due:
                 tracker.log(metrics, state.step)
-            stopping = should_stop()
+            stopping = should_stop() or state.step == until
             if stopping or rollout_due or trainer.saving_due():
                 trainer.save_now()
             if stopping or (rollout_due and not trainer.roll_out()):

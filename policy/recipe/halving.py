@@ -94,12 +94,13 @@ def seconds_needed(plan: Plan, costs: Sequence[Cost], episode_seconds: float) ->
     return needed
 
 
-def plan_halving(costs: Sequence[Cost], seconds: float, steps: int, episode_seconds: float | None) -> Plan:
+def plan_halving(costs: Sequence[Cost], budget: float, spent: float, steps: int, episode_seconds: float | None) -> Plan:
     """Plan the longest rungs that the budget allows.
 
     Args:
         costs: of each recipe, two or more.
-        seconds: what is left of the budget.
+        budget: the whole budget, in seconds.
+        spent: what of it was spent before, in seconds.
         steps: of a complete training; the last rung is not longer.
         episode_seconds: what one episode of a rollout costs; None without an environment.
 
@@ -110,11 +111,11 @@ def plan_halving(costs: Sequence[Cost], seconds: float, steps: int, episode_seco
         ValueError: the budget is too small for rungs of `LEAST_SHARE`; the message says which one would do.
     """
     sizes = sizes_of(len(costs))
-    planned = SHARE * seconds
+    planned = SHARE * (budget - spent)
     episodes = 0
     if episode_seconds is not None:
         affordable = ROLLOUT_SHARE * planned / (sizes[-1] * max(episode_seconds, 1e-9))
-        episodes = min(MOST_EPISODES, math.floor(affordable))
+        episodes = min(MOST_EPISODES, math.floor(max(0.0, affordable)))
         episodes = episodes if episodes >= LEAST_EPISODES else 0
 
     def plan_of(first: int, episodes: int) -> Plan:
@@ -129,8 +130,9 @@ def plan_halving(costs: Sequence[Cost], seconds: float, steps: int, episode_seco
         episodes = 0
     if needed(least, episodes) > planned:
         raise ValueError(
-            f"the {len(costs)} recipes need about {duration_text(needed(least, 0) / SHARE)} on this machine, and"
-            f" {duration_text(seconds)} of recipe.budget are left: raise it, or choose fewer with recipe.candidates="
+            f"recipe.budget={duration_text(budget)} is too small for {len(costs)} recipes, which need"
+            f" {duration_text(spent + needed(least, 0) / SHARE)} on this machine: raise it, or choose fewer with"
+            " recipe.candidates="
         )
     longest = max(least, steps // 2 ** (len(sizes) - 1))
     first = least

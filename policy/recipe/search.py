@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from policy.checkpoint import is_checkpoint
 from policy.checkpoint.keeping import copy_checkpoint
 from policy.common.durations import duration_text
 from policy.common.files import write_text
 from policy.common.interrupt import StopRequest
-from policy.common.progress import say
+from policy.common.progress import progress, say
 from policy.data.demonstrations import Demonstrations
 from policy.data.windows import split_episodes
 from policy.diffusion.sampler import Sampler
@@ -191,6 +194,7 @@ class _Search:
     stop: StopRequest
     spent_before: float
     began: float = field(default_factory=time.monotonic)
+    bar: tqdm[Any] | None = None
 
     @property
     def spent(self) -> float:
@@ -208,24 +212,24 @@ class _Search:
 
     def begin(self) -> Journal:
         """Time every recipe for a moment, and make the plan."""
-        say(f"timing {len(self.by_name)} recipes")
-        costs, episode_seconds = {}, None
-        for number, candidate in enumerate(self.by_name.values()):
+        costs: dict[str, Cost] = {}
+        episode_seconds = None
+        for candidate in progress(self.by_name.values(), total=len(self.by_name), desc="timing", unit="recipe"):
             before = time.monotonic()
             trial = self.open_trial(candidate, self.folder_of(candidate.name))
             first = trial.run.state.step + UNTIMED_STEPS
-            self.train(candidate, trial, first)
+            self.train(candidate, trial, first, self.stop)
             opened = time.monotonic()
-            self.train(candidate, trial, first + TIMED_STEPS)
+            self.train(candidate, trial, first + TIMED_STEPS, self.stop)
             trained = time.monotonic()
             self.errors(trial, TIMED_WINDOWS)
             share = min(WINDOWS, len(trial.run.validation)) / min(TIMED_WINDOWS, len(trial.run.validation))
             measuring = share * (time.monotonic() - trained)
             costs[candidate.name] = Cost(step=(trained - opened) / TIMED_STEPS, rung=opened - before + measuring)
-            if number == 0 and self.play:
+            if len(costs) == 1:
                 episode_seconds = self.time_episodes(trial)
         train_steps = next(iter(self.by_name.values())).train.steps
-        plan = plan_halving(list(costs.values()), self.budget - self.spent, train_steps, episode_seconds)
+        plan = plan_halving(list(costs.values()), self.budget, self.spent, train_steps, episode_seconds)
         recipes = {name: dict(candidate.changes) for name, candidate in self.by_name.items()}
         journal = Journal(recipes=recipes, costs=costs, plan=plan, spent=self.spent)
         journal.save(self.folder)
@@ -239,12 +243,19 @@ class _Search:
 
     def climb(self, journal: Journal) -> None:
         """Train and measure rung after rung until the budget is spent, and choose."""
-        while not self.over and self.complete_rung(journal):
-            say(rung_table(len(journal.rungs) - 1, journal))
-            if self.is_last(journal):
-                break
-            journal.rungs.append({})
+        with progress(total=math.ceil(self.budget), initial=int(self.spent), desc="recipes", unit="s") as self.bar:
+            while not self.over and self.complete_rung(journal):
+                say(rung_table(len(journal.rungs) - 1, journal))
+                if self.is_last(journal):
+                    break
+                journal.rungs.append({})
         self.choose(journal)
+
+    def show(self) -> bool:
+        """Move the bar, which counts the seconds of the budget, and return False."""
+        assert self.bar is not None
+        self.bar.update(int(self.spent) - self.bar.n)
+        return False
 
     def complete_rung(self, journal: Journal) -> bool:
         """Train and measure the recipes of the newest rung; return False if the budget ended before the last one."""
@@ -276,7 +287,7 @@ class _Search:
         candidate = self.by_name[name]
         trial = self.open_trial(candidate, self.folder_of(name))
         try:
-            self.train(candidate, trial, steps)
+            self.train(candidate, trial, steps, lambda: self.show() or self.over or self.stop())
         except FloatingPointError as error:
             warnings.warn(f"recipe {name} failed: {error}", stacklevel=2)
             return Measured(failed="its loss is not finite")
@@ -290,8 +301,8 @@ class _Search:
             scores=tuple(result.score for result in results),
         )
 
-    def train(self, candidate: Candidate, trial: Trial, steps: int) -> None:
-        """Train up to a step, or until the budget is spent; the checkpoint is written.
+    def train(self, candidate: Candidate, trial: Trial, steps: int, should_stop: Callable[[], bool]) -> None:
+        """Train up to a step; the checkpoint is written.
 
         Raises:
             KeyboardInterrupt: the user asked for an end.
@@ -302,7 +313,7 @@ class _Search:
             seed=self.seed,
             tracker=SentToAll(),
             save=trial.save,
-            should_stop=lambda: self.stop() or self.over,
+            should_stop=should_stop,
             until=steps,
         )
         if self.stop():

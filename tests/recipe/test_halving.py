@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from policy.recipe.halving import LEAST_EPISODES, SHARE, Cost, plan_halving, seconds_needed, sizes_of
@@ -34,9 +34,8 @@ def test_no_course_of_a_plan_exceeds_the_budget_and_every_rung_halves(
 ):
     try:
         plan = plan_halving(costs, spent + seconds, spent, steps, episode_seconds)
-    except ValueError as error:
-        assert "raise it" in str(error)
-        return
+    except ValueError:
+        reject()
     order = data.draw(st.permutations(range(len(costs))))
     assert seconds_of_course(plan, costs, order, episode_seconds or 0) <= SHARE * seconds * (1 + 1e-6)
     assert plan.rungs[0].candidates == len(costs)

@@ -138,12 +138,13 @@ def train_policy(
     run = prepare(config, settings=train, **trained)
     sampler.check(run.state.policy.schedule.num_steps)
     tasks = dataset.metadata.get("tasks")
+    unfixed = ""
     if env:
         with helpers_ended(), watched(make_env, env_patience) as make, closing(make(**env)) as probe:
             check_spaces(config, probe)
             tasks = tasks or getattr(probe.unwrapped, "tasks", None)
             mismatch = describe_mismatch(rate, stated_rate(probe.metadata.get("render_fps")))
-            unfixed = unrepeatable(probe, ROLLOUT_SEED)[1] if train.rollout_every else ""
+            unfixed = unrepeatable(probe, ROLLOUT_SEED)[1] if train.rollout_every or recipe else ""
         for warning in filter(None, (mismatch, unfixed)):
             warnings.warn(warning, stacklevel=2)
 
@@ -177,7 +178,7 @@ def train_policy(
             record.restore(trial.state)
             return Trial(run=trial, save=record.save)
 
-        best = _best_recipe(recipe, policy, train, folder, sampler, seed, open_trial, play)
+        best = _best_recipe(recipe, policy, train, folder, sampler, seed, open_trial, play, not unfixed)
         train = best.train
         run = prepare(_configured(best.policy, dataset, auxiliary, None, train)[0], settings=train)
     film = partial(_film, run.state, folder / VIDEOS, range(ROLLOUT_SEED, ROLLOUT_SEED + videos))
@@ -427,6 +428,7 @@ def _best_recipe(
     seed: int,
     open_trial: OpenTrial,
     play: Play | None,
+    paired: bool,
 ) -> Candidate:
     """Search for the best recipe; its checkpoint is then the run's own, which goes on from it."""
     candidates, fallen = candidates_for(recipe.candidates, recipe.keep, policy, train)
@@ -442,6 +444,7 @@ def _best_recipe(
                 first_seed=ROLLOUT_SEED,
                 open_trial=open_trial,
                 play=play,
+                paired=paired,
                 stop=stop,
             )
         except KeyboardInterrupt:

@@ -8,12 +8,12 @@ import re
 UNITS = {"s": 1, "min": 60, "h": 3600}
 
 
-def seconds_of(name: str, text: str) -> float:
+def seconds_of(name: str, value: object) -> float:
     """Read a duration.
 
     Args:
         name: the setting that it is the value of, for the message.
-        text: a number above 0 and its unit.
+        value: the text of a number above 0 and its unit.
 
     Returns:
         Seconds.
@@ -25,9 +25,9 @@ def seconds_of(name: str, text: str) -> float:
         >>> seconds_of("recipe.budget", "1.5h")
         5400.0
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h)", text.strip(), re.ASCII)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h)", str(value).strip(), re.ASCII)
     if found is None or not float(found[1]):
-        raise ValueError(f"{name} takes a time above 0 with its unit, such as 45s, 30min or 2h; got {text!r}")
+        raise ValueError(f"{name} takes a time above 0 with its unit, such as 45s, 30min or 2h; got {value!r}")
     return float(found[1]) * UNITS[found[2]]
 
 

@@ -44,6 +44,7 @@ class Journal:
         recipes: the changes of each recipe that is tried, by name.
         costs: what each recipe costs on this machine.
         plan: the plan.
+        paired: whether a seed fixes the episode of a rollout, whichever recipe plays it.
         spent: seconds of the budget that were spent.
         rungs: what was measured on each rung that was begun.
         chosen: name of the recipe that was chosen; empty before.
@@ -52,6 +53,7 @@ class Journal:
     recipes: dict[str, dict[str, Any]]
     costs: dict[str, Cost]
     plan: Plan
+    paired: bool
     spent: float
     rungs: list[dict[str, Measured]] = field(default_factory=lambda: [{}])
     chosen: str = ""

@@ -11,6 +11,7 @@ from policy.common.markdown import markdown_table
 from policy.recipe.journal import Journal, Results, has_rollouts, ranked
 from policy.statistics.intervals import wilson_interval
 from policy.statistics.simultaneous import compare_means_with_best, compare_with_best
+from policy.training.settings import TrainSettings
 
 CONFIDENCE = 0.95
 Difference = tuple[float, float, float]
@@ -21,16 +22,16 @@ def changes_text(changes: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in changes.items()) or "your settings, unchanged"
 
 
-def plan_text(journal: Journal, steps: int) -> str:
-    """Say what will be done, and how long it takes."""
+def plan_text(journal: Journal, train: TrainSettings) -> str:
+    """Say what will be done, and how long the training takes after it."""
     rungs = ", then ".join(f"{rung.candidates} to step {rung.steps:,}" for rung in journal.plan.rungs)
     last = journal.plan.rungs[-1]
     episodes = journal.plan.episodes
     by = f"by {episodes} rollouts each" if episodes else "by the error on held-out episodes"
-    rest = max(cost.step for cost in journal.costs.values()) * max(0, steps - last.steps)
+    rest = max(cost.step for cost in journal.costs.values()) * (train.all_steps - last.steps)
     return (
-        f"the plan: {rungs} of {steps:,}; of the last {last.candidates}, one is chosen {by} and trained to the end,"
-        f" {duration_text(rest)} more at most"
+        f"the plan: {rungs} of {train.steps:,}; of the last {last.candidates}, one is chosen {by}, and trained to the"
+        f" end in up to about {duration_text(rest)} more"
     )
 
 
@@ -76,7 +77,10 @@ def verdict(journal: Journal) -> str:
     at = f"after {journal.plan.rungs[number].steps:,} steps"
     sentences = [f"chosen: {chosen} ({settings})."]
     if others and rung[others[0]].errors:
-        compared = _by_rollouts(chosen, others[0], rung) if has_rollouts(rung) else _by_error(chosen, others[0], rung)
+        played = has_rollouts(rung)
+        compared = (
+            _by_rollouts(chosen, others[0], rung, journal.paired) if played else _by_error(chosen, others[0], rung)
+        )
         sentences.append(f"{at[0].upper()}{at[1:]}, {compared}.")
     if len(rung) < journal.plan.rungs[number].candidates:
         sentences.append(
@@ -146,9 +150,9 @@ def _by_error(chosen: str, other: str, rung: Results) -> str:
     )
 
 
-def _by_rollouts(chosen: str, other: str, rung: Results) -> str:
+def _by_rollouts(chosen: str, other: str, rung: Results, paired: bool) -> str:
     names = [name for name, found in rung.items() if found.success]
-    pairs = compare_with_best([rung[name].success for name in names], names.index(chosen), CONFIDENCE)
+    pairs = compare_with_best([rung[name].success for name in names], names.index(chosen), CONFIDENCE, paired=paired)
     pair = pairs[names.index(other)]
     low, high = -pair.high * 100, -pair.low * 100
     return (

@@ -113,6 +113,7 @@ def search(
     first_seed: int,
     open_trial: OpenTrial,
     play: Play | None,
+    paired: bool,
     stop: StopRequest,
 ) -> Candidate:
     """Find the best recipe, and put its checkpoint where the training goes on from it.
@@ -128,6 +129,7 @@ def search(
         first_seed: of the rollouts.
         open_trial: opens the training run of a recipe.
         play: rolls a policy out; None without an environment.
+        paired: whether a seed fixes the episode.
         stop: whether the user asked for an end.
 
     Returns:
@@ -166,8 +168,8 @@ def search(
     if journal is None:
         for candidate in candidates:
             print(f"recipe {candidate.name}: {changes_text(candidate.changes)}")
-        journal = running.begin()
-        print(plan_text(journal, candidates[0].train.steps))
+        journal = running.begin(paired)
+        print(plan_text(journal, candidates[0].train))
     if not journal.chosen:
         running.climb(journal)
         seeds = range(first_seed, first_seed + journal.plan.episodes)
@@ -210,7 +212,7 @@ class _Search:
         """The folder of a recipe's training run."""
         return self.folder / RECIPES / name
 
-    def begin(self) -> Journal:
+    def begin(self, paired: bool) -> Journal:
         """Time every recipe for a moment, and make the plan."""
         costs: dict[str, Cost] = {}
         episode_seconds = None
@@ -231,7 +233,7 @@ class _Search:
         train_steps = next(iter(self.by_name.values())).train.steps
         plan = plan_halving(list(costs.values()), self.budget, self.spent, train_steps, episode_seconds)
         recipes = {name: dict(candidate.changes) for name, candidate in self.by_name.items()}
-        journal = Journal(recipes=recipes, costs=costs, plan=plan, spent=self.spent)
+        journal = Journal(recipes=recipes, costs=costs, plan=plan, paired=paired, spent=self.spent)
         journal.save(self.folder)
         return journal
 

@@ -23,7 +23,7 @@ class RecipeSettings:
         ValueError: a budget that is not a time, or a recipe that does not exist.
     """
 
-    budget: str = "30min"
+    budget: str | float = "30min"
     candidates: Sequence[str] = ()
     keep: Sequence[str] = ()
 

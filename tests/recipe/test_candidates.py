@@ -61,5 +61,7 @@ def test_settings_of_a_search_are_checked():
     assert RecipeSettings(budget="1.5h").seconds == 5400
     with pytest.raises(ValueError, match=r"recipe.budget takes a time.*got '30'"):
         RecipeSettings(budget="30")
+    with pytest.raises(ValueError, match=r"recipe.budget takes a time.*got 30$"):
+        RecipeSettings(budget=30)
     with pytest.raises(ValueError, match=r"unknown recipe .regularized.*regularised"):
         RecipeSettings(candidates=["regularized"])

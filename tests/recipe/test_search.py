@@ -93,6 +93,7 @@ def start(tmp_path):
             first_seed=50_000,
             open_trial=partial(open_trial, stop_at),
             play=play,
+            paired=True,
             stop=StopRequest(),
         )
 
@@ -218,7 +219,9 @@ def test_a_folder_of_a_plain_run_is_refused(tmp_path):
 def journal_of(*found, **of_journal):
     plan = Plan(rungs=(Rung(candidates=len(found), steps=100),), episodes=0)
     rung = {name: measured for name, measured in zip("abc", found, strict=False)}
-    return Journal(recipes={name: {} for name in rung}, costs={}, plan=plan, spent=1.0, rungs=[rung], **of_journal)
+    return Journal(
+        recipes={name: {} for name in rung}, costs={}, plan=plan, paired=True, spent=1.0, rungs=[rung], **of_journal
+    )
 
 
 def test_recipes_are_ranked_by_rollouts_only_if_all_have_them():

@@ -127,15 +127,20 @@ def train_policy(
     start = _start(init, teacher, output_dir)
     env = _env_of(dataset, env, start, train)
     config, dataset = _configured(policy, dataset, auxiliary, start, train)
+    if recipe:
+        check_data(dataset, train, seed)
     rate = stated_rate(dataset.metadata.get("rate_hz"))
     if execution_horizon is None:
         execution_horizon = start.checkpoint.execution_horizon if start else EXECUTION_HORIZON
     check_execution_horizon(execution_horizon, config.action_horizon)
     check_num_envs(num_envs)
     check_patience(env_patience)
-    trained = start.policies(train) if start else {}
-    prepare = partial(prepare_run, demonstrations=dataset, seed=seed, device=check_device(device), augment=augment)
-    run = prepare(config, settings=train, **trained)
+    device = check_device(device)
+
+    def prepare(config: PolicyConfig, train: TrainSettings, **trained: DiffusionPolicy) -> Run:
+        return prepare_run(config, dataset, train, seed=seed, device=device, augment=augment, **trained)
+
+    run = prepare(config, train, **(start.policies(train) if start else {}))
     sampler.check(run.state.policy.schedule.num_steps)
     tasks = dataset.metadata.get("tasks")
     unfixed = ""
@@ -163,31 +168,29 @@ def train_policy(
         },
         start=start,
     )
-    play = None
+    play: Callable[..., list[EpisodeResult]] | None = None
     if env:
         play = partial(_played, partial(make_env, **env), num_envs, env_patience, sampler, execution_horizon)
-    if recipe:
-        check_data(dataset, train, seed)
     folder = output_folder(output_dir, "train")
     if recipe:
 
         def open_trial(candidate: Candidate, place: Path) -> Trial:
             config, _ = _configured(candidate.policy, dataset, auxiliary, None, candidate.train)
-            trial = prepare(config, settings=candidate.train)
+            trial = prepare(config, candidate.train)
             record = record_of(candidate.train, place)
             record.restore(trial.state)
             return Trial(run=trial, save=record.save)
 
         best = _best_recipe(recipe, policy, train, folder, sampler, seed, open_trial, play, not unfixed)
         train = best.train
-        run = prepare(_configured(best.policy, dataset, auxiliary, None, train)[0], settings=train)
+        run = prepare(_configured(best.policy, dataset, auxiliary, None, train)[0], train)
     film = partial(_film, run.state, folder / VIDEOS, range(ROLLOUT_SEED, ROLLOUT_SEED + videos))
-    rollout = play and partial(_rolled_out, play, train, film)
+    rollout = partial(_rolled_out, play, train, film) if play else None
     record = record_of(train, folder)
     with only_process(folder):
         record.resume(run.state, train)
         _describe(run, env, start, train)
-        tracking = tracker(folder=folder, config={"env": env, **record.training, **vars(config)})
+        tracking = tracker(folder=folder, config={"env": env, **record.training, **vars(run.state.policy.config)})
         facts = _facts(dataset, env, record, train)
         with training_page(folder, facts, run.state.history, partial(_best, record, run)) as page:
             _train(run, train, seed, SentToAll(tracking, page), record, rollout)

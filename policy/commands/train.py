@@ -183,6 +183,7 @@ def train_policy(
 
         best = _best_recipe(recipe, policy, train, folder, sampler, seed, open_trial, play, not unfixed)
         train = best.train
+        expected = None if best.changes else expected
         run = prepare(_configured(best.policy, dataset, auxiliary, None, train)[0], train)
     film = partial(_film, run.state, folder / VIDEOS, range(ROLLOUT_SEED, ROLLOUT_SEED + videos))
     rollout = partial(_rolled_out, play, train, film) if play else None

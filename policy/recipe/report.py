@@ -28,11 +28,10 @@ def plan_text(journal: Journal, train: TrainSettings) -> str:
     last = journal.plan.rungs[-1]
     episodes = journal.plan.episodes
     by = f"by {episodes} rollouts each" if episodes else "by the error on held-out episodes"
-    rest = max(cost.step for cost in journal.costs.values()) * (train.all_steps - last.steps)
-    return (
-        f"the plan: {rungs} of {train.steps:,}; of the last {last.candidates}, one is chosen {by}, and trained to the"
-        f" end in up to about {duration_text(rest)} more"
-    )
+    steps_left = train.all_steps - last.steps
+    rest = duration_text(steps_left * max(cost.step for cost in journal.costs.values()))
+    after = f", and trained to the end in up to about {rest} more" if steps_left else ""
+    return f"the plan: {rungs} of {train.steps:,}; of the last {last.candidates}, one is chosen {by}{after}"
 
 
 def rung_table(number: int, journal: Journal) -> str:
@@ -52,7 +51,7 @@ def rung_table(number: int, journal: Journal) -> str:
         rows.append([*row, "yes" if name in kept else ""])
     heads = ["recipe", "error", "from the least", "95 % from", "to"]
     heads += [*(["success"] if has_rollouts(rung) else []), "goes on"]
-    return markdown_table(heads, rows)
+    return markdown_table(heads, rows, align="l" + "r" * (len(heads) - 1))
 
 
 def error_differences(rung: Results) -> dict[str, Difference]:
@@ -154,10 +153,10 @@ def _by_rollouts(chosen: str, other: str, rung: Results, paired: bool) -> str:
     names = [name for name, found in rung.items() if found.success]
     pairs = compare_with_best([rung[name].success for name in names], names.index(chosen), CONFIDENCE, paired=paired)
     pair = pairs[names.index(other)]
-    low, high = -pair.high * 100, -pair.low * 100
+    difference, low, high = (0.0 - end * 100 for end in (pair.difference, pair.high, pair.low))
     return (
         f"it solved {fmean(rung[chosen].success):.0%} of {len(rung[chosen].success)} episodes and {other}"
-        f" {fmean(rung[other].success):.0%}, a difference of {-pair.difference * 100:.1f} points (95 %: {low:.1f} to"
+        f" {fmean(rung[other].success):.0%}, a difference of {difference:.1f} points (95 %: {low:.1f} to"
         f" {high:.1f}): {_separated(low > 0)}"
     )
 

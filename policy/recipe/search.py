@@ -121,8 +121,7 @@ def search(
     Args:
         candidates: the recipes to try; equal ones are decided for the first.
         fallen: why each other one is not tried.
-        folder: of the run; receives `recipes/NAME/` with the training run of each recipe, `recipe.json`, from which a
-            search goes on, the report `recipe.md` and `checkpoint/`.
+        folder: of the run; receives `recipes/NAME/`, `recipe.json`, `recipe.md` and `checkpoint/`.
         settings: of the search.
         sampler: how chunks are sampled.
         seed: of the training runs.
@@ -141,18 +140,7 @@ def search(
     """
     for name, reason in fallen.items():
         print(f"recipe {name} is not tried: {reason}")
-    if len(candidates) < 2:
-        raise ValueError(
-            f"recipe=auto has {len(candidates)} recipe to try and nothing to compare it with: keep fewer settings, or"
-            " leave recipe= out"
-        )
-    journal = read_journal(folder)
-    recipes = {candidate.name: dict(candidate.changes) for candidate in candidates}
-    if journal and journal.recipes != recipes:
-        raise ValueError(
-            f"{folder / JOURNAL} is a search among other recipes ({', '.join(journal.recipes)}): give the same settings"
-            " to go on, or another output_dir="
-        )
+    journal = _journal_of(candidates, folder)
     running = _Search(
         by_name={candidate.name: candidate for candidate in candidates},
         folder=folder,
@@ -174,11 +162,30 @@ def search(
         running.climb(journal)
         seeds = range(first_seed, first_seed + journal.plan.episodes)
         write_text(folder / REPORT, report_text(journal, fallen, seeds))
-        print(verdict(journal))
-        print(f"the search: {folder / REPORT}")
+        print(f"{verdict(journal)}\nthe search: {folder / REPORT}")
     if not is_checkpoint(folder / CHECKPOINT):
         copy_checkpoint(running.folder_of(journal.chosen) / CHECKPOINT, folder / CHECKPOINT, with_training=True)
     return running.by_name[journal.chosen]
+
+
+def _journal_of(candidates: Sequence[Candidate], folder: Path) -> Journal | None:
+    """The journal of a search among these recipes; None before it is begun.
+
+    Raises:
+        ValueError: there is nothing to compare, or the journal is of another search.
+    """
+    if len(candidates) < 2:
+        raise ValueError(
+            f"recipe=auto has {len(candidates)} recipe to try and nothing to compare it with: keep fewer settings, or"
+            " leave recipe= out"
+        )
+    journal = read_journal(folder)
+    if journal and journal.recipes != {candidate.name: dict(candidate.changes) for candidate in candidates}:
+        raise ValueError(
+            f"{folder / JOURNAL} is a search among other recipes ({', '.join(journal.recipes)}): give the same settings"
+            " to go on, or another output_dir="
+        )
+    return journal
 
 
 @dataclass(kw_only=True)
@@ -216,26 +223,39 @@ class _Search:
         """Time every recipe for a moment, and make the plan."""
         costs: dict[str, Cost] = {}
         episode_seconds = None
-        for candidate in progress(self.by_name.values(), total=len(self.by_name), desc="timing", unit="recipe"):
-            before = time.monotonic()
-            trial = self.open_trial(candidate, self.folder_of(candidate.name))
-            first = trial.run.state.step + UNTIMED_STEPS
-            self.train(candidate, trial, first, self.stop)
-            opened = time.monotonic()
-            self.train(candidate, trial, first + TIMED_STEPS, self.stop)
-            trained = time.monotonic()
-            self.errors(trial, TIMED_WINDOWS)
-            share = min(WINDOWS, len(trial.run.validation)) / min(TIMED_WINDOWS, len(trial.run.validation))
-            measuring = share * (time.monotonic() - trained)
-            costs[candidate.name] = Cost(step=(trained - opened) / TIMED_STEPS, rung=opened - before + measuring)
-            if len(costs) == 1:
+        failed: dict[str, Measured] = {}
+        for name, candidate in progress(self.by_name.items(), total=len(self.by_name), desc="timing", unit="recipe"):
+            trial = self.open_trial(candidate, self.folder_of(name))
+            try:
+                costs[name] = self.timed(candidate, trial)
+            except FloatingPointError as error:
+                costs[name], failed[name] = Cost(step=0.0, rung=0.0), self.failed(name, error)
+            if episode_seconds is None and self.play:
                 episode_seconds = self.time_episodes(trial)
         train_steps = next(iter(self.by_name.values())).train.steps
         plan = plan_halving(list(costs.values()), self.budget, self.spent, train_steps, episode_seconds)
         recipes = {name: dict(candidate.changes) for name, candidate in self.by_name.items()}
-        journal = Journal(recipes=recipes, costs=costs, plan=plan, paired=paired, spent=self.spent)
+        journal = Journal(recipes=recipes, costs=costs, plan=plan, paired=paired, spent=self.spent, rungs=[failed])
         journal.save(self.folder)
         return journal
+
+    def timed(self, candidate: Candidate, trial: Trial) -> Cost:
+        """Train and measure for a moment, and say what a recipe costs."""
+        first = trial.run.state.step + UNTIMED_STEPS
+        began = time.monotonic()
+        self.train(candidate, trial, first, self.stop)
+        warm = time.monotonic()
+        self.train(candidate, trial, first + TIMED_STEPS, self.stop)
+        trained = time.monotonic()
+        self.errors(trial, TIMED_WINDOWS)
+        windows = len(trial.run.validation)
+        measuring = (time.monotonic() - trained) * min(WINDOWS, windows) / min(TIMED_WINDOWS, windows)
+        return Cost(step=(trained - warm) / TIMED_STEPS, rung=warm - began + measuring)
+
+    def failed(self, name: str, error: FloatingPointError) -> Measured:
+        """The result of a recipe whose training failed."""
+        warnings.warn(f"recipe {name} failed: {error}", stacklevel=2)
+        return Measured(failed="its loss is not finite")
 
     def time_episodes(self, trial: Trial) -> float | None:
         """Seconds that an episode takes, of a policy that has hardly learnt and so uses all its control steps."""
@@ -291,8 +311,7 @@ class _Search:
         try:
             self.train(candidate, trial, steps, lambda: self.show() or self.over or self.stop())
         except FloatingPointError as error:
-            warnings.warn(f"recipe {name} failed: {error}", stacklevel=2)
-            return Measured(failed="its loss is not finite")
+            return self.failed(name, error)
         if trial.run.state.step < steps:
             return None
         errors = self.errors(trial, WINDOWS)

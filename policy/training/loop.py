@@ -193,8 +193,7 @@ def train(
 ) -> None:
     """Train from the state's step up to `settings.all_steps`, or a part of the way.
 
-    Step n draws its windows, timesteps, noise and dropout from (seed, n) alone, so that a run that is interrupted and
-    resumed gives the same result as an uninterrupted one.
+    Step n draws from (seed, n) alone, so that a run that was interrupted and resumed equals an uninterrupted one.
 
     A step whose loss or gradient is not finite leaves the weights unchanged; the device itself checks this. The trainer
     reads the losses only when it logs or saves, because reading each step's loss would make a GPU wait for the CPU.
@@ -208,7 +207,7 @@ def train(
         rollout: called with the averaged policy every `rollout_every` steps; returns metrics. One that raises is a
             warning without metrics; one that was interrupted is repeated when training goes on.
         should_stop: called after every step; if it returns True, the state is saved and training ends.
-        until: the step to stop and save at, as if `should_stop` returned True there; None for the last one.
+        until: the step to stop and save at; None for the last one.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite and `on_bad_loss` is `stop`, or a hundred steps in a row
@@ -223,8 +222,7 @@ def train(
         return
     end = settings.all_steps if until is None else min(until, settings.all_steps)
     with progress(total=end, initial=state.step, desc="train", unit="step") as bar:
-        ahead = batches_ahead(run.training, range(state.step, end), settings.batch_size, seed)
-        for windows, batch in ahead:
+        for windows, batch in batches_ahead(run.training, range(state.step, end), settings.batch_size, seed):
             if (number := settings.place(state.step)[0]) != begun:
                 phases[number].begin(state)
                 begun = number

@@ -286,7 +286,7 @@ BAD_INPUT = {
     ),
     "recipe without held-out episodes": (
         ["train", DATASET, "recipe=auto", "train.val_fraction=0"],
-        ["of 40 episodes none are held out", "train.val_fraction=0.1"],
+        ["of 40 episodes none is held out", "train.val_fraction=0.1"],
     ),
     "tracker mode": (["sweep", CHECKPOINT, "tracker=wandb", "tracker.mode=onlin"], ["tracker.mode", "'onlin'"]),
     "tracker key": (["train", DATASET, "tracker.projct=x"], ["projct", "'project'"]),

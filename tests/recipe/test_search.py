@@ -22,7 +22,7 @@ from policy.statistics.results import EpisodeResult
 from policy.training.preparation import prepare_run
 
 SMALL = {"obs_size": 8, "encoder": {"name": "state", "hidden_size": 8}}
-TRAIN = TrainSettings(steps=64, batch_size=8, warmup_steps=2, val_fraction=0.25, save_every=1000)
+TRAIN = TrainSettings(steps=32, batch_size=8, warmup_steps=2, val_fraction=0.25, save_every=1000)
 
 
 def made(episodes=12, length=6):
@@ -112,12 +112,12 @@ def test_the_worse_half_stops_and_the_best_is_the_runs_own_checkpoint(start, tmp
     assert set(last) == {"good", "slow"}
     checkpoint = load_checkpoint(tmp_path / "checkpoint")
     assert checkpoint.training["learning_rate"] == 1e-2
-    assert checkpoint.training["step"] == 64
+    assert checkpoint.training["step"] == 32
     out = capsys.readouterr().out
-    assert "the plan: 3 to step 32, then 2 to step 64 of 64" in out
+    assert "the plan: 3 to step 16, then 2 to step 32 of 32" in out
     assert "chosen: good (train.learning_rate=0.01)" in out
     report = (tmp_path / "recipe.md").read_text()
-    assert "## To step 32" in report
+    assert "## To step 16" in report
     assert "idle" in report
 
 
@@ -153,6 +153,7 @@ def test_rollouts_decide_the_last_rung_on_the_same_seeds(start, tmp_path, capsys
     assert "The rollouts have the seeds 50000 to 50099" in (tmp_path / "recipe.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_simulator_that_fails_leaves_the_choice_to_the_error(start):
     def play(policy, seeds):
         raise RuntimeError("broken")
@@ -161,12 +162,14 @@ def test_a_simulator_that_fails_leaves_the_choice_to_the_error(start):
         assert start(play).name == "good"
 
 
+@pytest.mark.slow
 def test_a_recipe_that_diverges_is_out(start, tmp_path):
     with pytest.warns(UserWarning, match="recipe wild failed"):
         assert start(rates={"wild": 1e30, "good": 1e-2, "slow": 1e-4}).name == "good"
     assert rungs(tmp_path)[0]["wild"]["failed"]
 
 
+@pytest.mark.slow
 def test_another_search_in_the_same_folder_is_refused(start):
     start()
     with pytest.raises(ValueError, match=r"a search among other recipes \(idle, good, slow\)"):
@@ -183,6 +186,7 @@ def test_a_spent_budget_ends_in_a_choice_among_what_was_measured(start, tmp_path
     assert "The budget ended on the first rung: 2 of 3 recipes were measured." in report
 
 
+@pytest.mark.slow
 def test_a_budget_that_ends_before_anything_is_measured_is_a_sentence(start):
     with pytest.raises(KeyboardInterrupt):
         start(stop_at=4)
@@ -202,7 +206,7 @@ def test_too_few_demonstrations_and_too_few_held_out_are_refused():
     with pytest.raises(ValueError, match="has only 9: give 10 or more"):
         check_data(made(9), TRAIN, 0)
     few = dataclasses.replace(TRAIN, val_fraction=0.0)
-    with pytest.raises(ValueError, match=r"of 12 episodes none are held out: give train.val_fraction=0.17"):
+    with pytest.raises(ValueError, match=r"of 12 episodes none is held out: give train.val_fraction=0.17"):
         check_data(made(12), few, 0)
 
 

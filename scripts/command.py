@@ -45,6 +45,7 @@ def command(
     alternatives: Mapping[str, str] | None = None,
     replaced: Mapping[str, Sequence[str]] | None = None,
     check_first: str | None = None,
+    notes_given: str | None = None,
 ) -> Callable[[], None]:
     """Make a console command from a function, whose keyword arguments are the command's settings.
 
@@ -60,6 +61,7 @@ def command(
         alternatives: see `Task`.
         replaced: see `Task`.
         check_first: see `Task`.
+        notes_given: see `Task`.
 
     Returns:
         A `main` that takes no arguments.
@@ -71,6 +73,7 @@ def command(
         alternatives=alternatives or {},
         replaced=replaced or {},
         check_first=check_first,
+        notes_given=notes_given,
     )
     return functools.partial(_main, task, example)
 
@@ -106,13 +109,13 @@ def _start(task: Task, example: str) -> None:
             # `hydra.main` would compose the configuration twice, to find out that this is a plain run.
             with hydra.initialize_config_dir(str(CONF), job_name=task.name, version_base="1.3"):
                 config = hydra.compose(task.name, overrides)
-            _run(config, task)
+            _run(config, task, overrides)
             return
     sys.argv[1:] = [*given.flags, *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
     run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=task.name)
     with refusals(), outside_current_folder():  # launchers start processes
-        run(lambda config: _run(config, task, _job_folder()))()
+        run(lambda config: _run(config, task, HydraConfig.get().overrides.task, _job_folder()))()
 
 
 def _plugins(arguments: list[str]) -> list[str]:
@@ -159,7 +162,7 @@ def _job_folder() -> str | None:
     return str(hydra_config.runtime.output_dir) if hydra_config.mode is RunMode.MULTIRUN else None
 
 
-def _run(config: DictConfig, task: Task, job_folder: str | None = None) -> None:
+def _run(config: DictConfig, task: Task, overrides: Sequence[str], job_folder: str | None = None) -> None:
     with refusals():  # inside Hydra, which would otherwise report the error as well
         container = OmegaConf.to_container(config, resolve=True)
         assert isinstance(container, dict)
@@ -173,6 +176,7 @@ def _run(config: DictConfig, task: Task, job_folder: str | None = None) -> None:
         if job_folder and "output_dir" in task.parameters:
             settings.setdefault("output_dir", job_folder)
         task.check(settings)
+        task.note_given(settings, overrides)
         if "output_dir" in task.parameters:  # before demonstrations are read, which may take minutes
             folder = Path(settings.get("output_dir") or "outputs").expanduser()
             check_writable(folder)

@@ -54,6 +54,8 @@ class Task:
         replaced: settings that bring the values of groups with them, to those groups: they have no defaults then, and
             single settings may be given without the name of a part.
         check_first: a function, as `module:name`, that checks settings before the dataset is read.
+        notes_given: `GROUP.setting` that receives the names of the settings on the command line, where the group is
+            chosen.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Task:
     alternatives: Mapping[str, str] = field(default_factory=dict)
     replaced: Mapping[str, Sequence[str]] = field(default_factory=dict)
     check_first: str | None = None
+    notes_given: str | None = None
 
     @property
     def declaration(self) -> Declaration:
@@ -111,6 +114,13 @@ class Task:
             if parameter.default is parameter.empty and settings.get(name) is None:
                 options = f"; options: {', '.join(GROUPS[name])}" if name in GROUPS else ""
                 raise ValueError(f"{name} is missing: add {name}=...{options} (--help shows an example)")
+
+    def note_given(self, settings: Settings, overrides: Sequence[str]) -> None:
+        """Add the names of the settings on the command line to the setting that receives them, see `notes_given`."""
+        group, _, name = (self.notes_given or "").partition(".")
+        chosen = settings.get(group)
+        if isinstance(chosen, dict) and isinstance(before := chosen.get(name, []), list):
+            chosen[name] = [*before, *(override.partition("=")[0].lstrip("+~") for override in overrides)]
 
     def run(self, settings: Settings) -> None:
         """Build the parts that the settings describe, the dataset last, and call the function."""

@@ -10,6 +10,7 @@ main = command(
     inline={"policy": "policy.model.config:PolicySettings"},
     replaced={"init": ["encoder", "denoiser", "schedule"]},
     check_first="policy.commands.train:check_start",
+    notes_given="recipe.keep",
 )
 
 if __name__ == "__main__":

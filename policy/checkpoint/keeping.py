@@ -9,7 +9,16 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from policy.checkpoint.files import CONFIG, WEIGHTS, discard, is_checkpoint, open_folder, replacing
+from policy.checkpoint.files import (
+    CONFIG,
+    TRAINING_RECORD,
+    TRAINING_WEIGHTS,
+    WEIGHTS,
+    discard,
+    is_checkpoint,
+    open_folder,
+    replacing,
+)
 from policy.training.state import TrainState
 
 KEPT = "checkpoints"
@@ -33,9 +42,9 @@ def keep_checkpoint(checkpoint: Path, state: TrainState, *, keep_last: int) -> N
     for half in kept.glob(".step_*"):  # left by a kill while one was written or removed
         shutil.rmtree(half, ignore_errors=True)
     if keep_last:
-        _keep(checkpoint, kept / f"step_{state.step:07d}")
+        copy_checkpoint(checkpoint, kept / f"step_{state.step:07d}")
     if _is_best(kept / BEST, state):
-        _keep(checkpoint, kept / BEST)
+        copy_checkpoint(checkpoint, kept / BEST)
     for folder in _outdated(kept, state.step, keep_last):
         discard(folder)
 
@@ -122,9 +131,19 @@ def _step_of(folder: Path) -> int:
         return -1  # damaged: any other checkpoint is better
 
 
-def _keep(checkpoint: Path, target: Path) -> None:
+def copy_checkpoint(checkpoint: Path, target: Path, *, with_training: bool = False) -> None:
+    """Copy a checkpoint; on most file systems, the copy takes no room.
+
+    Args:
+        checkpoint: the checkpoint folder.
+        target: replaced once the copy is complete.
+        with_training: copy also what a run needs to go on from it.
+
+    Raises:
+        SaveError: the copy cannot be written, for example because the disk is full.
+    """
     with replacing(target) as new:
-        for name in (CONFIG, WEIGHTS):
+        for name in (CONFIG, WEIGHTS, *((TRAINING_WEIGHTS, TRAINING_RECORD) if with_training else ())):
             try:
                 os.link(checkpoint / name, new / name)
             except OSError:  # a file system without hard links

@@ -38,6 +38,9 @@ from policy.data.demonstrations import Augment, Demonstrations
 from policy.diffusion.sampler import Sampler
 from policy.model.config import PolicyConfig, PolicySettings
 from policy.model.diffusion_policy import DiffusionPolicy
+from policy.recipe.candidates import Candidate, candidates_for
+from policy.recipe.search import OpenTrial, Play, Trial, check_data, check_folder, search
+from policy.recipe.settings import RecipeSettings
 from policy.rollout.cells import Cell, controllers_of
 from policy.rollout.episodes import Controller, MakeEnv, check_num_envs, check_spaces, run_in_process
 from policy.rollout.probe import unrepeatable
@@ -79,6 +82,7 @@ def train_policy(
     init: Path | None = None,
     teacher: Path | None = None,
     augment: Augment | None = None,
+    recipe: RecipeSettings | None = None,
     auxiliary: Sequence[str] = (),
     execution_horizon: int | None = None,
     seed: int = 0,
@@ -104,6 +108,7 @@ def train_policy(
         teacher: a checkpoint from whose chunks a new policy learns, of another size for example, with train.steps=0
             train.rectify_steps=N.
         augment: a symmetry of the task, as a function of observations and actions; doubles the training episodes.
+        recipe: with recipe=auto, several recipes are tried first, within recipe.budget=30min, and the best is trained.
         auxiliary: keys of privileged observations, see `DataShapes.auxiliary_shapes`.
         execution_horizon: actions executed before the next plan, by default as in the checkpoint of init= or teacher=,
             else 8.
@@ -122,39 +127,39 @@ def train_policy(
         FloatingPointError: see `policy.training.loop.train`; the message names the last good checkpoint.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after saving.
     """
-    check_start(train=train, init=init, teacher=teacher, output_dir=output_dir)
+    check_start(train=train, init=init, teacher=teacher, output_dir=output_dir, recipe=recipe)
     if not 0 <= videos <= train.rollout_episodes:
         raise ValueError(f"videos must be within 0..{train.rollout_episodes} (train.rollout_episodes); got {videos}")
     start = _start(init, teacher, output_dir)
     env = _env_of(dataset, env, start, train)
     config, dataset = _configured(policy, dataset, auxiliary, start, train)
+    if recipe:
+        check_data(dataset, train, seed)
     rate = stated_rate(dataset.metadata.get("rate_hz"))
     if execution_horizon is None:
         execution_horizon = start.checkpoint.execution_horizon if start else EXECUTION_HORIZON
     check_execution_horizon(execution_horizon, config.action_horizon)
     check_num_envs(num_envs)
     check_patience(env_patience)
-    trained = start.policies(train) if start else {}
-    run = prepare_run(config, dataset, train, seed=seed, device=check_device(device), augment=augment, **trained)
+    device = check_device(device)
+
+    def prepare(config: PolicyConfig, train: TrainSettings, **trained: DiffusionPolicy) -> Run:
+        return prepare_run(config, dataset, train, seed=seed, device=device, augment=augment, **trained)
+
+    run = prepare(config, train, **(start.policies(train) if start else {}))
     sampler.check(run.state.policy.schedule.num_steps)
     tasks = dataset.metadata.get("tasks")
+    paired = True
     if env:
-        found = _tried(make_env, env, env_patience, config, rate, rolls_out=bool(train.rollout_every))
+        rolls_out = bool(train.rollout_every or recipe)
+        found, paired = _tried(make_env, env, env_patience, config, rate, rolls_out=rolls_out)
         tasks = tasks or found
-    folder = output_folder(output_dir, "train")
-    film = partial(_film, run.state, folder / VIDEOS, range(ROLLOUT_SEED, ROLLOUT_SEED + videos))
-    rollout = None
-    if env:
-        make = partial(make_env, **env)
-        rollout = partial(_rolled_out, make, num_envs, env_patience, train, sampler, execution_horizon, film)
-    record = _Record(
-        folder=_newest(folder),
+
+    record_of = partial(
+        _record,
         env=env,
         execution_horizon=execution_horizon,
-        training={
-            **({start.role: start.digest} if start else {}),
-            # Left out: up to the first loss that is not finite, it has no effect, so a resumed run may change it.
-            **{key: value for key, value in vars(train).items() if key != "on_bad_loss"},
+        facts={
             "seed": seed,
             "dataset": dataset.source,
             "episodes": dataset.num_episodes,
@@ -163,12 +168,32 @@ def train_policy(
             "tasks": _names(tasks),
             "augment": augment and getattr(augment, "func", augment).__name__,
         },
-        keep_last=train.keep_last,
+        start=start,
     )
+    play: Callable[..., list[EpisodeResult]] | None = None
+    if env:
+        play = partial(_played, partial(make_env, **env), num_envs, env_patience, sampler, execution_horizon)
+    folder = output_folder(output_dir, "train")
+    if recipe:
+
+        def open_trial(candidate: Candidate, place: Path) -> Trial:
+            config, _ = _configured(candidate.policy, dataset, auxiliary, None, candidate.train)
+            trial = prepare(config, candidate.train)
+            record = record_of(candidate.train, place)
+            record.restore(trial.state)
+            return Trial(run=trial, save=record.save)
+
+        best = _best_recipe(recipe, policy, train, folder, sampler, seed, open_trial, play, paired)
+        train = best.train
+        expected = None if best.changes else expected
+        run = prepare(_configured(best.policy, dataset, auxiliary, None, train)[0], train)
+    film = partial(_film, run.state, folder / VIDEOS, range(ROLLOUT_SEED, ROLLOUT_SEED + videos))
+    rollout = partial(_rolled_out, play, train, film) if play else None
+    record = record_of(train, folder)
     with only_process(folder):
         record.resume(run.state, train)
         _describe(run, env, start, train)
-        tracking = tracker(folder=folder, config={"env": env, **record.training, **vars(config)})
+        tracking = tracker(folder=folder, config={"env": env, **record.training, **vars(run.state.policy.config)})
         facts = _facts(dataset, env, record, train)
         with training_page(folder, facts, run.state.history, partial(_best, record, run)) as page:
             _train(run, train, seed, SentToAll(tracking, page), record, rollout, _measure(run, dataset, sampler))
@@ -187,8 +212,11 @@ def _tried(
     rate: float | None,
     *,
     rolls_out: bool,
-) -> Any:
-    """Check an environment against the policy and the demonstrations' rate before training; return its `tasks`, if any.
+) -> tuple[Any, bool]:
+    """Check an environment against the policy and the demonstrations' rate before training.
+
+    Returns:
+        Its `tasks`, if any, and whether a seed fixes an episode, which is tried only if there will be rollouts.
 
     Raises:
         ValueError: its observations or actions are not the policy's.
@@ -200,7 +228,7 @@ def _tried(
         tasks = getattr(probe.unwrapped, "tasks", None)
     for warning in filter(None, (mismatch, unfixed)):
         warnings.warn(warning, stacklevel=3)
-    return tasks
+    return tasks, not unfixed
 
 
 def _say_end(
@@ -231,7 +259,12 @@ def _names(tasks: Any) -> list[str] | None:
 
 
 def check_start(
-    *, train: TrainSettings, init: Path | None = None, teacher: Path | None = None, output_dir: Path | None = None
+    *,
+    train: TrainSettings,
+    init: Path | None = None,
+    teacher: Path | None = None,
+    output_dir: Path | None = None,
+    recipe: RecipeSettings | None = None,
 ) -> None:
     """Check the settings of which policy a run starts from, before demonstrations are read.
 
@@ -240,10 +273,18 @@ def check_start(
         init: see `train_policy`.
         teacher: see `train_policy`.
         output_dir: the run's folder; a run that goes on does not need the checkpoint that it began from.
+        recipe: see `train_policy`.
 
     Raises:
         ValueError: settings that do not fit each other, or there is no such checkpoint; the message says what to do.
     """
+    if recipe and (init or teacher):
+        raise ValueError(
+            f"recipe=auto chooses the settings of a policy that is trained anew, and {'init=' if init else 'teacher='}"
+            " brings those of a checkpoint: leave one of them out"
+        )
+    if recipe and output_dir:
+        check_folder(output_dir.expanduser())
     if init and teacher:
         raise ValueError(
             f"init={init} and teacher={teacher} are two ways to start: init= keeps the checkpoint's network, teacher="
@@ -372,11 +413,15 @@ class _Record:
     training: dict[str, Any]
     keep_last: int
 
+    def restore(self, state: TrainState) -> dict[str, Any] | None:
+        """Restore the state from the checkpoint and return the settings that differed; None if there is none."""
+        return resume_training(self.folder, state, self.training) if is_checkpoint(self.folder) else None
+
     def resume(self, state: TrainState, settings: TrainSettings) -> None:
-        """Restore the state from the checkpoint, if there is one."""
-        if not is_checkpoint(self.folder):
+        """Restore the state from the checkpoint, if there is one, and say so."""
+        before = self.restore(state)
+        if before is None:
             return
-        before = resume_training(self.folder, state, self.training)
         print(f"going on at step {state.step} of {settings.all_steps}: {self.folder}")
         if "steps" in before and state.step < settings.all_steps:
             print(
@@ -395,6 +440,63 @@ class _Record:
     def _keep(self, state: TrainState) -> None:
         write_text(self.folder.with_name(HISTORY), "".join(f"{json_text(entry)}\n" for entry in state.history))
         keep_checkpoint(self.folder, state, keep_last=self.keep_last)
+
+
+def _record(
+    train: TrainSettings,
+    folder: Path,
+    *,
+    env: dict[str, Any] | None,
+    execution_horizon: int,
+    facts: Mapping[str, Any],
+    start: _Start | None,
+) -> _Record:
+    """The record of a run with these settings in a folder."""
+    return _Record(
+        folder=_newest(folder),
+        env=env,
+        execution_horizon=execution_horizon,
+        training={
+            **({start.role: start.digest} if start else {}),
+            # Left out: up to the first loss that is not finite, it has no effect, so a resumed run may change it.
+            **{key: value for key, value in vars(train).items() if key != "on_bad_loss"},
+            **facts,
+        },
+        keep_last=train.keep_last,
+    )
+
+
+def _best_recipe(
+    recipe: RecipeSettings,
+    policy: Mapping[str, Any],
+    train: TrainSettings,
+    folder: Path,
+    sampler: Sampler,
+    seed: int,
+    open_trial: OpenTrial,
+    play: Play | None,
+    paired: bool,
+) -> Candidate:
+    """Search for the best recipe; its checkpoint is then the run's own, which goes on from it."""
+    candidates, fallen = candidates_for(recipe.candidates, recipe.keep, policy, train)
+    with only_process(folder), stop_on_signal() as stop:
+        try:
+            return search(
+                candidates,
+                fallen,
+                folder=folder,
+                settings=recipe,
+                sampler=sampler,
+                seed=seed,
+                first_seed=ROLLOUT_SEED,
+                open_trial=open_trial,
+                play=play,
+                paired=paired,
+                stop=stop,
+            )
+        except KeyboardInterrupt:
+            print(f"the search stopped and is saved: the same command with output_dir={folder} goes on")
+            raise
 
 
 def _describe(run: Run, env: dict[str, Any] | None, start: _Start | None, train: TrainSettings) -> None:
@@ -476,26 +578,34 @@ def _train(
 
 
 def _rolled_out(
+    play: Callable[..., list[EpisodeResult]], settings: TrainSettings, film: Film, policy: DiffusionPolicy
+) -> dict[str, float]:
+    """Run a short rollout of the averaged policy, and return its metrics."""
+    results = play(policy, range(ROLLOUT_SEED, ROLLOUT_SEED + settings.rollout_episodes), film)
+    for sentence in describe_broken(results):
+        warnings.warn(sentence, stacklevel=2)
+    summary = summarize(results)
+    return {key: summary[key] for key in ("success_rate", "score_mean", "return_mean")}
+
+
+def _played(
     make_env: MakeEnv,
     num_envs: int,
     env_patience: float,
-    settings: TrainSettings,
     sampler: Sampler,
     execution_horizon: int,
-    film: Film,
     policy: DiffusionPolicy,
-) -> dict[str, float]:
-    """Run a short rollout of the averaged policy, and return its metrics."""
-    seeds = range(ROLLOUT_SEED, ROLLOUT_SEED + settings.rollout_episodes)
+    seeds: range,
+    film: Film | None = None,
+) -> list[EpisodeResult]:
+    """Run episodes with these seeds, film some if asked, and return the results by seed."""
     cell = Cell(sampler=sampler, execution_horizon=execution_horizon)
     with helpers_ended(), watched(make_env, env_patience) as make, ExitStack() as simulators:
         opened = [simulators.enter_context(closing(make())) for _ in range(min(num_envs, len(seeds)))]
         results = [result for _, result in run_in_process([policy], opened, [cell], [(0, seed) for seed in seeds])]
-        film(make, *controllers_of([policy], [cell], opened[0].action_space))
-    for sentence in describe_broken(results):
-        warnings.warn(sentence, stacklevel=2)
-    summary = summarize(sorted(results, key=lambda result: result.seed))
-    return {key: summary[key] for key in ("success_rate", "score_mean", "return_mean")}
+        if film:
+            film(make, *controllers_of([policy], [cell], opened[0].action_space))
+    return sorted(results, key=lambda result: result.seed)
 
 
 def _film(state: TrainState, folder: Path, seeds: Sequence[int], make_env: MakeEnv, controller: Controller) -> None:

@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import ndtr, ndtri
+from scipy.special import ndtr, ndtri, stdtrit
 
-from policy.statistics.checks import Array, check_fraction
+from policy.statistics.checks import Array, cells_by_episodes, check_fraction
 from policy.statistics.paired import PairedDifference, compare_success, outcomes_of, pair_counts, paired_interval
 
 RESAMPLES = 2000
@@ -54,6 +54,40 @@ def compare_with_best(
         cell if number == best else replace(cell, low=float(low[number]), high=float(high[number]))
         for number, cell in enumerate(separate)
     )
+
+
+def compare_means_with_best(values: ArrayLike, best: int, confidence: float = 0.95) -> list[tuple[float, float, float]]:
+    """Compare the mean of every cell with that of the best one, with simultaneous intervals for few episodes.
+
+    Each interval is Student's for the differences on the same episodes. Bonferroni's adjustment over the cells other
+    than the best one is enough although the data decide which one that is (multiple comparisons with the best; Hsu
+    1981, Annals of Statistics 9, 1026-1034).
+
+    Args:
+        values: (K, N), K cells on the same N episodes, two or more.
+        best: index of the cell with the best mean.
+        confidence: the probability that all intervals together cover, in (0, 1).
+
+    Returns:
+        For each cell its mean minus that of the best one, and the ends of the interval; zeros for the best cell.
+
+    Raises:
+        ValueError: a malformed array, fewer than two episodes, or a confidence outside (0, 1).
+
+    Example:
+        >>> [tuple(round(end, 2) for end in cell) for cell in compare_means_with_best([[1, 2, 3], [2, 3, 5]], best=0)]
+        [(0.0, 0.0, 0.0), (1.33, -0.1, 2.77)]
+    """
+    matrix = cells_by_episodes(values, "values", float)
+    check_fraction("confidence", confidence)
+    cells, episodes = matrix.shape
+    if episodes < 2:
+        raise ValueError(f"intervals need two episodes or more; got {episodes}")
+    differences = matrix - matrix[best]
+    errors = differences.std(axis=1, ddof=1) / np.sqrt(episodes)
+    reach = errors * stdtrit(episodes - 1, 1 - (1 - confidence) / (2 * max(1, cells - 1)))
+    means = differences.mean(axis=1)
+    return [(float(mean), float(mean - r), float(mean + r)) for mean, r in zip(means, reach, strict=True)]
 
 
 def _critical_value(solved: Sequence[Array], wins: Array, episodes: Array, confidence: float, *, paired: bool) -> float:

@@ -204,11 +204,11 @@ def train(
     rollout: Callable[[DiffusionPolicy], dict[str, float]] | None = None,
     measure: Callable[[DiffusionPolicy], dict[str, float]] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    until: int | None = None,
 ) -> None:
-    """Train from the state's step up to `settings.all_steps`.
+    """Train from the state's step up to `settings.all_steps`, or a part of the way.
 
-    Step n draws its windows, timesteps, noise and dropout from (seed, n) alone, so that a run that is interrupted and
-    resumed gives the same result as an uninterrupted one.
+    Step n draws from (seed, n) alone, so that a run that was interrupted and resumed equals an uninterrupted one.
 
     A step whose loss or gradient is not finite leaves the weights unchanged; the device itself checks this. The trainer
     reads the losses only when it logs or saves, because reading each step's loss would make a GPU wait for the CPU.
@@ -223,6 +223,7 @@ def train(
             warning without metrics; one that was interrupted is repeated when training goes on.
         measure: called with the averaged policy every 1,000 steps and at the end; returns metrics.
         should_stop: called after every step; if it returns True, the state is saved and training ends.
+        until: the step to stop and save at; None for the last one.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite and `on_bad_loss` is `stop`, or a hundred steps in a row
@@ -234,9 +235,9 @@ def train(
     )
     if trainer.rollout_due() and not trainer.roll_out():  # the run had been interrupted in it
         return
-    with progress(total=settings.all_steps, initial=state.step, desc="train", unit="step") as bar:
-        ahead = batches_ahead(run.training, range(state.step, settings.all_steps), settings.batch_size, seed)
-        for windows, batch in ahead:
+    end = settings.all_steps if until is None else min(until, settings.all_steps)
+    with progress(total=end, initial=state.step, desc="train", unit="step") as bar:
+        for windows, batch in batches_ahead(run.training, range(state.step, end), settings.batch_size, seed):
             phase = trainer.begun_phase()
             trainer.unread.append((windows, _train_step(state, phase, batch, settings, seed)))
             state.step += 1
@@ -246,7 +247,7 @@ def train(
             rollout_due = trainer.rollout_due()
             if metrics and not rollout_due:
                 tracker.log(metrics, state.step)
-            stopping = should_stop()
+            stopping = should_stop() or state.step == until
             if stopping or rollout_due or trainer.saving_due():
                 trainer.save_now()
             if stopping or (rollout_due and not trainer.roll_out()):

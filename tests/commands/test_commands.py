@@ -302,6 +302,20 @@ BAD_INPUT = {
     "no environment": (["collect"], ["env is missing", "metaworld"]),
     "dataset there": (["collect", "env=planar", "output_dir={run}"], ["is there already"]),
     "prediction type": (["train", DATASET, "prediction_type=noise"], ["epsilon, sample, v_prediction"]),
+    "recipe budget": (["train", DATASET, "recipe=auto", "recipe.budget=30"], ["recipe.budget takes a time", "30min"]),
+    "unknown recipe": (["train", DATASET, "recipe=auto", "recipe.candidates=[unett]"], ["'unett'", "'unet'"]),
+    "recipe of a checkpoint": (
+        ["train", DATASET, "recipe=auto", "init={run}/checkpoint"],
+        ["recipe=auto chooses the settings", "init="],
+    ),
+    "recipe in another run": (
+        ["train", DATASET, "recipe=auto", "output_dir={run}"],
+        ["began without recipe=auto", "output_dir="],
+    ),
+    "recipe without held-out episodes": (
+        ["train", DATASET, "recipe=auto", "train.val_fraction=0"],
+        ["of 40 episodes none is held out", "train.val_fraction=0.1"],
+    ),
     "tracker mode": (["sweep", CHECKPOINT, "tracker=wandb", "tracker.mode=onlin"], ["tracker.mode", "'onlin'"]),
     "tracker key": (["train", DATASET, "tracker.projct=x"], ["projct", "'project'"]),
     "tracker": (["train", DATASET, "tracker=mlflow"], ["unknown tracker 'mlflow'", "wandb"]),

@@ -37,6 +37,7 @@ TARGETS = [
     "policy.diffusion.sampler:Sampler",
     "policy.control.timeline:ControllerSettings",
     "policy.training.settings:TrainSettings",
+    "policy.recipe.settings:RecipeSettings",
     "policy.model.config:PolicySettings",
     "policy.model.config:DataShapes",
     "policy.model.config:PolicyConfig",

@@ -1,0 +1,131 @@
+"""The recipes that `recipe=auto` tries, and what of them is left beside the settings that a user keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from policy.common.registry import Registry, check_spec
+from policy.model.denoisers import DENOISERS
+from policy.model.encoders import ENCODERS
+from policy.training.settings import TrainSettings
+
+# The command line or preset as it is. It is tried first, and wins where recipes are equally good.
+AS_GIVEN = "as_given"
+# Each recipe: settings, as on the command line, that replace those of the command line or the preset.
+CANDIDATES: dict[str, dict[str, Any]] = {
+    AS_GIVEN: {},
+    "dropout": {"denoiser.dropout": 0.1},
+    "regularised": {"denoiser.dropout": 0.3, "encoder.noise": 0.02, "train.weight_decay": 0.1},
+    "narrow": {"denoiser.hidden_size": 128, "denoiser.num_layers": 3, "encoder.noise": 0.02},
+    "longer_history": {"obs_horizon": 4, "denoiser.dropout": 0.3, "encoder.noise": 0.02},
+    "velocity": {"prediction_type": "v_prediction", "denoiser.dropout": 0.1},
+    "unet": {"denoiser": "unet", "encoder.noise": 0.02},
+    "transformer": {"denoiser": "transformer", "denoiser.dropout": 0.1, "encoder.noise": 0.02},
+}
+# The parts of a policy whose settings depend on which one is chosen.
+PARTS: dict[str, Registry[Any]] = {"encoder": ENCODERS, "denoiser": DENOISERS}
+
+Policy = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A recipe that is tried.
+
+    Attributes:
+        name: its name.
+        changes: what of its settings is in force.
+        policy: all settings of the policy, see `PolicySettings`.
+        train: all settings of the training.
+    """
+
+    name: str
+    changes: Mapping[str, Any]
+    policy: Policy
+    train: TrainSettings
+
+
+def candidates_for(
+    names: Sequence[str], keep: Sequence[str], policy: Policy, train: TrainSettings
+) -> tuple[list[Candidate], dict[str, str]]:
+    """Apply recipes to the user's settings.
+
+    A setting that the user keeps, or that the chosen part does not have, is left out of a recipe.
+
+    Args:
+        names: names of recipes; none for all.
+        keep: names of settings that stay as they are; a part's name stands for all of its settings.
+        policy: the user's settings of the policy.
+        train: the user's settings of the training.
+
+    Returns:
+        The recipes that differ from each other, and why each other one is not tried, by name.
+    """
+    found: list[Candidate] = []
+    fallen: dict[str, str] = {}
+    for name in names or CANDIDATES:
+        kept = [setting for setting in CANDIDATES[name] if _is_kept(setting, keep)]
+        changes = {setting: value for setting, value in CANDIDATES[name].items() if setting not in kept}
+        changes = {setting: changes[setting] for setting in changes if _exists(setting, changes, policy)}
+        candidate = Candidate(
+            name=name, changes=changes, policy=_policy_with(changes, policy), train=_train_with(changes, train)
+        )
+        same = next((f for f in found if (f.policy, f.train) == (candidate.policy, candidate.train)), None)
+        if same is None:
+            found.append(candidate)
+        else:
+            reason = f"you keep {', '.join(kept)}" if kept else "with your settings"
+            fallen[name] = f"{reason}, so that it is the same as {same.name}"
+    return found, fallen
+
+
+def _is_kept(setting: str, keep: Sequence[str]) -> bool:
+    """Whether a setting is kept, or belongs to a part that is kept, or chooses a part with settings that are kept."""
+    return any(f"{setting}.".startswith(f"{name}.") or name.startswith(f"{setting}.") for name in keep)
+
+
+def _exists(setting: str, changes: Mapping[str, Any], policy: Policy) -> bool:
+    """Whether the part that the recipe chooses has this setting."""
+    part, _, name = setting.partition(".")
+    if part not in PARTS or not name:
+        return True
+    try:
+        check_spec(PARTS[part], {"name": changes.get(part, _part(part, policy)["name"]), name: changes[setting]})
+    except ValueError:
+        return False
+    return True
+
+
+def _part(part: str, policy: Policy) -> dict[str, Any]:
+    default = {"encoder": "state", "denoiser": "modulated_mlp"}
+    return dict(policy.get(part, {"name": default[part]}))
+
+
+def _policy_with(changes: Mapping[str, Any], policy: Policy) -> Policy:
+    """The settings of the policy with a recipe's changes."""
+    changed = dict(policy)
+    for setting, value in changes.items():
+        part, _, name = setting.partition(".")
+        if part in PARTS and not name:
+            changed[part] = {"name": value}
+    for setting, value in changes.items():
+        part, _, name = setting.partition(".")
+        if part in PARTS and name:
+            changed[part] = {**_part(part, changed), name: value}
+        elif part not in (*PARTS, "train"):
+            changed[part] = value
+    return changed
+
+
+def _train_with(changes: Mapping[str, Any], train: TrainSettings) -> TrainSettings:
+    """The settings of the training with a recipe's changes."""
+    of_train = {
+        name: value
+        for setting, value in changes.items()
+        for name in [setting.removeprefix("train.")]
+        if setting.startswith("train.")
+    }
+    return dataclasses.replace(train, **of_train)

@@ -1,0 +1,142 @@
+"""The plan of successive halving: how long each rung trains, so that the budget is enough whichever recipes remain.
+
+All recipes train up to the steps of the first rung. The better half of them trains on, up to twice as many steps, and
+so on, until two remain (Jamieson and Talwalkar 2016). A rung goes on where the one before it stopped: every recipe
+follows the learning rates of its complete training, and stops early.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from policy.common.durations import duration_text
+
+# Planned are this share of the budget: the machine may become slower.
+SHARE = 0.85
+# At most this share of what is planned goes into the rollouts of the last rung, of this many episodes each.
+ROLLOUT_SHARE = 1 / 3
+MOST_EPISODES = 100
+# Fewer episodes than this do not decide between two recipes.
+LEAST_EPISODES = 10
+# The first rung trains for at least this share of a complete training, or else its losses say little about its end.
+LEAST_SHARE = 1 / 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a recipe costs, in seconds.
+
+    Attributes:
+        step: of one training step.
+        rung: of each rung besides its steps: loading, measuring, saving.
+    """
+
+    step: float
+    rung: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One rung of the plan.
+
+    Attributes:
+        candidates: number of recipes on it.
+        steps: training steps at its end.
+    """
+
+    candidates: int
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The plan of a search.
+
+    Attributes:
+        rungs: from the first to the last, from which one recipe is chosen.
+        episodes: that each recipe of the last rung is rolled out for; 0 without rollouts.
+    """
+
+    rungs: tuple[Rung, ...]
+    episodes: int
+
+
+def sizes_of(candidates: int) -> list[int]:
+    """The number of recipes on each rung, halved and rounded up until two remain.
+
+    >>> sizes_of(7)
+    [7, 4, 2]
+    """
+    sizes = [candidates]
+    while sizes[-1] > 2:
+        sizes.append(math.ceil(sizes[-1] / 2))
+    return sizes
+
+
+def seconds_needed(plan: Plan, costs: Sequence[Cost], episode_seconds: float) -> float:
+    """The seconds that a plan takes if the most expensive recipes remain on every rung.
+
+    Args:
+        plan: the plan.
+        costs: of all recipes.
+        episode_seconds: what one episode costs.
+    """
+    dearest_steps = sorted((cost.step for cost in costs), reverse=True)
+    dearest_rungs = sorted((cost.rung for cost in costs), reverse=True)
+    needed = plan.rungs[-1].candidates * plan.episodes * episode_seconds
+    before = 0
+    for rung in plan.rungs:
+        needed += (rung.steps - before) * sum(dearest_steps[: rung.candidates])
+        needed += sum(dearest_rungs[: rung.candidates])
+        before = rung.steps
+    return needed
+
+
+def plan_halving(costs: Sequence[Cost], budget: float, spent: float, steps: int, episode_seconds: float | None) -> Plan:
+    """Plan the longest rungs that the budget allows.
+
+    Args:
+        costs: of each recipe, two or more.
+        budget: the whole budget, in seconds.
+        spent: what of it was spent before, in seconds.
+        steps: of a complete training; the last rung is not longer.
+        episode_seconds: what one episode of a rollout costs; None without an environment.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: the budget is too small for rungs of `LEAST_SHARE`; the message says which one would do.
+    """
+    sizes = sizes_of(len(costs))
+    planned = SHARE * (budget - spent)
+    episodes = 0
+    if episode_seconds is not None:
+        affordable = ROLLOUT_SHARE * planned / (sizes[-1] * max(episode_seconds, 1e-9))
+        episodes = min(MOST_EPISODES, math.floor(max(0.0, affordable)))
+        episodes = episodes if episodes >= LEAST_EPISODES else 0
+
+    def plan_of(first: int, episodes: int) -> Plan:
+        rungs = (Rung(candidates=size, steps=min(steps, first * 2**number)) for number, size in enumerate(sizes))
+        return Plan(rungs=tuple(rungs), episodes=episodes)
+
+    def needed(first: int, episodes: int) -> float:
+        return seconds_needed(plan_of(first, episodes), costs, episode_seconds or 0.0)
+
+    least = max(1, math.floor(LEAST_SHARE * steps))
+    if needed(least, episodes) > planned:
+        episodes = 0
+    if needed(least, episodes) > planned:
+        raise ValueError(
+            f"recipe.budget={duration_text(budget)} is too small for {len(costs)} recipes, which need"
+            f" {duration_text(spent + needed(least, 0) / SHARE)} on this machine: raise it, or choose fewer with"
+            " recipe.candidates="
+        )
+    longest = max(least, steps // 2 ** (len(sizes) - 1))
+    first = least
+    for bit in reversed(range(longest.bit_length())):  # the largest number of steps that fits, bit by bit
+        if first + 2**bit <= longest and needed(first + 2**bit, episodes) <= planned:
+            first += 2**bit
+    return plan_of(first, episodes)

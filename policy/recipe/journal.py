@@ -1,0 +1,115 @@
+"""What a search has done so far: a file from which it goes on, and which its report is drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from policy.common.files import write_text
+from policy.recipe.halving import Cost, Plan
+
+JOURNAL = "recipe.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a recipe reached on a rung.
+
+    Attributes:
+        errors: its error on each held-out episode; none where its training failed.
+        success: whether each rollout succeeded, by seed; none without rollouts.
+        scores: the score of each rollout.
+        failed: why its training failed; empty if it did not.
+    """
+
+    errors: tuple[float, ...] = ()
+    success: tuple[bool, ...] = ()
+    scores: tuple[float, ...] = ()
+    failed: str = ""
+
+
+Results = Mapping[str, Measured]
+
+
+@dataclass(kw_only=True)
+class Journal:
+    """The state of a search.
+
+    Attributes:
+        recipes: the changes of each recipe that is tried, by name.
+        costs: what each recipe costs on this machine.
+        plan: the plan.
+        paired: whether a seed fixes the episode of a rollout, whichever recipe plays it.
+        spent: seconds of the budget that were spent.
+        rungs: what was measured on each rung that was begun.
+        chosen: name of the recipe that was chosen; empty before.
+    """
+
+    recipes: dict[str, dict[str, Any]]
+    costs: dict[str, Cost]
+    plan: Plan
+    paired: bool
+    spent: float
+    rungs: list[dict[str, Measured]] = field(default_factory=lambda: [{}])
+    chosen: str = ""
+
+    def save(self, folder: Path) -> None:
+        """Write the journal into the folder of the search."""
+        write_text(folder / JOURNAL, TypeAdapter(Journal).dump_json(self, indent=1).decode() + "\n")
+
+    @property
+    def on_rung(self) -> list[str]:
+        """The recipes of the newest rung: the better ones of the rung before."""
+        number = len(self.rungs) - 1
+        if not number:
+            return list(self.recipes)
+        best = ranked(self.rungs[number - 1])[: self.plan.rungs[number].candidates]
+        return [name for name in self.recipes if name in best]
+
+    @property
+    def decisive(self) -> int:
+        """The index of the rung that decides: the newest one on which every recipe was measured, or else the first."""
+        newest = len(self.rungs) - 1
+        return newest if newest == 0 or len(self.rungs[newest]) == len(self.on_rung) else newest - 1
+
+
+def read_journal(folder: Path) -> Journal | None:
+    """Read the journal of a search; None if there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = folder / JOURNAL
+    if not file.exists():
+        return None
+    try:
+        return TypeAdapter(Journal).validate_json(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: choose another output_dir=, or remove the file to search anew") from error
+
+
+def ranked(rung: Results) -> list[str]:
+    """The recipes of a rung from the best to the worst: by rollouts if each one has them, or else by the error.
+
+    Equal ones keep their order, and one whose training failed comes last.
+    """
+    played = has_rollouts(rung)
+
+    def worth(name: str) -> tuple[float, ...]:
+        found = rung[name]
+        if not found.errors:
+            return (0.0,)
+        rollouts = (fmean(found.success), fmean(found.scores)) if played else ()
+        return (1.0, *rollouts, -fmean(found.errors))
+
+    return sorted(rung, key=worth, reverse=True)
+
+
+def has_rollouts(rung: Results) -> bool:
+    """Whether every recipe of a rung that was trained without failure was rolled out."""
+    return all(found.success for found in rung.values() if found.errors)

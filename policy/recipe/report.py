@@ -1,0 +1,165 @@
+"""What a search tried and how sure its choice is, in words and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from policy.common.durations import duration_text
+from policy.common.markdown import markdown_table
+from policy.recipe.journal import Journal, Results, has_rollouts, ranked
+from policy.statistics.intervals import wilson_interval
+from policy.statistics.simultaneous import compare_means_with_best, compare_with_best
+from policy.training.settings import TrainSettings
+
+CONFIDENCE = 0.95
+Difference = tuple[float, float, float]
+
+
+def changes_text(changes: Mapping[str, Any]) -> str:
+    """A recipe's settings as they are given on a command line."""
+    return " ".join(f"{name}={value}" for name, value in changes.items()) or "your settings, unchanged"
+
+
+def plan_text(journal: Journal, train: TrainSettings) -> str:
+    """Say what will be done, and how long the training takes after it."""
+    rungs = ", then ".join(f"{rung.candidates} to step {rung.steps:,}" for rung in journal.plan.rungs)
+    last = journal.plan.rungs[-1]
+    episodes = journal.plan.episodes
+    by = f"by {episodes} rollouts each" if episodes else "by the error on held-out episodes"
+    steps_left = train.all_steps - last.steps
+    rest = duration_text(steps_left * max(cost.step for cost in journal.costs.values()))
+    after = f", and trained to the end in up to about {rest} more" if steps_left else ""
+    return f"the plan: {rungs} of {train.steps:,}; of the last {last.candidates}, one is chosen {by}{after}"
+
+
+def rung_table(number: int, journal: Journal) -> str:
+    """A rung as a table: each recipe with its error, its difference from the best one, and its rollouts."""
+    rung, kept = journal.rungs[number], _kept(number, journal)
+    differences = error_differences(rung)
+    rows = []
+    for name in ranked(rung):
+        found = rung[name]
+        row = [
+            name,
+            f"{fmean(found.errors):.3f}" if found.errors else found.failed,
+            *_difference(differences.get(name)),
+        ]
+        if has_rollouts(rung):
+            row.append(_rollouts(found.success, found.scores))
+        rows.append([*row, "yes" if name in kept else ""])
+    heads = ["recipe", "error", "from the least", "95 % from", "to"]
+    heads += [*(["success"] if has_rollouts(rung) else []), "goes on"]
+    return markdown_table(heads, rows, align="l" + "r" * (len(heads) - 1))
+
+
+def error_differences(rung: Results) -> dict[str, Difference]:
+    """The error of each recipe minus the least error, with intervals for all of them together; none without intervals.
+
+    With a single held-out episode, or a single recipe, there is nothing to compare.
+    """
+    names = [name for name, found in rung.items() if found.errors]
+    errors = [rung[name].errors for name in names]
+    if len(names) < 2 or len(errors[0]) < 2:
+        return {}
+    best = min(range(len(names)), key=lambda number: fmean(errors[number]))
+    return dict(zip(names, compare_means_with_best(errors, best, CONFIDENCE), strict=True))
+
+
+def verdict(journal: Journal) -> str:
+    """Say which recipe was chosen, against which others it was compared, and whether they are separated."""
+    number = journal.decisive
+    rung = journal.rungs[number]
+    chosen, *others = ranked(rung)
+    settings = changes_text(journal.recipes[chosen])
+    at = f"after {journal.plan.rungs[number].steps:,} steps"
+    sentences = [f"chosen: {chosen} ({settings})."]
+    if others and rung[others[0]].errors:
+        played = has_rollouts(rung)
+        compared = (
+            _by_rollouts(chosen, others[0], rung, journal.paired) if played else _by_error(chosen, others[0], rung)
+        )
+        sentences.append(f"{at[0].upper()}{at[1:]}, {compared}.")
+    if len(rung) < journal.plan.rungs[number].candidates:
+        sentences.append(
+            f"The budget ended on the first rung: {len(rung)} of {journal.plan.rungs[number].candidates} recipes were"
+            " measured."
+        )
+    elif number < len(journal.plan.rungs) - 1:
+        sentences.append("The budget ended before the rungs after it.")
+    return " ".join(sentences)
+
+
+def report_text(journal: Journal, fallen: Mapping[str, str], seeds: range) -> str:
+    """The whole search as a page of Markdown.
+
+    Args:
+        journal: the search, with its choice.
+        fallen: why each recipe that was not tried was left out.
+        seeds: of the rollouts.
+    """
+    recipes = markdown_table(["recipe", "settings"], [[n, changes_text(c)] for n, c in journal.recipes.items()])
+    parts = ["# The search for a recipe", verdict(journal), recipes]
+    parts += [f"{name} was not tried: {reason}." for name, reason in fallen.items()]
+    for number, rung in enumerate(journal.rungs):
+        if rung:
+            parts += [f"## To step {journal.plan.rungs[number].steps:,}", rung_table(number, journal)]
+    parts.append(
+        "The error is the energy score of sampled chunks on held-out episodes, in standard deviations of the actions."
+        " Its intervals hold for all recipes of a rung together."
+    )
+    if seeds:
+        parts.append(
+            f"The rollouts have the seeds {seeds[0]} to {seeds[-1]}; those of ddim-rollout and ddim-sweep begin at"
+            " 100000."
+        )
+    parts.append(f"The search took {duration_text(journal.spent)}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _kept(number: int, journal: Journal) -> list[str]:
+    """The recipes of a rung that go on."""
+    names = ranked(journal.rungs[number])
+    last = number + 1 == len(journal.plan.rungs) or (journal.chosen and number >= journal.decisive)
+    return names[:1] if last else names[: journal.plan.rungs[number + 1].candidates]
+
+
+def _difference(difference: Difference | None) -> list[str]:
+    if difference is None:
+        return ["", "", ""]
+    return [f"{value:+.3f}" for value in difference] if any(difference) else ["the least", "", ""]
+
+
+def _rollouts(success: tuple[bool, ...], scores: tuple[float, ...]) -> str:
+    if not success:
+        return ""
+    low, high = wilson_interval(sum(success), len(success))
+    return f"{fmean(success):.0%} ({low:.0%} to {high:.0%}), score {fmean(scores):.3f}"
+
+
+def _by_error(chosen: str, other: str, rung: Results) -> str:
+    differences = error_differences(rung)
+    if not differences:
+        return f"its error is below that of {other}, but one held-out episode tells nothing of how sure that is"
+    difference, low, high = differences[other]
+    return (
+        f"its error on {len(rung[chosen].errors)} held-out episodes is below that of {other} by {difference:.3f} (95 %:"
+        f" {low:.3f} to {high:.3f}): {_separated(low > 0)}"
+    )
+
+
+def _by_rollouts(chosen: str, other: str, rung: Results, paired: bool) -> str:
+    names = [name for name, found in rung.items() if found.success]
+    pairs = compare_with_best([rung[name].success for name in names], names.index(chosen), CONFIDENCE, paired=paired)
+    pair = pairs[names.index(other)]
+    difference, low, high = (0.0 - end * 100 for end in (pair.difference, pair.high, pair.low))
+    return (
+        f"it solved {fmean(rung[chosen].success):.0%} of {len(rung[chosen].success)} episodes and {other}"
+        f" {fmean(rung[other].success):.0%}, a difference of {difference:.1f} points (95 %: {low:.1f} to"
+        f" {high:.1f}): {_separated(low > 0)}"
+    )
+
+
+def _separated(is_separated: bool) -> str:
+    return "the two are separated" if is_separated else "the two are not separated, and either may be the better one"

@@ -1,0 +1,67 @@
+"""Recipes beside the settings that a user keeps."""
+
+import pytest
+
+from policy import DiffusionPolicy, PolicyConfig, TrainSettings
+from policy.recipe import candidates
+from policy.recipe.candidates import AS_GIVEN, CANDIDATES, candidates_for
+from policy.recipe.settings import RecipeSettings
+
+POLICY = {"encoder": {"name": "state"}, "denoiser": {"name": "modulated_mlp"}}
+
+
+def chosen(keep=(), policy=POLICY, names=()):
+    found, fallen = candidates_for(names, keep, policy, TrainSettings())
+    return {candidate.name: candidate for candidate in found}, fallen
+
+
+def test_every_recipe_builds_a_policy_and_none_is_a_repetition():
+    found, fallen = chosen()
+    assert list(found) == list(CANDIDATES)
+    assert fallen == {}
+    assert next(iter(found)) == AS_GIVEN
+    assert found[AS_GIVEN].policy == POLICY
+    for candidate in found.values():
+        DiffusionPolicy(PolicyConfig(observation_shapes={"state": (3,)}, action_dim=2, **candidate.policy))
+        assert candidate.changes == CANDIDATES[candidate.name]
+
+
+def test_a_setting_that_is_kept_is_the_same_in_every_recipe(monkeypatch):
+    monkeypatch.setattr(
+        candidates,
+        "CANDIDATES",
+        {AS_GIVEN: {}, "a": {"denoiser.dropout": 0.1}, "b": {"denoiser.dropout": 0.2, "train.weight_decay": 0.2}},
+    )
+    found, fallen = chosen(["denoiser.dropout"], {**POLICY, "denoiser": {"name": "modulated_mlp", "dropout": 0.5}})
+    assert list(found) == [AS_GIVEN, "b"]
+    assert found["b"].policy["denoiser"]["dropout"] == 0.5
+    assert found["b"].train.weight_decay == 0.2
+    assert fallen == {"a": "you keep denoiser.dropout, so that it is the same as as_given"}
+
+
+@pytest.mark.parametrize("keep", [["denoiser"], ["denoiser.num_layers"]])
+def test_a_part_that_is_kept_or_has_a_kept_setting_is_not_replaced(keep):
+    found, fallen = chosen(keep)
+    assert all(candidate.policy["denoiser"]["name"] == "modulated_mlp" for candidate in found.values())
+    assert {"unet"} <= {*fallen, *(n for n, c in found.items() if "denoiser" not in c.changes)}
+
+
+def test_a_setting_that_the_chosen_part_does_not_have_is_left_out():
+    found, _ = chosen(["encoder"], {**POLICY, "encoder": {"name": "concatenate"}})
+    assert all(candidate.policy["encoder"] == {"name": "concatenate"} for candidate in found.values())
+
+
+def test_the_settings_of_a_part_that_is_replaced_do_not_stay():
+    found, _ = chosen(policy={**POLICY, "denoiser": {"name": "modulated_mlp", "num_layers": 2}})
+    assert found["unet"].policy["denoiser"] == {"name": "unet"}
+    assert found["regularised"].policy["denoiser"]["num_layers"] == 2
+
+
+def test_settings_of_a_search_are_checked():
+    assert RecipeSettings(budget="1.5h").seconds == 5400
+    with pytest.raises(ValueError, match=r"recipe.budget takes a time.*got '30'"):
+        RecipeSettings(budget="30")
+    with pytest.raises(ValueError, match=r"recipe.budget takes a time.*got 30$"):
+        RecipeSettings(budget=30)
+    with pytest.raises(ValueError, match=r"unknown recipe .regularized.*regularised"):
+        RecipeSettings(candidates=["regularized"])

@@ -9,8 +9,11 @@ from numpy.typing import NDArray
 
 from policy.data.demonstrations import Demonstrations
 
-# A relation shows in a few thousand transitions; more only take longer.
-MOST_TRANSITIONS = 20_000
+# A relation shows in a few thousand transitions or ends of episodes; more only take longer.
+MOST_ROWS = 20_000
+# Every number is compared with every other in every row: this many comparisons take seconds.
+MOST_COMPARISONS = 4_000_000_000
+MOST_NUMBERS = 2_000
 # A pair of numbers is judged by the transitions in which both move. There must be this share of them, and this number.
 LEAST_SHARE, LEAST_NUMBER = 0.005, 30
 # A number moves where it changes by more than this share of its usual change, the root mean square.
@@ -35,17 +38,33 @@ def find_pairs(demonstrations: Demonstrations, keys: Iterable[str]) -> list[tupl
 
     Returns:
         Pairs (i, j), i < j, of places in the vector of all numbers, the keys in sorted order.
+
+    Raises:
+        ValueError: more numbers than can be compared.
     """
     vectors = [demonstrations.observations[key] for key in sorted(keys)]
+    width = sum(values.shape[1] for values in vectors)
+    if width > MOST_NUMBERS:
+        raise ValueError(
+            f"find_differences=true compares up to {MOST_NUMBERS:,} numbers, and an observation has {width:,}:"
+            " choose some with dataset.observation_keys=[...], or leave it out"
+        )
+    most = min(MOST_ROWS, MOST_COMPARISONS // max(width, 1) ** 2)
+
+    def taken(rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.concatenate([values[rows] for values in vectors], axis=1).astype(np.float64)
+
     ends = demonstrations.episode_ends
-    last = np.concatenate([values[ends - 1] for values in vectors], axis=1).astype(np.float64)
-    inside = np.setdiff1d(np.arange(ends[-1]), ends - 1)  # transitions that another one follows
-    inside = inside[:: -(-len(inside) // MOST_TRANSITIONS) or 1]
-    now, then = (
-        np.concatenate([values[rows] for values in vectors], axis=1).astype(np.float64) for rows in (inside, inside + 1)
-    )
+    followed = _thinned(np.setdiff1d(np.arange(ends[-1]), ends - 1), most)
+    now, then, last = taken(followed), taken(followed + 1), taken(_thinned(ends - 1, most))
     alike = _move_together(then - now) | _end_together(last)
-    return [(i, j) for i, j in np.argwhere(np.triu(alike, 1)).tolist() if np.ptp(now[:, i] - now[:, j]) > 0]
+    seen = np.concatenate([now, last])  # a number that is there twice differs from itself by nothing
+    return [(i, j) for i, j in np.argwhere(np.triu(alike, 1)).tolist() if np.ptp(seen[:, i] - seen[:, j]) > 0]
+
+
+def _thinned(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Return up to `most` of the rows, evenly spaced."""
+    return rows[:: max(1, -(-len(rows) // most))]
 
 
 def _move_together(changes: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -57,3 +57,21 @@ def test_few_and_short_episodes_have_no_relations(steps):
         episode_ends=np.array([steps, 2 * steps]),
     )
     assert find_pairs(data, ["state"]) == []
+
+
+def test_a_number_that_is_there_twice_has_no_difference():
+    numbers = np.random.default_rng(0).normal(size=(12, 1)).repeat(2, axis=1).astype(np.float32)
+    data = Demonstrations(
+        observations={"state": numbers}, actions=np.zeros((12, 1), np.float32), episode_ends=np.arange(1, 13)
+    )
+    assert find_pairs(data, ["state"]) == []
+
+
+def test_more_numbers_than_can_be_compared_are_refused():
+    data = Demonstrations(
+        observations={"state": np.zeros((4, 3_000), np.float32)},
+        actions=np.zeros((4, 1), np.float32),
+        episode_ends=np.array([2, 4]),
+    )
+    with pytest.raises(ValueError, match="has 3,000: choose some"):
+        find_pairs(data, ["state"])

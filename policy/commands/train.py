@@ -33,8 +33,10 @@ from policy.common.interrupt import stop_on_signal
 from policy.common.locks import only_process
 from policy.common.next_line import next_line
 from policy.common.output import output_folder
+from policy.common.progress import say
 from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
 from policy.data.demonstrations import Augment, Demonstrations
+from policy.data.relations import find_pairs
 from policy.diffusion.sampler import Sampler
 from policy.model.config import PolicyConfig, PolicySettings
 from policy.model.diffusion_policy import DiffusionPolicy
@@ -84,6 +86,7 @@ def train_policy(
     augment: Augment | None = None,
     recipe: RecipeSettings | None = None,
     auxiliary: Sequence[str] = (),
+    find_differences: bool = False,
     execution_horizon: int | None = None,
     seed: int = 0,
     num_envs: int = 8,
@@ -110,6 +113,8 @@ def train_policy(
         augment: a symmetry of the task, as a function of observations and actions; doubles the training episodes.
         recipe: with recipe=auto, several recipes are tried first, within recipe.budget=30min, and the best is trained.
         auxiliary: keys of privileged observations, see `DataShapes.auxiliary_shapes`.
+        find_differences: look for like quantities in the demonstrations, and let the policy observe their differences
+            too; see `find_pairs`.
         execution_horizon: actions executed before the next plan, by default as in the checkpoint of init= or teacher=,
             else 8.
         seed: seed of the split, the weights and every training step.
@@ -132,6 +137,8 @@ def train_policy(
         raise ValueError(f"videos must be within 0..{train.rollout_episodes} (train.rollout_episodes); got {videos}")
     start = _start(init, teacher, output_dir)
     env = _env_of(dataset, env, start, train)
+    if find_differences:
+        policy = {**policy, "differences": _found(dataset, policy, auxiliary, start)}
     config, dataset = _configured(policy, dataset, auxiliary, start, train)
     if recipe:
         check_data(dataset, train, seed)
@@ -371,6 +378,28 @@ def _env_of(
         stored.append((start.checkpoint.env, str(start.checkpoint.path)))
     found, source = next(((e, s) for e, s in (stored if train.steps else reversed(stored)) if e), (None, ""))
     return merge_env(found, env, source or dataset.source) if env or found else None
+
+
+def _found(
+    dataset: Demonstrations, given: Mapping[str, Any], auxiliary: Sequence[str], start: _Start | None
+) -> tuple[tuple[int, int], ...]:
+    """Find the pairs of like quantities in the demonstrations, and say which they are.
+
+    Raises:
+        ValueError: the policy's differences are given already, or are those of a trained policy.
+    """
+    if start is not None:
+        raise ValueError("find_differences=true is for a new policy; this run keeps a trained one's: leave it out")
+    if given.get("differences"):
+        raise ValueError(
+            "differences= gives the pairs that find_differences=true would look for: leave one of them out"
+        )
+    vectors = [key for key, shape in dataset.observation_shapes.items() if len(shape) == 1 and key not in auxiliary]
+    pairs = find_pairs(dataset, vectors) if vectors else []
+    places = [f"{key}[{place}]" for key in sorted(vectors) for place in range(dataset.observation_shapes[key][0])]
+    found = ", ".join(f"{places[i]} - {places[j]}" for i, j in pairs)
+    say(f"differences that the policy observes too: {found or 'none, no two quantities are alike'}")
+    return tuple(pairs)
 
 
 def _configured(

@@ -26,6 +26,8 @@ class PolicySettings:
         past_actions: actions before the chunk that are denoised with it and then cut off, as other projects' policies
             do; see `denoised_horizon`.
         obs_size: width of the observation embedding.
+        differences: pairs of numbers of the state vectors whose differences the policy observes too, as places in the
+            vector of all of them, the keys in sorted order; see `Differences`.
         prediction_type: training target of the denoiser: `epsilon`, `sample` or `v_prediction`.
         loss_weighting: weighting of the timesteps in the loss, `none` or `min_snr`; see `loss_weights`.
         min_snr_gamma: γ of `min_snr`.
@@ -46,6 +48,7 @@ class PolicySettings:
     action_horizon: int = 8
     past_actions: int = 0
     obs_size: int = 287
+    differences: tuple[tuple[int, int], ...] = ()
     prediction_type: str = "sample"
     loss_weighting: str = "none"
     min_snr_gamma: float = 5.0

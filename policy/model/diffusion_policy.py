@@ -15,6 +15,7 @@ from policy.model.by_key import ModulesByKey
 from policy.model.config import PolicyConfig
 from policy.model.denoisers import DENOISERS
 from policy.model.denoisers.denoiser import check_denoiser
+from policy.model.differences import DIFFERENCES, Differences
 from policy.model.encoders import ENCODERS
 from policy.model.normalizer import NORMALIZERS, AffineNormalizer, Normalizer
 from policy.model.storage import SharedPolicy
@@ -55,10 +56,11 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         self.auxiliary_normalizers = ModulesByKey(
             {key: normalizer(shape) for key, shape in config.auxiliary_shapes.items()}
         )
+        self.differences = Differences(config.differences, config.observation_shapes) if config.differences else None
         self.encoder = construct(
             ENCODERS,
             config.encoder,
-            shapes=config.observation_shapes,
+            shapes=_encoded_shapes(config, self.differences),
             obs_horizon=config.obs_horizon,
             obs_size=config.obs_size,
         )
@@ -95,7 +97,11 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
             ValueError: missing or unknown keys, or shapes other than the configured ones.
         """
         check_observations(observations, self.config.observation_shapes, (None, self.config.obs_horizon))
-        return self.encoder({key: self._normalized(key, value) for key, value in observations.items()})
+        encoded = {key: self._normalized(key, value) for key, value in observations.items()}
+        if self.differences is not None:
+            vectors = {key: observations[key].to(self.device, torch.float32) for key in self.differences.keys}
+            encoded[DIFFERENCES] = self.differences(vectors)
+        return self.encoder(encoded)
 
     def _normalized(self, key: str, value: Tensor) -> Tensor:
         on_device = value.to(self.device)  # before the conversion to float: images are transferred as bytes
@@ -231,6 +237,18 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
             generator=generator,
         )
         return self.action_normalizer.unnormalize(chunk[:, self.config.past_actions :])
+
+
+def _encoded_shapes(config: PolicyConfig, differences: Differences | None) -> dict[str, tuple[int, ...]]:
+    """The shapes that the encoder sees: those of the observations, and of their differences if there are any."""
+    if differences is None:
+        return config.observation_shapes
+    if DIFFERENCES in config.observation_shapes:
+        raise ValueError(
+            f"the observation {DIFFERENCES!r} has the name of what the setting differences adds: give it another name"
+            " with dataset.observation_keys={...}, or leave differences out"
+        )
+    return {**config.observation_shapes, DIFFERENCES: differences.shape}
 
 
 def _image_normalizers(config: PolicyConfig) -> dict[str, AffineNormalizer]:

@@ -167,9 +167,15 @@ def fit_normalizers(policy: DiffusionPolicy, training: Windows) -> None:
     by_key = {**policy.observation_normalizers, **policy.auxiliary_normalizers}
     by_key = {key: one for key, one in by_key.items() if not is_image(policy.config.observation_shapes.get(key, ()))}
     limits = {key: Limits() for key in ("actions", *by_key)}
+    apart = Limits()
     for observations, actions in training.blocks():
         for key, found in limits.items():
             found.update(actions if key == "actions" else observations[key])
+        if policy.differences is not None:
+            vectors = {key: torch.from_numpy(observations[key]) for key in policy.differences.keys}
+            apart.update(policy.differences.raw(vectors).numpy())
+    if policy.differences is not None:
+        policy.differences.fit(*apart)
     policy.action_normalizer.fit(*limits.pop("actions"))
     for key, found in limits.items():
         normalizer = by_key[key]
@@ -181,3 +187,5 @@ def _copy_normalizers(policy: DiffusionPolicy, teacher: DiffusionPolicy) -> None
     """Normalise observations and actions as the teacher does, whose chunks may lie anywhere in its range."""
     policy.action_normalizer.load_state_dict(teacher.action_normalizer.state_dict())
     policy.observation_normalizers.load_state_dict(teacher.observation_normalizers.state_dict())
+    if policy.differences is not None and teacher.differences is not None:
+        policy.differences.load_state_dict(teacher.differences.state_dict())

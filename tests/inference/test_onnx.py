@@ -27,6 +27,8 @@ from policy.inference.onnx_graph import kind_of
 from policy.inference.rewriting import Part
 from policy.model.config import config_to_json
 from policy.model.denoisers import DENOISERS
+from policy.model.diffusion_policy import DiffusionPolicy
+from tests.conftest import randomize
 from tests.inference.cases import (
     TOLERANCE,
     check_continuation,
@@ -113,6 +115,17 @@ def test_onnx_gives_the_eager_actions_at_any_batch_size(name):
         assert difference(policy, program(observations, noise, step_noise), expected) < TOLERANCE
         other, _, _ = inputs(policy, sampler, rows, seed=2)
         assert difference(policy, eager(other, noise, step_noise), expected) > 100 * TOLERANCE
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_onnx_gives_the_actions_of_a_policy_that_observes_differences():
+    sampler, config = Sampler(ddim_steps=2), shared_policy("modulated_mlp", "sample").config
+    policy = DiffusionPolicy(replace(config, differences=((0, 3), (1, 2))))
+    randomize(policy)
+    given = inputs(policy, sampler)
+    expected = compile_sampler(policy, sampler, backend="eager")(*given)
+    assert difference(policy, compile_sampler(policy, sampler, backend="onnx")(*given), expected) < TOLERANCE
 
 
 @needs_onnx

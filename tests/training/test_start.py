@@ -34,6 +34,9 @@ SETTINGS = TrainSettings(
     save_every=3,
     val_fraction=0.2,
 )
+# One that learns from demonstrations alone, and the settings of a small policy.
+CLONING = dataclasses.replace(SETTINGS, steps=1, rectify_steps=0)
+SMALL = {"denoiser": {"name": "modulated_mlp", "hidden_size": 8, "num_layers": 1}, "obs_size": 8}
 
 
 class Silent:
@@ -155,16 +158,44 @@ def test_one_step_of_a_policy_that_learnt_from_noise_prediction_chooses_a_side(f
 
 
 def test_a_smaller_policy_learns_the_chunks_of_a_larger_one(trained, demonstrations, tmp_path, capsys):
-    given = {"denoiser": {"name": "modulated_mlp", "hidden_size": 8, "num_layers": 1}, "obs_size": 8}
-    student = go(demonstrations, tmp_path / "run", policy=given, teacher=trained)
+    student = go(demonstrations, tmp_path / "run", policy=SMALL, teacher=trained)
     config, teacher = student.policy.config, load_checkpoint(trained)
-    assert (config.denoiser, config.obs_size, config.prediction_type) == (given["denoiser"], 8, "sample")
+    assert (config.denoiser, config.obs_size, config.prediction_type) == (SMALL["denoiser"], 8, "sample")
     assert config.schedule == PolicyConfig(observation_shapes={"state": (3,)}, action_dim=2).schedule
     assert same(student.policy.action_normalizer.state_dict(), teacher.policy.action_normalizer.state_dict())
     assert student.training["teacher"] == teacher.digest
     assert describe_checkpoint(student)["started from"] == f"the checkpoint {teacher.digest}, whose chunks it learned"
     assert "started from" not in describe_checkpoint(teacher)
     assert f"a new policy learns the chunks of {trained}" in capsys.readouterr().out
+
+
+@pytest.fixture
+def carrying() -> Demonstrations:
+    """The second number moves with the first one half of the time."""
+    walk = np.random.default_rng(0).normal(size=(10, 40)).cumsum(axis=1)
+    states = np.stack([walk, walk[:, np.maximum(np.arange(40), 20)], np.zeros_like(walk)], axis=2).reshape(400, 3)
+    return Demonstrations(
+        observations={"state": states.astype(np.float32)},
+        actions=np.zeros((400, 2), np.float32),
+        episode_ends=np.arange(40, 401, 40, dtype=np.int64),
+    )
+
+
+def test_found_differences_are_said_and_stored_and_those_of_a_student_are_its_teachers(carrying, tmp_path, capsys):
+    first = go(carrying, tmp_path / "run", CLONING, SMALL, find_differences=True)
+    assert "state[0] - state[1]" in capsys.readouterr().out
+    assert first.policy.config.differences == ((0, 1),)
+    longer = dataclasses.replace(CLONING, steps=2)
+    assert go(carrying, tmp_path / "run", longer, SMALL, find_differences=True).training["step"] == 2
+    student = go(carrying, tmp_path / "student", policy=SMALL, teacher=tmp_path / "run" / "checkpoint")
+    assert torch.equal(student.policy.differences.scale, first.policy.differences.scale)
+
+
+def test_differences_are_looked_for_in_a_new_policy_without_any(carrying, trained, tmp_path):
+    with pytest.raises(ValueError, match="leave one of them out"):
+        go(carrying, tmp_path / "run", CLONING, {"differences": ((0, 1),)}, find_differences=True)
+    with pytest.raises(ValueError, match="for a new policy"):
+        go(carrying, tmp_path / "run", CLONING, init=trained, find_differences=True)
 
 
 @pytest.mark.parametrize("role", ["init", "teacher"])

@@ -1,0 +1,92 @@
+"""Finds observed quantities that are alike, so that a policy can observe their differences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policy.data.demonstrations import Demonstrations
+
+# A relation shows in a few thousand transitions or ends of episodes; more only take longer.
+MOST_ROWS = 20_000
+# Every number is compared with every other in every row: this many comparisons take seconds.
+MOST_COMPARISONS = 4_000_000_000
+MOST_NUMBERS = 2_000
+# A pair of numbers is judged by the transitions in which both move. There must be this share of them, and this number.
+LEAST_SHARE, LEAST_NUMBER = 0.005, 30
+# A number moves where it changes by more than this share of its usual change, the root mean square.
+MOVING = 0.1
+# Two changes are equal if they differ by less than this share of the larger one.
+EQUAL = 0.1
+# In this share of the transitions in which both numbers move, the changes of like numbers are equal.
+MOSTLY = 0.5
+# The values at the ends of the episodes are equal if they differ by less than this share of their spread.
+SAME_END, LEAST_EPISODES = 0.2, 10
+
+
+def find_pairs(demonstrations: Demonstrations, keys: Iterable[str]) -> list[tuple[int, int]]:
+    """Find the pairs of observed numbers whose difference means something, without names or units.
+
+    Two numbers are alike if they move together, as the positions of a gripper and of the object that it carries do, or
+    if they end together, as the positions of an object and of its goal do. They then have the same unit and origin.
+
+    Args:
+        demonstrations: the demonstrations.
+        keys: the state vectors to look into.
+
+    Returns:
+        Pairs (i, j), i < j, of places in the vector of all numbers, the keys in sorted order.
+
+    Raises:
+        ValueError: more numbers than can be compared.
+    """
+    vectors = [demonstrations.observations[key] for key in sorted(keys)]
+    width = sum(values.shape[1] for values in vectors)
+    if width > MOST_NUMBERS:
+        raise ValueError(
+            f"find_differences=true compares up to {MOST_NUMBERS:,} numbers, and an observation has {width:,}:"
+            " choose some with dataset.observation_keys=[...], or leave it out"
+        )
+    most = min(MOST_ROWS, MOST_COMPARISONS // max(width, 1) ** 2)
+
+    def taken(rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.concatenate([values[rows] for values in vectors], axis=1).astype(np.float64)
+
+    ends = demonstrations.episode_ends
+    followed = _thinned(np.setdiff1d(np.arange(ends[-1]), ends - 1), most)
+    now, then, last = taken(followed), taken(followed + 1), taken(_thinned(ends - 1, most))
+    alike = _move_together(then - now) | _end_together(last)
+    seen = np.concatenate([now, last])  # a number that is there twice differs from itself by nothing
+    return [(i, j) for i, j in np.argwhere(np.triu(alike, 1)).tolist() if np.ptp(seen[:, i] - seen[:, j]) > 0]
+
+
+def _thinned(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Return up to `most` of the rows, evenly spaced."""
+    return rows[:: max(1, -(-len(rows) // most))]
+
+
+def _move_together(changes: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return (D, D) whether two numbers mostly change by the same amount where both change; changes are (N, D)."""
+    usual = np.sqrt(np.square(changes).mean(axis=0)) if len(changes) else np.zeros(changes.shape[1])
+    moving = np.abs(changes) > MOVING * usual
+    alike = np.zeros((len(usual), len(usual)), dtype=np.bool_)
+    for i in range(len(usual)):
+        rows = moving[:, i]
+        mine, others = changes[rows, i, None], changes[rows]
+        both = moving[rows]
+        equal = both & (np.abs(mine - others) < EQUAL * np.maximum(np.abs(mine), np.abs(others)))
+        enough = both.sum(axis=0) >= max(LEAST_NUMBER, LEAST_SHARE * len(changes))
+        alike[i] = enough & (equal.sum(axis=0) >= MOSTLY * both.sum(axis=0))
+    return alike
+
+
+def _end_together(last: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return (D, D) whether two numbers are equal at the ends of the episodes, though these differ; last is (E, D)."""
+    spread = last.std(axis=0)
+    if len(last) < LEAST_EPISODES:
+        return np.zeros((len(spread), len(spread)), dtype=np.bool_)
+    apart = np.sqrt([np.square(last - last[:, i, None]).mean(axis=0) for i in range(len(spread))])
+    alike: NDArray[np.bool_] = apart < SAME_END * np.minimum(spread, spread[:, None])
+    return alike

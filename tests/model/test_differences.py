@@ -1,0 +1,51 @@
+"""Differences of like quantities, as a part of the policy's observation."""
+
+import numpy as np
+import pytest
+import torch
+
+from policy.data.demonstrations import Demonstrations
+from policy.model.config import PolicyConfig
+from policy.model.differences import Differences
+from policy.model.diffusion_policy import DiffusionPolicy
+from policy.training.preparation import prepare_run
+from policy.training.settings import TrainSettings
+
+SHAPES = {"b": (3,), "a": (2,), "camera": (16, 16, 3)}
+
+
+def test_values_are_those_of_numpy():
+    differences = Differences([(0, 4), (1, 2)], SHAPES)
+    differences.fit(np.array([-2.0, 0.0]), np.array([1.0, 8.0]))
+    a, b = torch.randn(5, 2, 2), torch.randn(5, 2, 3)
+    joined = np.concatenate([a.numpy(), b.numpy()], axis=2)
+    scaled = (joined[..., [0, 1]] - joined[..., [4, 2]]) / [2.0, 8.0]
+    expected = np.concatenate([np.tanh(scaled), np.tanh(4 * scaled), np.tanh(16 * scaled)], axis=2)
+    torch.testing.assert_close(differences({"a": a, "b": b}), torch.from_numpy(expected).float())
+
+
+@pytest.mark.parametrize("pair", [(0, 5), (-1, 2), (1, 2, 3)])
+def test_a_place_that_does_not_exist_is_refused(pair):
+    with pytest.raises(ValueError, match=r"within 0\.\.4"):
+        Differences([pair], SHAPES)
+
+
+def test_the_key_of_the_differences_is_taken():
+    with pytest.raises(ValueError, match="another name"):
+        DiffusionPolicy(PolicyConfig(observation_shapes={"differences": (2,)}, action_dim=1, differences=((0, 1),)))
+
+
+def test_their_scale_is_fitted_and_saved_with_the_weights():
+    states = np.array([[0, 1], [2, 5], [3, 3], [4, 2]], np.float32)
+    data = Demonstrations(
+        observations={"state": states}, actions=np.zeros((4, 2), np.float32), episode_ends=np.array([2, 4])
+    )
+    config = PolicyConfig(observation_shapes={"state": (2,)}, action_dim=2, obs_size=16, differences=((0, 1),))
+    run = prepare_run(config, data, TrainSettings(val_fraction=0.0), seed=0, device="cpu")
+    assert run.state.ema.state_dict()["differences.scale"].tolist() == [3.0]
+
+
+def test_a_far_observation_gives_a_finite_embedding():
+    policy = DiffusionPolicy(PolicyConfig(observation_shapes={"state": (2,)}, action_dim=1, differences=((0, 1),)))
+    far = {"state": torch.tensor([torch.inf, 1e30]).expand(1, 2, 2)}
+    assert policy.embed(far).isfinite().all()

@@ -24,7 +24,7 @@ FEWEST_EPISODES = 4
 # between ways, a policy that always solves its task has a larger one: a larger one alone is never called a fault.
 PRECISE = 0.2
 # From this ratio of held-out to training error on, at least half of the squared error on new episodes does not occur on
-# those that the policy was trained on, so that it comes from their number and not from the demonstrators' randomness.
+# those that the policy was trained on.
 OVER_FITTED = math.sqrt(2)
 # A training is too short if the second half of its steps still lowers the held-out error by this factor. The falling
 # learning rate alone lowers it by about 1.2: planar, 384 demonstrations, 4,000 steps, 0.227 halfway and 0.186 at last.

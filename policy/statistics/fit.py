@@ -24,7 +24,7 @@ FEWEST_EPISODES = 4
 # between ways, a policy that always solves its task has a larger one: a larger one alone is never called a fault.
 PRECISE = 0.2
 # From this ratio of held-out to training error on, at least half of the squared error on new episodes does not occur on
-# those that the policy was trained on, so that it comes from their number and not from the demonstrators' randomness.
+# those that the policy was trained on.
 OVER_FITTED = math.sqrt(2)
 # A training is too short if the second half of its steps still lowers the held-out error by this factor. The falling
 # learning rate alone lowers it by about 1.2: planar, 384 demonstrations, 4,000 steps, 0.227 halfway and 0.186 at last.
@@ -158,15 +158,10 @@ def conclude(history: Sequence[Mapping[str, float]]) -> Conclusion | None:
     if not measured:
         return None
     newest = measured[-1]
-    error, ratio, episodes = _of(newest, "fit/error"), _of(newest, "fit/ratio"), int(newest.get("fit/episodes", 0))
+    off, episodes = _off(newest), int(newest.get("fit/episodes", 0))
+    error, ratio = _of(newest, "fit/error"), _of(newest, "fit/ratio")
     if error is None or ratio is None or HELD_OUT not in newest or episodes < FEWEST_EPISODES:
-        return _undecided(
-            f"the averaged chunk is {newest[TRAINING]:.2g} standard deviations off on training episodes", episodes
-        )
-    off = (
-        f"the averaged chunk is {newest[HELD_OUT]:.2g} standard deviations off on held-out episodes and"
-        f" {newest[TRAINING]:.2g} on training episodes"
-    )
+        return _undecided(off, episodes)
     if error.high <= PRECISE:
         return Conclusion(
             kind="precise",
@@ -192,6 +187,18 @@ def conclude(history: Sequence[Mapping[str, float]]) -> Conclusion | None:
         kind="limited",
         sentence=f"neither over-fitted nor under-trained: {off}; the rest is chance in the demonstrations, or follows"
         " from what the policy does not observe",
+    )
+
+
+def _off(entry: Mapping[str, float]) -> str:
+    """The errors of a measurement in words."""
+    training = f"{entry[TRAINING]:.2g}"
+    if HELD_OUT not in entry:
+        return f"the averaged chunk is {training} standard deviations off on training episodes"
+    held_out = f"{entry[HELD_OUT]:.2g}"
+    return (
+        f"the averaged chunk is {held_out} standard deviations off on held-out episodes and {training} on training"
+        " episodes"
     )
 
 

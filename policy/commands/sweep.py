@@ -126,6 +126,8 @@ def sweep(
         for given in merged.warnings:
             warnings.warn(given, stacklevel=2)
         folder = output_folder(output_dir, "sweep")
+        if folder.resolve() in [path.resolve() for path in merge]:
+            raise ValueError(f"output_dir={folder} is one of the sweeps to merge, and would be lost: choose another")
         run = tracker(folder=folder, config={"merge": [str(path) for path in merge]})
         publish(folder, conclude(merged, margin), run, lambda chosen: [])
         return

@@ -213,6 +213,8 @@ def _merge(folders: list[Path], *, mix: bool, margin: float, output_dir: Path | 
     for given in merged.warnings:
         warnings.warn(given, stacklevel=3)
     folder = output_folder(output_dir, "sweep")
+    if folder.resolve() in [path.resolve() for path in folders]:
+        raise ValueError(f"output_dir={folder} is one of the sweeps to merge, and would be lost: choose another")
     run = tracker(folder=folder, config={"merge": [str(path) for path in folders]})
     publish(folder, conclude(merged, margin), run, lambda chosen: [])
 

@@ -105,7 +105,8 @@ class Conclusion:
     @property
     def scope(self) -> str:
         """What the intervals hold, and what they leave out."""
-        return scope_of(self.rows)
+        early = " They are computed as if the number of episodes had been fixed beforehand; the recommendation is not."
+        return scope_of(self.rows) + (early if self.plan and self.plan.adaptive else "")
 
     @property
     def summary(self) -> Row:

@@ -144,12 +144,14 @@ def check_distinct(cells: Sequence[SweepCell]) -> None:
     """Reject two equal cells.
 
     Raises:
-        ValueError: two cells are equal; the message gives both.
+        ValueError: two cells are equal; the message gives the settings that are written differently.
     """
     seen: dict[str, SweepCell] = {}
     for one in cells:
         if (twin := seen.setdefault(cell_id(one.settings), one)) is not one:
-            raise ValueError(f"{twin.axes} and {one.axes} are the same cell: give each value and each policy once")
+            differ = [axis for axis in twin.axes if twin.axes[axis] != one.axes[axis]] or [*twin.axes]
+            first, second = (", ".join(f"{axis} {cell.axes[axis]}" for axis in differ) for cell in (twin, one))
+            raise ValueError(f"{first} and {second} are the same cell: give each value and each policy once")
 
 
 def with_backends(cells: Sequence[SweepCell], ledger: Path | None) -> list[SweepCell]:

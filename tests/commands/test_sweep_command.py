@@ -564,6 +564,7 @@ def test_a_watched_sweep_serves_its_page_from_the_first_episode_to_the_report(
     run_sweep(*cells)
     assert page.read_text() == report  # as if nobody had watched
     assert "leave watch= out" in run_sweep(f"merge=[{tmp_path}]", "watch=true", check=2)
+    assert "is one of the sweeps to merge" in run_sweep(f"merge=[{tmp_path}]", f"output_dir={tmp_path}", check=2)
 
 
 def test_a_watched_sweep_that_is_stopped_says_so_on_its_page(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """What a sweep ends with: the sentence, the report in a browser, merging, and launchers that exist."""
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from policy.statistics.recommendation import recommend
 from policy.statistics.results import EpisodeResult
 from policy.sweep.conclusion import Swept, answer_of, between_checkpoints, conclude, telling_seeds
 from policy.sweep.grid import costs_of
+from policy.sweep.looks import LookPlan
 
 CHROMIUM = shutil.which("chromium")
 
@@ -70,6 +72,17 @@ def test_measured_latency_changes_no_recommendation():
         assert (concluded.advice.cell, concluded.shown) == (0, [0])
     fewer_calls = [{**row(8, 1.0), "multiply_adds": 1e6}, {**row(4, 1.0), "multiply_adds": 2e6}]
     assert conclude(swept_of(*fewer_calls, outcomes=solved[:2]), margin=0.05).advice.cell == 0
+
+
+def test_intervals_of_a_sweep_that_may_stop_early_say_what_they_leave_out():
+    once = swept_of(row(1, 1.0), row(4, 1.0), outcomes=[[True] * 200] * 2)
+    plan = LookPlan(
+        **{"asked": (), "max_ms": None, "left_out": "", "cells": ("id 0", "id 1"), "cost": (1.0, 2.0), "seed": 0},
+        **{"looks": (100, 200), "margin": 0.05, "alpha": 0.0475},
+    )
+    early = conclude(dataclasses.replace(once, plan=plan, alpha=plan.alpha), margin=0.05)
+    assert "as if the number of episodes had been fixed beforehand" in early.summary["intervals"]
+    assert "beforehand" not in conclude(once, margin=0.05).scope
 
 
 def test_too_few_episodes_give_no_recommendation_but_say_what_the_difference_would_have_to_be():

@@ -164,7 +164,7 @@ def test_every_checkpoint_must_be_able_to_run_each_cell(checkpoints):
 
 def test_the_same_policy_twice_is_refused(checkpoints):
     copy = dataclasses.replace(checkpoints[0], path=Path("runs/copy"))
-    with pytest.raises(ValueError, match=r"runs/a.* and .*runs/copy.* are the same cell"):
+    with pytest.raises(ValueError, match=r"^checkpoint runs/a and checkpoint runs/copy are the same cell"):
         cells_of([*checkpoints, copy])
     cells_of([*checkpoints, dataclasses.replace(copy, execution_horizon=7)])  # that acts differently
 

@@ -81,7 +81,10 @@ def with_keys(imported: Imported, keys: Mapping[str, str]) -> Imported:
     shapes = imported.config.observation_shapes
     theirs = {their: our for our, their in keys.items()}
     if unknown := sorted(theirs.keys() - shapes.keys()):
-        raise ValueError(f"keys names {unknown[0]!r}, which the policy does not observe; it observes {sorted(shapes)}")
+        raise ValueError(
+            f"keys={{ours: theirs}} names {unknown[0]!r}, which the policy does not observe; it observes"
+            f" {', '.join(sorted(shapes))}"
+        )
     names = {key: theirs.get(key, key) for key in shapes}
     if len(theirs) < len(keys) or len(set(names.values())) < len(names):
         raise ValueError(f"keys must give each observation one name of its own; got {dict(keys)}")

@@ -19,7 +19,7 @@ from policy.model.config import PolicyConfig
 
 CONFIG, WEIGHTS, ADAPTER = "config.json", "model.safetensors", "adapter_config.json"
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
-LEROBOT_FILES = (CONFIG, WEIGHTS, "policy_*.json", "policy_*.safetensors")
+LEROBOT_FILES = (CONFIG, WEIGHTS, ADAPTER, "policy_*.json", "policy_*.safetensors")
 STATE, ENVIRONMENT_STATE, ACTION = "observation.state", "observation.environment_state", "action"
 MODES = ("MIN_MAX", "MEAN_STD", "IDENTITY")
 # The last convolution has this many groups whatever `n_groups` says.

@@ -96,7 +96,7 @@ def _check_type(name: str, hint: Any, value: Any) -> Any:
         checked = adapter.validate_python(value)
     except ValidationError as error:
         problem = error.errors()[0]["msg"]
-        expected = getattr(hint, "__name__", str(hint)).replace("typing.", "")
+        expected = getattr(hint, "__name__", str(hint)).replace("typing.", "").replace("collections.abc.", "")
         raise ValueError(f"{name} should be {expected}; got {value!r} ({problem[0].lower()}{problem[1:]})") from error
 
     if isinstance(value, bool) and not isinstance(checked, bool):

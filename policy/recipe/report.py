@@ -91,13 +91,13 @@ def verdict(journal: Journal) -> str:
     return " ".join(sentences)
 
 
-def report_text(journal: Journal, fallen: Mapping[str, str], seeds: range) -> str:
+def report_text(journal: Journal, fallen: Mapping[str, str], first_seed: int) -> str:
     """The whole search as a page of Markdown.
 
     Args:
         journal: the search, with its choice.
         fallen: why each recipe that was not tried was left out.
-        seeds: of the rollouts.
+        first_seed: of the rollouts.
     """
     recipes = markdown_table(["recipe", "settings"], [[n, changes_text(c)] for n, c in journal.recipes.items()])
     parts = ["# The search for a recipe", verdict(journal), recipes]
@@ -109,10 +109,10 @@ def report_text(journal: Journal, fallen: Mapping[str, str], seeds: range) -> st
         "The error is the energy score of sampled chunks on held-out episodes, in standard deviations of the actions."
         " Its intervals hold for all recipes of a rung together."
     )
-    if seeds:
+    if episodes := journal.plan.episodes:
         parts.append(
-            f"The rollouts have the seeds {seeds[0]} to {seeds[-1]}; those of ddim-rollout and ddim-sweep begin at"
-            " 100000."
+            f"The rollouts have the seeds {first_seed} to {first_seed + episodes - 1}; those of ddim-rollout and"
+            " ddim-sweep begin at 100000."
         )
     parts.append(f"The search took {duration_text(journal.spent)}.")
     return "\n\n".join(parts) + "\n"
@@ -155,9 +155,10 @@ def _by_rollouts(chosen: str, other: str, rung: Results, paired: bool) -> str:
     pair = pairs[names.index(other)]
     difference, low, high = (0.0 - end * 100 for end in (pair.difference, pair.high, pair.low))
     return (
-        f"it solved {fmean(rung[chosen].success):.0%} of {len(rung[chosen].success)} episodes and {other}"
-        f" {fmean(rung[other].success):.0%}, a difference of {difference:.1f} points (95 %: {low:.1f} to"
-        f" {high:.1f}): {_separated(low > 0)}"
+        f"it solved {fmean(rung[chosen].success):.0%} of {len(rung[chosen].success)} episodes (mean score"
+        f" {fmean(rung[chosen].scores):.3f}) and {other} {fmean(rung[other].success):.0%}"
+        f" ({fmean(rung[other].scores):.3f}), a difference of {difference:.1f} points (95 %: {low:.1f} to {high:.1f}):"
+        f" {_separated(low > 0)}"
     )
 
 

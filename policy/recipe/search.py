@@ -138,9 +138,7 @@ def search(
         ValueError: fewer than two recipes, a budget that is too small, or another search was begun in the folder.
         KeyboardInterrupt: the user asked for an end; the same call goes on.
     """
-    for name, reason in fallen.items():
-        print(f"recipe {name} is not tried: {reason}")
-    journal = _journal_of(candidates, folder)
+    journal = _journal_of(candidates, fallen, folder)
     running = _Search(
         by_name={candidate.name: candidate for candidate in candidates},
         folder=folder,
@@ -154,26 +152,26 @@ def search(
         spent_before=journal.spent if journal else 0.0,
     )
     if journal is None:
-        for candidate in candidates:
-            print(f"recipe {candidate.name}: {changes_text(candidate.changes)}")
         journal = running.begin(paired)
         print(plan_text(journal, candidates[0].train))
     if not journal.chosen:
         running.climb(journal)
-        seeds = range(first_seed, first_seed + journal.plan.episodes)
-        write_text(folder / REPORT, report_text(journal, fallen, seeds))
+    if not (folder / REPORT).exists():
+        write_text(folder / REPORT, report_text(journal, fallen, first_seed))
         print(f"{verdict(journal)}\nthe search: {folder / REPORT}")
     if not is_checkpoint(folder / CHECKPOINT):
         copy_checkpoint(running.folder_of(journal.chosen) / CHECKPOINT, folder / CHECKPOINT, with_training=True)
     return running.by_name[journal.chosen]
 
 
-def _journal_of(candidates: Sequence[Candidate], folder: Path) -> Journal | None:
-    """The journal of a search among these recipes; None before it is begun.
+def _journal_of(candidates: Sequence[Candidate], fallen: Mapping[str, str], folder: Path) -> Journal | None:
+    """Say which recipes are not tried, and return the journal of a search among the others; None before it is begun.
 
     Raises:
         ValueError: there is nothing to compare, or the journal is of another search.
     """
+    for name, reason in fallen.items():
+        print(f"recipe {name} is not tried: {reason}")
     if len(candidates) < 2:
         raise ValueError(
             f"recipe=auto has {len(candidates)} recipe to try and nothing to compare it with: keep fewer settings, or"
@@ -220,7 +218,9 @@ class _Search:
         return self.folder / RECIPES / name
 
     def begin(self, paired: bool) -> Journal:
-        """Time every recipe for a moment, and make the plan."""
+        """Name the recipes, time each one for a moment, and make the plan."""
+        for name, candidate in self.by_name.items():
+            print(f"recipe {name}: {changes_text(candidate.changes)}")
         costs: dict[str, Cost] = {}
         episode_seconds = None
         failed: dict[str, Measured] = {}

@@ -59,9 +59,7 @@ def compare_with_best(
 def compare_means_with_best(values: ArrayLike, best: int, confidence: float = 0.95) -> list[tuple[float, float, float]]:
     """Compare the mean of every cell with that of the best one, with simultaneous intervals for few episodes.
 
-    Each interval is Student's for the differences on the same episodes. Bonferroni's adjustment over the cells other
-    than the best one is enough although the data decide which one that is (multiple comparisons with the best; Hsu
-    1981, Annals of Statistics 9, 1026-1034).
+    Each interval is Student's for the differences on the same episodes, with Bonferroni's adjustment over all pairs.
 
     Args:
         values: (K, N), K cells on the same N episodes, two or more.
@@ -85,7 +83,7 @@ def compare_means_with_best(values: ArrayLike, best: int, confidence: float = 0.
         raise ValueError(f"intervals need two episodes or more; got {episodes}")
     differences = matrix - matrix[best]
     errors = differences.std(axis=1, ddof=1) / np.sqrt(episodes)
-    reach = errors * stdtrit(episodes - 1, 1 - (1 - confidence) / (2 * max(1, cells - 1)))
+    reach = errors * stdtrit(episodes - 1, 1 - (1 - confidence) / max(2, cells * (cells - 1)))
     means = differences.mean(axis=1)
     return [(float(mean), float(mean - r), float(mean + r)) for mean, r in zip(means, reach, strict=True)]
 

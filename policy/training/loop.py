@@ -210,8 +210,7 @@ def train(
 
     Step n draws from (seed, n) alone, so that a run that was interrupted and resumed equals an uninterrupted one.
 
-    A step whose loss or gradient is not finite leaves the weights unchanged; the device itself checks this. The trainer
-    reads the losses only when it logs or saves, because reading each step's loss would make a GPU wait for the CPU.
+    A step whose loss or gradient is not finite leaves the weights unchanged; the device itself checks this.
 
     Args:
         run: its state is changed in place.
@@ -321,7 +320,10 @@ def batches_ahead(
 
 
 def _read(unread: list[Outcome], state: TrainState, training: Windows, settings: TrainSettings) -> None:
-    """Copy the outcomes of the newest steps to the CPU and into the state; warn or raise if one is not finite."""
+    """Copy the outcomes of the newest steps to the CPU and into the state; warn or raise if one is not finite.
+
+    This is done only before logging and saving: reading each step's loss would make a GPU wait for the CPU.
+    """
     if not unread:
         return
     all_windows, figures = zip(*unread, strict=True)

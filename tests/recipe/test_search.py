@@ -178,6 +178,7 @@ def test_another_search_in_the_same_folder_is_refused(start):
         start(rates={"good": 1e-2})
 
 
+@pytest.mark.slow
 def test_a_spent_budget_ends_in_a_choice_among_what_was_measured(start, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         start(stop_at=6)
@@ -251,7 +252,9 @@ def test_the_verdict_says_whether_two_recipes_are_separated():
         Measured(errors=(1.0,), success=won, scores=(1.0,) * 40),
         Measured(errors=(1.0,), success=lost, scores=(0.5,) * 40),
     )
-    assert "it solved 100% of 40 episodes and b 50%, a difference of 50.0 points" in verdict(played)
+    assert "it solved 100% of 40 episodes (mean score 1.000) and b 50% (0.500), a difference of 50.0 points" in verdict(
+        played
+    )
     assert "the two are separated" in verdict(played)
 
 

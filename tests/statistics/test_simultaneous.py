@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_rel
 
 from policy.statistics.paired import compare_success, pair_counts
-from policy.statistics.simultaneous import compare_with_best
+from policy.statistics.simultaneous import compare_means_with_best, compare_with_best
 
 
 def equal_cells(cells, episodes, seed, rate=0.9):
@@ -69,3 +70,26 @@ def test_unpaired_cells_ignore_the_order_and_one_cell_has_no_other():
     assert len(compare_with_best(success[:1], 0)) == 1
     with pytest.raises(ValueError, match="one or more cells"):
         compare_with_best([], 0)
+
+
+def test_two_means_have_the_interval_of_a_paired_t_test():
+    values = np.random.default_rng(0).normal(size=(2, 7))
+    best = int(values.mean(1).argmin())
+    other = 1 - best
+    expected = ttest_rel(values[other], values[best]).confidence_interval(0.95)
+    found = compare_means_with_best(values, best)
+    assert found[best] == (0, 0, 0)
+    assert found[other][1:] == pytest.approx((expected.low, expected.high))
+    with pytest.raises(ValueError, match="two episodes or more; got 1"):
+        compare_means_with_best(values[:, :1], best)
+
+
+@pytest.mark.parametrize("episodes", [4, 20])
+def test_the_differences_from_the_least_of_equal_means_are_covered_together(episodes):
+    generator = np.random.default_rng(1)
+    covered = []
+    for _ in range(400):
+        values = generator.normal(size=(5, episodes)) + generator.normal(size=episodes)
+        found = compare_means_with_best(values, int(values.mean(1).argmin()))
+        covered.append(all(low <= 0 for _, low, _ in found))
+    assert np.mean(covered) > 0.93

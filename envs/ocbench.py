@@ -225,7 +225,7 @@ def _chosen(task: str) -> str:
     tasks = ocbench_tasks()
     if task in tasks:
         return task
-    if _kind(task) not in map(_kind, tasks):
+    if scene(task) not in map(scene, tasks):
         reason = "is not known"
     elif "-cpu-" not in task:
         reason = "needs a GPU"
@@ -235,8 +235,8 @@ def _chosen(task: str) -> str:
     raise ValueError(f"The OCBench task {task!r} {reason}; choose a lite one on the CPU, such as {near}.")
 
 
-def _kind(task: str) -> str:
-    """The scene that a task plays in: block, chamber, hanoi or switch."""
+def scene(task: str) -> str:
+    """The scene of a task: block, chamber, hanoi or switch."""
     return task.removeprefix("visual-").split("-")[0]
 
 
@@ -244,12 +244,11 @@ def _controller(env: OCBenchEnv) -> Any:
     """Build the controller of a task, which makes mistakes at the environment's rate."""
     from ocbench import oracles
 
-    kind = _kind(env.task)
-    if kind == "switch":  # it draws a rate for each episode from a range
+    if scene(env.task) == "switch":  # it draws a rate for each episode from a range
         return oracles.SwitchController(env=env.simulator, p_mistake_range=(env.p_mistake, env.p_mistake))
     controllers = {
         "block": oracles.BlockController,
         "chamber": oracles.ChamberController,
         "hanoi": oracles.HanoiController,
     }
-    return controllers[kind](env=env.simulator, p_mistake=env.p_mistake)
+    return controllers[scene(env.task)](env=env.simulator, p_mistake=env.p_mistake)

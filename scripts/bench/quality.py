@@ -72,11 +72,11 @@ def main() -> None:
     seeds = [] if preset in SCRIPTED else found
     totals = [
         total(
-            [row for row in rows if row["ddim_steps"] == k and row.get("p_mistake") == p_mistake],
+            [row for row in rows if row["ddim_steps"] == k and row.get("mistakes") == mistakes],
             [one.results(k) for one in seeds],
             binding.get(k, {}),
         )
-        for p_mistake in dict.fromkeys(row.get("p_mistake") for row in rows)
+        for mistakes in dict.fromkeys(row.get("mistakes") for row in rows)
         for k in ddim_steps
     ]
     write_report("_".join(["quality", preset, *changes]), rows + totals)
@@ -124,8 +124,8 @@ def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) ->
             ocbench.check_tasks(tasks)
             # All tasks without mistakes come first: an interrupted benchmark is whole in one of its halves.
             return [
-                ocbench.task_unit(task, rate, collected, folder, training=training, ddim_steps=ddim_steps, **counts)
-                for rate in ocbench.MISTAKES
+                ocbench.task_unit(task, mistakes, collected, folder, training=training, ddim_steps=ddim_steps, **counts)
+                for mistakes in (False, True)
                 for task in tasks
             ]
         return [
@@ -231,7 +231,7 @@ def total(rows: Sequence[Row], seeds: Sequence[Sequence[EpisodeResult]], promise
         promised: the figures that the preset states.
     """
     episodes = sum(row["episodes"] for row in rows)
-    same: Row = {name: rows[0][name] for name in ("ddim_steps", "p_mistake") if name in rows[0]}
+    same: Row = {name: rows[0][name] for name in ("ddim_steps", "mistakes") if name in rows[0]}
     mean: Row = {"training": "mean", **same, "episodes": episodes}
     for name, of in (("success_rate", "success"), ("score_mean", "score")):
         values = [row[name] for row in rows]

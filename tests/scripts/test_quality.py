@@ -214,7 +214,7 @@ def test_ocbench_is_trained_on_every_task_with_and_without_mistakes():
     assert len({unit.name for unit in units}) == len({unit.data for unit in units}) == len(units) == 54
     assert not any("mistakes" in unit.name for unit in units[:27])
     collect, train, sweep = units[-1].commands
-    assert "env.p_mistake=0.1" in collect
+    assert "env.p_mistake=0.2" in collect
     assert "episodes=200" in collect
     assert {"experiment=ocbench", f"dataset.path={units[-1].data}"} <= set(train)
     assert {"episodes=100", "ddim_steps=[8,1]"} <= set(sweep)
@@ -240,8 +240,8 @@ def test_the_rows_of_a_finished_training_are_read_as_done(tmp_path, monkeypatch,
     ]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quality, "FINISHED", tmp_path / "rows")
-    for p_mistake, one in enumerate(done):
-        rows = [row(0.5) | {"training": one.unit.name, "ddim_steps": k, "p_mistake": p_mistake} for k in (8, 1)]
+    for mistakes, one in zip((False, True), done, strict=True):
+        rows = [row(0.5) | {"training": one.unit.name, "ddim_steps": k, "mistakes": mistakes} for k in (8, 1)]
         finished.keep_rows(tmp_path / "rows/ocbench", one, rows)
     monkeypatch.setattr(sys, "argv", ["quality", "ocbench", "tasks=[block-cpu-lite-single-task1]"])
     quality.main()
@@ -283,13 +283,13 @@ def test_ocbench_and_its_curve_run_from_collection_to_table(bench, tmp_path):
     bench(quality, "ocbench", "demonstrations=2", *tiny)
     (report,) = (tmp_path / "outputs/bench").glob("quality_ocbench_*.json")
     rows = json.loads(report.read_text())
-    assert [(line["training"], line["ddim_steps"], line["p_mistake"]) for line in rows] == [
+    assert [(line["training"], line["ddim_steps"], line["mistakes"]) for line in rows] == [
         *(
-            (f"block-cpu-lite-single-task1{name}", steps, rate)
-            for name, rate in (("", 0), ("-mistakes", 0.1))
+            (f"block-cpu-lite-single-task1{name}", steps, mistakes)
+            for name, mistakes in (("", False), ("-mistakes", True))
             for steps in (8, 1)
         ),
-        *(("mean", steps, rate) for rate in (0, 0.1) for steps in (8, 1)),
+        *(("mean", steps, mistakes) for mistakes in (False, True) for steps in (8, 1)),
     ]
     bench(demonstrations, "counts=[1,2]", *tiny)
     (report,) = (tmp_path / "outputs/bench").glob("demonstrations_*.json")

@@ -14,11 +14,11 @@ import envs.pusht_geometry
 REVISIONS = {
     envs.pusht: (
         "3f303a64342c6647d7b6d63745988e2f18e57f02a2bb88d68b811a793c2b54db",
-        "b6d606b97e3c1940592f51b2f75ec85fe8d00759f7a6e294380843eb8c695552",
+        "7801c65762b037177b1a8d03faf68c3b2cff487d977fb5369a689d5c844ba766",
     ),
     envs.pusht_geometry: (
         "a80451f38198d76709708dd939409064c49cfa1a6bb7ba3746b5dcd78fe9be72",
-        "095e8550bb960bbedc7d3c4fbd21030d85fc901d5edc4b3a1c9ccb2b11701302",
+        "e6a2acd503af8ea78dce59653c1abb9afaaacfaf804ab097475c285da8f119b0",
     ),
 }
 

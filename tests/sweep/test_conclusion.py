@@ -77,8 +77,15 @@ def test_measured_latency_changes_no_recommendation():
 def test_intervals_of_a_sweep_that_may_stop_early_say_what_they_leave_out():
     once = swept_of(row(1, 1.0), row(4, 1.0), outcomes=[[True] * 200] * 2)
     plan = LookPlan(
-        **{"asked": (), "max_ms": None, "left_out": "", "cells": ("id 0", "id 1"), "cost": (1.0, 2.0), "seed": 0},
-        **{"looks": (100, 200), "margin": 0.05, "alpha": 0.0475},
+        **{
+            "asked": (),
+            "max_ms": None,
+            "left_out": "",
+            "cells": ("id 0", "id 1"),
+            "recipes": (1, 1),
+            "cost": (1.0, 2.0),
+        },
+        **{"seed": 0, "looks": (100, 200), "margin": 0.05, "alpha": 0.0475},
     )
     early = conclude(dataclasses.replace(once, plan=plan, alpha=plan.alpha), margin=0.05)
     assert "as if the number of episodes had been fixed beforehand" in early.summary["intervals"]

@@ -27,7 +27,7 @@ EXPERT_STREAM = 0x0CBE
 class OCBenchEnv(gymnasium.Env[Any, NDArray[np.float32]]):
     """One OCBench task: a UR5e arm with a gripper moves cubes and disks, presses buttons, opens drawers and windows.
 
-    Observation: a float32 vector whose first 18 numbers are the robot (6 joint angles, 6 joint velocities, xyz of the
+    Observation: a float32 vector whose first 19 numbers are the robot (6 joint angles, 6 joint velocities, xyz of the
     gripper, cosine and sine of its yaw, its opening and contact) and whose others are the objects; positions are in
     decimetres. The tasks ``visual-*`` have three pictures instead, keys ``front``, ``side`` and ``wrist``. The goal of
     a task is fixed and not part of the observation.

@@ -94,11 +94,13 @@ def test_an_episode_ends_with_its_success_and_agrees_with_the_bare_task():
     assert info["success"]
 
 
-def test_a_mistaken_expert_takes_longer(monkeypatch):
+@pytest.mark.parametrize("p_mistake", [0.0, 1.0])
+def test_an_expert_makes_mistakes_at_the_rate_of_its_environment(p_mistake, monkeypatch):
     env = used(BLOCK)
-    without = played(env, 5)[1]
-    monkeypatch.setattr(env.unwrapped, "p_mistake", 0.9)
-    assert len(played(env, 5)[1]) > len(without)
+    monkeypatch.setattr(env.unwrapped, "p_mistake", p_mistake)
+    expert = envs.make_expert("ocbench", env, 5)
+    expert(env.reset(seed=5)[0])
+    assert expert._controller._active_segment["is_potential_high_level_mistake"] == (p_mistake == 1.0)
 
 
 def test_actions_are_clipped():
@@ -108,6 +110,14 @@ def test_actions_are_clipped():
     wide = env.step(np.full(7, 5.0, np.float32))[0]
     env.reset(seed=0)
     np.testing.assert_array_equal(env.step(np.ones(7, np.float32))[0], wide)
+
+
+@pytest.mark.slow
+def test_mistakes_take_time(monkeypatch):
+    env = used(BLOCK)
+    without = played(env, 5)[1]
+    monkeypatch.setattr(env.unwrapped, "p_mistake", 0.9)
+    assert len(played(env, 5)[1]) > len(without)
 
 
 @pytest.mark.slow

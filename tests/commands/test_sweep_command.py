@@ -240,7 +240,7 @@ def test_more_cells_and_more_episodes_run_only_what_is_new(planar_run, run_sweep
     check_exactly_once(grown, cells=3, episodes=5)
     assert run(grown, [4], 2, 0) == ["2 of 2 episodes are on disk already"]  # fewer: the files hold what was asked for
     assert len(document_of(grown)["episodes"]) == 2
-    assert run(grown, [1, 2], 5, 6, "seed=100003") == ["4 of 10 episodes are on disk already"]
+    assert run(grown, [1, 2], 5, 10, "seed=100005") == []  # fresh seeds may leave cells out
     assert run(once, [2, 4, 1], 5, 15) == []
     run(grown, [2, 4, 1], 5, 0)
     for name in ("sweep.csv", "episodes.csv", "sweep.png"):

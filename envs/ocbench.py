@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -212,12 +213,23 @@ def ocbench_tasks() -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # GLFW complains where there is no display; pictures are drawn without it
         import_extra("ocbench.envs.env", title="OCBench", extra="ocbench")
+    _keep_standard_error()
     names = [
         name.removesuffix(VERSION)
         for name, spec in gymnasium.registry.items()
         if str(spec.entry_point).startswith("ocbench.") and "-cpu-lite-" in name
     ]
     return sorted(names, key=lambda name: (name.startswith("visual-"), name))
+
+
+def _keep_standard_error() -> None:
+    """Keep absl, by which dm_control logs, from closing a standard error that was redirected when it was imported.
+
+    It does so when logging is configured anew, and takes the stream from whoever had redirected it.
+    """
+    from absl import logging
+
+    logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 def _chosen(task: str) -> str:

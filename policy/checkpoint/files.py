@@ -87,9 +87,9 @@ def open_folder(folder: Path, root: Path | None = None) -> Folder:
         raise ValueError(f"no checkpoint at {folder}: give the folder that ddim-train names")
     root = Path(os.path.realpath(root or path))
     config = read_json(_regular(path, CONFIG, root))
-    if "schema_version" not in config:
+    if "schema_version" not in config and not os.path.lexists(path / CHECKSUMS):
         raise ValueError(f"{path} is not a checkpoint of ddim-policy: {OF_ANOTHER_PROJECT} source={path}")
-    schema = config["schema_version"]
+    schema = config.get("schema_version")
     if type(schema) is not int or not 1 <= schema <= SCHEMA_VERSION:
         newer = type(schema) is int and schema > SCHEMA_VERSION
         advice = "upgrade ddim-policy to the version that wrote it, or newer" if newer else "use another checkpoint"

@@ -116,7 +116,7 @@ def test_rendering_without_a_render_mode_says_what_to_do():
     [
         (
             lambda: envs.make("plannar"),
-            ["'plannar'", "Did you mean 'planar'?", "metaworld, metaworld_tasks, planar, pusht"],
+            ["'plannar'", "Did you mean 'planar'?", "metaworld, metaworld_tasks, ocbench, planar, pusht"],
         ),
         (lambda: envs.make("planar", image_sise=3), ["'image_sise'", "Did you mean 'image_size'?"]),
         (lambda: envs.make("planar", render_mode="human"), ["'human'", "'rgb_array'"]),

@@ -3,21 +3,23 @@
 They start the real commands as processes. Here, one test does that; in the others the commands run in this process.
 """
 
+import importlib
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
+from policy.model.denoisers import DENOISERS
 from policy.statistics.results import EpisodeResult
 from scripts.bench import compare, demonstrations, finished, quality, trainings
 from scripts.bench.ocbench import why
 from scripts.bench.quality import _units, total
-from scripts.bench.regression import Regression
 from scripts.bench.trainings import Trained, Unit
 from tests.conftest import ENVIRONMENT, ROOT
 
@@ -160,11 +162,11 @@ def results(solved, episodes=200):
 def test_training_seeds_keep_a_promise_within_the_interval_of_their_recipe():
     seeds = [results(160), results(168), results(176)]
     rows = [row(0.80), row(0.84), row(0.88)]
-    found = total(rows, seeds, {"success_rate": 0.93})
+    found = total(rows, seeds, {"success_rate": 0.92})
     assert found["reached"]
     assert found["success_low"] < 0.76
-    assert 0.93 < found["success_high"] < 0.97
-    assert not total(rows, seeds, {"success_rate": 0.97})["reached"]
+    assert 0.92 < found["success_high"] < 0.95
+    assert not total(rows, seeds, {"success_rate": 0.95})["reached"]
 
 
 def swept(solved):
@@ -265,8 +267,15 @@ def test_the_reasons_of_a_failure_follow_from_its_figures():
     ]
 
 
-def test_regression_is_the_same_chunk_at_every_timestep_and_for_every_noise():
-    network = Regression(obs_size=5, action_dim=2, action_horizon=3, num_steps=10)
+@pytest.fixture
+def regression():
+    """The plugin's network; what it registered is gone afterwards, as with a process."""
+    with mock.patch.dict(DENOISERS._parts), mock.patch.dict(sys.modules):
+        yield importlib.import_module("scripts.bench.regression").Regression
+
+
+def test_regression_is_the_same_chunk_at_every_timestep_and_for_every_noise(regression):
+    network = regression(obs_size=5, action_dim=2, action_horizon=3, num_steps=10)
     observed = torch.randn(4, 5)
     chunks = [network(torch.randn(4, 3, 2), torch.full((4,), step), observed) for step in (0, 9)]
     assert torch.equal(*chunks)

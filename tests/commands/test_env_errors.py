@@ -143,6 +143,7 @@ def test_a_sweep_says_so_in_terminal_json_tables_and_report_and_goes_on(run_comm
         assert (tmp_path / "episodes.csv").read_text().count("observation not finite") == 2
 
 
+@pytest.mark.slow
 def test_what_breaks_the_contract_ends_a_run_of_several_processes_at_once(run_command, tmp_path):
     settings = ("checkpoint=ck", *ENV, "env.success=info:task", "episodes=4", "num_envs=4", "ddim_steps=[1,2]")
     err = run_command("sweep", *settings, "workers=2", "tracker=none", f"output_dir={tmp_path}", check=2).stderr

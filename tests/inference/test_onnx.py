@@ -258,7 +258,9 @@ def test_weights_that_cannot_be_packed_stay_as_they_are(tmp_path, monkeypatch):
 
 
 @needs_onnx
-@pytest.mark.parametrize("name", ["stochastic", "transformer"])  # networks of matrices alone
+@pytest.mark.parametrize(
+    "name", ["stochastic", pytest.param("transformer", marks=pytest.mark.slow)]
+)  # of matrices alone
 def test_int8_weights_are_smaller_and_come_close(name):
     policy, sampler, exact = case(name)
     _, _, narrow = case(name, weights="int8")

@@ -64,6 +64,7 @@ def rolled_out(checkpoint, kwargs, processes, folder):
     processes=st.just(1) if EXAMPLES < 100 else st.sampled_from([1] * 19 + [2]),
 )
 @example(case="broken: step observation 2", first_strange=2, step=2, processes=2)
+@pytest.mark.slow
 def test_whatever_a_simulator_does(case, first_strange, step, processes, checkpoint, capsys, tmp_path_factory):
     folder, began = tmp_path_factory.mktemp("out"), time.monotonic()
     kwargs = {"case": case, "from_seed": FIRST_SEED + first_strange, "step": step}

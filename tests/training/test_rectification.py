@@ -118,6 +118,7 @@ def sides(policy, ddim_steps):
     return chunks[..., 0].abs().mean().item()
 
 
+@pytest.mark.slow
 def test_one_step_of_a_rectified_policy_chooses_where_a_plain_one_averages(forked):
     settings = dataclasses.replace(
         SETTINGS, steps=250, rectify_steps=250, learning_rate=1e-2, batch_size=64, val_every=500, save_every=250

@@ -15,7 +15,8 @@ from torch import Tensor
 from policy.common.seeding import derive_generator
 from policy.data.windows import Windows
 from policy.diffusion.sampler import Sampler
-from policy.model.diffusion_policy import DiffusionPolicy
+from policy.inference.backends import PLAIN_BACKEND, SamplerProgram, compile_sampler
+from policy.model.diffusion_policy import DiffusionPolicy, observed
 
 # Windows that are measured, spread evenly over the held-out episodes, and chunks that are sampled for each.
 WINDOWS = 512
@@ -45,32 +46,22 @@ def held_out_errors(
         of the windows are left out.
     """
     chosen = np.linspace(0, len(validation) - 1, min(windows, len(validation))).round().astype(np.int64)
+    program = compile_sampler(policy, sampler, backend=PLAIN_BACKEND)
     blocks = [chosen[first : first + ROWS_AT_ONCE] for first in range(0, len(chosen), ROWS_AT_ONCE)]
-    scores = np.concatenate([_scores(policy, sampler, validation, scale, block) for block in blocks])
+    scores = np.concatenate([_scores(program, policy, validation, scale, block) for block in blocks])
     owners = np.array([validation.episodes_of(chosen[number : number + 1])[0] for number in range(len(chosen))])
     return [float(scores[owners == episode].mean()) for episode in np.unique(owners)]
 
 
 @torch.no_grad()
 def _scores(
-    policy: DiffusionPolicy, sampler: Sampler, validation: Windows, scale: NDArray[Any], block: NDArray[np.int64]
+    program: SamplerProgram, policy: DiffusionPolicy, validation: Windows, scale: NDArray[Any], block: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """The energy score of each window of a block, (B,)."""
     batch = validation.gather(block)
-    shape = (len(block), policy.config.denoised_horizon, policy.config.action_dim)
-    chunks = []
-    for number in range(SAMPLES):
-        generator = derive_generator(int(block[0]), number)
-        chunk = policy.sample_actions(
-            batch["observations"],
-            ddim_steps=sampler.ddim_steps,
-            eta=sampler.eta,
-            spacing=sampler.spacing,
-            clip=sampler.clip,
-            noise=torch.randn(shape, generator=generator),
-            generator=generator,
-        )
-        chunks.append(chunk.cpu())
+    seen = observed(policy.config, batch["observations"])
+    generators = [derive_generator(int(block[0]), number) for number in range(SAMPLES)]
+    chunks = [program.sample_actions(seen, generator=source).cpu() for source in generators]
     past = policy.config.past_actions
     target, mask = batch["actions"][:, past:], batch["mask"][:, past:]
     return energy_scores(chunks, target, mask, torch.from_numpy(np.asarray(scale, np.float32))).double().numpy()

@@ -43,6 +43,8 @@ MAX_ATTEMPTS = 3
 START_PATIENCE = 600.0
 # Seconds in which simulators may close when a run was interrupted; a command ends within ten.
 CLOSE_PATIENCE = 5.0
+# Seconds after which a process that is still there is asked again to end.
+ASK_AGAIN = 1.0
 
 
 @dataclass
@@ -291,11 +293,14 @@ class RolloutPool:
         patience = self._patience if error is None else min(self._patience, CLOSE_PATIENCE)
         try:
             for worker in self._workers:
-                worker.process.terminate()
                 worker.connection.close()  # which ends an idle one even if its simulator took the signal for itself
-            deadline = time.monotonic() + patience
+            deadline, ask = time.monotonic() + patience, 0.0
             # Not `join`, which waits for the end of a pipe that what a simulator has started may hold open.
-            while any(worker.process.is_alive() for worker in self._workers) and time.monotonic() < deadline:
+            while (now := time.monotonic()) < deadline and any(worker.process.is_alive() for worker in self._workers):
+                if now >= ask:  # once more from time to time: a process that is just starting may lose the first one
+                    ask = now + ASK_AGAIN
+                    for worker in self._workers:
+                        worker.process.terminate()
                 time.sleep(0.01)
             for worker in self._workers:
                 if error is None and worker.process.is_alive() and (late := overdue(worker.clock, patience)):

@@ -583,6 +583,24 @@ def test_there_are_no_more_processes_than_environments(policies, cores):
         assert len(multiprocessing.active_children()) == 3
 
 
+class LosesTheFirstSignal(PlanarEnv):
+    """Its process swallows one SIGTERM, as code in which no exception can be raised does."""
+
+    def __init__(self):
+        super().__init__()
+        leave = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, leave))
+
+
+@pytest.mark.usefixtures("quick_start")
+def test_a_process_that_lost_the_signal_to_end_is_asked_again(policies, monkeypatch):
+    monkeypatch.setattr(workers, "ASK_AGAIN", 0.1)
+    with RolloutPool(policies, LosesTheFirstSignal, 2) as pool:
+        roll(pool)
+        started = time.monotonic()
+    assert time.monotonic() - started < 30
+
+
 @pytest.mark.parametrize("num_envs", [0, -1])
 def test_a_pool_needs_an_environment(policies, num_envs):
     with pytest.raises(ValueError, match=f"num_envs must be 1 or more; got {num_envs}"):

@@ -36,7 +36,7 @@ from policy.common.output import output_folder
 from policy.common.progress import say
 from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
 from policy.data.demonstrations import Augment, Demonstrations
-from policy.data.relations import find_pairs
+from policy.data.relations import Relations, find_relations
 from policy.diffusion.sampler import Sampler
 from policy.model.config import PolicyConfig, PolicySettings
 from policy.model.diffusion_policy import DiffusionPolicy
@@ -114,7 +114,7 @@ def train_policy(
         recipe: with recipe=auto, several recipes are tried first, within recipe.budget=30min, and the best is trained.
         auxiliary: keys of privileged observations, see `DataShapes.auxiliary_shapes`.
         find_differences: look for like quantities in the demonstrations, and let the policy observe their differences
-            too; see `find_pairs`.
+            too; see `find_relations`.
         execution_horizon: actions executed before the next plan, by default as in the checkpoint of init= or teacher=,
             else 8.
         seed: seed of the split, the weights and every training step.
@@ -138,7 +138,7 @@ def train_policy(
     start = _start(init, teacher, output_dir)
     env = _env_of(dataset, env, start, train)
     if find_differences:
-        policy = {**policy, "differences": _found(dataset, policy, auxiliary, start)}
+        policy = {**policy, **_found(dataset, policy, auxiliary, start)._asdict()}
     config, dataset = _configured(policy, dataset, auxiliary, start, train)
     if recipe:
         check_data(dataset, train, seed)
@@ -382,7 +382,7 @@ def _env_of(
 
 def _found(
     dataset: Demonstrations, given: Mapping[str, Any], auxiliary: Sequence[str], start: _Start | None
-) -> tuple[tuple[int, int], ...]:
+) -> Relations:
     """Find the pairs of like quantities in the demonstrations, and say which they are.
 
     Raises:
@@ -390,16 +390,17 @@ def _found(
     """
     if start is not None:
         raise ValueError("find_differences=true is for a new policy; this run keeps a trained one's: leave it out")
-    if given.get("differences"):
+    if taken := [name for name in Relations._fields if given.get(name)]:
         raise ValueError(
-            "differences= gives the pairs that find_differences=true would look for: leave one of them out"
+            f"{taken[0]}= gives the pairs that find_differences=true would look for: leave one of them out"
         )
     vectors = [key for key, shape in dataset.observation_shapes.items() if len(shape) == 1 and key not in auxiliary]
-    pairs = find_pairs(dataset, vectors) if vectors else []
+    relations = find_relations(dataset, vectors) if vectors else Relations((), ())
     places = [f"{key}[{place}]" for key in sorted(vectors) for place in range(dataset.observation_shapes[key][0])]
-    found = ", ".join(f"{places[i]} - {places[j]}" for i, j in pairs)
-    say(f"differences that the policy observes too: {found or 'none, no two quantities are alike'}")
-    return tuple(pairs)
+    found = [f"{places[i]} - {places[j]}" for i, j in relations.differences]
+    found += [f"direction {places[i]} to {places[j]}" for i, j in relations.direction_differences]
+    say(f"differences that the policy observes too: {', '.join(found) or 'none, no two quantities are alike'}")
+    return relations
 
 
 def _configured(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,20 +25,36 @@ EQUAL = 0.1
 MOSTLY = 0.5
 # The values at the ends of the episodes are equal if they differ by less than this share of their spread.
 SAME_END, LEAST_EPISODES = 0.2, 10
+# Two numbers next to each other are a direction if their squares always sum up to 1, within UNIT, and both vary by more
+# than TURNED.
+UNIT, TURNED = 1e-3, 0.1
 
 
-def find_pairs(demonstrations: Demonstrations, keys: Iterable[str]) -> list[tuple[int, int]]:
-    """Find the pairs of observed numbers whose difference means something, without names or units.
+class Relations(NamedTuple):
+    """Pairs of like quantities, as places in the vector of all numbers, the keys in sorted order.
+
+    Attributes:
+        differences: pairs (i, j), i < j, of numbers.
+        direction_differences: pairs (i, j), i < j, of the first numbers of two directions.
+    """
+
+    differences: tuple[tuple[int, int], ...]
+    direction_differences: tuple[tuple[int, int], ...]
+
+
+def find_relations(demonstrations: Demonstrations, keys: Iterable[str]) -> Relations:
+    """Find the pairs of observed quantities whose difference means something, without names or units.
 
     Two numbers are alike if they move together, as the positions of a gripper and of the object that it carries do, or
     if they end together, as the positions of an object and of its goal do. They then have the same unit and origin.
+    A direction is a cosine followed by its sine; two directions are alike if they turn together.
 
     Args:
         demonstrations: the demonstrations.
         keys: the state vectors to look into.
 
     Returns:
-        Pairs (i, j), i < j, of places in the vector of all numbers, the keys in sorted order.
+        The pairs of like numbers and of like directions.
 
     Raises:
         ValueError: more numbers than can be compared.
@@ -59,7 +76,41 @@ def find_pairs(demonstrations: Demonstrations, keys: Iterable[str]) -> list[tupl
     now, then, last = taken(followed), taken(followed + 1), taken(_thinned(ends - 1, most))
     alike = _move_together(then - now) | _end_together(last)
     seen = np.concatenate([now, last])  # a number that is there twice differs from itself by nothing
-    return [(i, j) for i, j in np.argwhere(np.triu(alike, 1)).tolist() if np.ptp(seen[:, i] - seen[:, j]) > 0]
+    numbers = [(i, j) for i, j in _pairs(alike) if np.ptp(seen[:, i] - seen[:, j]) > 0]
+    cosines = _directions(seen)
+    turns = _wrapped(_angles(then, cosines) - _angles(now, cosines))
+    apart = _angles(seen, cosines)
+    directions = [
+        (cosines[i], cosines[j])
+        for i, j in _pairs(_move_together(turns))
+        if np.ptp(_wrapped(apart[:, i] - apart[:, j])) > 0
+    ]
+    return Relations(tuple(numbers), tuple(directions))
+
+
+def _pairs(alike: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    return [(i, j) for i, j in np.argwhere(np.triu(alike, 1)).tolist()]
+
+
+def _directions(numbers: NDArray[np.float64]) -> list[int]:
+    """Return the columns of cosines that are followed by their sines; numbers are (N, D)."""
+    lengths = np.square(numbers[:, :-1]) + np.square(numbers[:, 1:])
+    turned = (np.ptp(numbers, axis=0) > TURNED) if len(numbers) else np.zeros(numbers.shape[1], dtype=np.bool_)
+    found: list[int] = []
+    for place in np.flatnonzero((np.abs(lengths - 1) < UNIT).all(axis=0) & turned[:-1] & turned[1:]).tolist():
+        if not found or place > found[-1] + 1:  # its cosine is not the sine of the one before
+            found.append(place)
+    return found
+
+
+def _angles(numbers: NDArray[np.float64], cosines: list[int]) -> NDArray[np.float64]:
+    """Return the angles (N, number of directions) in radians."""
+    return np.arctan2(numbers[:, [place + 1 for place in cosines]], numbers[:, cosines])
+
+
+def _wrapped(angles: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return angles within -π..π."""
+    return np.asarray((angles + np.pi) % (2 * np.pi) - np.pi)
 
 
 def _thinned(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:

@@ -11,7 +11,9 @@ from policy.common.arguments import check_arguments, unknown_name
 from policy.diffusion.schedule import check_loss_weighting, check_prediction_type
 
 # Names of the normalisers; `policy.model.normalizer` holds their classes. A command reads them here without torch.
-NORMALIZERS = ("limits", "affine")
+NORMALIZERS = ("limits", "standard", "affine")
+# Normalised training data lies within this, in half ranges or in standard deviations.
+FARTHEST_OF_THE_DATA = {"limits": 1.0, "standard": 5.0, "affine": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +30,18 @@ class PolicySettings:
         obs_size: width of the observation embedding.
         differences: pairs of numbers of the state vectors whose differences the policy observes too, as places in the
             vector of all of them, the keys in sorted order; see `Differences`.
+        direction_differences: pairs of directions of the state vectors whose angle the policy observes too, as the
+            places of their cosines, each of which is followed by its sine.
         prediction_type: training target of the denoiser: `epsilon`, `sample` or `v_prediction`.
         loss_weighting: weighting of the timesteps in the loss, `none` or `min_snr`; see `loss_weights`.
         min_snr_gamma: γ of `min_snr`.
         normalizer: how observations and actions are normalised: `limits` maps the range of the training data onto
-            [-1, 1] and bounds what lies far outside it; `affine` is the map alone, see `AffineNormalizer`.
-        action_bound: largest magnitude of a normalised action, to which samplers clip; None for actions without a
-            bound, which are never clipped. See `clip_at`.
+            [-1, 1] and bounds what lies far outside it; `standard` maps its mean to 0 and its standard deviation to 1,
+            or to less where a value would lie more than 5 deviations out; `affine` is the map of `limits` without its
+            bound, see `AffineNormalizer`.
+        action_bound: largest magnitude of a normalised action, to which samplers clip, relative to where the training
+            data may lie (1, and 5 for `standard`); None for actions without a bound, which are never clipped. See
+            `clip_at`.
         encoder: `{"name": a key of ENCODERS, **settings}`.
         denoiser: `{"name": a key of DENOISERS, **settings}`.
         schedule: settings of `make_schedule`.
@@ -49,6 +56,7 @@ class PolicySettings:
     past_actions: int = 0
     obs_size: int = 287
     differences: tuple[tuple[int, int], ...] = ()
+    direction_differences: tuple[tuple[int, int], ...] = ()
     prediction_type: str = "sample"
     loss_weighting: str = "none"
     min_snr_gamma: float = 5.0
@@ -82,7 +90,9 @@ class PolicySettings:
         Args:
             clip: bound in units of `action_bound`, or None for no clipping.
         """
-        return None if clip is None or self.action_bound is None else clip * self.action_bound
+        if clip is None or self.action_bound is None:
+            return None
+        return clip * self.action_bound * FARTHEST_OF_THE_DATA[self.normalizer]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Differences of like quantities, which a policy observes beside the quantities themselves."""
+"""Differences of like quantities, positions or directions, which a policy observes beside the quantities themselves."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from torch import Tensor, nn
 DIFFERENCES = "differences"
 # Each difference is seen at these magnifications, beyond which it saturates: a centimetre matters near an object only.
 MAGNIFICATIONS = (1.0, 4.0, 16.0)
+# Cosine and sine of an angle, of its double and of its fourfold: a gripper takes a box from two or from four sides.
+HARMONICS = 3
 
 
 class Differences(nn.Module):
-    """The differences of chosen pairs of numbers, in the data's units, scaled to [-1, 1] and magnified around zero.
+    """The differences of chosen pairs of numbers and of chosen pairs of directions.
 
     A network that observes two positions must learn at every place that only their difference counts; from few
-    demonstrations it does not. Zero stays zero, because it is where two things meet.
+    demonstrations it does not. The differences of numbers are scaled to [-1, 1] and magnified around zero, which stays
+    zero, because it is where two things meet. A direction is a cosine and its sine, next to each other.
 
     Args:
         pairs: places (i, j) in the vector of all numbers, the keys in sorted order.
+        directions: places (i, j) of two cosines in that vector, each followed by its sine.
         shapes: shape of one observation under each key; images have no part in it.
 
     Raises:
@@ -30,27 +34,35 @@ class Differences(nn.Module):
 
     scale: Tensor
 
-    def __init__(self, pairs: Sequence[Sequence[int]], shapes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[Sequence[int]],
+        directions: Sequence[Sequence[int]],
+        shapes: Mapping[str, Sequence[int]],
+    ) -> None:
         super().__init__()
         self.keys = sorted(key for key, shape in shapes.items() if len(shape) == 1)
         width = sum(shapes[key][0] for key in self.keys)
-        for pair in pairs:
-            if len(pair) != 2 or not all(0 <= place < width for place in pair):
-                raise ValueError(
-                    f"differences must be pairs of places within 0..{width - 1}, counted through the state vectors"
-                    f" {self.keys}; got {list(pair)}"
-                )
+        for name, places, last in (("differences", pairs, width - 1), ("direction_differences", directions, width - 2)):
+            for pair in places:
+                if len(pair) != 2 or not all(0 <= place <= last for place in pair):
+                    raise ValueError(
+                        f"{name} must be pairs of places within 0..{last}, counted through the state vectors"
+                        f" {self.keys}; got {list(pair)}"
+                    )
         self.first, self.second = ([pair[side] for pair in pairs] for side in (0, 1))
+        self.cosines = [[pair[side] for pair in directions] for side in (0, 1)]
+        self.sines = [[place + 1 for place in places] for places in self.cosines]
         self.register_buffer("scale", torch.ones(len(pairs)))
 
     @property
     def shape(self) -> tuple[int]:
         """The shape of one observation under the key `DIFFERENCES`."""
-        return (len(MAGNIFICATIONS) * len(self.first),)
+        return (len(MAGNIFICATIONS) * len(self.first) + 2 * HARMONICS * len(self.cosines[0]),)
 
     def raw(self, observations: Mapping[str, Tensor]) -> Tensor:
-        """Return the differences (..., P) in the data's units, from (..., D) under each key."""
-        numbers = torch.cat([observations[key] for key in self.keys], dim=-1)
+        """Return the differences of numbers (..., P) in the data's units, from (..., D) under each key."""
+        numbers = self._numbers(observations)
         return numbers[..., self.first] - numbers[..., self.second]
 
     def fit(self, low: ArrayLike, high: ArrayLike) -> None:
@@ -59,6 +71,23 @@ class Differences(nn.Module):
         self.scale.copy_(torch.where(largest > 0, largest, 1.0))
 
     def forward(self, observations: Mapping[str, Tensor]) -> Tensor:
-        """Return the scaled differences (..., 3 * P), from observations (..., D) under each key in the data's units."""
+        """Return all differences (..., `shape`), from observations (..., D) under each key in the data's units."""
         scaled = (self.raw(observations) / self.scale).clamp(-2, 2)
-        return torch.cat([torch.tanh(scaled * by) for by in MAGNIFICATIONS], dim=-1)
+        seen = [torch.tanh(scaled * by) for by in MAGNIFICATIONS]
+        if self.cosines[0]:
+            seen += self._turns(self._numbers(observations))
+        return torch.cat(seen, dim=-1)
+
+    def _turns(self, numbers: Tensor) -> list[Tensor]:
+        """The cosine and the sine of each angle between two directions, of its double and of its fourfold."""
+        numbers = numbers.clamp(-1, 1)
+        (cos_a, cos_b), (sin_a, sin_b) = ([numbers[..., side] for side in both] for both in (self.cosines, self.sines))
+        cos, sin = cos_a * cos_b + sin_a * sin_b, sin_a * cos_b - cos_a * sin_b
+        turns = [cos, sin]
+        for _ in range(HARMONICS - 1):
+            cos, sin = cos * cos - sin * sin, 2 * cos * sin
+            turns += [cos, sin]
+        return turns
+
+    def _numbers(self, observations: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([observations[key] for key in self.keys], dim=-1)

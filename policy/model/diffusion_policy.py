@@ -47,7 +47,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         self.loss_weights = loss_weights(
             self.schedule, config.prediction_type, config.loss_weighting, config.min_snr_gamma
         )
-        normalizer = NORMALIZERS[config.normalizer]
+        normalizer, _ = NORMALIZERS[config.normalizer]
         vectors: dict[str, Normalizer | AffineNormalizer] = {
             key: normalizer(shape) for key, shape in config.observation_shapes.items() if not is_image(shape)
         }
@@ -56,7 +56,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         self.auxiliary_normalizers = ModulesByKey(
             {key: normalizer(shape) for key, shape in config.auxiliary_shapes.items()}
         )
-        self.differences = Differences(config.differences, config.observation_shapes) if config.differences else None
+        self.differences = _differences(config)
         self.encoder = construct(
             ENCODERS,
             config.encoder,
@@ -237,6 +237,12 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
             generator=generator,
         )
         return self.action_normalizer.unnormalize(chunk[:, self.config.past_actions :])
+
+
+def _differences(config: PolicyConfig) -> Differences | None:
+    if not (config.differences or config.direction_differences):
+        return None
+    return Differences(config.differences, config.direction_differences, config.observation_shapes)
 
 
 def _encoded_shapes(config: PolicyConfig, differences: Differences | None) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,15 @@ from policy.model.encoders import ENCODERS
 # Settings of the loss: no weight depends on them, so that a run may start from a checkpoint with others.
 OF_THE_LOSS = {"auxiliary_weight", "loss_weighting", "min_snr_gamma"}
 # Settings that a distilled policy has from its teacher, because noises and chunks would not fit otherwise.
-OF_THE_TEACHER = ("obs_horizon", "action_horizon", "past_actions", "differences", "normalizer", "action_bound")
+OF_THE_TEACHER = (
+    "obs_horizon",
+    "action_horizon",
+    "past_actions",
+    "differences",
+    "direction_differences",
+    "normalizer",
+    "action_bound",
+)
 
 
 def config_for(settings: PolicySettings, dataset: Demonstrations, auxiliary: Sequence[str]) -> PolicyConfig:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from policy.data.demonstrations import Demonstrations
-from policy.data.relations import find_pairs
+from policy.data.relations import find_relations
 
 EPISODES, STEPS = 30, 40
 
@@ -35,7 +35,7 @@ def carried(seed=0):
 
 def test_what_moves_together_and_what_ends_together_is_alike():
     # In the vector a, b: the object is 0 and 1, its goal 2, noise 3, the gripper 4 and 5, the joint 6.
-    assert find_pairs(carried(), ["b", "a"]) == [(0, 2), (0, 4), (1, 5), (2, 4)]
+    assert find_relations(carried(), ["b", "a"]).differences == ((0, 2), (0, 4), (1, 5), (2, 4))
 
 
 def test_unrelated_numbers_are_not_alike():
@@ -46,7 +46,7 @@ def test_unrelated_numbers_are_not_alike():
         actions=np.zeros((2_000, 1), np.float32),
         episode_ends=np.arange(100, 2_001, 100, dtype=np.int64),
     )
-    assert find_pairs(data, ["state"]) == []
+    assert find_relations(data, ["state"]) == ((), ())
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -56,7 +56,7 @@ def test_few_and_short_episodes_have_no_relations(steps):
         actions=np.zeros((2 * steps, 1), np.float32),
         episode_ends=np.array([steps, 2 * steps]),
     )
-    assert find_pairs(data, ["state"]) == []
+    assert find_relations(data, ["state"]) == ((), ())
 
 
 def test_a_number_that_is_there_twice_has_no_difference():
@@ -64,7 +64,7 @@ def test_a_number_that_is_there_twice_has_no_difference():
     data = Demonstrations(
         observations={"state": numbers}, actions=np.zeros((12, 1), np.float32), episode_ends=np.arange(1, 13)
     )
-    assert find_pairs(data, ["state"]) == []
+    assert find_relations(data, ["state"]) == ((), ())
 
 
 def test_more_numbers_than_can_be_compared_are_refused():
@@ -74,4 +74,23 @@ def test_more_numbers_than_can_be_compared_are_refused():
         episode_ends=np.array([2, 4]),
     )
     with pytest.raises(ValueError, match="has 3,000: choose some"):
-        find_pairs(data, ["state"])
+        find_relations(data, ["state"])
+
+
+def test_directions_that_turn_together_are_alike():
+    """A gripper turns; a box turns with it from the middle of an episode on; a third direction turns by itself."""
+    rng = np.random.default_rng(0)
+    gripper = rng.normal(0, 0.1, (EPISODES, STEPS)).cumsum(axis=1) + rng.uniform(-3, 3, (EPISODES, 1))
+    thing = np.maximum(np.arange(STEPS) - STEPS // 2, 0)
+    box = gripper[:, STEPS // 2 + thing] + rng.integers(4, size=(EPISODES, 1)) * np.pi / 2
+    other = rng.normal(0, 0.1, (EPISODES, STEPS)).cumsum(axis=1)
+    angles = np.stack([gripper, other, box], axis=2).reshape(-1, 3)
+    columns = [np.ones(len(angles))]  # a constant 1 and a sine beside it are no direction
+    for angle in angles.T:
+        columns += [np.sin(angle) * 0.5, np.cos(angle), np.sin(angle)]
+    data = Demonstrations(
+        observations={"state": np.stack(columns, axis=1).astype(np.float32)},
+        actions=np.zeros((len(angles), 1), np.float32),
+        episode_ends=STEPS * np.arange(1, EPISODES + 1, dtype=np.int64),
+    )
+    assert find_relations(data, ["state"]).direction_differences == ((2, 8),)

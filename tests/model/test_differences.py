@@ -15,7 +15,7 @@ SHAPES = {"b": (3,), "a": (2,), "camera": (16, 16, 3)}
 
 
 def test_values_are_those_of_numpy():
-    differences = Differences([(0, 4), (1, 2)], SHAPES)
+    differences = Differences([(0, 4), (1, 2)], [], SHAPES)
     differences.fit(np.array([-2.0, 0.0]), np.array([1.0, 8.0]))
     a, b = torch.randn(5, 2, 2), torch.randn(5, 2, 3)
     joined = np.concatenate([a.numpy(), b.numpy()], axis=2)
@@ -27,7 +27,25 @@ def test_values_are_those_of_numpy():
 @pytest.mark.parametrize("pair", [(0, 5), (-1, 2), (1, 2, 3)])
 def test_a_place_that_does_not_exist_is_refused(pair):
     with pytest.raises(ValueError, match=r"within 0\.\.4"):
-        Differences([pair], SHAPES)
+        Differences([pair], [], SHAPES)
+
+
+@pytest.mark.parametrize("pair", [(0, 4), (-1, 2)])
+def test_a_direction_that_does_not_exist_is_refused(pair):
+    with pytest.raises(ValueError, match=r"direction_differences must be pairs of places within 0\.\.3"):
+        Differences([], [pair], SHAPES)
+
+
+@pytest.mark.parametrize("pairs", [[], [(0, 1)]])
+def test_directions_differ_by_an_angle_its_double_and_its_fourfold(pairs):
+    differences = Differences(pairs, [(0, 2)], {"state": (4,)})
+    angles = torch.randn(6, 1, 2, dtype=torch.float64) * 3
+    state = torch.stack([angles.cos(), angles.sin()], dim=3).flatten(2)
+    apart = angles[..., 0] - angles[..., 1]
+    expected = [turn for by in (1, 2, 4) for turn in (torch.cos(by * apart), torch.sin(by * apart))]
+    seen = differences({"state": state})
+    assert seen.shape[2:] == differences.shape
+    torch.testing.assert_close(seen[..., 3 * len(pairs) :], torch.stack(expected, dim=2))
 
 
 def test_the_key_of_the_differences_is_taken():
@@ -46,6 +64,7 @@ def test_their_scale_is_fitted_and_saved_with_the_weights():
 
 
 def test_a_far_observation_gives_a_finite_embedding():
-    policy = DiffusionPolicy(PolicyConfig(observation_shapes={"state": (2,)}, action_dim=1, differences=((0, 1),)))
-    far = {"state": torch.tensor([torch.inf, 1e30]).expand(1, 2, 2)}
+    pairs = {"differences": ((0, 1),), "direction_differences": ((0, 2),)}
+    policy = DiffusionPolicy(PolicyConfig(observation_shapes={"state": (4,)}, action_dim=1, **pairs))
+    far = {"state": torch.tensor([torch.inf, 1e30, -torch.inf, 0.0]).expand(1, 2, 4)}
     assert policy.embed(far).isfinite().all()

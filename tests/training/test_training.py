@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from policy import TrainSettings
+from policy import PolicyConfig, TrainSettings
 from policy.common.seeding import derive_generator
 from policy.data.demonstrations import Demonstrations
 from policy.data.windows import split_episodes

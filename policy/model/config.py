@@ -11,9 +11,7 @@ from policy.common.arguments import check_arguments, unknown_name
 from policy.diffusion.schedule import check_loss_weighting, check_prediction_type
 
 # Names of the normalisers; `policy.model.normalizer` holds their classes. A command reads them here without torch.
-NORMALIZERS = ("limits", "standard", "affine")
-# Normalised training data lies within this, in half ranges or in standard deviations.
-FARTHEST_OF_THE_DATA = {"limits": 1.0, "standard": 5.0, "affine": 1.0}
+NORMALIZERS = ("limits", "affine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +34,9 @@ class PolicySettings:
         loss_weighting: weighting of the timesteps in the loss, `none` or `min_snr`; see `loss_weights`.
         min_snr_gamma: γ of `min_snr`.
         normalizer: how observations and actions are normalised: `limits` maps the range of the training data onto
-            [-1, 1] and bounds what lies far outside it; `standard` maps its mean to 0 and its standard deviation to 1,
-            or to less where a value would lie more than 5 deviations out; `affine` is the map of `limits` without its
-            bound, see `AffineNormalizer`.
-        action_bound: largest magnitude of a normalised action, to which samplers clip, relative to where the training
-            data may lie (1, and 5 for `standard`); None for actions without a bound, which are never clipped. See
-            `clip_at`.
+            [-1, 1] and bounds what lies far outside it; `affine` is the map alone, see `AffineNormalizer`.
+        action_bound: largest magnitude of a normalised action, to which samplers clip; None for actions without a
+            bound, which are never clipped. See `clip_at`.
         encoder: `{"name": a key of ENCODERS, **settings}`.
         denoiser: `{"name": a key of DENOISERS, **settings}`.
         schedule: settings of `make_schedule`.
@@ -90,9 +85,7 @@ class PolicySettings:
         Args:
             clip: bound in units of `action_bound`, or None for no clipping.
         """
-        if clip is None or self.action_bound is None:
-            return None
-        return clip * self.action_bound * FARTHEST_OF_THE_DATA[self.normalizer]
+        return None if clip is None or self.action_bound is None else clip * self.action_bound
 
 
 @dataclass(frozen=True, kw_only=True)

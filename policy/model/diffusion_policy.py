@@ -47,7 +47,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         self.loss_weights = loss_weights(
             self.schedule, config.prediction_type, config.loss_weighting, config.min_snr_gamma
         )
-        normalizer, _ = NORMALIZERS[config.normalizer]
+        normalizer = NORMALIZERS[config.normalizer]
         vectors: dict[str, Normalizer | AffineNormalizer] = {
             key: normalizer(shape) for key, shape in config.observation_shapes.items() if not is_image(shape)
         }

@@ -1,4 +1,4 @@
-"""Affine maps between the units of a dataset and those of the network, and the statistics that they are fitted to."""
+"""Affine maps between the units of a dataset and those of the network."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
-
-from policy.model.config import FARTHEST_OF_THE_DATA
 
 # A dimension whose range is at most this share of its largest magnitude counts as constant: its variation is noise.
 CONSTANT_RANGE = 1e-4
@@ -21,7 +19,6 @@ FARTHEST = 10.0
 class Normalizer(nn.Module):
     """Map each dimension's fitted range onto [-1, 1], and back.
 
-    The range is that of the data (`Limits`), or from a standard deviation below its mean to one above (`Deviations`).
     Clipping in the sampler relies on this bounded range. A constant or near-constant dimension (its range is at most
     1e-4 of its largest magnitude) always normalises to 0 and un-normalises to its constant: it carries no information,
     and dividing by its range would turn rounding errors into full-scale signals. A dataset of a single episode or a
@@ -135,6 +132,9 @@ class AffineNormalizer(nn.Module):
         return factor, self.center - factor * self.offset
 
 
+NORMALIZERS: dict[str, type[Normalizer] | type[AffineNormalizer]] = {"limits": Normalizer, "affine": AffineNormalizer}
+
+
 def _ranges(low: ArrayLike, high: ArrayLike, shape: tuple[int, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Check limits, and return the middle and half of each dimension's range; a constant dimension has 0."""
     low_, high_ = np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
@@ -175,57 +175,3 @@ class Limits:
     def __iter__(self) -> Iterator[NDArray[np.float64]]:
         yield np.asarray(self._low)
         yield np.asarray(self._high)
-
-
-class Deviations:
-    """The mean of each dimension of data that arrives in blocks, less and plus its standard deviation.
-
-    A range for `Normalizer`, of which all the data then lies within [-5, 5]: a dimension that is far from its mean in a
-    few rows gets a wider one.
-
-    The noise of a diffusion policy has a standard deviation of 1 in every dimension. Actions that use little of their
-    range, such as a robot's small corrections between a few large moves, have little of their own beside it, and the
-    network learns them from the last timesteps only. In units of their deviation they have as much as the noise;
-    Rombach et al. (2022, arXiv 2112.10752, appendix G) rescale their data to unit deviation for the same reason.
-
-    Example:
-        >>> import numpy as np
-        >>> deviations = Deviations()
-        >>> deviations.update(np.array([[1.0, 5.0], [3.0, 5.0]]))
-        >>> low, high = deviations
-        >>> low.tolist(), high.tolist()
-        ([1.0, 5.0], [3.0, 5.0])
-    """
-
-    def __init__(self) -> None:
-        self._limits = Limits()
-        self._count = 0
-        self._mean: NDArray[np.float64] | float = 0.0
-        self._squares: NDArray[np.float64] | float = 0.0  # of the differences from the mean
-
-    def update(self, values: NDArray[np.generic]) -> None:
-        """Update the statistics with a block (N, ...) (Chan et al. 1983, eq. 2.1)."""
-        self._limits.update(values)
-        block = values.astype(np.float64)
-        apart = block.mean(axis=0) - self._mean
-        total = self._count + len(block)
-        within = np.square(block - block.mean(axis=0)).sum(axis=0)
-        self._squares = self._squares + within + apart**2 * self._count * len(block) / total
-        self._mean = self._mean + apart * len(block) / total
-        self._count = total
-
-    def __iter__(self) -> Iterator[NDArray[np.float64]]:
-        low, high = self._limits
-        farthest = np.maximum(high - self._mean, self._mean - low)
-        deviation = np.sqrt(self._squares / max(self._count, 1))
-        unit = np.maximum(deviation, farthest / FARTHEST_OF_THE_DATA["standard"])
-        yield self._mean - unit
-        yield self._mean + unit
-
-
-# The class of each normaliser, and the statistics whose range it maps onto [-1, 1].
-NORMALIZERS: dict[str, tuple[type[Normalizer] | type[AffineNormalizer], type[Limits] | type[Deviations]]] = {
-    "limits": (Normalizer, Limits),
-    "standard": (Normalizer, Deviations),
-    "affine": (AffineNormalizer, Limits),
-}

@@ -16,7 +16,7 @@ from policy.diffusion.ddim import check_ddim_steps
 from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.model.encoders.resnet import ResNetEncoder
-from policy.model.normalizer import NORMALIZERS, AffineNormalizer, Limits, Normalizer
+from policy.model.normalizer import AffineNormalizer, Limits, Normalizer
 from policy.training.pretrained import read_weights
 from policy.training.settings import TrainSettings
 from policy.training.state import TrainState
@@ -166,22 +166,21 @@ def fit_normalizers(policy: DiffusionPolicy, training: Windows) -> None:
     """
     by_key = {**policy.observation_normalizers, **policy.auxiliary_normalizers}
     by_key = {key: one for key, one in by_key.items() if not is_image(policy.config.observation_shapes.get(key, ()))}
-    _, statistics = NORMALIZERS[policy.config.normalizer]
-    found = {key: statistics() for key in ("actions", *by_key)}
+    limits = {key: Limits() for key in ("actions", *by_key)}
     apart = Limits()
     for observations, actions in training.blocks():
-        for key, range_ in found.items():
-            range_.update(actions if key == "actions" else observations[key])
+        for key, found in limits.items():
+            found.update(actions if key == "actions" else observations[key])
         if policy.differences is not None:
             vectors = {key: torch.from_numpy(observations[key]) for key in policy.differences.keys}
             apart.update(policy.differences.raw(vectors).numpy())
     if policy.differences is not None:
         policy.differences.fit(*apart)
-    policy.action_normalizer.fit(*found.pop("actions"))
-    for key, range_ in found.items():
+    policy.action_normalizer.fit(*limits.pop("actions"))
+    for key, found in limits.items():
         normalizer = by_key[key]
         assert isinstance(normalizer, Normalizer | AffineNormalizer)
-        normalizer.fit(*range_)
+        normalizer.fit(*found)
 
 
 def _copy_normalizers(policy: DiffusionPolicy, teacher: DiffusionPolicy) -> None:

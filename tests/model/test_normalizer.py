@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.model.normalizer import AffineNormalizer, Deviations, Limits, Normalizer
+from policy.model.normalizer import AffineNormalizer, Limits, Normalizer
 
 
 def fitted(low, high):
@@ -185,30 +185,3 @@ def test_the_inverse_of_each_normalizer_is_its_unnormalize():
         torch.testing.assert_close(x * factor + shift, made.unnormalize(x))
         assert made.unnormalize(x)[0].tolist() == [1.5, -2.0, 7.0]
         assert made.scale.tolist() == [1, 4, 1]
-
-
-@given(st.integers(1, 40), st.integers(0, 2**32 - 1), st.floats(-1e3, 1e3))
-def test_deviations_are_those_of_numpy_over_all_blocks(cut, seed, middle):
-    values = np.random.default_rng(seed).normal(middle, [1e-2, 1.0, 50.0], (41, 3))
-    deviations = Deviations()
-    for block in (values[:cut], values[cut:]):
-        deviations.update(block)
-    low, high = deviations
-    np.testing.assert_allclose((low + high) / 2, values.mean(axis=0), rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose((high - low) / 2, values.std(axis=0), rtol=1e-6)
-
-
-def test_a_dimension_with_a_rare_large_value_has_a_wider_unit_so_that_all_data_lies_within_five():
-    values = np.zeros((1_000, 1))
-    values[7] = 3.0
-    deviations, normalizer = Deviations(), Normalizer((1,))
-    deviations.update(values)
-    normalizer.fit(*deviations)
-    torch.testing.assert_close(normalizer.normalize(torch.tensor([3.0])), torch.tensor([5.0]))
-
-
-def test_a_constant_dimension_of_any_normalizer_is_zero():
-    deviations, normalizer = Deviations(), Normalizer((2,))
-    deviations.update(np.array([[1.0, 7.0], [2.0, 7.0]]))
-    normalizer.fit(*deviations)
-    assert normalizer.normalize(torch.tensor([1.0, 9.0])).tolist() == [-1.0, 0.0]

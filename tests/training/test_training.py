@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from policy import PolicyConfig, TrainSettings
+from policy import TrainSettings
 from policy.common.seeding import derive_generator
 from policy.data.demonstrations import Demonstrations
 from policy.data.windows import split_episodes
@@ -322,20 +322,3 @@ def test_the_terminal_shows_validation_loss_and_rollout_success_beside_the_loss(
 def test_settings_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=rf"train\.{name} must be .*; got {value}"):
         TrainSettings(**{name: value})
-
-
-def test_standard_actions_have_unit_deviation_and_are_clipped_where_the_data_ends():
-    rng = np.random.default_rng(0)
-    actions = rng.normal([3.0, 0.0], [0.02, 5.0], (200, 2)).astype(np.float32)
-    data = Demonstrations(
-        observations={"state": rng.normal(size=(200, 2)).astype(np.float32)},
-        actions=actions,
-        episode_ends=np.array([100, 200]),
-    )
-    config = PolicyConfig(observation_shapes={"state": (2,)}, action_dim=2, obs_size=16, normalizer="standard")
-    run = prepare_run(config, data, TrainSettings(val_fraction=0.0), seed=0, device="cpu")
-    normalized = run.state.ema.action_normalizer.normalize(torch.from_numpy(actions))
-    torch.testing.assert_close(normalized.std(dim=0, correction=0), torch.ones(2), atol=1e-3, rtol=0)
-    torch.testing.assert_close(normalized.mean(dim=0), torch.zeros(2), atol=1e-3, rtol=0)
-    assert config.clip_at(1.0) == 5.0
-    assert config.clip_at(None) is None

@@ -88,6 +88,15 @@ def _main(task: Task, example: str) -> None:
         _start(task, example)
 
 
+def _print_help(text: str) -> None:
+    """Print a text of which the reader may take the first lines only, as `head` does."""
+    try:
+        print(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing fails when Python flushes at its end
+
+
 def _start(task: Task, example: str) -> None:
     warnings.formatwarning = lambda message, *_: on_its_own_line(f"warning: {printable(str(message))}\n")
     with refusals():
@@ -97,7 +106,7 @@ def _start(task: Task, example: str) -> None:
         given = read_command_line(sys.argv[1:], task)
         _load(_plugins(given.overrides))
         if given.help_wanted:
-            print(help_text(task, example, given.topics))
+            _print_help(help_text(task, example, given.topics))
             return
         overrides = given.overrides
         if "--shell-completion" not in given.flags:  # it has words of its own

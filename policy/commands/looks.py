@@ -48,6 +48,7 @@ def fast_cells(
         kept = [group for group in groups if {*ids_of(group)} <= {*plan.cells}]
         stay = ids_of([*chain(*kept)])
         if (plan.asked, plan.max_ms, plan.cells) == (asked, max_ms, stay):
+            print(f"max_ms={max_ms:g} leaves out the cells that it left out when this sweep began; none is timed again")
             return kept, None, plan.left_out
     firsts = [group[0] for group in groups]
     latencies = latencies_of(firsts, threads)  # before the episodes, so that no result has a say

@@ -98,7 +98,7 @@ def _truth(name: str, value: Any) -> bool:
 
 
 def _real(name: str, value: Any, bounds: tuple[float, float] | None = None) -> float:
-    if type(value) not in (int, float) or (bounds and not bounds[0] <= value <= bounds[1]):
+    if type(value) not in (int, float) or abs(value) == math.inf or (bounds and not bounds[0] <= value <= bounds[1]):
         raise ValueError(f"{name} must be a number{' within {}..{}'.format(*bounds) if bounds else ''}; got {value!r}")
     return float(value)
 

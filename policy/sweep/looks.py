@@ -18,6 +18,7 @@ from policy.rollout.ledger import Ledger
 from policy.statistics.recommendation import Recommendation, recommend
 from policy.statistics.results import EpisodeResult
 from policy.statistics.sequential import ERROR, Plan, Progress, follow, plan_looks, stage_alpha
+from policy.sweep.grid import SweepCell, ids_of
 
 MOST_LOOKS = 6
 LEAST_EPISODES = 20
@@ -106,6 +107,23 @@ def plans_of(ledger: Ledger) -> list[LookPlan]:
     return [LookPlan.from_row(row) for row in ledger.plans]
 
 
+def ordered_as_before(groups: Sequence[list[SweepCell]], ledger: Ledger) -> list[list[SweepCell]]:
+    """Return the cells in the order in which an earlier command asked for the same ones.
+
+    The order of an axis is no question of its own: the same cells have the same plan.
+
+    Args:
+        groups: the cells of each row, in the order of the command.
+        ledger: of the sweep.
+    """
+    asked = [cell for group in groups for cell in ids_of(group)]
+    for plan in plans_of(ledger):
+        if sorted(plan.asked) == sorted(asked):
+            place = {cell: number for number, cell in enumerate(plan.asked)}
+            return sorted(groups, key=lambda group: place[ids_of(group)[0]])
+    return [*groups]
+
+
 def settle(ledger: Ledger, wanted: LookPlan) -> LookPlan:
     """Find the plan that an earlier command made for the same wish, or make one from what earlier plans left.
 
@@ -119,11 +137,25 @@ def settle(ledger: Ledger, wanted: LookPlan) -> LookPlan:
     Raises:
         ValueError: the wish chooses among results that were seen.
     """
-    earlier = plans_of(ledger)
-    if found := next((plan for plan in earlier if dataclasses.replace(plan, alpha=wanted.alpha) == wanted), None):
+    earlier = _in_force(ledger)
+    same = [plan for plan in plans_of(ledger) if dataclasses.replace(plan, alpha=wanted.alpha) == wanted]
+    if found := next((plan for plan in same if plan in earlier), None):
         return found
+    if earlier and not same and not _begun(ledger, earlier[-1]):
+        earlier = earlier[:-1]  # the new plan takes its place
     _check_choice(ledger, wanted, earlier)
     return dataclasses.replace(wanted, alpha=_alpha_left(ledger, earlier))
+
+
+def _in_force(ledger: Ledger) -> list[LookPlan]:
+    """The earlier plans, without those whose share went to a later one, because they had no episode until then."""
+    plans = plans_of(ledger)
+    return [plan for number, plan in enumerate(plans) if all(later.alpha < plan.alpha for later in plans[number + 1 :])]
+
+
+def _begun(ledger: Ledger, plan: LookPlan) -> bool:
+    """Whether one of a plan's episodes has finished: nobody has seen results of it otherwise."""
+    return any(len(ledger.missing(cell, plan.seeds)) < len(plan.seeds) for cell in plan.cells)
 
 
 def _alpha_left(ledger: Ledger, earlier: Sequence[LookPlan]) -> float:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from policy.sweep.looks import (
     describe_saving,
     keep,
     missing_tasks,
+    ordered_as_before,
     planned_looks,
     plans_of,
     settle,
@@ -120,10 +122,52 @@ def test_the_same_wish_finds_its_plan_again_and_another_one_gets_less_of_what_is
 def test_the_same_cells_as_other_recipes_are_another_question_that_gets_less_of_what_is_left(tmp_path):
     with Ledger(tmp_path / "episodes.jsonl") as ledger:
         shapes = ((1, 1, 1), (2, 1), (1, 2), (3,))
-        plans = [planned(ledger, looks=(120,), recipes=recipes) for recipes in shapes]
+        plans = [planned(ledger, looks=(120,), recipes=shapes[0])]
+        run(plans[0], ledger, 1)
+        plans += [planned(ledger, looks=(120,), recipes=recipes) for recipes in shapes[1:]]
         assert [planned(ledger, looks=(120,), recipes=recipes) for recipes in shapes] == plans
     assert len(plans_of(Ledger(tmp_path / "episodes.jsonl"))) == 4
     assert [plan.alpha for plan in plans] == pytest.approx([stage_alpha(stage) for stage in (1, 2, 3, 4)])
+
+
+def test_a_plan_that_stopped_before_its_first_episode_leaves_its_share_to_the_next_one(tmp_path):
+    with Ledger(tmp_path / "episodes.jsonl") as ledger:
+        first = planned(ledger, margin=0.1)
+        second = planned(ledger)
+        assert second.alpha == first.alpha
+        assert planned(ledger) == second
+        # The first one has given its share away: it gets less when it comes back, whether the second has run or not.
+        again = planned(ledger, margin=0.1)
+        assert again.alpha < second.alpha
+        run(second, ledger)
+        assert [planned(ledger), planned(ledger, margin=0.1)] == [second, again]
+    with Ledger(tmp_path / "episodes.jsonl") as ledger:
+        assert [planned(ledger), planned(ledger, margin=0.1)] == [second, again]
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.1, 0.2, 0.3]), st.integers(0, 3)), max_size=8))
+@settings(deadline=None)
+def test_whatever_is_planned_run_and_stopped_the_plans_that_have_run_spend_at_most_a_twentieth(
+    tmp_path_factory, commands
+):
+    used = {}
+    with Ledger(tmp_path_factory.mktemp("looks") / "episodes.jsonl") as ledger:
+        for margin, most in commands:
+            plan = planned(ledger, margin=margin, looks=(3, 6, 9))
+            if run(plan, ledger, most):
+                used[margin] = {*used.get(margin, ()), plan.alpha}
+    spent = [alpha for alphas in used.values() for alpha in alphas]
+    assert sum(spent) < 0.05
+    assert len({*spent}) == len(spent)
+
+
+def test_the_order_of_the_cells_is_that_of_the_first_command(tmp_path):
+    with Ledger(tmp_path / "episodes.jsonl") as ledger:
+        cells = [[SimpleNamespace(settings={"ddim_steps": steps})] for steps in (1, 2, 8)]
+        assert ordered_as_before(cells[::-1], ledger) == cells[::-1]
+        planned(ledger)
+        assert ordered_as_before(cells[::-1], ledger) == cells
+        assert ordered_as_before(cells[:0:-1], ledger) == cells[:0:-1]
 
 
 def test_a_wish_that_leaves_out_what_was_seen_is_refused(tmp_path):

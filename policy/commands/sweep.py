@@ -43,8 +43,8 @@ from policy.tracking.tracker import OpenRun, TrackedRun
 
 LEDGER, REPORT = "episodes.jsonl", "report.html"
 VIDEOS = 2
-# What merge= uses.
-OF_MERGE = {"make_env", "merge", "mix", "margin", "output_dir", "tracker"}
+# What merge= uses; it records no videos, so that videos=0 says nothing wrong.
+OF_MERGE = {"make_env", "merge", "mix", "margin", "output_dir", "tracker", "videos"}
 
 
 def sweep(

@@ -444,7 +444,7 @@ BAD_INPUT = {
     "fraction in a list": (["ddim_steps=[1,2.5]"], ["ddim_steps", "2.5"]),
     "word": (["ddim_steps=many"], ["ddim_steps should be", "'many'"]),
     "quoted word": (['ddim_steps="many"'], ["ddim_steps should be", "'many'"]),
-    "empty": (["ddim_steps=[]"], ["ddim_steps is empty", "ddim_steps=[1,2,4,8]"]),
+    "empty": (["ddim_steps=[]"], ["ddim_steps is empty: give one value or more"]),
     "nothing": (["ddim_steps=null"], ["ddim_steps"]),
     "no episodes": (["episodes=0"], ["episodes must be 1 or more; got 0"]),
     "no environments": (["num_envs=0"], ["num_envs must be 1 or more; got 0"]),

@@ -45,7 +45,7 @@ LATER_COLUMNS = {
     "training_seeds": 1,
     **dict.fromkeys(FIGURES),
 }
-AXES = ("checkpoint", *SAMPLER_AXES, "execution_horizon", *CONTROLLER_AXES, "backend", "weights")
+AXES = ("checkpoint", "objective", *SAMPLER_AXES, "execution_horizon", *CONTROLLER_AXES, "backend", "weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +170,20 @@ def _check_one_has(axes: Mapping[str, Sequence[Any]], objectives: Sequence[str])
             if not any(OBJECTIVES[objective].has(name, value) for objective in objectives):
                 alone = Sampler(**check_arguments("sampler", Sampler, {name: value}))
                 alone.settled(objectives[0], num_steps=alone.ddim_steps)
+
+
+def fixed_calls(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Say of each objective with a fixed number of calls that its checkpoints have no cell for each number of steps."""
+    counts = {
+        objective: len(calls)
+        for objective in dict.fromkeys(checkpoint.policy.config.objective for checkpoint in checkpoints)
+        if (calls := OBJECTIVES[objective].calls)
+    }
+    return [
+        f"a policy with objective={objective} always takes {count} call{'s' * (count > 1)} of its network: it is one"
+        " cell for all ddim_steps"
+        for objective, count in counts.items()
+    ]
 
 
 def check_distinct(cells: Sequence[SweepCell]) -> None:
@@ -298,8 +312,18 @@ def costs_of(rows: Sequence[Row]) -> list[float]:
 
 
 def varying(rows: Sequence[Row]) -> list[str]:
-    """The axes other than `ddim_steps` along which the rows differ."""
-    return [axis for axis in AXES if axis != "ddim_steps" and len({row.get(axis) for row in rows}) > 1]
+    """The axes other than `ddim_steps` along which the rows differ; not the solver where the objective tells it."""
+    objectives, pairs = (
+        {row.get("objective") for row in rows},
+        {(row.get("objective"), row.get("solver")) for row in rows},
+    )
+    implied = ("ddim_steps", "solver") if len(pairs) == len(objectives) else ("ddim_steps",)
+    return [axis for axis in AXES if axis not in implied and len({row.get(axis) for row in rows}) > 1]
+
+
+def label_of(rows: Sequence[Row], row: Row) -> str:
+    """The settings that distinguish a row from the others, in words."""
+    return ", ".join(f"{axis} {row.get(axis)}" for axis in ("ddim_steps", *varying(rows)))
 
 
 def uniform(rows: Sequence[Row], later: Mapping[str, Any] = LATER_COLUMNS) -> list[Row]:

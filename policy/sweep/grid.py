@@ -313,11 +313,9 @@ def costs_of(rows: Sequence[Row]) -> list[float]:
 
 def varying(rows: Sequence[Row]) -> list[str]:
     """The axes other than `ddim_steps` along which the rows differ; not the solver where the objective tells it."""
-    objectives, pairs = (
-        {row.get("objective") for row in rows},
-        {(row.get("objective"), row.get("solver")) for row in rows},
-    )
-    implied = ("ddim_steps", "solver") if len(pairs) == len(objectives) else ("ddim_steps",)
+    pairs = {(row.get("objective"), row.get("solver")) for row in rows}
+    told = len({objective for objective, _ in pairs}) == len(pairs)
+    implied = ("ddim_steps", "solver") if told else ("ddim_steps",)
     return [axis for axis in AXES if axis not in implied and len({row.get(axis) for row in rows}) > 1]
 
 

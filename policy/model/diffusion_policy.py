@@ -10,7 +10,7 @@ from policy.common.observations import Batch, Observations, check_observations, 
 from policy.common.registry import construct
 from policy.diffusion.coefficients import reverse_process
 from policy.diffusion.ddim import Generators, check_ddim_steps, check_generators, randn_like
-from policy.diffusion.objective import OBJECTIVES
+from policy.diffusion.objective import OBJECTIVES, Objective
 from policy.diffusion.sampler import Sampler
 from policy.diffusion.schedule import NoiseSchedule, check_signal, loss_weights, make_schedule
 from policy.model.by_key import ModulesByKey
@@ -45,7 +45,6 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         super().__init__()
         self.config = config
         self.schedule = make_schedule(**check_arguments("schedule", make_schedule, config.schedule))
-        self.objective = OBJECTIVES[config.objective]
         check_signal(self.schedule.alphas_cumprod, config.prediction_type)
         self.loss_weights = _loss_weights(config, self.schedule)
         normalizer = NORMALIZERS[config.normalizer]
@@ -79,6 +78,11 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         self.auxiliary_heads = ModulesByKey(
             {key: nn.Linear(config.obs_size, shape[0]) for key, shape in config.auxiliary_shapes.items()}
         )
+
+    @property
+    def objective(self) -> Objective:
+        """What the network is trained for."""
+        return OBJECTIVES[self.config.objective]
 
     @property
     def device(self) -> torch.device:

@@ -173,7 +173,7 @@ def test_an_objective_fixes_what_it_knows_and_leaves_the_rest():
         settled = Sampler(clip=2.0).settled(name, 100)
         assert settled.settled(name, 100) == settled
     assert Sampler().settled("diffusion", 100) == Sampler()
-    with pytest.raises(ValueError, match="2 calls need a timestep each: raise .* which is 1"):
+    with pytest.raises(ValueError, match=r"2 calls need a timestep each: raise .* which is 1"):
         OBJECTIVES["mip"].fixed_timesteps(1)
 
 

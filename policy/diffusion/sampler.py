@@ -99,19 +99,14 @@ class Sampler:
         Raises:
             ValueError: a setting that the objective does not have, or see `check`.
         """
-        lacks = [name for name, value in self._given.items() if not OBJECTIVES[objective].has(name, value)]
-        if lacks:
-            raise ValueError(_refusal(objective, lacks[0], getattr(self, lacks[0])))
-        chosen = self.fitted(objective)
+        one, given = OBJECTIVES[objective], self._given
+        for name, value in given.items():
+            if not one.has(name, value):
+                raise ValueError(_refusal(objective, name, value))
+        fixed = {} if one.calls is None else {"ddim_steps": len(one.calls)}
+        chosen = Sampler(**{"solver": next(iter(one.solvers)), **fixed, **given})
         chosen.check(num_steps)
         return chosen
-
-    def fitted(self, objective: str) -> Sampler:
-        """Return the sampler without the settings that an objective does not have."""
-        one = OBJECTIVES[objective]
-        fixed = {} if one.calls is None else {"ddim_steps": len(one.calls)}
-        own = {name: value for name, value in self._given.items() if one.has(name, value)}
-        return Sampler(**{"solver": next(iter(one.solvers)), **fixed, **own})
 
     @property
     def _given(self) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class Sampler:
         for name, value in given.items():
             if not one.has(name, value):
                 raise ValueError(_refusal(objective, name, value))
-        fixed = {} if one.calls is None else {"ddim_steps": len(one.calls)}
+        fixed = {} if one.calls is None else {"ddim_steps": len(one.fixed_timesteps(num_steps))}
         chosen = Sampler(**{"solver": next(iter(one.solvers)), **fixed, **given})
         chosen.check(num_steps)
         return chosen

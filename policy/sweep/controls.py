@@ -84,7 +84,7 @@ def _row(
     said = {
         "better": f"{ours} was shown to beat {theirs} on this task",
         "not better": f"{ours} was shown not to beat {theirs} by more than {points} on this task",
-        "open": f"it is open whether {ours} beats {theirs} on this task: more episodes may decide it",
+        "open": f"it is open whether {ours} beats {theirs} on this task, and more episodes or seeds may decide it",
     }[decided.verdict]
     figures = {"difference": found.difference, "difference_low": found.low, "difference_high": found.high}
     shown = "{:+.1f} points of success ({:+.1f} to {:+.1f}".format(*(100 * value for value in figures.values()))

@@ -91,7 +91,11 @@ def rows_of(*cells):
     [
         (200, "better", "Diffusion was shown to beat regression on this task: ddim_steps 8, checkpoint diffusion,"),
         (398, "not better", "Diffusion was shown not to beat regression by more than 5 points on this task: ddim_"),
-        (345, "open", "It is open whether diffusion beats regression on this task: more episodes may decide it: "),
+        (
+            345,
+            "open",
+            "It is open whether diffusion beats regression on this task, and more episodes or seeds",
+        ),
     ],
 )
 def test_the_report_says_whether_diffusion_beats_its_control(regression, verdict, words):

@@ -38,9 +38,9 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
         "observations": f"{shapes}; the last {config.obs_horizon}",
         "actions": f"({config.action_dim},), in chunks of {config.action_horizon}",
         "policy": f"{parameters / 1e6:.2f} M parameters, encoder {config.encoder['name']}, denoiser"
-        f" {config.denoiser['name']}, predicts {config.prediction_type}",
+        f" {config.denoiser['name']}, objective {config.objective}, predicts {config.predicts}",
         "schedule": f"{policy.schedule.num_steps} timesteps, {config.schedule.get('beta_schedule', 'linear')}",
-        "sampler": " ".join(f"{name}={value}" for name, value in Sampler().record().items())
+        "sampler": " ".join(f"{name}={value}" for name, value in policy.settled(Sampler()).record().items())
         + f" execution_horizon={checkpoint.execution_horizon}, unless you choose others",
         **({"plugins": ", ".join(checkpoint.plugins)} if checkpoint.plugins else {}),
     }

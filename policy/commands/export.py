@@ -74,7 +74,7 @@ def export_policy(
             " `previous` and `keep` of the exported model to continue a chunk"
         )
     loaded = load_checkpoint(checkpoint)
-    sampler.check(loaded.policy.schedule.num_steps)
+    sampler = loaded.policy.settled(sampler)
     program = compile_sampler(loaded.policy, sampler, backend="onnx", weights=weights)
     example = example_input(program)
     actions = run_on(program, example)

@@ -114,6 +114,7 @@ def roll_out(
     )
     (loaded,) = stage.checkpoints
     policy = loaded.policy
+    sampler = policy.settled(sampler)
     recorded = _cell_of(stage, sampler, controller, execution_horizon, backend, weights)
     if not 0 <= video <= episodes:
         raise ValueError(f"video must be within 0..{episodes} (the episodes); got {video}")

@@ -30,7 +30,7 @@ from policy.rollout.watch import ENV_PATIENCE, helpers_ended, watched
 from policy.statistics.results import EpisodeResult
 from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, telling_seeds, title_of
 from policy.sweep.facts import facts_of
-from policy.sweep.grid import Row, SweepCell, ids_of, make_cells, with_backends
+from policy.sweep.grid import Row, SweepCell, fixed_calls, ids_of, make_cells, with_backends
 from policy.sweep.live import LivePage, live_page
 from policy.sweep.looks import LookPlan, counted_results, ordered_as_before, planned_looks
 from policy.sweep.merging import read_swept
@@ -152,6 +152,8 @@ def sweep(
         backend=backend,
         weights=weights,
     )
+    for said in fixed_calls(stage.checkpoints):
+        print(said)
     if videos is not None and not 0 <= videos <= episodes:
         raise ValueError(f"videos must be within 0..{episodes} (the episodes); got {videos}")
     if workers is not None and workers < 1:

@@ -154,7 +154,7 @@ def train_policy(
         return prepare_run(config, dataset, train, seed=seed, device=device, augment=augment, **trained)
 
     run = prepare(config, train, **(start.policies(train) if start else {}))
-    sampler.check(run.state.policy.schedule.num_steps)
+    sampler = run.state.policy.settled(sampler)
     tasks = dataset.metadata.get("tasks")
     paired = True
     if env:
@@ -545,8 +545,8 @@ def _described_start(run: Run, start: _Start, train: TrainSettings) -> str:
     """The trained policy that a run starts from, and what it does with it, in one sentence."""
     name, before, now = (
         f"{start.checkpoint.path} ({start.digest})",
-        start.checkpoint.policy.config.prediction_type,
-        run.state.policy.config.prediction_type,
+        start.checkpoint.policy.config.predicts,
+        run.state.policy.config.predicts,
     )
     steps = f"sampled with {train.rectify_ddim_steps} steps"
     if start.role == "teacher":

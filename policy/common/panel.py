@@ -91,12 +91,14 @@ class Line:
         points: from left to right.
         style: number of its colour, marker and dashes.
         marked: whether its points are marked, or only joined.
+        level: whether it goes across the panel, at the height of its only point.
     """
 
     name: str
     points: Sequence[Point]
     style: int = 0
     marked: bool = True
+    level: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +200,9 @@ class Frame:
         return "▼" if point.y < self.panel.y.low else "▲" if point.y > self.panel.y.high else ""
 
     def path(self, line: Line) -> str:
-        """The line through its points, as an SVG path."""
+        """The line through its points, or across at the height of the only one, as an SVG path."""
+        if line.level:
+            return f"M{self.left} {self.y(line.points[0].y)}H{self.right}"
         return "M" + "L".join(f"{self.x(point.x)} {self.y(point.y)}" for point in line.points)
 
     def labels(self) -> list[tuple[float, str]]:

@@ -165,9 +165,9 @@ def program_for(policy: DiffusionPolicy, sampler: Sampler, program: SamplerProgr
     """The given program, or, if it is None, the policy's sampling compiled with the default backend.
 
     Raises:
-        ValueError: more denoising steps than the schedule has timesteps, or a program of another sampler.
+        ValueError: a sampler that does not fit the policy, see `DiffusionPolicy.settled`, or a program of another one.
     """
-    sampler.check(policy.schedule.num_steps)
+    sampler = policy.settled(sampler)
     if program is None:
         return compile_sampler(policy, sampler)
     if program.sampler != sampler:

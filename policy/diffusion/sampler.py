@@ -12,6 +12,7 @@ from torch import Tensor
 
 from policy.diffusion.coefficients import SOLVERS, TO_CLEAN_BEFORE, check_noiseless
 from policy.diffusion.ddim import check_ddim_steps, check_eta, check_spacing, ddim_timesteps
+from policy.diffusion.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from policy.diffusion.schedule import NoiseSchedule
 
 # Settings that were added after the first sweeps, with the value that those sweeps used implicitly. A record leaves out
@@ -23,6 +24,9 @@ LATER_SETTINGS = {"solver": "ddim", "start": 1.0, "noise_scale": 1.0}
 class Sampler:
     """Settings of a sampler.
 
+    A setting with its default value is one that the user leaves open: an objective that does not have it ignores it,
+    see `settled`.
+
     Attributes:
         ddim_steps: denoising steps K, within 1..num_steps of the checkpoint's schedule.
         eta: 0 deterministic, 1 DDPM; 0 only for `dpmpp_2m`, which adds no noise.
@@ -30,7 +34,8 @@ class Sampler:
         clip: bound on the normalised estimate of the clean chunk, in units of the policy's `action_bound`, or None.
         warm_start: begin every chunk except an episode's first from the previous chunk, shifted to now and noised to
             this share of the schedule's timesteps, above 0 and at most 1; None begins from noise alone.
-        solver: name of the solver: `ddim`, `dpmpp_2m`, or one that a plugin registers.
+        solver: name of the solver: `ddim`, `dpmpp_2m`, or one that a plugin registers; policies of another objective
+            than diffusion have one of their own.
         start: begin a chunk from noise at this share of the schedule's timesteps, above 0 and at most 1; the
             `ddim_steps` visit only what lies below.
         noise_scale: factor of the noise that a chunk begins from, 0 or more; 0 begins from zeros.
@@ -59,7 +64,7 @@ class Sampler:
             raise ValueError(
                 f"sampler.warm_start must be above 0 and at most 1, or null to begin from noise; got {self.warm_start}"
             )
-        if self.solver not in SOLVERS:
+        if not any(self.solver in objective.solvers for objective in OBJECTIVES.values()):
             raise SOLVERS.unknown(self.solver)
         check_noiseless(self.solver, self.eta)
         if not 0 < self.start <= 1:
@@ -84,39 +89,82 @@ class Sampler:
                     f" ddim_steps={self.ddim_steps}: raise {name} or lower ddim_steps"
                 )
 
+    def settled(self, objective: str, num_steps: int) -> Sampler:
+        """Return the sampler of a policy: the settings that its objective fixes have their values.
+
+        Args:
+            objective: name of the policy's objective.
+            num_steps: T of its schedule.
+
+        Raises:
+            ValueError: a setting that the objective does not have, or see `check`.
+        """
+        one, given = OBJECTIVES[objective], self._given
+        for name, value in given.items():
+            if not one.has(name, value):
+                raise ValueError(_refusal(objective, name, value))
+        fixed = {} if one.calls is None else {"ddim_steps": len(one.fixed_timesteps(num_steps))}
+        chosen = Sampler(**{"solver": next(iter(one.solvers)), **fixed, **given})
+        chosen.check(num_steps)
+        return chosen
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        """The settings that differ from their defaults."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {name: value for name, value in dataclasses.asdict(self).items() if value != defaults[name]}
+
     def record(self) -> dict[str, Any]:
         """Return the settings as JSON data, without those of `LATER_SETTINGS` that have their earlier value."""
         settings = dataclasses.asdict(self)
         return {name: value for name, value in settings.items() if LATER_SETTINGS.get(name, ...) != value}
 
-    def cold_course(self, schedule: NoiseSchedule) -> Course:
+    def cold_course(self, schedule: NoiseSchedule, objective: str = DEFAULT_OBJECTIVE) -> Course:
         """Return the course of a chunk that begins from noise.
+
+        Args:
+            schedule: the policy's schedule.
+            objective: name of the policy's objective.
 
         Raises:
             ValueError: more denoising steps than the share `start` of the schedule has timesteps.
         """
-        return Course(timesteps=self._timesteps(schedule, self.start), noise=self.noise_scale)
+        one = OBJECTIVES[objective]
+        fixed = one.calls is not None
+        timesteps = one.fixed_timesteps(schedule.num_steps) if fixed else self._timesteps(schedule, self.start)
+        return Course(timesteps=timesteps, noise=one.initial_noise * self.noise_scale)
 
-    def warm_course(self, schedule: NoiseSchedule) -> Course:
+    def warm_course(self, schedule: NoiseSchedule, objective: str = DEFAULT_OBJECTIVE) -> Course:
         """Return the course of a chunk that begins from the previous one, noised to `warm_start` of the schedule.
+
+        Args:
+            schedule: the policy's schedule.
+            objective: name of the policy's objective, which has `warm_start`.
 
         Raises:
             ValueError: more denoising steps than that share has timesteps.
         """
         assert self.warm_start is not None
         timesteps = self._timesteps(schedule, self.warm_start)
-        alpha_cumprod = schedule.alphas_cumprod[timesteps[0]].item()
-        noise = self.noise_scale * (1 - alpha_cumprod) ** 0.5
-        return Course(timesteps=timesteps, signal=alpha_cumprod**0.5, noise=noise)
+        signal, noise = (level.item() for level in OBJECTIVES[objective].levels(schedule, timesteps[:1]))
+        return Course(timesteps=timesteps, signal=signal, noise=self.noise_scale * noise)
 
-    def table(self, schedule: NoiseSchedule, course: Course, prediction_type: str) -> Tensor:
+    def table(
+        self, schedule: NoiseSchedule, course: Course, prediction_type: str, objective: str = DEFAULT_OBJECTIVE
+    ) -> Tensor:
         """Return the solver's coefficients, (ddim_steps, 5 or 6) float64; see `policy.diffusion.coefficients`.
+
+        Args:
+            schedule: the policy's schedule.
+            course: it gives the timesteps.
+            prediction_type: what the policy's network predicts.
+            objective: name of the policy's objective.
 
         Raises:
             ValueError: a solver of the user's own fails, or returns no such table.
         """
         try:
-            table = SOLVERS[self.solver](schedule, course.timesteps, self.eta, prediction_type)
+            table = OBJECTIVES[objective].solvers[self.solver](schedule, course.timesteps, self.eta, prediction_type)
         except ValueError:
             raise
         except Exception as error:
@@ -154,3 +202,17 @@ class Course:
     timesteps: Tensor
     signal: float = 0.0
     noise: float = 1.0
+
+
+def _refusal(objective: str, setting: str, value: Any) -> str:
+    """Why an objective refuses a setting of the sampler, and what it has instead."""
+    one = OBJECTIVES[objective]
+    of = f"a policy with objective={objective}"
+    if setting == "solver":
+        return f"{of} has no sampler.solver={value}: leave it out, or use {', '.join(one.solvers)}"
+    has = [field.name for field in dataclasses.fields(Sampler) if field.name not in one.lacks]
+    instead = f"leave it out; it has {', '.join(f'sampler.{name}' for name in has)}"
+    if setting == "ddim_steps" and one.calls:
+        calls = f"always takes {len(one.calls)} call{'s' * (len(one.calls) > 1)} of its network"
+        return f"{of} {calls}, which sampler.ddim_steps={value} cannot change: {instead}"
+    return f"{of} has no sampler.{setting}; got {value}: {instead}"

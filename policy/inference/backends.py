@@ -69,7 +69,7 @@ class SamplerProgram:
 
     Attributes:
         config: the policy's configuration.
-        sampler: settings of the sampler.
+        sampler: settings of the sampler, with those that the policy's objective fixes.
         backend: name of the back end.
         run: samples a chunk that begins from noise.
         warm_run: samples a chunk that begins from the previous one; `run` itself without `sampler.warm_start`.
@@ -218,7 +218,8 @@ def compile_sampler(
 
     Raises:
         ValueError: an unknown name, a back end that this machine cannot run, `int8` weights for a back end other than
-            `onnx`, or more denoising steps than the schedule has timesteps.
+            `onnx`, more denoising steps than the schedule has timesteps, or a setting of the sampler that the policy's
+            objective does not have.
 
     Example:
         >>> import torch
@@ -229,7 +230,7 @@ def compile_sampler(
         torch.Size([3, 8, 2])
     """
     check_backend(backend, weights)
-    sampler.check(policy.schedule.num_steps)
+    sampler = policy.settled(sampler)
     frozen = copy.deepcopy(policy).eval().requires_grad_(False)
     return compile_shared(frozen, sampler, backend=backend, weights=weights)
 
@@ -252,18 +253,18 @@ def compile_shared(
         ValueError: see `compile_sampler`.
     """
     check_backend(backend, weights)
-    sampler.check(policy.schedule.num_steps)
+    sampler = policy.settled(sampler)
     if backend == DEFAULT_BACKEND:
         backend = choose_backend([policy], [sampler], weights)
-    build, schedule = BACKENDS[backend], policy.schedule
-    run = build(policy, sampler, sampler.cold_course(schedule), weights)
+    build, trained = BACKENDS[backend], (policy.schedule, policy.config.objective)
+    run = build(policy, sampler, sampler.cold_course(*trained), weights)
     is_warm = sampler.warm_start is not None
     return SamplerProgram(
         config=policy.config,
         sampler=sampler,
         backend=backend,
         run=run,
-        warm_run=build(policy, sampler, sampler.warm_course(schedule), weights) if is_warm else run,
+        warm_run=build(policy, sampler, sampler.warm_course(*trained), weights) if is_warm else run,
         action_scale=policy.action_normalizer.scale.cpu().numpy(),
     )
 
@@ -344,7 +345,7 @@ class Eager:
 
     def __init__(self, policy: DiffusionPolicy, sampler: Sampler, course: Course, weights: str) -> None:
         self._policy, self._sampler, self._course = policy, sampler, course
-        table = sampler.table(policy.schedule, course, policy.config.prediction_type)
+        table = sampler.table(policy.schedule, course, policy.config.predicts, policy.config.objective)
         self._table = table.to(policy.device, torch.float32)
         self.device = policy.device
 
@@ -358,7 +359,7 @@ class Eager:
             lambda step, x: policy.denoiser(x, torch.full((len(x),), timesteps[step], device=x.device), embedding),
             self._course.signal * known + self._course.noise * inputs.noise,
             self._table,
-            predicts_clean=policy.config.prediction_type == "sample",
+            predicts_clean=policy.config.predicts == "sample",
             clip=policy.config.clip_at(self._sampler.clip),
             step_noise=None if step_noise is None else step_noise.__getitem__,
             known=known,

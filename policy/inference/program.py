@@ -105,7 +105,7 @@ class Step(nn.Module):
         super().__init__()
         self.denoiser, self.clip = policy.denoiser, policy.config.clip_at(clip)
         self.past_actions = policy.config.past_actions
-        self.predicts_clean = policy.config.prediction_type == "sample"
+        self.predicts_clean = policy.config.predicts == "sample"
 
     def forward(
         self,
@@ -166,7 +166,7 @@ class Program(nn.Module):
         self.prepare, self.step = Prepare(policy), Step(policy, sampler.clip)
         with torch.no_grad():
             embedded = policy.denoiser.embed_timestep(course.timesteps.to(policy.device))[:, None]
-        coefficients = sampler.table(policy.schedule, course, policy.config.prediction_type)
+        coefficients = sampler.table(policy.schedule, course, policy.config.predicts, policy.config.objective)
         start = torch.tensor([course.signal, course.noise], device=policy.device)
         self.register_buffer("embedded_timesteps", embedded, persistent=False)
         self.register_buffer("start", start, persistent=False)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from policy.common.arguments import check_arguments, unknown_name
+from policy.diffusion.objective import DEFAULT_OBJECTIVE, OBJECTIVES, check_objective, check_of_diffusion
 from policy.diffusion.schedule import check_loss_weighting, check_prediction_type
 
 # Names of the normalisers; `policy.model.normalizer` holds their classes. A command reads them here without torch.
@@ -30,8 +31,11 @@ class PolicySettings:
             vector of all of them, the keys in sorted order; see `Differences`.
         direction_differences: pairs of directions of the state vectors whose angle the policy observes too, as the
             places of their cosines, each of which is followed by its sine.
-        prediction_type: training target of the denoiser: `epsilon`, `sample` or `v_prediction`.
-        loss_weighting: weighting of the timesteps in the loss, `none` or `min_snr`; see `loss_weights`.
+        objective: what the denoiser is trained for: `diffusion`, `flow`, `regression` or `mip`; see
+            `policy.diffusion.objective`.
+        prediction_type: training target of the denoiser: `epsilon`, `sample` or `v_prediction`; of `diffusion` only.
+        loss_weighting: weighting of the timesteps in the loss, `none` or `min_snr`, see `loss_weights`; `min_snr` is of
+            `diffusion` only.
         min_snr_gamma: γ of `min_snr`.
         normalizer: how observations and actions are normalised: `limits` maps the range of the training data onto
             [-1, 1] and bounds what lies far outside it; `affine` is the map alone, see `AffineNormalizer`.
@@ -52,6 +56,7 @@ class PolicySettings:
     obs_size: int = 287
     differences: tuple[tuple[int, int], ...] = ()
     direction_differences: tuple[tuple[int, int], ...] = ()
+    objective: str = DEFAULT_OBJECTIVE
     prediction_type: str = "sample"
     loss_weighting: str = "none"
     min_snr_gamma: float = 5.0
@@ -62,8 +67,14 @@ class PolicySettings:
     schedule: dict[str, Any] = field(default_factory=lambda: {"num_steps": 100, "beta_schedule": "squaredcos_cap_v2"})
 
     def __post_init__(self) -> None:
+        check_objective(self.objective)
         check_prediction_type(self.prediction_type)
         check_loss_weighting(self.loss_weighting, self.min_snr_gamma)
+        check_of_diffusion(
+            self.objective,
+            prediction_type=(self.prediction_type, PolicySettings.prediction_type),
+            loss_weighting=(self.loss_weighting, PolicySettings.loss_weighting),
+        )
         if self.normalizer not in NORMALIZERS:
             raise unknown_name("normalizer", self.normalizer, NORMALIZERS)
         for name, least in (("obs_horizon", 1), ("action_horizon", 1), ("past_actions", 0), ("obs_size", 1)):
@@ -73,6 +84,11 @@ class PolicySettings:
             raise ValueError(f"action_bound must be positive, or null for no bound; got {self.action_bound}")
         if not self.auxiliary_weight >= 0:
             raise ValueError(f"auxiliary_weight must be 0 or more; got {self.auxiliary_weight}")
+
+    @property
+    def predicts(self) -> str:
+        """What the denoiser predicts: `epsilon`, `sample`, `v_prediction` or, of a flow, `velocity`."""
+        return OBJECTIVES[self.objective].output or self.prediction_type
 
     @property
     def denoised_horizon(self) -> int:

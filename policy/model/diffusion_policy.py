@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from policy.common.arguments import check_arguments
 from policy.common.observations import Batch, Observations, check_observations, is_image
 from policy.common.registry import construct
-from policy.diffusion.ddim import Generators, ddim_sample, randn_like
+from policy.diffusion.coefficients import reverse_process
+from policy.diffusion.ddim import Generators, check_ddim_steps, check_generators, randn_like
+from policy.diffusion.objective import OBJECTIVES, Objective
 from policy.diffusion.sampler import Sampler
-from policy.diffusion.schedule import check_signal, loss_weights, make_schedule
+from policy.diffusion.schedule import NoiseSchedule, check_signal, loss_weights, make_schedule
 from policy.model.by_key import ModulesByKey
 from policy.model.config import PolicyConfig
 from policy.model.denoisers import DENOISERS
@@ -22,7 +24,7 @@ from policy.model.storage import SharedPolicy
 
 
 class DiffusionPolicy(nn.Module, SharedPolicy):
-    """Encode the last observations into one embedding, and denoise an action chunk with DDIM.
+    """Encode the last observations into one embedding, and sample an action chunk, as the policy's objective does.
 
     Args:
         config: sizes and parts of the policy.
@@ -44,9 +46,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         self.config = config
         self.schedule = make_schedule(**check_arguments("schedule", make_schedule, config.schedule))
         check_signal(self.schedule.alphas_cumprod, config.prediction_type)
-        self.loss_weights = loss_weights(
-            self.schedule, config.prediction_type, config.loss_weighting, config.min_snr_gamma
-        )
+        self.loss_weights = _loss_weights(config, self.schedule)
         normalizer = NORMALIZERS[config.normalizer]
         vectors: dict[str, Normalizer | AffineNormalizer] = {
             key: normalizer(shape) for key, shape in config.observation_shapes.items() if not is_image(shape)
@@ -80,9 +80,22 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         )
 
     @property
+    def objective(self) -> Objective:
+        """What the network is trained for."""
+        return OBJECTIVES[self.config.objective]
+
+    @property
     def device(self) -> torch.device:
         """The device of the weights."""
         return self.action_normalizer.center.device
+
+    def settled(self, sampler: Sampler) -> Sampler:
+        """Return a sampler with the settings that this policy's objective fixes.
+
+        Raises:
+            ValueError: a setting that the objective does not have, or more denoising steps than the schedule allows.
+        """
+        return sampler.settled(self.config.objective, self.schedule.num_steps)
 
     def embed(self, observations: Observations) -> Tensor:
         """Normalise and encode an observation history.
@@ -112,14 +125,15 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         return on_device.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None, timesteps_per_chunk: int = 1) -> Tensor:
-        """Compute the mean squared error of the denoiser on one batch (DDPM, eq. 14).
+        """Compute the mean squared error of the denoiser on one batch (for diffusion: DDPM, eq. 14).
 
         The errors are weighted by timestep, and padding is left out. `auxiliary_loss` is added.
 
         Args:
             batch: see `Batch`.
             generator: source of timesteps and noise, on the CPU.
-            timesteps_per_chunk: number of timesteps sampled for each chunk; its observations are encoded only once.
+            timesteps_per_chunk: number of timesteps sampled for each chunk, unless the objective fixes them; its
+                observations are encoded only once.
 
         Returns:
             () loss.
@@ -127,12 +141,13 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         Raises:
             ValueError: see `embed` and `squared_errors`.
         """
-        rows = len(batch["actions"]) * timesteps_per_chunk
-        timestep = torch.randint(self.schedule.num_steps, (rows,), generator=generator)
-        noise = torch.randn(rows, self.config.denoised_horizon, self.config.action_dim, generator=generator)
+        chunks = len(batch["actions"])
+        timestep = self.objective.training_timesteps(self.schedule.num_steps, chunks, timesteps_per_chunk, generator)
+        shape = (len(timestep), self.config.denoised_horizon, self.config.action_dim)
+        noise = torch.randn(shape, generator=generator)
         embedding = self.embed(observed(self.config, batch["observations"]))
         errors = self.squared_errors(batch, embedding, timestep, noise)
-        mask = _repeated(batch["mask"], timesteps_per_chunk).to(errors)
+        mask = _repeated(batch["mask"], len(timestep) // max(chunks, 1)).to(errors)
         return (errors * mask).sum() / mask.sum().clamp(min=1) + self.auxiliary_loss(batch, embedding)
 
     def auxiliary_loss(self, batch: Batch, embedding: Tensor) -> Tensor:
@@ -181,8 +196,14 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
             raise ValueError(f"the number of timesteps must be a multiple of the {rows} chunks; got {len(timestep)}")
         x_0 = self.action_normalizer.normalize(_repeated(batch["actions"].to(self.device, torch.float32), times))
         noise = noise.to(self.device)
-        x_t = self.schedule.add_noise(x_0, noise, timestep)
-        target = self.schedule.target(x_0, noise, timestep, self.config.prediction_type)
+        target_of, levels = self.objective.target, self.objective.levels(self.schedule, timestep)
+        signal, sigma = (level[:, None, None].to(x_0) for level in levels)
+        x_t = signal * x_0 + sigma * noise
+        target = (
+            self.schedule.target(x_0, noise, timestep, self.config.prediction_type)
+            if target_of is None
+            else target_of(x_0, noise)
+        )
         predicted = self.denoiser(x_t, timestep.to(self.device), _repeated(embedding, times))
         errors = (predicted - target).square().mean(dim=2)
         return self.loss_weights[timestep, None].to(errors) * errors
@@ -215,26 +236,30 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
             (B, action_horizon, action_dim) float32 in the data's units; the first action is for the newest observation.
 
         Raises:
-            ValueError: see `embed` and `ddim_sample`, or noise of another shape.
+            ValueError: a setting out of its range or that the policy's objective does not have, see `embed`, a sequence
+                of generators whose length is not B, or noise of another shape.
         """
+        if self.objective.calls is None:
+            check_ddim_steps(ddim_steps, self.schedule.num_steps)
+        sampler = self.settled(Sampler(ddim_steps=ddim_steps, eta=eta, spacing=spacing, clip=clip))
+        course = sampler.cold_course(self.schedule, self.config.objective)
         embedding = self.embed(observations)
         shape = (len(embedding), self.config.denoised_horizon, self.config.action_dim)
+        check_generators(generator, len(embedding))
         if noise is None:
             on = generator.device if isinstance(generator, torch.Generator) else "cpu"
             noise = randn_like(torch.empty(shape, device=on), generator)
         if tuple(noise.shape) != shape:
             raise ValueError(f"noise must have shape {shape}; got {tuple(noise.shape)}")
-        chunk = ddim_sample(
-            self.denoiser,
-            embedding,
-            noise.to(self.device),
-            schedule=self.schedule,
-            ddim_steps=ddim_steps,
-            eta=eta,
-            spacing=spacing,
-            prediction_type=self.config.prediction_type,
-            clip=self.config.clip_at(clip),
-            generator=generator,
+        noise = noise.to(self.device)
+        timesteps = course.timesteps.tolist()
+        chunk = reverse_process(
+            lambda step, x: self.denoiser(x, torch.full((len(x),), timesteps[step], device=x.device), embedding),
+            course.noise * noise,
+            sampler.table(self.schedule, course, self.config.predicts, self.config.objective).to(noise),
+            predicts_clean=self.config.predicts == "sample",
+            clip=self.config.clip_at(sampler.clip),
+            step_noise=(lambda step: randn_like(noise, generator)) if sampler.eta > 0 else None,
         )
         return self.action_normalizer.unnormalize(chunk[:, self.config.past_actions :])
 
@@ -243,6 +268,14 @@ def _differences(config: PolicyConfig) -> Differences | None:
     if not (config.differences or config.direction_differences):
         return None
     return Differences(config.differences, config.direction_differences, config.observation_shapes)
+
+
+def _loss_weights(config: PolicyConfig, schedule: NoiseSchedule) -> Tensor:
+    """Weight the errors by timestep: with fixed calls, the mean over the calls becomes their sum."""
+    calls = OBJECTIVES[config.objective].calls
+    if calls is not None:
+        return torch.full((schedule.num_steps,), float(len(calls)), dtype=torch.float64)
+    return loss_weights(schedule, config.prediction_type, config.loss_weighting, config.min_snr_gamma)
 
 
 def _encoded_shapes(config: PolicyConfig, differences: Differences | None) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from policy.common.registry import Registry, check_spec
+from policy.diffusion.objective import DEFAULT_OBJECTIVE
 from policy.model.denoisers import DENOISERS
 from policy.model.encoders import ENCODERS
 from policy.training.settings import TrainSettings
@@ -88,8 +89,10 @@ def _is_kept(setting: str, keep: Sequence[str]) -> bool:
 
 
 def _exists(setting: str, changes: Mapping[str, Any], policy: Policy) -> bool:
-    """Whether the part that the recipe chooses has this setting."""
+    """Whether the policy's objective, or the part that the recipe chooses, has this setting."""
     part, _, name = setting.partition(".")
+    if setting == "prediction_type":
+        return policy.get("objective", DEFAULT_OBJECTIVE) == DEFAULT_OBJECTIVE
     if part not in PARTS or not name:
         return True
     try:

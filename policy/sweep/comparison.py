@@ -43,7 +43,7 @@ class Comparison:
     def differences(self, reference: int) -> tuple[PairedDifference, ...]:
         """Compare every cell with one that was chosen without the outcomes; each interval holds by itself."""
         if has_recipes(self.rows):
-            return compare_recipes(self._by_seed, self._recipes, reference)
+            return compare_recipes(self.by_seed, self._recipes, reference)
         return compare_success(self.success, reference, paired=self.paired)
 
     def with_best(self, best: int) -> tuple[PairedDifference, ...]:
@@ -57,11 +57,11 @@ class Comparison:
         cost = costs_of(self.rows)
         if not has_recipes(self.rows):
             return advice_on(self.success, cost, margin, plan, alpha=alpha, paired=self.paired)
-        advice = recommend_recipes(self._by_seed, self._recipes, cost, margin=margin, confidence=1 - alpha)
+        advice = recommend_recipes(self.by_seed, self._recipes, cost, margin=margin, confidence=1 - alpha)
         return dataclasses.replace(advice, confidence=1 - ERROR)  # of all plans on the ledger together
 
     @property
-    def _by_seed(self) -> list[Array]:
+    def by_seed(self) -> list[Array]:
         """The (S, N) outcomes of each cell."""
         return [
             np.reshape(solved, (row.get("training_seeds", 1), -1))

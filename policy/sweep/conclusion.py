@@ -12,7 +12,8 @@ from policy.statistics.paired import PairedDifference
 from policy.statistics.results import EpisodeResult, describe_broken
 from policy.statistics.sequential import ERROR
 from policy.sweep.comparison import Advice, Comparison, words_of
-from policy.sweep.grid import Row, costs_of, uniform, varying
+from policy.sweep.controls import against_controls
+from policy.sweep.grid import Row, costs_of, label_of, uniform
 from policy.sweep.looks import LookPlan, describe_saving, success_of
 from policy.sweep.recipes import scope_of
 from policy.sweep.table import rate_text
@@ -77,7 +78,7 @@ class Conclusion:
         found: those that its results give.
         paired: see `Swept`.
         left_out: see `Swept`.
-        between: comparisons between checkpoints, see `between_checkpoints`.
+        between: comparisons between checkpoints, see `between_checkpoints` and `against_controls`.
         made_with: see `Swept`.
     """
 
@@ -197,7 +198,14 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
         given=swept.warnings,
         found=describe_broken([result for found in swept.results for result in found]),
         paired=swept.paired,
-        between=between_checkpoints(rows, success, paired=swept.paired),
+        between=[
+            *between_checkpoints(rows, success, paired=swept.paired),
+            *against_controls(
+                *(rows, compared.by_seed, margin),
+                paired=swept.paired,
+                looks=len(swept.plan.looks) if swept.plan else 1,
+            ),
+        ],
         made_with=swept.made_with,
     )
 
@@ -271,11 +279,6 @@ def _rates(row: Row) -> str:
     waits, ahead = rate_text(row["waiting_rate_hz"]), rate_text(row["planning_ahead_rate_hz"])
     measured = " (measured on a busy machine, and so too slow)" if row["busy"] else ""
     return f"{measured}: a robot keeps pace up to {waits} Hz if it waits, up to {ahead} Hz if it plans ahead"
-
-
-def label_of(rows: Sequence[Row], row: Row) -> str:
-    """The settings that distinguish a row from the others, in words."""
-    return ", ".join(f"{axis} {row[axis]}" for axis in ("ddim_steps", *varying(rows)))
 
 
 def _difference(row: Row) -> str:

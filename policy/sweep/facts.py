@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from policy.sweep.comparison import Advice
-from policy.sweep.conclusion import label_of
-from policy.sweep.grid import Row, costs_of, has_recipes
+from policy.sweep.grid import Row, costs_of, has_recipes, label_of
 from policy.sweep.panels import count_of, stopped_early
 
 

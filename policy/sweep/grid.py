@@ -12,6 +12,7 @@ from typing import Any
 from policy.checkpoint import Checkpoint
 from policy.common.arguments import check_arguments, unknown_name
 from policy.control.timeline import ControllerSettings
+from policy.diffusion.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from policy.diffusion.sampler import LATER_SETTINGS, Sampler
 from policy.inference.backends import (
     DEFAULT_BACKEND,
@@ -37,8 +38,14 @@ FIGURES = (
     *("latency_threads", "busy", "waiting_rate_hz", "planning_ahead_rate_hz"),
 )
 # Columns of the table that sweeps of other versions do not have, with the value that stands for their absence.
-LATER_COLUMNS = {**LATER_SETTINGS, "broke_off": 0, "training_seeds": 1, **dict.fromkeys(FIGURES)}
-AXES = ("checkpoint", *SAMPLER_AXES, "execution_horizon", *CONTROLLER_AXES, "backend", "weights")
+LATER_COLUMNS = {
+    **LATER_SETTINGS,
+    "objective": DEFAULT_OBJECTIVE,
+    "broke_off": 0,
+    "training_seeds": 1,
+    **dict.fromkeys(FIGURES),
+}
+AXES = ("checkpoint", "objective", *SAMPLER_AXES, "execution_horizon", *CONTROLLER_AXES, "backend", "weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +116,12 @@ def make_cells(
         weights: type of the backend's weights, see `compile_sampler`.
 
     Returns:
-        The cells; `ddim_steps` changes fastest.
+        The cells; `ddim_steps` changes fastest. A checkpoint whose objective does not have a setting of the sampler has
+        no such axis: with a fixed number of calls, it has one cell where others have a cell for each number of steps.
 
     Raises:
-        ValueError: an axis that is empty, repeats a value or holds one that does not fit; an unknown setting; or two
-            equal cells.
+        ValueError: an axis that is empty, repeats a value or holds one that does not fit any checkpoint; an unknown
+            setting; or two equal cells.
     """
     if "ddim_steps" in sampler:
         raise ValueError(
@@ -122,7 +130,7 @@ def make_cells(
     for group, given, known in (("sampler", sampler, SAMPLER_AXES), ("controller", controller, CONTROLLER_AXES)):
         if unknown := [name for name in given if name not in known]:
             raise unknown_name(f"setting of {group}", unknown[0], known)
-    axes = {
+    axes: dict[str, list[Any]] = {
         "backend": axis_values("backend", backend),
         "weights": axis_values("weights", weights),
         "execution_horizon": axis_values("execution_horizon", execution_horizon),
@@ -130,14 +138,52 @@ def make_cells(
         **{name: axis_values(f"sampler.{name}", values) for name, values in sampler.items()},
         "ddim_steps": axis_values("ddim_steps", ddim_steps),
     }
-    combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    objectives = list(dict.fromkeys(checkpoint.policy.config.objective for checkpoint in checkpoints))
+    _check_one_has(axes, objectives)
     cells = [
         SweepCell(cell=_cell(number, checkpoint, settings), checkpoint=checkpoint, env=env)
         for number, checkpoint in enumerate(checkpoints)
-        for settings in combinations
+        for settings in _combinations(axes, checkpoint.policy.config.objective)
     ]
     check_distinct(cells)
     return cells
+
+
+def _combinations(axes: Mapping[str, Sequence[Any]], objective: str) -> list[Row]:
+    """The settings of each cell of a checkpoint: an axis of which its objective has no value is not one of its axes."""
+    own = {
+        name: [value for value in values if name not in SAMPLER_AXES or OBJECTIVES[objective].has(name, value)]
+        for name, values in axes.items()
+    }
+    own = {name: values for name, values in own.items() if values}
+    return [dict(zip(own, values, strict=True)) for values in itertools.product(*own.values())]
+
+
+def _check_one_has(axes: Mapping[str, Sequence[Any]], objectives: Sequence[str]) -> None:
+    """Reject a value of a sampler setting that no checkpoint of the sweep has; the numbers of steps are ignored then.
+
+    Raises:
+        ValueError: see `Sampler.settled`.
+    """
+    for name, values in axes.items():
+        for value in values if name in SAMPLER_AXES and name != "ddim_steps" else ():
+            if not any(OBJECTIVES[objective].has(name, value) for objective in objectives):
+                alone = Sampler(**check_arguments("sampler", Sampler, {name: value}))
+                alone.settled(objectives[0], num_steps=alone.ddim_steps)
+
+
+def fixed_calls(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Say of each objective with a fixed number of calls that its checkpoints have no cell for each number of steps."""
+    counts = {
+        objective: len(calls)
+        for objective in dict.fromkeys(checkpoint.policy.config.objective for checkpoint in checkpoints)
+        if (calls := OBJECTIVES[objective].calls)
+    }
+    return [
+        f"a policy with objective={objective} always takes {count} call{'s' * (count > 1)} of its network: it is one"
+        " cell for all ddim_steps"
+        for objective, count in counts.items()
+    ]
 
 
 def check_distinct(cells: Sequence[SweepCell]) -> None:
@@ -204,7 +250,7 @@ def _backend_of(cells: Sequence[SweepCell], ledger: Path | None) -> str:
 def _cell(number: int, checkpoint: Checkpoint, settings: Row) -> Cell:
     """Make the cell of one combination of the axes, and check its settings."""
     chosen = Sampler(**check_arguments("sampler", Sampler, {k: v for k, v in settings.items() if k in SAMPLER_AXES}))
-    chosen.check(checkpoint.policy.schedule.num_steps)
+    chosen = checkpoint.policy.settled(chosen)
     given = {name: value for name, value in settings.items() if name in CONTROLLER_AXES}
     controller = ControllerSettings(**check_arguments("controller", ControllerSettings, given))
     horizon = settings["execution_horizon"]
@@ -240,7 +286,8 @@ def row_of(cell: SweepCell, results: Sequence[EpisodeResult], latency: Row) -> R
     Returns:
         The row.
     """
-    return {**cell.axes, **summarize(results), "multiply_adds": cell.multiply_adds, **latency}
+    objective = cell.checkpoint.policy.config.objective
+    return {**cell.axes, "objective": objective, **summarize(results), "multiply_adds": cell.multiply_adds, **latency}
 
 
 def ids_of(cells: Sequence[SweepCell]) -> tuple[str, ...]:
@@ -265,8 +312,16 @@ def costs_of(rows: Sequence[Row]) -> list[float]:
 
 
 def varying(rows: Sequence[Row]) -> list[str]:
-    """The axes other than `ddim_steps` along which the rows differ."""
-    return [axis for axis in AXES if axis != "ddim_steps" and len({row.get(axis) for row in rows}) > 1]
+    """The axes other than `ddim_steps` along which the rows differ; not the solver where the objective tells it."""
+    pairs = {(row.get("objective"), row.get("solver")) for row in rows}
+    told = len({objective for objective, _ in pairs}) == len(pairs)
+    implied = ("ddim_steps", "solver") if told else ("ddim_steps",)
+    return [axis for axis in AXES if axis not in implied and len({row.get(axis) for row in rows}) > 1]
+
+
+def label_of(rows: Sequence[Row], row: Row) -> str:
+    """The settings that distinguish a row from the others, in words."""
+    return ", ".join(f"{axis} {row.get(axis)}" for axis in ("ddim_steps", *varying(rows)))
 
 
 def uniform(rows: Sequence[Row], later: Mapping[str, Any] = LATER_COLUMNS) -> list[Row]:

@@ -92,7 +92,16 @@ def rows_so_far(
             count, episodes = solved.shape
             low, high = recipe_interval(solved) if count > 1 else wilson_interval(int(solved.sum()), episodes)
             success = {"success_rate": float(solved.mean()), "success_low": low, "success_high": high}
-            rows.append({**recipe_axes(cells), "training_seeds": count, "episodes": solved.size, **success})
+            objective = cells[0].checkpoint.policy.config.objective
+            rows.append(
+                {
+                    **recipe_axes(cells),
+                    "objective": objective,
+                    "training_seeds": count,
+                    "episodes": solved.size,
+                    **success,
+                }
+            )
     return uniform(rows)
 
 

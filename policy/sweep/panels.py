@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from policy.common.panel import STYLES, Line, Panel, Point, Scale, linear_scale, log_scale
+from policy.sweep.controls import is_control
 from policy.sweep.grid import Row, has_recipes, varying
 
 # Where the axis of success may begin and end, in percent: at the nearest ones around all intervals.
@@ -85,7 +86,8 @@ def marks_of(rows: Sequence[Row], chosen: int | None) -> str:
     ring = "The ring is around the recommended cell." if chosen is not None else ""
     early = any(stopped_early(rows))
     hollow = "Hollow: stopped at an earlier look, after the number of episodes beside it." if early else ""
-    return " ".join(filter(None, (ring, hollow)))
+    level = "A line across: a policy that takes a fixed number of calls, one for regression and two for mip."
+    return " ".join(filter(None, (ring, hollow, level if any(map(is_control, rows)) else "")))
 
 
 def _series(rows: Sequence[Row], axes: Sequence[str]) -> Series:
@@ -133,7 +135,8 @@ def _lines(
                     ringed=row is recommended,
                 )
             )
-        lines.append(Line(name=name or "success", points=points, style=style))
+        level = x_key == "ddim_steps" and all(map(is_control, rows))
+        lines.append(Line(name=name or "success", points=points, style=style, level=level))
     return lines
 
 

@@ -106,9 +106,10 @@ _SMALL = {"textcoords": "offset points", "fontsize": "x-small", "color": "0.35"}
 def _draw_line(axes: Any, panel: Panel, line: Line) -> None:
     colour, marker = LIGHT[line.style], [*MARKERS][line.style]
     heights = [min(max(point.y, panel.y.low), panel.y.high) for point in line.points]
+    along = [panel.x.low, panel.x.high] if line.level else [point.x for point in line.points]
     axes.plot(
-        [point.x for point in line.points],
-        heights,
+        along,
+        heights * 2 if line.level else heights,
         color=colour,
         dashes=DASHES[line.style],
         marker=marker,

@@ -52,22 +52,25 @@ def grouped(values: Sequence[Any], recipes: Sequence[Sequence[Any]]) -> list[lis
 
 def grouped_cells(cells: Sequence[SweepCell], recipes: Sequence[Sequence[Any]]) -> list[list[SweepCell]]:
     """The cells that make each row of a sweep, see `rows_by_recipe`."""
-    return [[cells[number] for number in group] for group in rows_by_recipe(len(cells), recipes)]
+    groups = rows_by_recipe([one.cell.policy for one in cells], recipes)
+    return [[cells[number] for number in group] for group in groups]
 
 
-def rows_by_recipe(cells: int, recipes: Sequence[Sequence[Any]]) -> list[list[int]]:
-    """The cells that make each row of a sweep: one row for each recipe and combination of the axes.
+def rows_by_recipe(checkpoint: Sequence[int], recipes: Sequence[Sequence[Any]]) -> list[list[int]]:
+    """The cells that make each row of a sweep: one row for each recipe and combination of its axes.
 
     Args:
-        cells: the number of cells, those of one checkpoint after those of another, with the same combinations.
+        checkpoint: the number of the checkpoint of each cell; those of a recipe have the same combinations in the same
+            order.
         recipes: the checkpoints of each recipe.
 
     Returns:
         The indices of the cells of each row.
     """
-    combinations = cells // sum(map(len, recipes))
-    starts = grouped(range(0, cells, combinations), recipes)
-    return [[start + number for start in recipe] for recipe in starts for number in range(combinations)]
+    own: list[list[int]] = [[] for _ in itertools.chain(*recipes)]
+    for number, owner in enumerate(checkpoint):
+        own[owner].append(number)
+    return [list(row) for recipe in grouped(own, recipes) for row in zip(*recipe, strict=True)]
 
 
 def check_alike(recipe: Sequence[Checkpoint]) -> None:

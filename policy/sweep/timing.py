@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from policy.common.device import available_cores
 from policy.rollout.cells import program_of
 from policy.rollout.latency import measure_latency, timed_controller
-from policy.sweep.conclusion import label_of
-from policy.sweep.grid import Row, SweepCell
+from policy.sweep.grid import Row, SweepCell, label_of
 
 
 def latencies_of(cells: Sequence[SweepCell], threads: int = 1) -> list[Row]:

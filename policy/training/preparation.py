@@ -13,6 +13,7 @@ from policy.common.seeding import derive_seed
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.data.windows import Windows, split_episodes
 from policy.diffusion.ddim import check_ddim_steps
+from policy.diffusion.objective import OBJECTIVES
 from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.model.encoders.resnet import ResNetEncoder
@@ -69,6 +70,9 @@ def prepare_run(
             and `split_episodes`.
     """
     torch.manual_seed(derive_seed(seed, 0))  # initialisers draw from torch's global generator
+    if settings.rectify_steps:
+        for trained in (config, *([teacher.config] if teacher else [])):
+            check_rectifiable(trained.objective)
     policy = DiffusionPolicy(config)
     if init is None and isinstance(policy.encoder, ResNetEncoder) and policy.encoder.pretrained:
         policy.encoder.load_pretrained(read_weights(policy.encoder.pretrained))
@@ -93,6 +97,19 @@ def prepare_run(
     if teacher is not None:
         state.teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
     return Run(state=state, training=training, validation=validation)
+
+
+def check_rectifiable(objective: str) -> None:
+    """Reject an objective whose chunks do not depend on a noise, so that there are no pairs to learn from.
+
+    Raises:
+        ValueError: the objective has a fixed number of calls.
+    """
+    if OBJECTIVES[objective].calls is not None:
+        raise ValueError(
+            f"rectification learns pairs of a noise and a chunk, and a policy with objective={objective} has no noise:"
+            " leave train.rectify_steps out, or use objective=diffusion or objective=flow"
+        )
 
 
 def split_windows(

@@ -4,10 +4,11 @@
     python -m scripts.bench.demonstrations tasks=[block-cpu-lite-single-task1] counts=[5,10] episodes=4 train.steps=50
 
 Five OCBench tasks are trained on the first 100, 200, 500, 1,000 and 2,000 scripted demonstrations of one file each, by
-the preset `ocbench` and by `scripts.bench.regression`, and rolled out on the same held-out episodes. All tasks and both
-models of one number come before the next number: an interrupted benchmark is a fair one of fewer demonstrations. The
-rows of a finished training are written to `docs/rows/demonstrations`, unless a setting differs; one whose file is there
-is not run again. Other settings are passed to all trainings. The same command resumes an interrupted benchmark.
+the preset `ocbench` and by the same with `objective=regression`, and rolled out on the same held-out episodes. All
+tasks and both models of one number come before the next number: an interrupted benchmark is a fair one of fewer
+demonstrations. The rows of a finished training are written to `docs/rows/demonstrations`, unless a setting differs; one
+whose file is there is not run again. Other settings are passed to all trainings. The same command resumes an
+interrupted benchmark.
 """
 
 from __future__ import annotations
@@ -44,12 +45,8 @@ TASKS = (
     "block-cpu-lite-double-task1",
 )
 COUNTS = (100, 200, 500, 1_000, 2_000)
-PLUGIN = "plugins=[scripts.bench.regression]"
-# Settings of each model's training, settings of its sweep, and the values of `ddim_steps`; regression has one.
-MODELS = {
-    "diffusion": (["experiment=ocbench"], [], (8, 1)),
-    "regression": (["experiment=ocbench", PLUGIN, "denoiser=regression", "encoder=concatenate"], [PLUGIN], (1,)),
-}
+# Values of `ddim_steps` for each objective; regression has one call.
+MODELS = {"diffusion": (8, 1), "regression": (1,)}
 OWN = ("tasks", "counts", "episodes")
 SUMMARY = ("episodes", "successes", "success_rate", "success_low", "success_high")
 
@@ -99,7 +96,6 @@ def units_of(tasks: list[str], counts: list[int], given: Mapping[str, str]) -> l
 
 
 def _unit(task: str, model: str, count: int, root: Path, training: list[str], episodes: str) -> Unit:
-    own, sweep, ddim_steps = MODELS[model]
     name = f"{task}-{model}-{count}"
     data = FOLDER / "data" / dataset_name({"name": "ocbench", "task": task})
     return Unit(
@@ -109,9 +105,12 @@ def _unit(task: str, model: str, count: int, root: Path, training: list[str], ep
         data=data,
         commands=train_and_sweep(
             root / name,
-            [*own, f"dataset.path={data}", f"dataset.max_episodes={count}", *training],
-            [*sweep, f"episodes={episodes}"],
-            ddim_steps,
+            [
+                *("experiment=ocbench", f"objective={model}"),
+                *(f"dataset.path={data}", f"dataset.max_episodes={count}", *training),
+            ],
+            [f"episodes={episodes}"],
+            MODELS[model],
         ),
     )
 

@@ -60,7 +60,7 @@ def drive(mode, rate, seconds, execution_horizon, action_horizon):
     config = PolicyConfig(observation_shapes={"state": (3,)}, action_dim=2, action_horizon=action_horizon)
     clock = Clock()
     controller = RealTimeController(
-        SimpleNamespace(config=config, schedule=SimpleNamespace(num_steps=100)),
+        SimpleNamespace(config=config, settled=lambda sampler: sampler),
         control_rate=rate,
         execution_horizon=execution_horizon,
         settings=ControllerSettings(mode=mode),

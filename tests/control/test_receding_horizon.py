@@ -35,6 +35,9 @@ class FakePolicy:
         self.calls = []
         self.rows = 0
 
+    def settled(self, sampler):
+        return sampler.settled("diffusion", self.schedule.num_steps)
+
 
 class FakeProgram:
     """Action i of its n-th row ever planned is 100 n + i; remembers what it was asked."""

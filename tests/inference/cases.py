@@ -26,12 +26,13 @@ DENOISER_SIZES = {
 }
 
 
-def make_policy(denoiser="modulated_mlp", prediction_type="sample", images=False, **sizes):
+def make_policy(denoiser="modulated_mlp", prediction_type="sample", images=False, objective="diffusion", **sizes):
     shapes = IMAGES if images else VECTORS
     config = PolicyConfig(
         observation_shapes=shapes,
         action_dim=2,
         obs_size=24,
+        objective=objective,
         prediction_type=prediction_type,
         encoder={"name": "image" if images else "state"},
         denoiser={"name": denoiser, "dropout": 0.1, **DENOISER_SIZES[denoiser], **sizes},

@@ -51,6 +51,13 @@ def test_a_setting_that_the_chosen_part_does_not_have_is_left_out():
     assert all(candidate.policy["encoder"] == {"name": "concatenate"} for candidate in found.values())
 
 
+def test_a_setting_that_the_objective_does_not_have_is_left_out():
+    found, _ = chosen(policy={**POLICY, "objective": "flow"})
+    assert "velocity" not in found  # what is left of it is the recipe "dropout"
+    for candidate in found.values():
+        PolicyConfig(observation_shapes={"state": (3,)}, action_dim=2, **candidate.policy)
+
+
 def test_the_settings_of_a_part_that_is_replaced_do_not_stay():
     found, _ = chosen(policy={**POLICY, "denoiser": {"name": "modulated_mlp", "num_layers": 2}})
     assert found["unet"].policy["denoiser"] == {"name": "unet"}

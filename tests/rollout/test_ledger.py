@@ -463,8 +463,8 @@ def cell_of(ddim_steps=4, sampler=(), controller=()):
     """One cell of a sweep today."""
     policy = SimpleNamespace(
         device=torch.device("cpu"),
-        schedule=SimpleNamespace(num_steps=100),
-        config=SimpleNamespace(action_horizon=8),
+        settled=lambda sampler: sampler.settled("diffusion", 100),
+        config=SimpleNamespace(action_horizon=8, objective="diffusion"),
     )
     checkpoint = SimpleNamespace(
         path=Path("run/checkpoint"), digest="0123456789abcdef", execution_horizon=8, policy=policy

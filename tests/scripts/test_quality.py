@@ -3,19 +3,15 @@
 They start the real commands as processes. Here, one test does that; in the others the commands run in this process.
 """
 
-import importlib
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
-import torch
 
-from policy.model.denoisers import DENOISERS
 from policy.statistics.results import EpisodeResult
 from scripts.bench import compare, demonstrations, finished, quality, trainings
 from scripts.bench.ocbench import why
@@ -230,8 +226,8 @@ def test_the_curve_has_each_number_of_each_task_beside_regression_on_the_same_fi
     assert len({unit.data for unit in units}) == 5
     assert [unit.name.rsplit("-", 2)[1:] for unit in units[:2]] == [["diffusion", "100"], ["regression", "100"]]
     train, sweep = units[-1].commands
-    assert {"dataset.max_episodes=2000", "denoiser=regression", demonstrations.PLUGIN} <= set(train)
-    assert {demonstrations.PLUGIN, "ddim_steps=[1]"} <= set(sweep)
+    assert {"dataset.max_episodes=2000", "objective=regression"} <= set(train)
+    assert "ddim_steps=[1]" in sweep
 
 
 def test_the_rows_of_a_finished_training_are_read_as_done(tmp_path, monkeypatch, capsys):
@@ -265,24 +261,6 @@ def test_the_reasons_of_a_failure_follow_from_its_figures():
         "hard for the expert too: 20 of its 100 attempts failed",
         "dead ends: 200 of 200 failures end in a state that cannot be solved",
     ]
-
-
-@pytest.fixture
-def regression():
-    """The plugin's network; what it registered is gone afterwards, as with a process."""
-    with mock.patch.dict(DENOISERS._parts), mock.patch.dict(sys.modules):
-        yield importlib.import_module("scripts.bench.regression").Regression
-
-
-def test_regression_is_the_same_chunk_at_every_timestep_and_for_every_noise(regression):
-    network = regression(obs_size=5, action_dim=2, action_horizon=3, num_steps=10)
-    observed = torch.randn(4, 5)
-    chunks = [network(torch.randn(4, 3, 2), torch.full((4,), step), observed) for step in (0, 9)]
-    assert torch.equal(*chunks)
-    (conditions,) = network.conditions(network.embed_timestep(torch.arange(10))[:, None], observed)
-    assert torch.equal(conditions[7], chunks[0].flatten(1))
-    layers = [part for part in network.modules() if isinstance(part, torch.nn.Linear)]
-    assert [layer.out_features for layer in layers] == [256, 256, 256, 6]
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ def test_the_row_of_a_result_calls_its_return_return_and_gives_the_result_back()
 @pytest.mark.parametrize("sum_", [float("inf"), float("-inf")])
 def test_an_infinite_return_is_refused(sum_):
     row = {"seed": 3, "success": True, "score": 0.3, "return": sum_, "steps": 5, "attempts": 1}
-    with pytest.raises(ValueError, match="return must be a number; got -?inf"):
+    with pytest.raises(ValueError, match=r"return must be a number; got -?inf"):
         EpisodeResult.from_row(row)
 
 

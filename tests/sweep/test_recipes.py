@@ -51,8 +51,8 @@ def test_lists_that_name_no_recipes(given, message):
 
 def test_a_row_is_made_of_the_cells_of_its_recipe_at_one_point_of_the_axes():
     # Three checkpoints at two points: cells 0 and 1 belong to the first one.
-    assert rows_by_recipe(6, [["a", "b"], ["c"]]) == [[0, 2], [1, 3], [4], [5]]
-    assert rows_by_recipe(2, [["a"], ["b"]]) == [[0], [1]]
+    assert rows_by_recipe([0, 0, 1, 1, 2, 2], [["a", "b"], ["c"]]) == [[0, 2], [1, 3], [4], [5]]
+    assert rows_by_recipe([0, 1], [["a"], ["b"]]) == [[0], [1]]
 
 
 def trained(name, seed, **settings):
@@ -189,7 +189,9 @@ def test_a_recipe_is_left_out_as_a_whole(monkeypatch, tmp_path):
         controller={},
         execution_horizon=None,
     )
-    groups = [[cells[n] for n in group] for group in rows_by_recipe(len(cells), [["a", "b"], ["c"]])]
+    groups = [
+        [cells[n] for n in group] for group in rows_by_recipe([one.cell.policy for one in cells], [["a", "b"], ["c"]])
+    ]
     measured = [{"latency_ms_median": ms, "busy": False} for ms in (1.0, 9.0, 1.0, 9.0)]
     monkeypatch.setattr("policy.commands.looks.latencies_of", lambda firsts, threads: measured[: len(firsts)])
     asked = ids_of([cell for group in groups for cell in group])

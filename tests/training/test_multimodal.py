@@ -12,6 +12,7 @@ from policy import PolicyConfig, RecedingHorizonController, Sampler, TrainSettin
 from policy.data.demonstrations import Demonstrations
 from policy.model.denoisers import DENOISERS
 from policy.rollout.episodes import run_episodes
+from policy.sweep.controls import against_controls
 from policy.tracking.tracker import NoTracker
 from policy.training.loop import train
 from policy.training.preparation import prepare_run
@@ -127,6 +128,45 @@ def test_every_denoiser_at_its_default_size_succeeds_on_both_sides(demonstration
 def test_the_mean_of_its_chunks_runs_into_the_obstacle(policy):
     success, _ = roll(policy, MeanOfSamples(policy))
     assert success < 0.3
+
+
+def outcomes(policy):
+    """The outcomes of 100 episodes, (1, 100)."""
+    controller = RecedingHorizonController(policy=policy, execution_horizon=16)
+    tasks = iter([(0, seed) for seed in range(5000, 5100)])
+    results = [result for _, result in run_episodes([controller], [PlanarEnv()], lambda: next(tasks, None))]
+    return [[result.success for result in sorted(results, key=lambda result: result.seed)]]
+
+
+def on_the_right(demonstrations):
+    """The demonstrations that pass the obstacle on the right: there is one way, and its mean is one of them."""
+    spans = [
+        slice(start, end)
+        for start, end in zip(demonstrations.episode_starts, demonstrations.episode_ends, strict=True)
+        if demonstrations.observations["state"][start:end, 0].max() > 0.3
+    ]
+    return Demonstrations(
+        observations={"state": np.concatenate([demonstrations.observations["state"][span] for span in spans])},
+        actions=np.concatenate([demonstrations.actions[span] for span in spans]),
+        episode_ends=np.cumsum([span.stop - span.start for span in spans]),
+    )
+
+
+@pytest.mark.slow  # trains six policies
+@pytest.mark.parametrize("unimodal", [False, True])
+def test_diffusion_and_flow_are_shown_to_beat_regression_only_where_demonstrations_disagree(demonstrations, unimodal):
+    data, solved = on_the_right(demonstrations) if unimodal else demonstrations, {}
+    for objective in ("diffusion", "flow", "regression"):
+        run = prepare_run(dataclasses.replace(CONFIG, objective=objective), data, SETTINGS, seed=0, device="cpu")
+        train(run, SETTINGS, seed=0, tracker=NoTracker(), save=lambda state: None)
+        solved[objective] = outcomes(run.state.ema)
+    rows = [
+        {"checkpoint": name, "objective": name, "ddim_steps": 1 if name == "regression" else 8, "cell": name}
+        for name in solved
+    ]
+    found = against_controls(rows, [*solved.values()], 0.1, paired=True)
+    print([one["sentence"] for one in found])
+    assert [one["verdict"] for one in found] == ["not better" if unimodal else "better"] * 2
 
 
 def test_one_start_leads_to_either_side(policy):

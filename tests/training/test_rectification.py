@@ -10,7 +10,7 @@ from policy import TrainSettings
 from policy.checkpoint import resume_training, save_checkpoint
 from policy.data.demonstrations import Demonstrations
 from policy.training.loop import train
-from policy.training.preparation import prepare_run
+from policy.training.preparation import check_rectifiable, prepare_run
 from policy.training.rectification import (
     SMALL_ERROR,
     TIMESTEPS_A_PAIR,
@@ -199,3 +199,10 @@ def test_more_denoising_steps_than_timesteps_are_refused_before_training(forked)
     settings = dataclasses.replace(SETTINGS, rectify_ddim_steps=21)
     with pytest.raises(ValueError, match=r"train\.rectify_ddim_steps must be a whole number within 1\.\.20 .*got 21"):
         prepared(forked, settings)
+
+
+def test_a_policy_without_noise_has_no_pairs_to_learn_from():
+    for objective in ("regression", "mip"):
+        with pytest.raises(ValueError, match=f"objective={objective} has no noise: leave train.rectify_steps out"):
+            check_rectifiable(objective)
+    check_rectifiable("flow")

@@ -152,11 +152,11 @@ def on_the_right(demonstrations):
     )
 
 
-@pytest.mark.slow  # trains six policies
+@pytest.mark.slow  # trains four policies
 @pytest.mark.parametrize("unimodal", [False, True])
-def test_diffusion_and_flow_are_shown_to_beat_regression_only_where_demonstrations_disagree(demonstrations, unimodal):
+def test_diffusion_is_shown_to_beat_regression_only_where_demonstrations_disagree(demonstrations, unimodal):
     data, solved = on_the_right(demonstrations) if unimodal else demonstrations, {}
-    for objective in ("diffusion", "flow", "regression"):
+    for objective in ("diffusion", "regression"):
         run = prepare_run(dataclasses.replace(CONFIG, objective=objective), data, SETTINGS, seed=0, device="cpu")
         train(run, SETTINGS, seed=0, tracker=NoTracker(), save=lambda state: None)
         solved[objective] = outcomes(run.state.ema)
@@ -166,7 +166,7 @@ def test_diffusion_and_flow_are_shown_to_beat_regression_only_where_demonstratio
     ]
     found = against_controls(rows, [*solved.values()], 0.1, paired=True)
     print([one["sentence"] for one in found])
-    assert [one["verdict"] for one in found] == ["not better" if unimodal else "better"] * 2
+    assert [one["verdict"] for one in found] == ["not better" if unimodal else "better"]
 
 
 def test_one_start_leads_to_either_side(policy):

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from policy.commands.looks import fast_cells, run_looks, wanted_plan
+from policy.commands.looks import fast_cells, in_earlier_order, run_looks, wanted_plan
 from policy.commands.stage import (
     FIRST_SEED,
     NUM_ENVS,
@@ -116,13 +116,9 @@ def sweep(
     """
     if not 0 < margin < 1:
         raise ValueError(f"margin is a share of the episodes, above 0 and below 1; got {margin}")
-    check_max_ms(max_ms, merges=bool(merge))
+    check_max_ms(max_ms)
     check_threads(threads)
     if merge:
-        if checkpoint is not None:
-            raise ValueError("merge= combines sweeps that have run: leave checkpoint= out")
-        if watch:
-            raise ValueError("merge= combines sweeps that have run, so there is nothing to watch: leave watch= out")
         _merge(merge, mix=mix, margin=margin, output_dir=output_dir, tracker=tracker)
         return
     if checkpoint is None:
@@ -162,6 +158,7 @@ def sweep(
     with shown as page:
         with Ledger(folder / LEDGER) as ledger:
             run = tracker(folder=folder, config={"checkpoint": [str(c) for c in checkpoints], "env": stage.env})
+            groups = in_earlier_order(groups, ledger)
             asked = ids_of([*chain(*groups)])
             groups, latencies, left_out = fast_cells(groups, asked, max_ms, threads, ledger)
             cells = [*chain(*groups)]

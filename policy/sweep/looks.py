@@ -102,8 +102,13 @@ def planned_looks(episodes: int, looks: int | None, *, adaptive: bool) -> tuple[
 
 
 def plans_of(ledger: Ledger) -> list[LookPlan]:
-    """The plans of earlier commands, in the order in which they were made."""
-    return [LookPlan.from_row(row) for row in ledger.plans]
+    """The plans of earlier commands, in the order in which they were made, without those that were replaced.
+
+    Each plan may spend less than those before it, but for one that replaces the one before, which nobody followed: that
+    may spend the same.
+    """
+    plans = [LookPlan.from_row(row) for row in ledger.plans]
+    return [plan for number, plan in enumerate(plans) if all(plan.alpha != one.alpha for one in plans[number + 1 :])]
 
 
 def settle(ledger: Ledger, wanted: LookPlan) -> LookPlan:
@@ -122,8 +127,14 @@ def settle(ledger: Ledger, wanted: LookPlan) -> LookPlan:
     earlier = plans_of(ledger)
     if found := next((plan for plan in earlier if dataclasses.replace(plan, alpha=wanted.alpha) == wanted), None):
         return found
-    _check_choice(ledger, wanted, earlier)
-    return dataclasses.replace(wanted, alpha=_alpha_left(ledger, earlier))
+    followed = [plan for plan in earlier if has_results(plan, ledger)]  # the others have told nobody anything
+    _check_choice(ledger, wanted, followed)
+    return dataclasses.replace(wanted, alpha=_alpha_left(ledger, followed))
+
+
+def has_results(plan: LookPlan, ledger: Ledger) -> bool:
+    """Whether an episode of a plan has finished."""
+    return any(len(ledger.missing(cell, plan.seeds)) < len(plan.seeds) for cell in plan.cells)
 
 
 def _alpha_left(ledger: Ledger, earlier: Sequence[LookPlan]) -> float:
@@ -159,11 +170,12 @@ def _check_choice(ledger: Ledger, wanted: LookPlan, earlier: Sequence[LookPlan])
         started = [ledger.span(seen)]
     for seeds in started:
         apart = seeds.stop <= wanted.seeds.start or wanted.seeds.stop <= seeds.start
-        if not apart and (seeds.start != wanted.seed or seeds.stop > wanted.seeds.stop):
+        if not apart and not (wanted.seeds.start <= seeds.start and seeds.stop <= wanted.seeds.stop):
+            first = min(seeds.start, wanted.seed)
             raise ValueError(
                 f"{ledger.path} holds a sweep of these cells with seed={seeds.start} and {len(seeds)} episodes, and an"
-                " answer that leaves out episodes after they were seen is not sure: take that seed and as many"
-                f" episodes or more, {way_out}"
+                " answer that leaves out episodes after they were seen is not sure: take them all, with"
+                f" seed={first} and episodes={max(seeds.stop, wanted.seeds.stop) - first} or more, {way_out}"
             )
 
 

@@ -120,6 +120,7 @@ def test_the_same_wish_finds_its_plan_again_and_another_one_gets_less_of_what_is
 def test_the_same_cells_as_other_recipes_are_another_question_that_gets_less_of_what_is_left(tmp_path):
     with Ledger(tmp_path / "episodes.jsonl") as ledger:
         shapes = ((1, 1, 1), (2, 1), (1, 2), (3,))
+        ledger.add(wish(ledger).cells[0], result(0, 0))
         plans = [planned(ledger, looks=(120,), recipes=recipes) for recipes in shapes]
         assert [planned(ledger, looks=(120,), recipes=recipes) for recipes in shapes] == plans
     assert len(plans_of(Ledger(tmp_path / "episodes.jsonl"))) == 4
@@ -146,6 +147,37 @@ def test_a_wish_that_leaves_out_what_was_seen_is_refused(tmp_path):
             ledger, wish(ledger, cells=(*first.cells, other), recipes=(1, 1, 1, 1), cost=(1.0, 2.0, 8.0, 50.0))
         )
         assert settle(ledger, wish(ledger, recipes=(1, 2))).alpha < first.alpha  # asks something else of the same cells
+
+
+def test_episodes_that_were_seen_may_be_continued_at_both_ends(tmp_path):
+    """A single cell's episodes 40 to 100 do not keep a comparison from beginning earlier, as it leaves none out."""
+    with Ledger(tmp_path / "episodes.jsonl") as ledger:
+        cell = wish(ledger).cells[:1]
+        single = planned(ledger, cells=cell, asked=cell, recipes=(1,), cost=(1.0,), seed=40, looks=(60,))
+        run(single, ledger)
+        assert settle(ledger, wish(ledger)).alpha < single.alpha
+        advice = "take them all, with seed=40 and episodes=80 or more, or begin with seeds that nobody has seen"
+        with pytest.raises(ValueError, match=advice):
+            settle(ledger, wish(ledger, seed=60, looks=(60,)))
+
+
+def test_a_plan_that_nobody_followed_is_replaced_and_costs_nothing(tmp_path):
+    file = tmp_path / "episodes.jsonl"
+    for margin in (0.3, 0.2, 0.3, 0.1):
+        with Ledger(file) as ledger:
+            planned(ledger, margin=margin, looks=(40,))
+    with Ledger(file) as ledger:
+        first = planned(ledger)
+        assert plans_of(ledger) == [first]
+        assert first.alpha == stage_alpha(1)
+        run(first, ledger, 1)
+        before = [planned(ledger, margin=margin, seed=1000) for margin in (0.3, 0.1)]  # seeds that nobody has seen
+        assert planned(ledger) == first
+    with Ledger(file) as ledger:
+        assert plans_of(ledger) == [first, before[1]]
+        assert [plan.alpha for plan in before] == [stage_alpha(2)] * 2
+        assert planned(ledger, margin=0.3, looks=(150,)).alpha == stage_alpha(2)
+        assert planned(ledger, margin=0.3, seed=1000).alpha == stage_alpha(3)  # the plan of before was replaced
 
 
 def test_a_ledger_without_a_plan_is_compared_on_all_its_episodes(tmp_path):

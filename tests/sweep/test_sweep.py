@@ -249,9 +249,7 @@ def test_cells_above_the_limit_are_left_out_by_name(checkpoints):
         within(axes, latencies, 0.5)
     for wrong in (0, -1, math.nan):
         with pytest.raises(ValueError, match=f"max_ms must be above 0 milliseconds; got {wrong}"):
-            check_max_ms(wrong, merges=False)
-    with pytest.raises(ValueError, match="give it to the sweeps that merge= combines"):
-        check_max_ms(20, merges=True)
+            check_max_ms(wrong)
 
 
 def test_latency_is_that_of_the_cells_sampler_and_policy(swept, monkeypatch):

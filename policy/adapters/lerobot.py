@@ -46,8 +46,7 @@ def read_lerobot(folder: Path) -> Imported:
         The policy in our terms. Observations keep LeRobot's names.
 
     Raises:
-        ValueError: a file is missing or damaged, the policy is of another type, or it has a setting that our parts do
-            not have; the message says which.
+        ValueError: a file is missing or damaged, the policy is of another type, or our parts lack one of its settings.
     """
     found = Settings(read_json(folder / CONFIG), folder / CONFIG)
     _refuse(folder, found)

@@ -46,6 +46,7 @@ def command(
     replaced: Mapping[str, Sequence[str]] | None = None,
     check_first: str | None = None,
     notes_given: str | None = None,
+    goes_with: Mapping[str, Sequence[str]] | None = None,
 ) -> Callable[[], None]:
     """Make a console command from a function, whose keyword arguments are the command's settings.
 
@@ -62,6 +63,7 @@ def command(
         replaced: see `Task`.
         check_first: see `Task`.
         notes_given: see `Task`.
+        goes_with: see `Task`.
 
     Returns:
         A `main` that takes no arguments.
@@ -74,6 +76,7 @@ def command(
         replaced=replaced or {},
         check_first=check_first,
         notes_given=notes_given,
+        goes_with=goes_with or {},
     )
     return functools.partial(_main, task, example)
 
@@ -82,19 +85,10 @@ def _main(task: Task, example: str) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as it was while modules were imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if "--version" in sys.argv[1:]:
-        print(f"ddim-policy {version('ddim-policy')}, Hydra {hydra.__version__}")
+        _print_to_reader(f"ddim-policy {version('ddim-policy')}, Hydra {hydra.__version__}")
         return
     with printable_output():
         _start(task, example)
-
-
-def _print_help(text: str) -> None:
-    """Print a text of which the reader may take the first lines only, as `head` does."""
-    try:
-        print(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing fails when Python flushes at its end
 
 
 def _start(task: Task, example: str) -> None:
@@ -106,7 +100,7 @@ def _start(task: Task, example: str) -> None:
         given = read_command_line(sys.argv[1:], task)
         _load(_plugins(given.overrides))
         if given.help_wanted:
-            _print_help(help_text(task, example, given.topics))
+            _print_to_reader(help_text(task, example, given.topics))
             return
         overrides = given.overrides
         if "--shell-completion" not in given.flags:  # it has words of its own
@@ -125,6 +119,14 @@ def _start(task: Task, example: str) -> None:
     run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=task.name)
     with refusals(), outside_current_folder():  # launchers start processes
         run(lambda config: _run(config, task, HydraConfig.get().overrides.task, _job_folder()))()
+
+
+def _print_to_reader(text: str) -> None:
+    """Print a text for someone who may have read enough of it, as `head` has: the rest is nobody's loss."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
 
 
 def _plugins(arguments: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -34,4 +35,6 @@ def make_env(name: str, **settings: Any) -> CheckedEnv:
     Raises:
         ValueError: an unknown family or setting, with the nearest, or a value of the wrong type.
     """
-    return envs.make(name, **check_arguments("env", declared_settings(name), settings))
+    checked = check_arguments("env", declared_settings(name), settings)
+    with contextlib.chdir("."):  # a simulator may change the current folder: back to that of the user's relative paths
+        return envs.make(name, **checked)

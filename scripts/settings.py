@@ -56,6 +56,7 @@ class Task:
         check_first: a function, as `module:name`, that checks settings before the dataset is read.
         notes_given: `GROUP.setting` that receives the names of the settings on the command line, where the group is
             chosen.
+        goes_with: settings by a setting that takes no other ones beside it.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Task:
     replaced: Mapping[str, Sequence[str]] = field(default_factory=dict)
     check_first: str | None = None
     notes_given: str | None = None
+    goes_with: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def declaration(self) -> Declaration:
@@ -104,6 +106,12 @@ class Task:
         for name in settings.keys() - known.parameters.keys():
             _refuse_without_its_group(self.name, name, settings)
         check_arguments(self.name, Declaration(known, ""), settings, prefix="")
+        for name, beside in self.goes_with.items():
+            others = [other for other in settings if settings[other] is not None and other not in {name, *beside}]
+            if settings.get(name) is not None and others:
+                raise ValueError(
+                    f"{name}= takes only {', '.join(beside)} beside it: leave {', '.join(f'{o}=' for o in others)} out"
+                )
         for given, part in self.alternatives.items():
             if settings.get(given) is not None and _missing(_declared(part, settings[part]), settings[part]):
                 del settings[part]

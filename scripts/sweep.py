@@ -3,7 +3,12 @@
 from scripts.command import command
 
 EXAMPLE = "python scripts/sweep.py checkpoint=outputs/demo/checkpoint ddim_steps=[1,2,4,8] episodes=200"
-main = command("sweep", "policy.commands.sweep:sweep", EXAMPLE)
+main = command(
+    "sweep",
+    "policy.commands.sweep:sweep",
+    EXAMPLE,
+    goes_with={"merge": ["margin", "mix", "output_dir", "tracker", "videos"]},
+)
 
 if __name__ == "__main__":
     main()

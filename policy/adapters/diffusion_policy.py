@@ -95,6 +95,7 @@ def read_diffusion_policy(path: Path, *, average: bool = True) -> Imported:
         found=_described(
             found, encoder, name, weights_name, f"horizon[{past_actions}:{past_actions + executed}] of {horizon}"
         ),
+        sampler=_sampler(found),
         differences=(*_sampling(found), *_others(encoder, network, late)),
     )
 
@@ -301,6 +302,12 @@ def _scheduler_of(found: Settings) -> tuple[str, int]:
     return scheduler.take("_target_", str, "DDPMScheduler").rpartition(".")[2], own
 
 
+def _sampler(found: Settings) -> dict[str, Any]:
+    """How they sample, as settings of ours."""
+    scheduler, own = _scheduler_of(found)
+    return {"ddim_steps": own, "spacing": "leading", "eta": 0 if "DDIM" in scheduler else 1}
+
+
 def _their_shape(shape: tuple[int, ...]) -> list[int]:
     return [shape[-1], *shape[:-1]]
 
@@ -322,11 +329,11 @@ def _described(found: Settings, encoder: Encoder, name: str, weights: str, execu
 
 def _sampling(found: Settings) -> list[str]:
     """How they sample, and what we do otherwise."""
-    (scheduler, own), settings = _scheduler_of(found), found.within("noise_scheduler")
-    eta = "" if "DDIM" in scheduler else " sampler.eta=1"
+    (scheduler, steps), own, settings = _scheduler_of(found), _sampler(found), found.within("noise_scheduler")
+    eta = f" sampler.eta={own['eta']}" if own["eta"] else ""
     told = [
-        f"diffusion_policy samples with {own} steps of {scheduler} at leading timesteps, which is ddim_steps={own}"
-        f" sampler.spacing=leading{eta} here; our default is DDIM at trailing timesteps"
+        f"diffusion_policy samples with {steps} steps of {scheduler} at leading timesteps, which is ddim_steps={steps}"
+        f" sampler.spacing={own['spacing']}{eta} here; our default is DDIM at trailing timesteps"
     ]
     if _clips(settings):
         told.append(

@@ -28,6 +28,7 @@ class Imported:
         weights: its weights and normalisers, under the names of `DiffusionPolicy.state_dict`.
         execution_horizon: actions that the other project executes before the next plan.
         found: what the checkpoint holds, for people, as text by name.
+        sampler: how the other project samples, as settings of `Sampler`.
         differences: where our defaults differ from what the other project does, one sentence each.
     """
 
@@ -36,6 +37,7 @@ class Imported:
     weights: dict[str, Tensor]
     execution_horizon: int
     found: dict[str, str] = field(default_factory=dict)
+    sampler: dict[str, Any] = field(default_factory=dict)
     differences: tuple[str, ...] = ()
 
 

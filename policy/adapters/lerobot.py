@@ -30,6 +30,8 @@ PARTS = ("diffusion.unet.", "diffusion.rgb_encoder.", "normalize_inputs.", "norm
 EPSILON = 1e-8
 # Steps of a processor that change no values.
 NEUTRAL_STEPS = ("rename_observations_processor", "to_batch_processor", "device_processor")
+# Settings of our sampler by the name of a scheduler: DDPM is DDIM with all of its noise.
+ETA = {"DDPM": 1, "DDIM": 0}
 # A picture is in [0, 1] there, and in [0, 255] here.
 PIXEL = 255.0
 
@@ -44,8 +46,7 @@ def read_lerobot(folder: Path) -> Imported:
         The policy in our terms. Observations keep LeRobot's names.
 
     Raises:
-        ValueError: a file is missing or damaged, the policy is of another type, or it has a setting that our parts do
-            not have; the message says which.
+        ValueError: a file is missing or damaged, the policy is of another type, or our parts lack one of its settings.
     """
     found = Settings(read_json(folder / CONFIG), folder / CONFIG)
     _refuse(folder, found)
@@ -92,6 +93,7 @@ def read_lerobot(folder: Path) -> Imported:
         weights=weights,
         execution_horizon=found.take("n_action_steps", int),
         found={**_described(found, inputs), "normalisation": statistics.described([*inputs.items()])},
+        sampler=_sampler(found),
         differences=_differences(found),
     )
 
@@ -338,26 +340,33 @@ def _refuse_processing(file: Path, steps: Sequence[Any], normalizing: Mapping[st
             )
 
 
+def _sampler(found: Settings) -> dict[str, Any]:
+    """How LeRobot samples, as settings of ours."""
+    scheduler = found.take("noise_scheduler_type", str)
+    if scheduler not in ETA:
+        raise ValueError(f"{found.path} has noise_scheduler_type={scheduler[:80]!r}; {', '.join(ETA)} can be imported")
+    steps = "num_inference_steps" if found.data.get("num_inference_steps") else "num_train_timesteps"
+    return {"ddim_steps": found.take(steps, int), "spacing": "leading", "eta": ETA[scheduler]}
+
+
 def _described(found: Settings, inputs: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, str]:
     first, steps = found.take("n_obs_steps", int) - 1, found.take("n_action_steps", int)
-    own = found.data.get("num_inference_steps") or found.take("num_train_timesteps", int)
     return {
         "inputs": ", ".join(f"{key} {list(shape)}" for key, (_, shape) in inputs.items()),
         "scheduler": f"{found.take('noise_scheduler_type', str)}, {found.take('num_train_timesteps', int)} timesteps,"
-        f" {found.take('beta_schedule', str)}, samples with {own} steps",
+        f" {found.take('beta_schedule', str)}, samples with {_sampler(found)['ddim_steps']} steps",
         "prediction": found.take("prediction_type", str),
         "executed": f"horizon[{first}:{first + steps}] of {found.take('horizon', int)}",
     }
 
 
 def _differences(found: Settings) -> tuple[str, ...]:
-    steps = found.take("num_train_timesteps", int)
-    own = found.data.get("num_inference_steps") or steps
-    scheduler = found.take("noise_scheduler_type", str)
-    eta = " sampler.eta=1" if scheduler == "DDPM" else ""
+    own = _sampler(found)
+    eta = f" sampler.eta={own['eta']}" if own["eta"] else ""
     told = [
-        f"LeRobot samples with {own} steps of {scheduler} at leading timesteps, which is ddim_steps={own}"
-        f" sampler.spacing=leading{eta} here; our default is DDIM at trailing timesteps"
+        f"LeRobot samples with {own['ddim_steps']} steps of {found.take('noise_scheduler_type', str)} at leading"
+        f" timesteps, which is ddim_steps={own['ddim_steps']} sampler.spacing={own['spacing']}{eta} here; our default"
+        " is DDIM at trailing timesteps"
     ]
     if found.take("clip_sample", bool):
         told.append("we derive the noise again after clipping; LeRobot does not, so DDIM samples differ where it clips")

@@ -70,7 +70,16 @@ def import_checkpoint(
     print(f"checkpoint: {folder}")
     if not env:
         print("no environment is known: import again with env=..., or choose one with env=... of ddim-sweep")
-    print(next_line("ddim-sweep" if env else "ddim-export", checkpoint=folder, env=env))
+        print(next_line("ddim-export", checkpoint=folder))
+        return
+    own = dict(imported.sampler)
+    steps = own.pop("ddim_steps")
+    print(next_line("ddim-sweep", checkpoint=folder, env=env, ddim_steps=[*_fewer(steps), steps], sampler=own))
+
+
+def _fewer(steps: int) -> list[int]:
+    """The powers of two below a number of steps, at most 16: how many does the policy really need?"""
+    return [count for count in (1, 2, 4, 8, 16) if count < steps]
 
 
 def _check_replaceable(folder: Path) -> None:

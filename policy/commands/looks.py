@@ -15,18 +15,48 @@ from policy.commands.stage import (
     warn_unpaired,
 )
 from policy.common.progress import progress
-from policy.rollout.ledger import Ledger
+from policy.rollout.ledger import Ledger, cell_id
 from policy.rollout.workers import RolloutPool
 from policy.sweep.grid import Row, SweepCell, ids_of
-from policy.sweep.looks import LookPlan, can_stop_early, describe_plan, keep, missing_tasks, plans_of, settle
+from policy.sweep.looks import (
+    LookPlan,
+    can_stop_early,
+    describe_plan,
+    has_results,
+    keep,
+    missing_tasks,
+    plans_of,
+    settle,
+)
 from policy.sweep.recipes import recipe_axes
 from policy.sweep.timing import latencies_of, within
+
+
+def in_earlier_order(groups: list[list[SweepCell]], ledger: Ledger) -> list[list[SweepCell]]:
+    """Put cells in the order in which an earlier command listed the same ones: another order asks nothing new.
+
+    Args:
+        groups: the cells of each row.
+        ledger: of the sweep.
+
+    Returns:
+        The groups, and the cells in each of them, in that order.
+    """
+    asked = {*ids_of([*chain(*groups)])}
+    earlier = next((plan.asked for plan in plans_of(ledger) if {*plan.asked} == asked), None)
+    if earlier is None:
+        return groups
+
+    def place(cell: SweepCell) -> int:
+        return earlier.index(cell_id(cell.settings))
+
+    return sorted((sorted(group, key=place) for group in groups), key=lambda group: place(group[0]))
 
 
 def fast_cells(
     groups: list[list[SweepCell]], asked: tuple[str, ...], max_ms: float | None, threads: int, ledger: Ledger
 ) -> tuple[list[list[SweepCell]], list[Row] | None, str]:
-    """Leave out the cells that are too slow; a sweep that goes on leaves out the same ones as before.
+    """Leave out the cells that are too slow; a sweep that has episodes leaves out the same ones as before.
 
     Args:
         groups: the cells of each row. Those of a recipe stay or go together, as the first one's latency decides.
@@ -44,11 +74,13 @@ def fast_cells(
     """
     if max_ms is None:
         return groups, None, ""
-    for plan in plans_of(ledger):
+    for plan in (plan for plan in plans_of(ledger) if has_results(plan, ledger)):
         kept = [group for group in groups if {*ids_of(group)} <= {*plan.cells}]
         stay = ids_of([*chain(*kept)])
         if (plan.asked, plan.max_ms, plan.cells) == (asked, max_ms, stay):
-            print(f"max_ms={max_ms:g} leaves out the cells that it left out when this sweep began; none is timed again")
+            print(
+                f"the cells within max_ms={max_ms:g} stay as chosen before the first episode, whatever is measured now"
+            )
             return kept, None, plan.left_out
     firsts = [group[0] for group in groups]
     latencies = latencies_of(firsts, threads)  # before the episodes, so that no result has a say

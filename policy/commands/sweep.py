@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from policy.commands.looks import fast_cells, run_looks, wanted_plan
+from policy.commands.looks import fast_cells, in_earlier_order, run_looks, wanted_plan
 from policy.commands.stage import (
     FIRST_SEED,
     NUM_ENVS,
@@ -32,7 +31,7 @@ from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, telli
 from policy.sweep.facts import facts_of
 from policy.sweep.grid import Row, SweepCell, fixed_calls, ids_of, make_cells, with_backends
 from policy.sweep.live import LivePage, live_page
-from policy.sweep.looks import LookPlan, counted_results, ordered_as_before, planned_looks
+from policy.sweep.looks import LookPlan, counted_results, planned_looks
 from policy.sweep.merging import read_swept
 from policy.sweep.plot import plot_rows
 from policy.sweep.recipes import check_alike, grouped, grouped_cells, recipe_row, recipes_of
@@ -43,8 +42,6 @@ from policy.tracking.tracker import OpenRun, TrackedRun
 
 LEDGER, REPORT = "episodes.jsonl", "report.html"
 VIDEOS = 2
-# What merge= uses; it records no videos, so that videos=0 says nothing wrong.
-OF_MERGE = {"make_env", "merge", "mix", "margin", "output_dir", "tracker", "videos"}
 
 
 def sweep(
@@ -117,13 +114,11 @@ def sweep(
         ValueError: settings that do not fit, before any episode starts.
         WorkerError: more than 5 % of the episodes broke off, after all files are written.
     """
-    given = dict(locals())
     if not 0 < margin < 1:
         raise ValueError(f"margin is a share of the episodes, above 0 and below 1; got {margin}")
     check_max_ms(max_ms)
     check_threads(threads)
     if merge:
-        _check_only_of_merge(given)
         _merge(merge, mix=mix, margin=margin, output_dir=output_dir, tracker=tracker)
         return
     if checkpoint is None:
@@ -165,7 +160,7 @@ def sweep(
     with shown as page:
         with Ledger(folder / LEDGER) as ledger:
             run = tracker(folder=folder, config={"checkpoint": [str(c) for c in checkpoints], "env": stage.env})
-            groups = ordered_as_before(groups, ledger)
+            groups = in_earlier_order(groups, ledger)
             asked = ids_of([*chain(*groups)])
             groups, latencies, left_out = fast_cells(groups, asked, max_ms, threads, ledger)
             cells = [*chain(*groups)]
@@ -209,20 +204,6 @@ def sweep(
         record = partial(_recorded, stage, firsts, rows, [found[0] for found in results], count, folder / "videos")
         publish(folder, conclude(swept, margin), run, record)
     check_broken([*chain(*swept.results)])
-
-
-def _check_only_of_merge(given: Mapping[str, Any]) -> None:
-    """Refuse settings of a run beside merge=, which runs nothing.
-
-    Raises:
-        ValueError: a setting that is not at its default, and that merging does not use.
-    """
-    defaults = {name: parameter.default for name, parameter in inspect.signature(sweep).parameters.items()}
-    unused = [name for name, value in given.items() if name not in OF_MERGE and value != defaults[name]]
-    if unused:
-        raise ValueError(
-            f"merge= combines sweeps that have run, and runs nothing: leave {', '.join(f'{n}=' for n in unused)} out"
-        )
 
 
 def _merge(folders: list[Path], *, mix: bool, margin: float, output_dir: Path | None, tracker: OpenRun) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,12 +72,12 @@ class EpisodeResult:
         if not isinstance(broke_off, str):
             raise ValueError(f"broke_off must be a text; got {broke_off!r}")
         # JSON has no infinity, which is what a sum of finite rewards may be.
-        returned = math.nan if row["return"] is None else row["return"]
+        returned = math.nan if row["return"] is None else _real("return", row["return"])
         return EpisodeResult(
             seed=_whole("seed", row["seed"], 0),
             success=_truth("success", row["success"]),
             score=_real("score", row["score"], (0, 1)),
-            return_=_real("return", returned),
+            return_=returned,
             # An episode may break off at its reset.
             steps=_whole("steps", row["steps"], 0 if broke_off else 1),
             late_steps=_whole("late_steps", row.get("late_steps", 0), 0),
@@ -98,8 +99,10 @@ def _truth(name: str, value: Any) -> bool:
 
 
 def _real(name: str, value: Any, bounds: tuple[float, float] | None = None) -> float:
-    if type(value) not in (int, float) or abs(value) == math.inf or (bounds and not bounds[0] <= value <= bounds[1]):
-        raise ValueError(f"{name} must be a number{' within {}..{}'.format(*bounds) if bounds else ''}; got {value!r}")
+    low, high = bounds or (-sys.float_info.max, sys.float_info.max)
+    if type(value) not in (int, float) or not low <= value <= high:
+        allowed = "a number within {}..{}".format(*bounds) if bounds else "a finite number"
+        raise ValueError(f"{name} must be {allowed}; got {value!r}")
     return float(value)
 
 

@@ -269,7 +269,7 @@ def axis_values(name: str, given: Any) -> list[Any]:
     """
     values = list(given) if isinstance(given, (list, tuple)) else [given]
     if not values:
-        raise ValueError(f"{name} is empty: give one value or more between the brackets, or leave {name} out")
+        raise ValueError(f"{name} is empty: give one value, or several as {name}=[...,...], or leave {name}= out")
     if any(value in values[:index] for index, value in enumerate(values)):
         raise ValueError(f"{name} must not repeat a value; got {values}")
     return values

@@ -18,7 +18,6 @@ from policy.rollout.ledger import Ledger
 from policy.statistics.recommendation import Recommendation, recommend
 from policy.statistics.results import EpisodeResult
 from policy.statistics.sequential import ERROR, Plan, Progress, follow, plan_looks, stage_alpha
-from policy.sweep.grid import SweepCell, ids_of
 
 MOST_LOOKS = 6
 LEAST_EPISODES = 20
@@ -103,25 +102,13 @@ def planned_looks(episodes: int, looks: int | None, *, adaptive: bool) -> tuple[
 
 
 def plans_of(ledger: Ledger) -> list[LookPlan]:
-    """The plans of earlier commands, in the order in which they were made."""
-    return [LookPlan.from_row(row) for row in ledger.plans]
+    """The plans of earlier commands, in the order in which they were made, without those that were replaced.
 
-
-def ordered_as_before(groups: Sequence[list[SweepCell]], ledger: Ledger) -> list[list[SweepCell]]:
-    """Return the cells in the order in which an earlier command asked for the same ones.
-
-    The order of an axis is no question of its own: the same cells have the same plan.
-
-    Args:
-        groups: the cells of each row, in the order of the command.
-        ledger: of the sweep.
+    Each plan may spend less than those before it, but for one that replaces the one before, which nobody followed: that
+    may spend the same.
     """
-    asked = [cell for group in groups for cell in ids_of(group)]
-    for plan in plans_of(ledger):
-        if sorted(plan.asked) == sorted(asked):
-            place = {cell: number for number, cell in enumerate(plan.asked)}
-            return sorted(groups, key=lambda group: place[ids_of(group)[0]])
-    return [*groups]
+    plans = [LookPlan.from_row(row) for row in ledger.plans]
+    return [plan for number, plan in enumerate(plans) if all(plan.alpha != one.alpha for one in plans[number + 1 :])]
 
 
 def settle(ledger: Ledger, wanted: LookPlan) -> LookPlan:
@@ -137,24 +124,16 @@ def settle(ledger: Ledger, wanted: LookPlan) -> LookPlan:
     Raises:
         ValueError: the wish chooses among results that were seen.
     """
-    earlier = _in_force(ledger)
-    same = [plan for plan in plans_of(ledger) if dataclasses.replace(plan, alpha=wanted.alpha) == wanted]
-    if found := next((plan for plan in same if plan in earlier), None):
+    earlier = plans_of(ledger)
+    if found := next((plan for plan in earlier if dataclasses.replace(plan, alpha=wanted.alpha) == wanted), None):
         return found
-    if earlier and not same and not _begun(ledger, earlier[-1]):
-        earlier = earlier[:-1]  # the new plan takes its place
-    _check_choice(ledger, wanted, earlier)
-    return dataclasses.replace(wanted, alpha=_alpha_left(ledger, earlier))
+    followed = [plan for plan in earlier if has_results(plan, ledger)]  # the others have told nobody anything
+    _check_choice(ledger, wanted, followed)
+    return dataclasses.replace(wanted, alpha=_alpha_left(ledger, followed))
 
 
-def _in_force(ledger: Ledger) -> list[LookPlan]:
-    """The earlier plans, without those whose share went to a later one, because they had no episode until then."""
-    plans = plans_of(ledger)
-    return [plan for number, plan in enumerate(plans) if all(later.alpha < plan.alpha for later in plans[number + 1 :])]
-
-
-def _begun(ledger: Ledger, plan: LookPlan) -> bool:
-    """Whether one of a plan's episodes has finished: nobody has seen results of it otherwise."""
+def has_results(plan: LookPlan, ledger: Ledger) -> bool:
+    """Whether an episode of a plan has finished."""
     return any(len(ledger.missing(cell, plan.seeds)) < len(plan.seeds) for cell in plan.cells)
 
 
@@ -191,11 +170,12 @@ def _check_choice(ledger: Ledger, wanted: LookPlan, earlier: Sequence[LookPlan])
         started = [ledger.span(seen)]
     for seeds in started:
         apart = seeds.stop <= wanted.seeds.start or wanted.seeds.stop <= seeds.start
-        if not apart and (seeds.start != wanted.seed or seeds.stop > wanted.seeds.stop):
+        if not apart and not (wanted.seeds.start <= seeds.start and seeds.stop <= wanted.seeds.stop):
+            first = min(seeds.start, wanted.seed)
             raise ValueError(
                 f"{ledger.path} holds a sweep of these cells with seed={seeds.start} and {len(seeds)} episodes, and an"
-                " answer that leaves out episodes after they were seen is not sure: take that seed and as many"
-                f" episodes or more, {way_out}"
+                " answer that leaves out episodes after they were seen is not sure: take them all, with"
+                f" seed={first} and episodes={max(seeds.stop, wanted.seeds.stop) - first} or more, {way_out}"
             )
 
 

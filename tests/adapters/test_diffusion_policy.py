@@ -74,6 +74,7 @@ def test_without_their_convention_the_action_for_the_newest_observation_is_one_l
     assert read.config.action_bound is None
     assert read.execution_horizon == 8
     assert "ddim_steps=100 sampler.spacing=leading sampler.eta=1 here" in read.differences[0]
+    assert read.sampler == {"ddim_steps": 100, "spacing": "leading", "eta": 1}
     assert "have no scale" in read.differences[-1]
 
 

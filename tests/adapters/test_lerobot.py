@@ -99,6 +99,7 @@ def test_what_it_says_of_a_policy():
     assert read.execution_horizon == 5
     assert (read.config.past_actions, read.config.action_horizon, read.config.denoised_horizon) == (2, 10, 12)
     assert "ddim_steps=20 sampler.spacing=leading here" in read.differences[0]
+    assert read.sampler == {"ddim_steps": 20, "spacing": "leading", "eta": 0}
 
 
 def test_a_linear_schedule_has_the_betas_of_diffusers():
@@ -169,6 +170,7 @@ def changed(folder, tmp_path, **settings):
         (IMAGE, {"resize_shape": [10**9, 10**9]}, "as a height and a width"),
         (IMAGE, {"spatial_softmax_num_keypoints": 10**9}, "is missing or damaged"),
         (TINY, {"down_dims": [10**9, 10**9]}, "is missing or damaged"),
+        (TINY, {"noise_scheduler_type": "EDM"}, "noise_scheduler_type='EDM'; DDPM, DDIM can be imported"),
         (TINY, {"horizon": 10**9}, "'horizon' as a number from 1 to 10000"),
         (TINY, {"num_train_timesteps": 10**9}, "1 to 100000 can be imported"),
         (TINY, {"output_features": {"action": {"type": "ACTION", "shape": []}}}, "'action' as a vector"),

@@ -1,5 +1,6 @@
 """`ddim-import`: what it refuses before it reads anything, and how it is interrupted."""
 
+import io
 import shutil
 
 import pytest
@@ -28,6 +29,13 @@ def test_only_an_earlier_import_is_replaced(tmp_path, capsys):
     for _ in range(2):
         import_checkpoint(lambda: None, source=str(source), output_dir=tmp_path / "new")
     assert load_checkpoint(tmp_path / "new" / "checkpoint").training["imported"]["source"] == "checkpoint"
+
+
+def test_the_next_line_samples_as_the_imported_policy_does(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("policy.commands.import_checkpoint.check_spaces", lambda *given: None)
+    import_checkpoint(lambda **_: io.StringIO(), source=str(TINY), env={"name": "tiny"}, output_dir=tmp_path)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "env=tiny ddim_steps=[1,2,4,8,16,100] sampler.spacing=leading sampler.eta=1" in line.replace("'", "")
 
 
 def test_an_interrupt_that_torch_made_an_error_of_is_an_interrupt():

@@ -225,7 +225,7 @@ def test_cells_that_ran_apart_are_merged_into_the_same_sweep(swept, planar_run, 
     assert "holds no finished sweep" in other
     run = ["checkpoint=x", "episodes=5", "ddim_steps=[1,2]", "adaptive=false", "max_ms=20", "watch=true"]
     both = run_command("sweep", f"merge=[{tmp_path}/1]", *run, check=2).stderr
-    assert "leave checkpoint=, ddim_steps=, episodes=, adaptive=, max_ms=, watch= out" in both
+    assert "leave checkpoint=, episodes=, ddim_steps=, adaptive=, max_ms=, watch= out" in both
 
 
 def episodes_of(folder):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from policy.checkpoint import save_checkpoint
-from policy.commands.looks import fast_cells
+from policy.commands.looks import fast_cells, in_earlier_order
 from policy.rollout.ledger import Ledger
 from policy.statistics.intervals import wilson_interval
 from policy.statistics.recipes import recipe_interval
@@ -179,7 +179,7 @@ def test_a_merge_has_no_more_left_to_be_wrong_than_the_sweeps_that_it_merges(tmp
     assert read_swept([tmp_path]).alpha == SPENT.alpha  # also of a merge of merges
 
 
-def test_a_recipe_is_left_out_as_a_whole(monkeypatch, tmp_path):
+def test_a_recipe_is_left_out_as_a_whole(monkeypatch, capsys, tmp_path):
     """By the latency of its first checkpoint; what is left out stays out when the sweep goes on."""
     cells = make_cells(
         [make_checkpoint(name) for name in "abc"],
@@ -214,7 +214,13 @@ def test_a_recipe_is_left_out_as_a_whole(monkeypatch, tmp_path):
             alpha=0.05,
         )
         keep(ledger, plan)
+        assert fast_cells(groups, asked, 5, 1, ledger)[1] is not None  # nobody has seen an episode
+        ledger.add(stay[0], results(True)[0])
         assert fast_cells(groups, asked, 5, 1, ledger) == (kept, None, left_out)
+        listed_otherwise = [groups[3], groups[2], groups[1][::-1], groups[0]]
+        assert in_earlier_order(listed_otherwise, ledger) == groups
+        assert in_earlier_order(groups[::-1][:3], ledger) == groups[::-1][:3]
+    assert "the cells within max_ms=5 stay as chosen before the first episode" in capsys.readouterr().out
 
 
 def test_the_page_of_a_running_sweep_shows_recipes_on_the_episodes_that_all_their_checkpoints_have_run():

@@ -190,7 +190,9 @@ def train_policy(
             record.restore(trial.state)
             return Trial(run=trial, save=record.save)
 
-        best = _best_recipe(recipe, policy, train, folder, sampler, seed, open_trial, play, paired)
+        relations = _relations_to_try(dataset, policy, auxiliary)
+        candidates, fallen = candidates_for(recipe.candidates, recipe.keep, policy, train, relations)
+        best = _best_recipe(recipe, candidates, fallen, folder, sampler, seed, open_trial, play, paired)
         train = best.train
         expected = None if best.changes else expected
         run = prepare(_configured(best.policy, dataset, auxiliary, None, train)[0], train)
@@ -394,13 +396,33 @@ def _found(
         raise ValueError(
             f"{taken[0]}= gives the pairs that find_differences=true would look for: leave one of them out"
         )
-    vectors = [key for key, shape in dataset.observation_shapes.items() if len(shape) == 1 and key not in auxiliary]
-    relations = find_relations(dataset, vectors) if vectors else Relations((), ())
+    relations, vectors = _relations(dataset, auxiliary), _vectors(dataset, auxiliary)
     places = [f"{key}[{place}]" for key in sorted(vectors) for place in range(dataset.observation_shapes[key][0])]
     found = [f"{places[i]} - {places[j]}" for i, j in relations.differences]
     found += [f"direction {places[i]} to {places[j]}" for i, j in relations.direction_differences]
     say(f"differences that the policy observes too: {', '.join(found) or 'none, no two quantities are alike'}")
     return relations
+
+
+def _vectors(dataset: Demonstrations, auxiliary: Sequence[str]) -> list[str]:
+    """The observed state vectors."""
+    return [key for key, shape in dataset.observation_shapes.items() if len(shape) == 1 and key not in auxiliary]
+
+
+def _relations(dataset: Demonstrations, auxiliary: Sequence[str]) -> Relations:
+    vectors = _vectors(dataset, auxiliary)
+    return find_relations(dataset, vectors) if vectors else Relations((), ())
+
+
+def _relations_to_try(dataset: Demonstrations, given: Mapping[str, Any], auxiliary: Sequence[str]) -> Mapping[str, Any]:
+    """The settings that `find_differences=true` stands for; none if the user's policy has some, or there are none."""
+    if any(given.get(name) for name in Relations._fields):
+        return {}
+    try:
+        found = _relations(dataset, auxiliary)
+    except ValueError:  # too many numbers to compare
+        return {}
+    return found._asdict() if any(found) else {}
 
 
 def _configured(
@@ -498,8 +520,8 @@ def _record(
 
 def _best_recipe(
     recipe: RecipeSettings,
-    policy: Mapping[str, Any],
-    train: TrainSettings,
+    candidates: Sequence[Candidate],
+    fallen: Mapping[str, str],
     folder: Path,
     sampler: Sampler,
     seed: int,
@@ -508,7 +530,6 @@ def _best_recipe(
     paired: bool,
 ) -> Candidate:
     """Search for the best recipe; its checkpoint is then the run's own, which goes on from it."""
-    candidates, fallen = candidates_for(recipe.candidates, recipe.keep, policy, train)
     with only_process(folder), stop_on_signal() as stop:
         try:
             return search(

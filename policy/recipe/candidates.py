@@ -22,9 +22,13 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "narrow": {"denoiser.hidden_size": 128, "denoiser.num_layers": 3, "encoder.noise": 0.02},
     "longer_history": {"obs_horizon": 4, "denoiser.dropout": 0.3, "encoder.noise": 0.02},
     "velocity": {"prediction_type": "v_prediction", "denoiser.dropout": 0.1},
+    "relations": {"obs_horizon": 1, "find_differences": True},
+    "standardised": {"normalizer": "standard"},
     "unet": {"denoiser": "unet", "encoder.noise": 0.02},
     "transformer": {"denoiser": "transformer", "denoiser.dropout": 0.1, "encoder.noise": 0.02},
 }
+# This setting stands for the relations that are found in the demonstrations.
+FIND_DIFFERENCES = "find_differences"
 # The parts of a policy whose settings depend on which one is chosen.
 PARTS: dict[str, Registry[Any]] = {"encoder": ENCODERS, "denoiser": DENOISERS}
 
@@ -49,17 +53,19 @@ class Candidate:
 
 
 def candidates_for(
-    names: Sequence[str], keep: Sequence[str], policy: Policy, train: TrainSettings
+    names: Sequence[str], keep: Sequence[str], policy: Policy, train: TrainSettings, relations: Policy
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Apply recipes to the user's settings.
 
-    A setting that the user keeps, or that the chosen part does not have, is left out of a recipe.
+    A setting that the user keeps, or that the chosen part does not have, is left out of a recipe, and so are
+    differences where none are found.
 
     Args:
         names: names of recipes; none for all.
         keep: names of settings that stay as they are; a part's name stands for all of its settings.
         policy: the user's settings of the policy.
         train: the user's settings of the training.
+        relations: the settings of the policy that `find_differences=true` stands for; empty if none are found.
 
     Returns:
         The recipes that differ from each other, and why each other one is not tried, by name.
@@ -69,9 +75,11 @@ def candidates_for(
     for name in names or CANDIDATES:
         kept = [setting for setting in CANDIDATES[name] if _is_kept(setting, keep)]
         changes = {setting: value for setting, value in CANDIDATES[name].items() if setting not in kept}
-        changes = {setting: changes[setting] for setting in changes if _exists(setting, changes, policy)}
+        changes = {setting: changes[setting] for setting in changes if _exists(setting, changes, policy, relations)}
+        settings = {setting: value for setting, value in changes.items() if setting != FIND_DIFFERENCES}
+        settings |= relations if FIND_DIFFERENCES in changes else {}
         candidate = Candidate(
-            name=name, changes=changes, policy=_policy_with(changes, policy), train=_train_with(changes, train)
+            name=name, changes=changes, policy=_policy_with(settings, policy), train=_train_with(settings, train)
         )
         same = next((f for f in found if (f.policy, f.train) == (candidate.policy, candidate.train)), None)
         if same is None:
@@ -87,8 +95,10 @@ def _is_kept(setting: str, keep: Sequence[str]) -> bool:
     return any(f"{setting}.".startswith(f"{name}.") or name.startswith(f"{setting}.") for name in keep)
 
 
-def _exists(setting: str, changes: Mapping[str, Any], policy: Policy) -> bool:
-    """Whether the part that the recipe chooses has this setting."""
+def _exists(setting: str, changes: Mapping[str, Any], policy: Policy, relations: Policy) -> bool:
+    """Whether the part that the recipe chooses has this setting, and the demonstrations have what it looks for."""
+    if setting == FIND_DIFFERENCES:
+        return bool(relations)
     part, _, name = setting.partition(".")
     if part not in PARTS or not name:
         return True

@@ -25,9 +25,9 @@ from policy.diffusion.sampler import Sampler
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.recipe.candidates import Candidate
 from policy.recipe.error import WINDOWS, held_out_errors
-from policy.recipe.halving import Cost, plan_halving
-from policy.recipe.journal import JOURNAL, Journal, Measured, ranked, read_journal
-from policy.recipe.report import changes_text, plan_text, report_text, rung_table, verdict
+from policy.recipe.halving import Cost, plan_halving, plan_last_rung
+from policy.recipe.journal import JOURNAL, Journal, Measured, are_tied, promising, ranked, read_journal
+from policy.recipe.report import changes_text, plan_text, report_text, rung_table, shared_text, verdict
 from policy.recipe.settings import RecipeSettings
 from policy.statistics.results import EpisodeResult, describe_broken
 from policy.tracking.tracker import SentToAll
@@ -235,7 +235,15 @@ class _Search:
         train_steps = next(iter(self.by_name.values())).train.steps
         plan = plan_halving(list(costs.values()), self.budget, self.spent, train_steps, episode_seconds)
         recipes = {name: dict(candidate.changes) for name, candidate in self.by_name.items()}
-        journal = Journal(recipes=recipes, costs=costs, plan=plan, paired=paired, spent=self.spent, rungs=[failed])
+        journal = Journal(
+            recipes=recipes,
+            costs=costs,
+            plan=plan,
+            paired=paired,
+            spent=self.spent,
+            episode_seconds=episode_seconds,
+            rungs=[failed],
+        )
         journal.save(self.folder)
         return journal
 
@@ -267,11 +275,26 @@ class _Search:
         """Train and measure rung after rung until the budget is spent, and choose."""
         with progress(total=math.ceil(self.budget), initial=int(self.spent), desc="recipes", unit="s") as self.bar:
             while not self.over and self.complete_rung(journal):
+                said = self.replan(journal)
                 say(rung_table(len(journal.rungs) - 1, journal))
+                if said:
+                    say(said)
                 if self.is_last(journal):
                     break
                 journal.rungs.append({})
         self.choose(journal)
+
+    def replan(self, journal: Journal) -> str:
+        """Change the plan where the rollouts of the newest rung leave one recipe, or tell nothing; say the latter."""
+        number, rung = len(journal.rungs) - 1, journal.rungs[-1]
+        names = promising(rung)
+        if not journal.plan.episodes or self.is_last(journal) or not (len(names) < 2 or are_tied(rung)):
+            return ""
+        costs = [journal.costs[name] for name in names]
+        steps = next(iter(self.by_name.values())).train.steps
+        left = self.budget - self.spent if len(names) > 1 else 0.0
+        journal.plan = plan_last_rung(journal.plan, number + 1, costs, left, steps, journal.episode_seconds or 0.0)
+        return "" if self.is_last(journal) else shared_text(journal)
 
     def show(self) -> bool:
         """Move the bar, which counts the seconds of the budget, and return False."""
@@ -291,7 +314,7 @@ class _Search:
                 f" {steps:,}; {duration_text(self.budget - self.spent)} of the budget are left"
             )
             try:
-                if found := self.measured(name, steps, journal.plan.episodes if self.is_last(journal) else 0):
+                if found := self.measured(name, steps, journal.plan.episodes):
                     rung[name] = found
             finally:
                 journal.spent = self.spent

@@ -9,7 +9,7 @@ apart, those that are left share the rest of the budget instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from policy.common.durations import duration_text
@@ -143,6 +143,44 @@ def plan_halving(costs: Sequence[Cost], budget: float, spent: float, steps: int,
         if longer <= longest and seconds_needed(plan_of(longer, sizes, episodes), costs, seconds) <= planned:
             first = longer
     return plan_of(first, sizes, episodes)
+
+
+def plan_fastest(
+    costs: Mapping[str, Cost], budget: float, spent: float, steps: int, episode_seconds: float | None
+) -> tuple[Plan, list[str]]:
+    """Plan for as many recipes as the budget allows; the slowest are left out first, and the first one never.
+
+    With an environment, up to half of the recipes are left out before the rollouts are.
+
+    Args:
+        costs: of each recipe, by name, two or more; the others as in `plan_halving`.
+        budget: the whole budget, in seconds.
+        spent: what of it was spent before, in seconds.
+        steps: of a complete training.
+        episode_seconds: what one episode of a rollout costs; None without an environment.
+
+    Returns:
+        The plan, and the names of the recipes that it is for.
+
+    Raises:
+        ValueError: the budget is too small even for the first and the fastest other one.
+    """
+    first, *others = costs
+    by_speed = [first, *sorted(others, key=lambda name: costs[name].step)]
+    least = min(2, len(costs))
+    found, refused = [], None
+    for count in range(len(costs), least - 1, -1):
+        names = by_speed[:count]
+        try:
+            plan = plan_halving([costs[name] for name in names], budget, spent, steps, episode_seconds)
+        except ValueError as error:
+            refused = error
+        else:
+            found.append((plan, [name for name in costs if name in names]))
+    if not found:
+        raise refused or ValueError("there is no recipe to plan for")
+    played = [(plan, names) for plan, names in found if plan.episodes and len(names) >= len(costs) / 2]
+    return (played or found)[0]
 
 
 def plan_last_rung(

@@ -31,7 +31,7 @@ class Measured:
         errors: its error on each held-out episode; none where its training failed.
         success: whether each rollout succeeded, by seed; none without rollouts.
         scores: the score of each rollout.
-        failed: why its training failed; empty if it did not.
+        failed: why it has no error: its training failed, or is too slow; empty if it has one.
     """
 
     errors: tuple[float, ...] = ()

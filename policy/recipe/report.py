@@ -42,7 +42,8 @@ def plan_text(journal: Journal, train: TrainSettings) -> str:
     if episodes:
         by = f"by rollouts, as the rungs are: {episodes} episodes for each recipe"
     steps_left = train.all_steps - last.steps
-    rest = duration_text(steps_left * max(cost.step for cost in journal.costs.values()))
+    tried = [cost for name, cost in journal.costs.items() if name not in journal.rungs[0]]
+    rest = duration_text(steps_left * max((cost.step for cost in tried), default=0.0))
     after = f", and trained to the end in up to about {rest} more" if steps_left else ""
     return f"the plan: {rungs} of {train.steps:,}; of the last {last.candidates}, one is chosen {by}{after}"
 

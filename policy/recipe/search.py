@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from policy.checkpoint import is_checkpoint
@@ -25,12 +24,13 @@ from policy.diffusion.sampler import Sampler
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.recipe.candidates import Candidate
 from policy.recipe.error import WINDOWS, held_out_errors
-from policy.recipe.halving import Cost, plan_halving, plan_last_rung
+from policy.recipe.halving import Cost, plan_fastest, plan_last_rung
 from policy.recipe.journal import JOURNAL, Journal, Measured, are_tied, promising, ranked, read_journal
 from policy.recipe.report import changes_text, plan_text, report_text, rung_table, shared_text, verdict
 from policy.recipe.settings import RecipeSettings
 from policy.statistics.results import EpisodeResult, describe_broken
 from policy.tracking.tracker import SentToAll
+from policy.training.errors import action_deviation
 from policy.training.loop import train
 from policy.training.preparation import Run
 from policy.training.settings import TrainSettings
@@ -80,6 +80,11 @@ def check_data(dataset: Demonstrations, train: TrainSettings, seed: int) -> None
         raise ValueError(
             f"recipe=auto compares recipes on held-out episodes, and {dataset.source} has only {count}: give"
             f" {LEAST_DEMONSTRATIONS} or more, or leave recipe= out"
+        )
+    if (dataset.actions == dataset.actions[0]).all():
+        raise ValueError(
+            f"recipe=auto compares errors in standard deviations of the actions, and those of {dataset.source} never"
+            " change: leave recipe= out"
         )
     held_out = len(split_episodes(count, train.val_fraction, seed, dataset.held_out)[1])
     if held_out < LEAST_HELD_OUT:
@@ -233,7 +238,11 @@ class _Search:
             if episode_seconds is None and self.play:
                 episode_seconds = self.time_episodes(trial)
         train_steps = next(iter(self.by_name.values())).train.steps
-        plan = plan_halving(list(costs.values()), self.budget, self.spent, train_steps, episode_seconds)
+        trained = {name: cost for name, cost in costs.items() if name not in failed}
+        plan, planned = plan_fastest(trained or costs, self.budget, self.spent, train_steps, episode_seconds)
+        for name in trained.keys() - planned:
+            failed[name] = Measured(failed=f"too slow for the budget, {costs[name].step:.2g} s a step")
+            print(f"recipe {name} is not tried: it is {failed[name].failed}")
         recipes = {name: dict(candidate.changes) for name, candidate in self.by_name.items()}
         journal = Journal(
             recipes=recipes,
@@ -366,7 +375,7 @@ class _Search:
     def errors(self, trial: Trial, windows: int) -> list[float]:
         """The error of the averaged policy on held-out episodes."""
         run = trial.run
-        scale = np.maximum(run.training.demonstrations.actions.std(axis=0), 1e-6)
+        scale = action_deviation(run.training)
         with self.stop.at_once():
             return held_out_errors(run.state.ema, self.sampler, run.validation, scale, windows)
 

@@ -12,6 +12,7 @@ from policy.recipe.halving import (
     Cost,
     Plan,
     Rung,
+    plan_fastest,
     plan_halving,
     plan_last_rung,
     seconds_needed,
@@ -85,6 +86,16 @@ def test_rollouts_are_on_every_rung_or_on_a_single_one_or_are_left_out():
         for plan in [plan_halving(costs, seconds, 0, 100, 2.0)]
     ]
     assert shape == [(2, 100), (2, 10), (1, 10), (2, 0)]
+
+
+def test_the_slowest_recipes_are_left_out_of_a_budget_that_is_too_small_for_all():
+    costs = {"given": Cost(step=0.5, rung=0.0), "slow": Cost(step=5.0, rung=0.0), "fast": Cost(step=0.01, rung=0.0)}
+    tried = {seconds: plan_fastest(costs, seconds, 0, 160, None)[1] for seconds in (1000, 20)}
+    assert tried == {1000: ["given", "slow", "fast"], 20: ["given", "fast"]}
+    with pytest.raises(ValueError, match="too small for 2 recipes"):
+        plan_fastest(costs, 1, 0, 160, None)
+    plan, names = plan_fastest(costs, 150, 0, 160, 3.0)  # all three fit without rollouts
+    assert (names, plan.episodes >= LEAST_EPISODES) == (["given", "fast"], True)
 
 
 def test_recipes_that_rollouts_do_not_tell_apart_share_what_is_left():

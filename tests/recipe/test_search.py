@@ -51,15 +51,17 @@ RATES = {"idle": 1e-9, "good": 1e-2, "slow": 1e-4}
 @pytest.fixture(autouse=True)
 def free_steps(monkeypatch):
     """Let the plan not depend on the machine: steps cost nothing, so that the rungs are as long as they may be."""
-    plan, last = module.plan_halving, module.plan_last_rung
+    plan, last = module.plan_fastest, module.plan_last_rung
 
     def free(costs):
         return [dataclasses.replace(cost, step=0, rung=0) for cost in costs]
 
     monkeypatch.setattr(
         module,
-        "plan_halving",
-        lambda costs, budget, spent, steps, episode: plan(free(costs), 1e9, 0, steps, episode and 1.0),
+        "plan_fastest",
+        lambda costs, budget, spent, steps, episode: plan(
+            dict(zip(costs, free(costs.values()), strict=True)), 1e9, 0, steps, episode and 1.0
+        ),
     )
     monkeypatch.setattr(
         module,
@@ -222,6 +224,10 @@ def test_too_few_demonstrations_and_too_few_held_out_are_refused():
     check_data(made(12), TRAIN, 0)
     with pytest.raises(ValueError, match="has only 9: give 10 or more"):
         check_data(made(9), TRAIN, 0)
+    still = made(12)
+    still = dataclasses.replace(still, actions=0 * still.actions)
+    with pytest.raises(ValueError, match="never change: leave recipe= out"):
+        check_data(still, TRAIN, 0)
     few = dataclasses.replace(TRAIN, val_fraction=0.0)
     with pytest.raises(ValueError, match=r"of 12 episodes none is held out: give train.val_fraction=0.17"):
         check_data(made(12), few, 0)

@@ -240,7 +240,7 @@ class _Search:
         train_steps = next(iter(self.by_name.values())).train.steps
         trained = {name: cost for name, cost in costs.items() if name not in failed}
         plan, planned = plan_fastest(trained or costs, self.budget, self.spent, train_steps, episode_seconds)
-        for name in trained.keys() - planned:
+        for name in [name for name in trained if name not in planned]:
             failed[name] = Measured(failed=f"too slow for the budget, {costs[name].step:.2g} s a step")
             print(f"recipe {name} is not tried: it is {failed[name].failed}")
         recipes = {name: dict(candidate.changes) for name, candidate in self.by_name.items()}
@@ -315,11 +315,12 @@ class _Search:
         """Train and measure the recipes of the newest rung; return False if the budget ended before the last one."""
         number, names = len(journal.rungs) - 1, journal.on_rung
         rung, steps = journal.rungs[number], journal.plan.rungs[number].steps
-        for place, name in enumerate(names):
+        tried = [name for name in names if name not in rung or not rung[name].failed]
+        for place, name in enumerate(tried):
             if name in rung:
                 continue
             say(
-                f"rung {number + 1} of {len(journal.plan.rungs)}, recipe {place + 1} of {len(names)}: {name}, to step"
+                f"rung {number + 1} of {len(journal.plan.rungs)}, recipe {place + 1} of {len(tried)}: {name}, to step"
                 f" {steps:,}; {duration_text(self.budget - self.spent)} of the budget are left"
             )
             try:

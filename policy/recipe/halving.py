@@ -150,6 +150,9 @@ def plan_fastest(
 ) -> tuple[Plan, list[str]]:
     """Plan for as many recipes as the budget allows; the slowest are left out first, and the first one never.
 
+    Of those that are about as fast as each other or as the first one, later ones are left out first: which of them is
+    faster on a busy machine is chance.
+
     With an environment, up to half of the recipes are left out before the rollouts are.
 
     Args:
@@ -166,7 +169,8 @@ def plan_fastest(
         ValueError: the budget is too small even for the first and the fastest other one.
     """
     first, *others = costs
-    by_speed = [first, *sorted(others, key=lambda name: costs[name].step)]
+    times = {name: max(1.0, costs[name].step / max(costs[first].step, 1e-9)) for name in others}
+    by_speed = [first, *sorted(others, key=lambda name: round(math.log2(times[name])))]
     least = min(2, len(costs))
     found, refused = [], None
     for count in range(len(costs), least - 1, -1):

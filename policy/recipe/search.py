@@ -241,8 +241,8 @@ class _Search:
         trained = {name: cost for name, cost in costs.items() if name not in failed}
         plan, planned = plan_fastest(trained or costs, self.budget, self.spent, train_steps, episode_seconds)
         for name in [name for name in trained if name not in planned]:
-            failed[name] = Measured(failed=f"too slow for the budget, {costs[name].step:.2g} s a step")
-            print(f"recipe {name} is not tried: it is {failed[name].failed}")
+            failed[name] = Measured(failed=f"left out, the budget is too small ({costs[name].step:.2g} s a step)")
+            print(f"recipe {name} is {failed[name].failed}")
         recipes = {name: dict(candidate.changes) for name, candidate in self.by_name.items()}
         journal = Journal(
             recipes=recipes,

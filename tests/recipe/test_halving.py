@@ -96,6 +96,8 @@ def test_the_slowest_recipes_are_left_out_of_a_budget_that_is_too_small_for_all(
         plan_fastest(costs, 1, 0, 160, None)
     plan, names = plan_fastest(costs, 150, 0, 160, 3.0)  # all three fit without rollouts
     assert (names, plan.episodes >= LEAST_EPISODES) == (["given", "fast"], True)
+    alike = {name: Cost(step=step, rung=0.0) for name, step in [("given", 0.15), ("first", 0.17), ("second", 0.14)]}
+    assert plan_fastest(alike, 6, 0, 160, None)[1] == ["given", "first"]
 
 
 def test_recipes_that_rollouts_do_not_tell_apart_share_what_is_left():

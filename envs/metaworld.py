@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from typing import Any
 
 import gymnasium
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.errors import choose, import_extra
-from envs.rendering import fast_renderer, rendering_errors, require_rgb_array
+from envs.rendering import SceneRenderer, require_rgb_array
 from envs.spaces import check_action
 
 OBSERVATION_DIM = 39
@@ -81,7 +80,7 @@ class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         }
         self.observation_space = self.observation_spaces[observation]
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
-        self._renderer: Any = None
+        self._scene = SceneRenderer(image_size)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -140,20 +139,12 @@ class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
             RenderingUnavailableError: If this machine cannot render, or ``render_mode`` is None.
         """
         require_rgb_array(self.render_mode)
-        with rendering_errors():
-            if self._renderer is None:
-                self._renderer = fast_renderer(self._simulator.model, self.image_size)
-                # Closes the renderer before the interpreter tears OpenGL down, even if nobody calls close().
-                self._finalizer = weakref.finalize(self, self._renderer.close)
-            self._renderer.update_scene(self._simulator.data, camera=self.camera)
-            frame = self._renderer.render()
+        frame = self._scene.draw(self._simulator.model, self._simulator.data, self.camera)
         return np.ascontiguousarray(frame[::-1, ::-1]) if self._upside_down else frame
 
     def close(self) -> None:
         """Free the renderer."""
-        if self._renderer is not None:
-            self._finalizer()
-            self._renderer = None
+        self._scene.close()
 
 
 def metaworld_features(state: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:

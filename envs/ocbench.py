@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.errors import import_extra
-from envs.rendering import fast_renderer, rendering_errors, require_rgb_array
+from envs.rendering import SceneRenderer, require_rgb_array
 from envs.spaces import Observation, check_action
 
 ACTION_DIM = 7
@@ -75,10 +75,10 @@ class OCBenchEnv(gymnasium.Env[Any, NDArray[np.float32]]):
         self.simulator: Any = gymnasium.make(
             spec, max_episode_steps=max_episode_steps, disable_env_checker=True, width=image_size, height=image_size
         )
-        self._renderer: Any = None
         # Frees what draws before the interpreter tears OpenGL down, even if nobody calls close().
-        self._finalizers = [weakref.finalize(self, self.simulator.close)]
+        self._finalizer = weakref.finalize(self, self.simulator.close)
         self._bare = cast(Any, self.simulator.unwrapped)
+        self._scene = SceneRenderer(image_size)
         self.metadata = {
             "render_modes": ["rgb_array"],
             "render_fps": round(1.0 / self._bare.control_timestep()),
@@ -127,18 +127,12 @@ class OCBenchEnv(gymnasium.Env[Any, NDArray[np.float32]]):
             RenderingUnavailableError: If this machine cannot render, or ``render_mode`` is None.
         """
         require_rgb_array(self.render_mode)
-        with rendering_errors():
-            if self._renderer is None:
-                self._renderer = fast_renderer(self._bare.model, self.image_size)
-                self._finalizers.append(weakref.finalize(self, self._renderer.close))
-            self._renderer.update_scene(self._bare.data, camera=CAMERAS[0])
-            frame: NDArray[np.uint8] = self._renderer.render()
-        return frame
+        return self._scene.draw(self._bare.model, self._bare.data, CAMERAS[0])
 
     def close(self) -> None:
         """Free what draws."""
-        for finalizer in self._finalizers:
-            finalizer()
+        self._finalizer()
+        self._scene.close()
 
     def _plain_space(self) -> gymnasium.spaces.Space[Any]:
         if self.is_visual:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import traceback
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import gymnasium
+import numpy as np
+from numpy.typing import NDArray
 
 from envs.errors import RenderingUnavailableError
 
@@ -72,6 +75,44 @@ def fast_renderer(model: Any, image_size: int) -> Any:
     for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
         renderer.scene.flags[flag] = False
     return renderer
+
+
+class SceneRenderer:
+    """Draws a scene of MuJoCo; the graphics are opened for the first picture.
+
+    Args:
+        image_size: Height and width of a picture, in pixels.
+    """
+
+    def __init__(self, image_size: int) -> None:
+        self._image_size = image_size
+        self._renderer: Any = None
+
+    def draw(self, model: Any, data: Any, camera: str) -> NDArray[np.uint8]:
+        """Draw the scene, (image_size, image_size, 3) uint8.
+
+        Args:
+            model: The ``mujoco.MjModel`` to draw, the same in every call.
+            data: Its ``mujoco.MjData``.
+            camera: Name of the camera.
+
+        Raises:
+            RenderingUnavailableError: If this machine cannot render.
+        """
+        with rendering_errors():
+            if self._renderer is None:
+                self._renderer = fast_renderer(model, self._image_size)
+                # Closes the renderer before the interpreter tears OpenGL down, even if nobody calls close().
+                self._finalizer = weakref.finalize(self, self._renderer.close)
+            self._renderer.update_scene(data, camera=camera)
+            frame: NDArray[np.uint8] = self._renderer.render()
+        return frame
+
+    def close(self) -> None:
+        """Free the graphics; a later picture opens them again."""
+        if self._renderer is not None:
+            self._finalizer()
+            self._renderer = None
 
 
 def check_rendering(env: gymnasium.Env[Any, Any]) -> None:

@@ -18,17 +18,14 @@ from policy.checkpoint import (
     describe_best,
     digest_of,
     is_checkpoint,
-    keep_checkpoint,
     load_checkpoint,
     measured,
     merge_env,
     only_of_the_user,
-    resume_training,
-    save_checkpoint,
 )
+from policy.commands.record import Record, facts_of, newest_in, record_in
 from policy.common.control_rate import describe_mismatch, stated_rate
 from policy.common.device import check_device
-from policy.common.files import json_text, write_text
 from policy.common.interrupt import stop_on_signal
 from policy.common.locks import only_process
 from policy.common.next_line import next_line
@@ -55,16 +52,12 @@ from policy.tracking.training_page import PAGE, VIDEOS, TrainingFacts, training_
 from policy.training.errors import ErrorMeter
 from policy.training.loop import train
 from policy.training.preparation import Run, prepare_run
-from policy.training.settings import TrainSettings, learning_rate
+from policy.training.settings import TrainSettings
 from policy.training.start import config_for, config_from, config_of_student, fitting
-from policy.training.state import TrainState, newest_metrics
+from policy.training.state import TrainState
 
 # First seed of the rollouts during training. Demonstrations use seeds from 0, reported results those from 100000.
 ROLLOUT_SEED = 50_000
-# The file beside the checkpoint that holds the run's metrics, a line for each entry.
-HISTORY = "history.jsonl"
-# A checkpoint notes the names of up to so many tasks.
-MAX_TASKS = 100
 
 # Records episodes of the policy that a controller drives.
 Film = Callable[[MakeEnv, Controller], None]
@@ -163,19 +156,13 @@ def train_policy(
         tasks = tasks or found
 
     record_of = partial(
-        _record,
+        record_in,
         env=env,
         execution_horizon=execution_horizon,
         facts={
-            "seed": seed,
-            "dataset": dataset.source,
-            "episodes": dataset.num_episodes,
-            "transitions": len(dataset.actions),
-            "rate_hz": rate,
-            "tasks": _names(tasks),
-            "augment": augment and getattr(augment, "func", augment).__name__,
+            **({start.role: start.digest} if start else {}),
+            **facts_of(dataset, seed=seed, rate=rate, tasks=tasks, augment=augment),
         },
-        start=start,
     )
     play: Callable[..., list[EpisodeResult]] | None = None
     if env:
@@ -186,17 +173,19 @@ def train_policy(
         def open_trial(candidate: Candidate, place: Path) -> Trial:
             config, _ = _configured(candidate.policy, dataset, auxiliary, None, candidate.train)
             trial = prepare(config, candidate.train)
-            record = record_of(candidate.train, place)
+            record = record_of(place, candidate.train)
             record.restore(trial.state)
             return Trial(run=trial, save=record.save)
 
-        best = _best_recipe(recipe, policy, train, folder, sampler, seed, open_trial, play, paired)
+        relations = _relations_to_try(dataset, policy, auxiliary)
+        candidates, fallen = candidates_for(recipe.candidates, recipe.keep, policy, train, relations)
+        best = _best_recipe(recipe, candidates, fallen, folder, sampler, seed, open_trial, play, paired)
         train = best.train
         expected = None if best.changes else expected
         run = prepare(_configured(best.policy, dataset, auxiliary, None, train)[0], train)
     film = partial(_film, run.state, folder / VIDEOS, range(ROLLOUT_SEED, ROLLOUT_SEED + videos))
     rollout = partial(_rolled_out, play, train, film) if play else None
-    record = record_of(train, folder)
+    record = record_of(folder, train)
     with only_process(folder):
         record.resume(run.state, train)
         _describe(run, env, start, train)
@@ -240,7 +229,7 @@ def _tried(
 
 def _say_end(
     state: TrainState,
-    record: _Record,
+    record: Record,
     settings: TrainSettings,
     tracked: str,
     expected: Sequence[Mapping[str, float]],
@@ -257,12 +246,6 @@ def _say_end(
         print("no environment is known, so there is nothing to roll out in: env=... of ddim-rollout chooses one")
     command, of_the_user = "ddim-rollout" if record.env else "ddim-export", only_of_the_user(record.env or {})
     print(next_line(command, checkpoint=record.folder, env=of_the_user))
-
-
-def _names(tasks: Any) -> list[str] | None:
-    """Tasks as a checkpoint notes them; None for what a simulator calls so without meaning a list of names."""
-    listed = isinstance(tasks, list | tuple) and 0 < len(tasks) <= MAX_TASKS
-    return [*tasks] if listed and all(isinstance(task, str) for task in tasks) else None
 
 
 def check_start(
@@ -305,13 +288,8 @@ def check_start(
             f" train.steps={train.steps}"
         )
     path = init or teacher
-    if path and not (output_dir and is_checkpoint(_newest(output_dir))):
+    if path and not (output_dir and is_checkpoint(newest_in(output_dir))):
         digest_of(path)
-
-
-def _newest(folder: Path) -> Path:
-    """Where a run keeps its newest checkpoint."""
-    return folder.expanduser() / "checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,7 +328,7 @@ def _start(init: Path | None, teacher: Path | None, output_dir: Path | None) -> 
     if path is None:
         return None
     role: Literal["init", "teacher"] = "init" if init else "teacher"
-    newest = output_dir and _newest(output_dir)
+    newest = output_dir and newest_in(output_dir)
     if newest is None or not is_checkpoint(newest):
         loaded = load_checkpoint(path)
         return _Start(role=role, checkpoint=loaded, digest=loaded.digest, goes_on=False)
@@ -394,13 +372,33 @@ def _found(
         raise ValueError(
             f"{taken[0]}= gives the pairs that find_differences=true would look for: leave one of them out"
         )
-    vectors = [key for key, shape in dataset.observation_shapes.items() if len(shape) == 1 and key not in auxiliary]
-    relations = find_relations(dataset, vectors) if vectors else Relations((), ())
+    relations, vectors = _relations(dataset, auxiliary), _vectors(dataset, auxiliary)
     places = [f"{key}[{place}]" for key in sorted(vectors) for place in range(dataset.observation_shapes[key][0])]
     found = [f"{places[i]} - {places[j]}" for i, j in relations.differences]
     found += [f"direction {places[i]} to {places[j]}" for i, j in relations.direction_differences]
     say(f"differences that the policy observes too: {', '.join(found) or 'none, no two quantities are alike'}")
     return relations
+
+
+def _vectors(dataset: Demonstrations, auxiliary: Sequence[str]) -> list[str]:
+    """The observed state vectors."""
+    return [key for key, shape in dataset.observation_shapes.items() if len(shape) == 1 and key not in auxiliary]
+
+
+def _relations(dataset: Demonstrations, auxiliary: Sequence[str]) -> Relations:
+    vectors = _vectors(dataset, auxiliary)
+    return find_relations(dataset, vectors) if vectors else Relations((), ())
+
+
+def _relations_to_try(dataset: Demonstrations, given: Mapping[str, Any], auxiliary: Sequence[str]) -> Mapping[str, Any]:
+    """The settings that `find_differences=true` stands for; none if the user's policy has some, or there are none."""
+    if any(given.get(name) for name in Relations._fields):
+        return {}
+    try:
+        found = _relations(dataset, auxiliary)
+    except ValueError:  # too many numbers to compare
+        return {}
+    return found._asdict() if any(found) else {}
 
 
 def _configured(
@@ -425,81 +423,10 @@ def _configured(
     return config, fitting(dataset, config, source, with_actions=train.steps > 0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Record:
-    """The checkpoint folder of a run, and the data recorded in every checkpoint.
-
-    Attributes:
-        folder: the folder of the newest checkpoint.
-        env: how to make the environment, or None.
-        execution_horizon: recorded for rollouts.
-        training: how the policy is trained, JSON data.
-        keep_last: see `TrainSettings`.
-    """
-
-    folder: Path
-    env: dict[str, Any] | None
-    execution_horizon: int
-    training: dict[str, Any]
-    keep_last: int
-
-    def restore(self, state: TrainState) -> dict[str, Any] | None:
-        """Restore the state from the checkpoint and return the settings that differed; None if there is none."""
-        return resume_training(self.folder, state, self.training) if is_checkpoint(self.folder) else None
-
-    def resume(self, state: TrainState, settings: TrainSettings) -> None:
-        """Restore the state from the checkpoint, if there is one, and say so."""
-        before = self.restore(state)
-        if before is None:
-            return
-        print(f"going on at step {state.step} of {settings.all_steps}: {self.folder}")
-        if "steps" in before and state.step < settings.all_steps:
-            print(
-                f"it was begun for {before['steps']} steps: from here the learning rate follows the schedule of"
-                f" {settings.steps}, {learning_rate(state.step, settings):.2g} at this step"
-            )
-        if self.folder.exists():  # the run may have been killed after saving it and before keeping it
-            self._keep(state)
-
-    def save(self, state: TrainState) -> None:
-        """Write the newest checkpoint and the history, and update the last few and the best."""
-        training = {**self.training, "measured": newest_metrics(state.history)}
-        save_checkpoint(self.folder, state, env=self.env, execution_horizon=self.execution_horizon, training=training)
-        self._keep(state)
-
-    def _keep(self, state: TrainState) -> None:
-        write_text(self.folder.with_name(HISTORY), "".join(f"{json_text(entry)}\n" for entry in state.history))
-        keep_checkpoint(self.folder, state, keep_last=self.keep_last)
-
-
-def _record(
-    train: TrainSettings,
-    folder: Path,
-    *,
-    env: dict[str, Any] | None,
-    execution_horizon: int,
-    facts: Mapping[str, Any],
-    start: _Start | None,
-) -> _Record:
-    """The record of a run with these settings in a folder."""
-    return _Record(
-        folder=_newest(folder),
-        env=env,
-        execution_horizon=execution_horizon,
-        training={
-            **({start.role: start.digest} if start else {}),
-            # Left out: up to the first loss that is not finite, it has no effect, so a resumed run may change it.
-            **{key: value for key, value in vars(train).items() if key != "on_bad_loss"},
-            **facts,
-        },
-        keep_last=train.keep_last,
-    )
-
-
 def _best_recipe(
     recipe: RecipeSettings,
-    policy: Mapping[str, Any],
-    train: TrainSettings,
+    candidates: Sequence[Candidate],
+    fallen: Mapping[str, str],
     folder: Path,
     sampler: Sampler,
     seed: int,
@@ -508,7 +435,6 @@ def _best_recipe(
     paired: bool,
 ) -> Candidate:
     """Search for the best recipe; its checkpoint is then the run's own, which goes on from it."""
-    candidates, fallen = candidates_for(recipe.candidates, recipe.keep, policy, train)
     with only_process(folder), stop_on_signal() as stop:
         try:
             return search(
@@ -572,7 +498,7 @@ def _train(
     settings: TrainSettings,
     seed: int,
     tracking: MetricsLog,
-    record: _Record,
+    record: Record,
     rollout: Rollout | None,
     measure: Rollout | None,
 ) -> None:
@@ -653,7 +579,7 @@ def _film(state: TrainState, folder: Path, seeds: Sequence[int], make_env: MakeE
 
 
 def _facts(
-    dataset: Demonstrations, env: dict[str, Any] | None, record: _Record, settings: TrainSettings
+    dataset: Demonstrations, env: dict[str, Any] | None, record: Record, settings: TrainSettings
 ) -> TrainingFacts:
     """What the run's page says of it besides its metrics."""
     name = " ".join(map(str, env.values())) if env else Path(dataset.source).name
@@ -666,7 +592,7 @@ def _facts(
     )
 
 
-def _best(record: _Record, run: Run) -> tuple[int, str] | None:
+def _best(record: Record, run: Run) -> tuple[int, str] | None:
     """The step of the best checkpoint so far, and the checkpoint in words."""
     found = best_entry(record.folder, run.state.history)
     if found is None:

@@ -15,17 +15,30 @@ from policy.training.settings import TrainSettings
 
 # The command line or preset as it is. It is tried first, and wins where recipes are equally good.
 AS_GIVEN = "as_given"
-# Each recipe: settings, as on the command line, that replace those of the command line or the preset.
+_RELATIONS: dict[str, Any] = {"obs_horizon": 1, "find_differences": True}
+# For few demonstrations, which a large network learns by heart.
+_SMALL: dict[str, Any] = {
+    "denoiser.hidden_size": 64,
+    "denoiser.dropout": 0.1,
+    "encoder.hidden_size": 128,
+    "encoder.dropout": 0.1,
+}
+# Each recipe: settings, as on the command line, that replace those of the command line or the preset. Where
+# the budget is too small for all, those that are as fast as others are left out from the end.
 CANDIDATES: dict[str, dict[str, Any]] = {
     AS_GIVEN: {},
+    "small_relations": {**_RELATIONS, **_SMALL},
+    "relations": _RELATIONS,
     "dropout": {"denoiser.dropout": 0.1},
     "regularised": {"denoiser.dropout": 0.3, "encoder.noise": 0.02, "train.weight_decay": 0.1},
+    "velocity": {"prediction_type": "v_prediction", "denoiser.dropout": 0.1},
     "narrow": {"denoiser.hidden_size": 128, "denoiser.num_layers": 3, "encoder.noise": 0.02},
     "longer_history": {"obs_horizon": 4, "denoiser.dropout": 0.3, "encoder.noise": 0.02},
-    "velocity": {"prediction_type": "v_prediction", "denoiser.dropout": 0.1},
     "unet": {"denoiser": "unet", "encoder.noise": 0.02},
     "transformer": {"denoiser": "transformer", "denoiser.dropout": 0.1, "encoder.noise": 0.02},
 }
+# This setting stands for the relations that are found in the demonstrations.
+FIND_DIFFERENCES = "find_differences"
 # The parts of a policy whose settings depend on which one is chosen.
 PARTS: dict[str, Registry[Any]] = {"encoder": ENCODERS, "denoiser": DENOISERS}
 
@@ -50,17 +63,19 @@ class Candidate:
 
 
 def candidates_for(
-    names: Sequence[str], keep: Sequence[str], policy: Policy, train: TrainSettings
+    names: Sequence[str], keep: Sequence[str], policy: Policy, train: TrainSettings, relations: Policy
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Apply recipes to the user's settings.
 
-    A setting that the user keeps, or that the chosen part does not have, is left out of a recipe.
+    A setting that the user keeps, or that the chosen part does not have, is left out of a recipe, and so are
+    differences where none are found.
 
     Args:
         names: names of recipes; none for all.
         keep: names of settings that stay as they are; a part's name stands for all of its settings.
         policy: the user's settings of the policy.
         train: the user's settings of the training.
+        relations: the settings of the policy that `find_differences=true` stands for; empty if none are found.
 
     Returns:
         The recipes that differ from each other, and why each other one is not tried, by name.
@@ -70,9 +85,11 @@ def candidates_for(
     for name in names or CANDIDATES:
         kept = [setting for setting in CANDIDATES[name] if _is_kept(setting, keep)]
         changes = {setting: value for setting, value in CANDIDATES[name].items() if setting not in kept}
-        changes = {setting: changes[setting] for setting in changes if _exists(setting, changes, policy)}
+        changes = {setting: changes[setting] for setting in changes if _exists(setting, changes, policy, relations)}
+        settings = {setting: value for setting, value in changes.items() if setting != FIND_DIFFERENCES}
+        settings |= relations if FIND_DIFFERENCES in changes else {}
         candidate = Candidate(
-            name=name, changes=changes, policy=_policy_with(changes, policy), train=_train_with(changes, train)
+            name=name, changes=changes, policy=_policy_with(settings, policy), train=_train_with(settings, train)
         )
         same = next((f for f in found if (f.policy, f.train) == (candidate.policy, candidate.train)), None)
         if same is None:
@@ -88,8 +105,10 @@ def _is_kept(setting: str, keep: Sequence[str]) -> bool:
     return any(f"{setting}.".startswith(f"{name}.") or name.startswith(f"{setting}.") for name in keep)
 
 
-def _exists(setting: str, changes: Mapping[str, Any], policy: Policy) -> bool:
-    """Whether the policy's objective, or the part that the recipe chooses, has this setting."""
+def _exists(setting: str, changes: Mapping[str, Any], policy: Policy, relations: Policy) -> bool:
+    """Whether the objective, or the part that the recipe chooses, has this setting, and the data what it looks for."""
+    if setting == FIND_DIFFERENCES:
+        return bool(relations)
     part, _, name = setting.partition(".")
     if setting == "prediction_type":
         return policy.get("objective", DEFAULT_OBJECTIVE) == DEFAULT_OBJECTIVE

@@ -12,8 +12,15 @@ from pydantic import TypeAdapter
 
 from policy.common.files import write_text
 from policy.recipe.halving import Cost, Plan
+from policy.statistics.simultaneous import compare_means_with_best
 
 JOURNAL = "recipe.json"
+CONFIDENCE = 0.95
+# Where there are rollouts, the error alone drops a recipe only if it is surely more than so many times the least one:
+# in the OCBench table of docs/experiments.md, a recipe with twice the error of another succeeds three times as often.
+FAR = 3.0
+# A difference of errors, and its interval.
+Difference = tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +31,7 @@ class Measured:
         errors: its error on each held-out episode; none where its training failed.
         success: whether each rollout succeeded, by seed; none without rollouts.
         scores: the score of each rollout.
-        failed: why its training failed; empty if it did not.
+        failed: why it has no error: its training failed, or is too slow; empty if it has one.
     """
 
     errors: tuple[float, ...] = ()
@@ -46,6 +53,7 @@ class Journal:
         plan: the plan.
         paired: whether a seed fixes the episode of a rollout, whichever recipe plays it.
         spent: seconds of the budget that were spent.
+        episode_seconds: what an episode of a rollout costs; None without an environment.
         rungs: what was measured on each rung that was begun.
         chosen: name of the recipe that was chosen; empty before.
     """
@@ -55,6 +63,7 @@ class Journal:
     plan: Plan
     paired: bool
     spent: float
+    episode_seconds: float | None = None
     rungs: list[dict[str, Measured]] = field(default_factory=lambda: [{}])
     chosen: str = ""
 
@@ -68,7 +77,7 @@ class Journal:
         number = len(self.rungs) - 1
         if not number:
             return list(self.recipes)
-        best = ranked(self.rungs[number - 1])[: self.plan.rungs[number].candidates]
+        best = promising(self.rungs[number - 1])[: self.plan.rungs[number].candidates]
         return [name for name in self.recipes if name in best]
 
     @property
@@ -96,16 +105,17 @@ def read_journal(folder: Path) -> Journal | None:
 def ranked(rung: Results) -> list[str]:
     """The recipes of a rung from the best to the worst: by rollouts if each one has them, or else by the error.
 
-    Equal ones keep their order, and one whose training failed comes last.
+    Equal ones keep their order. One whose error is far from the least comes after all others whatever its rollouts,
+    and one whose training failed comes last.
     """
-    played = has_rollouts(rung)
+    played, distant = has_rollouts(rung), far(rung)
 
     def worth(name: str) -> tuple[float, ...]:
         found = rung[name]
         if not found.errors:
             return (0.0,)
         rollouts = (fmean(found.success), fmean(found.scores)) if played else ()
-        return (1.0, *rollouts, -fmean(found.errors))
+        return (1.0, float(name not in distant), *rollouts, -fmean(found.errors))
 
     return sorted(rung, key=worth, reverse=True)
 
@@ -113,3 +123,34 @@ def ranked(rung: Results) -> list[str]:
 def has_rollouts(rung: Results) -> bool:
     """Whether every recipe of a rung that was trained without failure was rolled out."""
     return all(found.success for found in rung.values() if found.errors)
+
+
+def error_differences(rung: Results) -> dict[str, Difference]:
+    """The error of each recipe minus the least error, with intervals for all of them together; none without intervals.
+
+    With a single held-out episode, or a single recipe, there is nothing to compare.
+    """
+    names = [name for name, found in rung.items() if found.errors]
+    errors = [rung[name].errors for name in names]
+    if len(names) < 2 or len(errors[0]) < 2:
+        return {}
+    best = min(range(len(names)), key=lambda number: fmean(errors[number]))
+    return dict(zip(names, compare_means_with_best(errors, best, CONFIDENCE), strict=True))
+
+
+def far(rung: Results) -> set[str]:
+    """The recipes whose error is surely more than `FAR` times the least one."""
+    least = min((fmean(found.errors) for found in rung.values() if found.errors), default=0.0)
+    return {name for name, (_, low, _) in error_differences(rung).items() if low > (FAR - 1) * least}
+
+
+def promising(rung: Results) -> list[str]:
+    """The recipes of a rung that may go on, from the best to the worst; with rollouts, those that are not far."""
+    dropped = far(rung) if has_rollouts(rung) else set()
+    return [name for name in ranked(rung) if name not in dropped and (rung[name].errors or not has_rollouts(rung))]
+
+
+def are_tied(rung: Results) -> bool:
+    """Whether the rollouts of a rung are equally good for all recipes that may go on."""
+    found = [rung[name] for name in promising(rung)]
+    return has_rollouts(rung) and len({(fmean(each.success), fmean(each.scores)) for each in found}) == 1

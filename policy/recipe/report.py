@@ -8,18 +8,29 @@ from typing import Any
 
 from policy.common.durations import duration_text
 from policy.common.markdown import markdown_table
-from policy.recipe.journal import Journal, Results, has_rollouts, ranked
+from policy.recipe.journal import (
+    CONFIDENCE,
+    Difference,
+    Journal,
+    Results,
+    are_tied,
+    error_differences,
+    has_rollouts,
+    promising,
+    ranked,
+)
 from policy.statistics.intervals import wilson_interval
-from policy.statistics.simultaneous import compare_means_with_best, compare_with_best
+from policy.statistics.simultaneous import compare_with_best
 from policy.training.settings import TrainSettings
-
-CONFIDENCE = 0.95
-Difference = tuple[float, float, float]
 
 
 def changes_text(changes: Mapping[str, Any]) -> str:
     """A recipe's settings as they are given on a command line."""
-    return " ".join(f"{name}={value}" for name, value in changes.items()) or "your settings, unchanged"
+    return " ".join(f"{name}={_value_text(value)}" for name, value in changes.items()) or "your settings, unchanged"
+
+
+def _value_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def plan_text(journal: Journal, train: TrainSettings) -> str:
@@ -27,9 +38,12 @@ def plan_text(journal: Journal, train: TrainSettings) -> str:
     rungs = ", then ".join(f"{rung.candidates} to step {rung.steps:,}" for rung in journal.plan.rungs)
     last = journal.plan.rungs[-1]
     episodes = journal.plan.episodes
-    by = f"by {episodes} rollouts each" if episodes else "by the error on held-out episodes"
+    by = "by the error on held-out episodes"
+    if episodes:
+        by = f"by rollouts, as the rungs are: {episodes} episodes for each recipe"
     steps_left = train.all_steps - last.steps
-    rest = duration_text(steps_left * max(cost.step for cost in journal.costs.values()))
+    tried = [cost for name, cost in journal.costs.items() if name not in journal.rungs[0]]
+    rest = duration_text(steps_left * max((cost.step for cost in tried), default=0.0))
     after = f", and trained to the end in up to about {rest} more" if steps_left else ""
     return f"the plan: {rungs} of {train.steps:,}; of the last {last.candidates}, one is chosen {by}{after}"
 
@@ -54,19 +68,6 @@ def rung_table(number: int, journal: Journal) -> str:
     return markdown_table(heads, rows, align="l" + "r" * (len(heads) - 1))
 
 
-def error_differences(rung: Results) -> dict[str, Difference]:
-    """The error of each recipe minus the least error, with intervals for all of them together; none without intervals.
-
-    With a single held-out episode, or a single recipe, there is nothing to compare.
-    """
-    names = [name for name, found in rung.items() if found.errors]
-    errors = [rung[name].errors for name in names]
-    if len(names) < 2 or len(errors[0]) < 2:
-        return {}
-    best = min(range(len(names)), key=lambda number: fmean(errors[number]))
-    return dict(zip(names, compare_means_with_best(errors, best, CONFIDENCE), strict=True))
-
-
 def verdict(journal: Journal) -> str:
     """Say which recipe was chosen, against which others it was compared, and whether they are separated."""
     number = journal.decisive
@@ -81,6 +82,7 @@ def verdict(journal: Journal) -> str:
             _by_rollouts(chosen, others[0], rung, journal.paired) if played else _by_error(chosen, others[0], rung)
         )
         sentences.append(f"{at[0].upper()}{at[1:]}, {compared}.")
+        sentences += _worth_little(journal, rung)
     if len(rung) < journal.plan.rungs[number].candidates:
         sentences.append(
             f"The budget ended on the first rung: {len(rung)} of {journal.plan.rungs[number].candidates} recipes were"
@@ -118,9 +120,36 @@ def report_text(journal: Journal, fallen: Mapping[str, str], first_seed: int) ->
     return "\n\n".join(parts) + "\n"
 
 
+def _worth_little(journal: Journal, rung: Results) -> list[str]:
+    """Say how little a choice by the error is worth."""
+    if are_tied(rung):
+        return [
+            "All recipes did equally well in the rollouts, so that the error on held-out episodes decided, which ranks"
+            " recipes poorly: the choice is worth little. A larger recipe.budget trains them for longer."
+        ]
+    if has_rollouts(rung):
+        return []
+    better = (
+        "env=... lets rollouts decide" if journal.episode_seconds is None else "a larger recipe.budget has rollouts"
+    )
+    return [
+        "Success was not measured, and the error on held-out episodes ranks recipes poorly: it rules out recipes that"
+        f" are clearly worse, and beyond that the choice is worth little; {better}."
+    ]
+
+
+def shared_text(journal: Journal) -> str:
+    """Say that the last rung was planned anew because the rollouts of the one before told nothing."""
+    last = journal.plan.rungs[-1]
+    return (
+        f"the rollouts do not tell these recipes apart: none of the {last.candidates} is dropped, and they share the"
+        f" rest of the budget, up to step {last.steps:,}"
+    )
+
+
 def _kept(number: int, journal: Journal) -> list[str]:
     """The recipes of a rung that go on."""
-    names = ranked(journal.rungs[number])
+    names = promising(journal.rungs[number])
     last = number + 1 == len(journal.plan.rungs) or (journal.chosen and number >= journal.decisive)
     return names[:1] if last else names[: journal.plan.rungs[number + 1].candidates]
 

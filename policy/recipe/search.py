@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from policy.checkpoint import is_checkpoint
@@ -25,12 +24,13 @@ from policy.diffusion.sampler import Sampler
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.recipe.candidates import Candidate
 from policy.recipe.error import WINDOWS, held_out_errors
-from policy.recipe.halving import Cost, plan_halving
-from policy.recipe.journal import JOURNAL, Journal, Measured, ranked, read_journal
-from policy.recipe.report import changes_text, plan_text, report_text, rung_table, verdict
+from policy.recipe.halving import Cost, plan_fastest, plan_last_rung
+from policy.recipe.journal import JOURNAL, Journal, Measured, are_tied, promising, ranked, read_journal
+from policy.recipe.report import changes_text, plan_text, report_text, rung_table, shared_text, verdict
 from policy.recipe.settings import RecipeSettings
 from policy.statistics.results import EpisodeResult, describe_broken
 from policy.tracking.tracker import SentToAll
+from policy.training.errors import action_deviation
 from policy.training.loop import train
 from policy.training.preparation import Run
 from policy.training.settings import TrainSettings
@@ -80,6 +80,11 @@ def check_data(dataset: Demonstrations, train: TrainSettings, seed: int) -> None
         raise ValueError(
             f"recipe=auto compares recipes on held-out episodes, and {dataset.source} has only {count}: give"
             f" {LEAST_DEMONSTRATIONS} or more, or leave recipe= out"
+        )
+    if (dataset.actions == dataset.actions[0]).all():
+        raise ValueError(
+            f"recipe=auto compares errors in standard deviations of the actions, and those of {dataset.source} never"
+            " change: leave recipe= out"
         )
     held_out = len(split_episodes(count, train.val_fraction, seed, dataset.held_out)[1])
     if held_out < LEAST_HELD_OUT:
@@ -233,9 +238,21 @@ class _Search:
             if episode_seconds is None and self.play:
                 episode_seconds = self.time_episodes(trial)
         train_steps = next(iter(self.by_name.values())).train.steps
-        plan = plan_halving(list(costs.values()), self.budget, self.spent, train_steps, episode_seconds)
+        trained = {name: cost for name, cost in costs.items() if name not in failed}
+        plan, planned = plan_fastest(trained or costs, self.budget, self.spent, train_steps, episode_seconds)
+        for name in [name for name in trained if name not in planned]:
+            failed[name] = Measured(failed=f"left out, the budget is too small ({costs[name].step:.2g} s a step)")
+            print(f"recipe {name} is {failed[name].failed}")
         recipes = {name: dict(candidate.changes) for name, candidate in self.by_name.items()}
-        journal = Journal(recipes=recipes, costs=costs, plan=plan, paired=paired, spent=self.spent, rungs=[failed])
+        journal = Journal(
+            recipes=recipes,
+            costs=costs,
+            plan=plan,
+            paired=paired,
+            spent=self.spent,
+            episode_seconds=episode_seconds,
+            rungs=[failed],
+        )
         journal.save(self.folder)
         return journal
 
@@ -267,11 +284,26 @@ class _Search:
         """Train and measure rung after rung until the budget is spent, and choose."""
         with progress(total=math.ceil(self.budget), initial=int(self.spent), desc="recipes", unit="s") as self.bar:
             while not self.over and self.complete_rung(journal):
+                said = self.replan(journal)
                 say(rung_table(len(journal.rungs) - 1, journal))
+                if said:
+                    say(said)
                 if self.is_last(journal):
                     break
                 journal.rungs.append({})
         self.choose(journal)
+
+    def replan(self, journal: Journal) -> str:
+        """Change the plan where the rollouts of the newest rung leave one recipe, or tell nothing; say the latter."""
+        number, rung = len(journal.rungs) - 1, journal.rungs[-1]
+        names = promising(rung)
+        if not journal.plan.episodes or self.is_last(journal) or not (len(names) < 2 or are_tied(rung)):
+            return ""
+        costs = [journal.costs[name] for name in names]
+        steps = next(iter(self.by_name.values())).train.steps
+        left = self.budget - self.spent if len(names) > 1 else 0.0
+        journal.plan = plan_last_rung(journal.plan, number + 1, costs, left, steps, journal.episode_seconds or 0.0)
+        return "" if self.is_last(journal) else shared_text(journal)
 
     def show(self) -> bool:
         """Move the bar, which counts the seconds of the budget, and return False."""
@@ -283,15 +315,16 @@ class _Search:
         """Train and measure the recipes of the newest rung; return False if the budget ended before the last one."""
         number, names = len(journal.rungs) - 1, journal.on_rung
         rung, steps = journal.rungs[number], journal.plan.rungs[number].steps
-        for place, name in enumerate(names):
+        tried = [name for name in names if name not in rung or not rung[name].failed]
+        for place, name in enumerate(tried):
             if name in rung:
                 continue
             say(
-                f"rung {number + 1} of {len(journal.plan.rungs)}, recipe {place + 1} of {len(names)}: {name}, to step"
+                f"rung {number + 1} of {len(journal.plan.rungs)}, recipe {place + 1} of {len(tried)}: {name}, to step"
                 f" {steps:,}; {duration_text(self.budget - self.spent)} of the budget are left"
             )
             try:
-                if found := self.measured(name, steps, journal.plan.episodes if self.is_last(journal) else 0):
+                if found := self.measured(name, steps, journal.plan.episodes):
                     rung[name] = found
             finally:
                 journal.spent = self.spent
@@ -343,7 +376,7 @@ class _Search:
     def errors(self, trial: Trial, windows: int) -> list[float]:
         """The error of the averaged policy on held-out episodes."""
         run = trial.run
-        scale = np.maximum(run.training.demonstrations.actions.std(axis=0), 1e-6)
+        scale = action_deviation(run.training)
         with self.stop.at_once():
             return held_out_errors(run.state.ema, self.sampler, run.validation, scale, windows)
 

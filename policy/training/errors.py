@@ -9,6 +9,7 @@ several samples leaves the samples' part out.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -200,13 +201,32 @@ def squared_errors(
     Returns:
         The errors.
     """
-    generator, found = derive_generator(0), []
+    found = [
+        _against(batch, samples.numpy(), program.config, deviation)
+        for batch, samples in sampled(program, windows, numbers, SAMPLES)
+    ]
+    return WindowErrors(*map(np.concatenate, zip(*found, strict=True)))
+
+
+def sampled(
+    program: SamplerProgram, windows: Windows, numbers: NDArray[np.int64], samples: int
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Gather windows, some at a time, and sample chunks on them; the noise is the same in every call.
+
+    Args:
+        program: samples the chunks.
+        windows: the windows of a split.
+        numbers: the windows to sample on, one or more.
+        samples: number of chunks of each window.
+
+    Yields:
+        N windows and the chunks (samples, N, action_horizon, action_dim) on the CPU.
+    """
+    generator = derive_generator(0)
     for part in np.array_split(numbers, math.ceil(len(numbers) / BATCH_SIZE)):
         batch = windows.gather(part)
         seen = observed(program.config, batch["observations"])
-        samples = [program.sample_actions(seen, generator=generator).cpu() for _ in range(SAMPLES)]
-        found.append(_against(batch, torch.stack(samples).numpy(), program.config, deviation))
-    return WindowErrors(*map(np.concatenate, zip(*found, strict=True)))
+        yield batch, torch.stack([program.sample_actions(seen, generator=generator).cpu() for _ in range(samples)])
 
 
 def _against(batch: Batch, samples: NDArray[np.float32], config: PolicyConfig, deviation: Array) -> WindowErrors:

@@ -67,12 +67,12 @@ def make_checkpoint(folder, config):
 
 
 @pytest.fixture(scope="session")
-def exported(checkpoint, made_once, run_script):
+def exported(checkpoint, made_once, run_command):
     """What the command wrote; `said.txt` is what it printed."""
 
     def export(folder):
         sampler = [f"sampler.{name}={value}" for name, value in SAMPLER_SETTINGS.items()]
-        done = run_script("export", f"checkpoint={checkpoint}", *sampler, f"output_dir={folder}/policy")
+        done = run_command("export", f"checkpoint={checkpoint}", *sampler, f"output_dir={folder}/policy")
         (folder / "said.txt").write_text(done.stdout)
 
     return made_once("exported", export) / "policy"

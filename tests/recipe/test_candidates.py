@@ -10,8 +10,11 @@ from policy.recipe.settings import RecipeSettings
 POLICY = {"encoder": {"name": "state"}, "denoiser": {"name": "modulated_mlp"}}
 
 
-def chosen(keep=(), policy=POLICY, names=()):
-    found, fallen = candidates_for(names, keep, policy, TrainSettings())
+RELATIONS = {"differences": ((0, 1),), "direction_differences": ()}
+
+
+def chosen(keep=(), policy=POLICY, names=(), relations=RELATIONS):
+    found, fallen = candidates_for(names, keep, policy, TrainSettings(), relations)
     return {candidate.name: candidate for candidate in found}, fallen
 
 
@@ -62,6 +65,16 @@ def test_the_settings_of_a_part_that_is_replaced_do_not_stay():
     found, _ = chosen(policy={**POLICY, "denoiser": {"name": "modulated_mlp", "num_layers": 2}})
     assert found["unet"].policy["denoiser"] == {"name": "unet"}
     assert found["regularised"].policy["denoiser"]["num_layers"] == 2
+
+
+def test_differences_are_those_that_were_found():
+    found, _ = chosen()
+    assert found["relations"].policy["differences"] == ((0, 1),)
+    assert found["relations"].policy["obs_horizon"] == 1
+    without, _ = chosen(relations={})
+    assert without["relations"].changes == {"obs_horizon": 1}
+    _, fallen = chosen(["obs_horizon"], relations={})
+    assert fallen["relations"] == "you keep obs_horizon, so that it is the same as as_given"
 
 
 def test_settings_of_a_search_are_checked():

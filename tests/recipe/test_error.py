@@ -1,5 +1,7 @@
 """The held-out error."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ def score(samples, target):
     shaped = [torch.tensor(sample, dtype=torch.float32)[:, None, None] for sample in samples]
     target = torch.tensor(target, dtype=torch.float32)[:, None, None]
     mask = torch.ones(len(target), 1, dtype=torch.bool)
-    return energy_scores(shaped, target, mask, torch.ones(1)).mean().item()
+    return energy_scores(torch.stack(shaped), target, mask, torch.ones(1)).mean().item()
 
 
 def test_the_demonstrated_distribution_has_a_smaller_error_than_its_mean_and_than_one_of_its_modes():
@@ -38,8 +40,11 @@ def test_it_equals_the_definition_and_leaves_masked_actions_out():
     expected = np.mean([distance(s, target) for s in samples])
     expected -= np.mean([distance(samples[i], samples[j]) for i, j in [(0, 1), (0, 2), (1, 2)]]) / 2
     mask = torch.tensor([[True, True, True, False]])
-    found = energy_scores([torch.tensor(s) for s in samples], torch.tensor(target), mask, torch.tensor(scale))
+    found = energy_scores(torch.tensor(samples), torch.tensor(target), mask, torch.tensor(scale))
     assert found.item() == pytest.approx(expected)
+    constant = [torch.cat([torch.as_tensor(x), torch.rand(*x.shape[:-1], 1)], dim=-1) for x in (samples, target)]
+    unit = torch.tensor([*scale, math.nan])
+    assert energy_scores(*constant, torch.as_tensor(mask), unit).item() == pytest.approx(expected)
 
 
 def test_errors_are_of_each_held_out_episode_and_the_same_in_every_call(demonstrations):

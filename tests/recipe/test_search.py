@@ -14,7 +14,7 @@ from policy.data.demonstrations import Demonstrations
 from policy.recipe import search as module
 from policy.recipe.candidates import Candidate
 from policy.recipe.halving import Plan, Rung
-from policy.recipe.journal import JOURNAL, Journal, Measured, ranked, read_journal
+from policy.recipe.journal import JOURNAL, Journal, Measured, promising, ranked, read_journal
 from policy.recipe.report import verdict
 from policy.recipe.search import Trial, check_data, check_folder, search
 from policy.recipe.settings import RecipeSettings
@@ -51,13 +51,22 @@ RATES = {"idle": 1e-9, "good": 1e-2, "slow": 1e-4}
 @pytest.fixture(autouse=True)
 def free_steps(monkeypatch):
     """Let the plan not depend on the machine: steps cost nothing, so that the rungs are as long as they may be."""
-    plan = module.plan_halving
+    plan, last = module.plan_fastest, module.plan_last_rung
+
+    def free(costs):
+        return [dataclasses.replace(cost, step=0, rung=0) for cost in costs]
+
     monkeypatch.setattr(
         module,
-        "plan_halving",
+        "plan_fastest",
         lambda costs, budget, spent, steps, episode: plan(
-            [dataclasses.replace(cost, step=0, rung=0) for cost in costs], 1e9, 0, steps, episode and 1.0
+            dict(zip(costs, free(costs.values()), strict=True)), 1e9, 0, steps, episode and 1.0
         ),
+    )
+    monkeypatch.setattr(
+        module,
+        "plan_last_rung",
+        lambda before, done, costs, left, steps, episode: last(before, done, free(costs), 1e9, steps, 0.0),
     )
     monkeypatch.setattr(module, "UNTIMED_STEPS", 1)
     monkeypatch.setattr(module, "TIMED_STEPS", 2)
@@ -136,21 +145,30 @@ def test_an_interrupted_search_goes_on_and_ends_as_an_uninterrupted_one(start, t
     assert start.opened == []
 
 
-def test_rollouts_decide_the_last_rung_on_the_same_seeds(start, tmp_path, capsys):
+def played(won, seeds):
+    return [EpisodeResult(seed=seed, success=won, score=float(won), return_=0.0, steps=1, attempts=1) for seed in seeds]
+
+
+def test_rollouts_on_the_same_seeds_decide_every_rung(start, tmp_path):
     asked = []
+    winners = iter([False, True, False, True, False, True])  # timed; idle and slow on the first rung; slow on the last
 
     def play(policy, seeds):
         asked.append(seeds)
-        won = len(asked) % 2 == 0  # of the last rung, the second recipe wins
-        return [
-            EpisodeResult(seed=seed, success=won, score=float(won), return_=0.0, steps=1, attempts=1) for seed in seeds
-        ]
+        return played(next(winners), seeds)
 
-    assert start(play).name == "good"
-    assert asked[0] == range(50_000, 50_004)  # timed
-    assert asked[1] == asked[2] == range(50_000, 50_100)
-    assert "solved 0% of 100" not in capsys.readouterr().out.split("slow")[0]
+    assert start(play).name == "slow"
+    assert asked == [range(50_000, 50_004)] + [range(50_000, 50_100)] * 5
+    assert set(rungs(tmp_path)[1]) == {"idle", "slow"}  # the better ones of rollouts that have the largest errors
     assert "The rollouts have the seeds 50000 to 50099" in (tmp_path / "recipe.md").read_text()
+
+
+def test_where_rollouts_tell_nothing_no_recipe_is_dropped(start, tmp_path, capsys):
+    assert start(lambda policy, seeds: played(False, seeds)).name == "good"
+    assert [set(rung) for rung in rungs(tmp_path)] == [set(RATES), set(RATES)]
+    out = capsys.readouterr().out
+    assert "none of the 3 is dropped, and they share the rest of the budget, up to step 32" in out
+    assert "the error on held-out episodes decided, which ranks recipes poorly" in out
 
 
 @pytest.mark.slow
@@ -206,6 +224,10 @@ def test_too_few_demonstrations_and_too_few_held_out_are_refused():
     check_data(made(12), TRAIN, 0)
     with pytest.raises(ValueError, match="has only 9: give 10 or more"):
         check_data(made(9), TRAIN, 0)
+    still = made(12)
+    still = dataclasses.replace(still, actions=0 * still.actions)
+    with pytest.raises(ValueError, match="never change: leave recipe= out"):
+        check_data(still, TRAIN, 0)
     few = dataclasses.replace(TRAIN, val_fraction=0.0)
     with pytest.raises(ValueError, match=r"of 12 episodes none is held out: give train.val_fraction=0.17"):
         check_data(made(12), few, 0)
@@ -239,6 +261,23 @@ def test_recipes_are_ranked_by_rollouts_only_if_all_have_them():
     assert ranked(played) == ["a", "b"]
     assert ranked({**played, "b": less}) == ["b", "a"]
     assert ranked({"failed": Measured(failed="x"), "a": more, "b": more}) == ["a", "b", "failed"]
+
+
+def test_with_rollouts_only_an_error_that_is_far_off_drops_a_recipe():
+    rung = {
+        name: Measured(errors=errors, success=(won, won), scores=(float(won),) * 2)
+        for name, errors, won in [("a", (1.0,) * 5, False), ("b", (2.0,) * 5, True), ("c", (4.0,) * 5, True)]
+    }
+    assert promising(rung) == ["b", "a"]
+    assert ranked(rung) == ["b", "a", "c"]
+    without = {name: dataclasses.replace(found, success=(), scores=()) for name, found in rung.items()}
+    assert promising(without) == ["a", "b", "c"]
+
+
+def test_the_verdict_says_how_little_a_choice_without_rollouts_is_worth():
+    found = Measured(errors=(1.0, 2.0, 3.0)), Measured(errors=(1.1, 1.9, 3.2))
+    assert "worth little; env=... lets rollouts decide" in verdict(journal_of(*found))
+    assert "worth little; a larger recipe.budget has rollouts" in verdict(journal_of(*found, episode_seconds=9.0))
 
 
 def test_the_verdict_says_whether_two_recipes_are_separated():

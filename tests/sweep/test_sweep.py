@@ -132,7 +132,7 @@ def test_numbers_that_are_written_differently_are_the_same_cell(checkpoints):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ddim_steps": []}, "ddim_steps is empty: give one value or more"),
+        ({"ddim_steps": []}, "ddim_steps is empty: give one value, or several"),
         ({"ddim_steps": [1, 2, 1]}, r"ddim_steps must not repeat a value; got \[1, 2, 1\]"),
         ({"ddim_steps": [1, 21]}, r"within 1\.\.20 .*got 21"),
         ({"ddim_steps": 0}, "ddim_steps must be 1 or more; got 0"),

@@ -1,5 +1,6 @@
 """Command lines as users write them: odd paths, Hydra's flags, misspelt words, help, and the next line to paste."""
 
+import os
 import shlex
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +16,9 @@ from policy.common.next_line import hydra_text, next_line
 from policy.common.progress import progress
 from scripts.command import refusals
 from scripts.command_line import hydra_override
+from scripts.environments import make_env
 from scripts.help_text import every_setting
+from scripts.sweep import main as sweep_command
 from tests.conftest import PROGRAMS, ROOT
 
 ODD_NAMES = [
@@ -252,7 +255,7 @@ def test_a_reader_who_has_read_enough_of_the_help_is_told_nothing(monkeypatch, c
     with os.fdopen(writer, "w") as closed:
         monkeypatch.setattr("sys.argv", ["ddim-sweep", "--help"])
         monkeypatch.setattr("sys.stdout", closed)
-        command("sweep", "policy.commands.sweep:sweep", "an example")()
+        sweep_command()
         print("what Python flushes at its end", flush=True)
     assert capsys.readouterr().err == ""
 

@@ -1,5 +1,6 @@
 """Command lines as users write them: odd paths, Hydra's flags, misspelt words, help, and the next line to paste."""
 
+import os
 import shlex
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +16,9 @@ from policy.common.next_line import hydra_text, next_line
 from policy.common.progress import progress
 from scripts.command import refusals
 from scripts.command_line import hydra_override
+from scripts.environments import make_env
 from scripts.help_text import every_setting
+from scripts.sweep import main as sweep_command
 from tests.conftest import PROGRAMS, ROOT
 
 ODD_NAMES = [
@@ -243,3 +246,22 @@ def test_the_demo_prints_commands_that_exist():
     for line in lines:
         command, arguments = pasted(line.split('"')[1].strip().replace("$(DEMO)", "d").replace("$(DEMO_DATA)", "d"))
         assert all(hydra_override(argument, task_of(command)) for argument in arguments)
+
+
+def test_a_reader_who_has_read_enough_of_the_help_is_told_nothing(monkeypatch, capsys):
+    """As with `ddim-sweep --help | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr("sys.argv", ["ddim-sweep", "--help"])
+        monkeypatch.setattr("sys.stdout", closed)
+        sweep_command()
+        print("what Python flushes at its end", flush=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_environment_that_changes_the_current_folder_moves_no_relative_path(monkeypatch, tmp_path):
+    before = os.getcwd()
+    monkeypatch.setattr("envs.make", lambda name, **settings: os.chdir(tmp_path))
+    make_env("planar")
+    assert os.getcwd() == before

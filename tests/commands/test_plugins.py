@@ -174,6 +174,7 @@ def test_a_checkpoint_stores_the_registered_names_and_no_import_path(trained):
     assert (trained / "collected/mine-v0").is_dir()
 
 
+@pytest.mark.slow
 def test_it_rolls_out_and_is_swept_over_solvers_in_processes_that_load_the_plugin_too(
     trained, run_command, plain_reports
 ):

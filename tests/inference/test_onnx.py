@@ -100,7 +100,7 @@ def case(name, **settings):
         pytest.param(
             name,
             marks=[pytest.mark.slow]
-            if name in ("all steps", "images", "transformer", "encoder-decoder", "one step")
+            if name in ("all steps", "images", "transformer", "encoder-decoder", "one step", "multistep")
             else [],
         )
         for name in CASES

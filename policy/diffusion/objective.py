@@ -105,8 +105,7 @@ class Objective:
 
 
 def _diffusion_levels(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    alpha_cumprod = schedule.alphas_cumprod[timesteps]
-    return alpha_cumprod.sqrt(), (1 - alpha_cumprod).sqrt()
+    return schedule.sqrt_alphas_cumprod[timesteps], schedule.sqrt_one_minus_alphas_cumprod[timesteps]
 
 
 def _flow_levels(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from policy.common.arguments import unknown_name
 from policy.common.observations import Observations, check_observations, is_image
-from policy.diffusion.coefficients import reverse_process
 from policy.diffusion.ddim import Generators, randn_like
 from policy.diffusion.sampler import Course, Sampler
 from policy.inference.onnx_backend import ONNX_PACKAGES, Onnx, OnnxModel
@@ -351,21 +350,19 @@ class Eager:
 
     def __call__(self, inputs: SamplingInputs) -> Tensor:
         """See `Runner`."""
-        policy, timesteps, step_noise = self._policy, self._course.timesteps.tolist(), inputs.step_noise
-        embedding = policy.embed(inputs.observations)
+        policy, course, step_noise = self._policy, self._course, inputs.step_noise
         past = policy.config.past_actions
         known = policy.action_normalizer.normalize(with_past(inputs.previous, past))
-        chunk = reverse_process(
-            lambda step, x: policy.denoiser(x, torch.full((len(x),), timesteps[step], device=x.device), embedding),
-            self._course.signal * known + self._course.noise * inputs.noise,
+        return policy.denoise(
+            policy.embed(inputs.observations),
+            course.signal * known + course.noise * inputs.noise,
+            course.timesteps.tolist(),
             self._table,
-            predicts_clean=policy.config.predicts == "sample",
-            clip=policy.config.clip_at(self._sampler.clip),
+            clip=self._sampler.clip,
             step_noise=None if step_noise is None else step_noise.__getitem__,
             known=known,
             keep=keep_with_past(inputs.keep, past),
         )
-        return policy.action_normalizer.unnormalize(chunk[:, past:])
 
 
 class Fused:

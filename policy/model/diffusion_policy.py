@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -252,14 +254,51 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         if tuple(noise.shape) != shape:
             raise ValueError(f"noise must have shape {shape}; got {tuple(noise.shape)}")
         noise = noise.to(self.device)
-        timesteps = course.timesteps.tolist()
+        return self.denoise(
+            embedding,
+            course.noise * noise,
+            course.timesteps.tolist(),
+            sampler.table(self.schedule, course, self.config.predicts, self.config.objective).to(noise),
+            clip=sampler.clip,
+            step_noise=(lambda step: randn_like(noise, generator)) if sampler.eta > 0 else None,
+        )
+
+    def denoise(
+        self,
+        embedding: Tensor,
+        start: Tensor,
+        timesteps: Sequence[int],
+        table: Tensor,
+        *,
+        clip: float | None,
+        step_noise: Callable[[int], Tensor] | None,
+        known: Tensor | None = None,
+        keep: Tensor | float = 0.0,
+    ) -> Tensor:
+        """Take all steps from a starting point to action chunks, one call of the denoiser each.
+
+        Args:
+            embedding: (B, obs_size) embedding of the observations.
+            start: (B, denoised_horizon, action_dim) starting point.
+            timesteps: K timesteps to visit.
+            table: (K, 5) or (K, 6) coefficients of the solver, see `Sampler.table`, of `start`'s dtype and device.
+            clip: see `sample_actions`.
+            step_noise: see `reverse_process`.
+            known: (B, denoised_horizon, action_dim) known actions, normalised; see `take_step`.
+            keep: see `take_step`.
+
+        Returns:
+            (B, action_horizon, action_dim) float32 in the data's units.
+        """
         chunk = reverse_process(
             lambda step, x: self.denoiser(x, torch.full((len(x),), timesteps[step], device=x.device), embedding),
-            course.noise * noise,
-            sampler.table(self.schedule, course, self.config.predicts, self.config.objective).to(noise),
+            start,
+            table,
             predicts_clean=self.config.predicts == "sample",
-            clip=self.config.clip_at(sampler.clip),
-            step_noise=(lambda step: randn_like(noise, generator)) if sampler.eta > 0 else None,
+            clip=self.config.clip_at(clip),
+            step_noise=step_noise,
+            known=known,
+            keep=keep,
         )
         return self.action_normalizer.unnormalize(chunk[:, self.config.past_actions :])
 

@@ -8,10 +8,9 @@ from policy.diffusion.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from policy.statistics.checks import Array
 from policy.statistics.paired import PairedDifference, compare_success
 from policy.statistics.recipe_recommendation import compare_recipes
+from policy.statistics.sequential import ERROR
 from policy.statistics.superiority import Superiority, superiority
 from policy.sweep.grid import Row, label_of
-
-ERROR = 0.05
 
 
 def objective_of(row: Row) -> str:

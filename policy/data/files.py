@@ -36,11 +36,13 @@ def list_files(path: Path) -> dict[str, Path]:
 
 def _files_under(path: Path) -> dict[str, Path]:
     root = Path(os.path.realpath(path))
+    blobs = _blobs_of(root)
     files = {}
     for folder, folders, names in os.walk(root, onerror=_unless_missing):
         for entry in (Path(folder, name) for name in (*folders, *names)):
             # Path.resolve would raise on circular links; realpath does not.
-            if entry.is_symlink() and not Path(os.path.realpath(entry)).is_relative_to(root):
+            target = Path(os.path.realpath(entry))
+            if entry.is_symlink() and not any(target.is_relative_to(place) for place in (root, *blobs)):
                 raise ValueError(
                     f"{path}: {entry.relative_to(root)} is a link that leaves the folder; if you trust it, copy the"
                     " dataset with its links followed (cp -rL)"
@@ -48,6 +50,17 @@ def _files_under(path: Path) -> dict[str, Path]:
             if entry.is_file():  # not a pipe or a device, where reading could hang, and not a dangling link
                 files[entry.relative_to(root).as_posix()] = entry
     return dict(sorted(files.items()))
+
+
+def _blobs_of(root: Path) -> list[Path]:
+    """The folder that the links of a snapshot in the Hub's cache lead into; none for any other folder.
+
+    The cache keeps each file of a repository once, as `datasets--<owner>--<name>/blobs/<hash>`, and a revision of it is
+    a folder of links into there, `datasets--<owner>--<name>/snapshots/<revision>`.
+    """
+    repository = root.parent.parent
+    is_snapshot = root.parent.name == "snapshots" and repository.name.startswith("datasets--")
+    return [repository / "blobs"] if is_snapshot else []
 
 
 def _unless_missing(error: OSError) -> None:

@@ -17,6 +17,7 @@ from policy.data.budget import Budget
 from policy.data.episode import Episode, EpisodeReader, Request, warn_empty
 from policy.data.formats.format import Format
 from policy.data.formats.lerobot.episodes import EpisodeEntry, choose_episodes, read_episodes, read_tasks
+from policy.data.formats.lerobot.finding import find_lerobot
 from policy.data.formats.lerobot.info import INFO, Feature, Info, read_info
 from policy.data.formats.lerobot.pictures import decode_pictures
 from policy.data.formats.lerobot.tables import TableFile, numbers, whole_numbers
@@ -171,7 +172,7 @@ def open_lerobot(path: Path, files: Mapping[str, Path], request: Request) -> Epi
     )
 
 
-FORMAT = Format(open=open_lerobot)
+FORMAT = Format(open=open_lerobot, find=find_lerobot)
 
 
 def _pictures(values: NDArray[Any], axes: tuple[int, int, int]) -> NDArray[Any]:

@@ -6,6 +6,7 @@ from .errors import RenderingUnavailableError as RenderingUnavailableError
 from .families import FAMILIES as FAMILIES
 from .families import make as make
 from .families import make_expert as make_expert
+from .families import make_vector as make_vector
 from .families import register_family as register_family
 from .pusht import pusht_pictures as pusht_pictures
 from .pusht import pusht_pictures_and_features as pusht_pictures_and_features
@@ -19,3 +20,4 @@ from .pusht_geometry import pusht_mirror as pusht_mirror
 from .pusht_geometry import pusht_state_corners as pusht_state_corners
 from .pusht_geometry import pusht_state_features as pusht_state_features
 from .rendering import check_rendering as check_rendering
+from .vector import VectorWorlds as VectorWorlds

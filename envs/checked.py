@@ -105,7 +105,7 @@ class CheckedEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
         except (EnvContractError, KeyboardInterrupt):
             raise
         except BaseException as error:
-            self._last = _zeros(self.observation_space)
+            self._last = zeros(self.observation_space)
             return self._last, self._broke_off("reset", error)
         self._last = observation
         return observation, {**info, "is_success": False, "score": self._score(info, default=0.0)}
@@ -375,7 +375,8 @@ def _leaves(space: gymnasium.Space[Any]) -> list[tuple[str | None, spaces.Box]]:
     return [(key, part) for key, part in parts if isinstance(part, spaces.Box)]
 
 
-def _zeros(space: gymnasium.Space[Any]) -> Any:
+def zeros(space: gymnasium.Space[Any]) -> Any:
+    """Return an observation of zeros, for an episode that could not start."""
     arrays = {key: np.zeros(part.shape, part.dtype) for key, part in _leaves(space)}
     return arrays if isinstance(space, spaces.Dict) else arrays[None]
 

@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
     from envs.checked import CheckedEnv
     from envs.collect import Expert, ExpertFactory
+    from envs.vector import VectorWorlds
 
 # A family makes an environment from keyword arguments with type hints, ``render_mode`` among them.
 Family: TypeAlias = "Callable[..., gymnasium.Env[Any, Any]]"
+# It makes many worlds from the same arguments without ``render_mode``, and ``worlds``, their number.
+VectorFamily: TypeAlias = "Callable[..., VectorWorlds]"
 
 # Name to ``module:name``, or to the family itself. A command reads the options of a family from the module's source.
 FAMILIES: dict[str, str | Family] = {
@@ -35,9 +38,13 @@ EXPERTS: dict[str, str | ExpertFactory] = {
     "ocbench": "envs.ocbench:make_ocbench_expert",
     "planar": "envs.planar:make_planar_expert",
 }
+# The families that can step many worlds in one call.
+VECTOR_FAMILIES: dict[str, str | VectorFamily] = {"gym": "envs.vector:make_gym_vector"}
 
 
-def register_family(name: str, family: Family, expert: ExpertFactory | None = None) -> None:
+def register_family(
+    name: str, family: Family, expert: ExpertFactory | None = None, vector: VectorFamily | None = None
+) -> None:
     """Add a family of your own.
 
     Args:
@@ -45,6 +52,8 @@ def register_family(name: str, family: Family, expert: ExpertFactory | None = No
         family: A function or class with type hints that takes ``render_mode`` and the family's options as keyword
             arguments, and returns an environment as described in `envs`.
         expert: Builds the scripted expert of one episode from the environment and the episode's seed.
+        vector: Makes many worlds at once, for ``env_vector=true``: it takes ``worlds``, their number, and the family's
+            options.
 
     Raises:
         ValueError: If another family has that name.
@@ -54,6 +63,32 @@ def register_family(name: str, family: Family, expert: ExpertFactory | None = No
     FAMILIES[name] = family
     if expert is not None:
         EXPERTS[name] = expert
+    if vector is not None:
+        VECTOR_FAMILIES[name] = vector
+
+
+def make_vector(name: str, *, worlds: int, **kwargs: Any) -> VectorWorlds:
+    """Make many worlds of an environment that are stepped by one call.
+
+    Args:
+        name: As for `make`.
+        worlds: Their number.
+        **kwargs: As for `make`.
+
+    Raises:
+        MissingExtraError: If its simulator is not installed.
+        ValueError: If the environment has no such simulator, or a name or an option is unknown.
+    """
+    if name in FAMILIES and name not in VECTOR_FAMILIES:
+        raise ValueError(
+            f"{name!r} has no simulator that steps many worlds in one call; those are"
+            f" {', '.join(sorted(VECTOR_FAMILIES))}: leave env_vector out, and each core steps worlds of its own."
+        )
+    family: VectorFamily = _load(VECTOR_FAMILIES[choose("environment", name, VECTOR_FAMILIES)])
+    parameters = inspect.signature(family).parameters
+    for option in kwargs:
+        choose(f"option of {name!r}", option, set(parameters) - {"worlds"})
+    return family(worlds=worlds, **kwargs)
 
 
 def make(

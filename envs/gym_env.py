@@ -96,7 +96,7 @@ class GymEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
         self._name = env.spec.id if env.spec else type(env.unwrapped).__name__
         self._return = 0.0
         self._keys: set[str] = set()
-        rate = control_hz or _control_hz(env)
+        rate = control_hz or control_hz_of(env.unwrapped)
         self.metadata = {**env.metadata, **({} if rate is None else {"render_fps": rate})}
 
     def reset(
@@ -276,13 +276,13 @@ def require_registered(id: str) -> None:
         ) from error
 
 
-def _control_hz(env: gymnasium.Env[Any, Any]) -> float | None:
-    """Return the control rate by the simulator's attributes; None if only its metadata, or nothing, states one.
+def control_hz_of(simulator: Any) -> float | None:
+    """Return the control rate by a simulator's attributes; None if only its metadata, or nothing, states one.
 
     A ``dt`` comes last: beside a rate, as in gym-pusht, it is the time step of the physics.
     """
     for name in ("control_hz", "control_freq", "dt"):
-        value = getattr(env.unwrapped, name, None)
+        value = getattr(simulator, name, None)
         if isinstance(value, int | float | np.floating) and value > 0:
             return 1.0 / float(value) if name == "dt" else float(value)
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import envs
 from envs import families
@@ -13,6 +13,7 @@ from policy.common.signatures import Declaration, declaration_of
 
 if TYPE_CHECKING:
     from envs.checked import CheckedEnv
+    from envs.vector import VectorWorlds
 
 
 def declared_settings(name: str) -> Declaration:
@@ -25,11 +26,20 @@ def declared_settings(name: str) -> Declaration:
     return Declaration(inspect.Signature(ordered), f"{family.doc}\n\n{every.doc}")
 
 
-def make_env(name: str, **settings: Any) -> CheckedEnv:
+@overload
+def make_env(name: str, *, worlds: None = None, **settings: Any) -> CheckedEnv: ...
+
+
+@overload
+def make_env(name: str, *, worlds: int, **settings: Any) -> VectorWorlds: ...
+
+
+def make_env(name: str, *, worlds: int | None = None, **settings: Any) -> CheckedEnv | VectorWorlds:
     """Make an environment from the settings that the user gave, or that a checkpoint or a dataset holds.
 
     Args:
         name: of the family.
+        worlds: make so many at once, stepped by one call; see `envs.make_vector`.
         **settings: of the family, and `render_mode`.
 
     Raises:
@@ -37,4 +47,4 @@ def make_env(name: str, **settings: Any) -> CheckedEnv:
     """
     checked = check_arguments("env", declared_settings(name), settings)
     with contextlib.chdir("."):  # a simulator may change the current folder: back to that of the user's relative paths
-        return envs.make(name, **checked)
+        return envs.make(name, **checked) if worlds is None else envs.make_vector(name, worlds=worlds, **checked)

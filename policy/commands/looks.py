@@ -7,6 +7,7 @@ from itertools import chain
 
 from policy.commands.stage import (
     OnEnvError,
+    Pool,
     Stage,
     rollout_pool,
     run_tasks,
@@ -16,7 +17,6 @@ from policy.commands.stage import (
 )
 from policy.common.progress import progress
 from policy.rollout.ledger import Ledger, cell_id
-from policy.rollout.workers import RolloutPool
 from policy.sweep.grid import Row, SweepCell, ids_of
 from policy.sweep.looks import (
     LookPlan,
@@ -178,7 +178,7 @@ def run_looks(
 
 
 def _run_all(
-    pool: RolloutPool,
+    pool: Pool,
     plan: LookPlan,
     cells: Sequence[SweepCell],
     ledger: Ledger,

@@ -64,6 +64,7 @@ def roll_out(
     env: dict[str, Any] | None = None,
     on_env_error: Literal["count", "stop"] = "count",
     env_patience: float = ENV_PATIENCE,
+    env_vector: bool = False,
     mix: bool = False,
     video: int = 0,
     output_dir: Path | None = None,
@@ -90,6 +91,8 @@ def roll_out(
         on_env_error: what to do with an episode that the simulator cannot end: `count` it as a failure with its
             reason, or `stop` the rollout.
         env_patience: seconds that one call of the simulator may take before it counts as hanging.
+        env_vector: let one simulator step all environments in one call, on one core or on its GPU; no result depends
+            on it.
         mix: whether a rollout may go on whose episodes were run with other versions, another simulator or on another
             processor; the summary then says so.
         video: number of first episodes to record as mp4.
@@ -110,6 +113,7 @@ def roll_out(
         num_envs=num_envs,
         device=device,
         env_patience=env_patience,
+        env_vector=env_vector,
         control_rate=control_rate,
     )
     (loaded,) = stage.checkpoints

@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from gymnasium.spaces import Box
 from tqdm import tqdm
@@ -23,6 +23,7 @@ from policy.rollout.cells import Task
 from policy.rollout.episodes import Env, MakeEnv, check_num_envs, check_spaces
 from policy.rollout.ledger import Ledger, cell_id
 from policy.rollout.provenance import Provenance, accept_mixture, provenance, with_packages
+from policy.rollout.vector import MakeWorlds, VectorPool
 from policy.rollout.watch import check_patience, helpers_ended, watched
 from policy.rollout.workers import RolloutPool
 from policy.statistics.results import EpisodeResult, describe_broken, too_many_broken
@@ -33,6 +34,8 @@ EPISODES = 50
 FIRST_SEED = 100_000
 NUM_ENVS = 32
 
+# What runs the episodes.
+Pool = RolloutPool | VectorPool
 # What to do with an episode that broke off.
 OnEnvError = Literal["count", "stop"]
 
@@ -48,6 +51,7 @@ class Stage:
         seeds: seeds of the episodes.
         action_space: action space of the environment.
         env_patience: seconds that one call of the simulator may take.
+        env_vector: whether one simulator steps all environments in one call.
         warnings: given before the run, for its files.
         made_with: what its episodes are run with.
     """
@@ -58,6 +62,7 @@ class Stage:
     seeds: range
     action_space: Box
     env_patience: float
+    env_vector: bool
     warnings: list[str]
     made_with: Provenance
 
@@ -72,6 +77,7 @@ def set_stage(
     num_envs: int,
     device: str,
     env_patience: float,
+    env_vector: bool = False,
     control_rate: float | None = None,
 ) -> Stage:
     """Load checkpoints and check them against each other and their environment, before any work.
@@ -85,6 +91,7 @@ def set_stage(
         num_envs: environments that run at once.
         device: `cpu` or `cuda`.
         env_patience: seconds that one call of the simulator may take.
+        env_vector: whether one simulator steps all environments in one call.
         control_rate: periods per second of a real-time rollout, or None.
 
     Returns:
@@ -95,15 +102,12 @@ def set_stage(
     """
     check_num_envs(num_envs)
     check_patience(env_patience)
+    if env_vector and control_rate is not None:
+        raise ValueError("control_rate= runs one environment in real time: leave env_vector= out")
     seeds = episode_seeds(seed, episodes)
     loaded = [load_checkpoint(folder, check_device(device)) for folder in checkpoints]
-    chosen = [choose_env(checkpoint, env) for checkpoint in loaded]
-    if other := next((number for number, settings in enumerate(chosen) if settings != chosen[0]), None):
-        raise ValueError(
-            f"{loaded[0].path} acts in {chosen[0]}, {loaded[other].path} in {chosen[other]}: a sweep compares"
-            " policies in one environment"
-        )
-    with helpers_ended(), watched(make_env, env_patience) as make, closing(_probe(make, chosen[0], loaded[0])) as probe:
+    chosen = _common_env(loaded, env)
+    with _probed(make_env, chosen, loaded[0], env_patience, env_vector=env_vector) as probe:
         for checkpoint in loaded:
             check_spaces(checkpoint.policy.config, probe)
         mismatches = [_mismatch(checkpoint, probe, control_rate) for checkpoint in loaded]
@@ -114,19 +118,48 @@ def set_stage(
     assert isinstance(action_space, Box)
     return Stage(
         checkpoints=loaded,
-        env=chosen[0],
-        make_env=partial(make_env, **chosen[0]),
+        env=chosen,
+        make_env=partial(make_env, **chosen),
         seeds=seeds,
         action_space=action_space,
         env_patience=env_patience,
+        env_vector=env_vector,
         warnings=given,
         made_with=made_with,
     )
 
 
+def _common_env(loaded: Sequence[Checkpoint], env: dict[str, Any] | None) -> dict[str, Any]:
+    """The settings of the environment in which all of the checkpoints act."""
+    chosen = [choose_env(checkpoint, env) for checkpoint in loaded]
+    if other := next((number for number, settings in enumerate(chosen) if settings != chosen[0]), None):
+        raise ValueError(
+            f"{loaded[0].path} acts in {chosen[0]}, {loaded[other].path} in {chosen[other]}: a sweep compares"
+            " policies in one environment"
+        )
+    return chosen[0]
+
+
 def _mismatch(checkpoint: Checkpoint, env: Env, control_rate: float | None) -> str | None:
     demonstrated = stated_rate(checkpoint.training.get("rate_hz"))
     return describe_mismatch(demonstrated, stated_rate(env.metadata.get("render_fps")), control_rate)
+
+
+@contextmanager
+def _probed(
+    make_env: MakeEnv, settings: dict[str, Any], checkpoint: Checkpoint, env_patience: float, *, env_vector: bool
+) -> Iterator[Any]:
+    """The environment, or one world of a simulator that may know no other way to be made."""
+    if env_vector:
+        with closing(_probe(partial(make_env, worlds=1), settings, checkpoint)) as worlds:
+            yield worlds
+    else:
+        with (
+            helpers_ended(),
+            watched(make_env, env_patience) as make,
+            closing(_probe(make, settings, checkpoint)) as probe,
+        ):
+            yield probe
 
 
 def _probe(make_env: MakeEnv, settings: dict[str, Any], checkpoint: Checkpoint) -> Env:
@@ -187,7 +220,7 @@ def warn_unpaired(ledger: Ledger) -> None:
 
 
 @contextmanager
-def rollout_pool(stage: Stage, ledger: Ledger, num_envs: int, *, workers: int | None = None) -> Iterator[RolloutPool]:
+def rollout_pool(stage: Stage, ledger: Ledger, num_envs: int, *, workers: int | None = None) -> Iterator[Pool]:
     """Start the processes, and find out whether a seed fixes the episode; if it does not, the ledger notes that.
 
     Args:
@@ -197,7 +230,12 @@ def rollout_pool(stage: Stage, ledger: Ledger, num_envs: int, *, workers: int | 
         workers: number of processes; by default one per core.
     """
     policies = [checkpoint.policy for checkpoint in stage.checkpoints]
-    with RolloutPool(policies, stage.make_env, num_envs, workers=workers, patience=stage.env_patience) as pool:
+    opened: Pool
+    if stage.env_vector:
+        opened = VectorPool(policies, cast(MakeWorlds, stage.make_env), num_envs)
+    else:
+        opened = RolloutPool(policies, stage.make_env, num_envs, workers=workers, patience=stage.env_patience)
+    with opened as pool:
         if not ledger.unpaired and (unpaired := pool.probe(stage.seeds[0])):
             ledger.note_unpaired(unpaired)
         warn_unpaired(ledger)
@@ -205,7 +243,7 @@ def rollout_pool(stage: Stage, ledger: Ledger, num_envs: int, *, workers: int | 
 
 
 def run_tasks(
-    pool: RolloutPool,
+    pool: Pool,
     cells: Sequence[SweepCell],
     ids: Sequence[str],
     tasks: Sequence[Task],

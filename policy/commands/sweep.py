@@ -64,6 +64,7 @@ def sweep(
     env: dict[str, Any] | None = None,
     on_env_error: Literal["count", "stop"] = "count",
     env_patience: float = ENV_PATIENCE,
+    env_vector: bool = False,
     margin: float = 0.05,
     max_ms: float | None = None,
     mix: bool = False,
@@ -99,6 +100,8 @@ def sweep(
         on_env_error: what to do with an episode that the simulator cannot end: `count` it as a failure with its
             reason, or `stop` the sweep.
         env_patience: seconds that one call of the simulator may take before it counts as hanging.
+        env_vector: let one simulator step all environments in one call, on one core or on its GPU; no result depends
+            on it.
         margin: the difference of success rates from which a cell counts as worse, in (0, 1).
         max_ms: milliseconds that the median plan of a cell may take; slower cells are left out before any episode.
         mix: whether episodes may be compared that were run with other versions, another simulator or on another
@@ -134,6 +137,7 @@ def sweep(
         num_envs=num_envs,
         device=device,
         env_patience=env_patience,
+        env_vector=env_vector,
     )
     for recipe in grouped(stage.checkpoints, recipes):
         check_alike(recipe)
@@ -153,6 +157,8 @@ def sweep(
         raise ValueError(f"videos must be within 0..{episodes} (the episodes); got {videos}")
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be 1 or more; got {workers}")
+    if workers is not None and env_vector:
+        raise ValueError(f"workers={workers} are processes, and env_vector=true runs in one: leave one of them out")
     planned = _planned_looks(recipes, episodes, looks, adaptive=adaptive)
     folder = output_folder(output_dir, "sweep")
     groups = grouped_cells(with_backends(cells, folder / LEDGER), recipes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,10 @@ class PlanRequest:
     observations: ByKey
     last: LastPlan | None = None
     candidates: int = 1
+
+
+# Samples one chunk (action_horizon, action_dim) in the data's units for each request.
+Plans = Callable[[Sequence[PlanRequest]], list[NDArray[np.float32]]]
 
 
 def sample_plans(

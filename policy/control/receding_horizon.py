@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -11,7 +12,7 @@ from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
 from policy.common.observations import Observation
-from policy.control.planning import History, PlanRequest, checked_observation, sample_plans
+from policy.control.planning import History, PlanRequest, Plans, checked_observation, sample_plans
 from policy.control.timeline import EXECUTION_HORIZON, ControllerSettings, Timeline
 from policy.diffusion.sampler import Sampler
 from policy.inference.backends import SamplerProgram, compile_sampler
@@ -45,6 +46,7 @@ class RecedingHorizonController:
         plan_batch: plans per network call, see `sample_plans`.
         program: the policy's sampling, compiled for `sampler`; by default it is compiled with the default backend.
         action_space: actions are clipped to it; None leaves them unchanged.
+        plans: samples the plans that are due, in place of the program; by default `sample_plans` does.
 
     Raises:
         ValueError: `execution_horizon`, `settings.delay_steps` or `sampler.ddim_steps` out of range, or a program of
@@ -67,13 +69,16 @@ class RecedingHorizonController:
     plan_batch: int = 1
     program: SamplerProgram | None = None
     action_space: Box | None = None
+    plans: Plans | None = None
     _episodes: dict[Hashable, _Robot] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.settings.check(self.execution_horizon, self.policy.config.action_horizon)
         if self.plan_batch < 1:
             raise ValueError(f"plan_batch must be 1 or more; got {self.plan_batch}")
-        self._program = program_for(self.policy, self.sampler, self.program)
+        self._plans = self.plans or partial(
+            sample_plans, program_for(self.policy, self.sampler, self.program), plan_batch=self.plan_batch
+        )
 
     def reset(self, seed: int, slot: Hashable = 0) -> None:
         """Start an episode.
@@ -144,7 +149,7 @@ class RecedingHorizonController:
         delay = self.settings.delay_steps
         waiting = [e for e in (self._episodes[slot] for slot in slots) if e.timeline.due(delay)]
         requests = [request_of(e.seed, e.history, e.timeline, self.sampler, delay) for e in waiting]
-        for episode, chunk in zip(waiting, sample_plans(self._program, requests, self.plan_batch), strict=True):
+        for episode, chunk in zip(waiting, self._plans(requests), strict=True):
             episode.timeline.deliver(chunk, delay)
 
     def next_action(self, slot: Hashable = 0) -> NDArray[np.float32]:

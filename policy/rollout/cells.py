@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import gymnasium
 from gymnasium.spaces import Box
 
+from policy.control.planning import Plans
 from policy.control.receding_horizon import RecedingHorizonController
 from policy.control.timeline import ControllerSettings
 from policy.diffusion.sampler import Sampler
@@ -54,6 +55,7 @@ def controllers_of(
     cells: Sequence[Cell],
     action_space: gymnasium.Space[Any],
     programs: Programs = {},  # noqa: B006  (never changed)
+    plans_of: Callable[[int], Plans] | None = None,
 ) -> list[RecedingHorizonController]:
     """Make one controller per cell, with the `plan_batch` of all rollouts.
 
@@ -62,6 +64,7 @@ def controllers_of(
         cells: one for each controller.
         action_space: the environment's, a `Box`.
         programs: programs that are compiled already, by the index of their cell.
+        plans_of: what samples the plans of a cell, by its index, in place of a program.
 
     Returns:
         The controllers, in the order of the cells.
@@ -74,8 +77,9 @@ def controllers_of(
             execution_horizon=cell.execution_horizon,
             settings=cell.controller,
             plan_batch=PLAN_BATCH,
-            program=programs.get(number) or program_of(policies[cell.policy], cell),
+            program=None if plans_of else programs.get(number) or program_of(policies[cell.policy], cell),
             action_space=action_space,
+            plans=plans_of and plans_of(number),
         )
         for number, cell in enumerate(cells)
     ]

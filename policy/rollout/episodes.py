@@ -55,7 +55,9 @@ class _Tally:
 
 
 @dataclass(kw_only=True)
-class _Running(_Tally):
+class Running(_Tally):
+    """An episode that a controller drives, so far."""
+
     task: Task
     controller: RecedingHorizonController
 
@@ -136,7 +138,7 @@ def run_episodes(
     Yields:
         Each task with its result, when the episode ends: at success, or when the environment ends it.
     """
-    running: dict[int, _Running] = {}
+    running: dict[int, Running] = {}
 
     def start(slot: int) -> Iterator[tuple[Task, EpisodeResult]]:
         """Start the slot's next episode; yield those that break off at once."""
@@ -144,11 +146,11 @@ def run_episodes(
         while (task := next_task()) is not None:
             cell, seed = task
             observation, info = envs[slot].reset(seed=seed)
-            episode = _Running(
-                task=task, controller=controllers[cell], seed=seed, observation=observation, **_first(info)
+            episode = Running(
+                task=task, controller=controllers[cell], seed=seed, observation=observation, **first(info)
             )
             if episode.broke_off:
-                yield task, _result(episode, False, 0)
+                yield task, result_of(episode, False, 0)
                 continue
             controllers[cell].reset(seed, slot)
             controllers[cell].observe(observation, slot)
@@ -162,11 +164,11 @@ def run_episodes(
             controller.plan([slot for slot, episode in running.items() if episode.controller is controller])
         for slot, episode in list(running.items()):
             if (success := _execute_chunk(envs[slot], episode, slot)) is not None:
-                yield episode.task, _result(episode, success, episode.controller.late_steps(slot))
+                yield episode.task, result_of(episode, success, episode.controller.late_steps(slot))
                 yield from start(slot)
 
 
-def _execute_chunk(env: Env, episode: _Running, slot: int) -> bool | None:
+def _execute_chunk(env: Env, episode: Running, slot: int) -> bool | None:
     """Act until the next plan is due (returns None) or the episode is over (returns whether it succeeded)."""
     while True:
         over, success = _step(env, episode, episode.controller.next_action(slot))
@@ -176,7 +178,8 @@ def _execute_chunk(env: Env, episode: _Running, slot: int) -> bool | None:
             return None
 
 
-def _result(episode: _Tally, success: bool, late_steps: int) -> EpisodeResult:
+def result_of(episode: _Tally, success: bool, late_steps: int) -> EpisodeResult:
+    """The result of an episode that is over."""
     return EpisodeResult(
         seed=episode.seed,
         success=success,
@@ -188,13 +191,18 @@ def _result(episode: _Tally, success: bool, late_steps: int) -> EpisodeResult:
     )
 
 
-def _first(info: Mapping[str, Any]) -> dict[str, Any]:
+def first(info: Mapping[str, Any]) -> dict[str, Any]:
     """What the info of a reset says of an episode."""
     return {"score": float(info["score"]), "broke_off": info.get("broke_off", "")}
 
 
 def _step(env: Env, episode: _Tally, action: NDArray[np.float32]) -> tuple[bool, bool]:
-    episode.observation, reward, terminated, truncated, info = env.step(action)
+    return tallied(episode, env.step(action))
+
+
+def tallied(episode: _Tally, returned: tuple[Any, Any, bool, bool, Mapping[str, Any]]) -> tuple[bool, bool]:
+    """Add what a control step returned to an episode; return whether it is over, and whether it succeeded."""
+    episode.observation, reward, terminated, truncated, info = returned
     episode.return_ += float(reward)
     episode.score = max(episode.score, info["score"])
     episode.steps += 1
@@ -237,13 +245,13 @@ def play_episode(controller: Controller, env: Env, seed: int, watch: Callable[[]
     """
     observation, info = env.reset(seed=seed)
     controller.reset(seed)
-    episode = _Tally(seed=seed, observation=observation, **_first(info))
+    episode = _Tally(seed=seed, observation=observation, **first(info))
     watch()
     over, success = bool(episode.broke_off), False
     while not over:
         over, success = _step(env, episode, controller.act(episode.observation))
         watch()
-    return _result(episode, success, controller.late_steps())
+    return result_of(episode, success, controller.late_steps())
 
 
 def record_episode(controller: Controller, env: Env, seed: int) -> tuple[EpisodeResult, list[NDArray[np.uint8]]]:

@@ -32,21 +32,26 @@ def trajectory(env: Env, seed: int) -> Trajectory:
 
 def _played(env: Env, seed: int) -> Iterator[NDArray[np.float64]]:
     assert isinstance(env.action_space, Box)
-    # A space may have no bounds, or bounds too far apart for a float.
-    low, high = np.clip(env.action_space.low, -1e3, 1e3), np.clip(env.action_space.high, -1e3, 1e3)
+    low, high = bounded(env.action_space)
     generator = np.random.default_rng(seed)
     observation, info = env.reset(seed=seed)
-    yield _flat(observation)
+    yield flat(observation)
     for _ in range(STEPS):
         if "broke_off" in info:
             return
         observation, reward, terminated, truncated, info = env.step(generator.uniform(low, high).astype(np.float32))
-        yield np.append(_flat(observation), float(reward))
+        yield np.append(flat(observation), float(reward))
         if terminated or truncated:
             return
 
 
-def _flat(observation: Any) -> NDArray[np.float64]:
+def bounded(space: Box) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The bounds of an action space, which may have none, or some that are too far apart for a float."""
+    return np.clip(space.low, -1e3, 1e3), np.clip(space.high, -1e3, 1e3)
+
+
+def flat(observation: Any) -> NDArray[np.float64]:
+    """All numbers of an observation in one array."""
     parts: Sequence[Any] = list(observation.values()) if isinstance(observation, dict) else [observation]
     return np.concatenate([np.ravel(part).astype(np.float64) for part in parts])
 

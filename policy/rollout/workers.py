@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -31,7 +32,8 @@ from policy.common.plugins import load_plugins, loaded_plugins
 from policy.inference.backends import SamplerProgram
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout import handover
-from policy.rollout.cells import Cell, Task, controllers_of, portable_programs
+from policy.rollout.cells import Cell, Programs, Task, controllers_of, portable_programs
+from policy.rollout.central import CentralPlanner, PlansDue, plans_from, without_weights
 from policy.rollout.episodes import Env, MakeEnv, check_num_envs, run_episodes, run_in_process
 from policy.rollout.handover import Parcel, standard_error_into
 from policy.rollout.probe import Trajectory, difference, unrepeatable, warning
@@ -97,8 +99,9 @@ class _Worker:
 class RolloutPool:
     """Runs episodes on all cores; the result of an episode does not depend on how many run at once.
 
-    With one environment, on one core or on a GPU, everything runs in this process. Otherwise each core gets a spawned
-    process with its share of the environments, and a free environment takes the next task. A process that crashes,
+    With one environment or on one core, everything runs in this process. Otherwise each core gets a spawned process
+    with its share of the environments, and a free environment takes the next task. On a CPU each process samples its
+    own plans; a GPU samples those of all processes from this one. A process that crashes,
     raises or hangs is replaced. Its unfinished episodes are run again with the same seeds, after all others and each
     alone in a process, so that an episode that always fails does not hold up others and is identified by its seed. A
     process that fails before its environments are made ends the run, because the next one would fail as well.
@@ -112,6 +115,7 @@ class RolloutPool:
         num_envs: number of environments in all processes together.
         workers: number of processes; by default one per core.
         patience: seconds that one call of a simulator may take before it counts as hanging.
+        plans_here: sample all plans in this process; by default if the policies are on a GPU.
 
     Raises:
         ValueError: `num_envs` below 1, or a patience that is not above 0.
@@ -126,6 +130,7 @@ class RolloutPool:
         *,
         workers: int | None = None,
         patience: float = ENV_PATIENCE,
+        plans_here: bool | None = None,
     ) -> None:
         check_num_envs(num_envs)
         check_patience(patience)
@@ -137,8 +142,9 @@ class RolloutPool:
         self._workers: list[_Worker] = []
         self._envs: list[Env] = []
         self._programs: dict[Cell, SamplerProgram] = {}
-        # A GPU serves all environments in batches from one process; on the CPU, each core has its own process.
-        count = min(num_envs, workers or available_cores()) if policies[0].device.type == "cpu" else 1
+        self._sent: Programs | None = None  # the programs of the processes, None if they sample nothing themselves
+        self._plans_here = policies[0].device.type != "cpu" if plans_here is None else plans_here
+        count = min(num_envs, workers or available_cores())
         with ExitStack() as undo:  # if this fails half-way
             undo.push(self._cleanup.__exit__)
             if count == 1:
@@ -147,7 +153,7 @@ class RolloutPool:
                     self._envs.append(make())
                     self._cleanup.callback(self._envs[-1].close)
             else:
-                self._parcel = self._cleanup.enter_context(handover.parcel(policies))
+                self._parcel = self._cleanup.enter_context(handover.parcel(self._in_processes()))
                 self._cleanup.push(self._stop)
                 for index in range(count):
                     self._workers.append(self._started(num_envs // count + (index < num_envs % count)))
@@ -171,24 +177,19 @@ class RolloutPool:
         if not self._workers:
             yield from run_in_process(self._policies, self._envs, cells, tasks)
             return
-        fresh_cells = set(cells) - self._programs.keys()
-        self._programs |= portable_programs(self._policies, fresh_cells, self._parcel.folder)
-        programs = {number: self._programs[cell] for number, cell in enumerate(cells) if cell in self._programs}
+        planner = self._begin(cells)
         fresh, suspects, unfinished = deque(tasks), deque[Task](), set(tasks)
         attempts, fruitless = Counter[Task](), 0
-        for worker in list(self._workers):
-            if worker.asking:  # an earlier run was abandoned before its end
-                worker = self._replace(worker)
-            worker.asking = worker.num_envs
-            if worker.ready:
-                worker.send((cells, programs))
         # Goes on until every environment has been told that no task is left: all processes then wait for the next run.
         while unfinished or any(worker.asking for worker in self._workers):
+            due: list[tuple[_Worker, PlansDue]] = []
             for worker, message in self._messages():
                 match message:
                     case "ready":
                         worker.ready = True
-                        worker.send((cells, programs))
+                        worker.send((cells, self._sent))
+                    case PlansDue():
+                        due.append((worker, message))
                     case "next":
                         queue = fresh or (deque() if worker.assigned else suspects)
                         worker.answer(queue.popleft() if queue else None)
@@ -212,6 +213,30 @@ class RolloutPool:
                             raise WorkerError(f"rollout processes failed {fruitless} times in a row: {fault.reason}")
                         suspects.extend(sorted(worker.assigned))
                         self._replace(worker).asking = worker.num_envs
+            if planner:
+                for (worker, _), chunks in zip(due, planner.answer([plans for _, plans in due]), strict=True):
+                    worker.send(chunks)
+
+    def _in_processes(self) -> Sequence[DiffusionPolicy]:
+        """The policies as the processes get them."""
+        return without_weights(self._policies) if self._plans_here else self._policies
+
+    def _begin(self, cells: Sequence[Cell]) -> CentralPlanner | None:
+        """Let all processes begin to run cells; return what samples their plans, if that is not each of them."""
+        if self._plans_here:
+            planner, self._sent = CentralPlanner(self._policies, cells), None
+        else:
+            fresh = set(cells) - self._programs.keys()
+            self._programs |= portable_programs(self._policies, fresh, self._parcel.folder)
+            compiled = {number: self._programs[cell] for number, cell in enumerate(cells) if cell in self._programs}
+            planner, self._sent = None, compiled
+        for worker in list(self._workers):
+            if worker.asking:  # an earlier run was abandoned before its end
+                worker = self._replace(worker)
+            worker.asking = worker.num_envs
+            if worker.ready:
+                worker.send((cells, self._sent))
+        return planner
 
     def probe(self, seed: int) -> str:
         """Find out whether a seed fixes the episode, also in two processes where there are two.
@@ -424,7 +449,11 @@ def _obey(connection: Connection, policies: Sequence[DiffusionPolicy], envs: Seq
             case int() as seed:
                 connection.send(unrepeatable(envs[0], seed))
             case (cells, programs):
-                controllers = controllers_of(policies, cells, envs[0].action_space, programs)
+                if programs is None:  # the parent samples
+                    plans_of = partial(plans_from, connection)
+                    controllers = controllers_of(policies, cells, envs[0].action_space, plans_of=plans_of)
+                else:
+                    controllers = controllers_of(policies, cells, envs[0].action_space, programs)
                 for result in run_episodes(controllers, envs, next_task):
                     connection.send(result)
 

@@ -281,9 +281,10 @@ def test_at_the_seam_a_continuous_plan_agrees_with_what_was_executed():
             execution_horizon=4,
             settings=ControllerSettings(mode=mode, delay_steps=2),
             sampler=Sampler(ddim_steps=8),
+            program=compile_sampler(policy, Sampler(ddim_steps=8)),
         )
         chunks = []
-        program = controller._program
+        program = controller.program
         sample = program.sample_actions
 
         def recording(*given, sample=sample, chunks=chunks, **named):

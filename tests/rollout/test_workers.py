@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
 
@@ -24,9 +25,11 @@ from envs.planar import PlanarEnv
 from policy import DiffusionPolicy, Sampler
 from policy.common.device import available_cores
 from policy.common.errors import WorkerError
+from policy.control.planning import PlanRequest, sample_plans
 from policy.inference.backends import BACKENDS, Eager
-from policy.rollout import workers
-from policy.rollout.cells import Cell, controllers_of
+from policy.rollout import central, workers
+from policy.rollout.cells import PLAN_BATCH, Cell, controllers_of, program_of
+from policy.rollout.central import CentralPlanner, PlansDue, without_weights
 from policy.rollout.episodes import run_in_process
 from policy.rollout.workers import RolloutPool
 from tests.conftest import ENVIRONMENT, PLANAR_CONFIG, ROOT
@@ -149,8 +152,8 @@ def test_spawned_processes_run_onnx_programs(policies, cores):
         assert roll(pool, tasks, cells) == expected
 
 
-def check_worker_processes(policies, alone, num_envs):
-    with RolloutPool(policies, PLANAR, num_envs) as pool:
+def check_worker_processes(policies, alone, num_envs, **how):
+    with RolloutPool(policies, PLANAR, num_envs, **how) as pool:
         processes = multiprocessing.active_children()
         assert len(processes) == 2
         for tasks in orders():
@@ -175,6 +178,46 @@ def test_worker_processes_give_the_same_results_run_after_run(policies, alone, c
 @pytest.mark.usefixtures("quick_start")
 def test_worker_processes_with_several_environments_each_give_the_same_results(policies, alone):
     check_worker_processes(policies, alone, 8)
+
+
+@pytest.mark.usefixtures("quick_start")
+@pytest.mark.parametrize("num_envs", [2, 3, 8])
+def test_plans_that_are_sampled_in_the_parent_give_the_same_results(policies, alone, num_envs, monkeypatch):
+    """This is how a GPU serves simulators in processes of their own."""
+    monkeypatch.setattr(workers, "portable_programs", None)  # nothing is compiled for the processes
+    check_worker_processes(policies, alone, num_envs, plans_here=True)
+
+
+def test_processes_that_sample_nothing_themselves_get_no_weights(policies):
+    for copied, policy in zip(without_weights(policies), policies, strict=True):
+        assert {weight.device.type for weight in copied.state_dict().values()} == {"meta"}
+        assert copied.config == policy.config
+        assert policy.device.type == "cpu"
+
+
+def test_plans_of_several_processes_share_the_network_calls(policies, monkeypatch):
+    calls = []
+
+    def sampled(program, requests, plan_batch):
+        calls.append((program.sampler, len(requests)))
+        return sample_plans(program, requests, plan_batch)
+
+    monkeypatch.setattr(central, "sample_plans", sampled)
+    rng = np.random.default_rng(0)
+
+    def requests(*numbers):
+        seen = {"state": rng.normal(size=(PLANAR_CONFIG.obs_horizon, *PLANAR_CONFIG.observation_shapes["state"]))}
+        return [
+            PlanRequest(seed=n, number=0, observations={k: v.astype(np.float32) for k, v in seen.items()})
+            for n in numbers
+        ]
+
+    due = [PlansDue(1, requests(1, 2)), PlansDue(0, requests(3)), PlansDue(1, requests(4, 5, 6))]
+    answers = CentralPlanner(policies, CELLS).answer(due)
+    assert calls == [(CELLS[1].sampler, 5), (CELLS[0].sampler, 1)]
+    for one, chunks in zip(due, answers, strict=True):
+        alone = sample_plans(program_of(policies[CELLS[one.cell].policy], CELLS[one.cell]), one.requests, PLAN_BATCH)
+        np.testing.assert_array_equal(chunks, alone)
 
 
 # --- faults ------------------------------------------------------------------------------------------------------
@@ -244,10 +287,12 @@ def attempts(results):
 
 
 @pytest.mark.usefixtures("quick_start")
-@pytest.mark.parametrize("num_envs", [2, 6])
-def test_episodes_of_a_process_that_fails_are_run_again_with_the_same_result(policies, alone, tmp_path, num_envs):
+@pytest.mark.parametrize(("num_envs", "plans_here"), [(2, False), (6, False), (6, True)])
+def test_episodes_of_a_process_that_fails_are_run_again_with_the_same_result(
+    policies, alone, tmp_path, num_envs, plans_here
+):
     faults = {5: "exit", 9: "kill", 1: "raise", 20: "leave"}
-    with RolloutPool(policies, partial(ShortFaulty, tmp_path, faults), num_envs) as pool:
+    with RolloutPool(policies, partial(ShortFaulty, tmp_path, faults), num_envs, plans_here=plans_here) as pool:
         before = {process.pid for process in multiprocessing.active_children()}
         results = roll(pool)
         after = {process.pid for process in multiprocessing.active_children()}

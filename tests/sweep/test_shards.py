@@ -228,7 +228,7 @@ def test_shards_of_recipes_are_put_together_checkpoint_by_checkpoint(tmp_path):
     )
     folders = [tmp_path / number for number in "231"]
     with pytest.raises(
-        ValueError, match="merging .*/3 with .*/1 would mix episodes that were not run alike: simulator"
+        ValueError, match=r"merging .*/3 with .*/1 would mix episodes that were not run alike: simulator"
     ):
         read_swept(folders)
     merged = read_swept(folders, mix=True)

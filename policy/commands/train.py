@@ -301,19 +301,25 @@ def check_start(
             f"teacher= trains on the teacher's chunks alone: add train.steps=0 train.rectify_steps=N; got"
             f" train.steps={train.steps}"
         )
-    if init_normalizers == "refit" and not init:
+    if init_normalizers == "refit":
+        _check_refit(train, init)
+    path = init or teacher
+    if path and not (output_dir and is_checkpoint(newest_in(output_dir))):
+        digest_of(path)
+
+
+def _check_refit(train: TrainSettings, init: Path | None) -> None:
+    """Refuse to fit normalisers again where there are none to fit, or nothing to fit them for."""
+    if not init:
         raise ValueError(
-            "init_normalizers=refit fits the normalisers of init=CHECKPOINT again; a new policy's are always fitted, and"
-            " with teacher= they are the teacher's: add init=, or leave it out"
+            "init_normalizers=refit fits the normalisers of init=CHECKPOINT again; those of a new policy are always"
+            " fitted, and with teacher= they are the teacher's: add init=, or leave it out"
         )
-    if init_normalizers == "refit" and not train.steps:
+    if not train.steps:
         raise ValueError(
             "init_normalizers=refit goes with train.steps=N, which learns from the demonstrations; a run that only"
             " rectifies learns the checkpoint's own chunks, in its ranges: leave it out"
         )
-    path = init or teacher
-    if path and not (output_dir and is_checkpoint(newest_in(output_dir))):
-        digest_of(path)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,8 +59,7 @@ def prepare_run(
         seed: seed of the split and of the initial weights.
         device: the device to train on.
         augment: a symmetry of the task. It adds a counterpart to every training window, and none to validation windows.
-        init: the policy whose weights and normalisers it starts from, of the same configuration but for settings of the
-            loss.
+        init: whose weights and normalisers it starts from; its configuration differs in settings of the loss at most.
         teacher: the policy whose chunks it learns from, and whose normalisers it has; see `Rectified`.
         refit: whether the normalisers of `init` are fitted again, to the training episodes.
 

@@ -23,6 +23,7 @@ import torch
 
 from envs.planar import PlanarEnv
 from policy import DiffusionPolicy, Sampler
+from policy.checkpoint import load_checkpoint
 from policy.common.device import available_cores
 from policy.common.errors import WorkerError
 from policy.control.planning import PlanRequest, sample_plans
@@ -31,7 +32,7 @@ from policy.rollout import central, workers
 from policy.rollout.cells import PLAN_BATCH, Cell, controllers_of, program_of
 from policy.rollout.central import CentralPlanner, PlansDue, without_weights
 from policy.rollout.episodes import run_in_process
-from policy.rollout.workers import RolloutPool
+from policy.rollout.workers import ALIGNMENT, RolloutPool
 from tests.conftest import ENVIRONMENT, PLANAR_CONFIG, ROOT
 from tests.rollout.short import ShortPlanar
 
@@ -218,6 +219,20 @@ def test_plans_of_several_processes_share_the_network_calls(policies, monkeypatc
     for one, chunks in zip(due, answers, strict=True):
         alone = sample_plans(program_of(policies[CELLS[one.cell].policy], CELLS[one.cell]), one.requests, PLAN_BATCH)
         np.testing.assert_array_equal(chunks, alone)
+
+
+@pytest.mark.usefixtures("quick_start")
+def test_weights_that_are_mapped_from_a_checkpoint_give_the_same_results_everywhere(planar_run):
+    """They begin anywhere in its file, where a fused matrix product can round differently."""
+    policy = load_checkpoint(planar_run / "checkpoint", "cpu").policy
+    assert any(weight.data_ptr() % ALIGNMENT for weight in policy.parameters())
+    cells = [Cell(sampler=Sampler(ddim_steps=steps), execution_horizon=8, backend="fused") for steps in (1, 2)]
+    tasks = list(itertools.product(range(2), range(100_000, 100_040)))
+    results = []
+    for count in (1, 2):
+        with RolloutPool([policy], PLANAR, 3, workers=count) as pool:
+            results.append(roll(pool, tasks, cells))
+    assert results[0] == results[1]
 
 
 # --- faults ------------------------------------------------------------------------------------------------------
@@ -563,7 +578,7 @@ import torch
 from policy import DiffusionPolicy, Sampler
 from policy.common.errors import WorkerError
 from policy.rollout.cells import Cell
-from policy.rollout.workers import RolloutPool
+from policy.rollout.workers import ALIGNMENT, RolloutPool
 from tests.conftest import ENVIRONMENT, PLANAR_CONFIG, ROOT
 from tests.rollout.short import ShortPlanar
 

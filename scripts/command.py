@@ -244,5 +244,6 @@ def _end(reason: str, code: int) -> NoReturn:
     """Say on a line of its own why the command ends, and end it."""
     close_bars()
     if has_last_word():
-        print(f"error: {printable(' '.join(reason.split()))}", file=sys.stderr)
+        bar = "" if started_world().first else "\n"  # the first process may have left one behind
+        print(f"{bar}error: {printable(' '.join(reason.split()))}", file=sys.stderr)
     sys.exit(code)

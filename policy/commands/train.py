@@ -53,6 +53,7 @@ from policy.tracking.tracker import MetricsLog, NoTracker, OpenRun, SentToAll
 from policy.tracking.training_page import PAGE, VIDEOS, TrainingFacts, training_page, video_name
 from policy.training.errors import ErrorMeter
 from policy.training.loop import train
+from policy.training.phases import phases_of
 from policy.training.preparation import Run, prepare_run
 from policy.training.settings import TrainSettings
 from policy.training.share import check_shares
@@ -218,7 +219,7 @@ def _follow(run: Run, record: Record, settings: TrainSettings, seed: int, world:
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM in any process.
     """
     record.restore(run.state)
-    with stop_on_signal() as should_stop, _checkpoint_named(record.folder):
+    with _checkpoint_named(record.folder), stop_on_signal() as should_stop:
         train(
             run,
             settings,
@@ -303,7 +304,8 @@ def check_start(
         ValueError: settings that do not fit each other, or there is no such checkpoint; the message says what to do.
     """
     world = joined_world()
-    check_shares(train.batch_size, world)
+    for phase in phases_of(train):
+        check_shares(phase.rows(train.batch_size), world)
     if recipe and world.size > 1:
         raise ValueError(
             f"recipe=auto tries recipes in one process, and torchrun started {world.size}: leave recipe= out, or search"

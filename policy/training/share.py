@@ -7,6 +7,7 @@ losses, and of their gradients, is that of the whole batch.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -52,8 +53,10 @@ def learner_of(policy: DiffusionPolicy, world: World) -> nn.Module:
     alone = Learner(policy)
     if world.size == 1:
         return alone
-    # The buffers never change. With a static graph, parameters that no loss depends on are no error.
-    return DistributedDataParallel(alone, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer releases of torch call `broadcast_buffers` otherwise
+        # The buffers never change. With a static graph, parameters that no loss depends on are no error.
+        return DistributedDataParallel(alone, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True)
 
 
 class Learner(nn.Module):

@@ -162,7 +162,7 @@ def test_a_run_that_is_stopped_saves_once_and_goes_on_with_another_number_of_pro
 
 @pytest.mark.slow
 def test_a_run_that_is_stopped_in_a_rollout_repeats_it(data, tmp_path):
-    rollouts = ("train.rollout_every=5", "train.rollout_episodes=200", "videos=0")
+    rollouts = ("train.rollout_every=5", "train.rollout_episodes=2000", "videos=0")
     run = [*SETTINGS, *rollouts, f"dataset.path={data}", f"output_dir={tmp_path}", "train.steps=10"]
     training = Training(2, *run)
     wait_for_step(training, tmp_path, 5)

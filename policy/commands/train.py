@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,8 @@ from policy.checkpoint import (
     only_of_the_user,
 )
 from policy.commands.record import Record, facts_of, newest_in, record_in
-from policy.common.control_rate import describe_mismatch, stated_rate
+from policy.commands.training_rollouts import ROLLOUT_SEED, Rollout, film_episodes, played, rolled_out, tried
+from policy.common.control_rate import stated_rate
 from policy.common.device import check_device
 from policy.common.errors import PeerError
 from policy.common.interrupt import stop_on_signal
@@ -42,15 +41,12 @@ from policy.model.diffusion_policy import DiffusionPolicy
 from policy.recipe.candidates import Candidate, candidates_for
 from policy.recipe.search import OpenTrial, Play, Trial, check_data, check_folder, search
 from policy.recipe.settings import RecipeSettings
-from policy.rollout.cells import Cell, controllers_of
-from policy.rollout.episodes import Controller, MakeEnv, check_num_envs, check_spaces, run_in_process
-from policy.rollout.probe import unrepeatable
-from policy.rollout.video import record_videos
-from policy.rollout.watch import ENV_PATIENCE, check_patience, helpers_ended, watched
+from policy.rollout.episodes import MakeEnv, check_num_envs
+from policy.rollout.watch import ENV_PATIENCE, check_patience
 from policy.statistics.fit import conclude
-from policy.statistics.results import EpisodeResult, describe_broken, summarize
+from policy.statistics.results import EpisodeResult
 from policy.tracking.tracker import MetricsLog, NoTracker, OpenRun, SentToAll
-from policy.tracking.training_page import PAGE, VIDEOS, TrainingFacts, training_page, video_name
+from policy.tracking.training_page import PAGE, VIDEOS, TrainingFacts, training_page
 from policy.training.errors import ErrorMeter
 from policy.training.loop import train
 from policy.training.phases import phases_of
@@ -59,14 +55,6 @@ from policy.training.settings import TrainSettings
 from policy.training.share import check_shares
 from policy.training.start import config_for, config_from, config_of_student, fitting
 from policy.training.state import TrainState
-
-# First seed of the rollouts during training. Demonstrations use seeds from 0, reported results those from 100000.
-ROLLOUT_SEED = 50_000
-
-# Records episodes of the policy that a controller drives.
-Film = Callable[[MakeEnv, Controller], None]
-# Runs a short rollout of the averaged policy, or measures the errors of its chunks, and returns the metrics.
-Rollout = Callable[[DiffusionPolicy], dict[str, float]]
 
 
 def train_policy(
@@ -160,7 +148,7 @@ def train_policy(
     paired = True
     if env and world.first:
         rolls_out = bool(train.rollout_every or recipe)
-        found, paired = _tried(make_env, env, env_patience, config, rate, rolls_out=rolls_out)
+        found, paired = tried(make_env, env, env_patience, config, rate, rolls_out=rolls_out)
         tasks = tasks or found
 
     record_of = partial(
@@ -174,7 +162,7 @@ def train_policy(
     )
     play: Callable[..., list[EpisodeResult]] | None = None
     if env:
-        play = partial(_played, partial(make_env, **env), num_envs, env_patience, sampler, execution_horizon)
+        play = partial(played, partial(make_env, **env), num_envs, env_patience, sampler, execution_horizon)
     folder = Path(world.tell("output_dir", str(output_folder(output_dir, "train")) if world.first else None))
     if not world.first:
         _follow(run, record_of(folder, train), train, seed, world, rolls_out=env is not None)
@@ -194,8 +182,8 @@ def train_policy(
         train = best.train
         expected = None if best.changes else expected
         run = prepare(_configured(best.policy, dataset, auxiliary, None, train)[0], train)
-    film = partial(_film, run.state, folder / VIDEOS, range(ROLLOUT_SEED, ROLLOUT_SEED + videos))
-    rollout = partial(_rolled_out, play, train, film) if play else None
+    film = partial(film_episodes, run.state, folder / VIDEOS, range(ROLLOUT_SEED, ROLLOUT_SEED + videos))
+    rollout = partial(rolled_out, play, train, film) if play else None
     record = record_of(folder, train)
     with only_process(folder):
         record.resume(run.state, train)
@@ -233,33 +221,6 @@ def _follow(run: Run, record: Record, settings: TrainSettings, seed: int, world:
         world.wait()
     if run.state.step < settings.all_steps:
         raise KeyboardInterrupt
-
-
-def _tried(
-    make_env: MakeEnv,
-    env: dict[str, Any],
-    env_patience: float,
-    config: PolicyConfig,
-    rate: float | None,
-    *,
-    rolls_out: bool,
-) -> tuple[Any, bool]:
-    """Check an environment against the policy and the demonstrations' rate before training.
-
-    Returns:
-        Its `tasks`, if any, and whether a seed fixes an episode, which is tried only if there will be rollouts.
-
-    Raises:
-        ValueError: its observations or actions are not the policy's.
-    """
-    with helpers_ended(), watched(make_env, env_patience) as make, closing(make(**env)) as probe:
-        check_spaces(config, probe)
-        mismatch = describe_mismatch(rate, stated_rate(probe.metadata.get("render_fps")))
-        unfixed = unrepeatable(probe, ROLLOUT_SEED)[1] if rolls_out else ""
-        tasks = getattr(probe.unwrapped, "tasks", None)
-    for warning in filter(None, (mismatch, unfixed)):
-        warnings.warn(warning, stacklevel=3)
-    return tasks, not unfixed
 
 
 def _say_end(
@@ -583,51 +544,6 @@ def _checkpoint_named(folder: Path) -> Iterator[None]:
         there = is_checkpoint(folder)
         kept = f"the last good checkpoint is {folder}" if there else "nothing was saved yet"
         raise type(error)(f"{error}; {kept}") from error
-
-
-def _rolled_out(
-    play: Callable[..., list[EpisodeResult]], settings: TrainSettings, film: Film, policy: DiffusionPolicy
-) -> dict[str, float]:
-    """Run a short rollout of the averaged policy, and return its metrics."""
-    results = play(policy, range(ROLLOUT_SEED, ROLLOUT_SEED + settings.rollout_episodes), film)
-    for sentence in describe_broken(results):
-        warnings.warn(sentence, stacklevel=2)
-    summary = summarize(results)
-    return {key: summary[key] for key in ("success_rate", "score_mean", "return_mean")}
-
-
-def _played(
-    make_env: MakeEnv,
-    num_envs: int,
-    env_patience: float,
-    sampler: Sampler,
-    execution_horizon: int,
-    policy: DiffusionPolicy,
-    seeds: range,
-    film: Film | None = None,
-) -> list[EpisodeResult]:
-    """Run episodes with these seeds, film some if asked, and return the results by seed."""
-    cell = Cell(sampler=sampler, execution_horizon=execution_horizon)
-    with helpers_ended(), watched(make_env, env_patience) as make, ExitStack() as simulators:
-        opened = [simulators.enter_context(closing(make())) for _ in range(min(num_envs, len(seeds)))]
-        results = [result for _, result in run_in_process([policy], opened, [cell], [(0, seed) for seed in seeds])]
-        if film:
-            film(make, *controllers_of([policy], [cell], opened[0].action_space))
-    return sorted(results, key=lambda result: result.seed)
-
-
-def _film(state: TrainState, folder: Path, seeds: Sequence[int], make_env: MakeEnv, controller: Controller) -> None:
-    """Record episodes of a rollout for the run's page; one that cannot be drawn is a warning."""
-
-    def file_of(number: int, result: EpisodeResult) -> Path:
-        return folder / video_name(state.step, result.seed, success=result.success)
-
-    try:
-        if seeds:
-            folder.mkdir(exist_ok=True)
-            deque(record_videos(make_env, [(controller, seed) for seed in seeds], file_of), maxlen=0)
-    except Exception as error:  # an environment need not know how to draw
-        warnings.warn(f"no videos of this run ({error}): videos=0 leaves them out", stacklevel=2)
 
 
 def _facts(

@@ -88,6 +88,8 @@ def _turns(name: str, size: int) -> list[dict[str, Any]]:
         for worker in workers:
             worker.start()
         found = [receiver.recv() for receiver, _ in pipes]
+        for worker in workers:
+            worker.join()
     first = found[0]
     for number, turn in enumerate(first):
         turn["together"]["cpu"] = sum(each[number]["together"]["cpu"] for each in found)

@@ -6,6 +6,7 @@ other, so that a command can be refused without it.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -179,6 +180,10 @@ def process_group(world: World, init_method: str = "env://") -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
+    # Functions of this module have the group as a default. Imported later, they would keep it, and its threads, to the
+    # end of the interpreter, which they then sometimes abort.
+    import torch.distributed.nn.functional
+
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with peers_needed():
         found, *_ = next(dist.rendezvous(init_method, world.rank, world.size, timeout=PATIENCE))
@@ -186,10 +191,19 @@ def process_group(world: World, init_method: str = "env://") -> Iterator[None]:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), found)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
         _JOINED.world, _JOINED.store = world, store
+        atexit.register(_end_at_once)
         yield
         # After an error the connections stay open until this process has said why it ends: they are the others' sign.
         _JOINED.world, _JOINED.store = ALONE, None
         dist.destroy_process_group()
+        atexit.unregister(_end_at_once)
+
+
+def _end_at_once() -> None:
+    """End a process whose connections are open still: the end of the interpreter would wait for work on them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _store() -> Any:

@@ -193,11 +193,14 @@ def train_policy(
         with training_page(folder, facts, run.state.history, partial(_best, record, run)) as page:
             _train(run, train, seed, SentToAll(tracking, page), record, rollout, _measure(run, dataset, sampler), world)
         tracked = tracking.finish()
-        world.wait()
-        if run.state.step < train.all_steps:
+        stopped = run.state.step < train.all_steps
+        if stopped:
             print(f"stopped at step {run.state.step} and saved: the same command with output_dir={folder} goes on")
+        else:
+            _say_end(run.state, record, train, tracked, expected or [])
+        world.wait()  # the end of another process would cut this one off
+        if stopped:
             raise KeyboardInterrupt  # so that commands that follow a complete training do not start
-        _say_end(run.state, record, train, tracked, expected or [])
 
 
 def _follow(run: Run, record: Record, settings: TrainSettings, seed: int, world: World, *, rolls_out: bool) -> None:

@@ -80,8 +80,8 @@ class World:
             assert text is not None
             return text
         if text is not None:
-            _store().set(name, text)
-        found: str = _store().get(name).decode()
+            _JOINED.store.set(name, text)
+        found: str = _JOINED.store.get(name).decode()
         return found
 
     def device(self, device: str) -> str:
@@ -206,10 +206,6 @@ def _end_at_once() -> None:
     os._exit(1)
 
 
-def _store() -> Any:
-    return _JOINED.store
-
-
 @contextmanager
 def peers_needed() -> Iterator[None]:
     """Turn the errors of a connection that broke off into an error that says so.
@@ -221,6 +217,8 @@ def peers_needed() -> Iterator[None]:
     """
     try:
         yield
+    except PeerError:
+        raise
     except RuntimeError as error:
         if not _is_of_connection(error):
             raise

@@ -37,8 +37,8 @@ from scripts.bench.kept_rows import KeptRows, Row
 TRANSITIONS, EPISODE, OBSERVATION, ACTION = 20_000, 200, 39, 4
 # By name, the settings of a policy, the windows in a step, and how many steps are timed at once.
 NETWORKS: dict[str, tuple[dict[str, Any], int, int]] = {
-    "denoiser=unet": ({"denoiser": {"name": "unet"}}, 256, 10),
-    "the defaults": ({}, 256, 30),
+    "denoiser=unet": ({"denoiser": {"name": "unet"}}, 256, 40),
+    "the defaults": ({}, 256, 80),
 }
 TURNS = 5
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,13 +22,16 @@ from policy.checkpoint import (
     only_of_the_user,
 )
 from policy.commands.record import Record, facts_of, newest_in, record_in
-from policy.common.control_rate import describe_mismatch, stated_rate
+from policy.commands.training_rollouts import ROLLOUT_SEED, Rollout, film_episodes, played, rolled_out, tried
+from policy.common.control_rate import stated_rate
 from policy.common.device import check_device
+from policy.common.errors import PeerError
 from policy.common.interrupt import stop_on_signal
 from policy.common.locks import only_process
 from policy.common.next_line import next_line
 from policy.common.output import output_folder
 from policy.common.progress import say
+from policy.common.torchrun import World, joined_world, peers_needed
 from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.data.relations import Relations, find_relations
@@ -40,29 +41,20 @@ from policy.model.diffusion_policy import DiffusionPolicy
 from policy.recipe.candidates import Candidate, candidates_for
 from policy.recipe.search import OpenTrial, Play, Trial, check_data, check_folder, search
 from policy.recipe.settings import RecipeSettings
-from policy.rollout.cells import Cell, controllers_of
-from policy.rollout.episodes import Controller, MakeEnv, check_num_envs, check_spaces, run_in_process
-from policy.rollout.probe import unrepeatable
-from policy.rollout.video import record_videos
-from policy.rollout.watch import ENV_PATIENCE, check_patience, helpers_ended, watched
+from policy.rollout.episodes import MakeEnv, check_num_envs
+from policy.rollout.watch import ENV_PATIENCE, check_patience
 from policy.statistics.fit import conclude
-from policy.statistics.results import EpisodeResult, describe_broken, summarize
-from policy.tracking.tracker import MetricsLog, OpenRun, SentToAll
-from policy.tracking.training_page import PAGE, VIDEOS, TrainingFacts, training_page, video_name
+from policy.statistics.results import EpisodeResult
+from policy.tracking.tracker import MetricsLog, NoTracker, OpenRun, SentToAll
+from policy.tracking.training_page import PAGE, VIDEOS, TrainingFacts, training_page
 from policy.training.errors import ErrorMeter
 from policy.training.loop import train
+from policy.training.phases import phases_of
 from policy.training.preparation import Run, prepare_run
 from policy.training.settings import TrainSettings
+from policy.training.share import check_shares
 from policy.training.start import config_for, config_from, config_of_student, fitting
 from policy.training.state import TrainState
-
-# First seed of the rollouts during training. Demonstrations use seeds from 0, reported results those from 100000.
-ROLLOUT_SEED = 50_000
-
-# Records episodes of the policy that a controller drives.
-Film = Callable[[MakeEnv, Controller], None]
-# Runs a short rollout of the averaged policy, or measures the errors of its chunks, and returns the metrics.
-Rollout = Callable[[DiffusionPolicy], dict[str, float]]
 
 
 def train_policy(
@@ -92,6 +84,8 @@ def train_policy(
 ) -> None:
     """Train a diffusion policy on demonstrations; the same command with the same output_dir resumes where it stopped.
 
+    Started by torchrun, several processes train one policy; the first of them writes, tracks, rolls out and measures.
+
     Args:
         make_env: makes an environment from the settings in `env`.
         dataset: the demonstrations.
@@ -117,7 +111,7 @@ def train_policy(
         num_envs: environments that run at once in the rollouts during training.
         env_patience: seconds that one call of the simulator may take in them.
         videos: first episodes of each of these rollouts to record, for the run's page.
-        device: `cpu` or `cuda`.
+        device: `cpu` or `cuda`; on torchrun, each process of a machine takes a GPU of its own.
         output_dir: receives `checkpoint/`, the page `training.html` and the metrics `history.jsonl`; by default a new
             folder under outputs/train.
         expected: success_rate and score_mean that a preset reaches, for some values of `ddim_steps`; only printed.
@@ -126,6 +120,7 @@ def train_policy(
         ValueError: settings that do not fit each other, the data or the environment, before training starts; or
             another process is training in this folder.
         FloatingPointError: see `policy.training.loop.train`; the message names the last good checkpoint.
+        PeerError: another process of torchrun ended before its time; the message names the last good checkpoint.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after saving.
     """
     check_start(
@@ -151,7 +146,8 @@ def train_policy(
     check_execution_horizon(execution_horizon, config.action_horizon)
     check_num_envs(num_envs)
     check_patience(env_patience)
-    device = check_device(device)
+    world = joined_world()
+    device = check_device(world.device(device))
 
     def prepare(config: PolicyConfig, train: TrainSettings, **start: Any) -> Run:
         return prepare_run(config, dataset, train, seed=seed, device=device, augment=augment, **start)
@@ -161,9 +157,9 @@ def train_policy(
     sampler = run.state.policy.settled(sampler)
     tasks = dataset.metadata.get("tasks")
     paired = True
-    if env:
+    if env and world.first:
         rolls_out = bool(train.rollout_every or recipe)
-        found, paired = _tried(make_env, env, env_patience, config, rate, rolls_out=rolls_out)
+        found, paired = tried(make_env, env, env_patience, config, rate, rolls_out=rolls_out)
         tasks = tasks or found
 
     record_of = partial(
@@ -178,8 +174,11 @@ def train_policy(
     )
     play: Callable[..., list[EpisodeResult]] | None = None
     if env:
-        play = partial(_played, partial(make_env, **env), num_envs, env_patience, sampler, execution_horizon)
-    folder = output_folder(output_dir, "train")
+        play = partial(played, partial(make_env, **env), num_envs, env_patience, sampler, execution_horizon)
+    folder = Path(world.tell("output_dir", str(output_folder(output_dir, "train")) if world.first else None))
+    if not world.first:
+        _follow(run, record_of(folder, train), train, seed, world, rolls_out=env is not None)
+        return
     if recipe:
 
         def open_trial(candidate: Candidate, place: Path) -> Trial:
@@ -195,8 +194,8 @@ def train_policy(
         train = best.train
         expected = None if best.changes else expected
         run = prepare(_configured(best.policy, dataset, auxiliary, None, train)[0], train)
-    film = partial(_film, run.state, folder / VIDEOS, range(ROLLOUT_SEED, ROLLOUT_SEED + videos))
-    rollout = partial(_rolled_out, play, train, film) if play else None
+    film = partial(film_episodes, run.state, folder / VIDEOS, range(ROLLOUT_SEED, ROLLOUT_SEED + videos))
+    rollout = partial(rolled_out, play, train, film) if play else None
     record = record_of(folder, train)
     with only_process(folder):
         record.resume(run.state, train)
@@ -204,39 +203,39 @@ def train_policy(
         tracking = tracker(folder=folder, config={"env": env, **record.training, **vars(run.state.policy.config)})
         facts = _facts(dataset, env, record, train)
         with training_page(folder, facts, run.state.history, partial(_best, record, run)) as page:
-            _train(run, train, seed, SentToAll(tracking, page), record, rollout, _measure(run, dataset, sampler))
+            _train(run, train, seed, SentToAll(tracking, page), record, rollout, _measure(run, dataset, sampler), world)
         tracked = tracking.finish()
-        if run.state.step < train.all_steps:
+        stopped = run.state.step < train.all_steps
+        if stopped:
             print(f"stopped at step {run.state.step} and saved: the same command with output_dir={folder} goes on")
+        else:
+            _say_end(run.state, record, train, tracked, expected or [])
+        world.wait()  # the end of another process would cut this one off
+        if stopped:
             raise KeyboardInterrupt  # so that commands that follow a complete training do not start
-        _say_end(run.state, record, train, tracked, expected or [])
 
 
-def _tried(
-    make_env: MakeEnv,
-    env: dict[str, Any],
-    env_patience: float,
-    config: PolicyConfig,
-    rate: float | None,
-    *,
-    rolls_out: bool,
-) -> tuple[Any, bool]:
-    """Check an environment against the policy and the demonstrations' rate before training.
-
-    Returns:
-        Its `tasks`, if any, and whether a seed fixes an episode, which is tried only if there will be rollouts.
+def _follow(run: Run, record: Record, settings: TrainSettings, seed: int, world: World, *, rolls_out: bool) -> None:
+    """Train with the first process, which alone writes, tracks, rolls out and measures, and wait for its last word.
 
     Raises:
-        ValueError: its observations or actions are not the policy's.
+        KeyboardInterrupt: stopped by Ctrl-C or SIGTERM in any process.
     """
-    with helpers_ended(), watched(make_env, env_patience) as make, closing(make(**env)) as probe:
-        check_spaces(config, probe)
-        mismatch = describe_mismatch(rate, stated_rate(probe.metadata.get("render_fps")))
-        unfixed = unrepeatable(probe, ROLLOUT_SEED)[1] if rolls_out else ""
-        tasks = getattr(probe.unwrapped, "tasks", None)
-    for warning in filter(None, (mismatch, unfixed)):
-        warnings.warn(warning, stacklevel=3)
-    return tasks, not unfixed
+    record.restore(run.state)
+    with _checkpoint_named(record.folder), stop_on_signal() as should_stop:
+        train(
+            run,
+            settings,
+            seed=seed,
+            tracker=NoTracker(),
+            save=lambda state: None,
+            rollout=(lambda policy: {}) if rolls_out else None,
+            should_stop=should_stop,
+            world=world,
+        )
+        world.wait()
+    if run.state.step < settings.all_steps:
+        raise KeyboardInterrupt
 
 
 def _say_end(
@@ -282,6 +281,14 @@ def check_start(
     Raises:
         ValueError: settings that do not fit each other, or there is no such checkpoint; the message says what to do.
     """
+    world = joined_world()
+    for phase in phases_of(train):
+        check_shares(phase.rows(train.batch_size), world)
+    if recipe and world.size > 1:
+        raise ValueError(
+            f"recipe=auto tries recipes in one process, and torchrun started {world.size}: leave recipe= out, or search"
+            " without torchrun, and train the best one further with it"
+        )
     if recipe and (init or teacher):
         raise ValueError(
             f"recipe=auto chooses the settings of a policy that is trained anew, and {'init=' if init else 'teacher='}"
@@ -531,31 +538,28 @@ def _train(
     record: Record,
     rollout: Rollout | None,
     measure: Rollout | None,
+    world: World,
 ) -> None:
     """Train until the end or a signal, and print the speed and the skipped steps."""
     first_step, began = run.state.step, time.perf_counter()
-    try:
-        with stop_on_signal() as should_stop:
+    with _checkpoint_named(record.folder), stop_on_signal() as should_stop:
 
-            def interruptible(policy: DiffusionPolicy) -> dict[str, float]:
-                assert rollout is not None
-                with should_stop.at_once():  # the state was saved before
-                    return rollout(policy)
+        def interruptible(policy: DiffusionPolicy) -> dict[str, float]:
+            assert rollout is not None
+            with should_stop.at_once():  # the state was saved before
+                return rollout(policy)
 
-            train(
-                run,
-                settings,
-                seed=seed,
-                tracker=tracking,
-                save=record.save,
-                rollout=rollout and interruptible,
-                measure=measure,
-                should_stop=should_stop,
-            )
-    except FloatingPointError as error:
-        there = is_checkpoint(record.folder)
-        kept = f"the last good checkpoint is {record.folder}" if there else "nothing was saved yet"
-        raise FloatingPointError(f"{error}; {kept}") from error
+        train(
+            run,
+            settings,
+            seed=seed,
+            tracker=tracking,
+            save=record.save,
+            rollout=rollout and interruptible,
+            measure=measure,
+            should_stop=should_stop,
+            world=world,
+        )
     seconds, steps = time.perf_counter() - began, run.state.step - first_step
     rate = steps * min(settings.batch_size, len(run.training)) / seconds
     print(f"{steps} steps in {seconds:.1f} s, {rate:.0f} transitions a second")
@@ -563,49 +567,16 @@ def _train(
         print(f"{len(skipped)} of {run.state.step} steps skipped, not finite: {', '.join(map(str, skipped))}")
 
 
-def _rolled_out(
-    play: Callable[..., list[EpisodeResult]], settings: TrainSettings, film: Film, policy: DiffusionPolicy
-) -> dict[str, float]:
-    """Run a short rollout of the averaged policy, and return its metrics."""
-    results = play(policy, range(ROLLOUT_SEED, ROLLOUT_SEED + settings.rollout_episodes), film)
-    for sentence in describe_broken(results):
-        warnings.warn(sentence, stacklevel=2)
-    summary = summarize(results)
-    return {key: summary[key] for key in ("success_rate", "score_mean", "return_mean")}
-
-
-def _played(
-    make_env: MakeEnv,
-    num_envs: int,
-    env_patience: float,
-    sampler: Sampler,
-    execution_horizon: int,
-    policy: DiffusionPolicy,
-    seeds: range,
-    film: Film | None = None,
-) -> list[EpisodeResult]:
-    """Run episodes with these seeds, film some if asked, and return the results by seed."""
-    cell = Cell(sampler=sampler, execution_horizon=execution_horizon)
-    with helpers_ended(), watched(make_env, env_patience) as make, ExitStack() as simulators:
-        opened = [simulators.enter_context(closing(make())) for _ in range(min(num_envs, len(seeds)))]
-        results = [result for _, result in run_in_process([policy], opened, [cell], [(0, seed) for seed in seeds])]
-        if film:
-            film(make, *controllers_of([policy], [cell], opened[0].action_space))
-    return sorted(results, key=lambda result: result.seed)
-
-
-def _film(state: TrainState, folder: Path, seeds: Sequence[int], make_env: MakeEnv, controller: Controller) -> None:
-    """Record episodes of a rollout for the run's page; one that cannot be drawn is a warning."""
-
-    def file_of(number: int, result: EpisodeResult) -> Path:
-        return folder / video_name(state.step, result.seed, success=result.success)
-
+@contextmanager
+def _checkpoint_named(folder: Path) -> Iterator[None]:
+    """Add the last good checkpoint to the error that ends a training."""
     try:
-        if seeds:
-            folder.mkdir(exist_ok=True)
-            deque(record_videos(make_env, [(controller, seed) for seed in seeds], file_of), maxlen=0)
-    except Exception as error:  # an environment need not know how to draw
-        warnings.warn(f"no videos of this run ({error}): videos=0 leaves them out", stacklevel=2)
+        with peers_needed():
+            yield
+    except (FloatingPointError, PeerError) as error:
+        there = is_checkpoint(folder)
+        kept = f"the last good checkpoint is {folder}" if there else "nothing was saved yet"
+        raise type(error)(f"{error}; {kept}") from error
 
 
 def _facts(

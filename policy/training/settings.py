@@ -16,7 +16,7 @@ class TrainSettings:
         rectify_steps: further optimiser steps on chunks that a policy makes, with a warm-up and a cosine of their own,
             see `policy.training.rectification`; 0 for none.
         rectify_ddim_steps: denoising steps with which those chunks are sampled.
-        batch_size: windows in a step.
+        batch_size: windows in a step, of all processes together where torchrun starts several.
         timesteps_per_chunk: timesteps sampled for each window's chunk in a step. The observations are encoded once, so
             that more timesteps cost little where encoding dominates, as with images.
         learning_rate: peak, reached after the warm-up, then decayed to zero along a cosine.

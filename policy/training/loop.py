@@ -7,6 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import count
 from statistics import fmean
@@ -304,19 +305,19 @@ def batches_ahead(
     Yields:
         For each step, the numbers of its windows (see `Windows.batch_at`) and its batch.
     """
-
-    def gather(step: int) -> tuple[NDArray[np.int64], Batch]:
-        windows = training.batch_at(step, batch_size, seed)
-        return windows, training.gather(windows)
-
+    drawn = (training.batch_at(step, batch_size, seed) for step in steps)
     waiting: deque[Future[tuple[NDArray[np.int64], Batch]]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-        for step in steps:
-            waiting.append(thread.submit(gather, step))
-            if len(waiting) > BATCHES_AHEAD:
+    with closing(training.batches(drawn)) as batches, ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        try:
+            for _ in steps:
+                waiting.append(thread.submit(next, batches))
+                if len(waiting) > BATCHES_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        finally:
+            for batch in waiting:  # of a training that ends early
+                batch.cancel()
 
 
 def _read(unread: list[Outcome], state: TrainState, training: Windows, settings: TrainSettings) -> None:

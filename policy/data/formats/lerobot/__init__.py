@@ -184,20 +184,16 @@ def open_lerobot(path: Path, files: Mapping[str, Path], request: Request) -> Epi
     videos = [key for key in dict.fromkeys(keys.values()) if info.features[key].is_video]
     if videos and not info.video_path:
         raise ValueError(f"{INFO} has no video_path, which should say where the frames of {videos[0]!r} are")
-    for template in (info.data_path, info.video_path):
-        if posixpath.normpath(template).split("/")[0] in ("", ".."):
-            raise ValueError(f"{INFO}: {template!r} leaves the dataset's folder, and nothing outside it is opened")
+    _check_inside(info)
     entries = {str(entry.number): entry for entry in read_episodes(files, info, videos, request.budget)}
     chosen, held_out = choose_episodes(info.splits, [entry.number for entry in entries.values()], request.subset)
     shapes = {seen: info.features[key].row_shape for seen, key in {**keys, "actions": action_key}.items()}
     lengths = [entries[str(number)].length for number in chosen]
     pictures = {seen: shapes[seen] for seen, key in keys.items() if info.features[key].is_video}
     streams = _streams(request, pictures, lengths)
-    stored = {seen: shape for seen, shape in shapes.items() if not (streams and seen in pictures)}
-    if streams:
-        frame_bytes = sum(math.prod(shape) for shape in pictures.values())
-        request.budget.check_memory(LEAST_ROWS * frame_bytes, f"decoding {LEAST_ROWS} of its transitions at a time")
-    request.budget.check_episodes(lengths, stored)
+    request.budget.check_episodes(
+        lengths, {seen: shapes[seen] for seen in shapes.keys() - (pictures if streams else {})}
+    )
     return LeRobotReader(
         files,
         info,
@@ -218,12 +214,16 @@ def _streams(request: Request, pictures: Mapping[str, Sequence[int]], lengths: S
 
     Raises:
         ValueError: the user says so, and no observation is a video.
+        BudgetError: decoding takes more memory than allowed.
     """
-    if request.decode is None:
-        return request.budget.cached_bytes(lengths, pictures) > STREAM_BYTES
     if request.decode == "stream" and not pictures:
         raise ValueError("dataset.decode=stream is for videos, and no observation is one: leave it out")
-    return request.decode == "stream"
+    is_large = request.budget.cached_bytes(lengths, pictures) > STREAM_BYTES
+    streams = is_large if request.decode is None else request.decode == "stream"
+    if streams:
+        frame_bytes = sum(math.prod(shape) for shape in pictures.values())
+        request.budget.check_memory(LEAST_ROWS * frame_bytes, f"decoding {LEAST_ROWS} of its transitions at a time")
+    return streams
 
 
 def _pictures(values: NDArray[Any], axes: tuple[int, int, int]) -> NDArray[Any]:
@@ -237,6 +237,12 @@ def _wanted(request: Request) -> list[str]:
         *(keys.values() if isinstance(keys, Mapping) else keys),
         *([request.action_key] if request.action_key else []),
     ]
+
+
+def _check_inside(info: Info) -> None:
+    for template in (info.data_path, info.video_path):
+        if posixpath.normpath(template).split("/")[0] in ("", ".."):
+            raise ValueError(f"{INFO}: {template!r} leaves the dataset's folder, and nothing outside it is opened")
 
 
 def _check_usable(info: Info, key: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
@@ -293,7 +293,7 @@ def update_ema(ema: DiffusionPolicy, policy: DiffusionPolicy, updates: int, max_
 
 def batches_ahead(
     training: Windows, steps: range, batch_size: int, seed: int
-) -> Iterator[tuple[NDArray[np.int64], Batch]]:
+) -> Generator[tuple[NDArray[np.int64], Batch], None, None]:
     """Yield the batches of training steps, which a thread gathers in advance.
 
     Args:

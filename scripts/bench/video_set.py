@@ -83,7 +83,7 @@ def _encoded(folder: Path, camera: int, episode: int, key_interval: int, codec: 
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial.mp4")
     with av.open(str(partial), "w") as container:
-        stream = container.add_stream(codec, rate=FPS, options={"g": str(key_interval), **CODECS[codec]})
+        stream: Any = container.add_stream(codec, rate=FPS, options={"g": str(key_interval), **CODECS[codec]})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         for picture in progress(_pictures(camera, episode), total=EPISODE, desc=file.stem, unit="frame"):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
@@ -156,7 +156,7 @@ def _write_tables(root: Path, count: int, places: dict[str, list[tuple[int, int]
     pandas["pandas_version"] = "2.2.0"
     _write(root / "meta/tasks.parquet", tasks.replace_schema_metadata({"pandas": json.dumps(pandas)}))
 
-    video = {"dtype": "video", "shape": [HEIGHT, WIDTH, 3], "names": ["height", "width", "channels"]}
+    video: dict[str, Any] = {"dtype": "video", "shape": [HEIGHT, WIDTH, 3], "names": ["height", "width", "channels"]}
     video["info"] = {"video.fps": FPS, "video.height": HEIGHT, "video.width": WIDTH, "video.channels": 3}
     video["info"] |= {"video.codec": codec, "video.pix_fmt": "yuv420p", "video.is_depth_map": False, "has_audio": False}
     features: dict[str, Any] = {

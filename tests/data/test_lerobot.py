@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from policy.data.formats.lerobot.info import Feature
-from policy.data.video import VideoFile
 from policy.data.reading import read_demonstrations
+from policy.data.video import VideoFile
 
 HERE = Path(__file__).parent
 V30, V21 = HERE / "lerobot_v30", HERE / "lerobot_v21"

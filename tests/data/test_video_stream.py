@@ -349,7 +349,7 @@ def test_damage_behind_the_header_is_named_when_it_is_met(copy, read, workers):
     demonstrations = read(copy, decode_workers=workers)
     content = file.read_bytes()
     file.write_bytes(content[:2000] + b"\0" * (len(content) // 2) + content[2000 + len(content) // 2 :])
-    said = r"episode \d, frames \d+ to \d+ of \d+ in .*made/videos/observation.images.wrist/.*mp4: .*; fetch the file again"
+    said = r"episode \d, frames \d+ to \d+ of \d+ in .*made/videos/observation.images.wrist/.*mp4: .*; fetch the file"
     with pytest.raises(ValueError, match=said):
         drawn(windows_of(demonstrations), range(9))
 

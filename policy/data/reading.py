@@ -87,11 +87,8 @@ def read_demonstrations(
         raise FORMATS.unknown(format)
     _check_choice("on_bad_episode", on_bad_episode, ("error", "skip"))
     _check_choice("on_action_outside", on_action_outside, ("error", "clip"))
-    if decode is not None:
-        _check_choice("decode", decode, ("cache", "stream"))
-    changed = next((name for name, given in (("relabel", relabel), ("transform", transform)) if given), None)
-    if decode == "stream":
-        _check_streams(format, changed)
+    functions = [name for name, given in (("relabel", relabel), ("transform", transform)) if given]
+    chosen = _check_decode(decode, format, functions)
     for name, value in (("max_episodes", max_episodes), ("image_size", image_size), ("max_bytes", max_bytes)):
         if value is not None and value < 1:
             raise ValueError(f"dataset.{name} must be 1 or more; got {value}")
@@ -99,7 +96,6 @@ def read_demonstrations(
         raise ValueError(f"dataset.decode_workers must be 0 or more; got {decode_workers}")
     cache = (cache_dir or default_cache_dir()).expanduser()
     budget = _budget(cache, max_bytes, max_episodes, image_size, transform)
-    chosen = "cache" if decode is None and changed else decode
     request = Request(observation_keys, action_key, subset, on_action_outside, chosen, budget)
     place, skip_bad = FORMATS[format].find(Path(path)), on_bad_episode == "skip"
     reading = _Reading(format, place, request, max_episodes, relabel, transform, image_size, skip_bad, decode)
@@ -113,21 +109,25 @@ def _check_choice(setting: str, value: str, choices: Sequence[str]) -> None:
         raise unknown_name(f"value of dataset.{setting}", value, choices)
 
 
-def _check_streams(format: str, changed: str | None) -> None:
-    """Refuse to leave frames in videos where there are none, or where a function needs all of an episode's.
+def _check_decode(decode: str | None, format: str, functions: Sequence[str]) -> str | None:
+    """Check `dataset.decode`, and return it, or `cache` where functions need whole episodes and the user leaves it open.
 
     Raises:
-        ValueError: the message says what to do.
+        ValueError: frames cannot stay in their videos; the message says what to do.
     """
-    if not FORMATS[format].has_videos:
+    if decode is None:
+        return "cache" if functions else None
+    _check_choice("decode", decode, ("cache", "stream"))
+    if decode == "stream" and not FORMATS[format].has_videos:
         raise ValueError(
             f"dataset.decode=stream is for videos, and datasets of the format {format} have none: leave it out"
         )
-    if changed:
+    if decode == "stream" and functions:
         raise ValueError(
-            f"dataset.decode=stream decodes single frames, and dataset.{changed} needs whole episodes: use"
-            f" dataset.decode=cache, or leave dataset.{changed} out"
+            f"dataset.decode=stream decodes single frames, and dataset.{functions[0]} needs whole episodes: use"
+            f" dataset.decode=cache, or leave dataset.{functions[0]} out"
         )
+    return decode
 
 
 def _usual_workers() -> int:

@@ -110,7 +110,7 @@ def _check_choice(setting: str, value: str, choices: Sequence[str]) -> None:
 
 
 def _check_decode(decode: str | None, format: str, functions: Sequence[str]) -> str | None:
-    """Check `dataset.decode`, and return it, or `cache` where functions need whole episodes and the user leaves it open.
+    """Check `dataset.decode`, and return it, or `cache` where functions need whole episodes and it is left open.
 
     Raises:
         ValueError: frames cannot stay in their videos; the message says what to do.

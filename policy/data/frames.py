@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:  # PyAV would make up a fifth of a command's start
     from policy.data.video import VideoFile
 
-# Video files that stay open. Opening one again takes as long as decoding a few frames.
-OPEN_FILES = 64
+# Video files that stay open, each with about 10 MB for its decoder; opening one again takes as long as a few frames.
+OPEN_FILES = 24
 
 
 @dataclass(frozen=True, kw_only=True)

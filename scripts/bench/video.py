@@ -49,8 +49,8 @@ from scripts.bench.video_set import CAMERAS, FPS, written
 PEER = Path(__file__).with_name("video_peer.py")
 WORKERS, OBS_HORIZON, ACTION_HORIZON = 2, 2, 8
 KEY_INTERVALS = (2, 30)
-BATCHES, TURNS = 24, 5  # batches of a turn, and turns of each side
-BUFFERED = 16  # batches before a turn that are not timed: they may have been made while the other side was measured
+BATCHES, TURNS = 16, 3  # batches of a turn, and turns of each side
+BUFFERED = 12  # batches before a turn that are not timed: they may have been made while the other side was measured
 FIRST, RANDOM = 2_000, 200  # frames that are compared
 # A network of the size of experiment=pusht_image, and its training.
 IMAGE_SIZE, TRAIN_BATCH, WARM_STEPS, TRAIN_STEPS = 96, 128, 15, 30

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-BUFFERED = 16  # batches that its workers made while nobody was waiting: they are not timed
+BUFFERED = 12  # batches that its workers made while nobody was waiting: they are not timed
 
 
 def main() -> None:

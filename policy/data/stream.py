@@ -166,7 +166,7 @@ def decoded_groups(
         ValueError: there is not enough memory for them.
     """
     # A batch holds windows of the groups that are mixed there, and of those that have taken their places by its end.
-    slots = groups.spread + (AHEAD + 1) * (batch_size // groups.length + 2)
+    slots = groups.spread + 2 + AHEAD * (batch_size // groups.length + 1)
     needed = slots * groups.rows * sum(values.row_bytes for values in frames.values())
     if needed > free_memory():
         raise ValueError(
@@ -182,12 +182,22 @@ def decoded_groups(
     shared = {key: context.RawArray("B", int(np.prod(shape))) for key, shape in shapes.items()}
     pool = ProcessPoolExecutor(workers, context, _begin, (frames, shared, shapes))
     try:
-        with outside_current_folder():
+        with outside_current_folder(), _interrupts_blocked():
             for _ in range(workers):
                 pool.submit(_nothing)  # starts a process
         yield DecodedGroups(_viewed(shared, shapes), groups, lambda *task: pool.submit(_decode, *task))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes that this thread starts meanwhile do not see Ctrl-C, also before they have begun to ignore it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _viewed(shared: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Memory:

@@ -291,6 +291,8 @@ LONG = {
     "policy/commands/train.py": {"train_policy"},
     "policy/commands/rollout.py": {"roll_out"},
     "policy/commands/sweep.py": {"sweep"},
+    # The same holds for the settings of dataset=.
+    "policy/data/reading.py": {"read_demonstrations"},
 }
 
 

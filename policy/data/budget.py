@@ -57,8 +57,12 @@ class Budget:
         longest = max(lengths, default=0)
         self.check_memory(longest * _row_bytes(shapes, 8), f"its longest episode, {longest} transitions,")
         if not self.is_transformed:
-            cached = {key: self._cached_shape(shape) for key, shape in shapes.items()}
-            self.check_disk(sum(lengths) * _row_bytes(cached, 4), f"its {len(lengths)} episodes")
+            self.check_disk(self.cached_bytes(lengths, shapes), f"its {len(lengths)} episodes")
+
+    def cached_bytes(self, lengths: Sequence[int], shapes: Mapping[str, Sequence[int]]) -> int:
+        """The bytes that episodes take in the cache; see `check_episodes`."""
+        cached = {key: self._cached_shape(shape) for key, shape in shapes.items()}
+        return sum(lengths[: self.max_episodes]) * _row_bytes(cached, 4)
 
     def check_memory(self, needed: int, what: str) -> None:
         """Refuse to read something that takes more memory than allowed.
@@ -70,7 +74,7 @@ class Budget:
         Raises:
             BudgetError: it takes more.
         """
-        _check(needed, self.memory, f"{what} needs {_readable(needed)} of memory", "write it in smaller parts, ")
+        _check(needed, self.memory, f"{what} needs {readable(needed)} of memory", "write it in smaller parts, ")
 
     def check_disk(self, needed: int, what: str) -> None:
         """Refuse to write something that takes more of the cache's disk than allowed.
@@ -82,9 +86,7 @@ class Budget:
         Raises:
             BudgetError: it takes more.
         """
-        _check(
-            needed, self.disk, f"{what} need {_readable(needed)} of disk", "set dataset.cache_dir to a larger disk, "
-        )
+        _check(needed, self.disk, f"{what} need {readable(needed)} of disk", "set dataset.cache_dir to a larger disk, ")
 
     def _cached_shape(self, shape: Sequence[int]) -> Sequence[int]:
         return shape if self.image_size is None or not is_image(shape) else (self.image_size, self.image_size, shape[2])
@@ -93,7 +95,7 @@ class Budget:
 def _check(needed: int, allowed: int, what: str, remedy: str) -> None:
     if needed > allowed:
         raise BudgetError(
-            f"{what} as its headers say, and dataset.max_bytes allows {_readable(allowed)} (by default half of what is"
+            f"{what} as its headers say, and dataset.max_bytes allows {readable(allowed)} (by default half of what is"
             f" free): {remedy}raise dataset.max_bytes, or take less with dataset.max_episodes,"
             " dataset.observation_keys or dataset.image_size"
         )
@@ -104,10 +106,10 @@ def _row_bytes(shapes: Mapping[str, Sequence[int]], number: int) -> int:
     return sum(math.prod(shape) * (1 if is_image(shape) else number) for shape in shapes.values())
 
 
-def _readable(size: int) -> str:
+def readable(size: int) -> str:
     """Write a number of bytes for people.
 
-    >>> _readable(1536), _readable(3 * 2**40)
+    >>> readable(1536), readable(3 * 2**40)
     ('1.5 KiB', '3 TiB')
     """
     power = min(max(size.bit_length() - 1, 0) // 10, 6)

@@ -6,7 +6,7 @@ the cache, an entry, which training maps into memory.
 
 <cache_dir>/<name>-<fingerprint>/
   index.json     shapes, dtypes, episodes and the checksum of each array, and a checksum of these
-  <n>.bin        the n-th array of the index, row after row
+  <n>.bin        the n-th array of the index, row after row; frames of videos stay in their videos, and have no file
 
 The checksums are compared each time an entry is opened; one that does not match is converted again.
 """
@@ -35,6 +35,7 @@ from policy.common.machine import warn_of_temporary_home
 from policy.data.budget import Budget, BudgetError
 from policy.data.demonstrations import Demonstrations
 from policy.data.episode import Episode, EpisodeChecker
+from policy.data.frames import Clip, Frames
 
 INDEX = "index.json"
 BUILDING = ".building-"
@@ -48,11 +49,12 @@ def default_cache_dir() -> Path:
     return Path.home() / ".cache" / "ddim-policy"
 
 
-def open_cached(folder: Path) -> Demonstrations | None:
+def open_cached(folder: Path, files: Mapping[str, Path]) -> Demonstrations | None:
     """Map demonstrations that were converted before.
 
     Args:
         folder: the entry that `write_cached` made.
+        files: the dataset's files by name, for videos that stay there.
 
     Returns:
         The demonstrations, or None if the entry is missing or damaged.
@@ -62,8 +64,12 @@ def open_cached(folder: Path) -> Demonstrations | None:
         index = content["index"]
         if content["sha256"] != _checksum(index):
             return None
-        files = (folder / f"{number}.bin" for number in range(len(index["columns"])))
-        arrays = {column["key"]: _map(file, column) for file, column in zip(files, index["columns"], strict=True)}
+        arrays = {
+            column["key"]: _frames(column, index, files)
+            if "clips" in column
+            else _map(folder / f"{number}.bin", column)
+            for number, column in enumerate(index["columns"])
+        }
         return Demonstrations(
             actions=arrays.pop("actions"),
             observations=arrays,
@@ -76,6 +82,17 @@ def open_cached(folder: Path) -> Demonstrations | None:
 
 def _checksum(index: Any) -> str:
     return hashlib.sha256(json.dumps(index).encode()).hexdigest()
+
+
+def _frames(column: Mapping[str, Any], index: Mapping[str, Any], files: Mapping[str, Path]) -> Any:
+    clips = [
+        Clip(name=name, file=files[name], start=start, fps=fps, count=count, episode=episode)
+        for (name, start, fps), count, episode in zip(
+            column["clips"], index["lengths"], index["episode_names"], strict=True
+        )
+    ]
+    height, width = column["stored"]
+    return Frames(clips, (height, width), column["resized_to"])
 
 
 def _map(file: Path, column: Mapping[str, Any]) -> NDArray[Any]:
@@ -94,6 +111,7 @@ def write_cached(
     episodes: Iterator[tuple[str, Callable[[], Episode]]],
     *,
     source: str,
+    files: Mapping[str, Path],
     metadata: Mapping[str, Any],
     held_out: Sequence[str],
     skip_bad: bool,
@@ -106,6 +124,7 @@ def write_cached(
         folder: the entry to make. It appears when it is complete, so an interrupted conversion leaves no entry.
         episodes: the name of each episode, and a function that reads it.
         source: the dataset, for messages.
+        files: the dataset's files by name.
         metadata: the dataset's description of itself, JSON data.
         held_out: names of the episodes set aside for validation.
         skip_bad: leave bad episodes out, instead of refusing the dataset.
@@ -119,7 +138,7 @@ def write_cached(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder.parent)
-        if open_cached(folder) is None:  # remove it now; later it may be the complete entry of another process
+        if open_cached(folder, files) is None:  # remove it now; later it may be the complete entry of another process
             shutil.rmtree(folder, ignore_errors=True)
         with _building_in(folder.parent) as building:
             written = _write_arrays(building, episodes, source, skip_bad, max_episodes, budget)
@@ -235,16 +254,20 @@ def _write_arrays(
                 written.skipped[name] = str(error)
                 continue
             arrays = {**episode.observations, "actions": episode.actions}
-            size += sum(values.nbytes for values in arrays.values())
+            size += sum(values.nbytes for values in arrays.values() if not isinstance(values, Frames))
             budget.check_disk(size, f"{source}: its first {len(written.names) + 1} episodes")
             if not files:
-                files = {key: stack.enter_context((building / f"{n}.bin").open("wb")) for n, key in enumerate(arrays)}
-                written.columns = [
-                    {"key": key, "dtype": values.dtype.str, "shape": values.shape[1:], "crc32": 0}
-                    for key, values in arrays.items()
-                ]
+                files = {
+                    key: stack.enter_context((building / f"{n}.bin").open("wb"))
+                    for n, (key, values) in enumerate(arrays.items())
+                    if not isinstance(values, Frames)
+                }
+                written.columns = [_column_of(key, values) for key, values in arrays.items()]
             for column in written.columns:
-                rows = np.ascontiguousarray(arrays[column["key"]])
+                if isinstance(values := arrays[column["key"]], Frames):
+                    column["clips"] += [(clip.name, clip.start, clip.fps) for clip in values.clips]
+                    continue
+                rows = np.ascontiguousarray(values)
                 files[column["key"]].write(rows.data)
                 column["crc32"] = zlib.crc32(rows.data, column["crc32"])
             written.names.append(name)
@@ -257,6 +280,14 @@ def _write_arrays(
     for column in written.columns:
         column["shape"] = [sum(written.lengths), *column["shape"]]
     return written
+
+
+def _column_of(key: str, values: NDArray[Any] | Frames) -> dict[str, Any]:
+    """The entry of an array in the index, before any of its rows is written."""
+    column = {"key": key, "dtype": values.dtype.str, "shape": values.shape[1:]}
+    if isinstance(values, Frames):
+        return {**column, "stored": values.stored, "resized_to": values.resized_to, "clips": []}
+    return {**column, "crc32": 0}
 
 
 def bad_episode(source: str, name: str, reason: object) -> ValueError:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from policy.data.frames import Frames
+
 Arrays = Mapping[str, NDArray[Any]]
 # A symmetry of the task: a function that maps observations by key (..., *shape) and actions (..., action_dim) to their
 # images under the symmetry.
@@ -23,8 +25,9 @@ class Demonstrations:
     not kept.
 
     Attributes:
-        observations: (N, *shape) under each key: float32 vectors, or uint8 images (height, width, channels). A vector
-            that has no key in the file gets the key `state`, such an image the key `image`.
+        observations: (N, *shape) under each key: float32 vectors, or uint8 images (height, width, channels), which may
+            be `Frames` of videos. A vector that has no key in the file gets the key `state`, such an image the key
+            `image`.
         actions: (N, action_dim) float32.
         episode_ends: (E,) int64, exclusive end of each episode in the N transitions.
         episode_names: the file's name of each episode; by default the episode's number.
@@ -32,6 +35,7 @@ class Demonstrations:
         source: the file or folder, for messages.
         metadata: the file's description of itself (`env`, `rate_hz`), JSON data.
         skipped: episodes left out as bad, name to reason.
+        decode_workers: processes that decode frames of videos ahead of a training; 0 decodes in the training's own.
 
     Raises:
         ValueError: the arrays have different lengths, or the ends do not cut them into episodes.
@@ -45,6 +49,7 @@ class Demonstrations:
     source: str = "memory"
     metadata: Mapping[str, Any] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    decode_workers: int = 0
 
     def __post_init__(self) -> None:
         ends, total = self.episode_ends, len(self.actions)
@@ -59,7 +64,8 @@ class Demonstrations:
             if len(values) != total:
                 raise ValueError(f"{self.source}: observation {key!r} has {len(values)} rows, actions have {total}")
         # NumPy would copy a non-contiguous array as a whole each time a batch is taken from it.
-        object.__setattr__(self, "observations", {k: np.ascontiguousarray(v) for k, v in self.observations.items()})
+        whole = {k: v if isinstance(v, Frames) else np.ascontiguousarray(v) for k, v in self.observations.items()}
+        object.__setattr__(self, "observations", whole)
         object.__setattr__(self, "actions", np.ascontiguousarray(self.actions))
         if not self.episode_names:
             object.__setattr__(self, "episode_names", [str(number) for number in range(len(ends))])
@@ -68,6 +74,12 @@ class Demonstrations:
     def num_episodes(self) -> int:
         """The number of episodes E."""
         return len(self.episode_ends)
+
+    @property
+    def frames(self) -> dict[str, Frames]:
+        """The observations whose pictures are in videos, by key."""
+        arrays: Mapping[str, Any] = self.observations
+        return {key: values for key, values in arrays.items() if isinstance(values, Frames)}
 
     @property
     def episode_starts(self) -> NDArray[np.int64]:

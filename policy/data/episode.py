@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from policy.common.arguments import unknown_name
 from policy.common.observations import is_image
 from policy.data.budget import Budget
+from policy.data.frames import Frames
 
 # A function of an episode's observations in the file, to observations of the environment.
 Transform = Callable[[dict[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
@@ -25,11 +26,12 @@ class Episode:
     """One demonstration of T transitions, each an observation and the action taken on it.
 
     Attributes:
-        observations: (T, *shape) under each policy key: images (T, H, W, C), everything else (T, D).
+        observations: (T, *shape) under each policy key: images (T, H, W, C), everything else (T, D). Images may be
+            `Frames`, which stay in their videos.
         actions: (T, action_dim).
     """
 
-    observations: Mapping[str, NDArray[Any]]
+    observations: Mapping[str, NDArray[Any] | Frames]
     actions: NDArray[Any]
 
 
@@ -72,6 +74,7 @@ class Request:
         subset: a subset of the episodes that the file itself names; None selects all of them.
         on_action_outside: `error` refuses an episode with an action beyond the action space that the file states,
             `clip` clips its actions.
+        decode: `cache` decodes the frames of videos, `stream` returns them as `Frames`, None chooses by their size.
         budget: the memory and disk that reading may take.
     """
 
@@ -79,6 +82,7 @@ class Request:
     action_key: str | None = None
     subset: str | None = None
     on_action_outside: str = "error"
+    decode: str | None = None
     budget: Budget = field(default_factory=Budget)
 
     def observations(self, available: Iterable[str], default: Iterable[str], prefix: str = "") -> dict[str, str]:
@@ -177,7 +181,10 @@ class EpisodeChecker:
         Raises:
             ValueError: the episode is bad; the message names the key, the transition and the problem.
         """
-        arrays = {key: np.asarray(values) for key, values in episode.observations.items()}
+        arrays: dict[str, Any] = {
+            key: values if isinstance(values, Frames) else np.asarray(values)
+            for key, values in episode.observations.items()
+        }
         if "actions" in arrays:
             raise ValueError("an observation cannot be called 'actions': rename it with dataset.observation_keys={...}")
         arrays["actions"] = np.asarray(episode.actions)
@@ -191,16 +198,19 @@ class EpisodeChecker:
             raise ValueError("it has no transitions")
         if empty := [key for key, values in arrays.items() if values.size == 0]:
             raise ValueError(f"{empty[0]!r} is empty: one of its rows has shape {arrays[empty[0]].shape[1:]}")
-        converted = {
-            key: as_images(key, values) if key != "actions" and is_image(values.shape[1:]) else _as_vectors(key, values)
-            for key, values in arrays.items()
-        }
+        converted = {key: _as_trained_on(key, values) for key, values in arrays.items()}
         shapes = {key: values.shape[1:] for key, values in converted.items()}
         if self.shapes and shapes != self.shapes:
             key = next(k for k in (*shapes, *self.shapes) if shapes.get(k) != self.shapes.get(k))
             raise ValueError(f"{key!r} has shape {shapes.get(key)}, episodes before it have {self.shapes.get(key)}")
         self.shapes = shapes
         return Episode(actions=converted.pop("actions"), observations=converted)
+
+
+def _as_trained_on(key: str, values: NDArray[Any]) -> NDArray[Any]:
+    if isinstance(values, Frames):
+        return values
+    return as_images(key, values) if key != "actions" and is_image(values.shape[1:]) else _as_vectors(key, values)
 
 
 def _as_vectors(key: str, values: NDArray[Any]) -> NDArray[np.float32]:

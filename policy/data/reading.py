@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from policy.common.arguments import unknown_name
 from policy.common.observations import is_image
@@ -27,9 +25,12 @@ from policy.data.episode import Episode, EpisodeReader, Relabel, Request, Transf
 from policy.data.files import fingerprint, list_files
 from policy.data.formats import FORMATS
 from policy.data.formats.format import Format
+from policy.data.frames import Frames, resized
 
 # Increase it when the meaning of cached data changes, so that older entries are not found any more.
 CACHE_VERSION = 2
+# Most processes that decode videos, unless the user asks for more.
+MAX_WORKERS = 8
 
 
 def read_demonstrations(
@@ -45,6 +46,8 @@ def read_demonstrations(
     image_size: int | None = None,
     on_bad_episode: str = "error",
     on_action_outside: str = "error",
+    decode: str | None = None,
+    decode_workers: int | None = None,
     max_bytes: int | None = None,
     cache_dir: Path | None = None,
 ) -> Demonstrations:
@@ -66,6 +69,10 @@ def read_demonstrations(
         on_bad_episode: `error` refuses a dataset with a bad episode, `skip` leaves bad ones out with a warning.
         on_action_outside: `error` refuses actions beyond the action space that the dataset states (Minari does), `clip`
             clips them, as the simulator did.
+        decode: `cache` decodes the frames of videos to arrays in the cache, `stream` leaves them in the videos and
+            decodes them while training, in another order of the windows; by default, frames of more than 16 GiB stay
+            in their videos, unless a relabel or transform function needs them.
+        decode_workers: processes that decode ahead of a training, 0 for none; by default one for each core, up to 8.
         max_bytes: largest number of bytes that reading may need, in memory for the longest episode and on disk for the
             cache; by default half of what is free there.
         cache_dir: folder of the converted demonstrations; by default the user's cache folder.
@@ -81,22 +88,51 @@ def read_demonstrations(
         raise FORMATS.unknown(format)
     _check_choice("on_bad_episode", on_bad_episode, ("error", "skip"))
     _check_choice("on_action_outside", on_action_outside, ("error", "clip"))
+    functions = [name for name, given in (("relabel", relabel), ("transform", transform)) if given]
+    chosen = _check_decode(decode, format, functions)
     for name, value in (("max_episodes", max_episodes), ("image_size", image_size), ("max_bytes", max_bytes)):
         if value is not None and value < 1:
             raise ValueError(f"dataset.{name} must be 1 or more; got {value}")
+    if decode_workers is not None and decode_workers < 0:
+        raise ValueError(f"dataset.decode_workers must be 0 or more; got {decode_workers}")
     cache = (cache_dir or default_cache_dir()).expanduser()
     budget = _budget(cache, max_bytes, max_episodes, image_size, transform)
-    request = Request(observation_keys, action_key, subset, on_action_outside, budget)
+    request = Request(observation_keys, action_key, subset, on_action_outside, chosen, budget)
     place, skip_bad = FORMATS[format].find(Path(path)), on_bad_episode == "skip"
-    reading = _Reading(format, place, request, max_episodes, relabel, transform, image_size, skip_bad)
+    reading = _Reading(format, place, request, max_episodes, relabel, transform, image_size, skip_bad, decode)
     found = reading.read(cache)
     reading.check(found)
-    return found
+    return replace(found, decode_workers=_usual_workers() if decode_workers is None else decode_workers)
 
 
 def _check_choice(setting: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise unknown_name(f"value of dataset.{setting}", value, choices)
+
+
+def _check_decode(decode: str | None, format: str, functions: Sequence[str]) -> str | None:
+    """Check `dataset.decode`, and return it, or `cache` where functions need whole episodes and it is left open.
+
+    Raises:
+        ValueError: frames cannot stay in their videos; the message says what to do.
+    """
+    if decode is None:
+        return "cache" if functions else None
+    _check_choice("decode", decode, ("cache", "stream"))
+    if decode == "stream" and not FORMATS[format].has_videos:
+        raise ValueError(
+            f"dataset.decode=stream is for videos, and datasets of the format {format} have none: leave it out"
+        )
+    if decode == "stream" and functions:
+        raise ValueError(
+            f"dataset.decode=stream decodes single frames, and dataset.{functions[0]} needs whole episodes: use"
+            f" dataset.decode=cache, or leave dataset.{functions[0]} out"
+        )
+    return decode
+
+
+def _usual_workers() -> int:
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MAX_WORKERS)
 
 
 def _budget(
@@ -124,13 +160,14 @@ class _Reading:
     transform: Transform | None
     image_size: int | None
     skip_bad: bool
+    decode: str | None
 
     @first_on_machine_goes_ahead()
     def read(self, cache: Path) -> Demonstrations:
         """Open the dataset's entry in the cache; convert the dataset first if there is no such entry."""
         files = list_files(self.path)
         entry = cache / f"{self.path.name}-{fingerprint(files, self._settings())}"
-        found = open_cached(entry)
+        found = open_cached(entry, files)
         if found is None:
             # On an error the episodes are closed too, so that their progress bar ends before the message.
             with closing(self._open(files)) as reader, closing(self._episodes(reader)) as episodes:
@@ -138,13 +175,14 @@ class _Reading:
                     entry,
                     episodes,
                     source=str(self.path),
+                    files=files,
                     metadata=reader.metadata,
                     held_out=reader.held_out,
                     skip_bad=self.skip_bad,
                     max_episodes=self.max_episodes,
                     budget=self.request.budget,
                 )
-            found = open_cached(entry)
+            found = open_cached(entry, files)
         if found is None:
             raise ValueError(f"the cache folder {cache} keeps nothing: set dataset.cache_dir to another one")
         return found
@@ -186,6 +224,7 @@ class _Reading:
             "transform": self.transform and _code_of("transform", self.transform),
             "image_size": self.image_size,
             "path": str(self.path.resolve()),
+            **({"decode": self.decode} if self.decode else {}),
             **({"reader": reader} if (reader := _code_of_own(FORMATS[self.format])) else {}),
         }
 
@@ -206,7 +245,7 @@ class _Reading:
     def _prepared(self, reader: EpisodeReader, name: str, left_out: set[str]) -> Episode:
         """An episode as it is trained on: without empty observations, relabelled, transformed and resized."""
         episode = reader.read(name)
-        observations, actions = dict(episode.observations), episode.actions
+        observations, actions = dict[str, Any](episode.observations), episode.actions
         if self.request.observation_keys is None:
             empty = {key for key, values in observations.items() if 0 in getattr(values, "shape", ())[1:]}
             if empty < observations.keys():  # if all are empty, the check of the episode refuses it
@@ -223,10 +262,14 @@ class _Reading:
                 observations = _by_key(self.transform(observations))
         if self.image_size is not None:
             observations = {
-                key: resized(as_images(key, values), self.image_size) if is_image(values.shape[1:]) else values
+                key: _resized(key, values, self.image_size) if is_image(values.shape[1:]) else values
                 for key, values in observations.items()
             }
         return Episode(observations=observations, actions=actions)
+
+
+def _resized(key: str, values: Any, size: int) -> Any:
+    return values.resized(size) if isinstance(values, Frames) else resized(as_images(key, values), size)
 
 
 def _by_key(returned: Any) -> dict[str, Any]:
@@ -252,17 +295,6 @@ def _failures_named(setting: str) -> Iterator[None]:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(frame.filename).name}, line {frame.lineno}"
         raise ValueError(f"dataset.{setting} failed with {type(error).__name__}: {error} ({place})") from error
-
-
-def resized(images: NDArray[Any], size: int) -> NDArray[np.uint8]:
-    """Resize (N, H, W, C) uint8 images to (N, size, size, C), by Pillow's antialiased bilinear filter."""
-    from PIL import Image
-
-    if images.shape[1:3] == (size, size):
-        return images
-    frames = [Image.fromarray(image.squeeze(axis=2) if image.shape[2] == 1 else image) for image in images]
-    smaller = [np.asarray(frame.resize((size, size), Image.Resampling.BILINEAR)) for frame in frames]
-    return np.stack(smaller).reshape(len(images), size, size, images.shape[3])
 
 
 def _code_of_own(format: Format) -> str | None:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from policy.data.demonstrations import Arrays, Augment, Demonstrations
+from policy.data.groups import Groups
 
 if TYPE_CHECKING:
     from policy.common.observations import Batch
 
 # Transitions in one block of `Windows.blocks`.
 BLOCK_ROWS = 65_536
+# Takes rows (B, n) of an array of observations.
+Take = Callable[[NDArray[np.int64]], NDArray[Any]]
 
 
 def split_episodes(
@@ -99,6 +104,9 @@ class Windows:
         self._order: NDArray[Any] = np.empty(0, np.int64)
         self._past = np.arange(1 - obs_horizon, 1)
         self._future = np.arange(-past_actions, action_horizon)
+        # Where pictures are in videos, the groups of windows that are decoded together.
+        frame_bytes = sum(values.row_bytes for values in demonstrations.frames.values())
+        self._groups = Groups(self._starts, self._ends, obs_horizon, frame_bytes) if frame_bytes else None
 
     @property
     def num_transitions(self) -> int:
@@ -116,14 +124,22 @@ class Windows:
 
         Returns:
             The batch, see `Batch`, as CPU tensors in the data's own dtypes.
+
+        Raises:
+            ValueError: a frame of a video cannot be decoded; the message names file, episode and frame.
         """
+        return self._gathered(windows, {})
+
+    def _gathered(self, windows: NDArray[np.int64], decoded: Mapping[str, Take]) -> Batch:
+        """See `gather`; `decoded` takes the rows of some observations from elsewhere."""
         import torch  # here, so that a command can import this module without it
 
         start, now, end = self._places(windows)
         past = np.maximum(now + self._past, start)
         future = now + self._future
         observations: Arrays = {
-            key: values.take(past, axis=0) for key, values in self.demonstrations.observations.items()
+            key: decoded[key](past) if key in decoded else values.take(past, axis=0)
+            for key, values in self.demonstrations.observations.items()
         }
         actions = self.demonstrations.actions.take(np.clip(future, start, end - 1), axis=0)
         mirrored = windows >= self.num_transitions
@@ -147,6 +163,32 @@ class Windows:
         start, end = self._starts[place, None], self._ends[place, None]
         return start, end - (self._window_ends[place, None] - originals[:, None]), end
 
+    def batches(self, numbers: Iterable[NDArray[np.int64]]) -> Generator[tuple[NDArray[np.int64], Batch], None, None]:
+        """Collect one batch after the other; frames of videos are decoded ahead, see `Demonstrations.decode_workers`.
+
+        Args:
+            numbers: the window numbers of each batch, in the order of `batch_at` and all of one size.
+
+        Yields:
+            The window numbers of each batch, and the batch that `gather` would return.
+
+        Raises:
+            ValueError: see `gather`.
+            WorkerError: a process that decodes has ended.
+        """
+        coming = iter(numbers)
+        first = None if self._groups is None else next(coming, None)
+        if self._groups is None or first is None:
+            yield from ((windows, self.gather(windows)) for windows in coming)
+            return
+        from policy.data.stream import decoded_groups  # here, because few trainings need it
+
+        data = self.demonstrations
+        with decoded_groups(data.frames, self._groups, len(first), data.decode_workers) as decoded:
+            for windows, groups in decoded.ahead((some, self._groups_of(some)) for some in chain([first], coming)):
+                pictures = {key: partial(decoded.take, key, groups) for key in data.frames}
+                yield windows, self._gathered(windows, pictures)
+
     def episodes_of(self, windows: NDArray[np.int64]) -> list[int]:
         """The sorted numbers of the episodes that windows come from, without repetition."""
         return np.unique(self.episodes[self._locate(windows)[1]]).tolist()
@@ -159,6 +201,12 @@ class Windows:
         shown._augment = None
         return shown
 
+    def _groups_of(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The group of each window, or of the window whose counterpart it is."""
+        assert self._groups is not None
+        originals, place = self._locate(windows)
+        return self._groups.of(place, self._ends[place] - (self._window_ends[place] - originals))
+
     def _locate(self, windows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Each window, or the window whose counterpart it is, and the index of its episode in `episodes`."""
         originals = windows % max(self.num_transitions, 1)
@@ -167,13 +215,18 @@ class Windows:
     def blocks(self) -> Iterator[tuple[Arrays, NDArray[np.float32]]]:
         """Walk through all transitions in blocks of consecutive ones, each block followed by its counterpart.
 
+        Frames of videos are not decoded: black pictures are in their place.
+
         Yields:
             Observations (N, *shape) by key and actions (N, action_dim).
         """
         for start, end in _spans(self._starts, self._ends):
             for low in range(start, end, BLOCK_ROWS):
                 rows = slice(low, min(low + BLOCK_ROWS, end))
-                observations = {key: values[rows] for key, values in self.demonstrations.observations.items()}
+                observations = {
+                    key: _black(values.shape[1:], rows) if key in self.demonstrations.frames else values[rows]
+                    for key, values in self.demonstrations.observations.items()
+                }
                 actions = self.demonstrations.actions[rows]
                 yield observations, actions
                 if self._augment is not None:
@@ -183,6 +236,7 @@ class Windows:
         """Window numbers of training step `step`; each epoch has a permutation of its own, drawn from (seed, epoch).
 
         The order has no state: the batch of a step is the same whether or not the training was interrupted before it.
+        Where pictures are in videos, it is one in which neighbouring windows come close together, see `Groups`.
 
         Args:
             step: number of the training step, 0 or more.
@@ -196,9 +250,18 @@ class Windows:
         epoch, position = divmod(step, len(self) // size)
         if self._epoch_key != (seed, epoch):
             self._order = np.arange(len(self), dtype=np.uint32 if len(self) < 2**32 else np.int64)  # half the memory
-            np.random.default_rng((seed, epoch)).shuffle(self._order)
+            generator = np.random.default_rng((seed, epoch))
+            if self._groups is None:
+                generator.shuffle(self._order)
+            else:
+                self._order = self._order[self._groups.shuffled(self._groups_of(self._order), generator)]
             self._epoch_key = (seed, epoch)
         return self._order[position * size : (position + 1) * size].astype(np.int64)
+
+
+def _black(shape: Sequence[int], rows: slice) -> NDArray[np.uint8]:
+    """Black pictures for rows, all in the memory of one pixel."""
+    return np.broadcast_to(np.uint8(0), (rows.stop - rows.start, *shape))
 
 
 def _with_counterparts(

@@ -19,6 +19,8 @@ from policy.model.normalizer import Limits, Normalizer
 
 # Bytes of one array that are processed at a time: 65,536 pictures would be gigabytes.
 BLOCK_BYTES = 64 * 2**20
+# Frames of videos that are decoded for the figures.
+VIDEO_FRAMES = 200
 HISTOGRAM_BINS = 10
 
 
@@ -165,7 +167,7 @@ def inspect_dataset(
         format=metadata.get("format"),
         env=metadata.get("env"),
         rate_hz=stated_rate(metadata.get("rate_hz")),
-        keys=[key_figures(key, values) for key, values in keys],
+        keys=[key_figures(key, _of_videos(values) if key in demonstrations.frames else values) for key, values in keys],
         episodes=episode_figures(demonstrations),
         obs_horizon=obs_horizon,
         action_horizon=action_horizon,
@@ -260,7 +262,7 @@ def length_histogram(lengths: NDArray[np.int64]) -> list[tuple[int, int, int]]:
 
 
 def identical_episodes(demonstrations: Demonstrations) -> list[list[int]]:
-    """Find groups of episodes whose observations and actions are equal byte for byte.
+    """Find groups of episodes whose observations and actions are equal byte for byte; videos are not compared.
 
     Args:
         demonstrations: the episodes.
@@ -272,7 +274,9 @@ def identical_episodes(demonstrations: Demonstrations) -> list[list[int]]:
     bounds = zip(demonstrations.episode_starts.tolist(), demonstrations.episode_ends.tolist(), strict=True)
     for number, (start, end) in enumerate(bounds):
         digest = blake2b(str(end - start).encode(), digest_size=16)
-        for values in arrays_of(demonstrations).values():
+        for key, values in arrays_of(demonstrations).items():
+            if key in demonstrations.frames:
+                continue
             for low, high in _blocks(values, start, end):
                 digest.update(np.ascontiguousarray(values[low:high]).data)
         found.setdefault(digest.digest(), []).append(number)
@@ -343,6 +347,11 @@ def spread(available: int, wanted: int) -> list[int]:
     [0, 4, 8]
     """
     return sorted(set(np.linspace(0, available - 1, min(wanted, available)).round().astype(int).tolist()))
+
+
+def _of_videos(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Frames of videos, evenly spread: decoding all of them may take hours."""
+    return values.take(np.array(spread(len(values), VIDEO_FRAMES)), axis=0)
 
 
 def arrays_of(demonstrations: Demonstrations) -> dict[str, NDArray[Any]]:

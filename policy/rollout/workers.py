@@ -349,8 +349,8 @@ class RolloutPool:
 def _aligned(policy: DiffusionPolicy) -> DiffusionPolicy:
     """The policy with weights that begin where those of the processes do, at multiples of `ALIGNMENT` bytes.
 
-    A matrix product may round differently at other places: a checkpoint's weights, which are mapped from its file, begin
-    anywhere.
+    A matrix product may round differently at other places: the weights of a checkpoint, which are mapped from its file,
+    begin anywhere.
     """
     is_aligned = all(weight.data_ptr() % ALIGNMENT == 0 for weight in policy.state_dict().values())
     return policy if is_aligned else copy.deepcopy(policy)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import count
 from statistics import fmean
@@ -26,7 +27,7 @@ from policy.tracking.tracker import MetricsLog
 from policy.training.phases import Phase, phases_of
 from policy.training.preparation import Run
 from policy.training.settings import TrainSettings, learning_rate
-from policy.training.share import check_agreement, check_shares, draws, gather_part, learner_of
+from policy.training.share import check_agreement, check_shares, draws, learner_of, parts
 from policy.training.state import TrainState, newest_metrics
 
 VALIDATION_WINDOWS = 1024
@@ -278,7 +279,7 @@ def update_ema(ema: DiffusionPolicy, policy: DiffusionPolicy, updates: int, max_
 
 def batches_ahead(
     training: Windows, steps: range, windows_of: Callable[[int], NDArray[np.int64]], world: World = ALONE
-) -> Iterator[tuple[NDArray[np.int64], Batch]]:
+) -> Generator[tuple[NDArray[np.int64], Batch]]:
     """Yield the batches of training steps, which a thread gathers in advance.
 
     Args:
@@ -290,19 +291,22 @@ def batches_ahead(
     Yields:
         For each step, the numbers of its windows and this process's part of its batch.
     """
-
-    def gather(step: int) -> tuple[NDArray[np.int64], Batch]:
-        windows = windows_of(step)
-        return windows, gather_part(training, windows, world)
-
+    drawn = (windows_of(step) for step in steps)
     waiting: deque[Future[tuple[NDArray[np.int64], Batch]]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-        for step in steps:
-            waiting.append(thread.submit(gather, step))
-            if len(waiting) > BATCHES_AHEAD:
+    with (
+        closing(parts(training, drawn, world)) as batches,
+        ThreadPoolExecutor(1, thread_name_prefix="batches") as thread,
+    ):
+        try:
+            for _ in steps:
+                waiting.append(thread.submit(next, batches))
+                if len(waiting) > BATCHES_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        finally:
+            for batch in waiting:  # of a training that ends early
+                batch.cancel()
 
 
 def _read(unread: list[Outcome], state: TrainState, training: Windows, settings: TrainSettings) -> None:

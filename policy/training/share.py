@@ -8,10 +8,12 @@ losses, and of their gradients, is that of the whole batch.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -25,22 +27,35 @@ from policy.data.windows import Windows
 from policy.model.diffusion_policy import DiffusionPolicy
 
 
-def gather_part(training: Windows, windows: NDArray[Any], world: World) -> Batch:
-    """Collect this process's part of a batch.
+def parts(
+    training: Windows, numbers: Iterable[NDArray[np.int64]], world: World
+) -> Generator[tuple[NDArray[np.int64], Batch], None, None]:
+    """Collect this process's part of one batch after the other.
 
     Args:
         training: the training windows.
-        windows: (B,) window numbers of the whole batch.
+        numbers: (B,) window numbers of each whole batch, see `Windows.batches`.
         world: the processes.
 
-    Returns:
-        The part, B / size windows. It tells how many actions count in a part on average, see `Batch`.
+    Yields:
+        The window numbers of each whole batch, and the part: B / size windows. A part tells how many actions count in a
+        part on average, see `Batch`.
     """
     if world.size == 1:
-        return training.gather(windows)
-    batch = training.gather(windows.reshape(world.size, -1)[world.rank])
-    batch["counted"] = float(training.inside(windows).sum()) / world.size
-    return batch
+        yield from training.batches(numbers)
+        return
+    wholes: deque[NDArray[np.int64]] = deque()  # of which parts are on their way
+
+    def own() -> Iterator[NDArray[np.int64]]:
+        for whole in numbers:
+            wholes.append(whole)
+            yield whole.reshape(world.size, -1)[world.rank]
+
+    with closing(training.batches(own())) as batches:
+        for _, batch in batches:
+            whole = wholes.popleft()
+            batch["counted"] = float(training.inside(whole).sum()) / world.size
+            yield whole, batch
 
 
 def draws(world: World) -> AbstractContextManager[Any]:

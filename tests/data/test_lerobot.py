@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from policy.data.formats.lerobot.info import Feature
-from policy.data.formats.lerobot.video import VideoFile
 from policy.data.reading import read_demonstrations
+from policy.data.video import VideoFile
 
 HERE = Path(__file__).parent
 V30, V21 = HERE / "lerobot_v30", HERE / "lerobot_v21"
@@ -417,13 +417,13 @@ def test_any_order_of_episodes_finds_its_frames(tmp_path, options, fps):
     feature = Feature(key="x", dtype="video", shape=[16, 32, 3], is_depth=False)
     video = VideoFile("a.mp4", tmp_path / "a.mp4")
     for first, count in [(0, 7), (7, 13), (50, 10), (20, 30), (59, 1), (0, 60), (3, 2), (31, 9), (41, 4), (40, 20)]:
-        pictures = video.read(first / fps + 1e-9, fps, count, feature, alone=False)
+        pictures = video.read(first / fps + 1e-9, fps, count, feature.check_picture)
         assert np.rint(pictures.mean((1, 2, 3)) / 4).astype(int).tolist() == list(range(first, first + count))
     with pytest.raises(ValueError, match=r"a\.mp4 ends after 5 of 6 frames"):
-        video.read(55 / fps, fps, 6, feature, alone=False)
-    assert len(video.read(1 / fps, fps, 3, feature, alone=False)) == 3
+        video.read(55 / fps, fps, 6, feature.check_picture)
+    assert len(video.read(1 / fps, fps, 3, feature.check_picture)) == 3
     with pytest.raises(ValueError, match="frame 1 of 4 is missing"):  # a video of another rate
-        video.read(0.0, fps * 2, 4, feature, alone=False)
+        video.read(0.0, fps * 2, 4, feature.check_picture)
     video.close()
 
 

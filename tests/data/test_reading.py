@@ -510,7 +510,7 @@ def test_a_damaged_entry_is_built_again(dataset, label):
     dataset(*GOOD)
     (entry,) = dataset.cache.iterdir()
     DAMAGES[label](entry)
-    assert open_cached(entry) is None
+    assert open_cached(entry, {}) is None
     assert_good(dataset(*GOOD))
     assert len(dataset.opened) == 2
     assert list(dataset.cache.iterdir()) == [entry]
@@ -603,9 +603,9 @@ def test_every_changed_byte_of_the_cache_is_noticed(dataset):
             changed[place] ^= 4
             whole = file.read_bytes()
             file.write_bytes(changed)
-            assert open_cached(entry) is None
+            assert open_cached(entry, {}) is None
             file.write_bytes(whole)
-    assert_good(open_cached(entry))
+    assert_good(open_cached(entry, {}))
     file.write_bytes(changed)
     assert_good(dataset(*GOOD))  # converted again
     assert len(dataset.opened) == 2

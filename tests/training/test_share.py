@@ -16,7 +16,7 @@ from policy.data.demonstrations import Demonstrations
 from policy.model.denoisers.modulated_mlp import ModulatedMLP
 from policy.training.loop import train
 from policy.training.preparation import prepare_run
-from policy.training.share import check_shares, draws, gather_part
+from policy.training.share import check_shares, draws, parts
 from tests.conftest import small_config
 
 # Dropout and noise in both networks; several timesteps of each chunk; windows that reach past their episode's end.
@@ -156,10 +156,10 @@ def test_every_part_of_a_batch_weighs_as_much_as_its_actions_count(demonstration
     settings = dataclasses.replace(SETTINGS, steps=20, rectify_steps=0, batch_size=6, mask_padding=True)
     run = prepare_run(PLAIN, demonstrations, settings, seed=3, device="cpu")
     windows = run.training.batch_at(0, 6, 3)
-    parts = [gather_part(run.training, windows, World(rank=rank, size=size)) for rank in range(size)]
-    sums = [int(part["mask"].sum()) for part in parts]
+    shares = [next(parts(run.training, [windows], World(rank=rank, size=size)))[1] for rank in range(size)]
+    sums = [int(share["mask"].sum()) for share in shares]
     assert len(set(sums)) > 1
-    assert [part["counted"] for part in parts] == [sum(sums) / size] * size
+    assert [share["counted"] for share in shares] == [sum(sums) / size] * size
     assert_trained_alike(size, tmp_path / "several", demonstrations, PLAIN, settings)
 
 

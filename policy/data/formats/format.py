@@ -20,7 +20,9 @@ class Format:
             the user's request.
         find: Maps `dataset.path` to the dataset's file or folder. A format whose datasets have names besides paths
             replaces it.
+        has_videos: whether frames may be in videos, which `dataset.decode` is for.
     """
 
     open: Callable[[Path, Mapping[str, Path], Request], EpisodeReader]
     find: Callable[[Path], Path] = Path.expanduser
+    has_videos: bool = False

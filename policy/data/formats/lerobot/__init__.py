@@ -5,6 +5,7 @@ They are read without the `lerobot` package, which requires other versions of to
 
 from __future__ import annotations
 
+import math
 import posixpath
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,14 +17,25 @@ from numpy.typing import NDArray
 from policy.data.budget import Budget
 from policy.data.episode import Episode, EpisodeReader, Request, warn_empty
 from policy.data.formats.format import Format
-from policy.data.formats.lerobot.episodes import EpisodeEntry, choose_episodes, read_episodes, read_tasks
+from policy.data.formats.lerobot.episodes import (
+    EpisodeEntry,
+    VideoSpan,
+    choose_episodes,
+    read_episodes,
+    read_tasks,
+)
 from policy.data.formats.lerobot.finding import find_lerobot
 from policy.data.formats.lerobot.info import INFO, Feature, Info, read_info
 from policy.data.formats.lerobot.pictures import decode_pictures
 from policy.data.formats.lerobot.tables import TableFile, numbers, whole_numbers
-from policy.data.formats.lerobot.video import VideoFile
+from policy.data.frames import Clip, Frames
+from policy.data.video import VideoFile
 
 PREFIX = "observation."
+# Decoded frames of more bytes than this stay in their videos.
+STREAM_BYTES = 16 * 2**30
+# Transitions whose frames a training that decodes them must at least have memory for.
+LEAST_ROWS = 64
 # Columns of every data file that state the episode and the place of each row.
 PLACES = ("episode_index", "frame_index", "index")
 
@@ -40,6 +52,8 @@ class LeRobotReader:
         keys: Mapping[str, str],
         action_key: str,
         budget: Budget,
+        *,
+        streams: bool,
     ) -> None:
         self.names = list(entries)
         self.held_out = list(held_out)
@@ -56,6 +70,7 @@ class LeRobotReader:
         self._keys = keys
         self._action_key = action_key
         self._budget = budget
+        self._streams = streams
         stored = (key for key in (*keys.values(), action_key) if not info.features[key].is_video)
         self._columns = [*dict.fromkeys((*PLACES, *stored))]
         self._table: TableFile | None = None
@@ -82,11 +97,11 @@ class LeRobotReader:
         for video in self._videos.values():
             video.close()
 
-    def _values(self, key: str, entry: EpisodeEntry, rows: Any) -> NDArray[Any]:
+    def _values(self, key: str, entry: EpisodeEntry, rows: Any) -> Any:
         feature = self._info.features[key]
         try:
             if feature.is_video:
-                return self._read_video(feature, entry)
+                return self._streamed(feature, entry) if self._streams else self._read_video(feature, entry)
             if feature.is_image:
                 return decode_pictures(rows.column(key).to_pylist(), feature, self._files)
             values = numbers(rows.column(key), feature.width)
@@ -97,13 +112,29 @@ class LeRobotReader:
 
     def _read_video(self, feature: Feature, entry: EpisodeEntry) -> NDArray[np.uint8]:
         span = entry.videos[feature.key]
+        video = self._open_video(feature, span)
+        return video.read(span.start, self._info.fps, entry.length, feature.check_picture, alone=span.alone)
+
+    def _streamed(self, feature: Feature, entry: EpisodeEntry) -> Frames:
+        """Leave the frames in their video, whose header is checked."""
+        span, fps = entry.videos[feature.key], self._info.fps
+        video = self._open_video(feature, span)
+        if video.size is None:
+            raise ValueError(f"{span.file} does not state the size of its pictures: add dataset.decode=cache")
+        feature.check_picture((*video.size, 3))
+        video.check_length(span.start, fps, entry.length, alone=span.alone)
+        file = self._file(span.file)
+        clip = Clip(name=span.file, file=file, start=span.start, fps=fps, count=entry.length, episode=str(entry.number))
+        return Frames([clip], video.size)
+
+    def _open_video(self, feature: Feature, span: VideoSpan) -> VideoFile:
         video = self._videos.get(feature.key)
         if video is None or video.name != span.file:
             file = self._file(span.file)
             if video is not None:
                 self._videos.pop(feature.key).close()
             video = self._videos[feature.key] = VideoFile(span.file, file)
-        return video.read(span.start, self._info.fps, entry.length, feature, alone=span.alone)
+        return video
 
     def _open_table(self, name: str) -> TableFile:
         if self._table is None or self._table.name != name:
@@ -154,13 +185,16 @@ def open_lerobot(path: Path, files: Mapping[str, Path], request: Request) -> Epi
     videos = [key for key in dict.fromkeys(keys.values()) if info.features[key].is_video]
     if videos and not info.video_path:
         raise ValueError(f"{INFO} has no video_path, which should say where the frames of {videos[0]!r} are")
-    for template in (info.data_path, info.video_path):
-        if posixpath.normpath(template).split("/")[0] in ("", ".."):
-            raise ValueError(f"{INFO}: {template!r} leaves the dataset's folder, and nothing outside it is opened")
+    _check_inside(info)
     entries = {str(entry.number): entry for entry in read_episodes(files, info, videos, request.budget)}
     chosen, held_out = choose_episodes(info.splits, [entry.number for entry in entries.values()], request.subset)
     shapes = {seen: info.features[key].row_shape for seen, key in {**keys, "actions": action_key}.items()}
-    request.budget.check_episodes([entries[str(number)].length for number in chosen], shapes)
+    lengths = [entries[str(number)].length for number in chosen]
+    pictures = {seen: shapes[seen] for seen, key in keys.items() if info.features[key].is_video}
+    streams = _streams(request, pictures, lengths)
+    request.budget.check_episodes(
+        lengths, {seen: shapes[seen] for seen in shapes.keys() - (pictures if streams else {})}
+    )
     return LeRobotReader(
         files,
         info,
@@ -169,10 +203,28 @@ def open_lerobot(path: Path, files: Mapping[str, Path], request: Request) -> Epi
         keys,
         action_key,
         request.budget,
+        streams=streams,
     )
 
 
-FORMAT = Format(open=open_lerobot, find=find_lerobot)
+FORMAT = Format(open=open_lerobot, find=find_lerobot, has_videos=True)
+
+
+def _streams(request: Request, pictures: Mapping[str, Sequence[int]], lengths: Sequence[int]) -> bool:
+    """Whether frames stay in their videos: if the user says so, or else if they would take much disk.
+
+    Raises:
+        ValueError: the user says so, and no observation is a video.
+        BudgetError: decoding takes more memory than allowed.
+    """
+    if request.decode == "stream" and not pictures:
+        raise ValueError("dataset.decode=stream is for videos, and no observation is one: leave it out")
+    is_large = request.budget.cached_bytes(lengths, pictures) > STREAM_BYTES
+    streams = is_large if request.decode is None else request.decode == "stream"
+    if streams:
+        frame_bytes = sum(math.prod(shape) for shape in pictures.values())
+        request.budget.check_memory(LEAST_ROWS * frame_bytes, f"decoding {LEAST_ROWS} of its transitions at a time")
+    return streams
 
 
 def _pictures(values: NDArray[Any], axes: tuple[int, int, int]) -> NDArray[Any]:
@@ -186,6 +238,12 @@ def _wanted(request: Request) -> list[str]:
         *(keys.values() if isinstance(keys, Mapping) else keys),
         *([request.action_key] if request.action_key else []),
     ]
+
+
+def _check_inside(info: Info) -> None:
+    for template in (info.data_path, info.video_path):
+        if posixpath.normpath(template).split("/")[0] in ("", ".."):
+            raise ValueError(f"{INFO}: {template!r} leaves the dataset's folder, and nothing outside it is opened")
 
 
 def _check_usable(info: Info, key: str) -> None:

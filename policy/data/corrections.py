@@ -1,0 +1,281 @@
+"""Noise on where a robot is, with the actions that lead it back: demonstrations of how to correct an error."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policy.data.demonstrations import Arrays, Demonstrations
+from policy.data.relations import angles, directions_of, thinned, wrapped
+
+# A number of the observation follows a number of the action if its changes are that number times a constant, to this
+# share of their variance.
+FOLLOWS = 0.9
+# Transitions in which something interferes, such as the end of a joint's range or a contact, are left out of that.
+INTERFERED = 0.05
+# Another number is carried along if the numbers that follow actions determine it, to this share of its variance in
+# episodes that were not used to find out.
+CARRIED = 0.98
+# Anything else is at rest where it changes by less than this share of its range.
+AT_REST = 1e-3
+# Transitions that are looked at; more only take longer.
+MOST_ROWS = 10_000
+# Random features of the map to the carried numbers (Rahimi and Recht, NIPS 2007), their scale for inputs of unit
+# variance, and the ridge.
+FEATURES, SCALE, RIDGE = 1_000, 0.35, 1e-4
+# Share of the windows that get noise.
+NOISY = 0.5
+
+
+class Followed(NamedTuple):
+    """A number of the observation that follows a number of the action.
+
+    Attributes:
+        number: its place in the vector of all numbers, the keys in sorted order.
+        action: the place of the number in the action.
+        gain: change of the number in one control step for an action of 1.
+        reach: standard deviation of its change within a chunk.
+    """
+
+    number: int
+    action: int
+    gain: float
+    reach: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carried:
+    """The numbers that the followed ones determine, such as a gripper's position by the angles of the joints.
+
+    Attributes:
+        numbers: their places.
+        center: (F,) mean of the followed numbers.
+        spread: (F,) standard deviation of the followed numbers.
+        frequencies: (F, FEATURES).
+        phases: (FEATURES,).
+        weights: (FEATURES + F + 1, len(numbers)).
+        cosines: places of the cosines of directions that turn with the followed numbers, each followed by its sine.
+        turns: (F, len(cosines)) radians for each unit of a followed number.
+    """
+
+    numbers: Sequence[int]
+    center: NDArray[np.float64]
+    spread: NDArray[np.float64]
+    frequencies: NDArray[np.float64]
+    phases: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    cosines: Sequence[int]
+    turns: NDArray[np.float64]
+
+    def at(self, followed: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The carried numbers (..., len(numbers)) where the followed ones are (..., F)."""
+        scaled = (followed - self.center) / self.spread
+        waves = np.cos(scaled @ self.frequencies + self.phases)
+        features = np.concatenate([waves, scaled, np.ones((*scaled.shape[:-1], 1))], axis=-1)
+        return np.asarray(features @ self.weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corrections:
+    """How an error in where the robot is shows in an observation, and which actions correct it.
+
+    Attributes:
+        keys: the state vectors, in the order in which their numbers are counted.
+        followed: the numbers that follow the action.
+        carried: the numbers that these determine.
+        still: (N,) whether at each transition nothing else moves, so that the robot could as well be elsewhere.
+        low: (action_dim,) smallest demonstrated actions.
+        high: (action_dim,) largest demonstrated actions.
+    """
+
+    keys: Sequence[str]
+    followed: Sequence[Followed]
+    carried: Carried
+    still: NDArray[np.bool_]
+    low: NDArray[np.float32]
+    high: NDArray[np.float32]
+
+    def noisy(
+        self,
+        observations: Arrays,
+        actions: NDArray[np.float32],
+        rows: NDArray[np.int64],
+        *,
+        amount: float,
+        past_actions: int,
+        rng: np.random.Generator,
+    ) -> tuple[Arrays, NDArray[np.float32]]:
+        """Move the robot in about half of the windows of a batch, and lead it back within the chunk.
+
+        Args:
+            observations: (B, obs_horizon, D) under each key; images stay as they are.
+            actions: (B, past_actions + action_horizon, action_dim).
+            rows: (B,) the transition of each window.
+            amount: standard deviation of the noise, as a share of each number's `reach`.
+            past_actions: actions of the window that lie before the newest observation.
+            rng: source of the noise; the number of draws depends on B alone.
+
+        Returns:
+            New observations and actions.
+        """
+        noise = rng.normal(size=(len(rows), len(self.followed))) * [one.reach for one in self.followed] * amount
+        moved = (rng.random(len(rows)) < NOISY) & self.still[rows]
+        noise[~moved] = 0.0
+        corrected = np.array(actions)
+        steps = actions.shape[1] - past_actions
+        for place, one in enumerate(self.followed):
+            corrected[:, past_actions:, one.action] -= (noise[:, place] / (one.gain * steps))[:, None]
+        corrected[moved] = np.clip(corrected[moved], self.low, self.high)
+        shifted = np.concatenate([observations[key] for key in self.keys], axis=-1)
+        shifted[moved] = self._shifted(shifted[moved], noise[moved, None, :])
+        widths = np.cumsum([observations[key].shape[-1] for key in self.keys])
+        parts = np.split(shifted, widths[:-1], axis=-1)
+        return {**observations, **dict(zip(self.keys, parts, strict=True))}, corrected
+
+    def _shifted(self, numbers: NDArray[np.float32], noise: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Add noise (B, 1, F) to the followed numbers (B, H, D), and move the carried ones along."""
+        shifted, places = numbers.copy(), [one.number for one in self.followed]
+        before = numbers[..., places].astype(np.float64)
+        shifted[..., places] = before + noise
+        if self.carried.numbers:
+            shifted[..., self.carried.numbers] += self.carried.at(before + noise) - self.carried.at(before)
+        if self.carried.cosines:
+            turned = angles(numbers, self.carried.cosines) + noise @ self.carried.turns
+            shifted[..., self.carried.cosines] = np.cos(turned)
+            shifted[..., [place + 1 for place in self.carried.cosines]] = np.sin(turned)
+        return shifted
+
+
+def find_corrections(
+    demonstrations: Demonstrations, episodes: NDArray[np.int64], keys: Iterable[str], action_horizon: int
+) -> Corrections:
+    """Find out from demonstrations which numbers an action moves, and what moves along with them.
+
+    Args:
+        demonstrations: the demonstrations.
+        episodes: numbers of the episodes to look into.
+        keys: the observed state vectors.
+        action_horizon: control steps in a chunk.
+
+    Returns:
+        The corrections.
+
+    Raises:
+        ValueError: no number of the observation follows a number of the action.
+    """
+    vectors = {key: demonstrations.observations[key] for key in sorted(keys)}
+    starts, ends = demonstrations.episode_starts[episodes], demonstrations.episode_ends[episodes]
+    rows = np.concatenate([np.arange(start, end - 1) for start, end in zip(starts, ends, strict=True)])
+
+    def taken(where: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.concatenate([values[where] for values in vectors.values()], axis=1).astype(np.float64)
+
+    seen = thinned(rows, MOST_ROWS)
+    now, change = taken(seen), taken(seen + 1) - taken(seen)
+    followed = _followed(change, demonstrations.actions[seen].astype(np.float64))
+    if not followed:
+        raise ValueError(
+            "train.corrective_noise needs numbers of the observation that change as the action says, by a constant times"
+            " a number of the action; there are none in these demonstrations (actions that name a place, not a change,"
+            " need no correction): use encoder.noise=... instead, which adds noise alone"
+        )
+    places = [number for number, *_ in followed]
+    last = demonstrations.episode_ends[np.searchsorted(demonstrations.episode_ends, seen, side="right")] - 1
+    later = np.minimum(seen + action_horizon, last)
+    reach = (taken(later) - now)[:, places].std(axis=0)
+    carried = _carried(now, change, places)
+    known = {*places, *carried.numbers, *carried.cosines, *(place + 1 for place in carried.cosines)}
+    return Corrections(
+        keys=list(vectors),
+        followed=[Followed(*one, float(far)) for one, far in zip(followed, reach, strict=True)],
+        carried=carried,
+        still=_still(vectors, demonstrations.episode_ends, sorted(known)),
+        low=demonstrations.actions.min(axis=0),
+        high=demonstrations.actions.max(axis=0),
+    )
+
+
+def _followed(change: NDArray[np.float64], actions: NDArray[np.float64]) -> list[tuple[int, int, float]]:
+    """The number, action and gain of each pair of columns (N, D), (N, A) that belongs together; one number an action."""
+    found = []
+    inner = change.T @ actions
+    shares = np.square(inner) / np.maximum(np.square(change).sum(axis=0)[:, None], np.finfo(np.float64).tiny)
+    for action in np.flatnonzero(actions.any(axis=0)).tolist():
+        number = int(shares[:, action].argmax())
+        gain, share = _proportional(actions[:, action], change[:, number])
+        if share >= FOLLOWS:
+            found.append((number, action, gain))
+    return found
+
+
+def _proportional(cause: NDArray[np.float64], effect: NDArray[np.float64]) -> tuple[float, float]:
+    """The factor between two columns (N,), and the share of the effect that it explains, where nothing interferes."""
+    kept = np.ones(len(cause), dtype=np.bool_)
+    gain = float(cause @ effect / max(cause @ cause, np.finfo(np.float64).tiny))
+    kept[np.argsort(np.abs(effect - gain * cause))[len(cause) - round(INTERFERED * len(cause)) :]] = False
+    cause, effect = cause[kept], effect[kept]
+    total, power = effect @ effect, cause @ cause
+    if not (total > 0 and power > 0):
+        return 0.0, 0.0
+    return float(cause @ effect / power), float((cause @ effect) ** 2 / (power * total))
+
+
+def _carried(now: NDArray[np.float64], change: NDArray[np.float64], places: Sequence[int]) -> Carried:
+    """What the numbers at `places` determine: learned from every other row, and checked on the rest."""
+    followed = now[:, places]
+    center, spread = followed.mean(axis=0), np.maximum(followed.std(axis=0), np.finfo(np.float64).tiny)
+    rng = np.random.default_rng(0)
+    carried = Carried(
+        numbers=(),
+        center=center,
+        spread=spread,
+        frequencies=SCALE * rng.normal(size=(len(places), FEATURES)),
+        phases=rng.uniform(0, 2 * np.pi, FEATURES),
+        weights=np.eye(FEATURES + len(places) + 1),
+        cosines=(),
+        turns=np.zeros((len(places), 0)),
+    )
+    cosines = directions_of(now)
+    moves = change[:, places]
+    turned = wrapped(angles(now + change, cosines) - angles(now, cosines))
+    turns = np.linalg.lstsq(moves, turned, rcond=None)[0]
+    linear = _share_explained(turned, moves @ turns) >= CARRIED
+    cosines, turns = [place for place, fits in zip(cosines, linear, strict=True) if fits], turns[:, linear]
+    features = carried.at(followed)
+    learned, checked = features[::2], features[1::2]
+    ridge = RIDGE * np.eye(features.shape[1])
+    weights = np.linalg.solve(learned.T @ learned + ridge, learned.T @ now[::2])
+    explained = _share_explained(now[1::2], checked @ weights) >= CARRIED
+    taken = {*places, *cosines, *(place + 1 for place in cosines)}
+    numbers = [int(place) for place in np.flatnonzero(explained) if int(place) not in taken]
+    return dataclasses.replace(carried, numbers=numbers, weights=weights[:, numbers], cosines=cosines, turns=turns)
+
+
+def _share_explained(values: NDArray[np.float64], told: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The share of each column's variance (N, D) that is explained; 0 for a constant one."""
+    variance = values.var(axis=0)
+    left = np.square(values - told).mean(axis=0)
+    return np.where(variance > 0, 1 - left / np.maximum(variance, np.finfo(np.float64).tiny), 0.0)
+
+
+def _still(
+    vectors: Mapping[str, NDArray[np.float32]], ends: NDArray[np.int64], known: Sequence[int]
+) -> NDArray[np.bool_]:
+    """Whether nothing but the robot moves before and after each transition (N,).
+
+    A number that hardly ever rests, such as a velocity, is the robot's own and does not count.
+    """
+    numbers = np.concatenate([*vectors.values()], axis=1)
+    others = np.setdiff1d(np.arange(numbers.shape[1]), known)
+    change = np.abs(np.diff(numbers[:, others], axis=0))
+    within = np.ones(len(change), dtype=np.bool_)
+    within[ends[:-1] - 1] = False
+    moving = change > AT_REST * np.ptp(numbers[:, others], axis=0)
+    moving &= within[:, None] & (moving[within].mean(axis=0) < 0.5)
+    any_moves = moving.any(axis=1)
+    return ~(np.append(any_moves, False) | np.insert(any_moves, 0, False))

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from policy.common.arguments import unknown_name
-from policy.common.errors import ParityError, SaveError, WorkerError
+from policy.common.errors import ParityError, PeerError, SaveError, WorkerError
 from policy.common.locks import check_free
 from policy.common.machine import leave_children_alone, outside_current_folder, settle_home
 from policy.common.modules import check_functions, named_modules, search_for, with_functions
@@ -32,6 +32,7 @@ from policy.common.output import check_writable
 from policy.common.plugins import load_plugins
 from policy.common.progress import close_bars, on_its_own_line
 from policy.common.terminal import printable, printable_output
+from policy.common.torchrun import check_launch, has_last_word, only_first_prints, process_group, started_world
 from scripts.command_line import hydra_override, read_command_line, without_defaults
 from scripts.help_text import help_text
 from scripts.settings import CONF, GROUPS, Task, add_registered_options, registered_options
@@ -87,7 +88,7 @@ def _main(task: Task, example: str) -> None:
     if "--version" in sys.argv[1:]:
         _print_to_reader(f"ddim-policy {version('ddim-policy')}, Hydra {hydra.__version__}")
         return
-    with printable_output():
+    with only_first_prints(), printable_output():
         _start(task, example)
 
 
@@ -179,6 +180,7 @@ def _run(config: DictConfig, task: Task, overrides: Sequence[str], job_folder: s
         assert isinstance(container, dict)
         settings = {str(key): value for key, value in container.items()}
         leave_children_alone()  # where a launcher started this process
+        check_launch(task.name, multirun=job_folder is not None)
         _load(_module_names(settings.pop("plugins", [])))
         settings = with_functions(settings)
         for setting, module in named_modules(settings):
@@ -188,12 +190,14 @@ def _run(config: DictConfig, task: Task, overrides: Sequence[str], job_folder: s
             settings.setdefault("output_dir", job_folder)
         task.check(settings)
         task.note_given(settings, overrides)
-        if "output_dir" in task.parameters:  # before demonstrations are read, which may take minutes
+        world = started_world()
+        if "output_dir" in task.parameters and world.first:  # before demonstrations are read, which may take minutes
             folder = Path(settings.get("output_dir") or "outputs").expanduser()
             check_writable(folder)
             if task.name == "train":
                 check_free(folder)
-        task.run(settings)
+        with process_group(world):
+            task.run(settings)
 
 
 def _remedy(error: OSError) -> str:
@@ -215,7 +219,7 @@ def refusals() -> Iterator[None]:
         _end(str(_no_such_option(error)), 2)
     except (HydraException, OmegaConfBaseException, ValueError, FloatingPointError) as error:
         _end(str(error), 2)
-    except (SaveError, ParityError) as error:
+    except (SaveError, ParityError, PeerError) as error:
         _end(str(error), 1)
     except OSError as error:
         _end(f"{error}; {_remedy(error)}", 1)
@@ -239,5 +243,7 @@ def _is_interrupt(error: BaseException | None) -> bool:
 def _end(reason: str, code: int) -> NoReturn:
     """Say on a line of its own why the command ends, and end it."""
     close_bars()
-    print(f"error: {printable(' '.join(reason.split()))}", file=sys.stderr)
+    if has_last_word():
+        bar = "" if started_world().first else "\n"  # the first process may have left one behind
+        print(f"{bar}error: {printable(' '.join(reason.split()))}", file=sys.stderr)
     sys.exit(code)

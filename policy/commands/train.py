@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,11 +26,13 @@ from policy.checkpoint import (
 from policy.commands.record import Record, facts_of, newest_in, record_in
 from policy.common.control_rate import describe_mismatch, stated_rate
 from policy.common.device import check_device
+from policy.common.errors import PeerError
 from policy.common.interrupt import stop_on_signal
 from policy.common.locks import only_process
 from policy.common.next_line import next_line
 from policy.common.output import output_folder
 from policy.common.progress import say
+from policy.common.torchrun import World, joined_world, peers_needed
 from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.data.relations import Relations, find_relations
@@ -47,12 +49,14 @@ from policy.rollout.video import record_videos
 from policy.rollout.watch import ENV_PATIENCE, check_patience, helpers_ended, watched
 from policy.statistics.fit import conclude
 from policy.statistics.results import EpisodeResult, describe_broken, summarize
-from policy.tracking.tracker import MetricsLog, OpenRun, SentToAll
+from policy.tracking.tracker import MetricsLog, NoTracker, OpenRun, SentToAll
 from policy.tracking.training_page import PAGE, VIDEOS, TrainingFacts, training_page, video_name
 from policy.training.errors import ErrorMeter
 from policy.training.loop import train
+from policy.training.phases import phases_of
 from policy.training.preparation import Run, prepare_run
 from policy.training.settings import TrainSettings
+from policy.training.share import check_shares
 from policy.training.start import config_for, config_from, config_of_student, fitting
 from policy.training.state import TrainState
 
@@ -91,6 +95,8 @@ def train_policy(
 ) -> None:
     """Train a diffusion policy on demonstrations; the same command with the same output_dir resumes where it stopped.
 
+    Started by torchrun, several processes train one policy; the first of them writes, tracks, rolls out and measures.
+
     Args:
         make_env: makes an environment from the settings in `env`.
         dataset: the demonstrations.
@@ -114,7 +120,7 @@ def train_policy(
         num_envs: environments that run at once in the rollouts during training.
         env_patience: seconds that one call of the simulator may take in them.
         videos: first episodes of each of these rollouts to record, for the run's page.
-        device: `cpu` or `cuda`.
+        device: `cpu` or `cuda`; on torchrun, each process of a machine takes a GPU of its own.
         output_dir: receives `checkpoint/`, the page `training.html` and the metrics `history.jsonl`; by default a new
             folder under outputs/train.
         expected: success_rate and score_mean that a preset reaches, for some values of `ddim_steps`; only printed.
@@ -123,6 +129,7 @@ def train_policy(
         ValueError: settings that do not fit each other, the data or the environment, before training starts; or
             another process is training in this folder.
         FloatingPointError: see `policy.training.loop.train`; the message names the last good checkpoint.
+        PeerError: another process of torchrun ended before its time; the message names the last good checkpoint.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after saving.
     """
     check_start(train=train, init=init, teacher=teacher, output_dir=output_dir, recipe=recipe)
@@ -141,7 +148,8 @@ def train_policy(
     check_execution_horizon(execution_horizon, config.action_horizon)
     check_num_envs(num_envs)
     check_patience(env_patience)
-    device = check_device(device)
+    world = joined_world()
+    device = check_device(world.device(device))
 
     def prepare(config: PolicyConfig, train: TrainSettings, **trained: DiffusionPolicy) -> Run:
         return prepare_run(config, dataset, train, seed=seed, device=device, augment=augment, **trained)
@@ -150,7 +158,7 @@ def train_policy(
     sampler = run.state.policy.settled(sampler)
     tasks = dataset.metadata.get("tasks")
     paired = True
-    if env:
+    if env and world.first:
         rolls_out = bool(train.rollout_every or recipe)
         found, paired = _tried(make_env, env, env_patience, config, rate, rolls_out=rolls_out)
         tasks = tasks or found
@@ -167,7 +175,10 @@ def train_policy(
     play: Callable[..., list[EpisodeResult]] | None = None
     if env:
         play = partial(_played, partial(make_env, **env), num_envs, env_patience, sampler, execution_horizon)
-    folder = output_folder(output_dir, "train")
+    folder = Path(world.tell("output_dir", str(output_folder(output_dir, "train")) if world.first else None))
+    if not world.first:
+        _follow(run, record_of(folder, train), train, seed, world, rolls_out=env is not None)
+        return
     if recipe:
 
         def open_trial(candidate: Candidate, place: Path) -> Trial:
@@ -192,12 +203,36 @@ def train_policy(
         tracking = tracker(folder=folder, config={"env": env, **record.training, **vars(run.state.policy.config)})
         facts = _facts(dataset, env, record, train)
         with training_page(folder, facts, run.state.history, partial(_best, record, run)) as page:
-            _train(run, train, seed, SentToAll(tracking, page), record, rollout, _measure(run, dataset, sampler))
+            _train(run, train, seed, SentToAll(tracking, page), record, rollout, _measure(run, dataset, sampler), world)
         tracked = tracking.finish()
+        world.wait()
         if run.state.step < train.all_steps:
             print(f"stopped at step {run.state.step} and saved: the same command with output_dir={folder} goes on")
             raise KeyboardInterrupt  # so that commands that follow a complete training do not start
         _say_end(run.state, record, train, tracked, expected or [])
+
+
+def _follow(run: Run, record: Record, settings: TrainSettings, seed: int, world: World, *, rolls_out: bool) -> None:
+    """Train with the first process, which alone writes, tracks, rolls out and measures, and wait for its last word.
+
+    Raises:
+        KeyboardInterrupt: stopped by Ctrl-C or SIGTERM in any process.
+    """
+    record.restore(run.state)
+    with _checkpoint_named(record.folder), stop_on_signal() as should_stop:
+        train(
+            run,
+            settings,
+            seed=seed,
+            tracker=NoTracker(),
+            save=lambda state: None,
+            rollout=(lambda policy: {}) if rolls_out else None,
+            should_stop=should_stop,
+            world=world,
+        )
+        world.wait()
+    if run.state.step < settings.all_steps:
+        raise KeyboardInterrupt
 
 
 def _tried(
@@ -268,6 +303,14 @@ def check_start(
     Raises:
         ValueError: settings that do not fit each other, or there is no such checkpoint; the message says what to do.
     """
+    world = joined_world()
+    for phase in phases_of(train):
+        check_shares(phase.rows(train.batch_size), world)
+    if recipe and world.size > 1:
+        raise ValueError(
+            f"recipe=auto tries recipes in one process, and torchrun started {world.size}: leave recipe= out, or search"
+            " without torchrun, and train the best one further with it"
+        )
     if recipe and (init or teacher):
         raise ValueError(
             f"recipe=auto chooses the settings of a policy that is trained anew, and {'init=' if init else 'teacher='}"
@@ -501,36 +544,45 @@ def _train(
     record: Record,
     rollout: Rollout | None,
     measure: Rollout | None,
+    world: World,
 ) -> None:
     """Train until the end or a signal, and print the speed and the skipped steps."""
     first_step, began = run.state.step, time.perf_counter()
-    try:
-        with stop_on_signal() as should_stop:
+    with _checkpoint_named(record.folder), stop_on_signal() as should_stop:
 
-            def interruptible(policy: DiffusionPolicy) -> dict[str, float]:
-                assert rollout is not None
-                with should_stop.at_once():  # the state was saved before
-                    return rollout(policy)
+        def interruptible(policy: DiffusionPolicy) -> dict[str, float]:
+            assert rollout is not None
+            with should_stop.at_once():  # the state was saved before
+                return rollout(policy)
 
-            train(
-                run,
-                settings,
-                seed=seed,
-                tracker=tracking,
-                save=record.save,
-                rollout=rollout and interruptible,
-                measure=measure,
-                should_stop=should_stop,
-            )
-    except FloatingPointError as error:
-        there = is_checkpoint(record.folder)
-        kept = f"the last good checkpoint is {record.folder}" if there else "nothing was saved yet"
-        raise FloatingPointError(f"{error}; {kept}") from error
+        train(
+            run,
+            settings,
+            seed=seed,
+            tracker=tracking,
+            save=record.save,
+            rollout=rollout and interruptible,
+            measure=measure,
+            should_stop=should_stop,
+            world=world,
+        )
     seconds, steps = time.perf_counter() - began, run.state.step - first_step
     rate = steps * min(settings.batch_size, len(run.training)) / seconds
     print(f"{steps} steps in {seconds:.1f} s, {rate:.0f} transitions a second")
     if skipped := run.state.skipped:
         print(f"{len(skipped)} of {run.state.step} steps skipped, not finite: {', '.join(map(str, skipped))}")
+
+
+@contextmanager
+def _checkpoint_named(folder: Path) -> Iterator[None]:
+    """Add the last good checkpoint to the error that ends a training."""
+    try:
+        with peers_needed():
+            yield
+    except (FloatingPointError, PeerError) as error:
+        there = is_checkpoint(folder)
+        kept = f"the last good checkpoint is {folder}" if there else "nothing was saved yet"
+        raise type(error)(f"{error}; {kept}") from error
 
 
 def _rolled_out(

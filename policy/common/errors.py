@@ -13,3 +13,7 @@ class ParityError(RuntimeError):
 
 class WorkerError(RuntimeError):
     """Episodes failed repeatedly."""
+
+
+class PeerError(RuntimeError):
+    """Another process of a training on torchrun ended before its time."""

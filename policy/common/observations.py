@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +28,14 @@ class Batch(TypedDict):
         observations: (B, obs_horizon, *shape) under each key, privileged ones included.
         actions: (B, denoised_horizon, action_dim): past actions, if the policy has them, and the chunk.
         mask: (B, denoised_horizon) bool, False where the actions lie outside their episode.
+        counted: where this is one of the equal parts of a larger batch, the number of actions in a part whose mask is
+            True, on average over the parts; left out in a whole batch.
     """
 
     observations: dict[str, Tensor]
     actions: Tensor
     mask: Tensor
+    counted: NotRequired[float]
 
 
 def is_image(shape: Sequence[int]) -> bool:

@@ -9,6 +9,8 @@ from weakref import WeakSet
 
 from tqdm import tqdm
 
+from policy.common.torchrun import started_world
+
 _OPEN: WeakSet[tqdm[Any]] = WeakSet()
 
 
@@ -40,6 +42,7 @@ def progress(items: Iterable[Any] | None = None, *, total: int, desc: str, unit:
         dynamic_ncols=True,
         mininterval=interval,
         leave=None,  # a bar below another one vanishes at its end
+        disable=not started_world().first,
     )
     _OPEN.add(bar)
     return bar

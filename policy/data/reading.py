@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from policy.common.arguments import unknown_name
 from policy.common.observations import is_image
 from policy.common.progress import progress
+from policy.common.torchrun import first_on_machine_goes_ahead
 from policy.data.budget import Budget, free_disk, free_memory
 from policy.data.cache import bad_episode, default_cache_dir, open_cached, write_cached
 from policy.data.demonstrations import Demonstrations
@@ -124,6 +125,7 @@ class _Reading:
     image_size: int | None
     skip_bad: bool
 
+    @first_on_machine_goes_ahead()
     def read(self, cache: Path) -> Demonstrations:
         """Open the dataset's entry in the cache; convert the dataset first if there is no such entry."""
         files = list_files(self.path)

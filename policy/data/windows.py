@@ -91,7 +91,7 @@ class Windows:
         self._starts = demonstrations.episode_starts[episodes]
         self._ends = demonstrations.episode_ends[episodes]
         # The number of the first window after each episode. Nothing is stored per window.
-        self._window_ends = np.cumsum(self._ends - self._starts)
+        self._window_ends: NDArray[np.int64] = np.cumsum(self._ends - self._starts)
         self._augment = augment
         self._mask_padding = mask_padding
         # The newest epoch's permutation is kept, because drawing it takes longer than gathering a batch.
@@ -119,9 +119,7 @@ class Windows:
         """
         import torch  # here, so that a command can import this module without it
 
-        originals, place = self._locate(windows)
-        start, end = self._starts[place, None], self._ends[place, None]
-        now = end - (self._window_ends[place, None] - originals[:, None])
+        start, now, end = self._places(windows)
         past = np.maximum(now + self._past, start)
         future = now + self._future
         observations: Arrays = {
@@ -131,12 +129,23 @@ class Windows:
         mirrored = windows >= self.num_transitions
         if self._augment is not None and mirrored.any():  # a symmetry need not take arrays without rows
             observations, actions = _with_counterparts(self._augment, observations, actions, mirrored)
-        inside = (start <= future) & (future < end) if self._mask_padding else np.ones_like(future, dtype=np.bool_)
         return {
             "observations": {key: torch.from_numpy(values) for key, values in observations.items()},
             "actions": torch.from_numpy(actions),
-            "mask": torch.from_numpy(inside),
+            "mask": torch.from_numpy(self.inside(windows)),
         }
+
+    def inside(self, windows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which actions of windows count in the loss: (B, denoised_horizon), see `Batch.mask`."""
+        start, now, end = self._places(windows)
+        future = now + self._future
+        return (start <= future) & (future < end) if self._mask_padding else np.ones_like(future, dtype=np.bool_)
+
+    def _places(self, windows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """(B, 1) transitions of windows: where their episode starts, the newest observation, where the episode ends."""
+        originals, place = self._locate(windows)
+        start, end = self._starts[place, None], self._ends[place, None]
+        return start, end - (self._window_ends[place, None] - originals[:, None]), end
 
     def episodes_of(self, windows: NDArray[np.int64]) -> list[int]:
         """The sorted numbers of the episodes that windows come from, without repetition."""

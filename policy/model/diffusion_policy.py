@@ -149,8 +149,10 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         noise = torch.randn(shape, generator=generator)
         embedding = self.embed(observed(self.config, batch["observations"]))
         errors = self.squared_errors(batch, embedding, timestep, noise)
-        mask = _repeated(batch["mask"], len(timestep) // max(chunks, 1)).to(errors)
-        return (errors * mask).sum() / mask.sum().clamp(min=1) + self.auxiliary_loss(batch, embedding)
+        times = len(timestep) // max(chunks, 1)
+        mask = _repeated(batch["mask"], times).to(errors)
+        counted = times * batch["counted"] if "counted" in batch else mask.sum().clamp(min=1)
+        return (errors * mask).sum() / counted + self.auxiliary_loss(batch, embedding)
 
     def auxiliary_loss(self, batch: Batch, embedding: Tensor) -> Tensor:
         """Compute the weighted mean squared error of the auxiliary heads; it is 0 without auxiliary observations.

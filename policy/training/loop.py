@@ -10,21 +10,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import count
 from statistics import fmean
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from policy.common.observations import Batch
 from policy.common.progress import progress, say
 from policy.common.seeding import derive_generator, derive_seed
+from policy.common.torchrun import ALONE, World
 from policy.data.windows import Windows
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.tracking.tracker import MetricsLog
+from policy.training.phases import Phase, phases_of
 from policy.training.preparation import Run
-from policy.training.rectification import Rectified
 from policy.training.settings import TrainSettings, learning_rate
+from policy.training.share import check_agreement, check_shares, draws, gather_part, learner_of
 from policy.training.state import TrainState, newest_metrics
 
 VALIDATION_WINDOWS = 1024
@@ -44,58 +46,6 @@ MEASURE_EVERY = 1_000
 MOST_SKIPPED_IN_A_ROW = 100
 
 
-class Phase(Protocol):
-    """A part of training with an objective, a warm-up and a cosine of its own."""
-
-    def begin(self, state: TrainState) -> None:
-        """Prepare for the phase; called before its first step, and again when a run is resumed within it."""
-
-    def examples(self, batch: Batch, generator: torch.Generator) -> Any:
-        """Make the examples that a step learns from out of a batch of demonstrations, in float32."""
-
-    def loss(self, policy: DiffusionPolicy, examples: Any, generator: torch.Generator) -> torch.Tensor:
-        """Compute the loss () on these examples, in `settings.precision`."""
-        ...
-
-    def validation_loss(self, policy: DiffusionPolicy, batch: Batch, generator: torch.Generator) -> torch.Tensor:
-        """Compute the loss () on held-out demonstrations, with which a policy is measured."""
-        ...
-
-
-class Demonstrated:
-    """The first phase: learning the chunks of the demonstrations.
-
-    Args:
-        settings: the training settings.
-    """
-
-    def __init__(self, settings: TrainSettings) -> None:
-        self._timesteps_per_chunk = settings.timesteps_per_chunk
-
-    def begin(self, state: TrainState) -> None:
-        """Do nothing: the first phase needs no preparation."""
-
-    def examples(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """Return the demonstrations themselves."""
-        return batch
-
-    def loss(self, policy: DiffusionPolicy, examples: Batch, generator: torch.Generator) -> torch.Tensor:
-        """Compute the denoising loss (), see `DiffusionPolicy.loss`."""
-        return policy.loss(examples, generator, timesteps_per_chunk=self._timesteps_per_chunk)
-
-    def validation_loss(self, policy: DiffusionPolicy, batch: Batch, generator: torch.Generator) -> torch.Tensor:
-        """Compute the denoising loss () at one timestep per chunk, whatever the number of them in training."""
-        return policy.loss(batch, generator)
-
-
-def phases_of(settings: TrainSettings) -> list[Phase]:
-    """The phases of a training in order, one for each of `settings.phase_lengths`."""
-    phases: list[Phase] = [Demonstrated(settings)] if settings.steps else []
-    if settings.rectify_steps:
-        phases.append(Rectified(settings.rectify_ddim_steps, settings.timesteps_per_chunk))
-    return phases
-
-
 @dataclass
 class _Trainer:
     """One call of `train`: its arguments, the phase begun last, and outcomes of steps that have not been read yet."""
@@ -108,20 +58,80 @@ class _Trainer:
     should_stop: Callable[[], bool]
     tracker: MetricsLog
     save: Callable[[TrainState], None]
+    seed: int
+    world: World
     phases: list[Phase] = field(init=False)
     begun: int = -1
+    learner: nn.Module = field(init=False)
     unread: list[Outcome] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.phases = phases_of(self.settings)
+        for phase in self.phases:
+            check_shares(phase.rows(min(self.settings.batch_size, len(self.run.training))), self.world)
+
+    def windows_of(self, step: int) -> NDArray[np.int64]:
+        """The numbers of the windows that a step learns from, those of all processes together."""
+        windows = self.run.training.batch_at(step, self.settings.batch_size, self.seed)
+        phase = self.phases[self.settings.place(step)[0]]
+        return windows[: phase.rows(len(windows))]
+
+    def walk(self, until: int | None) -> None:
+        """Train from the state's step to the last one, or to `until`, or until the user asks for an end."""
+        state = self.run.state
+        check_agreement(self.world, step=state.step, windows=len(self.run.training))
+        if self.rollout_due() and not self.rolled_out():  # the run had been interrupted in it
+            return
+        end = self.settings.all_steps if until is None else min(until, self.settings.all_steps)
+        with progress(total=end, initial=state.step, desc="train", unit="step") as bar:
+            for windows, batch in batches_ahead(self.run.training, range(state.step, end), self.windows_of, self.world):
+                self.unread.append((windows, self.take_step(batch)))
+                state.step += 1
+                bar.update()
+                stopping = self.world.any(self.should_stop()) or state.step == until
+                if metrics := self.metrics_due():
+                    self.record(metrics)
+                rollout_due = self.rollout_due()
+                if metrics and not rollout_due:
+                    self.tracker.log(metrics, state.step)
+                if stopping or rollout_due or self.saving_due():
+                    self.save_now()
+                if stopping or (rollout_due and not self.rolled_out()):
+                    break
+                if metrics or rollout_due:
+                    bar.set_postfix(_figures(state), refresh=rollout_due)
 
     def begun_phase(self) -> Phase:
         """The phase of the next step; it is begun if this call of `train` has not taken a step of it."""
         number = self.settings.place(self.run.state.step)[0]
         if number != self.begun:
             self.phases[number].begin(self.run.state)
+            self.learner = learner_of(self.run.state.policy, self.world)
             self.begun = number
         return self.phases[number]
+
+    def take_step(self, batch: Batch) -> torch.Tensor:
+        """Take one optimiser step and update the average; return (2,) loss and gradient norm, on the device."""
+        state, settings, phase = self.run.state, self.settings, self.begun_phase()
+        torch.manual_seed(derive_seed(self.seed, 1, state.step))  # the source of dropout and observation noise
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(state.step, settings)
+        state.policy.train()
+        generator = derive_generator(self.seed, 2, state.step)
+        with draws(self.world):
+            examples = phase.examples(batch, generator)
+            with torch.autocast(state.policy.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+                loss = self.learner(phase.loss, examples, generator)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(state.policy.parameters(), settings.grad_clip)
+        figures = torch.stack([self.world.mean(loss.detach()), norm])
+        # As `torch.amp.GradScaler` does: if `found_inf` is 1, the fused kernel changes neither weights nor optimiser
+        # state.
+        state.optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        update_ema(state.ema, state.policy, state.step, settings.ema_decay)
+        return figures
 
     def metrics_due(self) -> dict[str, float]:
         """The losses and errors to log after the newest step; empty after most steps."""
@@ -131,7 +141,7 @@ class _Trainer:
             self.read()
             metrics.update(_loss_metrics(state, settings))
             state.recent.clear()
-        if len(self.run.validation) and (last or state.step % settings.val_every == 0):
+        if self.world.first and len(self.run.validation) and (last or state.step % settings.val_every == 0):
             # Of the first phase to the last step, so that the losses of one run can be compared.
             metrics["val/loss"] = validation_loss(self.phases[0], state.ema, self.run.validation)
         if self.measure and (last or state.step % MEASURE_EVERY == 0):
@@ -144,6 +154,10 @@ class _Trainer:
         if not (self.rollout and every and state.step and state.step % every == 0):
             return False
         return not any(name.startswith("rollout/") for name in self.recorded())
+
+    def rolled_out(self) -> bool:
+        """Let the first process roll out while the others wait; return False in all if the user interrupted it."""
+        return not self.world.any(not self.roll_out())
 
     def roll_out(self) -> bool:
         """Roll out the averaged policy, record its metrics and save; return False if the user interrupted it."""
@@ -205,6 +219,7 @@ def train(
     measure: Callable[[DiffusionPolicy], dict[str, float]] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     until: int | None = None,
+    world: World = ALONE,
 ) -> None:
     """Train from the state's step up to `settings.all_steps`, or a part of the way.
 
@@ -223,57 +238,28 @@ def train(
         measure: called with the averaged policy every 1,000 steps and at the end; returns metrics.
         should_stop: called after every step; if it returns True, the state is saved and training ends.
         until: the step to stop and save at; None for the last one.
+        world: the processes that train together, each with its share of every batch; all call this with a run prepared
+            alike. Only the first measures validation losses; the others should be given callbacks that do nothing, and
+            a rollout if the first has one.
 
     Raises:
+        ValueError: the processes cannot share the batches equally, or differ in their data or their step.
+        RuntimeError: another process ended before its time.
         FloatingPointError: a loss or gradient is not finite and `on_bad_loss` is `stop`, or a hundred steps in a row
             have such a loss or gradient, or the weights are not finite. The state is then not saved.
     """
-    state = run.state
     trainer = _Trainer(
-        run, settings, rollout=rollout, measure=measure, should_stop=should_stop, tracker=tracker, save=save
+        run,
+        settings,
+        rollout=rollout,
+        measure=measure,
+        should_stop=should_stop,
+        tracker=tracker,
+        save=save,
+        seed=seed,
+        world=world,
     )
-    if trainer.rollout_due() and not trainer.roll_out():  # the run had been interrupted in it
-        return
-    end = settings.all_steps if until is None else min(until, settings.all_steps)
-    with progress(total=end, initial=state.step, desc="train", unit="step") as bar:
-        for windows, batch in batches_ahead(run.training, range(state.step, end), settings.batch_size, seed):
-            phase = trainer.begun_phase()
-            trainer.unread.append((windows, _train_step(state, phase, batch, settings, seed)))
-            state.step += 1
-            bar.update()
-            if metrics := trainer.metrics_due():
-                trainer.record(metrics)
-            rollout_due = trainer.rollout_due()
-            if metrics and not rollout_due:
-                tracker.log(metrics, state.step)
-            stopping = should_stop() or state.step == until
-            if stopping or rollout_due or trainer.saving_due():
-                trainer.save_now()
-            if stopping or (rollout_due and not trainer.roll_out()):
-                break
-            if metrics or rollout_due:
-                bar.set_postfix(_figures(state), refresh=rollout_due)
-
-
-def _train_step(state: TrainState, phase: Phase, batch: Batch, settings: TrainSettings, seed: int) -> torch.Tensor:
-    """Take one optimiser step and update the average; return (2,) loss and gradient norm, on the device."""
-    torch.manual_seed(derive_seed(seed, 1, state.step))  # the source of dropout and observation noise
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(state.step, settings)
-    state.policy.train()
-    generator = derive_generator(seed, 2, state.step)
-    examples = phase.examples(batch, generator)
-    with torch.autocast(state.policy.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-        loss = phase.loss(state.policy, examples, generator)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(state.policy.parameters(), settings.grad_clip)
-    figures = torch.stack([loss.detach(), norm])
-    # As `torch.amp.GradScaler` does: if `found_inf` is 1, the fused kernel changes neither weights nor optimiser state.
-    state.optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    update_ema(state.ema, state.policy, state.step, settings.ema_decay)
-    return figures
+    trainer.walk(until)
 
 
 @torch.no_grad()
@@ -291,23 +277,23 @@ def update_ema(ema: DiffusionPolicy, policy: DiffusionPolicy, updates: int, max_
 
 
 def batches_ahead(
-    training: Windows, steps: range, batch_size: int, seed: int
+    training: Windows, steps: range, windows_of: Callable[[int], NDArray[np.int64]], world: World = ALONE
 ) -> Iterator[tuple[NDArray[np.int64], Batch]]:
     """Yield the batches of training steps, which a thread gathers in advance.
 
     Args:
         training: the windows.
         steps: the steps whose batches are gathered.
-        batch_size: windows per batch.
-        seed: the run's seed.
+        windows_of: returns the numbers of a step's windows.
+        world: the processes that share each batch.
 
     Yields:
-        For each step, the numbers of its windows (see `Windows.batch_at`) and its batch.
+        For each step, the numbers of its windows and this process's part of its batch.
     """
 
     def gather(step: int) -> tuple[NDArray[np.int64], Batch]:
-        windows = training.batch_at(step, batch_size, seed)
-        return windows, training.gather(windows)
+        windows = windows_of(step)
+        return windows, gather_part(training, windows, world)
 
     waiting: deque[Future[tuple[NDArray[np.int64], Batch]]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
@@ -381,5 +367,5 @@ def validation_loss(phase: Phase, policy: DiffusionPolicy, validation: Windows) 
         Mean loss over up to 1024 windows spread evenly over the episodes.
     """
     count = min(VALIDATION_WINDOWS, len(validation))
-    windows = np.linspace(0, len(validation) - 1, count).round().astype(np.int64)
+    windows = np.linspace(0, len(validation) - 1, count).round().astype(np.int64)[: phase.rows(count)]
     return phase.validation_loss(policy, validation.gather(windows), derive_generator(0)).item()

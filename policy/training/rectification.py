@@ -44,7 +44,7 @@ class Rectified:
 
     Args:
         ddim_steps: denoising steps of the teacher.
-        timesteps_per_chunk: timesteps per chunk in the phase on demonstrations, see `pairs`.
+        timesteps_per_chunk: timesteps per chunk in the phase on demonstrations, see `pairs_of`.
     """
 
     def __init__(self, ddim_steps: int, timesteps_per_chunk: int) -> None:
@@ -54,9 +54,13 @@ class Rectified:
         """Make the averaged policy the teacher, unless the run has one already."""
         self._teacher = start_rectification(state, self._ddim_steps)
 
+    def rows(self, windows: int) -> int:
+        """How many of a batch's windows a pair is made for, see `pairs_of`."""
+        return pairs_of(windows, self._timesteps_per_chunk)
+
     def examples(self, batch: Batch, generator: torch.Generator) -> tuple[Batch, Tensor]:
         """Make pairs of a noise and the teacher's chunk for it, see `pairs`."""
-        return pairs(self._teacher, batch, generator, self._timesteps_per_chunk)
+        return pairs(self._teacher, batch, generator)
 
     def loss(self, policy: DiffusionPolicy, examples: tuple[Batch, Tensor], generator: torch.Generator) -> Tensor:
         """Compute the loss (), see `rectification_loss`."""
@@ -95,24 +99,34 @@ def uncut(policy: DiffusionPolicy) -> DiffusionPolicy:
     return whole.to(policy.device).eval().requires_grad_(False)
 
 
-def pairs(
-    teacher: SamplerProgram, batch: Batch, generator: torch.Generator, timesteps_per_chunk: int
-) -> tuple[Batch, Tensor]:
-    """Draw noises, and let the teacher make chunks of them, for a part of a batch's observations.
+def pairs_of(windows: int, timesteps_per_chunk: int) -> int:
+    """How many pairs a step learns from.
+
+    Args:
+        windows: windows in a step on demonstrations.
+        timesteps_per_chunk: timesteps per chunk in such a step.
+
+    Returns:
+        As many that a step with `TIMESTEPS_A_PAIR` timesteps per pair is about as large as one on demonstrations.
+    """
+    return min(max(windows * timesteps_per_chunk // TIMESTEPS_A_PAIR, 1), windows)
+
+
+def pairs(teacher: SamplerProgram, batch: Batch, generator: torch.Generator) -> tuple[Batch, Tensor]:
+    """Draw noises, and let the teacher make chunks of them, for the observations of a batch.
 
     Args:
         teacher: makes the chunks.
-        batch: its observations are used, not its actions, which may be of another width.
+        batch: B windows; their observations are used, not their actions, which may be of another width.
         generator: source of the noises.
-        timesteps_per_chunk: timesteps per chunk in a step on demonstrations.
 
     Returns:
-        A batch with the B chunks, and their noises (B, action_horizon, action_dim). B is such that a step with
-        `TIMESTEPS_A_PAIR` timesteps per pair is about as large as a step on demonstrations.
+        A batch with the B chunks, and their noises (B, action_horizon, action_dim).
     """
-    rows = min(max(len(batch["actions"]) * timesteps_per_chunk // TIMESTEPS_A_PAIR, 1), len(batch["actions"]))
-    observations = {key: values[:rows] for key, values in batch["observations"].items()}
-    noise = torch.randn(rows, teacher.config.action_horizon, teacher.config.action_dim, generator=generator)
+    observations = batch["observations"]
+    noise = torch.randn(
+        len(batch["actions"]), teacher.config.action_horizon, teacher.config.action_dim, generator=generator
+    )
     made: Batch = {
         "observations": observations,
         "actions": teacher({key: observations[key] for key in teacher.config.observation_shapes}, noise),

@@ -217,7 +217,9 @@ def _gather(windows: Windows, batches: int) -> float:
 def _ahead(windows: Windows, batches: int) -> float:
     windows.batch_at(0, BATCH, 0)
     begin = time.perf_counter()
-    for _ in batches_ahead(windows, range(min(batches, len(windows) // BATCH)), BATCH, 0):
+    for _ in batches_ahead(
+        windows, range(min(batches, len(windows) // BATCH)), lambda step: windows.batch_at(step, BATCH, 0)
+    ):
         pass
     return (time.perf_counter() - begin) * batches / min(batches, len(windows) // BATCH)
 

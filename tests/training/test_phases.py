@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from policy import TrainSettings
 from policy.common.seeding import derive_generator
 from policy.training import loop
-from policy.training.loop import Demonstrated, phases_of, train
+from policy.training.loop import train
+from policy.training.phases import Demonstrated, phases_of
 from policy.training.preparation import prepare_run
 from policy.training.rectification import Rectified
 from policy.training.settings import learning_rate
@@ -117,6 +118,9 @@ class Spy:
         self.state = state
         self.notes.append(("begin", self.name, state.step))
 
+    def rows(self, windows):
+        return windows
+
     def examples(self, batch, generator):
         assert not torch.is_autocast_enabled("cpu")
         expected = derive_generator(3, 2, self.state.step)
@@ -202,6 +206,9 @@ class Pulled:
         if "pulled" not in vars(state):
             state.pulled = {name: 0.5 * p.detach() for name, p in state.ema.named_parameters()}
         self.target = state.pulled
+
+    def rows(self, windows):
+        return windows
 
     def examples(self, batch, generator):
         return torch.rand((), generator=generator)

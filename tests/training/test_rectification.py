@@ -16,6 +16,7 @@ from policy.training.rectification import (
     TIMESTEPS_A_PAIR,
     pair_timesteps,
     pairs,
+    pairs_of,
     rectification_loss,
     start_rectification,
 )
@@ -71,11 +72,11 @@ def rows(count):
 def test_a_pair_is_a_noise_and_what_the_teacher_makes_of_it(forked, timesteps_per_chunk, rows):
     run = prepared(forked)
     teacher = start_rectification(run.state, ddim_steps=4)
-    batch = run.training.gather(np.arange(32))
-    made, noise = pairs(teacher, batch, torch.Generator().manual_seed(3), timesteps_per_chunk)
+    batch = run.training.gather(np.arange(pairs_of(32, timesteps_per_chunk)))
+    made, noise = pairs(teacher, batch, torch.Generator().manual_seed(3))
     assert len(made["actions"]) == len(noise) == len(noise.unique(dim=0)) == rows
     assert made["mask"].all()
-    seen = batch["observations"]["state"][:rows]
+    seen = batch["observations"]["state"]
     expected = run.state.ema.sample_actions({"state": seen}, ddim_steps=4, noise=noise)
     torch.testing.assert_close(made["actions"], expected, rtol=0, atol=1e-5)
     assert torch.equal(made["observations"]["state"], seen)
@@ -86,7 +87,7 @@ def test_the_loss_of_pairs_is_the_root_mean_square_error_of_each_chunk(forked):
     policy = run.state.ema
     randomize(policy)
     made, noise = pairs(
-        start_rectification(run.state, 4), run.training.gather(np.arange(32)), torch.Generator().manual_seed(3), 1
+        start_rectification(run.state, 4), run.training.gather(np.arange(8)), torch.Generator().manual_seed(3)
     )
     given = rectification_loss(policy, made, noise, torch.Generator().manual_seed(1))
     timesteps = pair_timesteps(20, 8, torch.Generator().manual_seed(1)).flatten()

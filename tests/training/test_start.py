@@ -213,7 +213,7 @@ def test_past_actions_and_actions_without_a_bound_are_learnt_too(demonstrations,
     state.teacher = state.ema
     windows = prepare_run(imported, demonstrations, SETTINGS, seed=0, device="cpu", init=policy).training
     made, noise = rectification.pairs(
-        rectification.start_rectification(state, 4), windows.gather(np.arange(16)), torch.Generator().manual_seed(0), 4
+        rectification.start_rectification(state, 4), windows.gather(np.arange(16)), torch.Generator().manual_seed(0)
     )
     assert made["actions"].shape == noise.shape == (16, 10, 2)
     expected = policy.eval().sample_actions(made["observations"], ddim_steps=4, noise=noise)

@@ -13,7 +13,8 @@ from policy.common.seeding import derive_generator
 from policy.data.demonstrations import Demonstrations
 from policy.data.windows import split_episodes
 from policy.model.diffusion_policy import observed
-from policy.training.loop import Demonstrated, train, update_ema, validation_loss
+from policy.training.loop import train, update_ema, validation_loss
+from policy.training.phases import Demonstrated
 from policy.training.preparation import prepare_run, start_training
 from policy.training.settings import learning_rate
 from tests.conftest import small_config

@@ -58,7 +58,7 @@ def random_shift(images: Tensor, pixels: int) -> Tensor:
     """
     batch, _, height, width, _ = images.shape
     padded = nn.functional.pad(images, (0, 0, *(pixels,) * 4), mode="replicate")
-    down, across = torch.randint(2 * pixels + 1, (2, batch)).tolist()
+    down, across = (torch.randint(2 * pixels + 1, (batch,)).tolist() for _ in range(2))
     # Slicing copies runs of pixels, which is about ten times faster than indexing pixel by pixel.
     return torch.stack(
         [rows[:, y : y + height, x : x + width] for rows, y, x in zip(padded, down, across, strict=True)]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from policy.data.demonstrations import Arrays, Demonstrations
+from policy.data.demonstrations import Demonstrations
 from policy.data.relations import angles, directions_of, thinned, wrapped
 
 # A number of the observation follows a number of the action if its changes are that number times a constant, to this
@@ -28,8 +28,6 @@ MOST_ROWS = 10_000
 # Random features of the map to the carried numbers (Rahimi and Recht, NIPS 2007), their scale for inputs of unit
 # variance, and the ridge.
 FEATURES, SCALE, RIDGE = 1_000, 0.35, 1e-4
-# Share of the windows that get noise.
-NOISY = 0.5
 
 
 class Followed(NamedTuple):
@@ -72,13 +70,6 @@ class Carried:
     cosines: Sequence[int]
     turns: NDArray[np.float64]
 
-    def at(self, followed: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The carried numbers (..., len(numbers)) where the followed ones are (..., F)."""
-        scaled = (followed - self.center) / self.spread
-        waves = np.cos(scaled @ self.frequencies + self.phases)
-        features = np.concatenate([waves, scaled, np.ones((*scaled.shape[:-1], 1))], axis=-1)
-        return np.asarray(features @ self.weights)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Corrections:
@@ -100,55 +91,10 @@ class Corrections:
     low: NDArray[np.float32]
     high: NDArray[np.float32]
 
-    def noisy(
-        self,
-        observations: Arrays,
-        actions: NDArray[np.float32],
-        rows: NDArray[np.int64],
-        *,
-        amount: float,
-        past_actions: int,
-        rng: np.random.Generator,
-    ) -> tuple[Arrays, NDArray[np.float32]]:
-        """Move the robot in about half of the windows of a batch, and lead it back within the chunk.
 
-        Args:
-            observations: (B, obs_horizon, D) under each key; images stay as they are.
-            actions: (B, past_actions + action_horizon, action_dim).
-            rows: (B,) the transition of each window.
-            amount: standard deviation of the noise, as a share of each number's `reach`.
-            past_actions: actions of the window that lie before the newest observation.
-            rng: source of the noise; the number of draws depends on B alone.
-
-        Returns:
-            New observations and actions.
-        """
-        noise = rng.normal(size=(len(rows), len(self.followed))) * [one.reach for one in self.followed] * amount
-        moved = (rng.random(len(rows)) < NOISY) & self.still[rows]
-        noise[~moved] = 0.0
-        corrected = np.array(actions)
-        steps = actions.shape[1] - past_actions
-        for place, one in enumerate(self.followed):
-            corrected[:, past_actions:, one.action] -= (noise[:, place] / (one.gain * steps))[:, None]
-        corrected[moved] = np.clip(corrected[moved], self.low, self.high)
-        shifted = np.concatenate([observations[key] for key in self.keys], axis=-1)
-        shifted[moved] = self._shifted(shifted[moved], noise[moved, None, :])
-        widths = np.cumsum([observations[key].shape[-1] for key in self.keys])
-        parts = np.split(shifted, widths[:-1], axis=-1)
-        return {**observations, **dict(zip(self.keys, parts, strict=True))}, corrected
-
-    def _shifted(self, numbers: NDArray[np.float32], noise: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Add noise (B, 1, F) to the followed numbers (B, H, D), and move the carried ones along."""
-        shifted, places = numbers.copy(), [one.number for one in self.followed]
-        before = numbers[..., places].astype(np.float64)
-        shifted[..., places] = before + noise
-        if self.carried.numbers:
-            shifted[..., self.carried.numbers] += self.carried.at(before + noise) - self.carried.at(before)
-        if self.carried.cosines:
-            turned = angles(numbers, self.carried.cosines) + noise @ self.carried.turns
-            shifted[..., self.carried.cosines] = np.cos(turned)
-            shifted[..., [place + 1 for place in self.carried.cosines]] = np.sin(turned)
-        return shifted
+def features_of(scaled: NDArray[np.float64], frequencies: NDArray[np.float64], phases: NDArray[np.float64]) -> Any:
+    """The features (N, FEATURES + F + 1) of scaled numbers (N, F): random waves, the numbers, and one."""
+    return np.concatenate([np.cos(scaled @ frequencies + phases), scaled, np.ones((len(scaled), 1))], axis=1)
 
 
 def find_corrections(
@@ -180,9 +126,9 @@ def find_corrections(
     followed = _followed(change, demonstrations.actions[seen].astype(np.float64))
     if not followed:
         raise ValueError(
-            "train.corrective_noise needs numbers of the observation that change as the action says, by a constant times"
-            " a number of the action; there are none in these demonstrations (actions that name a place, not a change,"
-            " need no correction): use encoder.noise=... instead, which adds noise alone"
+            "train.corrective_noise needs numbers of the observation that change by a constant times a number of the"
+            " action; there are none in these demonstrations (actions that name a place, not a change, need no"
+            " correction): use encoder.noise=... instead, which adds noise alone"
         )
     places = [number for number, *_ in followed]
     last = demonstrations.episode_ends[np.searchsorted(demonstrations.episode_ends, seen, side="right")] - 1
@@ -201,7 +147,7 @@ def find_corrections(
 
 
 def _followed(change: NDArray[np.float64], actions: NDArray[np.float64]) -> list[tuple[int, int, float]]:
-    """The number, action and gain of each pair of columns (N, D), (N, A) that belongs together; one number an action."""
+    """The number, action and gain of each pair of columns (N, D), (N, A) that belongs together."""
     found = []
     inner = change.T @ actions
     shares = np.square(inner) / np.maximum(np.square(change).sum(axis=0)[:, None], np.finfo(np.float64).tiny)
@@ -219,10 +165,10 @@ def _proportional(cause: NDArray[np.float64], effect: NDArray[np.float64]) -> tu
     gain = float(cause @ effect / max(cause @ cause, np.finfo(np.float64).tiny))
     kept[np.argsort(np.abs(effect - gain * cause))[len(cause) - round(INTERFERED * len(cause)) :]] = False
     cause, effect = cause[kept], effect[kept]
-    total, power = effect @ effect, cause @ cause
+    total, power = float(effect @ effect), float(cause @ cause)
     if not (total > 0 and power > 0):
         return 0.0, 0.0
-    return float(cause @ effect / power), float((cause @ effect) ** 2 / (power * total))
+    return float(cause @ effect) / power, float(cause @ effect) ** 2 / (power * total)
 
 
 def _carried(now: NDArray[np.float64], change: NDArray[np.float64], places: Sequence[int]) -> Carried:
@@ -236,17 +182,17 @@ def _carried(now: NDArray[np.float64], change: NDArray[np.float64], places: Sequ
         spread=spread,
         frequencies=SCALE * rng.normal(size=(len(places), FEATURES)),
         phases=rng.uniform(0, 2 * np.pi, FEATURES),
-        weights=np.eye(FEATURES + len(places) + 1),
+        weights=np.zeros((FEATURES + len(places) + 1, 0)),
         cosines=(),
         turns=np.zeros((len(places), 0)),
     )
     cosines = directions_of(now)
     moves = change[:, places]
     turned = wrapped(angles(now + change, cosines) - angles(now, cosines))
-    turns = np.linalg.lstsq(moves, turned, rcond=None)[0]
+    turns: NDArray[np.float64] = np.linalg.lstsq(moves, turned, rcond=None)[0].astype(np.float64)
     linear = _share_explained(turned, moves @ turns) >= CARRIED
     cosines, turns = [place for place, fits in zip(cosines, linear, strict=True) if fits], turns[:, linear]
-    features = carried.at(followed)
+    features = features_of((followed - center) / spread, carried.frequencies, carried.phases)
     learned, checked = features[::2], features[1::2]
     ridge = RIDGE * np.eye(features.shape[1])
     weights = np.linalg.solve(learned.T @ learned + ridge, learned.T @ now[::2])

@@ -94,6 +94,7 @@ class Windows:
         self._window_ends: NDArray[np.int64] = np.cumsum(self._ends - self._starts)
         self._augment = augment
         self._mask_padding = mask_padding
+        self._still: NDArray[np.bool_] | None = None
         # The newest epoch's permutation is kept, because drawing it takes longer than gathering a batch.
         self._epoch_key: tuple[int, int] | None = None
         self._order: NDArray[Any] = np.empty(0, np.int64)
@@ -129,11 +130,14 @@ class Windows:
         mirrored = windows >= self.num_transitions
         if self._augment is not None and mirrored.any():  # a symmetry need not take arrays without rows
             observations, actions = _with_counterparts(self._augment, observations, actions, mirrored)
-        return {
+        batch: Batch = {
             "observations": {key: torch.from_numpy(values) for key, values in observations.items()},
             "actions": torch.from_numpy(actions),
             "mask": torch.from_numpy(self.inside(windows)),
         }
+        if self._still is not None:
+            batch["still"] = torch.from_numpy(self._still[now[:, 0]] & ~mirrored)
+        return batch
 
     def inside(self, windows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which actions of windows count in the loss: (B, denoised_horizon), see `Batch.mask`."""
@@ -158,6 +162,12 @@ class Windows:
         shown.demonstrations = dataclasses.replace(self.demonstrations, observations=observations)
         shown._augment = None
         return shown
+
+    def marking(self, still: NDArray[np.bool_]) -> Windows:
+        """Return the same windows whose batches say which are still (N,), see `Batch`; a counterpart never is."""
+        marked = copy.copy(self)
+        marked._still = still
+        return marked
 
     def _locate(self, windows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Each window, or the window whose counterpart it is, and the index of its episode in `episodes`."""

@@ -162,7 +162,7 @@ def _followed(change: NDArray[np.float64], actions: NDArray[np.float64]) -> list
 def _proportional(cause: NDArray[np.float64], effect: NDArray[np.float64]) -> tuple[float, float]:
     """The factor between two columns (N,), and the share of the effect that it explains, where nothing interferes."""
     kept = np.ones(len(cause), dtype=np.bool_)
-    gain = float(cause @ effect / max(cause @ cause, np.finfo(np.float64).tiny))
+    gain = float(cause @ effect) / max(float(cause @ cause), float(np.finfo(np.float64).tiny))
     kept[np.argsort(np.abs(effect - gain * cause))[len(cause) - round(INTERFERED * len(cause)) :]] = False
     cause, effect = cause[kept], effect[kept]
     total, power = float(effect @ effect), float(cause @ cause)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,9 +24,15 @@ CARRIED = 0.98
 AT_REST = 1e-3
 # Transitions that are looked at; more only take longer.
 MOST_ROWS = 10_000
-# Random features of the map to the carried numbers (Rahimi and Recht, NIPS 2007), their scale for inputs of unit
-# variance, and the ridge.
-FEATURES, SCALE, RIDGE = 1_000, 0.35, 1e-4
+# Random features of the map to the carried numbers (Rahimi and Recht, NIPS 2007), their scales for inputs of unit
+# variance, of which the best is taken, and the ridge.
+FEATURES, SCALES, RIDGE = 1_000, (0.3, 0.6, 1.2), 1e-4
+
+_NOTHING_FOLLOWS = (
+    "train.corrective_noise needs numbers of the observation that change by a constant times a number of the action;"
+    " there are none in these demonstrations (actions that name a place, not a change, need no correction): use"
+    " encoder.noise=... instead, which adds noise alone"
+)
 
 
 class Followed(NamedTuple):
@@ -115,6 +120,8 @@ def find_corrections(
         ValueError: no number of the observation follows a number of the action.
     """
     vectors = {key: demonstrations.observations[key] for key in sorted(keys)}
+    if not vectors:
+        raise ValueError(_NOTHING_FOLLOWS)
     starts, ends = demonstrations.episode_starts[episodes], demonstrations.episode_ends[episodes]
     rows = np.concatenate([np.arange(start, end - 1) for start, end in zip(starts, ends, strict=True)])
 
@@ -125,11 +132,7 @@ def find_corrections(
     now, change = taken(seen), taken(seen + 1) - taken(seen)
     followed = _followed(change, demonstrations.actions[seen].astype(np.float64))
     if not followed:
-        raise ValueError(
-            "train.corrective_noise needs numbers of the observation that change by a constant times a number of the"
-            " action; there are none in these demonstrations (actions that name a place, not a change, need no"
-            " correction): use encoder.noise=... instead, which adds noise alone"
-        )
+        raise ValueError(_NOTHING_FOLLOWS)
     places = [number for number, *_ in followed]
     last = demonstrations.episode_ends[np.searchsorted(demonstrations.episode_ends, seen, side="right")] - 1
     later = np.minimum(seen + action_horizon, last)
@@ -172,34 +175,49 @@ def _proportional(cause: NDArray[np.float64], effect: NDArray[np.float64]) -> tu
 
 
 def _carried(now: NDArray[np.float64], change: NDArray[np.float64], places: Sequence[int]) -> Carried:
-    """What the numbers at `places` determine: learned from every other row, and checked on the rest."""
-    followed = now[:, places]
-    center, spread = followed.mean(axis=0), np.maximum(followed.std(axis=0), np.finfo(np.float64).tiny)
-    rng = np.random.default_rng(0)
-    carried = Carried(
-        numbers=(),
-        center=center,
-        spread=spread,
-        frequencies=SCALE * rng.normal(size=(len(places), FEATURES)),
-        phases=rng.uniform(0, 2 * np.pi, FEATURES),
-        weights=np.zeros((FEATURES + len(places) + 1, 0)),
-        cosines=(),
-        turns=np.zeros((len(places), 0)),
-    )
+    """What the numbers at `places` determine: directions that turn with them, and any other function of them."""
     cosines = directions_of(now)
     moves = change[:, places]
     turned = wrapped(angles(now + change, cosines) - angles(now, cosines))
     turns: NDArray[np.float64] = np.linalg.lstsq(moves, turned, rcond=None)[0].astype(np.float64)
     linear = _share_explained(turned, moves @ turns) >= CARRIED
     cosines, turns = [place for place, fits in zip(cosines, linear, strict=True) if fits], turns[:, linear]
-    features = features_of((followed - center) / spread, carried.frequencies, carried.phases)
+    known = {*places, *cosines, *(place + 1 for place in cosines)}
+    learned = max((_learned(now, places, scale) for scale in SCALES), key=lambda one: one.shares.sum())
+    numbers = [place for place in np.flatnonzero(learned.shares >= CARRIED).tolist() if place not in known]
+    return Carried(
+        numbers=numbers,
+        center=learned.center,
+        spread=learned.spread,
+        frequencies=learned.frequencies,
+        phases=learned.phases,
+        weights=learned.weights[:, numbers],
+        cosines=cosines,
+        turns=turns,
+    )
+
+
+class _Learned(NamedTuple):
+    """A map from the followed numbers to all, see `Carried`, and the share of each that it explains (D,)."""
+
+    center: NDArray[np.float64]
+    spread: NDArray[np.float64]
+    frequencies: NDArray[np.float64]
+    phases: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    shares: NDArray[np.float64]
+
+
+def _learned(now: NDArray[np.float64], places: Sequence[int], scale: float) -> _Learned:
+    """Learn the map from every other row by ridge regression, and check it on the rest."""
+    rng = np.random.default_rng(0)
+    frequencies, phases = scale * rng.normal(size=(len(places), FEATURES)), rng.uniform(0, 2 * np.pi, FEATURES)
+    followed = now[:, places]
+    center, spread = followed.mean(axis=0), np.maximum(followed.std(axis=0), np.finfo(np.float64).tiny)
+    features = features_of((followed - center) / spread, frequencies, phases)
     learned, checked = features[::2], features[1::2]
-    ridge = RIDGE * np.eye(features.shape[1])
-    weights = np.linalg.solve(learned.T @ learned + ridge, learned.T @ now[::2])
-    explained = _share_explained(now[1::2], checked @ weights) >= CARRIED
-    taken = {*places, *cosines, *(place + 1 for place in cosines)}
-    numbers = [int(place) for place in np.flatnonzero(explained) if int(place) not in taken]
-    return dataclasses.replace(carried, numbers=numbers, weights=weights[:, numbers], cosines=cosines, turns=turns)
+    weights = np.linalg.solve(learned.T @ learned + RIDGE * np.eye(features.shape[1]), learned.T @ now[::2])
+    return _Learned(center, spread, frequencies, phases, weights, _share_explained(now[1::2], checked @ weights))
 
 
 def _share_explained(values: NDArray[np.float64], told: NDArray[np.float64]) -> NDArray[np.float64]:

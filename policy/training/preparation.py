@@ -100,13 +100,20 @@ def prepare_run(
     state = start_training(policy.to(device), settings)
     if teacher is not None:
         state.teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
-    noise = None
-    if settings.corrective_noise:
-        vectors = [key for key, shape in config.observation_shapes.items() if len(shape) == 1]
-        found = find_corrections(demonstrations, training.episodes, vectors, config.action_horizon)
-        training = training.marking(found.still)
-        noise = CorrectiveNoise(found, settings.corrective_noise, config.past_actions)
+    training, noise = _with_noise(config, demonstrations, training, settings)
     return Run(state=state, training=training, validation=validation, noise=noise)
+
+
+def _with_noise(
+    config: PolicyConfig, demonstrations: Demonstrations, training: Windows, settings: TrainSettings
+) -> tuple[Windows, CorrectiveNoise | None]:
+    """The training windows, and the noise for their batches if there is to be any."""
+    if not settings.corrective_noise:
+        return training, None
+    vectors = [key for key, shape in config.observation_shapes.items() if len(shape) == 1]
+    found = find_corrections(demonstrations, training.episodes, vectors, config.action_horizon)
+    noise = CorrectiveNoise(found, settings.corrective_noise, config.past_actions)
+    return training.marking(found.still), noise
 
 
 def check_rectifiable(objective: str) -> None:

@@ -40,8 +40,8 @@ def collect(
         WorkerError: the expert fails too often, or the simulator hangs.
     """
     check_patience(env_patience)
-    dataset_id, settings = dataset_name(env), {"env": env, "seed": seed, "noise": noise}
-    check_absent(output_dir / dataset_id)
+    path, settings = output_dir / dataset_name(env), {"env": env, "seed": seed, "noise": noise}
+    check_absent(path)
     expert = partial(envs.make_expert, env["name"])
     with watched(make_env, env_patience) as make, closing(make(**env)) as simulator:
         expert(simulator, 0)  # an environment without an expert raises here, before any work
@@ -49,9 +49,9 @@ def collect(
         def attempts(first: int, missing: int) -> Iterator[envs.Episode]:
             return envs.collect_episodes(simulator, expert, episodes=missing, seed=first, noise=noise)
 
-        unfinished = output_dir / f".{dataset_id}"
+        unfinished = path.with_name(f".{path.name}")
         with recorded_episodes(unfinished, settings, episodes, attempts, envs.Episode) as recorded:
-            path = write_minari(recorded, folder=output_dir, dataset_id=dataset_id, env=simulator, env_settings=env)
+            write_minari(recorded, path=path, env=simulator, env_settings=env)
     failed = recorded[-1].seed + 1 - seed - len(recorded)
     print(f"{episodes} demonstrations of {sum(map(len, recorded))} control steps in all: {path}")
     if failed:

@@ -48,6 +48,7 @@ def command(
     check_first: str | None = None,
     notes_given: str | None = None,
     goes_with: Mapping[str, Sequence[str]] | None = None,
+    excludes: Mapping[str, Sequence[str]] | None = None,
 ) -> Callable[[], None]:
     """Make a console command from a function, whose keyword arguments are the command's settings.
 
@@ -65,6 +66,7 @@ def command(
         check_first: see `Task`.
         notes_given: see `Task`.
         goes_with: see `Task`.
+        excludes: see `Task`.
 
     Returns:
         A `main` that takes no arguments.
@@ -78,6 +80,7 @@ def command(
         check_first=check_first,
         notes_given=notes_given,
         goes_with=goes_with or {},
+        excludes=excludes or {},
     )
     return functools.partial(_main, task, example)
 

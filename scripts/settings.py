@@ -57,6 +57,7 @@ class Task:
         notes_given: `GROUP.setting` that receives the names of the settings on the command line, where the group is
             chosen.
         goes_with: settings by a setting that takes no other ones beside it.
+        excludes: settings by a setting beside which they must be off, if they are given.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Task:
     check_first: str | None = None
     notes_given: str | None = None
     goes_with: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    excludes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def declaration(self) -> Declaration:
@@ -112,6 +114,10 @@ class Task:
                 raise ValueError(
                     f"{name}= takes only {', '.join(beside)} beside it: leave {', '.join(f'{o}=' for o in others)} out"
                 )
+        for name, excluded in self.excludes.items():
+            others = [other for other in excluded if settings.get(other)]
+            if settings.get(name) is not None and others:
+                raise ValueError(f"{name}= goes without {', '.join(f'{o}=' for o in others)}: leave them out")
         for given, part in self.alternatives.items():
             if settings.get(given) is not None and _missing(_declared(part, settings[part]), settings[part]):
                 del settings[part]

@@ -8,6 +8,7 @@ main = command(
     "policy.commands.sweep:sweep",
     EXAMPLE,
     goes_with={"merge": ["margin", "mix", "output_dir", "tracker", "videos"]},
+    excludes={"shard": ["adaptive", "looks", "margin", "max_ms", "videos", "watch"]},  # what decides or shows
 )
 
 if __name__ == "__main__":

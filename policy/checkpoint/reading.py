@@ -42,6 +42,7 @@ from policy.training.state import TrainState, restore_optimizer, restore_record
 MAX_NUM_STEPS = 100_000
 # Training settings added after the first schema, with the values in effect for checkpoints without them.
 SETTINGS_OF_BEFORE = {
+    "init_normalizers": "keep",
     "keep_last": 3,
     "precision": "float32",
     "rectify_steps": 0,

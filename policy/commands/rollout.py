@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from policy.commands.dataset import record_settings, recorded_as
 from policy.commands.stage import (
     EPISODES,
     FIRST_SEED,
@@ -67,6 +68,8 @@ def roll_out(
     env_vector: bool = False,
     mix: bool = False,
     video: int = 0,
+    record: Path | None = None,
+    record_successes: bool = False,
     output_dir: Path | None = None,
     tracker: OpenRun,
 ) -> None:
@@ -96,6 +99,8 @@ def roll_out(
         mix: whether a rollout may go on whose episodes were run with other versions, another simulator or on another
             processor; the summary then says so.
         video: number of first episodes to record as mp4.
+        record: a folder that does not exist; the episodes are written there as a Minari dataset for ddim-train.
+        record_successes: write only the episodes that succeeded.
         output_dir: receives `episodes.json`, the summary `rollout.json`, the ledger `rollout.jsonl` and the videos; by
             default a new folder under outputs/rollout.
         tracker: opens the tracked run.
@@ -104,6 +109,7 @@ def roll_out(
         ValueError: settings that do not fit, before any episode starts.
         WorkerError: more than 5 % of the episodes broke off, after all files are written.
     """
+    dataset = record_settings(record, record_successes, output_dir)
     stage = set_stage(
         make_env,
         [checkpoint],
@@ -132,7 +138,8 @@ def roll_out(
         mixed = [] if driver else settle_provenance(stage, [recorded], ledger, missing=missing, mix=mix)
         tracking = tracker(folder=folder, config={"checkpoint": str(checkpoint), "env": stage.env})
         if driver is None:
-            results = _as_fast_as_possible(recorded, ledger, stage, num_envs, on_env_error)
+            with recorded_as(dataset, stage, cell_id(recorded.settings), ledger) as recording:
+                results = _as_fast_as_possible(recorded, ledger, recording, num_envs, on_env_error)
         else:
             results = _against_the_clock(driver, stage, folder, on_env_error)
         unpaired = ledger.unpaired

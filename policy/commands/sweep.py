@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from policy.commands.looks import fast_cells, in_earlier_order, run_looks, wanted_plan
+from policy.commands.shards import run_shard
 from policy.commands.stage import (
     FIRST_SEED,
     NUM_ENVS,
@@ -31,16 +32,17 @@ from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, telli
 from policy.sweep.facts import facts_of
 from policy.sweep.grid import Row, SweepCell, fixed_calls, ids_of, make_cells, with_backends
 from policy.sweep.live import LivePage, live_page
-from policy.sweep.looks import LookPlan, counted_results, planned_looks
+from policy.sweep.looks import LEDGER, LookPlan, counted_results, planned_looks
 from policy.sweep.merging import read_swept
 from policy.sweep.plot import plot_rows
 from policy.sweep.recipes import check_alike, grouped, grouped_cells, recipe_row, recipes_of
 from policy.sweep.report import Clip, write_report
+from policy.sweep.shards import Shard, check_whole
 from policy.sweep.table import format_table, write_files
 from policy.sweep.timing import check_max_ms, check_threads, latencies_of
 from policy.tracking.tracker import OpenRun, TrackedRun
 
-LEDGER, REPORT = "episodes.jsonl", "report.html"
+REPORT = "report.html"
 VIDEOS = 2
 
 
@@ -71,6 +73,7 @@ def sweep(
     threads: int = 1,
     videos: int | None = None,
     watch: bool = False,
+    shard: str | None = None,
     merge: list[Path] | None = None,
     output_dir: Path | None = None,
     tracker: OpenRun,
@@ -83,8 +86,8 @@ def sweep(
             seeds of one recipe, which is one cell.
         ddim_steps: denoising steps; a list makes an axis.
         episodes: the most that a cell runs; all cells run the same episodes with the same initial noise.
-        adaptive: compare the cells at several looks, and end those that are decided; otherwise, and with recipes, all
-            cells run all episodes, and are compared once.
+        adaptive: compare the cells at several looks, and end those that are decided; otherwise, and with recipes or
+            shards, all cells run all episodes, and are compared once.
         looks: how many, equally spaced; by default 6, or fewer where a look would add less than 20 episodes.
         seed: seed of the first episode; the others count up from it.
         num_envs: environments that run at once; no result depends on it.
@@ -109,7 +112,9 @@ def sweep(
         threads: threads of the plans whose latency is measured; episodes run on one for each worker.
         videos: episodes to record with each of the shown cells for the report; by default 2.
         watch: serve the report to a browser on this machine while the sweep runs, and keep it up to date.
-        merge: folders of finished sweeps; their results are merged, and no episode is run.
+        shard: K/N, as 3/16, runs the K-th of N shares of every cell's episodes, in a folder of its own, and compares
+            nothing; `merge` does that when all shards have run.
+        merge: folders of finished sweeps and shards; their results are merged, and no episode is run.
         output_dir: receives the files; by default a new folder under outputs/sweep.
         tracker: opens the tracked run.
 
@@ -124,6 +129,7 @@ def sweep(
     if merge:
         _merge(merge, mix=mix, margin=margin, output_dir=output_dir, tracker=tracker)
         return
+    share = None if shard is None else Shard.parse(shard, episodes)
     if checkpoint is None:
         raise ValueError("checkpoint is missing: add checkpoint=... (--help shows an example)")
     recipes = recipes_of(checkpoint)
@@ -162,10 +168,23 @@ def sweep(
     planned = _planned_looks(recipes, episodes, looks, adaptive=adaptive)
     folder = output_folder(output_dir, "sweep")
     groups = grouped_cells(with_backends(cells, folder / LEDGER), recipes)
+    open_run = partial(tracker, folder=folder, config={"checkpoint": [str(c) for c in checkpoints], "env": stage.env})
+    if share:
+        run_shard(
+            *(share, stage, groups, folder, open_run),
+            num_envs=num_envs,
+            workers=workers,
+            on_env_error=on_env_error,
+            mix=mix,
+            threads=threads,
+            margin=margin,
+        )
+        return
     shown = live_page(folder / REPORT, title_of(stage.env), {"environment": stage.env}) if watch else nullcontext()
     with shown as page:
         with Ledger(folder / LEDGER) as ledger:
-            run = tracker(folder=folder, config={"checkpoint": [str(c) for c in checkpoints], "env": stage.env})
+            check_whole(ledger)
+            run = open_run()
             groups = in_earlier_order(groups, ledger)
             asked = ids_of([*chain(*groups)])
             groups, latencies, left_out = fast_cells(groups, asked, max_ms, threads, ledger)
@@ -221,7 +240,7 @@ def _merge(folders: list[Path], *, mix: bool, margin: float, output_dir: Path | 
     if folder.resolve() in [path.resolve() for path in folders]:
         raise ValueError(f"output_dir={folder} is one of the sweeps to merge, and would be lost: choose another")
     run = tracker(folder=folder, config={"merge": [str(path) for path in folders]})
-    publish(folder, conclude(merged, margin), run, lambda chosen: [])
+    publish(folder, conclude(merged.at(margin), margin), run, lambda chosen: [])
 
 
 def _planned_looks(

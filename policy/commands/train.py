@@ -79,6 +79,7 @@ def train_policy(
     train: TrainSettings,
     tracker: OpenRun,
     init: Path | None = None,
+    init_normalizers: Literal["keep", "refit"] = "keep",
     teacher: Path | None = None,
     augment: Augment | None = None,
     recipe: RecipeSettings | None = None,
@@ -107,6 +108,8 @@ def train_policy(
         tracker: opens the tracked run.
         init: a checkpoint to start from: its averaged weights, its normalisers and the settings of its policy. With
             train.steps=0 train.rectify_steps=N the run makes it fast: it learns few-step sampling from its own chunks.
+        init_normalizers: `keep` those of init=, or `refit` them to these demonstrations, in whose units or ranges the
+            checkpoint's policy was not trained; its weights are kept.
         teacher: a checkpoint from whose chunks a new policy learns, of another size for example, with train.steps=0
             train.rectify_steps=N.
         augment: a symmetry of the task, as a function of observations and actions; doubles the training episodes.
@@ -132,7 +135,14 @@ def train_policy(
         PeerError: another process of torchrun ended before its time; the message names the last good checkpoint.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after saving.
     """
-    check_start(train=train, init=init, teacher=teacher, output_dir=output_dir, recipe=recipe)
+    check_start(
+        train=train,
+        init=init,
+        init_normalizers=init_normalizers,
+        teacher=teacher,
+        output_dir=output_dir,
+        recipe=recipe,
+    )
     if not 0 <= videos <= train.rollout_episodes:
         raise ValueError(f"videos must be within 0..{train.rollout_episodes} (train.rollout_episodes); got {videos}")
     start = _start(init, teacher, output_dir)
@@ -151,10 +161,11 @@ def train_policy(
     world = joined_world()
     device = check_device(world.device(device))
 
-    def prepare(config: PolicyConfig, train: TrainSettings, **trained: DiffusionPolicy) -> Run:
-        return prepare_run(config, dataset, train, seed=seed, device=device, augment=augment, **trained)
+    def prepare(config: PolicyConfig, train: TrainSettings, **start: Any) -> Run:
+        return prepare_run(config, dataset, train, seed=seed, device=device, augment=augment, **start)
 
-    run = prepare(config, train, **(start.policies(train) if start else {}))
+    refit = init_normalizers == "refit" and not (start and start.goes_on)  # a run that goes on has fitted them
+    run = prepare(config, train, **(start.policies(train) if start else {}), refit=refit)
     sampler = run.state.policy.settled(sampler)
     tasks = dataset.metadata.get("tasks")
     paired = True
@@ -169,6 +180,7 @@ def train_policy(
         execution_horizon=execution_horizon,
         facts={
             **({start.role: start.digest} if start else {}),
+            **({"init_normalizers": init_normalizers} if init else {}),
             **facts_of(dataset, seed=seed, rate=rate, tasks=tasks, augment=augment),
         },
     )
@@ -199,7 +211,7 @@ def train_policy(
     record = record_of(folder, train)
     with only_process(folder):
         record.resume(run.state, train)
-        _describe(run, env, start, train)
+        _describe(run, env, start, train, refit=refit)
         tracking = tracker(folder=folder, config={"env": env, **record.training, **vars(run.state.policy.config)})
         facts = _facts(dataset, env, record, train)
         with training_page(folder, facts, run.state.history, partial(_best, record, run)) as page:
@@ -287,6 +299,7 @@ def check_start(
     *,
     train: TrainSettings,
     init: Path | None = None,
+    init_normalizers: Literal["keep", "refit"] = "keep",
     teacher: Path | None = None,
     output_dir: Path | None = None,
     recipe: RecipeSettings | None = None,
@@ -296,6 +309,7 @@ def check_start(
     Args:
         train: settings of the training.
         init: see `train_policy`.
+        init_normalizers: see `train_policy`.
         teacher: see `train_policy`.
         output_dir: the run's folder; a run that goes on does not need the checkpoint that it began from.
         recipe: see `train_policy`.
@@ -330,9 +344,25 @@ def check_start(
             f"teacher= trains on the teacher's chunks alone: add train.steps=0 train.rectify_steps=N; got"
             f" train.steps={train.steps}"
         )
+    if init_normalizers == "refit":
+        _check_refit(train, init)
     path = init or teacher
     if path and not (output_dir and is_checkpoint(newest_in(output_dir))):
         digest_of(path)
+
+
+def _check_refit(train: TrainSettings, init: Path | None) -> None:
+    """Refuse to fit normalisers again where there are none to fit, or nothing to fit them for."""
+    if not init:
+        raise ValueError(
+            "init_normalizers=refit fits the normalisers of init=CHECKPOINT again; those of a new policy are always"
+            " fitted, and with teacher= they are the teacher's: add init=, or leave it out"
+        )
+    if not train.steps:
+        raise ValueError(
+            "init_normalizers=refit goes with train.steps=N, which learns from the demonstrations; a run that only"
+            " rectifies learns the checkpoint's own chunks, in its ranges: leave it out"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -498,19 +528,19 @@ def _best_recipe(
             raise
 
 
-def _describe(run: Run, env: dict[str, Any] | None, start: _Start | None, train: TrainSettings) -> None:
+def _describe(run: Run, env: dict[str, Any] | None, start: _Start | None, train: TrainSettings, *, refit: bool) -> None:
     parameters = sum(p.numel() for p in run.state.policy.parameters())
     print(
         f"{len(run.training)} training windows from {len(run.training.episodes)} episodes"
         f" ({len(run.validation.episodes)} held out), {parameters / 1e6:.2f} M parameters"
     )
     if start and run.state.step == 0:
-        print(_described_start(run, start, train))
+        print(_described_start(run, start, train, refit))
     if env is None:
         print("no environment is known, so there are no rollouts while training: env=... adds them")
 
 
-def _described_start(run: Run, start: _Start, train: TrainSettings) -> str:
+def _described_start(run: Run, start: _Start, train: TrainSettings, refit: bool) -> str:
     """The trained policy that a run starts from, and what it does with it, in one sentence."""
     name, before, now = (
         f"{start.checkpoint.path} ({start.digest})",
@@ -521,7 +551,7 @@ def _described_start(run: Run, start: _Start, train: TrainSettings) -> str:
     if start.role == "teacher":
         return f"a new policy learns the chunks of {name}, {steps}"
     if train.steps:
-        return f"starts from {name}"
+        return f"starts from {name}{', with its normalisers fitted again' * refit}"
     changes = f"; it predicted {before} and will predict {now}" if now != before else ""
     return f"rectifies {name}: it learns its own chunks, {steps}{changes}"
 

@@ -1,4 +1,4 @@
-"""Writes Minari datasets, the format of `scripts/collect.py`."""
+"""Writes Minari datasets, the format of `ddim-collect` and of `ddim-rollout record=`."""
 
 from __future__ import annotations
 
@@ -46,38 +46,35 @@ class RecordedEpisode(Protocol):
 def write_minari(
     episodes: Iterable[RecordedEpisode],
     *,
-    folder: Path,
-    dataset_id: str,
+    path: Path,
     env: gymnasium.Env[Any, Any],
     env_settings: Mapping[str, Any],
-) -> Path:
-    """Write episodes as a Minari dataset (HDF5), pictures without loss.
+    algorithm: str = "scripted expert",
+    setting: str = "output_dir",
+) -> None:
+    """Write episodes as a Minari dataset (HDF5), pictures without loss; its id is their `dataset_name`.
 
     Args:
         episodes: the recorded episodes; observations hold one row more than actions.
-        folder: a Minari root; the dataset becomes a folder in it.
-        dataset_id: Minari's name for the dataset, `name-v0`.
+        path: becomes the dataset's folder. Minari loads it by name if it is called like an id, as in `name-v0`.
         env: the environment, for its spaces and its control rate.
         env_settings: settings that make the environment again; training reads them from the dataset.
-
-    Returns:
-        The dataset's folder.
+        algorithm: what acted, for readers.
+        setting: the setting with which the user chooses the folder, for messages.
 
     Raises:
-        ValueError: a dataset of that name exists already.
+        ValueError: the folder exists already.
         OSError: the disk is too full for the dataset.
     """
-    path = Path(folder) / dataset_id
-    check_absent(path)
-    recorded = list(episodes)
+    check_absent(path, setting)
+    dataset_id, recorded = dataset_name(env_settings), list(episodes)
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_room(path.parent, recorded)
     # The dataset gets its name when it is complete, so that nobody finds a half-written one.
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as root:
         with _minari_root(Path(root).resolve()):  # Minari needs an absolute root
-            _create_dataset(recorded, dataset_id, env, env_settings)
+            _create_dataset(recorded, dataset_id, env, env_settings, algorithm)
         (Path(root) / dataset_id).rename(path)
-    return path
 
 
 def _check_room(folder: Path, episodes: Sequence[RecordedEpisode]) -> None:
@@ -100,6 +97,7 @@ def _create_dataset(
     dataset_id: str,
     env: gymnasium.Env[Any, Any],
     env_settings: Mapping[str, Any],
+    algorithm: str,
 ) -> None:
     import minari
     from minari.data_collector import EpisodeBuffer
@@ -123,7 +121,7 @@ def _create_dataset(
             buffers,
             observation_space=env.observation_space,
             action_space=env.action_space,
-            algorithm_name="scripted expert",
+            algorithm_name=algorithm,
             author="ddim-policy",
             author_email="none",
             code_permalink="none",
@@ -155,14 +153,18 @@ def dataset_name(env_settings: Mapping[str, Any]) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", "-".join(parts)) + "-v0"
 
 
-def check_absent(path: Path) -> None:
+def check_absent(path: Path, setting: str = "output_dir") -> None:
     """Refuse to overwrite a dataset.
+
+    Args:
+        path: where it would be.
+        setting: the setting with which the user chooses that, for the message.
 
     Raises:
         ValueError: there is a file or folder at that path; the message says what to do.
     """
     if path.exists():
-        raise ValueError(f"{path} is there already: choose another output_dir=, or remove it first")
+        raise ValueError(f"{path} is there already: choose another {setting}=, or remove it first")
 
 
 @contextmanager

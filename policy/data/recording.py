@@ -1,4 +1,4 @@
-"""Episodes on disk while a collection runs, so that an interrupted one goes on; the dataset is written at its end."""
+"""Episodes on disk while a command records them, so that it goes on if interrupted; the dataset comes at its end."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def recorded_episodes(
     """Record episodes, each on disk as soon as it ends, and go on with those of a collection that was interrupted.
 
     Args:
-        folder: holds the episodes while they are recorded; removed once all went well, also inside the `with` block.
+        folder: see `unfinished_recording`.
         settings: `seed`, that of the first attempt, and everything else that an episode depends on; JSON data.
         episodes: number of episodes.
         collect: yields episodes of ascending seeds, given the seed of the first attempt and their number.
@@ -45,11 +45,9 @@ def recorded_episodes(
         ValueError: the folder is in use, holds episodes of other settings, or a damaged one.
         WorkerError: `collect` gave up.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with only_process(folder):
-        try:
-            _introduce(folder, settings)
-            recorded = [restore(**_read(file)) for file in sorted(folder.glob("*.npz"))][:episodes]
+    try:
+        with unfinished_recording(folder, settings):
+            recorded = [read_episode(file, restore) for file in sorted(folder.glob("*.npz"))][:episodes]
             seed = settings["seed"]
             if recorded:
                 print(f"{len(recorded)} of {episodes} demonstrations are on disk already")
@@ -59,32 +57,57 @@ def recorded_episodes(
                 for episode in progress(
                     attempts, total=episodes, initial=len(recorded), desc="collect", unit="episode"
                 ):
-                    _write(folder, episode)
+                    write_episode(folder, episode)
                     recorded.append(episode)
             yield recorded
-        except RuntimeError as error:
-            raise WorkerError(str(error)) from error
+    except RuntimeError as error:
+        raise WorkerError(str(error)) from error
+
+
+@contextmanager
+def unfinished_recording(folder: Path, settings: Mapping[str, Any], setting: str = "output_dir") -> Iterator[None]:
+    """Keep a folder for episodes while they are recorded, and keep other processes out of it.
+
+    Args:
+        folder: removed once all went well inside, or if it holds no episode then; otherwise the same command goes on.
+        settings: what the episodes depend on; JSON data.
+        setting: the setting with which the user chooses the folder, for messages.
+
+    Raises:
+        ValueError: the folder is in use, or holds episodes of other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_process(folder):
+        try:
+            _introduce(folder, settings, setting)
+            yield
         finally:
             if not list(folder.glob("*.npz")):
                 shutil.rmtree(folder)
-        shutil.rmtree(folder)
+        if folder.exists():
+            shutil.rmtree(folder)
 
 
-def _introduce(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write down the settings, or refuse those of another collection."""
+def _introduce(folder: Path, settings: Mapping[str, Any], setting: str) -> None:
+    """Write down the settings, or refuse episodes of other ones."""
     file = folder / SETTINGS
     if not file.exists():
         write_text(file, json_text(dict(settings)))
     elif json.loads(file.read_text(encoding="utf-8")) != settings:
         raise ValueError(
-            f"{folder} holds the episodes of a collection with other settings that was interrupted: give its command"
-            " again, choose another output_dir=, or remove that folder"
+            f"{folder} holds the episodes of a command with other settings that was interrupted: give that one again,"
+            f" choose another {setting}=, or remove that folder"
         )
 
 
-def _write(folder: Path, episode: RecordedEpisode) -> None:
-    file = folder / f"{episode.seed:012d}.npz"
-    with replacing_file(file) as new, new.open("wb") as opened:
+def episode_file(folder: Path, seed: int) -> Path:
+    """Where the episode with this seed is recorded."""
+    return folder / f"{seed:012d}.npz"
+
+
+def write_episode(folder: Path, episode: RecordedEpisode) -> None:
+    """Write an episode to the file of its seed, which is whole or as it was before."""
+    with replacing_file(episode_file(folder, episode.seed)) as new, new.open("wb") as opened:
         np.savez(opened, **dict(_arrays(vars(episode))))
 
 
@@ -97,12 +120,21 @@ def _arrays(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_episode(file: Path, restore: Callable[..., Any]) -> Any:
+    """Read an episode that was recorded.
+
+    Args:
+        file: see `episode_file`.
+        restore: makes an episode of its fields.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            return _fields(arrays)
+            return restore(**_fields(arrays))
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} is damaged ({error}): remove it, its episode is recorded again") from error
+        raise ValueError(f"{file} is damaged ({error}): remove it, and give the command again") from error
 
 
 def _fields(arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 One JSON object a line: `{"cell": id, "settings": {...}}` introduces a cell, `{"cell": id, "seed": ...}` is an episode,
 `{"made_with": {...}}` says what the episodes after it were run with, `{"unpaired": "..."}` why equal seeds are not
-equal episodes, and `{"plan": {...}}` is a plan of looks, made before its episodes. Each line ends with a checksum,
-`"check"`; lines that earlier versions wrote have none.
+equal episodes, `{"plan": {...}}` is a plan of looks, made before its episodes, and `{"shard": "3/16"}` says that the
+file holds a share of them. Each line ends with a checksum, `"check"`; lines that earlier versions wrote have none.
 """
 
 from __future__ import annotations
@@ -97,43 +97,28 @@ def _row_of(line: bytes, checked: bool) -> tuple[dict[str, Any], bool]:
     return row, True
 
 
-class Ledger:
-    """Results by cell and seed, in a file that is appended to and never rewritten.
-
-    The file is locked until it is closed, or until the process ends in whatever way.
+class Recorded:
+    """What a ledger holds.
 
     Args:
-        file: created if it does not exist. A last line that a killed process left unfinished is cut off.
+        path: its file, for messages.
+        content: of the file. A last line that is not whole is left out.
 
     Raises:
-        ValueError: the file is damaged, repeats an episode, cannot be written, or is in use by another process.
+        ValueError: the content is damaged, or repeats an episode.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, path: Path, content: bytes) -> None:
         # By cell and seed: the result, and the index of its provenance.
         self._results: dict[str, dict[int, tuple[EpisodeResult, int]]] = {}
-        self._introduced: set[str] = set()
+        self._settings: dict[str, Settings] = {}
         self._made_with: list[Provenance] = [UNKNOWN]
         self.unpaired = ""  # why equal seeds are not equal episodes, as a sentence; empty if nothing says so
-        self.path = file
+        self.shard = ""  # which share of the episodes this is, as a user writes it; empty if it is no share
+        self.path = path
         self.plans: list[Settings] = []  # in the order in which they were made
         self.began_checked = False  # whether a version that writes checksums has left episodes here
-        try:
-            self._file = file.open("a+b")
-            ours = lock_descriptor(self._file.fileno(), blocking=False)
-        except OSError as error:
-            raise ValueError(f"cannot write {file} ({error}): choose another output_dir=") from error
-        if not ours:
-            self._file.close()
-            raise ValueError(f"{file} is in use by another process: wait for it, or choose another output_dir=")
-        self._file.seek(0)
-        content = self._file.read()
-        try:
-            self._read_all(content)
-        except ValueError:
-            self.close()
-            raise
-        self._file.truncate(content.rfind(b"\n") + 1)
+        self._read_all(content)
 
     def _read_all(self, content: bytes) -> None:
         """Read the lines that are whole.
@@ -174,6 +159,13 @@ class Ledger:
             raise _RepeatedError("that equal seeds are not equal episodes")
         self.unpaired = row["unpaired"]
 
+    def _read_shard(self, row: Mapping[str, Any]) -> None:
+        if not isinstance(row["shard"], str) or not row["shard"]:
+            raise ValueError(f"{row['shard']!r} is not a shard")
+        if self.shard:
+            raise _RepeatedError("which shard this is")
+        self.shard = row["shard"]
+
     def _read_plan(self, row: Mapping[str, Any]) -> None:
         if not isinstance(row["plan"], dict):
             raise ValueError(f"{row['plan']!r} is not a plan")
@@ -184,9 +176,9 @@ class Ledger:
     def _read_settings(self, row: Mapping[str, Any]) -> None:
         if row["cell"] != cell_id(row["settings"]):
             raise ValueError(f"{row['cell']} is not the id of these settings")
-        if row["cell"] in self._introduced:
+        if row["cell"] in self._settings:
             raise _RepeatedError(f"the settings of cell {row['cell']}")
-        self._introduced.add(row["cell"])
+        self._settings[row["cell"]] = row["settings"]
 
     def _read_episode(self, row: Mapping[str, Any]) -> None:
         if not isinstance(row["cell"], str):
@@ -199,29 +191,19 @@ class Ledger:
     def _keep(self, cell: str, result: EpisodeResult) -> None:
         self._results.setdefault(cell, {})[result.seed] = (result, len(self._made_with) - 1)
 
-    def introduce(self, settings: Settings) -> str:
-        """Write down a cell's settings, unless the file has them, and return the cell's id."""
-        cell = cell_id(settings)
-        if cell not in self._introduced:
-            self._introduced.add(cell)
-            self._append({"cell": cell, "settings": dict(settings)})
-        return cell
+    @staticmethod
+    def read(file: Path) -> Recorded:
+        """Read a ledger, which another process may be writing.
 
-    def note_unpaired(self, reason: str) -> None:
-        """Write down that equal seeds are not equal episodes."""
-        self.unpaired = reason
-        self._append({"unpaired": reason})
+        Raises:
+            ValueError: the file is damaged.
+            OSError: it cannot be read.
+        """
+        return Recorded(file, file.read_bytes())
 
-    def note_plan(self, plan: Settings) -> None:
-        """Write down a plan of looks."""
-        self.plans.append(plan)
-        self._append({"plan": dict(plan)})
-
-    def note_provenance(self, made_with: Provenance) -> None:
-        """Write down what the episodes that are added from now on were run with, unless that is as before."""
-        if made_with != self._made_with[-1]:
-            self._made_with.append(made_with)
-            self._append({"made_with": made_with})
+    def settings_of(self, cell: str) -> Settings:
+        """The settings of a cell that the file has introduced; none of another one."""
+        return self._settings.get(cell, {})
 
     def made_with(self, cells: Iterable[str], seeds: Iterable[int]) -> list[Provenance]:
         """The provenances of the results that these cells have for these seeds, each once, in their order."""
@@ -239,17 +221,6 @@ class Ledger:
         seeds = [seed for cell in cells for seed in self._results.get(cell, {})]
         return range(min(seeds), max(seeds) + 1)
 
-    def add(self, cell: str, result: EpisodeResult) -> None:
-        """Write down an episode's result.
-
-        Raises:
-            ValueError: the cell already has a result for that seed.
-        """
-        if not self.missing(cell, [result.seed]):
-            raise ValueError(f"the episode with seed {result.seed} of cell {cell} was run twice")
-        self._keep(cell, result)
-        self._append({"cell": cell, **result.row()})
-
     def missing(self, cell: str, seeds: Iterable[int]) -> list[int]:
         """The seeds for which the cell has no result yet."""
         return [seed for seed in seeds if seed not in self._results.get(cell, {})]
@@ -263,6 +234,77 @@ class Ledger:
         if gaps := self.missing(cell, seeds):
             raise ValueError(f"{self.path}: cell {cell} lacks {len(gaps)} episodes, the first with seed {gaps[0]}")
         return [self._results[cell][seed][0] for seed in seeds]
+
+
+class Ledger(Recorded):
+    """Results by cell and seed, in a file that is appended to and never rewritten.
+
+    The file is locked until it is closed, or until the process ends in whatever way.
+
+    Args:
+        file: created if it does not exist. A last line that a killed process left unfinished is cut off.
+
+    Raises:
+        ValueError: the file is damaged, repeats an episode, cannot be written, or is in use by another process.
+    """
+
+    def __init__(self, file: Path) -> None:
+        try:
+            self._file = file.open("a+b")
+            ours = lock_descriptor(self._file.fileno(), blocking=False)
+        except OSError as error:
+            raise ValueError(f"cannot write {file} ({error}): choose another output_dir=") from error
+        if not ours:
+            self._file.close()
+            raise ValueError(f"{file} is in use by another process: wait for it, or choose another output_dir=")
+        self._file.seek(0)
+        content = self._file.read()
+        try:
+            super().__init__(file, content)
+        except ValueError:
+            self.close()
+            raise
+        self._file.truncate(content.rfind(b"\n") + 1)
+
+    def introduce(self, settings: Settings) -> str:
+        """Write down a cell's settings, unless the file has them, and return the cell's id."""
+        cell = cell_id(settings)
+        if cell not in self._settings:
+            self._settings[cell] = settings
+            self._append({"cell": cell, "settings": dict(settings)})
+        return cell
+
+    def note_unpaired(self, reason: str) -> None:
+        """Write down that equal seeds are not equal episodes."""
+        self.unpaired = reason
+        self._append({"unpaired": reason})
+
+    def note_shard(self, shard: str) -> None:
+        """Write down that the file holds a share of the episodes."""
+        self.shard = shard
+        self._append({"shard": shard})
+
+    def note_plan(self, plan: Settings) -> None:
+        """Write down a plan of looks."""
+        self.plans.append(plan)
+        self._append({"plan": dict(plan)})
+
+    def note_provenance(self, made_with: Provenance) -> None:
+        """Write down what the episodes that are added from now on were run with, unless that is as before."""
+        if made_with != self._made_with[-1]:
+            self._made_with.append(made_with)
+            self._append({"made_with": made_with})
+
+    def add(self, cell: str, result: EpisodeResult) -> None:
+        """Write down an episode's result.
+
+        Raises:
+            ValueError: the cell already has a result for that seed.
+        """
+        if not self.missing(cell, [result.seed]):
+            raise ValueError(f"the episode with seed {result.seed} of cell {cell} was run twice")
+        self._keep(cell, result)
+        self._append({"cell": cell, **result.row()})
 
     def _append(self, row: Mapping[str, Any]) -> None:
         self._file.write(_line_of(row) + b"\n")
@@ -283,15 +325,16 @@ class Ledger:
 
 # What reads a line, by a name that only lines of its kind have; the most frequent kind comes first.
 _KINDS = {
-    "seed": Ledger._read_episode,
-    "settings": Ledger._read_settings,
-    "made_with": Ledger._read_provenance,
-    "unpaired": Ledger._read_unpaired,
-    "plan": Ledger._read_plan,
+    "seed": Recorded._read_episode,
+    "settings": Recorded._read_settings,
+    "made_with": Recorded._read_provenance,
+    "unpaired": Recorded._read_unpaired,
+    "plan": Recorded._read_plan,
+    "shard": Recorded._read_shard,
 }
 
 
-def _kind_of(row: Mapping[str, Any]) -> Callable[[Ledger, Mapping[str, Any]], None]:
+def _kind_of(row: Mapping[str, Any]) -> Callable[[Recorded, Mapping[str, Any]], None]:
     """What reads this line."""
     for name, read in _KINDS.items():
         if name in row:

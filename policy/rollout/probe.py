@@ -10,6 +10,7 @@ from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
 from policy.rollout.episodes import Env
+from policy.rollout.recording import unrecorded
 
 STEPS = 10
 
@@ -27,7 +28,8 @@ def trajectory(env: Env, seed: int) -> Trajectory:
     Returns:
         STEPS + 1 arrays, or fewer if the episode ends before.
     """
-    return list(_played(env, seed))
+    with unrecorded(env):
+        return list(_played(env, seed))
 
 
 def _played(env: Env, seed: int) -> Iterator[NDArray[np.float64]]:

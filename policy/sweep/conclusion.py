@@ -31,7 +31,7 @@ class Swept:
         warnings: given before the run.
         paired: whether equal seeds are equal episodes.
         left_out: a sentence about the cells that were too slow to take part, see `within`; empty without any.
-        plan: the plan of looks; None for merged sweeps.
+        plan: the plan of looks; None for merged sweeps other than the shards of one.
         alpha: the probability of a wrong recommendation that the plan may spend, or that the merged sweeps left.
         made_with: what the episodes were run with, each provenance once.
         members: the checkpoints of each cell, where a cell may be a recipe.
@@ -47,6 +47,10 @@ class Swept:
     alpha: float = ERROR
     made_with: list[Provenance] = field(default_factory=list)
     members: list[list[str]] = field(default_factory=list)
+
+    def at(self, margin: float) -> Swept:
+        """The same cells with another margin in their plan, if they have one."""
+        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, margin=margin)) if self.plan else self
 
     @property
     def episodes(self) -> list[Row]:

@@ -25,7 +25,6 @@ from policy.inference.onnx_backend import check_installed
 from policy.model.cost import multiply_adds
 from policy.rollout.cells import Cell
 from policy.rollout.ledger import cell_id, recorded_settings
-from policy.statistics.results import EpisodeResult, summarize
 
 Row = dict[str, Any]
 
@@ -275,19 +274,19 @@ def axis_values(name: str, given: Any) -> list[Any]:
     return values
 
 
-def row_of(cell: SweepCell, results: Sequence[EpisodeResult], latency: Row) -> Row:
+def row_of(cell: SweepCell, figures: Row, latency: Row) -> Row:
     """The row of a cell as JSON data: its settings, its figures with their intervals, its cost and its latency.
 
     Args:
         cell: the cell.
-        results: the results of its episodes.
+        figures: of its episodes, see `summarize`.
         latency: its measured columns, see `latencies_of`.
 
     Returns:
         The row.
     """
     objective = cell.checkpoint.policy.config.objective
-    return {**cell.axes, "objective": objective, **summarize(results), "multiply_adds": cell.multiply_adds, **latency}
+    return {**cell.axes, "objective": objective, **figures, "multiply_adds": cell.multiply_adds, **latency}
 
 
 def ids_of(cells: Sequence[SweepCell]) -> tuple[str, ...]:

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from policy.rollout.cells import Task
-from policy.rollout.ledger import Ledger
+from policy.rollout.ledger import Ledger, Recorded
 from policy.statistics.recommendation import Recommendation, recommend
 from policy.statistics.results import EpisodeResult
 from policy.statistics.sequential import ERROR, Plan, Progress, follow, plan_looks, stage_alpha
 
+# The ledger of a sweep, in its folder.
+LEDGER = "episodes.jsonl"
 MOST_LOOKS = 6
 LEAST_EPISODES = 20
 
@@ -101,7 +103,7 @@ def planned_looks(episodes: int, looks: int | None, *, adaptive: bool) -> tuple[
     return plan_looks(episodes, max(1, min(MOST_LOOKS, episodes // LEAST_EPISODES)) if looks is None else looks)
 
 
-def plans_of(ledger: Ledger) -> list[LookPlan]:
+def plans_of(ledger: Recorded) -> list[LookPlan]:
     """The plans of earlier commands, in the order in which they were made, without those that were replaced.
 
     Each plan may spend less than those before it, but for one that replaces the one before, which nobody followed: that

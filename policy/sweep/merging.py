@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +12,43 @@ from policy.statistics.results import EpisodeResult, describe_broken
 from policy.statistics.sequential import ERROR
 from policy.sweep.conclusion import Swept
 from policy.sweep.grid import Row
+from policy.sweep.shards import holds_shard, merge_shards, read_shard, sweeps_of
 
 
 def read_swept(folders: Sequence[Path], *, mix: bool = False) -> Swept:
-    """Read the cells of several finished sweeps.
+    """Read the cells of several finished sweeps, and of sweeps whose shards have finished.
 
     Args:
-        folders: one or more, each with a `sweep.json`.
+        folders: one or more, each with a `sweep.json` or a shard.
         mix: whether their episodes may have been run with different things, see `accept_mixture`.
 
     Returns:
-        The cells, in the order of the folders.
+        The cells, in the order of the folders; the shards of a single sweep give its plan too.
 
     Raises:
-        ValueError: a folder without a finished sweep or with an adaptive one, different environments or episodes, a
-            cell that occurs twice, or a mixture that is not wanted.
+        ValueError: a folder without a finished sweep or shard, or with an adaptive sweep; a shard that is missing or
+            given twice; different environments or episodes, a cell that occurs twice, or a mixture that is not wanted.
     """
-    sweeps = [_read(folder) for folder in folders]
+    names, sweeps = zip(*_sweeps(folders, mix=mix), strict=True)
     first, made_with, mixed = sweeps[0], list[Provenance](), list[str]()
     cells: set[str] = set()
-    for folder, swept in zip(folders, sweeps, strict=True):
+    for folder, swept in zip(names, sweeps, strict=True):
         for name, theirs, ours in (("env", swept.env, first.env), ("seeds", _seeds(swept), _seeds(first))):
             if theirs != ours:
-                raise ValueError(f"{name} of {folder} and of {folders[0]} differ: only equal ones can be compared")
+                raise ValueError(f"{name} of {folder} and of {names[0]} differ: only equal ones can be compared")
         found = {row["cell"] for row in swept.rows}
         if repeated := found & cells:
             raise ValueError(f"{folder} repeats the cell {min(repeated)}: leave one of them out")
         cells |= found
         made_with += [one for one in swept.made_with if one not in made_with]
-        where, instead = f"merging {folder} with {folders[0]}", "Leave one of them out"
+        where, instead = f"merging {folder} with {names[0]}", "Leave one of them out"
         mixed = accept_mixture(made_with, mix, where=where, instead=instead)
     results = [listed for swept in sweeps for listed in swept.results]
     rows = [row for swept in sweeps for row in swept.rows]
     if [[result.seed for result in listed] for listed in results] != [
         _seeds(first) * _checkpoints(row) for row in rows
     ]:
-        raise ValueError(f"the cells of {', '.join(map(str, folders))} have not all run the same episodes")
+        raise ValueError(f"the cells of {', '.join(map(str, names))} have not all run the same episodes")
     warnings = [said for swept in sweeps for said in swept.warnings]
     return Swept(
         rows=rows,
@@ -55,11 +56,24 @@ def read_swept(folders: Sequence[Path], *, mix: bool = False) -> Swept:
         env=first.env,
         warnings=list(dict.fromkeys([*warnings, *mixed])),
         paired=all(swept.paired for swept in sweeps),
+        plan=first.plan if len(sweeps) == 1 else None,
         alpha=min(swept.alpha for swept in sweeps),
         left_out=" ".join(dict.fromkeys(swept.left_out for swept in sweeps if swept.left_out)),
         made_with=made_with,
         members=[members for swept in sweeps for members in swept.members],
     )
+
+
+def _sweeps(folders: Sequence[Path], *, mix: bool) -> Iterator[tuple[Path, Swept]]:
+    """Yield each sweep with its folder; one of shards where its first shard stands."""
+    sharded = sweeps_of([read_shard(folder) for folder in folders if holds_shard(folder)])
+    by_folder = {one.folder: shards for shards in sharded for one in shards}
+    for folder in folders:
+        shards = by_folder.get(folder)
+        if shards is None:
+            yield folder, _read(folder)
+        elif shards[0].folder == folder:
+            yield folder, merge_shards(shards, mix=mix)
 
 
 def _read(folder: Path) -> Swept:

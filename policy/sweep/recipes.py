@@ -11,7 +11,7 @@ from typing import Any
 from policy.checkpoint import Checkpoint
 from policy.rollout.ledger import cell_id
 from policy.statistics.recipes import recipe_interval
-from policy.statistics.results import EpisodeResult
+from policy.statistics.results import EpisodeResult, summarize
 from policy.sweep.grid import Row, SweepCell, ids_of, row_of
 
 # What may differ between the checkpoints of a recipe: the seed, and what follows from it.
@@ -120,22 +120,31 @@ def recipe_row(cells: Sequence[SweepCell], results: Sequence[Sequence[EpisodeRes
     Returns:
         The row, with its id as `cell` and, for several checkpoints, their number as `training_seeds`.
     """
-    ids = ids_of(cells)
-    row = row_of(cells[0], [*itertools.chain(*results)], latency)
-    if len(cells) == 1:
-        return {"cell": ids[0], **row}
+    row = {"cell": row_id(ids_of(cells)), **row_of(cells[0], figures_of(results), latency), **recipe_axes(cells)}
+    return {**row, "training_seeds": len(cells)} if len(cells) > 1 else row
+
+
+def row_id(cells: Sequence[str]) -> str:
+    """The id of the row that these cells make: of a single checkpoint, that of its cell."""
+    return cells[0] if len(cells) == 1 else cell_id({"recipe": [*cells]})
+
+
+def figures_of(results: Sequence[Sequence[EpisodeResult]]) -> Row:
+    """The figures of a row, see `summarize`; those of a recipe have its intervals.
+
+    Args:
+        results: the episodes of each of its checkpoints.
+    """
+    figures = summarize([*itertools.chain(*results)])
+    if len(results) == 1:
+        return figures
     success_low, success_high = recipe_interval([[result.success for result in found] for found in results])
     score_low, score_high = recipe_interval([[result.score for result in found] for found in results])
-    return {
-        "cell": cell_id({"recipe": [*ids]}),
-        **row,
-        **recipe_axes(cells),
-        "training_seeds": len(cells),
-        "success_low": success_low,
-        "success_high": success_high,
-        "score_low": score_low,
-        "score_high": score_high,
+    intervals = {
+        **{"success_low": success_low, "success_high": success_high},
+        **{"score_low": score_low, "score_high": score_high},
     }
+    return {**figures, **intervals}
 
 
 def name_of(folders: Sequence[PurePath]) -> str:

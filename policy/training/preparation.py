@@ -52,6 +52,7 @@ def prepare_run(
     augment: Augment | None = None,
     init: DiffusionPolicy | None = None,
     teacher: DiffusionPolicy | None = None,
+    refit: bool = False,
 ) -> Run:
     """Split the episodes, and initialise the policy: from the seed and the training episodes, or from a trained one.
 
@@ -62,9 +63,9 @@ def prepare_run(
         seed: seed of the split and of the initial weights.
         device: the device to train on.
         augment: a symmetry of the task. It adds a counterpart to every training window, and none to validation windows.
-        init: the policy whose weights and normalisers it starts from, of the same configuration but for settings of the
-            loss.
+        init: whose weights and normalisers it starts from; its configuration differs in settings of the loss at most.
         teacher: the policy whose chunks it learns from, and whose normalisers it has; see `Rectified`.
+        refit: whether the normalisers of `init` are fitted again, to the training episodes.
 
     Returns:
         The run at step 0.
@@ -95,7 +96,7 @@ def prepare_run(
         policy.load_state_dict(init.state_dict())
     elif teacher is not None:
         _copy_normalizers(policy, teacher)
-    else:
+    if refit or (init is None and teacher is None):
         fit_normalizers(policy, training)
     state = start_training(policy.to(device), settings)
     if teacher is not None:

@@ -327,9 +327,9 @@ def recorded(observation_space=VECTOR):
 
 @pytest.fixture
 def written(tmp_path) -> Path:
-    return write_minari(
-        recorded(), folder=tmp_path / "root", dataset_id="gym-Some-v0-v0", env=Spaces(), env_settings=SETTINGS
-    )
+    path = tmp_path / "root/gym-Some-v0-v0"
+    write_minari(recorded(), path=path, env=Spaces(), env_settings=SETTINGS)
+    return path
 
 
 def test_what_is_written_is_read_by_minaris_own_loader(written, monkeypatch):
@@ -353,10 +353,8 @@ def test_what_is_written_reads_back_with_its_environment(written):
 
 def test_observations_by_key_are_written_without_loss(tmp_path):
     space = spaces.Dict(camera=PICTURE, inner=spaces.Dict(state=VECTOR))
-    path = write_minari(
-        recorded(space), folder=tmp_path, dataset_id="dict-v0", env=Spaces(space), env_settings=SETTINGS
-    )
-    found = read(path)
+    write_minari(recorded(space), path=tmp_path / "any name", env=Spaces(space), env_settings=SETTINGS)
+    found = read(tmp_path / "any name")
     np.testing.assert_array_equal(found.observations["camera"], joined(buffers(space), lambda o: o["camera"]))
     np.testing.assert_array_equal(
         found.observations["inner/state"], joined(buffers(space), lambda o: o["inner"]["state"])
@@ -367,14 +365,14 @@ def test_minaris_root_is_put_back_after_writing(written, tmp_path, monkeypatch):
     assert os.environ.get("MINARI_DATASETS_PATH") != str(written.parent)
     monkeypatch.setenv("MINARI_DATASETS_PATH", "before")
     with pytest.raises(Exception, match=r".+"):  # an id that Minari does not take
-        write_minari([], folder=tmp_path, dataset_id="no version", env=Spaces(), env_settings={})
+        write_minari([], path=tmp_path / "new", env=Spaces(), env_settings={})
     assert os.environ["MINARI_DATASETS_PATH"] == "before"
 
 
 def test_nothing_is_overwritten(written):
     before = {file: file.read_bytes() for file in written.rglob("*") if file.is_file()}
     with pytest.raises(ValueError, match="is there already"):
-        write_minari([], folder=written.parent, dataset_id=written.name, env=Spaces(), env_settings={})
+        write_minari([], path=written, env=Spaces(), env_settings=SETTINGS)
     assert before == {file: file.read_bytes() for file in written.rglob("*") if file.is_file()}
 
 
@@ -395,12 +393,12 @@ def test_dataset_names_are_names_to_minari(env_settings, name):
 
 def test_a_relative_folder_works_and_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = write_minari(recorded(), folder=Path("a/b"), dataset_id="kept-v0", env=Spaces(), env_settings={})
-    assert path == Path("a/b/kept-v0")
+    path = Path("a/b/kept-v0")
+    write_minari(recorded(), path=path, env=Spaces(), env_settings=SETTINGS)
     assert read_demonstrations(format="minari", path=path, cache_dir=tmp_path / "cache").num_episodes == 3
     monkeypatch.setattr("policy.data.minari_writer.json.dumps", lambda data: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        write_minari(recorded(), folder=Path("a/b"), dataset_id="lost-v0", env=Spaces(), env_settings={})
+        write_minari(recorded(), path=Path("a/b/lost-v0"), env=Spaces(), env_settings=SETTINGS)
     assert [entry.name for entry in Path("a/b").iterdir()] == ["kept-v0"]
 
 

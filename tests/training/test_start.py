@@ -102,6 +102,34 @@ def test_it_starts_from_the_weights_the_normalisers_and_the_settings_of_the_chec
     assert f"starts from {trained} ({start.digest})" in capsys.readouterr().out
 
 
+def test_normalisers_are_fitted_again_to_the_training_episodes_and_the_weights_are_kept(
+    trained, demonstrations, tmp_path, capsys
+):
+    data = dataclasses.replace(demonstrations, held_out=(4,))
+    plain = dataclasses.replace(CLONING, learning_rate=1e-9)
+    refit = {"init": trained, "init_normalizers": "refit"}
+    before, now = load_checkpoint(trained).policy, go(data, tmp_path / "run", plain, **refit).policy
+    assert f"starts from {trained} " in (said := capsys.readouterr().out)
+    assert "with its normalisers fitted again" in said
+    training = slice(0, data.episode_ends[3])
+    for normalizer, values in (
+        (now.action_normalizer, data.actions[training]),
+        (now.observation_normalizers["state"], data.observations["state"][training]),
+    ):
+        low, high = values.min(axis=0), values.max(axis=0)
+        np.testing.assert_allclose(normalizer.center.numpy(), (low + high) / 2, rtol=1e-6)
+        np.testing.assert_allclose(normalizer.half_range.numpy(), (high - low) / 2, rtol=1e-6)
+    for (name, value), kept in zip(now.named_parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(value, kept, rtol=0, atol=1e-6, msg=name)
+
+    longer = dataclasses.replace(plain, steps=2)  # a run that goes on keeps what it has fitted
+    again = go(data, tmp_path / "run", longer, **refit)
+    assert (again.training["step"], again.training["init_normalizers"]) == (2, "refit")
+    assert same(now.action_normalizer.state_dict(), again.policy.action_normalizer.state_dict())
+    with pytest.raises(ValueError, match=r"trained with other settings \(training: init_normalizers\)"):
+        go(data, tmp_path / "run", longer, init=trained)
+
+
 @pytest.mark.parametrize("given", ["sample", "v_prediction", "epsilon", None])
 def test_rectification_needs_observations_only_and_no_policy_that_predicts_the_noise(
     trained, demonstrations, tmp_path, capsys, given
@@ -323,6 +351,11 @@ def test_ways_to_start_that_contradict_each_other_are_refused_before_anything_is
         (r"train\.steps=0 trains no policy: add init=CHECKPOINT or teacher=", {"train": SETTINGS}),
         (r"add train\.steps=0 train\.rectify_steps=N; got train\.steps=5", {"train": plain, "teacher": trained}),
         (r"no checkpoint at .*empty", {"train": plain, "init": tmp_path / "empty"}),
+        (r"init_normalizers=refit .*: add init=, or leave it out", {"train": plain, "init_normalizers": "refit"}),
+        (
+            r"init_normalizers=refit goes with train\.steps=N.*: leave it out",
+            {"train": SETTINGS, "init": trained, "init_normalizers": "refit"},
+        ),
     ):
         with pytest.raises(ValueError, match=refused):
             check_start(**start)

@@ -1,0 +1,135 @@
+"""The dataset of a rollout: its episodes as demonstrations, for `ddim-train`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from policy.commands.stage import Stage
+from policy.data.minari_writer import check_absent, write_minari
+from policy.data.recording import episode_file, read_episode, unfinished_recording
+from policy.rollout.ledger import Ledger
+from policy.rollout.recording import Recording, RolledOut
+from policy.rollout.watch import helpers_ended, watched
+from policy.statistics.results import EpisodeResult
+
+SETTING = "record"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordSettings:
+    """Which episodes of a rollout become a dataset.
+
+    Attributes:
+        folder: of the dataset, which must not exist.
+        successes: whether those that failed are left out.
+    """
+
+    folder: Path
+    successes: bool
+
+    def check(self, output_dir: Path | None) -> None:
+        """Refuse a folder that exists, or that the rollout itself writes to.
+
+        Args:
+            output_dir: the rollout's folder, if the user chooses one.
+
+        Raises:
+            ValueError: see above.
+        """
+        check_absent(self.folder, SETTING)
+        if output_dir is None:
+            return
+        own = output_dir.expanduser()
+        if self.folder.resolve() in (own.resolve(), *own.resolve().parents):
+            raise ValueError(
+                f"{SETTING}={self.folder} would hold the rollout's own output_dir={own}: choose a folder of its own, or"
+                f" one inside, as {SETTING}={own / 'dataset'}"
+            )
+
+    def wants(self, result: EpisodeResult) -> bool:
+        """Whether an episode is in the dataset; one that the simulator broke off never is."""
+        return not result.broke_off and (result.success or not self.successes)
+
+
+def record_settings(record: Path | None, successes: bool, output_dir: Path | None) -> RecordSettings | None:
+    """The settings of a rollout's dataset, checked; None for a rollout that is not recorded.
+
+    Raises:
+        ValueError: see `RecordSettings.check`, or there is nothing of which to keep the successes.
+    """
+    if record is None:
+        if successes:
+            raise ValueError(
+                "record_successes=true chooses among the episodes of record=DIR: add that, or leave it out"
+            )
+        return None
+    settings = RecordSettings(folder=record.expanduser(), successes=successes)
+    settings.check(output_dir)
+    return settings
+
+
+@contextmanager
+def recorded_as(settings: RecordSettings | None, stage: Stage, cell: str, ledger: Ledger) -> Iterator[Stage]:
+    """Record the episodes that run inside, and write the dataset when all have run.
+
+    Until then they are in a hidden folder beside the dataset's; an interrupted rollout goes on with them.
+
+    Args:
+        settings: None to record nothing.
+        stage: of the rollout.
+        cell: its cell's id.
+        ledger: of the rollout.
+
+    Yields:
+        The stage whose environments record.
+
+    Raises:
+        ValueError: episodes that the ledger holds were not recorded.
+    """
+    if settings is None:
+        yield stage
+        return
+    unfinished = settings.folder.with_name(f".{settings.folder.name}")
+    with unfinished_recording(unfinished, {"cell": cell}, SETTING):
+        _check_recorded(unfinished, stage, cell, ledger)
+        yield dataclasses.replace(stage, make_env=Recording(stage.make_env, unfinished))
+        wanted = [result for result in ledger.results(cell, stage.seeds) if settings.wants(result)]
+        if wanted:
+            _write(settings.folder, unfinished, stage, wanted)
+    left_out = len(stage.seeds) - len(wanted)
+    steps = sum(result.steps for result in wanted)
+    print(
+        f"recorded: {len(wanted)} episodes of {steps} control steps in all: {settings.folder}"
+        if wanted
+        else f"recorded: none of the {left_out} episodes, so that there is no {settings.folder}"
+    )
+    if wanted and left_out:
+        print(f"{left_out} episodes {'failed or broke off' if settings.successes else 'broke off'} and are left out")
+
+
+def _check_recorded(unfinished: Path, stage: Stage, cell: str, ledger: Ledger) -> None:
+    """Refuse a rollout that ran, in part, without being recorded: what was not kept cannot be had again."""
+    missing = {*ledger.missing(cell, stage.seeds)}
+    finished = ledger.results(cell, [seed for seed in stage.seeds if seed not in missing])
+    lost = [one.seed for one in finished if not one.broke_off and not episode_file(unfinished, one.seed).is_file()]
+    if lost:
+        raise ValueError(
+            f"{ledger.path} holds {len(lost)} episodes that were not recorded, the first with seed {lost[0]}: choose"
+            f" another output_dir=, where all of them run, or leave {SETTING}= out"
+        )
+
+
+def _write(folder: Path, unfinished: Path, stage: Stage, wanted: list[EpisodeResult]) -> None:
+    episodes = [read_episode(episode_file(unfinished, result.seed), RolledOut) for result in wanted]
+    with (
+        helpers_ended(),
+        watched(stage.make_env, stage.env_patience) as make_env,
+        closing(make_env()) as simulator,
+    ):
+        write_minari(
+            episodes, path=folder, env=simulator, env_settings=stage.env, algorithm="diffusion policy", setting=SETTING
+        )

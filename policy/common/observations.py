@@ -30,12 +30,14 @@ class Batch(TypedDict):
         mask: (B, denoised_horizon) bool, False where the actions lie outside their episode.
         counted: where this is one of the equal parts of a larger batch, the number of actions in a part whose mask is
             True, on average over the parts; left out in a whole batch.
+        still: (B,) bool, whether nothing but the robot moves at the newest observation, where that was asked for.
     """
 
     observations: dict[str, Tensor]
     actions: Tensor
     mask: Tensor
     counted: NotRequired[float]
+    still: NotRequired[Tensor]
 
 
 def is_image(shape: Sequence[int]) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,18 +72,18 @@ def find_relations(demonstrations: Demonstrations, keys: Iterable[str]) -> Relat
         return np.concatenate([values[rows] for values in vectors], axis=1).astype(np.float64)
 
     ends = demonstrations.episode_ends
-    followed = _thinned(np.setdiff1d(np.arange(ends[-1]), ends - 1), most)
-    now, then, last = taken(followed), taken(followed + 1), taken(_thinned(ends - 1, most))
+    followed = thinned(np.setdiff1d(np.arange(ends[-1]), ends - 1), most)
+    now, then, last = taken(followed), taken(followed + 1), taken(thinned(ends - 1, most))
     alike = _move_together(then - now) | _end_together(last)
     seen = np.concatenate([now, last])  # a number that is there twice differs from itself by nothing
     numbers = [(i, j) for i, j in _pairs(alike) if np.ptp(seen[:, i] - seen[:, j]) > 0]
-    cosines = _directions(seen)
-    turns = _wrapped(_angles(then, cosines) - _angles(now, cosines))
-    apart = _angles(seen, cosines)
+    cosines = directions_of(seen)
+    turns = wrapped(angles(then, cosines) - angles(now, cosines))
+    apart = angles(seen, cosines)
     directions = [
         (cosines[i], cosines[j])
         for i, j in _pairs(_move_together(turns))
-        if np.ptp(_wrapped(apart[:, i] - apart[:, j])) > 0
+        if np.ptp(wrapped(apart[:, i] - apart[:, j])) > 0
     ]
     return Relations(tuple(numbers), tuple(directions))
 
@@ -92,7 +92,7 @@ def _pairs(alike: NDArray[np.bool_]) -> list[tuple[int, int]]:
     return [(i, j) for i, j in np.argwhere(np.triu(alike, 1)).tolist()]
 
 
-def _directions(numbers: NDArray[np.float64]) -> list[int]:
+def directions_of(numbers: NDArray[np.float64]) -> list[int]:
     """Return the columns of cosines that are followed by their sines; numbers are (N, D)."""
     lengths = np.square(numbers[:, :-1]) + np.square(numbers[:, 1:])
     turned = (np.ptp(numbers, axis=0) > TURNED) if len(numbers) else np.zeros(numbers.shape[1], dtype=np.bool_)
@@ -103,17 +103,17 @@ def _directions(numbers: NDArray[np.float64]) -> list[int]:
     return found
 
 
-def _angles(numbers: NDArray[np.float64], cosines: list[int]) -> NDArray[np.float64]:
-    """Return the angles (N, number of directions) in radians."""
-    return np.arctan2(numbers[:, [place + 1 for place in cosines]], numbers[:, cosines])
+def angles(numbers: NDArray[Any], cosines: Sequence[int]) -> NDArray[np.float64]:
+    """Return the angles (..., number of directions) in radians, of numbers (..., D)."""
+    return np.arctan2(numbers[..., [place + 1 for place in cosines]], numbers[..., list(cosines)])
 
 
-def _wrapped(angles: NDArray[np.float64]) -> NDArray[np.float64]:
+def wrapped(angles: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return angles within -π..π."""
     return np.asarray((angles + np.pi) % (2 * np.pi) - np.pi)
 
 
-def _thinned(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+def thinned(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     """Return up to `most` of the rows, evenly spaced."""
     return rows[:: max(1, -(-len(rows) // most))]
 

@@ -99,6 +99,7 @@ class Windows:
         self._window_ends: NDArray[np.int64] = np.cumsum(self._ends - self._starts)
         self._augment = augment
         self._mask_padding = mask_padding
+        self._still: NDArray[np.bool_] | None = None
         # The newest epoch's permutation is kept, because drawing it takes longer than gathering a batch.
         self._epoch_key: tuple[int, int] | None = None
         self._order: NDArray[Any] = np.empty(0, np.int64)
@@ -145,11 +146,14 @@ class Windows:
         mirrored = windows >= self.num_transitions
         if self._augment is not None and mirrored.any():  # a symmetry need not take arrays without rows
             observations, actions = _with_counterparts(self._augment, observations, actions, mirrored)
-        return {
+        batch: Batch = {
             "observations": {key: torch.from_numpy(values) for key, values in observations.items()},
             "actions": torch.from_numpy(actions),
             "mask": torch.from_numpy(self.inside(windows)),
         }
+        if self._still is not None:
+            batch["still"] = torch.from_numpy(self._still[now[:, 0]] & ~mirrored)
+        return batch
 
     def inside(self, windows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which actions of windows count in the loss: (B, denoised_horizon), see `Batch.mask`."""
@@ -200,6 +204,12 @@ class Windows:
         shown.demonstrations = dataclasses.replace(self.demonstrations, observations=observations)
         shown._augment = None
         return shown
+
+    def marking(self, still: NDArray[np.bool_]) -> Windows:
+        """Return the same windows whose batches say which are still (N,), see `Batch`; a counterpart never is."""
+        marked = copy.copy(self)
+        marked._still = still
+        return marked
 
     def _groups_of(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The group of each window, or of the window whose counterpart it is."""

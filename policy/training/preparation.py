@@ -10,6 +10,7 @@ import torch
 
 from policy.common.observations import is_image
 from policy.common.seeding import derive_seed
+from policy.data.corrections import find_corrections
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.data.windows import Windows, split_episodes
 from policy.diffusion.ddim import check_ddim_steps
@@ -18,6 +19,7 @@ from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.model.encoders.resnet import ResNetEncoder
 from policy.model.normalizer import AffineNormalizer, Limits, Normalizer
+from policy.training.corrective_noise import CorrectiveNoise
 from policy.training.pretrained import read_weights
 from policy.training.settings import TrainSettings
 from policy.training.state import TrainState
@@ -31,11 +33,13 @@ class Run:
         state: everything that training changes.
         training: windows of the training episodes.
         validation: windows of the held-out episodes; may be empty.
+        noise: corrective noise for batches of training windows; None for none.
     """
 
     state: TrainState
     training: Windows
     validation: Windows
+    noise: CorrectiveNoise | None = None
 
 
 def prepare_run(
@@ -97,7 +101,20 @@ def prepare_run(
     state = start_training(policy.to(device), settings)
     if teacher is not None:
         state.teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
-    return Run(state=state, training=training, validation=validation)
+    training, noise = _with_noise(config, demonstrations, training, settings)
+    return Run(state=state, training=training, validation=validation, noise=noise)
+
+
+def _with_noise(
+    config: PolicyConfig, demonstrations: Demonstrations, training: Windows, settings: TrainSettings
+) -> tuple[Windows, CorrectiveNoise | None]:
+    """The training windows, and the noise for their batches if there is to be any."""
+    if not settings.corrective_noise:
+        return training, None
+    vectors = [key for key, shape in config.observation_shapes.items() if len(shape) == 1]
+    found = find_corrections(demonstrations, training.episodes, vectors, config.action_horizon)
+    noise = CorrectiveNoise(found, settings.corrective_noise, config.past_actions)
+    return training.marking(found.still), noise
 
 
 def check_rectifiable(objective: str) -> None:

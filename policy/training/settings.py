@@ -24,6 +24,9 @@ class TrainSettings:
         warmup_steps: linear warm-up.
         grad_clip: a gradient with a larger norm is scaled down to it.
         ema_decay: upper bound of the weight average's decay, which is (1 + n) / (10 + n) at update n.
+        corrective_noise: noise on where the robot is, with the actions that lead it back: the standard deviation, as a
+            share of what each number moves within a chunk; 0 for none. It needs actions that are displacements. See
+            `policy.training.corrective_noise`.
         mask_padding: leave the actions repeated after an episode's end out of the loss.
         val_fraction: share of episodes held out for the validation loss, unless the data's file sets some aside.
         log_every: steps between log entries.
@@ -51,6 +54,7 @@ class TrainSettings:
     warmup_steps: int = 300
     grad_clip: float = 1.0
     ema_decay: float = 0.999
+    corrective_noise: float = 0.0
     mask_padding: bool = True
     val_fraction: float = 0.04
     log_every: int = 50
@@ -77,8 +81,11 @@ class TrainSettings:
         for name in ("learning_rate", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name} must be above 0; got {getattr(self, name)}")
-        for name in ("steps", "rectify_steps", "weight_decay", "warmup_steps", "keep_last", "rollout_every"):
-            if not getattr(self, name) >= 0:
+        for name in (
+            *("steps", "rectify_steps", "weight_decay", "warmup_steps"),
+            *("corrective_noise", "keep_last", "rollout_every"),
+        ):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"train.{name} must be 0 or more; got {getattr(self, name)}")
         if not self.all_steps:
             raise ValueError("train.steps=0 and train.rectify_steps=0 leave nothing to train: give one of them steps")

@@ -1,0 +1,245 @@
+"""Noise on where a robot is, with the actions that lead it back: demonstrations of how to correct an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policy.data.demonstrations import Demonstrations
+from policy.data.relations import angles, directions_of, thinned, wrapped
+
+# A number of the observation follows a number of the action if its changes are that number times a constant, to this
+# share of their variance.
+FOLLOWS = 0.9
+# Transitions in which something interferes, such as the end of a joint's range or a contact, are left out of that.
+INTERFERED = 0.05
+# Another number is carried along if the numbers that follow actions determine it, to this share of its variance in
+# episodes that were not used to find out.
+CARRIED = 0.98
+# Anything else is at rest where it changes by less than this share of its range.
+AT_REST = 1e-3
+# Transitions that are looked at; more only take longer.
+MOST_ROWS = 10_000
+# Random features of the map to the carried numbers (Rahimi and Recht, NIPS 2007), their scales for inputs of unit
+# variance, of which the best is taken, and the ridge.
+FEATURES, SCALES, RIDGE = 1_000, (0.3, 0.6, 1.2), 1e-4
+
+_NOTHING_FOLLOWS = (
+    "train.corrective_noise needs numbers of the observation that change by a constant times a number of the action;"
+    " there are none in these demonstrations (actions that name a place, not a change, need no correction): use"
+    " encoder.noise=... instead, which adds noise alone"
+)
+
+
+class Followed(NamedTuple):
+    """A number of the observation that follows a number of the action.
+
+    Attributes:
+        number: its place in the vector of all numbers, the keys in sorted order.
+        action: the place of the number in the action.
+        gain: change of the number in one control step for an action of 1.
+        reach: standard deviation of its change within a chunk.
+    """
+
+    number: int
+    action: int
+    gain: float
+    reach: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carried:
+    """The numbers that the followed ones determine, such as a gripper's position by the angles of the joints.
+
+    Attributes:
+        numbers: their places.
+        center: (F,) mean of the followed numbers.
+        spread: (F,) standard deviation of the followed numbers.
+        frequencies: (F, FEATURES).
+        phases: (FEATURES,).
+        weights: (FEATURES + F + 1, len(numbers)).
+        cosines: places of the cosines of directions that turn with the followed numbers, each followed by its sine.
+        turns: (F, len(cosines)) radians for each unit of a followed number.
+    """
+
+    numbers: Sequence[int]
+    center: NDArray[np.float64]
+    spread: NDArray[np.float64]
+    frequencies: NDArray[np.float64]
+    phases: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    cosines: Sequence[int]
+    turns: NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corrections:
+    """How an error in where the robot is shows in an observation, and which actions correct it.
+
+    Attributes:
+        keys: the state vectors, in the order in which their numbers are counted.
+        followed: the numbers that follow the action.
+        carried: the numbers that these determine.
+        still: (N,) whether at each transition nothing else moves, so that the robot could as well be elsewhere.
+        low: (action_dim,) smallest demonstrated actions.
+        high: (action_dim,) largest demonstrated actions.
+    """
+
+    keys: Sequence[str]
+    followed: Sequence[Followed]
+    carried: Carried
+    still: NDArray[np.bool_]
+    low: NDArray[np.float32]
+    high: NDArray[np.float32]
+
+
+def features_of(scaled: NDArray[np.float64], frequencies: NDArray[np.float64], phases: NDArray[np.float64]) -> Any:
+    """The features (N, FEATURES + F + 1) of scaled numbers (N, F): random waves, the numbers, and one."""
+    return np.concatenate([np.cos(scaled @ frequencies + phases), scaled, np.ones((len(scaled), 1))], axis=1)
+
+
+def find_corrections(
+    demonstrations: Demonstrations, episodes: NDArray[np.int64], keys: Iterable[str], action_horizon: int
+) -> Corrections:
+    """Find out from demonstrations which numbers an action moves, and what moves along with them.
+
+    Args:
+        demonstrations: the demonstrations.
+        episodes: numbers of the episodes to look into.
+        keys: the observed state vectors.
+        action_horizon: control steps in a chunk.
+
+    Returns:
+        The corrections.
+
+    Raises:
+        ValueError: no number of the observation follows a number of the action.
+    """
+    vectors = {key: demonstrations.observations[key] for key in sorted(keys)}
+    if not vectors:
+        raise ValueError(_NOTHING_FOLLOWS)
+    starts, ends = demonstrations.episode_starts[episodes], demonstrations.episode_ends[episodes]
+    rows = np.concatenate([np.arange(start, end - 1) for start, end in zip(starts, ends, strict=True)])
+
+    def taken(where: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.concatenate([values[where] for values in vectors.values()], axis=1).astype(np.float64)
+
+    seen = thinned(rows, MOST_ROWS)
+    now, change = taken(seen), taken(seen + 1) - taken(seen)
+    followed = _followed(change, demonstrations.actions[seen].astype(np.float64))
+    if not followed:
+        raise ValueError(_NOTHING_FOLLOWS)
+    places = [number for number, *_ in followed]
+    last = demonstrations.episode_ends[np.searchsorted(demonstrations.episode_ends, seen, side="right")] - 1
+    later = np.minimum(seen + action_horizon, last)
+    reach = (taken(later) - now)[:, places].std(axis=0)
+    carried = _carried(now, change, places)
+    known = {*places, *carried.numbers, *carried.cosines, *(place + 1 for place in carried.cosines)}
+    return Corrections(
+        keys=list(vectors),
+        followed=[Followed(*one, float(far)) for one, far in zip(followed, reach, strict=True)],
+        carried=carried,
+        still=_still(vectors, demonstrations.episode_ends, sorted(known)),
+        low=demonstrations.actions.min(axis=0),
+        high=demonstrations.actions.max(axis=0),
+    )
+
+
+def _followed(change: NDArray[np.float64], actions: NDArray[np.float64]) -> list[tuple[int, int, float]]:
+    """The number, action and gain of each pair of columns (N, D), (N, A) that belongs together."""
+    found = []
+    inner = change.T @ actions
+    shares = np.square(inner) / np.maximum(np.square(change).sum(axis=0)[:, None], np.finfo(np.float64).tiny)
+    for action in np.flatnonzero(actions.any(axis=0)).tolist():
+        number = int(shares[:, action].argmax())
+        gain, share = _proportional(actions[:, action], change[:, number])
+        if share >= FOLLOWS:
+            found.append((number, action, gain))
+    return found
+
+
+def _proportional(cause: NDArray[np.float64], effect: NDArray[np.float64]) -> tuple[float, float]:
+    """The factor between two columns (N,), and the share of the effect that it explains, where nothing interferes."""
+    kept = np.ones(len(cause), dtype=np.bool_)
+    gain = float(cause @ effect) / max(float(cause @ cause), float(np.finfo(np.float64).tiny))
+    kept[np.argsort(np.abs(effect - gain * cause))[len(cause) - round(INTERFERED * len(cause)) :]] = False
+    cause, effect = cause[kept], effect[kept]
+    total, power = float(effect @ effect), float(cause @ cause)
+    if not (total > 0 and power > 0):
+        return 0.0, 0.0
+    return float(cause @ effect) / power, float(cause @ effect) ** 2 / (power * total)
+
+
+def _carried(now: NDArray[np.float64], change: NDArray[np.float64], places: Sequence[int]) -> Carried:
+    """What the numbers at `places` determine: directions that turn with them, and any other function of them."""
+    cosines = directions_of(now)
+    moves = change[:, places]
+    turned = wrapped(angles(now + change, cosines) - angles(now, cosines))
+    turns: NDArray[np.float64] = np.linalg.lstsq(moves, turned, rcond=None)[0].astype(np.float64)
+    linear = _share_explained(turned, moves @ turns) >= CARRIED
+    cosines, turns = [place for place, fits in zip(cosines, linear, strict=True) if fits], turns[:, linear]
+    known = {*places, *cosines, *(place + 1 for place in cosines)}
+    learned = max((_learned(now, places, scale) for scale in SCALES), key=lambda one: one.shares.sum())
+    numbers = [place for place in np.flatnonzero(learned.shares >= CARRIED).tolist() if place not in known]
+    return Carried(
+        numbers=numbers,
+        center=learned.center,
+        spread=learned.spread,
+        frequencies=learned.frequencies,
+        phases=learned.phases,
+        weights=learned.weights[:, numbers],
+        cosines=cosines,
+        turns=turns,
+    )
+
+
+class _Learned(NamedTuple):
+    """A map from the followed numbers to all, see `Carried`, and the share of each that it explains (D,)."""
+
+    center: NDArray[np.float64]
+    spread: NDArray[np.float64]
+    frequencies: NDArray[np.float64]
+    phases: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    shares: NDArray[np.float64]
+
+
+def _learned(now: NDArray[np.float64], places: Sequence[int], scale: float) -> _Learned:
+    """Learn the map from every other row by ridge regression, and check it on the rest."""
+    rng = np.random.default_rng(0)
+    frequencies, phases = scale * rng.normal(size=(len(places), FEATURES)), rng.uniform(0, 2 * np.pi, FEATURES)
+    followed = now[:, places]
+    center, spread = followed.mean(axis=0), np.maximum(followed.std(axis=0), np.finfo(np.float64).tiny)
+    features = features_of((followed - center) / spread, frequencies, phases)
+    learned, checked = features[::2], features[1::2]
+    weights = np.linalg.solve(learned.T @ learned + RIDGE * np.eye(features.shape[1]), learned.T @ now[::2])
+    return _Learned(center, spread, frequencies, phases, weights, _share_explained(now[1::2], checked @ weights))
+
+
+def _share_explained(values: NDArray[np.float64], told: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The share of each column's variance (N, D) that is explained; 0 for a constant one."""
+    variance = values.var(axis=0)
+    left = np.square(values - told).mean(axis=0)
+    return np.where(variance > 0, 1 - left / np.maximum(variance, np.finfo(np.float64).tiny), 0.0)
+
+
+def _still(
+    vectors: Mapping[str, NDArray[np.float32]], ends: NDArray[np.int64], known: Sequence[int]
+) -> NDArray[np.bool_]:
+    """Whether nothing but the robot moves before and after each transition (N,).
+
+    A number that hardly ever rests, such as a velocity, is the robot's own and does not count.
+    """
+    numbers = np.concatenate([*vectors.values()], axis=1)
+    others = np.setdiff1d(np.arange(numbers.shape[1]), known)
+    change = np.abs(np.diff(numbers[:, others], axis=0))
+    within = np.ones(len(change), dtype=np.bool_)
+    within[ends[:-1] - 1] = False
+    moving = change > AT_REST * np.ptp(numbers[:, others], axis=0)
+    moving &= within[:, None] & (moving[within].mean(axis=0) < 0.5)
+    any_moves = moving.any(axis=1)
+    return ~(np.append(any_moves, False) | np.insert(any_moves, 0, False))

@@ -1,0 +1,92 @@
+"""Noise on where the robot is in a batch of demonstrations, with the actions that lead it back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from policy.common.observations import Batch
+from policy.data.corrections import Corrections
+
+# Share of the windows that get noise, of those in which nothing but the robot moves.
+NOISY = 0.5
+
+
+class CorrectiveNoise:
+    """Moves the robot in some windows of a batch, and corrects the chunk so that the error is gone at its end.
+
+    A demonstration shows one way to the goal, and nothing of what to do beside it. An action that is a displacement
+    says where to be next, so that the correction of an error is known: the displacement back, here in equal parts over
+    the chunk. (DART, Laskey et al., CoRL 2017, lets the demonstrator correct noise; CCIL, Ke et al., ICLR 2024, learns
+    a model of the dynamics for it.)
+
+    Args:
+        corrections: what was found out from the demonstrations.
+        amount: standard deviation of the noise, as a share of what each number moves within a chunk.
+        past_actions: actions of a window that lie before its newest observation.
+    """
+
+    def __init__(self, corrections: Corrections, amount: float, past_actions: int) -> None:
+        followed, carried = corrections.followed, corrections.carried
+        self._keys = list(corrections.keys)
+        self._past_actions = past_actions
+        self._places = [one.number for one in followed]
+        self._actions = [one.action for one in followed]
+        self._gains = torch.tensor([one.gain for one in followed])
+        self._amounts = amount * torch.tensor([one.reach for one in followed])
+        self._low, self._high = torch.from_numpy(corrections.low), torch.from_numpy(corrections.high)
+        self._numbers, self._cosines = list(carried.numbers), list(carried.cosines)
+        self._center, self._spread, self._frequencies, self._phases, self._weights, self._turns = (
+            torch.from_numpy(array).to(torch.float32)
+            for array in (
+                *(carried.center, carried.spread, carried.frequencies),
+                *(carried.phases, carried.weights, carried.turns),
+            )
+        )
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Move the robot in about half of the windows whose `still` is True.
+
+        Args:
+            batch: B windows, on the CPU.
+            generator: source of the noise; what is drawn depends on B alone.
+
+        Returns:
+            A new batch.
+        """
+        rows = len(batch["actions"])
+        noise = torch.randn((rows, len(self._places)), generator=generator) * self._amounts
+        moved = (torch.rand(rows, generator=generator) < NOISY) & batch["still"]
+        noise = noise[moved]
+        numbers = torch.cat([batch["observations"][key] for key in self._keys], dim=-1)
+        numbers[moved] = self._shifted(numbers[moved], noise[:, None])
+        widths = [batch["observations"][key].shape[-1] for key in self._keys]
+        actions = batch["actions"].clone()
+        actions[moved] = self._corrected(actions[moved], noise)
+        seen = dict(zip(self._keys, numbers.split(widths, dim=-1), strict=True))
+        return {**batch, "observations": {**batch["observations"], **seen}, "actions": actions}
+
+    def _corrected(self, actions: Tensor, noise: Tensor) -> Tensor:
+        """Lead the robot back in equal parts over the chunk: actions (N, P, A), noise (N, F)."""
+        back = torch.zeros_like(actions[:, 0])
+        back[:, self._actions] = noise / (self._gains * (actions.shape[1] - self._past_actions))
+        actions[:, self._past_actions :] -= back[:, None]
+        return actions.clamp(self._low, self._high)
+
+    def _shifted(self, numbers: Tensor, noise: Tensor) -> Tensor:
+        """Add noise (N, 1, F) to the followed numbers (N, H, D), and move those that they determine along."""
+        before = numbers[..., self._places]
+        after = before + noise
+        numbers[..., self._places] = after
+        if self._numbers:
+            numbers[..., self._numbers] += self._determined(after) - self._determined(before)
+        if self._cosines:
+            sines = [place + 1 for place in self._cosines]
+            turned = torch.atan2(numbers[..., sines], numbers[..., self._cosines]) + noise @ self._turns
+            numbers[..., self._cosines], numbers[..., sines] = turned.cos(), turned.sin()
+        return numbers
+
+    def _determined(self, followed: Tensor) -> Tensor:
+        scaled = (followed - self._center) / self._spread
+        waves = (scaled @ self._frequencies + self._phases).cos()
+        return torch.cat([waves, scaled, torch.ones_like(scaled[..., :1])], dim=-1) @ self._weights

@@ -1,0 +1,99 @@
+"""What an action moves, found in demonstrations of an arm whose kinematics are known."""
+
+import numpy as np
+import pytest
+
+from policy.data.corrections import find_corrections
+from policy.data.demonstrations import Demonstrations
+
+GAINS = (0.6, 1.5)
+# Places in the vector: two joints, the hand's position, the cosine and sine of its yaw, two velocities, an object.
+JOINTS, HAND, COSINE, OBJECT = [0, 1], [2, 3], 4, [8, 9]
+
+
+def kinematics(joints):
+    """Position (..., 2) and yaw (...,) of the hand of a planar arm with links of length 1 and 0.7."""
+    first, second = joints[..., 0], joints[..., 0] + joints[..., 1]
+    place = np.stack([np.cos(first) + 0.7 * np.cos(second), np.sin(first) + 0.7 * np.sin(second)], axis=-1)
+    return place, second
+
+
+def arm(*, episodes=30, steps=60, gains=GAINS, seed=0):
+    """An arm that wanders; in the last third of each episode it carries the object along."""
+    rng = np.random.default_rng(seed)
+    observations, actions = [], []
+    for _ in range(episodes):
+        waves = rng.uniform(0.1, 0.4, 3) * np.arange(steps)[:, None] + rng.uniform(0, 7, 3)
+        action = 0.15 * np.sin(waves) + rng.normal(0, 0.01, (steps, 3))
+        joints = rng.uniform(-1, 1, 2) + np.cumsum(
+            np.vstack([np.zeros(2), action[:-1, :2] * gains + rng.normal(0, 1e-3, (steps - 1, 2))]), axis=0
+        )
+        place, yaw = kinematics(joints)
+        held = np.arange(steps) >= 2 * steps // 3
+        thing = np.where(held[:, None], place - place[2 * steps // 3], 0) + rng.uniform(-1, 1, 2)
+        velocities = rng.normal(size=(steps, 2))
+        observations.append(np.column_stack([joints, place, np.cos(yaw), np.sin(yaw), velocities, thing]))
+        actions.append(action)
+    return Demonstrations(
+        observations={"state": np.concatenate(observations).astype(np.float32)},
+        actions=np.concatenate(actions).astype(np.float32),
+        episode_ends=steps * np.arange(1, episodes + 1),
+    )
+
+
+@pytest.fixture(scope="module")
+def demonstrations():
+    return arm()
+
+
+@pytest.fixture(scope="module")
+def found(demonstrations):
+    return find_corrections(demonstrations, np.arange(28), ["state"], action_horizon=8)
+
+
+def test_the_joints_follow_the_action_and_nothing_else_does(found):
+    assert [(one.number, one.action) for one in found.followed] == [(0, 0), (1, 1)]
+    np.testing.assert_allclose([one.gain for one in found.followed], GAINS, rtol=0.01)
+
+
+def test_the_reach_is_what_a_joint_moves_within_a_chunk(found, demonstrations):
+    joints = demonstrations.observations["state"].reshape(30, 60, -1)[:28, :, :2]
+    moved = (joints[:, 8:] - joints[:, :-8]).reshape(-1, 2).std(axis=0)
+    np.testing.assert_allclose([one.reach for one in found.followed], moved, rtol=0.1)
+
+
+def test_the_hand_is_carried_by_the_joints_and_its_yaw_turns_with_both(found):
+    assert list(found.carried.numbers) == HAND
+    assert list(found.carried.cosines) == [COSINE]
+    np.testing.assert_allclose(found.carried.turns, [[1], [1]], atol=0.01)
+
+
+def test_the_robot_is_still_where_nothing_but_itself_moves(found):
+    still = found.still.reshape(30, 60)
+    assert still[:, :39].all()
+    assert not still[:, 41:].any()
+
+
+def test_an_action_that_names_a_place_needs_no_correction(demonstrations):
+    places = demonstrations.observations["state"][:, :2]
+    absolute = Demonstrations(
+        observations=demonstrations.observations,
+        actions=np.vstack([places[1:], places[-1:]]),
+        episode_ends=demonstrations.episode_ends,
+    )
+    with pytest.raises(ValueError, match=r"change by a constant times a number of the action.*use encoder\.noise"):
+        find_corrections(absolute, np.arange(30), ["state"], action_horizon=8)
+
+
+def test_images_have_no_part_in_it(demonstrations):
+    with pytest.raises(ValueError, match="there are none in these demonstrations"):
+        find_corrections(demonstrations, np.arange(30), [], action_horizon=8)
+
+
+def test_contacts_in_a_few_transitions_do_not_hide_what_follows():
+    touched = arm()
+    state = touched.observations["state"]
+    rng = np.random.default_rng(1)
+    state[rng.choice(len(state), len(state) // 40, replace=False), 0] += 0.3
+    found = find_corrections(touched, np.arange(30), ["state"], action_horizon=8)
+    assert (0, 0) in [(one.number, one.action) for one in found.followed]

@@ -1,0 +1,140 @@
+"""Corrective noise: a robot that was moved ends where the demonstrated one does."""
+
+import numpy as np
+import pytest
+import torch
+
+from policy.common.seeding import derive_generator
+from policy.common.torchrun import World
+from policy.data.corrections import find_corrections
+from policy.data.windows import Windows
+from policy.model.config import PolicyConfig
+from policy.training.corrective_noise import CorrectiveNoise
+from policy.training.preparation import prepare_run
+from policy.training.settings import TrainSettings
+from policy.training.share import DrawnForAll
+from tests.data.test_corrections import COSINE, GAINS, HAND, JOINTS, OBJECT, arm, kinematics
+
+CONFIG = PolicyConfig(
+    observation_shapes={"state": (10,)},
+    action_dim=3,
+    obs_size=8,
+    encoder={"name": "state", "hidden_size": 8},
+    denoiser={"name": "modulated_mlp", "hidden_size": 8, "num_layers": 1},
+)
+SETTINGS = TrainSettings(steps=3, batch_size=64, corrective_noise=0.3)
+
+
+@pytest.fixture(scope="module")
+def demonstrations():
+    return arm()
+
+
+@pytest.fixture(scope="module")
+def made(demonstrations):
+    """Windows of which the first 64 are gathered, and the same with noise."""
+    found = find_corrections(demonstrations, np.arange(30), ["state"], action_horizon=8)
+    windows = Windows(
+        demonstrations, np.arange(30), obs_horizon=2, action_horizon=8, past_actions=1, mask_padding=True
+    ).marking(found.still)
+    # Wide bounds, so that the arithmetic of the correction can be read off.
+    wide = found.__class__(**{**vars(found), "low": found.low - 9, "high": found.high + 9})
+    noise = CorrectiveNoise(wide, amount=0.5, past_actions=1)
+    batch = windows.gather(np.arange(1, 1500, 20))
+    return batch, noise(batch, derive_generator(0)), noise
+
+
+def moved(batch, noisy):
+    return (noisy["observations"]["state"] != batch["observations"]["state"]).any(dim=(1, 2))
+
+
+def test_about_half_of_the_still_windows_are_moved_and_no_other(made):
+    batch, noisy, _ = made
+    where = moved(batch, noisy)
+    assert not where[~batch["still"]].any()
+    assert 0.3 < where[batch["still"]].float().mean() < 0.7
+    torch.testing.assert_close(noisy["actions"][~where], batch["actions"][~where], rtol=0, atol=0)
+    torch.testing.assert_close(noisy["mask"], batch["mask"])
+
+
+def test_the_moved_robot_ends_where_the_demonstrated_one_does(made):
+    """The joints are followed through the chunk by the arm's own law."""
+    batch, noisy, _ = made
+    where = moved(batch, noisy)
+    for place, gain in zip(JOINTS, GAINS, strict=True):
+        before = batch["observations"]["state"][where, -1, place] + gain * batch["actions"][where, 1:, place].sum(dim=1)
+        after = noisy["observations"]["state"][where, -1, place] + gain * noisy["actions"][where, 1:, place].sum(dim=1)
+        off = (noisy["observations"]["state"] - batch["observations"]["state"])[where, -1, place]
+        assert off.std() > 0.02
+        assert (after - before).abs().max() < 0.01 * off.abs().max()
+    torch.testing.assert_close(noisy["actions"][:, :1], batch["actions"][:, :1])  # the past is as it was
+    torch.testing.assert_close(noisy["actions"][..., 2], batch["actions"][..., 2])  # moves nothing that is observed
+
+
+def test_the_moved_robot_is_a_possible_one(made):
+    """The hand is where the kinematics put it; velocities and the object stay."""
+    batch, noisy, _ = made
+    state = noisy["observations"]["state"].numpy()[moved(batch, noisy).numpy()]
+    place, yaw = kinematics(state[..., JOINTS])
+    np.testing.assert_allclose(state[..., HAND], place, atol=0.02)
+    np.testing.assert_allclose(state[..., COSINE], np.cos(yaw), atol=1e-3)
+    np.testing.assert_allclose(state[..., COSINE + 1], np.sin(yaw), atol=1e-3)
+    original = batch["observations"]["state"].numpy()[moved(batch, noisy).numpy()]
+    np.testing.assert_array_equal(state[..., [6, 7, *OBJECT]], original[..., [6, 7, *OBJECT]])
+    offset = (state - original)[..., JOINTS]
+    np.testing.assert_allclose(offset[:, 0], offset[:, 1], atol=1e-6)  # one error through the whole history
+
+
+def test_the_parts_of_several_processes_are_those_of_one(made):
+    batch, _, noise = made
+    batch = {name: value for name, value in batch.items() if name != "counted"}
+    rows = 72
+    whole = noise(cut(batch, slice(0, rows)), derive_generator(5))
+    for rank in range(3):
+        part = slice(rank * rows // 3, (rank + 1) * rows // 3)
+        with DrawnForAll(World(rank=rank, size=3)):
+            one = noise(cut(batch, part), derive_generator(5))
+        torch.testing.assert_close(one["observations"]["state"], whole["observations"]["state"][part])
+        torch.testing.assert_close(one["actions"], whole["actions"][part])
+
+
+def cut(batch, rows):
+    return {
+        "observations": {key: value[rows] for key, value in batch["observations"].items()},
+        **{name: batch[name][rows] for name in ("actions", "mask", "still")},
+    }
+
+
+def test_noise_leaves_the_range_of_the_demonstrated_actions_nowhere(demonstrations):
+    found = find_corrections(demonstrations, np.arange(30), ["state"], action_horizon=8)
+    windows = Windows(demonstrations, np.arange(30), obs_horizon=1, action_horizon=8).marking(found.still)
+    noisy = CorrectiveNoise(found, amount=20.0, past_actions=0)(
+        windows.gather(np.arange(0, 900, 7)), derive_generator(0)
+    )
+    assert (noisy["actions"] >= torch.from_numpy(found.low)).all()
+    assert (noisy["actions"] <= torch.from_numpy(found.high)).all()
+
+
+def test_a_counterpart_is_left_alone(demonstrations):
+    found = find_corrections(demonstrations, np.arange(30), ["state"], action_horizon=8)
+    mirrored = Windows(
+        demonstrations, np.arange(30), obs_horizon=1, action_horizon=8, augment=lambda seen, actions: (seen, -actions)
+    ).marking(found.still)
+    counterparts = mirrored.gather(np.arange(mirrored.num_transitions, mirrored.num_transitions + 50))
+    assert not counterparts["still"].any()
+    assert mirrored.gather(np.arange(30))["still"].all()
+
+
+def test_a_run_has_noise_only_where_it_was_asked_for(demonstrations):
+    plain = prepare_run(CONFIG, demonstrations, TrainSettings(steps=3), seed=0, device="cpu")
+    assert plain.noise is None
+    assert "still" not in plain.training.gather(np.arange(3))
+    run = prepare_run(CONFIG, demonstrations, SETTINGS, seed=0, device="cpu")
+    assert run.noise is not None
+    assert "still" not in run.validation.gather(np.arange(3))
+
+
+@pytest.mark.parametrize("amount", [-0.1, float("inf"), float("nan")])
+def test_an_amount_that_is_none_is_refused(amount):
+    with pytest.raises(ValueError, match=r"train\.corrective_noise must be 0 or more"):
+        TrainSettings(corrective_noise=amount)

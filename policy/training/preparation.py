@@ -75,15 +75,10 @@ def prepare_run(
             and `split_episodes`.
     """
     torch.manual_seed(derive_seed(seed, 0))  # initialisers draw from torch's global generator
-    if settings.rectify_steps:
-        for trained in (config, *([teacher.config] if teacher else [])):
-            check_rectifiable(trained.objective)
     policy = DiffusionPolicy(config)
+    _check_rectification(policy, teacher, settings)
     if init is None and isinstance(policy.encoder, ResNetEncoder) and policy.encoder.pretrained:
         policy.encoder.load_pretrained(read_weights(policy.encoder.pretrained))
-    if settings.rectify_steps and (teacher or settings.steps):  # a run that goes on may have its teacher stored
-        num_steps = (teacher or policy).schedule.num_steps
-        check_ddim_steps(settings.rectify_ddim_steps, num_steps, "train.rectify_ddim_steps")
     training, validation = split_windows(
         config,
         demonstrations,
@@ -103,6 +98,17 @@ def prepare_run(
         state.teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
     training, noise = _with_noise(config, demonstrations, training, settings)
     return Run(state=state, training=training, validation=validation, noise=noise)
+
+
+def _check_rectification(policy: DiffusionPolicy, teacher: DiffusionPolicy | None, settings: TrainSettings) -> None:
+    """Reject rectification of, or with, a policy that cannot be rectified."""
+    if not settings.rectify_steps:
+        return
+    for trained in (policy, *([teacher] if teacher else [])):
+        check_rectifiable(trained.config.objective)
+    if teacher or settings.steps:  # a run that goes on may have its teacher stored
+        num_steps = (teacher or policy).schedule.num_steps
+        check_ddim_steps(settings.rectify_ddim_steps, num_steps, "train.rectify_ddim_steps")
 
 
 def _with_noise(

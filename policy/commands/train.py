@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from policy.checkpoint import (
     Checkpoint,
@@ -33,12 +35,13 @@ from policy.common.output import output_folder
 from policy.common.progress import say
 from policy.common.torchrun import World, joined_world, peers_needed
 from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
+from policy.data.corrections import find_corrections
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.data.relations import Relations, find_relations
 from policy.diffusion.sampler import Sampler
 from policy.model.config import PolicyConfig, PolicySettings
 from policy.model.diffusion_policy import DiffusionPolicy
-from policy.recipe.candidates import Candidate, candidates_for
+from policy.recipe.candidates import Allowed, Candidate, candidates_for
 from policy.recipe.search import OpenTrial, Play, Trial, check_data, check_folder, search
 from policy.recipe.settings import RecipeSettings
 from policy.rollout.episodes import MakeEnv, check_num_envs
@@ -188,8 +191,8 @@ def train_policy(
             record.restore(trial.state)
             return Trial(run=trial, save=record.save)
 
-        relations = _relations_to_try(dataset, policy, auxiliary)
-        candidates, fallen = candidates_for(recipe.candidates, recipe.keep, policy, train, relations)
+        allowed = _allowed(dataset, policy, auxiliary, config.action_horizon)
+        candidates, fallen = candidates_for(recipe.candidates, recipe.keep, policy, train, allowed)
         best = _best_recipe(recipe, candidates, fallen, folder, sampler, seed, open_trial, play, paired)
         train = best.train
         expected = None if best.changes else expected
@@ -427,15 +430,23 @@ def _relations(dataset: Demonstrations, auxiliary: Sequence[str]) -> Relations:
     return find_relations(dataset, vectors) if vectors else Relations((), ())
 
 
-def _relations_to_try(dataset: Demonstrations, given: Mapping[str, Any], auxiliary: Sequence[str]) -> Mapping[str, Any]:
-    """The settings that `find_differences=true` stands for; none if the user's policy has some, or there are none."""
-    if any(given.get(name) for name in Relations._fields):
-        return {}
-    try:
-        found = _relations(dataset, auxiliary)
-    except ValueError:  # too many numbers to compare
-        return {}
-    return found._asdict() if any(found) else {}
+def _allowed(
+    dataset: Demonstrations, given: Mapping[str, Any], auxiliary: Sequence[str], action_horizon: int
+) -> Allowed:
+    """What the demonstrations allow a recipe to do; a policy with relations of the user's own gets no others."""
+    relations: Mapping[str, Any] = {}
+    if not any(given.get(name) for name in Relations._fields):
+        with suppress(ValueError):  # too many numbers to compare
+            found = _relations(dataset, auxiliary)
+            relations = found._asdict() if any(found) else {}
+    corrections = False
+    with suppress(ValueError):  # no action is a displacement
+        vectors = [
+            key for key, values in dataset.observations.items() if len(values.shape) == 2 and key not in auxiliary
+        ]
+        find_corrections(dataset, np.arange(dataset.num_episodes), vectors, action_horizon)
+        corrections = True
+    return Allowed(relations=relations, corrections=corrections)
 
 
 def _configured(

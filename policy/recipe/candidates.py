@@ -23,13 +23,15 @@ _SMALL: dict[str, Any] = {
     "encoder.hidden_size": 128,
     "encoder.dropout": 0.1,
 }
+_CORRECTIVE: dict[str, Any] = {"train.corrective_noise": 0.3}
 # Each recipe: settings, as on the command line, that replace those of the command line or the preset. Where
 # the budget is too small for all, those that are as fast as others are left out from the end.
 CANDIDATES: dict[str, dict[str, Any]] = {
     AS_GIVEN: {},
-    "small_relations": {**_RELATIONS, **_SMALL},
+    "few_demonstrations": {**_RELATIONS, **_SMALL, **_CORRECTIVE},
     "relations": _RELATIONS,
     "dropout": {"denoiser.dropout": 0.1},
+    "corrective": {"denoiser.dropout": 0.1, **_CORRECTIVE},
     "regularised": {"denoiser.dropout": 0.3, "encoder.noise": 0.02, "train.weight_decay": 0.1},
     "velocity": {"prediction_type": "v_prediction", "denoiser.dropout": 0.1},
     "narrow": {"denoiser.hidden_size": 128, "denoiser.num_layers": 3, "encoder.noise": 0.02},
@@ -39,6 +41,8 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 }
 # This setting stands for the relations that are found in the demonstrations.
 FIND_DIFFERENCES = "find_differences"
+# This one needs actions that are displacements.
+CORRECTIVE_NOISE = "train.corrective_noise"
 # The parts of a policy whose settings depend on which one is chosen.
 PARTS: dict[str, Registry[Any]] = {"encoder": ENCODERS, "denoiser": DENOISERS}
 
@@ -62,20 +66,33 @@ class Candidate:
     train: TrainSettings
 
 
+@dataclass(frozen=True, kw_only=True)
+class Allowed:
+    """What the demonstrations allow a recipe to do.
+
+    Attributes:
+        relations: the settings of the policy that `find_differences=true` stands for; empty if none are found.
+        corrections: whether corrective noise is possible, see `find_corrections`.
+    """
+
+    relations: Policy
+    corrections: bool
+
+
 def candidates_for(
-    names: Sequence[str], keep: Sequence[str], policy: Policy, train: TrainSettings, relations: Policy
+    names: Sequence[str], keep: Sequence[str], policy: Policy, train: TrainSettings, allowed: Allowed
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Apply recipes to the user's settings.
 
-    A setting that the user keeps, or that the chosen part does not have, is left out of a recipe, and so are
-    differences where none are found.
+    A setting that the user keeps, or that the chosen part does not have, is left out of a recipe, and so is one that
+    the demonstrations do not allow.
 
     Args:
         names: names of recipes; none for all.
         keep: names of settings that stay as they are; a part's name stands for all of its settings.
         policy: the user's settings of the policy.
         train: the user's settings of the training.
-        relations: the settings of the policy that `find_differences=true` stands for; empty if none are found.
+        allowed: what the demonstrations allow.
 
     Returns:
         The recipes that differ from each other, and why each other one is not tried, by name.
@@ -85,9 +102,9 @@ def candidates_for(
     for name in names or CANDIDATES:
         kept = [setting for setting in CANDIDATES[name] if _is_kept(setting, keep)]
         changes = {setting: value for setting, value in CANDIDATES[name].items() if setting not in kept}
-        changes = {setting: changes[setting] for setting in changes if _exists(setting, changes, policy, relations)}
+        changes = {setting: changes[setting] for setting in changes if _exists(setting, changes, policy, allowed)}
         settings = {setting: value for setting, value in changes.items() if setting != FIND_DIFFERENCES}
-        settings |= relations if FIND_DIFFERENCES in changes else {}
+        settings |= allowed.relations if FIND_DIFFERENCES in changes else {}
         candidate = Candidate(
             name=name, changes=changes, policy=_policy_with(settings, policy), train=_train_with(settings, train)
         )
@@ -105,10 +122,12 @@ def _is_kept(setting: str, keep: Sequence[str]) -> bool:
     return any(f"{setting}.".startswith(f"{name}.") or name.startswith(f"{setting}.") for name in keep)
 
 
-def _exists(setting: str, changes: Mapping[str, Any], policy: Policy, relations: Policy) -> bool:
+def _exists(setting: str, changes: Mapping[str, Any], policy: Policy, allowed: Allowed) -> bool:
     """Whether the objective, or the part that the recipe chooses, has this setting, and the data what it looks for."""
     if setting == FIND_DIFFERENCES:
-        return bool(relations)
+        return bool(allowed.relations)
+    if setting == CORRECTIVE_NOISE:
+        return allowed.corrections
     part, _, name = setting.partition(".")
     if setting == "prediction_type":
         return policy.get("objective", DEFAULT_OBJECTIVE) == DEFAULT_OBJECTIVE

@@ -4,7 +4,7 @@ import pytest
 
 from policy import DiffusionPolicy, PolicyConfig, TrainSettings
 from policy.recipe import candidates
-from policy.recipe.candidates import AS_GIVEN, CANDIDATES, candidates_for
+from policy.recipe.candidates import AS_GIVEN, CANDIDATES, Allowed, candidates_for
 from policy.recipe.settings import RecipeSettings
 
 POLICY = {"encoder": {"name": "state"}, "denoiser": {"name": "modulated_mlp"}}
@@ -13,8 +13,9 @@ POLICY = {"encoder": {"name": "state"}, "denoiser": {"name": "modulated_mlp"}}
 RELATIONS = {"differences": ((0, 1),), "direction_differences": ()}
 
 
-def chosen(keep=(), policy=POLICY, names=(), relations=RELATIONS):
-    found, fallen = candidates_for(names, keep, policy, TrainSettings(), relations)
+def chosen(keep=(), policy=POLICY, names=(), relations=RELATIONS, corrections=True):
+    allowed = Allowed(relations=relations, corrections=corrections)
+    found, fallen = candidates_for(names, keep, policy, TrainSettings(), allowed)
     return {candidate.name: candidate for candidate in found}, fallen
 
 
@@ -75,6 +76,15 @@ def test_differences_are_those_that_were_found():
     assert without["relations"].changes == {"obs_horizon": 1}
     _, fallen = chosen(["obs_horizon"], relations={})
     assert fallen["relations"] == "you keep obs_horizon, so that it is the same as as_given"
+
+
+def test_corrective_noise_is_tried_only_where_it_is_possible():
+    found, _ = chosen()
+    assert found["corrective"].train.corrective_noise == found["few_demonstrations"].train.corrective_noise > 0
+    without, fallen = chosen(corrections=False)
+    assert all(candidate.train.corrective_noise == 0 for candidate in without.values())
+    assert fallen == {"corrective": "with your settings, so that it is the same as dropout"}
+    assert without["few_demonstrations"].policy == found["few_demonstrations"].policy
 
 
 def test_settings_of_a_search_are_checked():

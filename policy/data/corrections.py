@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +21,10 @@ INTERFERED = 0.05
 # Another number is carried along if the numbers that follow actions determine it, to this share of its variance in
 # episodes that were not used to find out.
 CARRIED = 0.98
+# Numbers that are looked at for each action: those that change most like it.
+LIKELY = 5
+# In this first part of each episode, nothing but the robot has moved yet: what follows the action does so there, too.
+EARLY, FOLLOWS_EARLY = 0.2, 0.5
 # Anything else is at rest where it changes by less than this share of its range.
 AT_REST = 1e-3
 # Transitions that are looked at; more only take longer.
@@ -30,8 +35,8 @@ FEATURES, SCALES, RIDGE = 1_000, (0.3, 0.6, 1.2), 1e-4
 
 _NOTHING_FOLLOWS = (
     "train.corrective_noise needs numbers of the observation that change by a constant times a number of the action;"
-    " there are none in these demonstrations (actions that name a place, not a change, need no correction): use"
-    " encoder.noise=... instead, which adds noise alone"
+    " there are none in these demonstrations (actions that name a place need no correction, and for a robot that lags"
+    " behind its actions none is known): use encoder.noise=... instead, which adds noise alone"
 )
 
 
@@ -64,6 +69,9 @@ class Carried:
         weights: (FEATURES + F + 1, len(numbers)).
         cosines: places of the cosines of directions that turn with the followed numbers, each followed by its sine.
         turns: (F, len(cosines)) radians for each unit of a followed number.
+        apart: places of numbers that change in proportion to those while all else rests, such as where the gripper is
+            from an object.
+        slopes: (F + len(numbers), len(apart)) their change for each unit of a followed number, and of `numbers`.
     """
 
     numbers: Sequence[int]
@@ -74,6 +82,8 @@ class Carried:
     weights: NDArray[np.float64]
     cosines: Sequence[int]
     turns: NDArray[np.float64]
+    apart: Sequence[int]
+    slopes: NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,15 +140,16 @@ def find_corrections(
 
     seen = thinned(rows, MOST_ROWS)
     now, change = taken(seen), taken(seen + 1) - taken(seen)
-    followed = _followed(change, demonstrations.actions[seen].astype(np.float64))
+    episode = np.searchsorted(demonstrations.episode_ends, seen, side="right")
+    first, last = demonstrations.episode_starts[episode], demonstrations.episode_ends[episode] - 1
+    early = seen - first <= EARLY * (last - first)
+    followed = _followed(change, demonstrations.actions[seen].astype(np.float64), early)
     if not followed:
         raise ValueError(_NOTHING_FOLLOWS)
     places = [number for number, *_ in followed]
-    last = demonstrations.episode_ends[np.searchsorted(demonstrations.episode_ends, seen, side="right")] - 1
-    later = np.minimum(seen + action_horizon, last)
-    reach = (taken(later) - now)[:, places].std(axis=0)
-    carried = _carried(now, change, places)
-    known = {*places, *carried.numbers, *carried.cosines, *(place + 1 for place in carried.cosines)}
+    reach = (taken(np.minimum(seen + action_horizon, last)) - now)[:, places].std(axis=0)
+    carried = _carried(now, change, early, places)
+    known = {*places, *carried.numbers, *carried.apart, *carried.cosines, *(place + 1 for place in carried.cosines)}
     return Corrections(
         keys=list(vectors),
         followed=[Followed(*one, float(far)) for one, far in zip(followed, reach, strict=True)],
@@ -149,16 +160,23 @@ def find_corrections(
     )
 
 
-def _followed(change: NDArray[np.float64], actions: NDArray[np.float64]) -> list[tuple[int, int, float]]:
-    """The number, action and gain of each pair of columns (N, D), (N, A) that belongs together."""
+def _followed(
+    change: NDArray[np.float64], actions: NDArray[np.float64], early: NDArray[np.bool_]
+) -> list[tuple[int, int, float]]:
+    """The number, action and gain of each pair of columns (N, D), (N, A) that belongs together; one number an action.
+
+    An object that is carried changes as the action says, too, but not where nothing but the robot has moved yet.
+    """
     found = []
     inner = change.T @ actions
     shares = np.square(inner) / np.maximum(np.square(change).sum(axis=0)[:, None], np.finfo(np.float64).tiny)
     for action in np.flatnonzero(actions.any(axis=0)).tolist():
-        number = int(shares[:, action].argmax())
-        gain, share = _proportional(actions[:, action], change[:, number])
-        if share >= FOLLOWS:
-            found.append((number, action, gain))
+        for number in np.argsort(-shares[:, action])[:LIKELY].tolist():
+            cause, effect = actions[:, action], change[:, number]
+            gain, share = _proportional(cause, effect)
+            if share >= FOLLOWS and _proportional(cause[early], effect[early])[1] >= FOLLOWS_EARLY:
+                found.append((number, action, gain))
+                break
     return found
 
 
@@ -174,7 +192,9 @@ def _proportional(cause: NDArray[np.float64], effect: NDArray[np.float64]) -> tu
     return float(cause @ effect) / power, float(cause @ effect) ** 2 / (power * total)
 
 
-def _carried(now: NDArray[np.float64], change: NDArray[np.float64], places: Sequence[int]) -> Carried:
+def _carried(
+    now: NDArray[np.float64], change: NDArray[np.float64], early: NDArray[np.bool_], places: Sequence[int]
+) -> Carried:
     """What the numbers at `places` determine: directions that turn with them, and any other function of them."""
     cosines = directions_of(now)
     moves = change[:, places]
@@ -185,6 +205,7 @@ def _carried(now: NDArray[np.float64], change: NDArray[np.float64], places: Sequ
     known = {*places, *cosines, *(place + 1 for place in cosines)}
     learned = max((_learned(now, places, scale) for scale in SCALES), key=lambda one: one.shares.sum())
     numbers = [place for place in np.flatnonzero(learned.shares >= CARRIED).tolist() if place not in known]
+    apart, slopes = _apart(change[early][:, [*places, *numbers]], change[early], {*known, *numbers})
     return Carried(
         numbers=numbers,
         center=learned.center,
@@ -194,7 +215,22 @@ def _carried(now: NDArray[np.float64], change: NDArray[np.float64], places: Sequ
         weights=learned.weights[:, numbers],
         cosines=cosines,
         turns=turns,
+        apart=apart,
+        slopes=slopes,
     )
+
+
+def _apart(
+    moves: NDArray[np.float64], change: NDArray[np.float64], known: AbstractSet[int]
+) -> tuple[list[int], NDArray[np.float64]]:
+    """The numbers whose changes (N, D) are linear in the moves (N, M), those known left out, and slopes (M, found)."""
+    scale = np.maximum(np.sqrt(np.square(moves).mean(axis=0)), np.finfo(np.float64).tiny)
+    slopes: NDArray[np.float64] = np.linalg.lstsq(moves / scale, change, rcond=1e-3)[0].astype(np.float64)
+    slopes /= scale[:, None]
+    left, total = np.square(change - moves @ slopes).sum(axis=0), np.square(change).sum(axis=0)
+    linear = (total > 0) & (left <= (1 - CARRIED) * total)
+    found = [place for place in np.flatnonzero(linear).tolist() if place not in known]
+    return found, slopes[:, found]
 
 
 class _Learned(NamedTuple):

@@ -35,13 +35,13 @@ class CorrectiveNoise:
         self._gains = torch.tensor([one.gain for one in followed])
         self._amounts = amount * torch.tensor([one.reach for one in followed])
         self._low, self._high = torch.from_numpy(corrections.low), torch.from_numpy(corrections.high)
-        self._numbers, self._cosines = list(carried.numbers), list(carried.cosines)
-        self._center, self._spread, self._frequencies, self._phases, self._weights, self._turns = (
+        self._numbers, self._cosines, self._apart = map(list, (carried.numbers, carried.cosines, carried.apart))
+        self._center, self._spread, self._frequencies, self._phases = (
             torch.from_numpy(array).to(torch.float32)
-            for array in (
-                *(carried.center, carried.spread, carried.frequencies),
-                *(carried.phases, carried.weights, carried.turns),
-            )
+            for array in (carried.center, carried.spread, carried.frequencies, carried.phases)
+        )
+        self._weights, self._turns, self._slopes = (
+            torch.from_numpy(array).to(torch.float32) for array in (carried.weights, carried.turns, carried.slopes)
         )
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
@@ -78,8 +78,9 @@ class CorrectiveNoise:
         before = numbers[..., self._places]
         after = before + noise
         numbers[..., self._places] = after
-        if self._numbers:
-            numbers[..., self._numbers] += self._determined(after) - self._determined(before)
+        along = self._determined(after) - self._determined(before)
+        numbers[..., self._numbers] += along
+        numbers[..., self._apart] += torch.cat([noise.expand_as(before), along], dim=-1) @ self._slopes
         if self._cosines:
             sines = [place + 1 for place in self._cosines]
             turned = torch.atan2(numbers[..., sines], numbers[..., self._cosines]) + noise @ self._turns

@@ -7,8 +7,9 @@ from policy.data.corrections import find_corrections
 from policy.data.demonstrations import Demonstrations
 
 GAINS = (0.6, 1.5)
-# Places in the vector: two joints, the hand's position, the cosine and sine of its yaw, two velocities, an object.
-JOINTS, HAND, COSINE, OBJECT = [0, 1], [2, 3], 4, [8, 9]
+# Places in the vector: two joints, the hand's position, the cosine and sine of its yaw, two velocities, an object, and
+# where the hand is from it.
+JOINTS, HAND, COSINE, OBJECT, APART, WIDTH = [0, 1], [2, 3], 4, [8, 9], [10, 11], 12
 
 
 def kinematics(joints):
@@ -32,7 +33,9 @@ def arm(*, episodes=30, steps=60, gains=GAINS, seed=0):
         held = np.arange(steps) >= 2 * steps // 3
         thing = np.where(held[:, None], place - place[2 * steps // 3], 0) + rng.uniform(-1, 1, 2)
         velocities = rng.normal(size=(steps, 2))
-        observations.append(np.column_stack([joints, place, np.cos(yaw), np.sin(yaw), velocities, thing]))
+        observations.append(
+            np.column_stack([joints, place, np.cos(yaw), np.sin(yaw), velocities, thing, place - thing])
+        )
         actions.append(action)
     return Demonstrations(
         observations={"state": np.concatenate(observations).astype(np.float32)},
@@ -66,6 +69,12 @@ def test_the_hand_is_carried_by_the_joints_and_its_yaw_turns_with_both(found):
     assert list(found.carried.numbers) == HAND
     assert list(found.carried.cosines) == [COSINE]
     np.testing.assert_allclose(found.carried.turns, [[1], [1]], atol=0.01)
+
+
+def test_where_the_hand_is_from_the_object_changes_with_the_hand(found):
+    assert list(found.carried.apart) == APART
+    moved = np.array([[0.0, 0.0, 0.3, 0.0], [0.0, 0.0, 0.0, -0.2]])  # of the joints and the hand
+    np.testing.assert_allclose(moved @ found.carried.slopes, moved[:, 2:], atol=0.02)
 
 
 def test_the_robot_is_still_where_nothing_but_itself_moves(found):

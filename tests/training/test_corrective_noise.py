@@ -13,10 +13,10 @@ from policy.training.corrective_noise import CorrectiveNoise
 from policy.training.preparation import prepare_run
 from policy.training.settings import TrainSettings
 from policy.training.share import DrawnForAll
-from tests.data.test_corrections import COSINE, GAINS, HAND, JOINTS, OBJECT, arm, kinematics
+from tests.data.test_corrections import APART, COSINE, GAINS, HAND, JOINTS, OBJECT, WIDTH, arm, kinematics
 
 CONFIG = PolicyConfig(
-    observation_shapes={"state": (10,)},
+    observation_shapes={"state": (WIDTH,)},
     action_dim=3,
     obs_size=8,
     encoder={"name": "state", "hidden_size": 8},
@@ -79,6 +79,7 @@ def test_the_moved_robot_is_a_possible_one(made):
     np.testing.assert_allclose(state[..., HAND], place, atol=0.02)
     np.testing.assert_allclose(state[..., COSINE], np.cos(yaw), atol=1e-3)
     np.testing.assert_allclose(state[..., COSINE + 1], np.sin(yaw), atol=1e-3)
+    np.testing.assert_allclose(state[..., APART], state[..., HAND] - state[..., OBJECT], atol=0.03)
     original = batch["observations"]["state"].numpy()[moved(batch, noisy).numpy()]
     np.testing.assert_array_equal(state[..., [6, 7, *OBJECT]], original[..., [6, 7, *OBJECT]])
     offset = (state - original)[..., JOINTS]

@@ -440,7 +440,7 @@ def _allowed(
             found = _relations(dataset, auxiliary)
             relations = found._asdict() if any(found) else {}
     corrections = False
-    with suppress(ValueError):  # no action is a displacement
+    with suppress(ValueError):  # no action is a displacement, or there are pictures
         vectors = [
             key for key, values in dataset.observations.items() if len(values.shape) == 2 and key not in auxiliary
         ]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from policy.common.observations import is_image
 from policy.data.demonstrations import Demonstrations
 from policy.data.relations import angles, directions_of, thinned, wrapped
 
@@ -120,18 +121,22 @@ def find_corrections(
     Args:
         demonstrations: the demonstrations.
         episodes: numbers of the episodes to look into.
-        keys: the observed state vectors.
+        keys: the observations of the policy.
         action_horizon: control steps in a chunk.
 
     Returns:
         The corrections.
 
     Raises:
-        ValueError: no number of the observation follows a number of the action.
+        ValueError: no number of the observation follows a number of the action, or there are pictures, which would show
+            the robot where it was.
     """
     vectors = {key: demonstrations.observations[key] for key in sorted(keys)}
-    if not vectors:
-        raise ValueError(_NOTHING_FOLLOWS)
+    if pictures := [key for key, values in vectors.items() if is_image(values.shape[1:])]:
+        raise ValueError(
+            f"train.corrective_noise moves the robot in vectors alone, and the pictures {pictures} would show it where"
+            " it was: leave it out, or choose vectors with dataset.observation_keys=[...]"
+        )
     starts, ends = demonstrations.episode_starts[episodes], demonstrations.episode_ends[episodes]
     rows = np.concatenate([np.arange(start, end - 1) for start, end in zip(starts, ends, strict=True)])
 

@@ -117,8 +117,7 @@ def _with_noise(
     """The training windows, and the noise for their batches if there is to be any."""
     if not settings.corrective_noise:
         return training, None
-    vectors = [key for key, shape in config.observation_shapes.items() if len(shape) == 1]
-    found = find_corrections(demonstrations, training.episodes, vectors, config.action_horizon)
+    found = find_corrections(demonstrations, training.episodes, config.observation_shapes, config.action_horizon)
     noise = CorrectiveNoise(found, settings.corrective_noise, config.past_actions)
     return training.marking(found.still), noise
 

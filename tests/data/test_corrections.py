@@ -94,9 +94,15 @@ def test_an_action_that_names_a_place_needs_no_correction(demonstrations):
         find_corrections(absolute, np.arange(30), ["state"], action_horizon=8)
 
 
-def test_images_have_no_part_in_it(demonstrations):
-    with pytest.raises(ValueError, match="there are none in these demonstrations"):
-        find_corrections(demonstrations, np.arange(30), [], action_horizon=8)
+def test_pictures_would_show_the_robot_where_it_was(demonstrations):
+    pictures = Demonstrations(
+        observations={**demonstrations.observations, "front": np.zeros((1800, 2, 2, 3), np.uint8)},
+        actions=demonstrations.actions,
+        episode_ends=demonstrations.episode_ends,
+    )
+    with pytest.raises(ValueError, match=r"the pictures \['front'\] would show it where it was: leave it out"):
+        find_corrections(pictures, np.arange(30), ["state", "front"], action_horizon=8)
+    assert find_corrections(pictures, np.arange(30), ["state"], action_horizon=8).followed
 
 
 def test_contacts_in_a_few_transitions_do_not_hide_what_follows():

@@ -67,6 +67,7 @@ OWN_SETTINGS = {
     "output_dir": "no folder, it is outputs/compare",
 }
 MARGIN = 0.05
+ONE_SEED = "These are intervals of single checkpoints: seeds=[0,1,2] takes in what another training seed would change."
 
 Row = dict[str, Any]
 
@@ -319,7 +320,7 @@ def conclusion(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
             }
         )
     verdicts = against_controls(named, success, MARGIN, paired=True)
-    return shown, [*(verdict["sentence"] for verdict in verdicts), scope_of(named)]
+    return shown, [*(verdict["sentence"] for verdict in verdicts), scope_of(named) if len(success[0]) > 1 else ONE_SEED]
 
 
 def _outcomes(row: Row) -> list[bool]:

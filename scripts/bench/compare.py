@@ -258,19 +258,17 @@ def _done(folder: Path | None, trained: Trained) -> None:
 
 def rows_of(trained: Trained) -> list[Row]:
     """One row per cell of a training's sweep, with the outcomes from which cells are compared."""
-    (task,) = trained.unit.tasks
-    seed = int(trained.unit.name.rsplit("seed", 1)[1])
+    task, objective, seed = trained.unit.name.rsplit("-", 2)
     rows = []
     for cell in trained.swept["cells"]:
         results = [EpisodeResult.from_row(row) for row in trained.swept["episodes"] if row["cell"] == cell["cell"]]
         rows.append(
             {
                 "task": task,
-                # The sweep of one objective leaves out the columns that are alike, and those at their former default.
-                "objective": trained.unit.name.removeprefix(f"{task}-").removesuffix(f"-seed{seed}"),
-                "solver": cell.get("solver", "ddim"),
+                "objective": objective,
+                "solver": cell.get("solver", "ddim"),  # a column that sweeps have where a cell has another one
                 "ddim_steps": cell["ddim_steps"],
-                "seed": seed,
+                "seed": int(seed.removeprefix("seed")),
                 **{name: cell[name] for name in ("episodes", "success_rate", "score_mean", "multiply_adds")},
                 "train_s": trained.train_s,
                 "first_episode": min(result.seed for result in results),

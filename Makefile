@@ -7,7 +7,7 @@ DEMO_TASK := pick-place-v3
 DEMO_DATA := $(DEMO)/demonstrations/metaworld-$(DEMO_TASK)-v0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick-tests test-all test-reliability test-versions lint types format bench-data bench-latency bench-rates bench-rollout bench-quality bench-demonstrations bench-import bench-compare bench-recipes bench-sweep bench-train bench-video bench-start bench-hostile bench-parity clean
+.PHONY: help setup demo test quick-tests test-all test-reliability test-versions lint types format bench-data bench-latency bench-rates bench-rollout bench-quality bench-demonstrations bench-import bench-compare bench-variants bench-recipes bench-sweep bench-train bench-video bench-start bench-hostile bench-parity clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -139,8 +139,11 @@ bench-import: setup ## large U-Nets beside LeRobot's own network (LEROBOT=its Py
 bench-sweep: setup ## simulated sweeps: errors of each way of stopping, episodes saved, right answers (SWEEPS=500 is faster)
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.bench.sweep $(if $(SWEEPS),sweeps=$(SWEEPS))
 
-bench-compare: setup ## denoisers, targets, schedules and horizons on Push-T, one change at a time: DATA=...
-	$(BIN)/python -m scripts.bench.compare dataset.path=$(DATA) $(OVERRIDES)
+bench-compare: setup ## objective x solver x steps on each task, paired, with the verdict on diffusion (Push-T with DATA=...)
+	$(BIN)/python -m scripts.bench.compare $(if $(DATA),pusht=$(DATA)) $(OVERRIDES)
+
+bench-variants: setup ## denoisers, targets, schedules and horizons on Push-T, one change at a time: DATA=...
+	$(BIN)/python -m scripts.bench.variants dataset.path=$(DATA) $(OVERRIDES)
 
 bench-recipes: setup ## coverage and width of the intervals over training seeds, beside pooled ones, by simulation
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.bench.recipes

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -49,7 +49,7 @@ def command(
     notes_given: str | None = None,
     goes_with: Mapping[str, Sequence[str]] | None = None,
     excludes: Mapping[str, Sequence[str]] | None = None,
-) -> Callable[[], None]:
+) -> functools.partial[None]:
     """Make a console command from a function, whose keyword arguments are the command's settings.
 
     A setting's default is defined in the function's signature. Overrides follow Hydra's grammar; a setting that the

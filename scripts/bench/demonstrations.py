@@ -28,11 +28,10 @@ from scripts.bench.report import machine, write_report
 from scripts.bench.trainings import (
     Trained,
     Unit,
+    collect_missing,
     file_name,
     listed,
-    run_commands,
     run_units,
-    side_by_side,
     train_and_sweep,
 )
 
@@ -69,7 +68,9 @@ def main() -> None:
     units = units_of(tasks, counts, given)
     kept = {unit.name: rows for unit in units if (rows := finished_rows(folder, unit.name))}
     missing = [unit for unit in units if unit.name not in kept]
-    collect(missing, max(counts))
+    collect_missing(
+        {unit.data: collection(unit.tasks[0], 0.0, max(counts), unit.data) for unit in missing if unit.data is not None}
+    )
     found = run_units(missing, "demonstrations", partial(_done, folder))
     kept |= {trained.unit.name: rows_of(trained) for trained in found}
     changes = file_name({name: value for name, value in given.items() if name not in OWN})
@@ -113,17 +114,6 @@ def _unit(task: str, model: str, count: int, root: Path, training: list[str], ep
             MODELS[model],
         ),
     )
-
-
-def collect(units: list[Unit], episodes: int) -> None:
-    """Collect the demonstrations of the units that are not there, side by side, each file once."""
-    wanted = {unit.data: unit.tasks[0] for unit in units if unit.data is not None and not unit.data.exists()}
-
-    def one(file: tuple[Path, str]) -> None:
-        data, task = file
-        run_commands(FOLDER / "data" / task, [collection(task, 0.0, episodes, data)])
-
-    side_by_side(one, list(wanted.items()), "collect", "file")
 
 
 def _done(folder: Path | None, trained: Trained) -> None:

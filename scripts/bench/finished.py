@@ -43,15 +43,27 @@ def keep_rows(folder: Path | None, trained: Trained, rows: Sequence[Row]) -> Non
         trained: the training.
         rows: JSON data.
     """
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
     solved = {
         str(cell["ddim_steps"]): [result.seed for result in trained.results(cell["ddim_steps"]) if result.success]
         for cell in trained.swept["cells"]
     }
-    content = {"machine": machine("gymnasium"), "rows": list(rows), "solved_seeds": solved}
-    write_text(_file(folder, trained.unit.name), json_text(content) + "\n")
+    write_rows(folder, trained.unit.name, rows, solved_seeds=solved)
+
+
+def write_rows(folder: Path | None, name: str, rows: Sequence[Row], **also: Any) -> None:
+    """Write the rows of a finished training, with the machine.
+
+    Args:
+        folder: receives the rows; None if none are kept.
+        name: name of the training.
+        rows: JSON data.
+        **also: further JSON data.
+    """
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"machine": machine("gymnasium"), "rows": list(rows), **also}
+    write_text(_file(folder, name), json_text(content) + "\n")
 
 
 def _file(folder: Path, name: str) -> Path:

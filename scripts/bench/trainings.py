@@ -129,6 +129,19 @@ def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], title: s
             sys.exit(f"{' '.join(error.cmd[2:])} ended with exit code {error.returncode}: see log.txt in its folder")
 
 
+def collect_missing(commands: Mapping[Path, Sequence[str]]) -> None:
+    """Collect the demonstrations that are not there, side by side.
+
+    Args:
+        commands: the command that writes each dataset, by the dataset's path.
+    """
+
+    def one(dataset: Path) -> None:
+        run_commands(dataset.parent / "logs" / dataset.name, [commands[dataset]])
+
+    side_by_side(one, [dataset for dataset in commands if not dataset.exists()], "collect", "dataset")
+
+
 def _run(unit: Unit) -> Trained:
     """Run one training and its evaluation."""
     log = run_commands(unit.folder, unit.commands)

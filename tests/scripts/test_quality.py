@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from policy.statistics.results import EpisodeResult
-from scripts.bench import compare, demonstrations, finished, quality, trainings
+from scripts.bench import demonstrations, finished, quality, trainings, variants
 from scripts.bench.ocbench import why
 from scripts.bench.quality import _units, total
 from scripts.bench.trainings import Trained, Unit
@@ -124,11 +124,11 @@ def test_other_demonstrations_never_share_a_folder():
         return unit.folder, path
 
     several = [{"tasks": "[reach-v3,push-v3]"}, {"tasks": "[reach-v3,door-open-v3]"}]
-    for preset, variants in {
+    for preset, ways in {
         "metaworld_tasks": [*several, {**several[0], "demonstrations": "5"}],
         "metaworld": [{"tasks": "[reach-v3]"}, {"tasks": "[push-v3]"}, {"tasks": "[reach-v3]", "demonstrations": "5"}],
     }.items():
-        found = [places(preset, **overrides) for overrides in variants]
+        found = [places(preset, **overrides) for overrides in ways]
         assert len({folder for folder, _ in found}) == len({data for _, data in found}) == 3
     plain, wider = (places("metaworld", tasks="[reach-v3]", **more) for more in ({}, {"denoiser.hidden_size": "64"}))
     assert plain[0] != wider[0]
@@ -178,22 +178,22 @@ def test_a_variant_is_compared_over_its_training_seeds():
         return [Trained(unit=unit, train_s=1.0, swept=swept(count)) for count in solved]
 
     base, other = trained(100, 104, 108), trained(20, 24, 28)
-    found = compare.row("other", other, base)
+    found = variants.row("other", other, base)
     assert (found["success at 8"], found["seeds at 8"]) == (pytest.approx(0.12), "10%, 12%, 14%")
     assert found["95 % at 8"].endswith("%")
     assert found["points from the first at 8"].startswith("-40 (-")
-    assert "points from the first at 8" not in compare.row("base", base, base)
-    assert "95 % at 8" not in compare.row("other", other[:1], base)
+    assert "points from the first at 8" not in variants.row("base", base, base)
+    assert "95 % at 8" not in variants.row("other", other[:1], base)
 
 
 @pytest.mark.slow
 def test_variants_are_trained_alike_but_for_one_thing_and_compared_on_the_same_episodes(planar_run, bench, tmp_path):
     shared = ["experiment=planar", f"dataset.path={planar_run}/planar-v0", "train.steps=5", "episodes=3"]
-    variants = "variants=[base,prediction_type=epsilon loss_weighting=min_snr]"
-    bench(compare, *shared, variants, "seeds=[1]")
-    rows = json.loads((tmp_path / "outputs/bench/compare.json").read_text())
+    changes = "variants=[base,prediction_type=epsilon loss_weighting=min_snr]"
+    bench(variants, *shared, changes, "seeds=[1]")
+    rows = json.loads((tmp_path / "outputs/bench/variants.json").read_text())
     assert [row["variant"] for row in rows] == ["base", "prediction_type=epsilon loss_weighting=min_snr"]
-    folder = tmp_path / "outputs/compare/experiment-planar/train.steps-5"
+    folder = tmp_path / "outputs/variants/experiment-planar/train.steps-5"
     runs = {
         run: folder.joinpath(*run, "seed_1")
         for run in [("base",), ("prediction_type-epsilon", "loss_weighting-min_snr")]

@@ -1,0 +1,234 @@
+"""The comparison of objectives and solvers: what it trains, what it skips, what it has done, and what it concludes."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from envs.errors import MissingExtraError
+from policy.diffusion.objective import OBJECTIVES
+from policy.statistics.results import EpisodeResult
+from scripts.bench import compare, tasks
+from scripts.bench.tasks import GIVEN, TASKS, task_named
+from scripts.bench.trainings import Trained
+from tests.scripts.test_quality import bench  # noqa: F401
+
+EPISODES = 200
+
+
+def swept(cells):
+    """The content of a `sweep.json` whose cells (solver, ddim_steps) solved so many of 100 episodes."""
+    return {
+        "cells": [
+            {
+                "cell": f"{solver}{steps}",
+                "solver": solver,
+                "ddim_steps": steps,
+                "episodes": EPISODES,
+                "success_rate": solved / 100,
+                "score_mean": solved / 100,
+                "multiply_adds": 1e6,
+            }
+            for (solver, steps), solved in cells.items()
+        ],
+        "episodes": [
+            {
+                "cell": f"{solver}{steps}",
+                **EpisodeResult(
+                    seed=100000 + n, success=n < solved * EPISODES // 100, score=1.0, return_=0.0, steps=1
+                ).row(),
+            }
+            for (solver, steps), solved in cells.items()
+            for n in range(EPISODES)
+        ],
+    }
+
+
+def trained(unit, diffusion=100, regression=60):
+    cells = {
+        "diffusion": {(solver, steps): diffusion for solver in ("ddim", "dpmpp_2m") for steps in (1, 4)},
+        "flow": {("euler", steps): 80 for steps in (1, 4)},
+        "regression": {("one_call", 1): regression},
+        "mip": {("two_calls", 2): 100},
+    }[Path(unit.folder).parent.name]
+    return Trained(unit=unit, train_s=60.0, swept=swept(cells))
+
+
+@pytest.fixture
+def pretended(tmp_path, monkeypatch, capsys):
+    """Run the comparison with results that no training made; gives what it printed and the units that it ran."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "FINISHED", tmp_path / "rows")
+    monkeypatch.setattr(compare, "collect_missing", lambda commands: None)
+
+    def run(*arguments, stop_after=None):
+        units = []
+
+        def run_units(wanted, title, done):
+            found = []
+            for unit in wanted:
+                if len(units) == stop_after:
+                    raise KeyboardInterrupt
+                units.append(unit.name)
+                found.append(trained(unit))
+                done(found[-1])
+            return found
+
+        monkeypatch.setattr(compare, "run_units", run_units)
+        monkeypatch.setattr(sys, "argv", ["compare", *arguments])
+        compare.main()
+        return capsys.readouterr().out, units
+
+    return run
+
+
+def test_a_stopped_comparison_goes_on_and_a_finished_row_is_not_run_again(pretended, tmp_path):
+    command = ["tasks=[planar]", "seeds=[0,1]"]
+    with pytest.raises(KeyboardInterrupt):
+        pretended(*command, stop_after=3)
+    kept = {file.stem for file in (tmp_path / "rows/compare").iterdir()}
+    assert kept == {f"planar-{objective}-seed0" for objective in ("diffusion", "flow", "regression")}
+    out, units = pretended(*command)
+    assert units == ["planar-mip-seed0", *(f"planar-{objective}-seed1" for objective in OBJECTIVES)]
+    again, units = pretended(*command)
+    assert units == []
+    assert again.split("trainings in")[0].endswith("0 ")
+    table = [line for line in out.splitlines() if line.startswith("|") or "beat" in line]
+    assert table == [line for line in again.splitlines() if line.startswith("|") or "beat" in line]
+    assert len(pretended("tasks=[planar]", "seeds=[0,1,2]")[1]) == 4  # the rows of the other seeds are used
+
+
+def test_the_table_has_a_row_for_each_cell_over_training_seeds_and_a_verdict_for_each_control(pretended, tmp_path):
+    out, _ = pretended("tasks=[planar]", "seeds=[0,1,2]")
+    rows = json.loads((tmp_path / "outputs/bench/compare.json").read_text())
+    assert [(row["objective"], row["solver"], row["ddim_steps"]) for row in rows] == [
+        *(("diffusion", solver, steps) for solver in ("ddim", "dpmpp_2m") for steps in (1, 4)),
+        *(("flow", "euler", steps) for steps in (1, 4)),
+        ("regression", "one_call", 1),
+        ("mip", "two_calls", 2),
+    ]
+    regression = next(row for row in rows if row["objective"] == "regression")
+    assert regression["by training seed"] == "60, 60, 60"
+    assert re.fullmatch(r"60 % \(\d\d to \d\d\)", regression["success (95 %)"])
+    assert regression["difference to the best, points"].startswith("-40.0 (-")
+    assert "Diffusion was shown to beat regression on this task" in out
+    assert "Flow was shown to beat regression on this task" in out
+    assert "Diffusion was shown not to beat mip by more than 5 points on this task" in out
+    assert "over 3 training seeds" in out
+
+
+@pytest.mark.parametrize(
+    ("regression", "verdict"),
+    [(60, "was shown to beat"), (100, "was shown not to beat regression by more than 5 points"), (97, "is open")],
+)
+def test_the_verdict_follows_from_the_outcomes(regression, verdict):
+    request = compare.requested(["tasks=[planar]", "seeds=[0]", "objectives=[diffusion,regression]"])
+    rows = [
+        row
+        for unit in compare.units_of(request)
+        for row in compare.rows_of(trained(unit, diffusion=100, regression=regression))
+    ]
+    _, (sentence, scope) = compare.conclusion(rows)
+    assert verdict in sentence
+    assert "single checkpoints" in scope
+
+
+def test_other_settings_keep_no_rows_and_get_folders_of_their_own(pretended, tmp_path):
+    _, units = pretended("tasks=[planar]", "seeds=[0]", "train.steps=7", "episodes=3")
+    assert len(units) == 4
+    assert not (tmp_path / "rows").exists()
+    assert (tmp_path / "outputs/bench/compare_train.steps-7_episodes-3.json").exists()
+    plain, other = (
+        compare.units_of(compare.requested(["tasks=[planar]", *more]))[0] for more in ([], ["denoiser=unet"])
+    )
+    assert plain.folder != other.folder
+    assert plain.data == other.data
+    assert compare.requested(["tasks=[planar]", "episodes=100", "ddim_steps=[1,2,4,8]"]).changes == []
+
+
+def test_each_objective_is_trained_alike_and_only_diffusion_has_a_choice_of_solvers():
+    units = compare.units_of(compare.requested(["tasks=[planar]", "denoiser.num_layers=1"]))
+    assert [unit.name for unit in units[:5]] == [
+        *(f"planar-{objective}-seed0" for objective in OBJECTIVES),
+        "planar-diffusion-seed1",
+    ]
+    trainings = [{*unit.commands[0]} for unit in units]
+    assert trainings[0] ^ trainings[1] == {
+        *("objective=diffusion", "objective=flow"),
+        *(f"output_dir={unit.folder}" for unit in units[:2]),
+    }
+    assert "denoiser.num_layers=1" in trainings[0]
+    sweeps = [[part for part in unit.commands[1] if part.startswith("sampler.")] for unit in units[:4]]
+    assert sweeps == [["sampler.solver=[ddim,dpmpp_2m]"], [], [], []]
+
+
+def test_a_task_that_cannot_be_run_here_is_named_and_left_out(pretended, monkeypatch):
+    out, units = pretended("tasks=[pusht,planar]", "seeds=[0]")
+    assert "pusht is left out: it has no scripted expert: give its demonstrations as pusht=PATH" in out
+    assert {name.split("-")[0] for name in units} == {"planar"}
+
+    def without_metaworld(name, **settings):
+        raise MissingExtraError("Meta-World is not installed; run: pip install 'ddim-policy[metaworld]'")
+
+    monkeypatch.setattr(tasks, "make_env", without_metaworld)
+    with pytest.raises(SystemExit, match=r"no task can be run here; reach-v3 is left out: Meta-World is not installed"):
+        pretended("tasks=[reach-v3]")
+
+
+def test_the_expert_of_a_task_collects_where_the_training_reads():
+    soccer = task_named("soccer-v3")
+    assert {"env=metaworld", "env.task=soccer-v3", "episodes=50", "output_dir=x"} <= {*soccer.collection(Path("x"))}
+    assert soccer.dataset(Path("x")) == Path("x/metaworld-soccer-v3-v0")
+    assert GIVEN == ("pusht", "fetch")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_the_tasks_of_the_table_are_there(name):
+    """Where the package is installed; importing every simulator takes seconds."""
+    reason = task_named(name).missing(Path(__file__))
+    assert reason == "" or "pip install" in reason
+
+
+@pytest.mark.parametrize(
+    ("argument", "reason"),
+    [
+        ("tasks", "usage: python -m scripts.bench.compare"),
+        ("tasks=[puhst]", "unknown task 'puhst' (did you mean 'pusht'?)"),
+        ("tasks=[planar,planar]", "must be a list without repetitions"),
+        ("objectives=[regresion]", "unknown objective 'regresion' (did you mean 'regression'?)"),
+        ("solvers=[dpmpp2m]", "unknown solver of diffusion 'dpmpp2m' (did you mean 'dpmpp_2m'?)"),
+        ("seeds=[a]", "seeds=[a] must be whole numbers from 0 on, such as seeds=[0,1,2]"),
+        ("ddim_steps=[0]", "ddim_steps=[0] must be whole numbers from 1 on"),
+        ("episodes=0", "episodes=0 must be a whole number from 1 on, such as episodes=100"),
+        ("episodes=[1,2]", "episodes=[1,2] must be a whole number from 1 on, such as episodes=100"),
+        ("epsiodes=3", "unknown setting 'epsiodes' (did you mean 'episodes'?)"),
+        ("objective=flow", "objective is set by the comparison: give objectives=[...], and leave objective out"),
+        ("dataset.path=x", "dataset.path is set by the comparison: give pusht=PATH or fetch=PATH"),
+        ("fetch=nowhere", "fetch=nowhere does not exist"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_work(argument, reason, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare", *(["tasks=[fetch]"] if "fetch=" in argument else []), argument])
+    with pytest.raises(SystemExit, match=re.escape(reason)):
+        compare.main()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_from_demonstrations_to_the_verdict(bench, tmp_path):  # noqa: F811
+    sizes = ["train.steps=5", "denoiser.hidden_size=16", "denoiser.num_layers=1", "episodes=3", "ddim_steps=[1,4]"]
+    out = bench(compare, "tasks=[planar]", "seeds=[0,1]", *sizes)
+    (report,) = (tmp_path / "outputs/bench").glob("compare_*.json")
+    found = [(row["objective"], row["solver"], row["ddim_steps"]) for row in json.loads(report.read_text())]
+    assert found == [
+        *(("diffusion", solver, steps) for solver in ("ddim", "dpmpp_2m") for steps in (1, 4)),
+        *(("flow", "euler", steps) for steps in (1, 4)),
+        ("regression", "one_call", 1),
+        ("mip", "two_calls", 2),
+    ]
+    assert re.search(r"diffusion beats? regression|Diffusion was shown (not )?to beat regression", out)
+    assert len([*(tmp_path / "outputs/compare").glob("*/**/seed_1/sweep/sweep.json")]) == 4

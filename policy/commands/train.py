@@ -583,7 +583,7 @@ def _facts(
     dataset: Demonstrations, env: dict[str, Any] | None, record: Record, settings: TrainSettings
 ) -> TrainingFacts:
     """What the run's page says of it besides its metrics."""
-    name = " ".join(map(str, env.values())) if env else Path(dataset.source).name
+    name = " ".join(map(str, env.values())) if env else dataset.name
     return TrainingFacts(
         title=f"Training: {name}",
         all_steps=settings.all_steps,

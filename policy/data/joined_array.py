@@ -14,7 +14,8 @@ class JoinedArray:
     """The rows of some arrays (N_i, *shape), one array after the other, in place of their concatenation (N, *shape).
 
     Args:
-        parts: one array or more, of the same shape besides their rows and of the same dtype.
+        parts: one array or more, each of a row or more and of two axes or more, of the same
+            shape besides their rows and of the same dtype.
     """
 
     def __init__(self, parts: Sequence[NDArray[Any]]) -> None:

@@ -98,7 +98,7 @@ def read_demonstrations(
         raise ValueError(f"dataset.decode_workers must be 0 or more; got {decode_workers}")
     cache, skip_bad = (cache_dir or default_cache_dir()).expanduser(), on_bad_episode == "skip"
     found: list[Demonstrations] = []
-    for place in _found(format, path if isinstance(path, list) else [path]):
+    for place in _found(format, [path] if isinstance(path, str | Path) else path):
         budget = _budget(cache, max_bytes, max_episodes, image_size, transform)
         request = Request(observation_keys, action_key, subset, on_action_outside, chosen, budget)
         reading = _Reading(format, place, request, max_episodes, relabel, transform, image_size, skip_bad, decode)
@@ -121,8 +121,9 @@ def _found(format: str, paths: Sequence[Path]) -> list[Path]:
     places: dict[str, Path] = {}
     for path in paths:
         place = FORMATS[format].find(Path(path))
-        if places.setdefault(os.path.realpath(place), place) is not place:
+        if (file := os.path.realpath(place)) in places:
             raise ValueError(f"dataset.path names {place} twice: its episodes would count double; leave one out")
+        places[file] = place
     for place in [*places.values()][1:]:
         list_files(place)  # before the first one is converted
     return [*places.values()]

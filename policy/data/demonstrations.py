@@ -36,7 +36,8 @@ class Demonstrations:
         held_out: numbers of the episodes that the file sets aside for validation.
         source: the file or folder, for messages.
         joined_from: the files or folders of several datasets that were joined; empty for a single one.
-        metadata: the file's description of itself (`env`, `rate_hz`), JSON data.
+        metadata: the file's description of itself (`env`, `rate_hz`), JSON data; `envs` where several datasets are of
+            different environments.
         skipped: episodes left out as bad, name to reason.
         decode_workers: processes that decode frames of videos ahead of a training; 0 decodes in the training's own.
 

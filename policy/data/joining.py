@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -80,7 +79,7 @@ def join(datasets: Sequence[Demonstrations]) -> Demonstrations:
     """Join datasets that `check_alike` finds alike.
 
     The names of episodes begin with that of their dataset. What the datasets say of themselves is kept where all that
-    say it agree; tasks are put together, and anything else is listed. Datasets of different environments have none.
+    say it agree; tasks are put together, and anything else is listed, different environments as `envs`.
 
     Args:
         datasets: the datasets; a single one is returned as it is.
@@ -121,27 +120,18 @@ def _joined(parts: Sequence[Any]) -> Any:
 def _metadata(datasets: Sequence[Demonstrations]) -> Mapping[str, Any]:
     joined: dict[str, Any] = {}
     for key in dict.fromkeys(chain.from_iterable(one.metadata for one in datasets)):
-        said = [one for one in datasets if one.metadata.get(key) is not None]
-        values = [one.metadata[key] for one in said]
-        differing = next((pair for pair in pairwise(said) if pair[0].metadata[key] != pair[1].metadata[key]), None)
+        values = [one.metadata[key] for one in datasets if one.metadata.get(key) is not None]
+        distinct = _without_repetition(values)
         if key == "tasks" and all(isinstance(value, list) for value in values):
-            joined[key] = [*dict.fromkeys(chain.from_iterable(values))]
-        elif not differing or key == "rate_hz":
-            joined[key] = next(iter(values), None)
-        elif key == "env":
-            _warn_of_environments(*differing)
+            joined[key] = _without_repetition([*chain.from_iterable(values)])
+        elif key == "rate_hz":
+            joined[key] = next(filter(None, map(stated_rate, values)), None)
+        elif len(distinct) > 1:
+            joined["envs" if key == "env" else key] = distinct
         else:
-            joined[key] = values
+            joined[key] = next(iter(distinct), None)
     return joined
 
 
-def _warn_of_environments(first: Demonstrations, other: Demonstrations) -> None:
-    shown = [f"{one.source} is of {_settings(one.metadata['env'])}" for one in (first, other)]
-    warnings.warn(
-        f"{' and '.join(shown)}: a policy of both has no environment of its own; env=... chooses one to roll out in",
-        stacklevel=4,
-    )
-
-
-def _settings(env: Any) -> str:
-    return " ".join(f"{key}={value}" for key, value in env.items()) if isinstance(env, Mapping) else str(env)
+def _without_repetition(values: Sequence[Any]) -> list[Any]:
+    return [value for place, value in enumerate(values) if value not in values[:place]]

@@ -198,8 +198,9 @@ def test_environment_and_rate_are_those_that_are_stated(read, tmp_path, said, en
 def test_datasets_of_different_environments_have_none(read, tmp_path):
     said = {"a": PLANAR, "b": PLANAR, "c": REACH}
     paths = [minari_set(tmp_path, f"{name}-v0", ddim_policy_env=env) for name, env in said.items()]
-    with pytest.warns(UserWarning, match=r"b-v0 is of name=planar and .*c-v0 is of name=gym: .*; env=\.\.\. chooses"):
-        assert "env" not in read(paths).metadata
+    found = read(paths).metadata
+    assert "env" not in found
+    assert found["envs"] == [json.loads(PLANAR), json.loads(REACH)]
 
 
 def test_tasks_are_put_together(read, tmp_path):

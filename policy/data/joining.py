@@ -48,14 +48,16 @@ def _different_shapes(first: Demonstrations, other: Demonstrations) -> list[str]
         if shapes[0].get(key) != shapes[1].get(key)
     ]
     if differing:
-        differing[-1] += " (dataset.observation_keys= and dataset.image_size= choose, rename and resize those of all)"
+        differing[-1] += " (dataset.observation_keys=, action_key= and image_size= choose and resize those of all)"
     return differing
 
 
 def _different_frames(first: Demonstrations, other: Demonstrations) -> list[str]:
     """Pictures of the same shape, of which some are decoded, or in videos of another size."""
     differing = []
-    for key in first.observations.keys() & other.observations.keys():
+    for key in first.observations:
+        if first.observation_shapes[key] != other.observation_shapes.get(key):
+            continue
         stored = [one.frames[key].stored if key in one.frames else None for one in (first, other)]
         if stored[0] != stored[1]:
             where = [f"{_stored(one)} in the {place}" for one, place in _placed(stored)]

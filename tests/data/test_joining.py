@@ -228,7 +228,7 @@ TWO = spaces.Dict({"pose": VECTOR, "goal": VECTOR})
         (
             {"observation_space": spaces.Dict({"seen": PICTURE})},
             {"observation_space": spaces.Dict({"seen": VECTOR})},
-            r"'seen' is \(32, 40, 3\) in the first and \(4,\) in the second \(dataset.observation_keys= and",
+            r"'seen' is \(32, 40, 3\) in the first and \(4,\) in the second \(dataset.observation_keys=, ",
         ),
         ({"ddim_policy_rate_hz": 10}, {"ddim_policy_rate_hz": 30}, "10 Hz in the first and 30 Hz in the second, .*res"),
     ],

@@ -219,10 +219,10 @@ def parameter_of(task: Task, name: str) -> inspect.Parameter | None:
 
 
 def takes_only_a_path(parameter: inspect.Parameter, text: str) -> bool:
-    """Whether a setting takes a path, and this text cannot be a list of paths."""
+    """Whether a setting takes a path, and this text is not written as a list of paths."""
     hints = [parameter.annotation, *typing.get_args(parameter.annotation)]
     lists = any(hint is list or typing.get_origin(hint) is list for hint in hints)
-    return Path in hints and not (lists and text.startswith("["))
+    return Path in hints and not (lists and text.startswith("[") and text.endswith("]"))
 
 
 def _check_node(where: str, node: Settings) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from policy.checkpoint.reading import Checkpoint
 from policy.common.control_rate import stated_rate
+from policy.common.files import distinct_names
 from policy.diffusion.sampler import Sampler
 
 NOT_STATED = "not stated"
@@ -55,7 +56,18 @@ def _data(training: Mapping[str, Any]) -> str:
     if isinstance(imported := training.get("imported"), Mapping):
         return f"imported from {imported.get('project')}: {imported.get('source')}"
     counts = [f"{training[name]} {name}" for name in ("episodes", "transitions") if name in training]
-    return ": ".join(filter(None, [str(training.get("dataset", "")), ", ".join(counts)])) or NOT_STATED
+    return ": ".join(filter(None, [", ".join(_datasets(training)), ", ".join(counts)])) or NOT_STATED
+
+
+def dataset_names(training: Mapping[str, Any]) -> list[str]:
+    """The names of the datasets that a policy was trained on, without their folders; empty if they are not noted."""
+    return distinct_names(_datasets(training))
+
+
+def _datasets(training: Mapping[str, Any]) -> list[str]:
+    """The datasets that a checkpoint notes: a text, or a list of texts for several."""
+    noted = training.get("dataset") or []
+    return [str(one) for one in noted] if isinstance(noted, list) else [str(noted)]
 
 
 def _started(training: Mapping[str, Any]) -> dict[str, str]:

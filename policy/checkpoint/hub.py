@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from policy.checkpoint.description import dataset_names
 from policy.checkpoint.files import CHECKSUMS, CONFIG, TRAINING_RECORD, WEIGHTS, adding
 from policy.checkpoint.model_card import model_card
 from policy.checkpoint.reading import load_checkpoint
@@ -64,8 +65,8 @@ class HubStorage:
 def _write(folder: Path, policy: DiffusionPolicy) -> None:
     origin = policy.origin or Origin(execution_horizon=policy.config.action_horizon)
     training = dict(origin.training)
-    if isinstance(training.get("dataset"), str):
-        training["dataset"] = Path(training["dataset"]).name  # the rest of the path is private
+    if names := dataset_names(training):  # the rest of their paths is private
+        training["dataset"] = names if isinstance(training["dataset"], list) else names[0]
     write_policy(
         folder,
         policy,

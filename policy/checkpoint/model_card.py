@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from policy.checkpoint.description import dataset_names
 from policy.common.markdown import markdown_code, markdown_table, markdown_text
 from policy.common.terminal import printable
 from policy.model.diffusion_policy import DiffusionPolicy
@@ -134,7 +135,8 @@ def _training(training: Figures) -> str:
     noted = [(key, training[key]) for key in names if key in training]
     if isinstance(imported := training.get("imported"), Mapping):
         noted.append(("imported", f"{imported.get('project')}: {imported.get('source')}"))
-    rows = [(key, markdown_text(Path(str(value)).name if key == "dataset" else str(value))) for key, value in noted]
+    named = ", ".join(dataset_names(training))
+    rows = [(key, markdown_text(named if key == "dataset" else str(value))) for key, value in noted]
     return markdown_table(("", "value"), rows) if rows else ""
 
 

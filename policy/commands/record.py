@@ -115,7 +115,7 @@ def facts_of(
     """
     return {
         "seed": seed,
-        "dataset": dataset.source,
+        "dataset": [*dataset.joined_from] or dataset.source,
         "episodes": dataset.num_episodes,
         "transitions": len(dataset.actions),
         "rate_hz": rate,

@@ -512,7 +512,9 @@ def _describe(run: Run, env: dict[str, Any] | None, start: _Start | None, train:
     if start and run.state.step == 0:
         print(_described_start(run, start, train, refit))
     if env is None:
-        print("no environment is known, so there are no rollouts while training: env=... adds them")
+        several = "envs" in run.training.demonstrations.metadata
+        reason = "the datasets are of different environments" if several else "no environment is known"
+        print(f"{reason}, so there are no rollouts while training: env=... adds them")
 
 
 def _described_start(run: Run, start: _Start, train: TrainSettings, refit: bool) -> str:
@@ -594,7 +596,7 @@ def _facts(
     dataset: Demonstrations, env: dict[str, Any] | None, record: Record, settings: TrainSettings
 ) -> TrainingFacts:
     """What the run's page says of it besides its metrics."""
-    name = " ".join(map(str, env.values())) if env else Path(dataset.source).name
+    name = " ".join(map(str, env.values())) if env else dataset.name
     return TrainingFacts(
         title=f"Training: {name}",
         all_steps=settings.all_steps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,3 +60,16 @@ def _finite(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [_finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """Return the ends of paths by which they are told apart: the last part, or as many as it takes.
+
+    >>> distinct_names(["/data/pusht"])
+    ['pusht']
+    >>> distinct_names(["/data/door/human-v2", "/data/pen/human-v2"])
+    ['door/human-v2', 'pen/human-v2']
+    """
+    parts = [Path(path).parts for path in paths]
+    ends = (["/".join(part[-count:]) for part in parts] for count in range(1, max(map(len, parts), default=0) + 1))
+    return next((names for names in ends if len(set(names)) == len(names)), list(paths))

@@ -160,8 +160,8 @@ def find_corrections(
         followed=[Followed(*one, float(far)) for one, far in zip(followed, reach, strict=True)],
         carried=carried,
         still=_still(vectors, demonstrations.episode_ends, sorted(known)),
-        low=demonstrations.actions.min(axis=0),
-        high=demonstrations.actions.max(axis=0),
+        low=np.min(demonstrations.actions, axis=0),
+        high=np.max(demonstrations.actions, axis=0),
     )
 
 

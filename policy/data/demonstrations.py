@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from policy.common.files import distinct_names
 from policy.data.frames import Frames
+from policy.data.joined_array import JoinedArray
 
 Arrays = Mapping[str, NDArray[Any]]
 # A symmetry of the task: a function that maps observations by key (..., *shape) and actions (..., action_dim) to their
@@ -27,13 +29,15 @@ class Demonstrations:
     Attributes:
         observations: (N, *shape) under each key: float32 vectors, or uint8 images (height, width, channels), which may
             be `Frames` of videos. A vector that has no key in the file gets the key `state`, such an image the key
-            `image`.
+            `image`. Those of several datasets are a `JoinedArray`, as their actions are.
         actions: (N, action_dim) float32.
         episode_ends: (E,) int64, exclusive end of each episode in the N transitions.
         episode_names: the file's name of each episode; by default the episode's number.
         held_out: numbers of the episodes that the file sets aside for validation.
         source: the file or folder, for messages.
-        metadata: the file's description of itself (`env`, `rate_hz`), JSON data.
+        joined_from: the files or folders of several datasets that were joined; empty for a single one.
+        metadata: the file's description of itself (`env`, `rate_hz`), JSON data; `envs` where several datasets are of
+            different environments.
         skipped: episodes left out as bad, name to reason.
         decode_workers: processes that decode frames of videos ahead of a training; 0 decodes in the training's own.
 
@@ -47,6 +51,7 @@ class Demonstrations:
     episode_names: Sequence[str] = ()
     held_out: Sequence[int] = ()
     source: str = "memory"
+    joined_from: Sequence[str] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     decode_workers: int = 0
@@ -64,9 +69,9 @@ class Demonstrations:
             if len(values) != total:
                 raise ValueError(f"{self.source}: observation {key!r} has {len(values)} rows, actions have {total}")
         # NumPy would copy a non-contiguous array as a whole each time a batch is taken from it.
-        whole = {k: v if isinstance(v, Frames) else np.ascontiguousarray(v) for k, v in self.observations.items()}
+        whole = {key: _contiguous(values) for key, values in self.observations.items()}
         object.__setattr__(self, "observations", whole)
-        object.__setattr__(self, "actions", np.ascontiguousarray(self.actions))
+        object.__setattr__(self, "actions", _contiguous(self.actions))
         if not self.episode_names:
             object.__setattr__(self, "episode_names", [str(number) for number in range(len(ends))])
 
@@ -74,6 +79,11 @@ class Demonstrations:
     def num_episodes(self) -> int:
         """The number of episodes E."""
         return len(self.episode_ends)
+
+    @property
+    def name(self) -> str:
+        """The name of the dataset, or the names of several: of the file or folder, without what is common to them."""
+        return ", ".join(distinct_names(self.joined_from or [self.source]))
 
     @property
     def frames(self) -> dict[str, Frames]:
@@ -95,3 +105,7 @@ class Demonstrations:
     def observation_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of one observation under each key."""
         return {key: tuple(values.shape[1:]) for key, values in self.observations.items()}
+
+
+def _contiguous(values: Any) -> Any:
+    return values if isinstance(values, Frames | JoinedArray) else np.ascontiguousarray(values)

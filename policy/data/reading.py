@@ -26,6 +26,7 @@ from policy.data.files import fingerprint, list_files
 from policy.data.formats import FORMATS
 from policy.data.formats.format import Format
 from policy.data.frames import Frames, resized
+from policy.data.joining import check_alike, join
 
 # Increase it when the meaning of cached data changes, so that older entries are not found any more.
 CACHE_VERSION = 2
@@ -36,7 +37,7 @@ MAX_WORKERS = 8
 def read_demonstrations(
     *,
     format: str,
-    path: Path,
+    path: Path | list[Path],
     observation_keys: list[str] | dict[str, str] | None = None,
     action_key: str | None = None,
     subset: str | None = None,
@@ -56,12 +57,12 @@ def read_demonstrations(
     Args:
         format: `minari`, `lerobot`, `robomimic`, `zarr` (the Diffusion Policy replay buffer) or a format of a plugin.
         path: the file or folder; for Minari also an id such as D4RL/door/human-v2, which is looked up under the local
-            Minari root and otherwise downloaded.
+            Minari root and otherwise downloaded. A list of them is read as one dataset, each with the settings below.
         observation_keys: keys of the file to observe, or policy key to the file's key; by default the keys that the
             format marks as observations.
         action_key: the file's key of the actions; by default the format's own.
         subset: a subset of the episodes that the file itself names (robomimic's filter keys, LeRobot's splits).
-        max_episodes: read only the first good episodes, up to this number.
+        max_episodes: read only the first good episodes, up to this number, of each dataset.
         relabel: rewrites an episode, given as the file's observations by key and its actions, as a demonstration of
             what it achieved (hindsight relabelling).
         transform: maps an episode's observations in the file, (T, ...) by key, to observations of the environment.
@@ -82,7 +83,7 @@ def read_demonstrations(
 
     Raises:
         ValueError: the dataset is missing or damaged, or lacks a requested part; the message names file, episode and
-            key.
+            key. Several datasets have different keys, shapes or control rates; the message names two of them.
     """
     if format not in FORMATS:
         raise FORMATS.unknown(format)
@@ -95,14 +96,37 @@ def read_demonstrations(
             raise ValueError(f"dataset.{name} must be 1 or more; got {value}")
     if decode_workers is not None and decode_workers < 0:
         raise ValueError(f"dataset.decode_workers must be 0 or more; got {decode_workers}")
-    cache = (cache_dir or default_cache_dir()).expanduser()
-    budget = _budget(cache, max_bytes, max_episodes, image_size, transform)
-    request = Request(observation_keys, action_key, subset, on_action_outside, chosen, budget)
-    place, skip_bad = FORMATS[format].find(Path(path)), on_bad_episode == "skip"
-    reading = _Reading(format, place, request, max_episodes, relabel, transform, image_size, skip_bad, decode)
-    found = reading.read(cache)
-    reading.check(found)
-    return replace(found, decode_workers=_usual_workers() if decode_workers is None else decode_workers)
+    cache, skip_bad = (cache_dir or default_cache_dir()).expanduser(), on_bad_episode == "skip"
+    found: list[Demonstrations] = []
+    for place in _found(format, [path] if isinstance(path, str | Path) else path):
+        budget = _budget(cache, max_bytes, max_episodes, image_size, transform)
+        request = Request(observation_keys, action_key, subset, on_action_outside, chosen, budget)
+        reading = _Reading(format, place, request, max_episodes, relabel, transform, image_size, skip_bad, decode)
+        newest = reading.read(cache)
+        reading.check(newest)
+        for earlier in found:
+            check_alike(earlier, newest)
+        found.append(newest)
+    return replace(join(found), decode_workers=_usual_workers() if decode_workers is None else decode_workers)
+
+
+def _found(format: str, paths: Sequence[Path]) -> list[Path]:
+    """Find the files or folders of datasets.
+
+    Raises:
+        ValueError: there is none, or one is named twice.
+    """
+    if not paths:
+        raise ValueError("dataset.path=[] names no dataset: give one path or more")
+    places: dict[str, Path] = {}
+    for path in paths:
+        place = FORMATS[format].find(Path(path))
+        if (file := os.path.realpath(place)) in places:
+            raise ValueError(f"dataset.path names {place} twice: its episodes would count double; leave one out")
+        places[file] = place
+    for place in [*places.values()][1:]:
+        list_files(place)  # before the first one is converted
+    return [*places.values()]
 
 
 def _check_choice(setting: str, value: str, choices: Sequence[str]) -> None:

@@ -62,7 +62,7 @@ def _figure(demonstrations: Demonstrations, inspection: Inspection, numbers: Seq
         name = printable(demonstrations.episode_names[number])
         axes.set_title(f"episode {name} ({length} transitions)", fontsize="medium")
     figure.suptitle(
-        f"{printable(Path(inspection.source).name)}: {len(numbers)} of {inspection.episodes.count} episodes"
+        f"{printable(demonstrations.name)}: {len(numbers)} of {inspection.episodes.count} episodes"
         "\nover time, each dimension is scaled by its range to [-1, 1], as a policy sees it",
         fontsize="medium",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from policy.common.markdown import markdown_table
 from policy.common.observations import is_image
@@ -37,14 +38,13 @@ def format_inspection(inspection: Inspection, dimensions: int = 32) -> str:
 
 def _format_summary(inspection: Inspection) -> str:
     episodes, rate = inspection.episodes, inspection.rate_hz
-    env = inspection.env
     lengths = f"{episodes.min} to {episodes.max} transitions, median {episodes.median:g}"
     if rate:
         lengths += f" ({episodes.min / rate:.1f} to {episodes.max / rate:.1f} s, median {episodes.median / rate:.1f} s)"
     lines = {
         "source": inspection.source,
         "format": inspection.format or "not stated",
-        "environment": " ".join(f"{k}={v}" for k, v in env.items()) if isinstance(env, Mapping) else env or "not named",
+        "environment": _format_env(inspection.env),
         "rate": f"{rate:g} Hz" if rate else "not stated",
         "episodes": f"{episodes.count} with {episodes.transitions} transitions",
         "lengths": lengths,
@@ -64,6 +64,12 @@ def _format_summary(inspection: Inspection) -> str:
     if episodes.bad:
         text.append(f"{'':<12}   training refuses them, or leaves them out with dataset.on_bad_episode=skip")
     return "\n".join(text)
+
+
+def _format_env(env: Any) -> str:
+    if isinstance(env, list):
+        return "; ".join(map(_format_env, env))
+    return " ".join(f"{k}={v}" for k, v in env.items()) if isinstance(env, Mapping) else str(env or "not named")
 
 
 def _format_identical(episodes: EpisodeFigures) -> str:

@@ -81,7 +81,7 @@ def check_data(dataset: Demonstrations, train: TrainSettings, seed: int) -> None
             f"recipe=auto compares recipes on held-out episodes, and {dataset.source} has only {count}: give"
             f" {LEAST_DEMONSTRATIONS} or more, or leave recipe= out"
         )
-    if (dataset.actions == dataset.actions[0]).all():
+    if (dataset.actions[:] == dataset.actions[0]).all():
         raise ValueError(
             f"recipe=auto compares errors in standard deviations of the actions, and those of {dataset.source} never"
             " change: leave recipe= out"

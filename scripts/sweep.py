@@ -7,7 +7,7 @@ main = command(
     "sweep",
     "policy.commands.sweep:sweep",
     EXAMPLE,
-    goes_with={"merge": ["margin", "mix", "output_dir", "tracker", "videos"]},
+    goes_with={"merge": ["margin", "mix", "output_dir", "tracker"]},
     excludes={"shard": ["adaptive", "looks", "margin", "max_ms", "videos", "watch"]},  # what decides or shows
 )
 

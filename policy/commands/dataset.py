@@ -95,7 +95,7 @@ def recorded_as(settings: RecordSettings | None, stage: Stage, cell: str, ledger
         return
     unfinished = settings.folder.with_name(f".{settings.folder.name}")
     with unfinished_recording(unfinished, {"cell": cell}, SETTING):
-        _check_recorded(unfinished, stage, cell, ledger)
+        _check_recorded(settings, unfinished, stage, cell, ledger)
         yield dataclasses.replace(stage, make_env=Recording(stage.make_env, unfinished))
         wanted = [result for result in ledger.results(cell, stage.seeds) if settings.wants(result)]
         if wanted:
@@ -111,11 +111,12 @@ def recorded_as(settings: RecordSettings | None, stage: Stage, cell: str, ledger
         print(f"{left_out} episodes {'failed or broke off' if settings.successes else 'broke off'} and are left out")
 
 
-def _check_recorded(unfinished: Path, stage: Stage, cell: str, ledger: Ledger) -> None:
+def _check_recorded(settings: RecordSettings, unfinished: Path, stage: Stage, cell: str, ledger: Ledger) -> None:
     """Refuse a rollout that ran, in part, without being recorded: what was not kept cannot be had again."""
     missing = {*ledger.missing(cell, stage.seeds)}
     finished = ledger.results(cell, [seed for seed in stage.seeds if seed not in missing])
-    lost = [one.seed for one in finished if not one.broke_off and not episode_file(unfinished, one.seed).is_file()]
+    wanted = [one.seed for one in finished if settings.wants(one)]
+    lost = [seed for seed in wanted if not episode_file(unfinished, seed).is_file()]
     if lost:
         raise ValueError(
             f"{ledger.path} holds {len(lost)} episodes that were not recorded, the first with seed {lost[0]}: choose"

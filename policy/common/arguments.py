@@ -89,8 +89,8 @@ def _check_type(name: str, hint: Any, value: Any) -> Any:
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
         raise ValueError(f"{name} should be settings of {hint.__name__}; got {value!r}")  # type: ignore[union-attr]
-    if isinstance(value, str) and typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
-        raise unknown_name(f"value of {name}", value, map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
+        raise unknown_name(f"value of {name}", str(value), map(str, typing.get_args(hint)))
     adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     try:
         checked = adapter.validate_python(value)

@@ -30,6 +30,8 @@ UNKNOWN: Provenance = {}
 ENGINES = ("mujoco", "pymunk", "pybullet", "Box2D")
 # Wrappers of ours and of Gymnasium, which their versions describe.
 WRAPPERS = ("policy", "gymnasium.core", "gymnasium.utils", "gymnasium.wrappers")
+# What `gymnasium.make_vec` adds to the arguments that an environment is registered with or made with.
+ADDED = ("max_episode_steps", "num_envs", "vectorization_mode", "vector_kwargs")
 # The number of differences that a sentence names.
 NAMED = 4
 
@@ -233,7 +235,8 @@ def _descriptions(part: Any) -> Iterator[tuple[str, bytes]]:
     spec = None if isinstance(part, gymnasium.Wrapper) else getattr(part, "spec", None)
     if isinstance(spec, EnvSpec):
         known = gymnasium.registry.get(spec.id, spec)  # an environment's own spec has lost its time limit
-        registered = [str(known.entry_point), known.max_episode_steps, spec.kwargs]
+        kwargs = {name: value for name, value in spec.kwargs.items() if name in known.kwargs or name not in ADDED}
+        registered = [str(known.entry_point), known.max_episode_steps, kwargs]
         text = json.dumps(registered, skipkeys=True, default=lambda value: type(value).__qualname__)
         yield f"the registration of {spec.id}", text.encode()
     model = getattr(part, "__dict__", {}).get("fullpath")

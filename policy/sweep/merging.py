@@ -66,13 +66,13 @@ def read_swept(folders: Sequence[Path], *, mix: bool = False) -> Swept:
 
 def _sweeps(folders: Sequence[Path], *, mix: bool) -> Iterator[tuple[Path, Swept]]:
     """Yield each sweep with its folder; one of shards where its first shard stands."""
-    sharded = sweeps_of([read_shard(folder) for folder in folders if holds_shard(folder)])
+    whole = {folder: _read(folder) for folder in folders if not holds_shard(folder)}
+    sharded = sweeps_of([read_shard(folder) for folder in folders if folder not in whole])
     by_folder = {one.folder: shards for shards in sharded for one in shards}
     for folder in folders:
-        shards = by_folder.get(folder)
-        if shards is None:
-            yield folder, _read(folder)
-        elif shards[0].folder == folder:
+        if folder in whole:
+            yield folder, whole[folder]
+        elif (shards := by_folder[folder])[0].folder == folder:
             yield folder, merge_shards(shards, mix=mix)
 
 

@@ -455,7 +455,7 @@ BAD_INPUT = {
     "empty axis": (["execution_horizon=[]"], ["execution_horizon is empty", "execution_horizon=[...,...]"]),
     "settings beside merge": (
         ["merge=[a,b]", "episodes=600", "adaptive=false"],
-        ["merge= takes only margin, mix, output_dir, tracker, videos beside it", "leave checkpoint=, ", "episodes=, "],
+        ["merge= takes only margin, mix, output_dir, tracker beside it", "checkpoint=, ", "episodes=, "],
     ),
     "empty sampler axis": (["sampler.eta=[]"], ["sampler.eta is empty", "leave sampler.eta= out"]),
     "repeated sampler axis": (["sampler.eta=[0,0.0]"], ["sampler.eta must not repeat"]),

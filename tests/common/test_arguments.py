@@ -120,3 +120,9 @@ def test_arguments_that_are_not_given_by_name_are_not_taken_for_names(given):
     """A damaged configuration may hold anything here; the letters of a text are not names."""
     with pytest.raises(AttributeError):
         check_arguments("part", Part, given)
+
+
+@pytest.mark.parametrize("value", ["c", True, None])
+def test_what_is_no_choice_gets_all_choices(value):
+    with pytest.raises(ValueError, match=rf"unknown value of part\.kind '{value}'.*; allowed: a, b$"):
+        check_arguments("part", Part, {"kind": value})

@@ -16,6 +16,7 @@ from envs.vector import VectorWorlds
 from policy import DiffusionPolicy, Sampler
 from policy.rollout.cells import Cell
 from policy.rollout.episodes import run_in_process
+from policy.rollout.provenance import differences, provenance
 from policy.rollout.vector import VectorPool
 from scripts.environments import make_env
 from tests.conftest import PLANAR_CONFIG
@@ -148,7 +149,7 @@ class Tray(VectorEnv):
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
 
-    def __init__(self, num_envs, max_episode_steps=20):
+    def __init__(self, num_envs, max_episode_steps=20, broken=()):
         self.num_envs = num_envs
         self.single_observation_space, self.single_action_space = Reach.observation_space, Reach.action_space
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
@@ -182,6 +183,20 @@ def test_a_simulator_without_single_worlds_is_rolled_out(policy):
     assert results[1] == results[7]
     assert {result.success for result in results[1].values()} == {True, False}
     assert all(result.steps == 20 for result in results[1].values() if not result.success)  # the time limit is ours
+
+
+def test_a_simulator_is_the_same_whether_its_worlds_step_in_one_call_or_alone():
+    entry_points = {"entry_point": Reach, "vector_entry_point": Tray}
+    gymnasium.register("Both-v0", **entry_points, max_episode_steps=20, kwargs={"broken": ()})
+    settings = {"name": "gym", "id": "Both-v0", "success": "info:success"}
+    try:
+        found = [provenance(make_env(**settings, **worlds), "cpu") for worlds in ({}, {"worlds": 1})]
+        gymnasium.registry["Both-v0"].max_episode_steps = 30
+        longer = provenance(make_env(**settings, worlds=1), "cpu")
+    finally:
+        del gymnasium.registry["Both-v0"]
+    assert differences(found) == []
+    assert "the registration of Both-v0" in differences([found[0], longer])[0]
 
 
 def test_a_seed_that_fixes_the_episode_in_one_world_only_is_noticed(policy):

@@ -152,6 +152,7 @@ def test_merged_shards_are_the_sweep_that_one_command_runs(run_sweep, tmp_path):
         f"error: merge= lacks shard 3/3 of the sweep that {one} is shard 1/3 of: name its folder too\n"
     )
     assert refused("1", "2", "1", "3") == f"error: {one} and {one} both hold shard 1/3: leave one of them out\n"
+    assert f"error: {tmp_path}/4 holds no finished sweep" in refused("1", "2", tmp_path / "4")  # a mistaken name
     run_sweep("ddim_steps=[1,2]", "episodes=8", "shard=3/4", f"output_dir={tmp_path}/other")
     assert refused("1", "2", tmp_path / "other") == (
         f"error: merge= lacks shards 1/4, 2/4, 4/4 of the sweep that {tmp_path}/other is shard 3/4 of: name their"

@@ -187,7 +187,10 @@ def rows(swept):
         for name, value in {**BRIEFLY, "QUIET": 0.0}.items():
             patch.setattr(latency, name, value)
         timed = zip(*swept, latencies_of(swept[0]), strict=True)
-    return [{"cell": f"id {number}", **row_of(*measured)} for number, measured in enumerate(timed)]
+    return [
+        {"cell": f"id {number}", **row_of(cell, summarize(results), measured)}
+        for number, (cell, results, measured) in enumerate(timed)
+    ]
 
 
 def test_a_row_holds_settings_figures_and_latency(swept, rows):

@@ -31,6 +31,8 @@ from policy.data.frames import Frames, resized
 CACHE_VERSION = 2
 # Most processes that decode videos, unless the user asks for more.
 MAX_WORKERS = 8
+# The most that a user may ask for: thousands would take all memory of the machine before one of them decodes.
+MOST_WORKERS = 64
 
 
 def read_demonstrations(
@@ -93,8 +95,8 @@ def read_demonstrations(
     for name, value in (("max_episodes", max_episodes), ("image_size", image_size), ("max_bytes", max_bytes)):
         if value is not None and value < 1:
             raise ValueError(f"dataset.{name} must be 1 or more; got {value}")
-    if decode_workers is not None and decode_workers < 0:
-        raise ValueError(f"dataset.decode_workers must be 0 or more; got {decode_workers}")
+    if decode_workers is not None and not 0 <= decode_workers <= MOST_WORKERS:
+        raise ValueError(f"dataset.decode_workers must be within 0..{MOST_WORKERS}; got {decode_workers}")
     cache = (cache_dir or default_cache_dir()).expanduser()
     budget = _budget(cache, max_bytes, max_episodes, image_size, transform)
     request = Request(observation_keys, action_key, subset, on_action_outside, chosen, budget)

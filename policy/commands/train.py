@@ -509,6 +509,8 @@ def _describe(run: Run, env: dict[str, Any] | None, start: _Start | None, train:
         f"{len(run.training)} training windows from {len(run.training.episodes)} episodes"
         f" ({len(run.validation.episodes)} held out), {parameters / 1e6:.2f} M parameters"
     )
+    if run.noise:
+        print(f"corrective noise moves {', '.join(run.noise.moved)}")
     if start and run.state.step == 0:
         print(_described_start(run, start, train, refit))
     if env is None:

@@ -92,7 +92,7 @@ class Corrections:
     """How an error in where the robot is shows in an observation, and which actions correct it.
 
     Attributes:
-        keys: the state vectors, in the order in which their numbers are counted.
+        widths: how many numbers each state vector holds, in the order in which they are counted.
         followed: the numbers that follow the action.
         carried: the numbers that these determine.
         still: (N,) whether at each transition nothing else moves, so that the robot could as well be elsewhere.
@@ -100,7 +100,7 @@ class Corrections:
         high: (action_dim,) largest demonstrated actions.
     """
 
-    keys: Sequence[str]
+    widths: Mapping[str, int]
     followed: Sequence[Followed]
     carried: Carried
     still: NDArray[np.bool_]
@@ -156,7 +156,7 @@ def find_corrections(
     carried = _carried(now, change, early, places)
     known = {*places, *carried.numbers, *carried.apart, *carried.cosines, *(place + 1 for place in carried.cosines)}
     return Corrections(
-        keys=list(vectors),
+        widths={key: values.shape[1] for key, values in vectors.items()},
         followed=[Followed(*one, float(far)) for one, far in zip(followed, reach, strict=True)],
         carried=carried,
         still=_still(vectors, demonstrations.episode_ends, sorted(known)),

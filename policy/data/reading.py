@@ -32,6 +32,8 @@ from policy.data.joining import check_alike, join
 CACHE_VERSION = 2
 # Most processes that decode videos, unless the user asks for more.
 MAX_WORKERS = 8
+# The most that a user may ask for: thousands would take all memory of the machine before one of them decodes.
+MOST_WORKERS = 64
 
 
 def read_demonstrations(
@@ -94,8 +96,8 @@ def read_demonstrations(
     for name, value in (("max_episodes", max_episodes), ("image_size", image_size), ("max_bytes", max_bytes)):
         if value is not None and value < 1:
             raise ValueError(f"dataset.{name} must be 1 or more; got {value}")
-    if decode_workers is not None and decode_workers < 0:
-        raise ValueError(f"dataset.decode_workers must be 0 or more; got {decode_workers}")
+    if decode_workers is not None and not 0 <= decode_workers <= MOST_WORKERS:
+        raise ValueError(f"dataset.decode_workers must be within 0..{MOST_WORKERS}; got {decode_workers}")
     cache, skip_bad = (cache_dir or default_cache_dir()).expanduser(), on_bad_episode == "skip"
     found: list[Demonstrations] = []
     for place in _found(format, [path] if isinstance(path, str | Path) else path):

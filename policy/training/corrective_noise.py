@@ -24,11 +24,18 @@ class CorrectiveNoise:
         corrections: what was found out from the demonstrations.
         amount: standard deviation of the noise, as a share of what each number moves within a chunk.
         past_actions: actions of a window that lie before its newest observation.
+
+    Attributes:
+        moved: the numbers that it changes, such as `state[3]`.
     """
 
     def __init__(self, corrections: Corrections, amount: float, past_actions: int) -> None:
         followed, carried = corrections.followed, corrections.carried
-        self._keys = list(corrections.keys)
+        self._keys = list(corrections.widths)
+        turned = [place + side for place in carried.cosines for side in (0, 1)]
+        named = [f"{key}[{place}]" for key, width in corrections.widths.items() for place in range(width)]
+        places = [*(one.number for one in followed), *carried.numbers, *carried.apart, *turned]
+        self.moved = [named[place] for place in sorted(places)]
         self._past_actions = past_actions
         self._places = [one.number for one in followed]
         self._actions = [one.action for one in followed]

@@ -81,12 +81,14 @@ class TrainSettings:
         for name in ("learning_rate", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name} must be above 0; got {getattr(self, name)}")
-        for name in (
-            *("steps", "rectify_steps", "weight_decay", "warmup_steps"),
-            *("corrective_noise", "keep_last", "rollout_every"),
-        ):
-            if not 0 <= getattr(self, name) < math.inf:
+        for name in ("steps", "rectify_steps", "weight_decay", "warmup_steps", "keep_last", "rollout_every"):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"train.{name} must be 0 or more; got {getattr(self, name)}")
+        if not 0 <= self.corrective_noise <= 1:
+            raise ValueError(
+                f"train.corrective_noise is a share of what the robot moves within a chunk, 0 to 1; got"
+                f" {self.corrective_noise}"
+            )
         if not self.all_steps:
             raise ValueError("train.steps=0 and train.rectify_steps=0 leave nothing to train: give one of them steps")
         for name in ("ema_decay", "val_fraction"):

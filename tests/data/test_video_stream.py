@@ -358,8 +358,9 @@ def test_damage_behind_the_header_is_named_when_it_is_met(copy, read, workers):
 def test_settings_that_do_not_fit_are_refused_before_anything_is_read(one_set, read, tmp_path):
     with pytest.raises(ValueError, match=r"dataset.decode 'strem' .did you mean 'stream'"):
         read(one_set, "strem")
-    with pytest.raises(ValueError, match=r"dataset.decode_workers must be 0 or more; got -1"):
-        read(one_set, decode_workers=-1)
+    for workers in (-1, 100_000):
+        with pytest.raises(ValueError, match=rf"dataset.decode_workers must be within 0\.\.64; got {workers}"):
+            read(one_set, decode_workers=workers)
     with pytest.raises(ValueError, match=r"dataset.transform needs whole episodes: use dataset.decode=cache"):
         read(one_set, transform=lambda observations: observations)
     with pytest.raises(ValueError, match=r"datasets of the format zarr have none: leave it out"):

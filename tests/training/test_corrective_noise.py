@@ -116,6 +116,11 @@ def test_noise_leaves_the_range_of_the_demonstrated_actions_nowhere(demonstratio
     assert (noisy["actions"] <= torch.from_numpy(found.high)).all()
 
 
+def test_the_numbers_that_are_moved_have_names(demonstrations):
+    run = prepare_run(CONFIG, demonstrations, SETTINGS, seed=0, device="cpu")
+    assert run.noise.moved == [f"state[{place}]" for place in (0, 1, 2, 3, 4, 5, 10, 11)]
+
+
 def test_a_counterpart_is_left_alone(demonstrations):
     found = find_corrections(demonstrations, np.arange(30), ["state"], action_horizon=8)
     mirrored = Windows(
@@ -135,7 +140,7 @@ def test_a_run_has_noise_only_where_it_was_asked_for(demonstrations):
     assert "still" not in run.validation.gather(np.arange(3))
 
 
-@pytest.mark.parametrize("amount", [-0.1, float("inf"), float("nan")])
+@pytest.mark.parametrize("amount", [-0.1, 1.5, float("inf"), float("nan")])
 def test_an_amount_that_is_none_is_refused(amount):
-    with pytest.raises(ValueError, match=r"train\.corrective_noise must be 0 or more"):
+    with pytest.raises(ValueError, match=r"train\.corrective_noise is a share .*, 0 to 1; got"):
         TrainSettings(corrective_noise=amount)

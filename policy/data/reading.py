@@ -58,8 +58,9 @@ def read_demonstrations(
 
     Args:
         format: `minari`, `lerobot`, `robomimic`, `zarr` (the Diffusion Policy replay buffer) or a format of a plugin.
-        path: the file or folder; for Minari also an id such as D4RL/door/human-v2, which is looked up under the local
-            Minari root and otherwise downloaded. A list of them is read as one dataset, each with the settings below.
+        path: the file or folder; for Minari also an id such as D4RL/door/human-v2, and for LeRobot a repository such as
+            lerobot/pusht, which is looked up where the package keeps its datasets and otherwise downloaded. A list of
+            them is read as one dataset, each with the settings below.
         observation_keys: keys of the file to observe, or policy key to the file's key; by default the keys that the
             format marks as observations.
         action_key: the file's key of the actions; by default the format's own.

@@ -167,7 +167,10 @@ def helpers_ended() -> Iterator[None]:
 
 def _children() -> set[int]:
     """The processes that this one has started, without multiprocessing's own."""
-    found = {int(number) for file in Path("/proc/self/task").glob("*/children") for number in file.read_text().split()}
+    found = set[int]()
+    for file in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # a thread that has ended since it was listed
+            found.update(map(int, file.read_text().split()))
     return found - {getattr(resource_tracker._resource_tracker, "_pid", None)}
 
 

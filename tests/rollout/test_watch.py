@@ -5,6 +5,7 @@ import re
 import signal
 import threading
 import time
+from pathlib import Path
 
 import gymnasium
 import pytest
@@ -115,6 +116,12 @@ def test_the_watch_ends_though_a_process_of_the_simulator_lives_on():
     os.kill(helper, signal.SIGKILL)
     os.waitpid(helper, 0)
     assert not [thread for thread in threading.enumerate() if thread.name == "simulator watchdog"]
+
+
+def test_a_thread_that_ends_while_children_are_listed_is_no_error(monkeypatch):
+    listed = Path("/proc/self/task/1/children")  # of a thread that is gone
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: [listed, *folder.rglob("children")])
+    assert isinstance(watch._children(), set)
 
 
 def test_the_watch_restores_who_is_told_of_signals():

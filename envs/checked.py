@@ -52,10 +52,7 @@ class CheckedEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
         check_plain_spaces(name, env)
         limit = time_limit(env) if max_episode_steps is None else max_episode_steps
         if limit is None:
-            raise ValueError(
-                f"{name} has no time limit, so that an episode may never end:"
-                " add env.max_episode_steps=N, the control steps after which an episode is over"
-            )
+            raise no_time_limit(name)
         super().__init__(env)
         self.max_episode_steps = limit
         # Looked up once: a control step should cost as little as possible.
@@ -195,9 +192,9 @@ class CheckedEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
                 continue  # the common case, in the fewest operations
             if not fits or not np.can_cast(value.dtype, dtype, "same_kind"):
                 declared = f"{dtype} of shape {shape}"
-                raise DeviationError(f"{_named(key)} is {_described(value)}, but it is declared as {declared}")
+                raise DeviationError(f"{named(key)} is {_described(value)}, but it is declared as {declared}")
             if can_be_infinite and not np.isfinite(value).all():
-                raise DeviationError(f"{_named(key)} not finite")
+                raise DeviationError(f"{named(key)} not finite")
 
     def _success(self, info: dict[str, Any], over: bool) -> bool:
         self._keys.update(info)
@@ -349,6 +346,14 @@ def check_plain_spaces(name: str, env: gymnasium.Env[Any, Any]) -> None:
         raise ValueError(f"{name}: a policy acts by a Box of shape (A,); got {env.action_space}")
 
 
+def no_time_limit(name: str) -> ValueError:
+    """Return the error for an environment that does not say when an episode is over."""
+    return ValueError(
+        f"{name} has no time limit, so that an episode may never end:"
+        " add env.max_episode_steps=N, the control steps after which an episode is over"
+    )
+
+
 def time_limit(env: gymnasium.Env[Any, Any]) -> int | None:
     """Return the control steps after which an environment truncates an episode, or None if it does not say."""
     if env.spec is not None and env.spec.max_episode_steps is not None:
@@ -381,7 +386,8 @@ def zeros(space: gymnasium.Space[Any]) -> Any:
     return arrays if isinstance(space, spaces.Dict) else arrays[None]
 
 
-def _named(key: str | None) -> str:
+def named(key: str | None) -> str:
+    """Name an observation in a message by its key; None for the only one."""
     return "observation" if key is None else f"observation {key!r}"
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -181,20 +182,36 @@ def make_gym(
     """
     rule = parse_success(success)
     require_registered(id)
-    try:
+    with making(id, kwargs):
         # Some environments cannot draw and do not take the argument.
         drawing: dict[str, Any] = {"render_mode": render_mode} if render_mode else {}
         env: gymnasium.Env[Any, Any] = gymnasium.make(
             id, max_episode_steps=max_episode_steps, disable_env_checker=True, **drawing, **(kwargs or {})
         )
-    except TypeError as error:
-        raise ValueError(f"{id} does not accept kwargs={kwargs!r}: {error}") from error
-    except gymnasium.error.Error as error:
-        raise ValueError(f"{id} cannot be made: {error}") from error
     try:
         return GymEnv(env, rule, observation_keys=observation_keys, image_size=image_size, control_hz=control_hz)
     except ValueError as error:
         raise ValueError(f"{id}: {error}") from error
+
+
+@contextmanager
+def making(id: str, kwargs: dict[str, Any] | None, amount: str = "") -> Iterator[None]:
+    """Turn Gymnasium's errors in making an environment into sentences.
+
+    Args:
+        id: The registered id.
+        kwargs: The user's arguments for the environment.
+        amount: How many of them are made, for the message, such as " with 8 worlds".
+
+    Raises:
+        ValueError: If it does not accept ``kwargs``, or cannot be made.
+    """
+    try:
+        yield
+    except TypeError as error:
+        raise ValueError(f"{id} does not accept kwargs={kwargs!r}: {error}") from error
+    except gymnasium.error.Error as error:
+        raise ValueError(f"{id} cannot be made{amount}: {error}") from error
 
 
 def parse_success(text: str) -> SuccessRule:

@@ -12,9 +12,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import iterate
 from numpy.typing import NDArray
 
-from envs.checked import BROKE_OFF, zeros
+from envs.checked import BROKE_OFF, named, no_time_limit, zeros
 from envs.errors import DeviationError, EnvContractError
-from envs.gym_env import EpisodeState, SuccessRule, control_hz_of, parse_success, require_registered
+from envs.gym_env import EpisodeState, SuccessRule, control_hz_of, making, parse_success, require_registered
 from envs.spaces import Observation, check_action, plain_actions, plain_observations
 
 Info = dict[str, Any]
@@ -66,10 +66,7 @@ class VectorWorlds:
         self._name = env.spec.id if env.spec else type(env.unwrapped).__name__
         limit = max_episode_steps or (env.spec.max_episode_steps if env.spec else None)
         if limit is None:
-            raise ValueError(
-                f"{self._name} has no time limit, so that an episode may never end:"
-                " add env.max_episode_steps=N, the control steps after which an episode is over"
-            )
+            raise no_time_limit(self._name)
         observations = plain_observations(env.single_observation_space, observation_keys, image_size)
         actions = plain_actions(env.single_action_space)
         self.env, self.num_envs, self.max_episode_steps = env, env.num_envs, limit
@@ -195,7 +192,7 @@ class VectorWorlds:
         observation = self._observed(raw)
         for key, array in (observation if isinstance(observation, dict) else {None: observation}).items():
             if not np.isfinite(array).all():
-                raise DeviationError(f"observation{'' if key is None else f' {key!r}'} not finite")
+                raise DeviationError(f"{named(key)} not finite")
         return observation
 
 
@@ -243,12 +240,8 @@ def make_gym_vector(
     rule = parse_success(success)
     require_registered(id)
     limited: dict[str, Any] = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
-    try:
+    with making(id, kwargs, f" with {worlds} worlds"):
         env = gymnasium.make_vec(id, num_envs=worlds, **limited, **(kwargs or {}))
-    except TypeError as error:
-        raise ValueError(f"{id} does not accept kwargs={kwargs!r}: {error}") from error
-    except gymnasium.error.Error as error:
-        raise ValueError(f"{id} cannot be made with {worlds} worlds: {error}") from error
     try:
         return VectorWorlds(
             env,

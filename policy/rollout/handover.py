@@ -17,6 +17,8 @@ from policy.common.errors import WorkerError
 from policy.model.diffusion_policy import DiffusionPolicy
 
 PREFIX = "ddim-policy-rollout-"
+# Bytes; torch aligns what it allocates, and what it writes into files, to this.
+ALIGNMENT = 64
 
 
 @contextmanager
@@ -80,3 +82,15 @@ def unpacked(parcel: Parcel) -> list[DiffusionPolicy]:
     finally:
         os.close(number)
     return policies
+
+
+def align(policies: Sequence[DiffusionPolicy]) -> None:
+    """Let weights in this process begin where those of the processes do, at multiples of `ALIGNMENT` bytes.
+
+    A matrix product may round differently at other places: the weights of a checkpoint, which are mapped from its file,
+    begin anywhere. The policies stay the same objects, so that what is compiled for them stays theirs.
+    """
+    for policy in policies:
+        for weight in (*policy.parameters(), *policy.buffers()):
+            if weight.data_ptr() % ALIGNMENT:
+                weight.data = weight.data.clone()

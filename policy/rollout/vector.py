@@ -16,6 +16,7 @@ from policy.control.receding_horizon import RecedingHorizonController
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout.cells import Cell, Task, controllers_of
 from policy.rollout.episodes import Running, first, result_of, tallied
+from policy.rollout.handover import align
 from policy.rollout.probe import STEPS, Trajectory, bounded, difference, flat, warning
 from policy.statistics.results import EpisodeResult
 
@@ -58,6 +59,7 @@ class VectorPool:
     """
 
     def __init__(self, policies: Sequence[DiffusionPolicy], make_worlds: MakeWorlds, num_envs: int) -> None:
+        align(policies)
         self._policies = policies
         self._worlds = make_worlds(worlds=num_envs)
 

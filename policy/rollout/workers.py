@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import multiprocessing
 import os
 import shutil
@@ -42,8 +41,6 @@ from policy.rollout.watch import ENV_PATIENCE, Clock, WatchedEnv, check_patience
 from policy.statistics.results import EpisodeResult
 
 MAX_ATTEMPTS = 3
-# Bytes; torch aligns what it allocates, and what it writes into files, to this.
-ALIGNMENT = 64
 # Seconds that a process may take to import everything, on a busy machine with a slow disk.
 START_PATIENCE = 600.0
 # Seconds in which simulators may close when a run was interrupted; a command ends within ten.
@@ -138,7 +135,7 @@ class RolloutPool:
         check_num_envs(num_envs)
         check_patience(patience)
         _check_main_guard()
-        self._policies = [_aligned(policy) for policy in policies]
+        self._policies = policies
         self._make_env = make_env
         self._patience = patience
         self._cleanup = ExitStack()
@@ -148,6 +145,8 @@ class RolloutPool:
         self._sent: Programs | None = None  # the programs of the processes, None if they sample nothing themselves
         self._plans_here = policies[0].device.type != "cpu" if plans_here is None else plans_here
         count = min(num_envs, workers or available_cores())
+        if count == 1 or self._plans_here:
+            handover.align(policies)
         with ExitStack() as undo:  # if this fails half-way
             undo.push(self._cleanup.__exit__)
             if count == 1:
@@ -344,16 +343,6 @@ class RolloutPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._cleanup.__exit__(kind, error, trace)
-
-
-def _aligned(policy: DiffusionPolicy) -> DiffusionPolicy:
-    """The policy with weights that begin where those of the processes do, at multiples of `ALIGNMENT` bytes.
-
-    A matrix product may round differently at other places: the weights of a checkpoint, which are mapped from its file,
-    begin anywhere.
-    """
-    is_aligned = all(weight.data_ptr() % ALIGNMENT == 0 for weight in policy.state_dict().values())
-    return policy if is_aligned else copy.deepcopy(policy)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ from policy.rollout import central, workers
 from policy.rollout.cells import PLAN_BATCH, Cell, controllers_of, program_of
 from policy.rollout.central import CentralPlanner, PlansDue, without_weights
 from policy.rollout.episodes import run_in_process
-from policy.rollout.workers import ALIGNMENT, RolloutPool
+from policy.rollout.handover import ALIGNMENT
+from policy.rollout.workers import RolloutPool
 from tests.conftest import ENVIRONMENT, PLANAR_CONFIG, ROOT
 from tests.rollout.short import ShortPlanar
 
@@ -578,7 +579,8 @@ import torch
 from policy import DiffusionPolicy, Sampler
 from policy.common.errors import WorkerError
 from policy.rollout.cells import Cell
-from policy.rollout.workers import ALIGNMENT, RolloutPool
+from policy.rollout.handover import ALIGNMENT
+from policy.rollout.workers import RolloutPool
 from tests.conftest import ENVIRONMENT, PLANAR_CONFIG, ROOT
 from tests.rollout.short import ShortPlanar
 

@@ -9,7 +9,7 @@ main = command(
     EXAMPLE,
     inline={"policy": "policy.model.config:PolicySettings"},
     replaced={"init": ["encoder", "denoiser", "schedule"]},
-    check_first="policy.commands.train:check_start",
+    check_first="policy.commands.training_start:check_start",
     notes_given="recipe.keep",
 )
 

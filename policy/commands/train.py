@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from policy.checkpoint import (
-    Checkpoint,
-    best_entry,
-    describe_best,
-    digest_of,
-    is_checkpoint,
-    load_checkpoint,
-    measured,
-    merge_env,
-    only_of_the_user,
-)
-from policy.commands.record import Record, facts_of, newest_in, record_in
+from policy.checkpoint import best_entry, describe_best, is_checkpoint, measured, only_of_the_user
+from policy.commands.record import Record, facts_of, record_in
+from policy.commands.training_recipe import best_recipe
 from policy.commands.training_rollouts import ROLLOUT_SEED, Rollout, film_episodes, played, rolled_out, tried
+from policy.commands.training_start import Start, check_start, configured, env_of, found_relations, start_of
 from policy.common.control_rate import stated_rate
 from policy.common.device import check_device
 from policy.common.errors import PeerError
@@ -32,17 +21,14 @@ from policy.common.interrupt import stop_on_signal
 from policy.common.locks import only_process
 from policy.common.next_line import next_line
 from policy.common.output import output_folder
-from policy.common.progress import say
 from policy.common.torchrun import World, joined_world, peers_needed
 from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
-from policy.data.corrections import find_corrections
 from policy.data.demonstrations import Augment, Demonstrations
-from policy.data.relations import Relations, find_relations
 from policy.diffusion.sampler import Sampler
 from policy.model.config import PolicyConfig, PolicySettings
 from policy.model.diffusion_policy import DiffusionPolicy
-from policy.recipe.candidates import Allowed, Candidate, candidates_for
-from policy.recipe.search import OpenTrial, Play, Trial, check_data, check_folder, search
+from policy.recipe.candidates import Candidate
+from policy.recipe.demonstrations import allowed_by, check_data
 from policy.recipe.settings import RecipeSettings
 from policy.rollout.episodes import MakeEnv, check_num_envs
 from policy.rollout.watch import ENV_PATIENCE, check_patience
@@ -52,11 +38,9 @@ from policy.tracking.tracker import MetricsLog, NoTracker, OpenRun, SentToAll
 from policy.tracking.training_page import PAGE, VIDEOS, TrainingFacts, training_page
 from policy.training.errors import ErrorMeter
 from policy.training.loop import train
-from policy.training.phases import phases_of
 from policy.training.preparation import Run, prepare_run
 from policy.training.settings import TrainSettings
-from policy.training.share import check_shares
-from policy.training.start import config_for, config_from, config_of_student, fitting
+from policy.training.start import config_for
 from policy.training.state import TrainState
 
 
@@ -136,11 +120,11 @@ def train_policy(
     )
     if not 0 <= videos <= train.rollout_episodes:
         raise ValueError(f"videos must be within 0..{train.rollout_episodes} (train.rollout_episodes); got {videos}")
-    start = _start(init, teacher, output_dir)
-    env = _env_of(dataset, env, start, train)
+    start = start_of(init, teacher, output_dir)
+    env = env_of(dataset, env, start, train)
     if find_differences:
-        policy = {**policy, **_found(dataset, policy, auxiliary, start)._asdict()}
-    config, dataset = _configured(policy, dataset, auxiliary, start, train)
+        policy = {**policy, **found_relations(dataset, policy, auxiliary, start)._asdict()}
+    config, dataset = configured(policy, dataset, auxiliary, start, train)
     if recipe:
         check_data(dataset, train, seed)
     rate = stated_rate(dataset.metadata.get("rate_hz"))
@@ -154,6 +138,9 @@ def train_policy(
 
     def prepare(config: PolicyConfig, train: TrainSettings, **start: Any) -> Run:
         return prepare_run(config, dataset, train, seed=seed, device=device, augment=augment, **start)
+
+    def prepare_recipe(candidate: Candidate) -> Run:
+        return prepare(config_for(PolicySettings(**candidate.policy), dataset, auxiliary), candidate.train)
 
     refit = init_normalizers == "refit" and not (start and start.goes_on)  # a run that goes on has fitted them
     run = prepare(config, train, **(start.policies(train) if start else {}), refit=refit)
@@ -183,20 +170,22 @@ def train_policy(
         _follow(run, record_of(folder, train), train, seed, world, rolls_out=env is not None)
         return
     if recipe:
-
-        def open_trial(candidate: Candidate, place: Path) -> Trial:
-            config, _ = _configured(candidate.policy, dataset, auxiliary, None, candidate.train)
-            trial = prepare(config, candidate.train)
-            record = record_of(place, candidate.train)
-            record.restore(trial.state)
-            return Trial(run=trial, save=record.save)
-
-        allowed = _allowed(dataset, policy, auxiliary, config.action_horizon)
-        candidates, fallen = candidates_for(recipe.candidates, recipe.keep, policy, train, allowed)
-        best = _best_recipe(recipe, candidates, fallen, folder, sampler, seed, open_trial, play, paired)
+        best = best_recipe(
+            recipe,
+            policy,
+            train,
+            allowed_by(dataset, policy, auxiliary, config.action_horizon),
+            folder=folder,
+            sampler=sampler,
+            seed=seed,
+            prepare=prepare_recipe,
+            record_of=record_of,
+            play=play,
+            paired=paired,
+        )
         train = best.train
         expected = None if best.changes else expected
-        run = prepare(_configured(best.policy, dataset, auxiliary, None, train)[0], train)
+        run = prepare_recipe(best)
     film = partial(film_episodes, run.state, folder / VIDEOS, range(ROLLOUT_SEED, ROLLOUT_SEED + videos))
     rollout = partial(rolled_out, play, train, film) if play else None
     record = record_of(folder, train)
@@ -262,248 +251,7 @@ def _say_end(
     print(next_line(command, checkpoint=record.folder, env=of_the_user))
 
 
-def check_start(
-    *,
-    train: TrainSettings,
-    init: Path | None = None,
-    init_normalizers: Literal["keep", "refit"] = "keep",
-    teacher: Path | None = None,
-    output_dir: Path | None = None,
-    recipe: RecipeSettings | None = None,
-) -> None:
-    """Check the settings of which policy a run starts from, before demonstrations are read.
-
-    Args:
-        train: settings of the training.
-        init: see `train_policy`.
-        init_normalizers: see `train_policy`.
-        teacher: see `train_policy`.
-        output_dir: the run's folder; a run that goes on does not need the checkpoint that it began from.
-        recipe: see `train_policy`.
-
-    Raises:
-        ValueError: settings that do not fit each other, or there is no such checkpoint; the message says what to do.
-    """
-    world = joined_world()
-    for phase in phases_of(train):
-        check_shares(phase.rows(train.batch_size), world)
-    if recipe and world.size > 1:
-        raise ValueError(
-            f"recipe=auto tries recipes in one process, and torchrun started {world.size}: leave recipe= out, or search"
-            " without torchrun, and train the best one further with it"
-        )
-    if recipe and (init or teacher):
-        raise ValueError(
-            f"recipe=auto chooses the settings of a policy that is trained anew, and {'init=' if init else 'teacher='}"
-            " brings those of a checkpoint: leave one of them out"
-        )
-    if recipe and output_dir:
-        check_folder(output_dir.expanduser())
-    if init and teacher:
-        raise ValueError(
-            f"init={init} and teacher={teacher} are two ways to start: init= keeps the checkpoint's network, teacher="
-            " trains a new one on its chunks; leave one out"
-        )
-    if not (train.steps or init or teacher):
-        raise ValueError("train.steps=0 trains no policy: add init=CHECKPOINT or teacher=CHECKPOINT, or some steps")
-    if teacher and train.steps:
-        raise ValueError(
-            f"teacher= trains on the teacher's chunks alone: add train.steps=0 train.rectify_steps=N; got"
-            f" train.steps={train.steps}"
-        )
-    if init_normalizers == "refit":
-        _check_refit(train, init)
-    path = init or teacher
-    if path and not (output_dir and is_checkpoint(newest_in(output_dir))):
-        digest_of(path)
-
-
-def _check_refit(train: TrainSettings, init: Path | None) -> None:
-    """Refuse to fit normalisers again where there are none to fit, or nothing to fit them for."""
-    if not init:
-        raise ValueError(
-            "init_normalizers=refit fits the normalisers of init=CHECKPOINT again; those of a new policy are always"
-            " fitted, and with teacher= they are the teacher's: add init=, or leave it out"
-        )
-    if not train.steps:
-        raise ValueError(
-            "init_normalizers=refit goes with train.steps=N, which learns from the demonstrations; a run that only"
-            " rectifies learns the checkpoint's own chunks, in its ranges: leave it out"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Start:
-    """The trained policy that a run starts from.
-
-    Attributes:
-        role: the setting that names it.
-        checkpoint: its checkpoint; the run's own newest one where the run goes on.
-        digest: of the checkpoint that the run began from.
-        goes_on: whether the run goes on.
-    """
-
-    role: Literal["init", "teacher"]
-    checkpoint: Checkpoint
-    digest: str
-    goes_on: bool
-
-    def policies(self, train: TrainSettings) -> dict[str, DiffusionPolicy]:
-        """Return the policies for `prepare_run`; a run that goes on has its teacher in its own checkpoint."""
-        policy = self.checkpoint.policy
-        if self.goes_on:
-            return {"init": policy}
-        if self.role == "teacher":
-            return {"teacher": policy}
-        return {"init": policy} if train.steps else {"init": policy, "teacher": policy}
-
-
-def _start(init: Path | None, teacher: Path | None, output_dir: Path | None) -> _Start | None:
-    """Load the trained policy that the run starts from, or that it has become: going on needs no other checkpoint.
-
-    Raises:
-        ValueError: the checkpoint cannot be loaded, or the run in this folder began in another way.
-    """
-    path = init or teacher
-    if path is None:
-        return None
-    role: Literal["init", "teacher"] = "init" if init else "teacher"
-    newest = output_dir and newest_in(output_dir)
-    if newest is None or not is_checkpoint(newest):
-        loaded = load_checkpoint(path)
-        return _Start(role=role, checkpoint=loaded, digest=loaded.digest, goes_on=False)
-    own = load_checkpoint(newest)
-    began = own.training.get(role)
-    if began is None:
-        raise ValueError(
-            f"{newest} belongs to a run without {role}=: to go on with it, leave {role}= out; to start anew, choose"
-            " another output_dir="
-        )
-    if is_checkpoint(path) and (digest := digest_of(path)) != began:
-        raise ValueError(
-            f"{newest} began from the checkpoint {began}, and {path} is {digest}: to go on, give the same checkpoint or"
-            " one that no longer exists; to start anew, choose another output_dir="
-        )
-    return _Start(role=role, checkpoint=own, digest=began, goes_on=True)
-
-
-def _env_of(
-    dataset: Demonstrations, env: dict[str, Any] | None, start: _Start | None, train: TrainSettings
-) -> dict[str, Any] | None:
-    """Choose the environment: of the demonstrations that a policy learns to act from, or else of the trained policy."""
-    stored = [(dataset.metadata.get("env"), dataset.source)]
-    if start:
-        stored.append((start.checkpoint.env, str(start.checkpoint.path)))
-    found, source = next(((e, s) for e, s in (stored if train.steps else reversed(stored)) if e), (None, ""))
-    return merge_env(found, env, source or dataset.source) if env or found else None
-
-
-def _found(
-    dataset: Demonstrations, given: Mapping[str, Any], auxiliary: Sequence[str], start: _Start | None
-) -> Relations:
-    """Find the pairs of like quantities in the demonstrations, and say which they are.
-
-    Raises:
-        ValueError: the policy's differences are given already, or are those of a trained policy.
-    """
-    if start is not None:
-        raise ValueError("find_differences=true is for a new policy; this run keeps a trained one's: leave it out")
-    if taken := [name for name in Relations._fields if given.get(name)]:
-        raise ValueError(
-            f"{taken[0]}= gives the pairs that find_differences=true would look for: leave one of them out"
-        )
-    relations, vectors = _relations(dataset, auxiliary), _vectors(dataset, auxiliary)
-    places = [f"{key}[{place}]" for key in sorted(vectors) for place in range(dataset.observation_shapes[key][0])]
-    found = [f"{places[i]} - {places[j]}" for i, j in relations.differences]
-    found += [f"direction {places[i]} to {places[j]}" for i, j in relations.direction_differences]
-    say(f"differences that the policy observes too: {', '.join(found) or 'none, no two quantities are alike'}")
-    return relations
-
-
-def _vectors(dataset: Demonstrations, auxiliary: Sequence[str]) -> list[str]:
-    """The observed state vectors."""
-    return [key for key, shape in dataset.observation_shapes.items() if len(shape) == 1 and key not in auxiliary]
-
-
-def _relations(dataset: Demonstrations, auxiliary: Sequence[str]) -> Relations:
-    vectors = _vectors(dataset, auxiliary)
-    return find_relations(dataset, vectors) if vectors else Relations((), ())
-
-
-def _allowed(
-    dataset: Demonstrations, given: Mapping[str, Any], auxiliary: Sequence[str], action_horizon: int
-) -> Allowed:
-    """What the demonstrations allow a recipe to do; a policy with relations of the user's own gets no others."""
-    relations: Mapping[str, Any] = {}
-    if not any(given.get(name) for name in Relations._fields):
-        with suppress(ValueError):  # too many numbers to compare
-            found = _relations(dataset, auxiliary)
-            relations = found._asdict() if any(found) else {}
-    corrections = False
-    with suppress(ValueError):  # no action is a displacement, or there are pictures
-        vectors = [
-            key for key, values in dataset.observations.items() if len(values.shape) == 2 and key not in auxiliary
-        ]
-        find_corrections(dataset, np.arange(dataset.num_episodes), vectors, action_horizon)
-        corrections = True
-    return Allowed(relations=relations, corrections=corrections)
-
-
-def _configured(
-    given: Mapping[str, Any],
-    dataset: Demonstrations,
-    auxiliary: Sequence[str],
-    start: _Start | None,
-    train: TrainSettings,
-) -> tuple[PolicyConfig, Demonstrations]:
-    """Combine the user's settings with the demonstrations and the trained policy; return what of the data it needs.
-
-    Raises:
-        ValueError: they do not fit each other.
-    """
-    if start is None:
-        return config_for(PolicySettings(**given), dataset, auxiliary), dataset
-    trained, source = start.checkpoint.policy.config, start.checkpoint.path
-    if start.role == "init" or start.goes_on:
-        config = config_from(trained, source, given, auxiliary, rectifies=not train.steps)
-    else:
-        config = config_of_student(trained, source, given, dataset, auxiliary)
-    return config, fitting(dataset, config, source, with_actions=train.steps > 0)
-
-
-def _best_recipe(
-    recipe: RecipeSettings,
-    candidates: Sequence[Candidate],
-    fallen: Mapping[str, str],
-    folder: Path,
-    sampler: Sampler,
-    seed: int,
-    open_trial: OpenTrial,
-    play: Play | None,
-    paired: bool,
-) -> Candidate:
-    """Search for the best recipe; its checkpoint is then the run's own, which goes on from it."""
-    with only_process(folder), stop_on_signal() as stop:
-        try:
-            return search(
-                candidates,
-                fallen,
-                folder=folder,
-                settings=recipe,
-                sampler=sampler,
-                seed=seed,
-                first_seed=ROLLOUT_SEED,
-                open_trial=open_trial,
-                play=play,
-                paired=paired,
-                stop=stop,
-            )
-        except KeyboardInterrupt:
-            print(f"the search stopped and is saved: the same command with output_dir={folder} goes on")
-            raise
-
-
-def _describe(run: Run, env: dict[str, Any] | None, start: _Start | None, train: TrainSettings, *, refit: bool) -> None:
+def _describe(run: Run, env: dict[str, Any] | None, start: Start | None, train: TrainSettings, *, refit: bool) -> None:
     parameters = sum(p.numel() for p in run.state.policy.parameters())
     print(
         f"{len(run.training)} training windows from {len(run.training.episodes)} episodes"
@@ -512,27 +260,11 @@ def _describe(run: Run, env: dict[str, Any] | None, start: _Start | None, train:
     if run.noise:
         print(f"corrective noise moves {', '.join(run.noise.moved)}")
     if start and run.state.step == 0:
-        print(_described_start(run, start, train, refit))
+        print(start.described(run.state.policy.config.predicts, train, refit=refit))
     if env is None:
         several = "envs" in run.training.demonstrations.metadata
         reason = "the datasets are of different environments" if several else "no environment is known"
         print(f"{reason}, so there are no rollouts while training: env=... adds them")
-
-
-def _described_start(run: Run, start: _Start, train: TrainSettings, refit: bool) -> str:
-    """The trained policy that a run starts from, and what it does with it, in one sentence."""
-    name, before, now = (
-        f"{start.checkpoint.path} ({start.digest})",
-        start.checkpoint.policy.config.predicts,
-        run.state.policy.config.predicts,
-    )
-    steps = f"sampled with {train.rectify_ddim_steps} steps"
-    if start.role == "teacher":
-        return f"a new policy learns the chunks of {name}, {steps}"
-    if train.steps:
-        return f"starts from {name}{', with its normalisers fitted again' * refit}"
-    changes = f"; it predicted {before} and will predict {now}" if now != before else ""
-    return f"rectifies {name}: it learns its own chunks, {steps}{changes}"
 
 
 def _measure(run: Run, dataset: Demonstrations, sampler: Sampler) -> Rollout | None:

@@ -42,6 +42,17 @@ class Relations(NamedTuple):
     direction_differences: tuple[tuple[int, int], ...]
 
 
+def state_vectors(demonstrations: Demonstrations, auxiliary: Sequence[str]) -> list[str]:
+    """Return the keys of the vectors that a policy observes.
+
+    Args:
+        demonstrations: the demonstrations.
+        auxiliary: keys of privileged observations.
+    """
+    shapes = demonstrations.observation_shapes
+    return [key for key, shape in shapes.items() if len(shape) == 1 and key not in auxiliary]
+
+
 def find_relations(demonstrations: Demonstrations, keys: Iterable[str]) -> Relations:
     """Find the pairs of observed quantities whose difference means something, without names or units.
 
@@ -54,12 +65,14 @@ def find_relations(demonstrations: Demonstrations, keys: Iterable[str]) -> Relat
         keys: the state vectors to look into.
 
     Returns:
-        The pairs of like numbers and of like directions.
+        The pairs of like numbers and of like directions; none without a vector.
 
     Raises:
         ValueError: more numbers than can be compared.
     """
     vectors = [demonstrations.observations[key] for key in sorted(keys)]
+    if not vectors:
+        return Relations((), ())
     width = sum(values.shape[1] for values in vectors)
     if width > MOST_NUMBERS:
         raise ValueError(

@@ -18,8 +18,6 @@ from policy.common.durations import duration_text
 from policy.common.files import write_text
 from policy.common.interrupt import StopRequest
 from policy.common.progress import progress, say
-from policy.data.demonstrations import Demonstrations
-from policy.data.windows import split_episodes
 from policy.diffusion.sampler import Sampler
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.recipe.candidates import Candidate
@@ -33,15 +31,11 @@ from policy.tracking.tracker import SentToAll
 from policy.training.errors import action_deviation
 from policy.training.loop import train
 from policy.training.preparation import Run
-from policy.training.settings import TrainSettings
 from policy.training.state import TrainState
 
 RECIPES = "recipes"
 REPORT = "recipe.md"
 CHECKPOINT = "checkpoint"
-# Fewer episodes than this are too few to hold some out.
-LEAST_DEMONSTRATIONS = 10
-LEAST_HELD_OUT = 2
 # Before the plan is made, every recipe takes so many steps, the last of which are timed, and measures so many windows.
 UNTIMED_STEPS = 3
 TIMED_STEPS = 10
@@ -67,31 +61,6 @@ class Trial:
 OpenTrial = Callable[[Candidate, Path], Trial]
 # Rolls a policy out for episodes with these seeds.
 Play = Callable[[DiffusionPolicy, range], list[EpisodeResult]]
-
-
-def check_data(dataset: Demonstrations, train: TrainSettings, seed: int) -> None:
-    """Check that there are demonstrations enough to compare recipes.
-
-    Raises:
-        ValueError: too few, or too few of them are held out; the message says what to do.
-    """
-    count = dataset.num_episodes
-    if count < LEAST_DEMONSTRATIONS:
-        raise ValueError(
-            f"recipe=auto compares recipes on held-out episodes, and {dataset.source} has only {count}: give"
-            f" {LEAST_DEMONSTRATIONS} or more, or leave recipe= out"
-        )
-    if (dataset.actions[:] == dataset.actions[0]).all():
-        raise ValueError(
-            f"recipe=auto compares errors in standard deviations of the actions, and those of {dataset.source} never"
-            " change: leave recipe= out"
-        )
-    held_out = len(split_episodes(count, train.val_fraction, seed, dataset.held_out)[1])
-    if held_out < LEAST_HELD_OUT:
-        raise ValueError(
-            f"recipe=auto compares recipes on held-out episodes, and of {count} episodes {held_out or 'none'}"
-            f" {'is' if held_out < 2 else 'are'} held out: give train.val_fraction={max(0.1, 2 / count):.2g}"
-        )
 
 
 def check_folder(folder: Path) -> None:

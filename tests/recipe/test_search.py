@@ -13,10 +13,11 @@ from policy.common.interrupt import StopRequest
 from policy.data.demonstrations import Demonstrations
 from policy.recipe import search as module
 from policy.recipe.candidates import Candidate
+from policy.recipe.demonstrations import check_data
 from policy.recipe.halving import Plan, Rung
 from policy.recipe.journal import JOURNAL, Journal, Measured, promising, ranked, read_journal
 from policy.recipe.report import verdict
-from policy.recipe.search import Trial, check_data, check_folder, search
+from policy.recipe.search import Trial, check_folder, search
 from policy.recipe.settings import RecipeSettings
 from policy.statistics.results import EpisodeResult
 from policy.training.preparation import prepare_run

@@ -11,7 +11,8 @@ import torch
 from policy import DiffusionPolicy, PolicyConfig, TrainSettings
 from policy.checkpoint import describe_checkpoint, load_checkpoint, save_checkpoint
 from policy.commands import record
-from policy.commands.train import check_start, train_policy
+from policy.commands.train import train_policy
+from policy.commands.training_start import check_start
 from policy.data.demonstrations import Demonstrations
 from policy.diffusion.sampler import Sampler
 from policy.inference.backends import compile_sampler

@@ -54,14 +54,14 @@ def allowed_by(dataset: Demonstrations, policy: Policy, auxiliary: Sequence[str]
         auxiliary: keys of privileged observations.
         action_horizon: control steps in a chunk.
     """
-    vectors = state_vectors(dataset, auxiliary)
     relations: Mapping[str, Any] = {}
     if not any(policy.get(name) for name in Relations._fields):
         with suppress(ValueError):  # too many numbers to compare
-            found = find_relations(dataset, vectors)
+            found = find_relations(dataset, state_vectors(dataset, auxiliary))
             relations = found._asdict() if any(found) else {}
     corrections = False
-    with suppress(ValueError):  # no action is a displacement
-        find_corrections(dataset, np.arange(dataset.num_episodes), vectors, action_horizon)
+    with suppress(ValueError):  # no action is a displacement, or there are pictures
+        observed = [key for key in dataset.observations if key not in auxiliary]
+        find_corrections(dataset, np.arange(dataset.num_episodes), observed, action_horizon)
         corrections = True
     return Allowed(relations=relations, corrections=corrections)

@@ -13,7 +13,6 @@ from policy.common.interrupt import StopRequest
 from policy.data.demonstrations import Demonstrations
 from policy.recipe import search as module
 from policy.recipe.candidates import Candidate
-from policy.recipe.demonstrations import check_data
 from policy.recipe.halving import Plan, Rung
 from policy.recipe.journal import JOURNAL, Journal, Measured, promising, ranked, read_journal
 from policy.recipe.report import verdict
@@ -219,19 +218,6 @@ def test_a_damaged_journal_is_refused(start, tmp_path):
     (tmp_path / JOURNAL).write_text("{")
     with pytest.raises(ValueError, match=r"recipe\.json is damaged"):
         start()
-
-
-def test_too_few_demonstrations_and_too_few_held_out_are_refused():
-    check_data(made(12), TRAIN, 0)
-    with pytest.raises(ValueError, match="has only 9: give 10 or more"):
-        check_data(made(9), TRAIN, 0)
-    still = made(12)
-    still = dataclasses.replace(still, actions=0 * still.actions)
-    with pytest.raises(ValueError, match="never change: leave recipe= out"):
-        check_data(still, TRAIN, 0)
-    few = dataclasses.replace(TRAIN, val_fraction=0.0)
-    with pytest.raises(ValueError, match=r"of 12 episodes none is held out: give train.val_fraction=0.17"):
-        check_data(made(12), few, 0)
 
 
 def test_a_folder_of_a_plain_run_is_refused(tmp_path):

@@ -1,0 +1,51 @@
+"""What `recipe=auto` needs of demonstrations, and what they allow a recipe to do."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from policy import TrainSettings
+from policy.recipe.demonstrations import allowed_by, check_data
+from tests.data.test_corrections import arm
+
+TRAIN = TrainSettings(steps=32, val_fraction=0.25)
+
+
+def test_too_few_demonstrations_and_too_few_held_out_are_refused():
+    twelve = arm(episodes=12, steps=6)
+    check_data(twelve, TRAIN, 0)
+    with pytest.raises(ValueError, match="has only 9: give 10 or more"):
+        check_data(arm(episodes=9, steps=6), TRAIN, 0)
+    still = dataclasses.replace(twelve, actions=0 * twelve.actions)
+    with pytest.raises(ValueError, match="never change: leave recipe= out"):
+        check_data(still, TRAIN, 0)
+    few = dataclasses.replace(TRAIN, val_fraction=0.0)
+    with pytest.raises(ValueError, match=r"of 12 episodes none is held out: give train.val_fraction=0.17"):
+        check_data(twelve, few, 0)
+
+
+def test_corrective_noise_is_tried_where_training_can_have_it():
+    demonstrations = arm()
+    pictures = np.zeros((len(demonstrations.actions), 2, 2, 3), np.uint8)
+    seen = dataclasses.replace(demonstrations, observations={**demonstrations.observations, "image": pictures})
+    still = dataclasses.replace(demonstrations, actions=0 * demonstrations.actions)
+    tried = [
+        allowed_by(data, {}, aside, 8).corrections
+        for data, aside in (
+            (demonstrations, ()),
+            (seen, ()),
+            (seen, ["image"]),
+            (still, ()),
+            (demonstrations, ["state"]),
+        )
+    ]
+    assert tried == [True, False, True, False, False]
+
+
+def test_a_policy_with_relations_of_its_own_gets_no_others():
+    demonstrations = arm()
+    found = allowed_by(demonstrations, {}, (), 8).relations
+    assert found["differences"]
+    assert allowed_by(demonstrations, {"differences": ((0, 1),)}, (), 8).relations == {}
+    assert allowed_by(demonstrations, {}, ["state"], 8).relations == {}

@@ -5,9 +5,10 @@
     python -m scripts.bench.compare tasks=[planar] objectives=[diffusion,regression] ddim_steps=[1,2] episodes=20
 
 On each task, each objective is trained with three training seeds, from the task's preset with 4,000 steps at most, and
-rolled out on the same 100 held-out episodes in a cell for each solver and number of steps that it has. The training
-seeds of an objective are one recipe, and the report says whether sampling was shown to beat each control. A task whose
-package or demonstrations are missing is left out; those of Meta-World, OCBench and the planar task are collected.
+rolled out on the same 100 held-out episodes in a cell for each solver and number of steps that it has; a solver has no
+cell where it is `ddim`. The training seeds of an objective are one recipe, and the report says whether sampling was
+shown to beat each control. A task whose package or demonstrations are missing is left out; those of Meta-World, OCBench
+and the planar task are collected.
 
 All tasks and objectives of one training seed come before the next seed: an interrupted comparison is a whole one of
 fewer seeds. The rows of a finished training are written to `docs/rows/compare`, unless a setting of trainings or
@@ -41,7 +42,16 @@ from policy.sweep.recipes import scope_of
 from scripts.bench.finished import FINISHED, finished_rows, write_rows
 from scripts.bench.report import machine, write_report
 from scripts.bench.tasks import GIVEN, TASKS, Task, task_named
-from scripts.bench.trainings import Trained, Unit, collect_missing, file_name, listed, run_units, train_and_sweep
+from scripts.bench.trainings import (
+    Trained,
+    Unit,
+    collect_missing,
+    file_name,
+    listed,
+    run_units,
+    sweep_command,
+    train_command,
+)
 from scripts.settings import GROUPS
 from scripts.train import main as train
 
@@ -66,6 +76,8 @@ OWN_SETTINGS = {
     "seed": "seeds=[...]",
     "output_dir": "no folder, it is outputs/compare",
 }
+# With up to this number of steps the solver is `ddim`, to the bit; see `dpmpp_2m_coefficients`.
+SAME_AS_DDIM = {"dpmpp_2m": 2}
 MARGIN = 0.05
 ONE_SEED = "These are intervals of single checkpoints: seeds=[0,1,2] takes in what another training seed would change."
 
@@ -107,9 +119,11 @@ def main() -> None:
     except ValueError as error:
         sys.exit(str(error))
     print(machine("gymnasium"))
+    for sentence in _same_cells(request):
+        print(sentence)
     began = time.perf_counter()
     folder = None if request.changes else FINISHED / "compare"
-    kept = {unit.name: rows for unit in units if (rows := finished_rows(folder, unit.name))}
+    kept = {unit.name: rows for unit in units if (rows := _kept(folder, unit.name))}
     missing = [unit for unit in units if unit.name not in kept]
     _collect(request, missing)
     found = run_units(missing, "compare", partial(_done, folder))
@@ -226,19 +240,48 @@ def _unit(request: Request, task: Task, objective: str, seed: int) -> Unit:
     folder = FOLDER.joinpath(*request.changes, task.name, objective, f"seed_{seed}")
     data = request.demonstrations.get(task.name, task.dataset(DEMONSTRATIONS))
     overrides = [f"{name}={value}" for name, value in request.training.items()]
-    solvers = [f"sampler.solver=[{','.join(request.solvers)}]"] if objective == DEFAULT_OBJECTIVE else []
+    training = [*task.training, f"objective={objective}", f"seed={seed}", f"dataset.path={data}", *overrides]
     return Unit(
         name=f"{task.name}-{objective}-seed{seed}",
         folder=folder,
         tasks=(task.name,),
         data=data,
-        commands=train_and_sweep(
-            folder,
-            [*task.training, f"objective={objective}", f"seed={seed}", f"dataset.path={data}", *overrides],
-            [f"episodes={request.episodes}", "adaptive=false", *solvers],
-            request.ddim_steps,
-        ),
+        commands=[train_command(folder, training), *_sweeps(request, objective, folder)],
     )
+
+
+def _sweeps(request: Request, objective: str, folder: Path) -> list[list[str]]:
+    """The commands that roll a policy out; diffusion has a sweep for each solver, and then all of them as one."""
+    settings = [f"episodes={request.episodes}", "adaptive=false"]
+    if objective != DEFAULT_OBJECTIVE:
+        return [sweep_command(folder, "sweep", settings, request.ddim_steps)]
+    own = {solver: steps for solver in request.solvers if (steps := _own_steps(request, solver))}
+    sweeps = [
+        sweep_command(folder, f"sweep_{solver}", [*settings, f"sampler.solver={solver}"], steps)
+        for solver, steps in own.items()
+    ]
+    parts = ",".join(f"{folder}/sweep_{solver}" for solver in own)
+    return [*sweeps, ["scripts.sweep", f"merge=[{parts}]", f"output_dir={folder}/sweep"]]
+
+
+def _own_steps(request: Request, solver: str) -> list[int]:
+    """The numbers of steps at which a solver of diffusion has a cell: not where it would be that of `ddim` again."""
+    return [steps for steps in request.ddim_steps if "ddim" not in request.solvers or not _is_ddim(solver, steps)]
+
+
+def _is_ddim(solver: str, ddim_steps: int) -> bool:
+    return ddim_steps <= SAME_AS_DDIM.get(solver, 0)
+
+
+def _same_cells(request: Request) -> list[str]:
+    """Say which solvers have no cell of their own at which numbers of steps."""
+    solvers = request.solvers if DEFAULT_OBJECTIVE in request.objectives else ()
+    same = {solver: [s for s in request.ddim_steps if s not in _own_steps(request, solver)] for solver in solvers}
+    return [
+        f"{solver} with ddim_steps=[{','.join(map(str, steps))}] is ddim, to the bit: it has no cells of its own there"
+        for solver, steps in same.items()
+        if steps
+    ]
 
 
 def _collect(request: Request, units: Sequence[Unit]) -> None:
@@ -254,6 +297,11 @@ def _done(folder: Path | None, trained: Trained) -> None:
     rates = (f"{row['success_rate']:.0%} at {row['ddim_steps']} ({row['solver']})" for row in rows)
     print(f"{trained.unit.name}: {', '.join(rates)}, trained in {trained.train_s:.0f} s", flush=True)
     write_rows(folder, trained.unit.name, rows)
+
+
+def _kept(folder: Path | None, name: str) -> list[Row]:
+    """The kept rows of a finished training; the first that were kept have cells that are those of `ddim` again."""
+    return [row for row in finished_rows(folder, name) if not _is_ddim(row["solver"], row["ddim_steps"])]
 
 
 def rows_of(trained: Trained) -> list[Row]:

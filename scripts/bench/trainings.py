@@ -54,18 +54,24 @@ def train_and_sweep(
     Returns:
         The arguments of each command.
     """
-    steps = ",".join(map(str, ddim_steps))
+    return [train_command(folder, training), sweep_command(folder, "sweep", sweep, ddim_steps)]
+
+
+def train_command(folder: Path, training: Sequence[str]) -> list[str]:
+    """The command that trains a policy; see `train_and_sweep`."""
+    return ["scripts.train", *training, "train.rollout_every=0", "tracker=none", f"output_dir={folder}"]
+
+
+def sweep_command(folder: Path, name: str, sweep: Sequence[str], ddim_steps: Sequence[int]) -> list[str]:
+    """The command that rolls the policy of a folder out, into its subfolder of this name; see `train_and_sweep`."""
     return [
-        ["scripts.train", *training, "train.rollout_every=0", "tracker=none", f"output_dir={folder}"],
-        [
-            "scripts.sweep",
-            f"checkpoint={folder}/checkpoint",
-            f"ddim_steps=[{steps}]",
-            *sweep,
-            "workers=1",
-            "videos=0",
-            f"output_dir={folder}/sweep",
-        ],
+        "scripts.sweep",
+        f"checkpoint={folder}/checkpoint",
+        f"ddim_steps=[{','.join(map(str, ddim_steps))}]",
+        *sweep,
+        "workers=1",
+        "videos=0",
+        f"output_dir={folder}/{name}",
     ]
 
 

@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from envs.errors import MissingExtraError
+from policy.diffusion.coefficients import ddim_coefficients, dpmpp_2m_coefficients
+from policy.diffusion.ddim import ddim_timesteps
 from policy.diffusion.objective import OBJECTIVES
+from policy.diffusion.schedule import PREDICTION_TYPES, make_schedule
 from policy.statistics.results import EpisodeResult
 from scripts.bench import compare, tasks
 from scripts.bench.tasks import GIVEN, TASKS, task_named
@@ -16,6 +20,16 @@ from scripts.bench.trainings import Trained
 from tests.scripts.test_quality import bench  # noqa: F401
 
 EPISODES = 200
+# Of a comparison with ddim_steps=[1,4]: with one step, dpmpp_2m would be ddim again.
+CELLS = [
+    ("diffusion", "ddim", 1),
+    ("diffusion", "ddim", 4),
+    ("diffusion", "dpmpp_2m", 4),
+    ("flow", "euler", 1),
+    ("flow", "euler", 4),
+    ("regression", "one_call", 1),
+    ("mip", "two_calls", 2),
+]
 
 
 def swept(cells):
@@ -48,7 +62,7 @@ def swept(cells):
 
 def trained(unit, diffusion=100, regression=60):
     cells = {
-        "diffusion": {(solver, steps): diffusion for solver in ("ddim", "dpmpp_2m") for steps in (1, 4)},
+        "diffusion": dict.fromkeys([("ddim", 1), ("ddim", 4), ("dpmpp_2m", 4)], diffusion),
         "flow": {("euler", steps): 80 for steps in (1, 4)},
         "regression": {("one_call", 1): regression},
         "mip": {("two_calls", 2): 100},
@@ -103,12 +117,7 @@ def test_a_stopped_comparison_goes_on_and_a_finished_row_is_not_run_again(preten
 def test_the_table_has_a_row_for_each_cell_over_training_seeds_and_a_verdict_for_each_control(pretended, tmp_path):
     out, _ = pretended("tasks=[planar]", "seeds=[0,1,2]")
     rows = json.loads((tmp_path / "outputs/bench/compare.json").read_text())
-    assert [(row["objective"], row["solver"], row["ddim_steps"]) for row in rows] == [
-        *(("diffusion", solver, steps) for solver in ("ddim", "dpmpp_2m") for steps in (1, 4)),
-        *(("flow", "euler", steps) for steps in (1, 4)),
-        ("regression", "one_call", 1),
-        ("mip", "two_calls", 2),
-    ]
+    assert [(row["objective"], row["solver"], row["ddim_steps"]) for row in rows] == CELLS
     regression = next(row for row in rows if row["objective"] == "regression")
     assert regression["by training seed"] == "60, 60, 60"
     assert re.fullmatch(r"60 % \(\d\d to \d\d\)", regression["success (95 %)"])
@@ -121,7 +130,7 @@ def test_the_table_has_a_row_for_each_cell_over_training_seeds_and_a_verdict_for
 
 @pytest.mark.parametrize(
     ("regression", "verdict"),
-    [(60, "was shown to beat"), (100, "was shown not to beat regression by more than 5 points"), (97, "is open")],
+    [(60, "was shown to beat"), (100, "was shown not to beat regression by more than 5 points"), (98, "is open")],
 )
 def test_the_verdict_follows_from_the_outcomes(regression, verdict):
     request = compare.requested(["tasks=[planar]", "seeds=[0]", "objectives=[diffusion,regression]"])
@@ -160,8 +169,55 @@ def test_each_objective_is_trained_alike_and_only_diffusion_has_a_choice_of_solv
         *(f"output_dir={unit.folder}" for unit in units[:2]),
     }
     assert "denoiser.num_layers=1" in trainings[0]
-    sweeps = [[part for part in unit.commands[1] if part.startswith("sampler.")] for unit in units[:4]]
-    assert sweeps == [["sampler.solver=[ddim,dpmpp_2m]"], [], [], []]
+    of_diffusion, *others = [unit.commands[1:] for unit in units[:4]]
+    assert [[part for part in command if part.startswith(("sampler.", "ddim_steps="))] for command in of_diffusion] == [
+        ["ddim_steps=[1,2,4,8]", "sampler.solver=ddim"],
+        ["ddim_steps=[4,8]", "sampler.solver=dpmpp_2m"],
+        [],
+    ]
+    folder = units[0].folder
+    merged = f"merge=[{folder}/sweep_ddim,{folder}/sweep_dpmpp_2m]"
+    assert of_diffusion[-1] == ["scripts.sweep", merged, f"output_dir={folder}/sweep"]
+    assert all(f"output_dir={unit.folder}/sweep" in unit.commands[1] for unit in units[1:4])
+    assert not any(part.startswith("sampler.") for commands in others for part in commands[0])
+
+
+def test_cells_that_would_be_those_of_ddim_are_not_run_and_one_sentence_says_so(pretended):
+    said = "dpmpp_2m with ddim_steps=[1,2] is ddim, to the bit: it has no cells of its own there"
+    assert pretended("tasks=[planar]", "seeds=[0]")[0].splitlines().count(said) == 1
+    assert "to the bit" not in pretended("tasks=[planar]", "seeds=[0]", "ddim_steps=[3,4]")[0]
+    assert "to the bit" not in pretended("tasks=[planar]", "seeds=[0]", "objectives=[flow,regression]")[0]
+    assert "to the bit" not in pretended("tasks=[planar]", "seeds=[0]", "solvers=[dpmpp_2m]")[0]
+    alone = compare.units_of(compare.requested(["tasks=[planar]", "solvers=[dpmpp_2m]"]))[0]
+    assert "ddim_steps=[1,2,4,8]" in alone.commands[1]
+    few = compare.units_of(compare.requested(["tasks=[planar]", "ddim_steps=[1,2]"]))[0]
+    assert few.commands[-1][1] == f"merge=[{few.folder}/sweep_ddim]"
+
+
+def test_rows_that_were_kept_with_these_cells_go_on_beside_new_ones(pretended, tmp_path):
+    before, _ = pretended("tasks=[planar]", "seeds=[0,1]")
+    file = tmp_path / "rows/compare/planar-diffusion-seed0.json"
+    content = json.loads(file.read_text())
+    content["rows"].insert(2, {**content["rows"][0], "solver": "dpmpp_2m"})
+    file.write_text(json.dumps(content))
+    after, units = pretended("tasks=[planar]", "seeds=[0,1]")
+    assert units == []
+    assert [line for line in after.splitlines() if line.startswith("|") or "beat" in line] == [
+        line for line in before.splitlines() if line.startswith("|") or "beat" in line
+    ]
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_these_cells_are_those_of_ddim(beta_schedule, prediction_type):
+    schedule = make_schedule(num_steps=100, beta_schedule=beta_schedule)
+    same = []
+    for ddim_steps in (1, 2, 3, 4, 8):
+        given = (schedule, ddim_timesteps(100, ddim_steps), 0.0, prediction_type)
+        ddim, multistep = ddim_coefficients(*given), dpmpp_2m_coefficients(*given)
+        if torch.equal(multistep[:, :5], ddim) and not multistep[:, 5].any():
+            same.append(ddim_steps)
+    assert same == [steps for steps in (1, 2, 3, 4, 8) if steps <= compare.SAME_AS_DDIM["dpmpp_2m"]]
 
 
 def test_a_task_that_cannot_be_run_here_is_named_and_left_out(pretended, monkeypatch):
@@ -224,11 +280,6 @@ def test_from_demonstrations_to_the_verdict(bench, tmp_path):  # noqa: F811
     out = bench(compare, "tasks=[planar]", "seeds=[0,1]", *sizes)
     (report,) = (tmp_path / "outputs/bench").glob("compare_*.json")
     found = [(row["objective"], row["solver"], row["ddim_steps"]) for row in json.loads(report.read_text())]
-    assert found == [
-        *(("diffusion", solver, steps) for solver in ("ddim", "dpmpp_2m") for steps in (1, 4)),
-        *(("flow", "euler", steps) for steps in (1, 4)),
-        ("regression", "one_call", 1),
-        ("mip", "two_calls", 2),
-    ]
+    assert found == CELLS
     assert re.search(r"diffusion beats? regression|Diffusion was shown (not )?to beat regression", out)
     assert len([*(tmp_path / "outputs/compare").glob("*/**/seed_1/sweep/sweep.json")]) == 4

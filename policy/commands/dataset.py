@@ -32,7 +32,7 @@ class RecordSettings:
     successes: bool
 
     def check(self, output_dir: Path | None) -> None:
-        """Refuse a folder that exists, or that the rollout itself writes to.
+        """Refuse a folder without a name, one that exists, or one that the rollout itself writes to.
 
         Args:
             output_dir: the rollout's folder, if the user chooses one.
@@ -40,6 +40,11 @@ class RecordSettings:
         Raises:
             ValueError: see above.
         """
+        if not self.folder.name:
+            raise ValueError(
+                f"{SETTING}= takes the name of a new folder for the dataset, as {SETTING}=outputs/dataset; got"
+                f" {str(self.folder)!r}"
+            )
         check_absent(self.folder, SETTING)
         if output_dir is None:
             return

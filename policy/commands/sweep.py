@@ -73,7 +73,7 @@ def sweep(
     threads: int = 1,
     videos: int | None = None,
     watch: bool = False,
-    shard: str | None = None,
+    shard: str | int | None = None,
     merge: list[Path] | None = None,
     output_dir: Path | None = None,
     tracker: OpenRun,
@@ -129,7 +129,7 @@ def sweep(
     if merge:
         _merge(merge, mix=mix, margin=margin, output_dir=output_dir, tracker=tracker)
         return
-    share = None if shard is None else Shard.parse(shard, episodes)
+    share = None if shard is None else Shard.parse(str(shard), episodes)
     if checkpoint is None:
         raise ValueError("checkpoint is missing: add checkpoint=... (--help shows an example)")
     recipes = recipes_of(checkpoint)

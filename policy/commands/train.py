@@ -24,6 +24,7 @@ from policy.common.output import output_folder
 from policy.common.torchrun import World, joined_world, peers_needed
 from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
 from policy.data.demonstrations import Augment, Demonstrations
+from policy.data.symmetry import check_symmetry
 from policy.diffusion.sampler import Sampler
 from policy.model.config import PolicyConfig, PolicySettings
 from policy.model.diffusion_policy import DiffusionPolicy
@@ -133,6 +134,8 @@ def train_policy(
     check_execution_horizon(execution_horizon, config.action_horizon)
     check_num_envs(num_envs)
     check_patience(env_patience)
+    if augment:
+        check_symmetry(augment, dataset)
     world = joined_world()
     device = check_device(world.device(device))
 

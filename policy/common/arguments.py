@@ -7,7 +7,7 @@ import difflib
 import math
 import os
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,10 @@ from policy.common.signatures import Declaration, declaration_of
 
 # A function or class, its declaration, or its `module:name`, which is read from source and not imported.
 Target = str | Callable[..., Any] | Declaration
+# Types of lists in signatures, words for what they hold, and pydantic's errors for a value that is not a list.
+_LISTS = (list, Sequence)
+_ITEMS = {Path: "paths", str: "names"}
+_NO_LIST = ("list_type", "sequence_str", "is_instance_of")
 
 
 def unknown_name(what: str, name: str, allowed: Iterable[str]) -> ValueError:
@@ -95,6 +99,8 @@ def _check_type(name: str, hint: Any, value: Any) -> Any:
     try:
         checked = adapter.validate_python(value)
     except ValidationError as error:
+        if error.errors()[0]["type"] in _NO_LIST and (items := _items(hint)) and not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name} takes a list of {items}, as {name}=[A,B]; got {value!r}") from error
         problem = error.errors()[0]["msg"]
         expected = getattr(hint, "__name__", str(hint)).replace("typing.", "").replace("collections.abc.", "")
         raise ValueError(f"{name} should be {expected}; got {value!r} ({problem[0].lower()}{problem[1:]})") from error
@@ -103,6 +109,12 @@ def _check_type(name: str, hint: Any, value: Any) -> Any:
         raise ValueError(f"{name} should be {getattr(hint, '__name__', hint)}; got {value!r}")
     _check_numbers(name, checked)
     return _at_home(checked)
+
+
+def _items(hint: Any) -> str:
+    """What a list holds, in words; nothing where the type is not that of a list."""
+    lists = [part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) in _LISTS]
+    return _ITEMS.get(typing.get_args(lists[0])[0], "values") if lists else ""
 
 
 def _at_home(value: Any) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,6 +101,27 @@ def check_functions(settings: Mapping[str, Any]) -> None:
             ) from error
         if not callable(function):
             raise ValueError(f"{setting} is not a function; it is {function!r:.80}")
+
+
+@contextmanager
+def failures_named(setting: str, hint: str = "") -> Iterator[None]:
+    """Turn any failure of a user's function into an error that names the setting.
+
+    Args:
+        setting: the setting that takes the function.
+        hint: the end of the message.
+
+    Raises:
+        ValueError: whatever was raised inside; the message says what, and where.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also sys.exit
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}, line {frame.lineno}"
+        raise ValueError(f"{setting} failed with {type(error).__name__}: {error} ({place}){hint}") from error
 
 
 def _targets(where: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

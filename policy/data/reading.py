@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-import traceback
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from policy.common.arguments import unknown_name
+from policy.common.modules import failures_named
 from policy.common.observations import is_image
 from policy.common.progress import progress
 from policy.common.torchrun import first_on_machine_goes_ahead
@@ -281,11 +281,11 @@ class _Reading:
                     warn_empty(self.path, new)
                     left_out |= empty
         if self.relabel is not None:
-            with _failures_named("relabel"):
+            with failures_named("dataset.relabel"):
                 relabelled, actions = self.relabel(observations, actions)
                 observations = dict(relabelled)
         if self.transform is not None:
-            with _failures_named("transform"):
+            with failures_named("dataset.transform"):
                 observations = _by_key(self.transform(observations))
         if self.image_size is not None:
             observations = {
@@ -309,19 +309,6 @@ def _by_key(returned: Any) -> dict[str, Any]:
         shown = f"keys {list(returned)}" if isinstance(returned, Mapping) else repr(returned)
         raise TypeError(f"it must return a dict of arrays whose keys are text; it returned {shown:.80}")
     return dict(returned)
-
-
-@contextmanager
-def _failures_named(setting: str) -> Iterator[None]:
-    """Turn any failure of a user's function into an error that names the setting."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # also sys.exit
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(frame.filename).name}, line {frame.lineno}"
-        raise ValueError(f"dataset.{setting} failed with {type(error).__name__}: {error} ({place})") from error
 
 
 def _code_of_own(format: Format) -> str | None:

@@ -1,7 +1,9 @@
 """Arguments that arrive by name: wrong ones are refused with what came, what is allowed and the nearest name."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -86,6 +88,18 @@ def test_values_of_another_type_are_refused_by_their_full_name(name, value):
         check_arguments("part", Part, {name: value})
     assert re.match(rf"(part\.{name} should be |unknown value of part\.{name} )", str(error.value))
     assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["x", 3, {"x": 1}])
+def test_a_single_value_in_place_of_a_list_is_answered_with_what_the_list_holds(value):
+    def takes(*, folders: list[Path] | None = None, names: Sequence[str] = (), counts: list[int] = []) -> None: ...  # noqa: B006
+
+    for name, items in (("folders", "paths"), ("names", "names"), ("counts", "values")):
+        said = f"{name} takes a list of {items}, as {name}=[A,B]; got {value!r}"
+        with pytest.raises(ValueError, match=rf"^{re.escape(said)}$"):
+            check_arguments("takes", takes, {name: value}, prefix="")
+    with pytest.raises(ValueError, match=r"^names should be Sequence.*; got \[3\]"):
+        check_arguments("takes", takes, {"names": [3]}, prefix="")
 
 
 def test_an_unknown_setting_is_refused_with_the_nearest_one():

@@ -39,6 +39,7 @@ def test_shards_hold_each_episode_once_and_about_as_many(episodes, of):
         ("17/16", "a K within 1..N, the first is 1/16; got 17/16"),
         ("1/0", "a K within 1..N"),
         ("third", "must be K/N, as shard=3/16 for the third of 16; got 'third'"),
+        ("3", "must be K/N, as shard=3/16 for the third of 16; got '3'"),
         ("-1/3", "must be K/N"),
         ("1/3/5", "must be K/N"),
         ("2/8", "needs 8 episodes or more, one for each shard; got episodes=7"),
@@ -57,6 +58,7 @@ def test_what_a_shard_cannot_decide_is_refused(run_sweep, tmp_path):
     err = run_sweep(*SWEEP, "shard=1/2", *given, f"output_dir={tmp_path}/out", check=2)
     assert err == "error: shard= goes without adaptive=, looks=, margin=, max_ms=, videos=, watch=: leave them out\n"
     assert "leave shard= out" in run_sweep(f"merge=[{tmp_path}]", "shard=1/2", check=2)
+    assert run_sweep("merge=x", check=2) == "error: merge takes a list of paths, as merge=[A,B]; got 'x'\n"
 
 
 # --- the command -------------------------------------------------------------------------------------------------

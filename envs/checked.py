@@ -20,6 +20,11 @@ from envs.spaces import Observation, check_action
 
 LOGGER = logging.getLogger(__name__)
 
+# What Gymnasium asks for; a vector environment returns as many values, with those of all its worlds.
+RETURNED = {
+    "reset": "2 values: observation and info (a dict)",
+    "step": "5 values: observation, reward, terminated, truncated and info (a dict)",
+}
 # The key of `info` that says why an episode broke off.
 BROKE_OFF = "broke_off"
 
@@ -240,19 +245,13 @@ class _Protocol(gymnasium.Wrapper[Any, Any, Any, Any]):
                 " reset(self, *, seed=None, options=None)"
             ) from error
         if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[1], dict):
-            raise EnvContractError(
-                f"{self._name}: reset() returned {_described(returned)}; Gymnasium (0.26 and later) asks for"
-                " 2 values: observation and info (a dict)"
-            )
+            raise wrong_values(self._name, "reset", returned)
         return returned
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         returned: Any = self.env.step(action)
         if not isinstance(returned, tuple) or len(returned) != 5 or not isinstance(returned[4], dict):
-            raise EnvContractError(
-                f"{self._name}: step() returned {_described(returned)}; Gymnasium (0.26 and later) asks for"
-                " 5 values: observation, reward, terminated, truncated and info (a dict)"
-            )
+            raise wrong_values(self._name, "step", returned)
         observation, reward, terminated, truncated, info = returned
         plain = isinstance(reward, float) and isinstance(terminated, bool) and isinstance(truncated, bool)
         if plain and isfinite(reward):
@@ -268,6 +267,19 @@ class _Protocol(gymnasium.Wrapper[Any, Any, Any, Any]):
         except ValueError as error:
             raise EnvContractError(f"{self._name}: the reward must be one number; got {_shown(reward)}") from error
         return number, as_bool(self._name, "terminated", terminated), as_bool(self._name, "truncated", truncated)
+
+
+def wrong_values(name: str, method: str, returned: Any) -> EnvContractError:
+    """Return the error for a method that does not return what Gymnasium asks for.
+
+    Args:
+        name: The environment's name in messages.
+        method: ``reset`` or ``step``.
+        returned: What it returned.
+    """
+    return EnvContractError(
+        f"{name}: {method}() returned {_described(returned)}; Gymnasium (0.26 and later) asks for {RETURNED[method]}"
+    )
 
 
 def as_number(value: Any) -> float:

@@ -12,8 +12,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import iterate
 from numpy.typing import NDArray
 
-from envs.checked import BROKE_OFF, named, no_time_limit, zeros
-from envs.errors import DeviationError, EnvContractError
+from envs.checked import BROKE_OFF, named, no_time_limit, wrong_values, zeros
+from envs.errors import DeviationError
 from envs.gym_env import EpisodeState, SuccessRule, control_hz_of, making, parse_success, require_registered
 from envs.spaces import Observation, check_action, plain_actions, plain_observations
 
@@ -99,7 +99,7 @@ class VectorWorlds:
         idle = [seeds[-1]] * (self.num_envs - len(seeds))
         returned: Any = self.env.reset(seed=cast(int, [*seeds, *idle]))  # one each, which its annotation leaves out
         if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[1], dict):
-            raise EnvContractError(f"{self._name}: reset() must return two values, observations and a dict")
+            raise wrong_values(self._name, "reset", returned)
         seen, infos = returned
         self._steps, self._returns[:] = 0, 0.0
         self._running[:] = np.arange(self.num_envs) < len(seeds)
@@ -127,10 +127,7 @@ class VectorWorlds:
         raw = np.stack([self._acted(actions.get(world, nothing)) for world in range(self.num_envs)])
         returned: Any = self.env.step(raw)
         if not isinstance(returned, tuple) or len(returned) != 5 or not isinstance(returned[4], dict):
-            raise EnvContractError(
-                f"{self._name}: step() must return five values: observations, rewards, terminations, truncations and"
-                " infos (a dict)"
-            )
+            raise wrong_values(self._name, "step", returned)
         seen, rewards, terminations, truncations, infos = returned
         self._steps += 1
         stepped = {

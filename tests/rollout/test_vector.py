@@ -11,6 +11,7 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 import envs
+from envs.errors import EnvContractError
 from envs.gym_env import make_gym, parse_success
 from envs.vector import VectorWorlds
 from policy import DiffusionPolicy, Sampler
@@ -226,6 +227,34 @@ def test_a_seed_that_fixes_the_episode_in_one_world_only_is_noticed(policy):
 def test_what_cannot_be_made_is_one_sentence(settings, said):
     with pytest.raises(ValueError, match=said):
         make_env(**settings, worlds=2)
+
+
+@pytest.mark.parametrize(
+    ("method", "returned"),
+    [("reset", np.zeros((1, 3))), ("step", (np.zeros((1, 3)), np.zeros(1), np.zeros(1, bool), {})), ("reset", None)],
+)
+def test_values_that_gymnasium_does_not_ask_for_are_refused_in_the_words_of_single_environments(method, returned):
+    def wrong(kind):
+        return type(kind.__name__, (kind,), {method: lambda self, *action, **seed: returned})
+
+    def played(env, start, action):
+        start()
+        env.step(action)
+
+    gymnasium.register("Wrong-v0", entry_point=wrong(Reach), vector_entry_point=wrong(Tray), max_episode_steps=20)
+    settings, still = {"name": "gym", "id": "Wrong-v0", "success": "info:success"}, np.zeros(1, np.float32)
+    try:
+        single, many = make_env(**settings), make_env(**settings, worlds=1)
+    finally:
+        del gymnasium.registry["Wrong-v0"]
+    with pytest.raises(EnvContractError) as of_single:
+        played(single, single.reset, still)
+    with pytest.raises(EnvContractError) as of_many:
+        played(many, partial(many.start, [0]), {0: still})
+    said = [str(of_single.value), str(of_many.value)]
+    assert said[0] == said[1]
+    assert said[0].startswith(f"Wrong-v0: {method}() returned ")
+    assert "; Gymnasium (0.26 and later) asks for" in said[0]
 
 
 def test_a_simulator_without_a_time_limit_is_refused():

@@ -183,6 +183,7 @@ def train_policy(
             seed=seed,
             prepare=prepare_recipe,
             record_of=record_of,
+            measure_of=partial(_measure, dataset, sampler),
             play=play,
             paired=paired,
         )
@@ -198,7 +199,7 @@ def train_policy(
         tracking = tracker(folder=folder, config={"env": env, **record.training, **vars(run.state.policy.config)})
         facts = _facts(dataset, env, record, train)
         with training_page(folder, facts, run.state.history, partial(_best, record, run)) as page:
-            _train(run, train, seed, SentToAll(tracking, page), record, rollout, _measure(run, dataset, sampler), world)
+            _train(run, train, seed, SentToAll(tracking, page), record, rollout, _measure(dataset, sampler, run), world)
         tracked = tracking.finish()
         stopped = run.state.step < train.all_steps
         if stopped:
@@ -270,7 +271,7 @@ def _describe(run: Run, env: dict[str, Any] | None, start: Start | None, train: 
         print(f"{reason}, so there are no rollouts while training: env=... adds them")
 
 
-def _measure(run: Run, dataset: Demonstrations, sampler: Sampler) -> Rollout | None:
+def _measure(dataset: Demonstrations, sampler: Sampler, run: Run) -> Rollout | None:
     """What measures the errors of the policy's chunks; None where the demonstrations' actions are not the policy's."""
     if dataset.actions.shape[1] != run.state.policy.config.action_dim:
         return None

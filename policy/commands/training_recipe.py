@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from policy.commands.record import Record
-from policy.commands.training_rollouts import ROLLOUT_SEED
+from policy.commands.training_rollouts import ROLLOUT_SEED, Rollout
 from policy.common.interrupt import stop_on_signal
 from policy.common.locks import only_process
 from policy.diffusion.sampler import Sampler
@@ -29,6 +29,7 @@ def best_recipe(
     seed: int,
     prepare: Callable[[Candidate], Run],
     record_of: Callable[[Path, TrainSettings], Record],
+    measure_of: Callable[[Run], Rollout | None],
     play: Play | None,
     paired: bool,
 ) -> Candidate:
@@ -44,6 +45,7 @@ def best_recipe(
         seed: of the training runs.
         prepare: prepares the training run of a recipe, at step 0.
         record_of: makes the record of a training run in a folder.
+        measure_of: makes what measures the errors of a training run's chunks.
         play: see `search`.
         paired: see `search`.
 
@@ -55,7 +57,7 @@ def best_recipe(
     def open_trial(candidate: Candidate, place: Path) -> Trial:
         run, record = prepare(candidate), record_of(place, candidate.train)
         record.restore(run.state)
-        return Trial(run=run, save=record.save)
+        return Trial(run=run, save=record.save, measure=measure_of(run))
 
     candidates, fallen = candidates_for(settings.candidates, settings.keep, policy, train, allowed)
     with only_process(folder), stop_on_signal() as stop:

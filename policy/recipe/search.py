@@ -51,10 +51,12 @@ class Trial:
     Attributes:
         run: restored from its folder, if it has a checkpoint there.
         save: writes its checkpoint.
+        measure: measures the errors of the policy's chunks for its history, or None.
     """
 
     run: Run
     save: Callable[[TrainState], None]
+    measure: Callable[[DiffusionPolicy], dict[str, float]] | None = None
 
 
 # Opens the training run of a recipe in a folder.
@@ -336,6 +338,7 @@ class _Search:
             seed=self.seed,
             tracker=SentToAll(),
             save=trial.save,
+            measure=trial.measure,
             should_stop=should_stop,
             until=steps,
         )

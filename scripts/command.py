@@ -9,7 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
@@ -177,8 +177,19 @@ def _job_folder() -> str | None:
     return str(hydra_config.runtime.output_dir) if hydra_config.mode is RunMode.MULTIRUN else None
 
 
+@contextmanager
+def _left_with_content(job_folder: str | None) -> Iterator[None]:
+    """Remove the folder that Hydra made for a job where the job ends without having written anything there."""
+    try:
+        yield
+    finally:
+        if job_folder:
+            with suppress(OSError):  # it is not empty
+                Path(job_folder).rmdir()
+
+
 def _run(config: DictConfig, task: Task, overrides: Sequence[str], job_folder: str | None = None) -> None:
-    with refusals():  # inside Hydra, which would otherwise report the error as well
+    with _left_with_content(job_folder), refusals():  # inside Hydra, which would otherwise report the error as well
         container = OmegaConf.to_container(config, resolve=True)
         assert isinstance(container, dict)
         settings = {str(key): value for key, value in container.items()}

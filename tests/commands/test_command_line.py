@@ -119,6 +119,8 @@ def test_multirun_may_stand_anywhere(run_command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for arguments in (["-m", "seed=1,2", "checkpoint=x"], ["seed=1,2", "--multirun", "checkpoint=x"]):
         assert "no checkpoint at x" in run_command("sweep", *arguments, check=2).stderr
+    assert [file.name for file in tmp_path.rglob("*") if not file.is_dir()] != []  # Hydra's record of the command
+    assert [folder for folder in tmp_path.rglob("*") if folder.is_dir() and not any(folder.iterdir())] == []
 
 
 @pytest.mark.parametrize(

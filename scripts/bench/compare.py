@@ -300,7 +300,7 @@ def _done(folder: Path | None, trained: Trained) -> None:
 
 
 def _kept(folder: Path | None, name: str) -> list[Row]:
-    """The kept rows of a finished training; the first that were kept have cells that are those of `ddim` again."""
+    """The kept rows of a finished training, without the cells that are those of `ddim` again, which old files have."""
     return [row for row in finished_rows(folder, name) if not _is_ddim(row["solver"], row["ddim_steps"])]
 
 

@@ -30,14 +30,15 @@ class Batch(TypedDict):
         mask: (B, denoised_horizon) bool, False where the actions lie outside their episode.
         counted: where this is one of the equal parts of a larger batch, the number of actions in a part whose mask is
             True, on average over the parts; left out in a whole batch.
-        still: (B,) bool, whether nothing but the robot moves at the newest observation, where that was asked for.
+        held: (B,) int64, what the robot holds at the newest observation, where that was asked for: 0 where nothing but
+            the robot moves, k where the k-th thing goes with it, -1 where more moves or it is not known.
     """
 
     observations: dict[str, Tensor]
     actions: Tensor
     mask: Tensor
     counted: NotRequired[float]
-    still: NotRequired[Tensor]
+    held: NotRequired[Tensor]
 
 
 def is_image(shape: Sequence[int]) -> bool:

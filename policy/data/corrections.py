@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 
 from policy.common.observations import is_image
 from policy.data.demonstrations import Demonstrations
-from policy.data.relations import angles, directions_of, thinned, wrapped
+from policy.data.holding import EARLY, Thing, held_at, things_of
+from policy.data.relations import (
+    MOST_NUMBERS,
+    Relations,
+    angles,
+    directions_of,
+    find_relations,
+    thinned,
+    wrapped,
+)
 
 # A number of the observation follows a number of the action if its changes are that number times a constant, to this
 # share of their variance.
@@ -24,10 +33,8 @@ INTERFERED = 0.05
 CARRIED = 0.98
 # Numbers that are looked at for each action: those that change most like it.
 LIKELY = 5
-# In this first part of each episode, nothing but the robot has moved yet: what follows the action does so there, too.
-EARLY, FOLLOWS_EARLY = 0.2, 0.5
-# Anything else is at rest where it changes by less than this share of its range.
-AT_REST = 1e-3
+# What follows the action does so in the first part of each episode, too, to this share.
+FOLLOWS_EARLY = 0.5
 # Transitions that are looked at; more only take longer.
 MOST_ROWS = 10_000
 # Random features of the map to the carried numbers (Rahimi and Recht, NIPS 2007), their scales for inputs of unit
@@ -95,7 +102,10 @@ class Corrections:
         widths: how many numbers each state vector holds, in the order in which they are counted.
         followed: the numbers that follow the action.
         carried: the numbers that these determine.
-        still: (N,) whether at each transition nothing else moves, so that the robot could as well be elsewhere.
+        things: what the robot can hold.
+        held: (N,) what it holds at each transition, so that the two could as well be elsewhere: see `held_at`.
+        parted: (things, len(carried.apart)) whether a number of `Carried.apart` changes with the robot while it holds a
+            thing; where the robot is from the thing itself does not.
         low: (action_dim,) smallest demonstrated actions.
         high: (action_dim,) largest demonstrated actions.
     """
@@ -103,7 +113,9 @@ class Corrections:
     widths: Mapping[str, int]
     followed: Sequence[Followed]
     carried: Carried
-    still: NDArray[np.bool_]
+    things: Sequence[Thing]
+    held: NDArray[np.int64]
+    parted: NDArray[np.bool_]
     low: NDArray[np.float32]
     high: NDArray[np.float32]
 
@@ -155,11 +167,17 @@ def find_corrections(
     reach = (taken(np.minimum(seen + action_horizon, last)) - now)[:, places].std(axis=0)
     carried = _carried(now, change, early, places)
     known = {*places, *carried.numbers, *carried.apart, *carried.cosines, *(place + 1 for place in carried.cosines)}
+    relations = find_relations(demonstrations, vectors) if now.shape[1] <= MOST_NUMBERS else Relations((), ())
+    things = things_of(relations, [*places, *carried.numbers], carried.cosines, known)
+    numbers = np.concatenate([*vectors.values()], axis=1)
+    held = held_at(numbers, demonstrations.episode_ends, known, things)
     return Corrections(
         widths={key: values.shape[1] for key, values in vectors.items()},
         followed=[Followed(*one, float(far)) for one, far in zip(followed, reach, strict=True)],
         carried=carried,
-        still=_still(vectors, demonstrations.episode_ends, sorted(known)),
+        things=things,
+        held=held,
+        parted=_parted(numbers, held, len(things), places, carried),
         low=np.min(demonstrations.actions, axis=0),
         high=np.max(demonstrations.actions, axis=0),
     )
@@ -238,6 +256,20 @@ def _apart(
     return found, slopes[:, found]
 
 
+def _parted(
+    numbers: NDArray[Any], held: NDArray[np.int64], things: int, places: Sequence[int], carried: Carried
+) -> NDArray[np.bool_]:
+    """Whether each number of `carried.apart` goes on to change with the robot while it holds a thing."""
+    parted = np.zeros((things, len(carried.apart)), dtype=np.bool_)
+    for thing in range(things):
+        rows = np.flatnonzero((held[:-1] == thing + 1) & (held[1:] == thing + 1))
+        change = numbers[rows + 1] - numbers[rows]
+        apart = change[:, carried.apart]
+        told = change[:, [*places, *carried.numbers]] @ carried.slopes
+        parted[thing] = np.square(apart - told).sum(axis=0) < np.square(apart).sum(axis=0)
+    return parted
+
+
 class _Learned(NamedTuple):
     """A map from the followed numbers to all, see `Carried`, and the share of each that it explains (D,)."""
 
@@ -266,21 +298,3 @@ def _share_explained(values: NDArray[np.float64], told: NDArray[np.float64]) -> 
     variance = values.var(axis=0)
     left = np.square(values - told).mean(axis=0)
     return np.where(variance > 0, 1 - left / np.maximum(variance, np.finfo(np.float64).tiny), 0.0)
-
-
-def _still(
-    vectors: Mapping[str, NDArray[np.float32]], ends: NDArray[np.int64], known: Sequence[int]
-) -> NDArray[np.bool_]:
-    """Whether nothing but the robot moves before and after each transition (N,).
-
-    A number that hardly ever rests, such as a velocity, is the robot's own and does not count.
-    """
-    numbers = np.concatenate([*vectors.values()], axis=1)
-    others = np.setdiff1d(np.arange(numbers.shape[1]), known)
-    change = np.abs(np.diff(numbers[:, others], axis=0))
-    within = np.ones(len(change), dtype=np.bool_)
-    within[ends[:-1] - 1] = False
-    moving = change > AT_REST * np.ptp(numbers[:, others], axis=0)
-    moving &= within[:, None] & (moving[within].mean(axis=0) < 0.5)
-    any_moves = moving.any(axis=1)
-    return ~(np.append(any_moves, False) | np.insert(any_moves, 0, False))

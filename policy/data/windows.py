@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from policy.data.demonstrations import Arrays, Augment, Demonstrations
 from policy.data.groups import Groups
+from policy.data.holding import UNKNOWN
 
 if TYPE_CHECKING:
     from policy.common.observations import Batch
@@ -99,7 +100,7 @@ class Windows:
         self._window_ends: NDArray[np.int64] = np.cumsum(self._ends - self._starts)
         self._augment = augment
         self._mask_padding = mask_padding
-        self._still: NDArray[np.bool_] | None = None
+        self._held: NDArray[np.int64] | None = None
         # The newest epoch's permutation is kept, because drawing it takes longer than gathering a batch.
         self._epoch_key: tuple[int, int] | None = None
         self._order: NDArray[Any] = np.empty(0, np.int64)
@@ -151,8 +152,8 @@ class Windows:
             "actions": torch.from_numpy(actions),
             "mask": torch.from_numpy(self.inside(windows)),
         }
-        if self._still is not None:
-            batch["still"] = torch.from_numpy(self._still[now[:, 0]] & ~mirrored)
+        if self._held is not None:
+            batch["held"] = torch.from_numpy(np.where(mirrored, UNKNOWN, self._held[now[:, 0]]))
         return batch
 
     def inside(self, windows: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -205,10 +206,10 @@ class Windows:
         shown._augment = None
         return shown
 
-    def marking(self, still: NDArray[np.bool_]) -> Windows:
-        """Return the same windows whose batches say which are still (N,), see `Batch`; a counterpart never is."""
+    def marking(self, held: NDArray[np.int64]) -> Windows:
+        """Return the same windows whose batches say what the robot holds (N,), see `Batch`; not so a counterpart."""
         marked = copy.copy(self)
-        marked._still = still
+        marked._held = held
         return marked
 
     def _groups_of(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,15 +1,18 @@
-"""Noise on where the robot is in a batch of demonstrations, with the actions that lead it back."""
+"""Noise on where the robot is in a batch of demonstrations, and what it holds, with actions that lead them back."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from policy.common.observations import Batch
 from policy.data.corrections import Corrections
+from policy.data.holding import NOTHING
 
-# Share of the windows that get noise, of those in which nothing but the robot moves.
-NOISY = 0.5
+# Share of the windows that get noise, of those in which nothing moves but the robot and what it holds.
+NOISY = 0.8
 
 
 class CorrectiveNoise:
@@ -20,28 +23,33 @@ class CorrectiveNoise:
     the chunk. (DART, Laskey et al., CoRL 2017, lets the demonstrator correct noise; CCIL, Ke et al., ICLR 2024, learns
     a model of the dynamics for it.)
 
+    The noise is small where a window moves little: robots slow down where it matters that they are exact.
+
     Args:
         corrections: what was found out from the demonstrations.
-        amount: standard deviation of the noise, as a share of what each number moves within a chunk.
+        amount: standard deviation of the noise, as a share of what each number moves within a chunk, in a window that
+            moves as much as the usual one.
         past_actions: actions of a window that lie before its newest observation.
 
     Attributes:
-        moved: the numbers that it changes, such as `state[3]`.
+        moved: the numbers that it changes, such as `state[3]`; those of things only while the robot holds them.
     """
 
     def __init__(self, corrections: Corrections, amount: float, past_actions: int) -> None:
         followed, carried = corrections.followed, corrections.carried
         self._keys = list(corrections.widths)
         turned = [place + side for place in carried.cosines for side in (0, 1)]
+        things = [place for thing in corrections.things for place in thing.places]
         named = [f"{key}[{place}]" for key, width in corrections.widths.items() for place in range(width)]
-        places = [*(one.number for one in followed), *carried.numbers, *carried.apart, *turned]
+        places = {*(one.number for one in followed), *carried.numbers, *carried.apart, *turned, *things}
         self.moved = [named[place] for place in sorted(places)]
         self._past_actions = past_actions
         self._places = [one.number for one in followed]
         self._actions = [one.action for one in followed]
         self._gains = torch.tensor([one.gain for one in followed])
-        self._amounts = amount * torch.tensor([one.reach for one in followed])
+        self._amount, self._reach = amount, torch.tensor([one.reach for one in followed])
         self._low, self._high = torch.from_numpy(corrections.low), torch.from_numpy(corrections.high)
+        self._things, self._parted = corrections.things, torch.from_numpy(corrections.parted)
         self._numbers, self._cosines, self._apart = map(list, (carried.numbers, carried.cosines, carried.apart))
         self._center, self._spread, self._frequencies, self._phases = (
             torch.from_numpy(array).to(torch.float32)
@@ -52,26 +60,31 @@ class CorrectiveNoise:
         )
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """Move the robot in about half of the windows whose `still` is True.
+        """Move the robot in most of the windows in which nothing else moves, and the thing that it holds with it.
 
         Args:
-            batch: B windows, on the CPU.
+            batch: B windows with `held`, on the CPU.
             generator: source of the noise; what is drawn depends on B alone.
 
         Returns:
             A new batch.
         """
-        rows = len(batch["actions"])
-        noise = torch.randn((rows, len(self._places)), generator=generator) * self._amounts
-        moved = (torch.rand(rows, generator=generator) < NOISY) & batch["still"]
-        noise = noise[moved]
-        numbers = torch.cat([batch["observations"][key] for key in self._keys], dim=-1)
-        numbers[moved] = self._shifted(numbers[moved], noise[:, None])
-        widths = [batch["observations"][key].shape[-1] for key in self._keys]
+        rows, held = len(batch["actions"]), batch["held"]
+        noise = torch.randn((rows, len(self._places)), generator=generator)
+        moved = (torch.rand(rows, generator=generator) < NOISY) & (held >= NOTHING)
         actions = batch["actions"].clone()
+        noise = noise[moved] * self._amount * self._reach * self._pace(actions[moved])[:, None]
+        numbers = torch.cat([batch["observations"][key] for key in self._keys], dim=-1)
+        numbers[moved] = self._shifted(numbers[moved], noise[:, None], held[moved])
+        widths = [batch["observations"][key].shape[-1] for key in self._keys]
         actions[moved] = self._corrected(actions[moved], noise)
         seen = dict(zip(self._keys, numbers.split(widths, dim=-1), strict=True))
         return {**batch, "observations": {**batch["observations"], **seen}, "actions": actions}
+
+    def _pace(self, actions: Tensor) -> Tensor:
+        """How far the robot moves within chunks (N, P, A), beside how far it usually does: (N,)."""
+        moves = self._gains * actions[:, self._past_actions :, self._actions].sum(dim=1)
+        return (moves / self._reach).square().mean(dim=1).sqrt()
 
     def _corrected(self, actions: Tensor, noise: Tensor) -> Tensor:
         """Lead the robot back in equal parts over the chunk: actions (N, P, A), noise (N, F)."""
@@ -80,21 +93,37 @@ class CorrectiveNoise:
         actions[:, self._past_actions :] -= back[:, None]
         return actions.clamp(self._low, self._high)
 
-    def _shifted(self, numbers: Tensor, noise: Tensor) -> Tensor:
-        """Add noise (N, 1, F) to the followed numbers (N, H, D), and move those that they determine along."""
+    def _shifted(self, numbers: Tensor, noise: Tensor, held: Tensor) -> Tensor:
+        """Add noise (N, 1, F) to the followed numbers (N, H, D), and move along what they determine or hold."""
+        original, numbers = numbers, numbers.clone()
         before = numbers[..., self._places]
         after = before + noise
         numbers[..., self._places] = after
         along = self._determined(after) - self._determined(before)
         numbers[..., self._numbers] += along
         numbers[..., self._apart] += torch.cat([noise.expand_as(before), along], dim=-1) @ self._slopes
-        if self._cosines:
-            sines = [place + 1 for place in self._cosines]
-            turned = torch.atan2(numbers[..., sines], numbers[..., self._cosines]) + noise @ self._turns
-            numbers[..., self._cosines], numbers[..., sines] = turned.cos(), turned.sin()
+        turns = noise @ self._turns
+        _turn(numbers, self._cosines, turns)
+        for thing, (what, parted) in enumerate(zip(self._things, self._parted, strict=True), NOTHING + 1):
+            rows = held == thing
+            with_it = numbers[rows]
+            with_it[..., what.numbers] += (with_it - original[rows])[..., what.partners]
+            turned_by = [self._cosines.index(cosine) for cosine in what.turned_by]
+            _turn(with_it, what.cosines, turns[rows][..., turned_by])
+            stays = [place for place, parts in zip(self._apart, parted.tolist(), strict=True) if not parts]
+            with_it[..., stays] = original[rows][..., stays]
+            numbers[rows] = with_it
         return numbers
 
     def _determined(self, followed: Tensor) -> Tensor:
         scaled = (followed - self._center) / self._spread
         waves = (scaled @ self._frequencies + self._phases).cos()
         return torch.cat([waves, scaled, torch.ones_like(scaled[..., :1])], dim=-1) @ self._weights
+
+
+def _turn(numbers: Tensor, cosines: Sequence[int], turns: Tensor) -> None:
+    """Turn directions of numbers (N, H, D), given by the places of their cosines, by angles (N, 1, directions)."""
+    if cosines:
+        sines = [place + 1 for place in cosines]
+        angles = torch.atan2(numbers[..., sines], numbers[..., list(cosines)]) + turns
+        numbers[..., list(cosines)], numbers[..., sines] = angles.cos(), angles.sin()

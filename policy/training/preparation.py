@@ -119,7 +119,7 @@ def _with_noise(
         return training, None
     found = find_corrections(demonstrations, training.episodes, config.observation_shapes, config.action_horizon)
     noise = CorrectiveNoise(found, settings.corrective_noise, config.past_actions)
-    return training.marking(found.still), noise
+    return training.marking(found.held), noise
 
 
 def check_rectifiable(objective: str) -> None:

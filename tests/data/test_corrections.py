@@ -77,10 +77,13 @@ def test_where_the_hand_is_from_the_object_changes_with_the_hand(found):
     np.testing.assert_allclose(moved @ found.carried.slopes, moved[:, 2:], atol=0.02)
 
 
-def test_the_robot_is_still_where_nothing_but_itself_moves(found):
-    still = found.still.reshape(30, 60)
-    assert still[:, :39].all()
-    assert not still[:, 41:].any()
+def test_the_object_is_held_where_it_goes_with_the_hand(found):
+    (thing,) = found.things
+    assert (list(thing.numbers), list(thing.partners)) == (OBJECT, HAND)
+    held = found.held.reshape(30, 60)
+    assert (held[:, :39] == 0).all()
+    assert (held[:, 42:] == 1).mean() > 0.95
+    assert not found.parted.any()  # where the hand is from the object does not change while it is held
 
 
 def test_an_action_that_names_a_place_needs_no_correction(demonstrations):

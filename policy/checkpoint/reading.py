@@ -49,6 +49,7 @@ SETTINGS_OF_BEFORE = {
     "rectify_ddim_steps": 8,
     "timesteps_per_chunk": 1,
     "corrective_noise": 0.0,
+    "action_weights": "equal",
 }
 # How often a checkpoint is read if it is replaced meanwhile; a reading takes a fraction of the time between two saves.
 MOST_READINGS = 10

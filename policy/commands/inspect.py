@@ -20,16 +20,20 @@ from policy.common.next_line import next_line
 from policy.common.output import output_folder
 from policy.common.terminal import printable
 from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
+from policy.data.corrections import find_corrections
 from policy.data.demonstrations import Demonstrations
+from policy.data.windows import Windows
 from policy.diffusion.sampler import Sampler
 from policy.inspection.error_picture import describe_by_distance, plot_errors
 from policy.inspection.figures import inspect_dataset, spread
 from policy.inspection.picture import plot_episodes
 from policy.inspection.text import format_inspection
 from policy.model.config import PolicySettings
+from policy.model.diffusion_policy import DiffusionPolicy
 from policy.statistics.fit import TRAINING, conclude
 from policy.training.errors import ErrorMeter, Measurement
 from policy.training.preparation import split_windows
+from policy.training.recovery import Recovery, describe_recoveries, recoveries
 from policy.training.start import fitting
 
 # What a checkpoint notes of its training that says which episodes were held out.
@@ -98,21 +102,26 @@ def check_checkpoint(*, checkpoint: Path | None = None) -> None:
 
 def _inspect_checkpoint(folder: Path, dataset: Demonstrations | None, output_dir: Path | None) -> None:
     loaded, history = load_checkpoint(folder), read_history(folder)
-    measured = None if dataset is None else _measured(loaded, dataset)
+    measured, recovery = (None, []) if dataset is None else _measured(loaded, dataset)
     for name, text in describe_checkpoint(loaded).items():
         print(f"{name:<12} {text}")
     if measured:
         history = [*history, {"step": loaded.training.get("step", 0), **measured.metrics()}]
     if conclusion := conclude(history):
         print(f"{'errors':<12} {conclusion.sentence}")
+    if recovery:
+        print(f"{'':<12} {describe_recoveries(recovery)}")
     if measured:
         _show_errors(measured, loaded, output_folder(output_dir, "inspect"))
     command = "ddim-rollout" if loaded.env else "ddim-export"
     print(next_line(command, checkpoint=folder, env=only_of_the_user(loaded.env or {})))
 
 
-def _measured(loaded: Checkpoint, dataset: Demonstrations) -> Measurement:
+def _measured(loaded: Checkpoint, dataset: Demonstrations) -> tuple[Measurement, list[Recovery]]:
     """Measure the errors of a policy on the episodes that its training held out and on those that it learned from.
+
+    Returns:
+        The errors, and how much of its own errors the policy corrects, where its actions are displacements.
 
     Raises:
         ValueError: the training does not say how it split the episodes, or these are not its episodes.
@@ -138,7 +147,17 @@ def _measured(loaded: Checkpoint, dataset: Demonstrations) -> Measurement:
         mask_padding=training["mask_padding"],
         seed=training["seed"],
     )
-    return ErrorMeter(*split, Sampler()).measure(loaded.policy)
+    return ErrorMeter(*split, Sampler()).measure(loaded.policy), _recoveries(loaded.policy, dataset, split[0])
+
+
+def _recoveries(policy: DiffusionPolicy, dataset: Demonstrations, training: Windows) -> list[Recovery]:
+    try:
+        found = find_corrections(
+            dataset, training.episodes, policy.config.observation_shapes, policy.config.action_horizon
+        )
+    except ValueError:  # pictures would show where the robot was, or no number follows an action
+        return []
+    return recoveries(policy, training, found, Sampler())
 
 
 def _show_errors(measured: Measurement, loaded: Checkpoint, folder: Path) -> None:

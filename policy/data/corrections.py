@@ -119,6 +119,11 @@ class Corrections:
     low: NDArray[np.float32]
     high: NDArray[np.float32]
 
+    @property
+    def names(self) -> list[str]:
+        """Each number's key and place, such as `state[3]`."""
+        return [f"{key}[{place}]" for key, width in self.widths.items() for place in range(width)]
+
 
 def features_of(scaled: NDArray[np.float64], frequencies: NDArray[np.float64], phases: NDArray[np.float64]) -> Any:
     """The features (N, FEATURES + F + 1) of scaled numbers (N, F): random waves, the numbers, and one."""

@@ -55,6 +55,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         }
         self.observation_normalizers = ModulesByKey({**vectors, **_image_normalizers(config)})
         self.action_normalizer = normalizer((config.action_dim,))
+        self.action_weights = torch.ones(config.action_dim)  # in the loss; training may set others
         self.auxiliary_normalizers = ModulesByKey(
             {key: normalizer(shape) for key, shape in config.auxiliary_shapes.items()}
         )
@@ -172,7 +173,9 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         return loss
 
     def squared_errors(self, batch: Batch, embedding: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """Compute the squared error of the denoiser at each action, weighted by timestep, padding included.
+        """Compute the squared error of the denoiser at each action, padding included.
+
+        It is weighted by timestep and by the action's dimensions.
 
         Args:
             batch: B training samples, see `Batch`.
@@ -209,7 +212,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
             else target_of(x_0, noise)
         )
         predicted = self.denoiser(x_t, timestep.to(self.device), _repeated(embedding, times))
-        errors = (predicted - target).square().mean(dim=2)
+        errors = ((predicted - target).square() * self.action_weights.to(target)).mean(dim=2)
         return self.loss_weights[timestep, None].to(errors) * errors
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from policy.common.observations import Batch
+from policy.common.observations import Batch, Observations
 from policy.data.corrections import Corrections
 from policy.data.holding import NOTHING
 
@@ -32,6 +32,7 @@ class CorrectiveNoise:
         past_actions: actions of a window that lie before its newest observation.
 
     Attributes:
+        reach: (F,) how far each number that follows the action usually moves within a chunk.
         moved: the numbers that it changes, such as `state[3]`; those of things only while the robot holds them.
     """
 
@@ -40,14 +41,13 @@ class CorrectiveNoise:
         self._keys = list(corrections.widths)
         turned = [place + side for place in carried.cosines for side in (0, 1)]
         things = [place for thing in corrections.things for place in thing.places]
-        named = [f"{key}[{place}]" for key, width in corrections.widths.items() for place in range(width)]
         places = {*(one.number for one in followed), *carried.numbers, *carried.apart, *turned, *things}
-        self.moved = [named[place] for place in sorted(places)]
+        self.moved = [corrections.names[place] for place in sorted(places)]
         self._past_actions = past_actions
         self._places = [one.number for one in followed]
         self._actions = [one.action for one in followed]
         self._gains = torch.tensor([one.gain for one in followed])
-        self._amount, self._reach = amount, torch.tensor([one.reach for one in followed])
+        self._amount, self.reach = amount, torch.tensor([one.reach for one in followed])
         self._low, self._high = torch.from_numpy(corrections.low), torch.from_numpy(corrections.high)
         self._things, self._parted = corrections.things, torch.from_numpy(corrections.parted)
         self._numbers, self._cosines, self._apart = map(list, (carried.numbers, carried.cosines, carried.apart))
@@ -73,18 +73,36 @@ class CorrectiveNoise:
         noise = torch.randn((rows, len(self._places)), generator=generator)
         moved = (torch.rand(rows, generator=generator) < NOISY) & (held >= NOTHING)
         actions = batch["actions"].clone()
-        noise = noise[moved] * self._amount * self._reach * self._pace(actions[moved])[:, None]
-        numbers = torch.cat([batch["observations"][key] for key in self._keys], dim=-1)
-        numbers[moved] = self._shifted(numbers[moved], noise[:, None], held[moved])
-        widths = [batch["observations"][key].shape[-1] for key in self._keys]
+        noise = noise[moved] * self._amount * self.reach * self._pace(actions[moved])[:, None]
         actions[moved] = self._corrected(actions[moved], noise)
-        seen = dict(zip(self._keys, numbers.split(widths, dim=-1), strict=True))
-        return {**batch, "observations": {**batch["observations"], **seen}, "actions": actions}
+        observations = {**batch["observations"]}
+        for key, seen in self.displaced(
+            {key: observations[key][moved] for key in self._keys}, noise, held[moved]
+        ).items():
+            observations[key] = observations[key].clone()
+            observations[key][moved] = seen
+        return {**batch, "observations": observations, "actions": actions}
+
+    def displaced(self, observations: Observations, offsets: Tensor, held: Tensor) -> dict[str, Tensor]:
+        """Show the robot elsewhere, and what it holds with it.
+
+        Args:
+            observations: (N, H, *) of N windows under each key that it moves.
+            offsets: (N, F) of the numbers that follow the action, in the units of the observation.
+            held: (N,) what the robot holds, see `Batch`.
+
+        Returns:
+            The observations of the same keys and shapes.
+        """
+        numbers = torch.cat([observations[key] for key in self._keys], dim=-1)
+        widths = [observations[key].shape[-1] for key in self._keys]
+        moved = self._shifted(numbers, offsets[:, None], held)
+        return dict(zip(self._keys, moved.split(widths, dim=-1), strict=True))
 
     def _pace(self, actions: Tensor) -> Tensor:
         """How far the robot moves within chunks (N, P, A), beside how far it usually does: (N,)."""
         moves = self._gains * actions[:, self._past_actions :, self._actions].sum(dim=1)
-        return (moves / self._reach).square().mean(dim=1).sqrt()
+        return (moves / self.reach).square().mean(dim=1).sqrt()
 
     def _corrected(self, actions: Tensor, noise: Tensor) -> Tensor:
         """Lead the robot back in equal parts over the chunk: actions (N, P, A), noise (N, F)."""

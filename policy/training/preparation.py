@@ -19,6 +19,7 @@ from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.model.encoders.resnet import ResNetEncoder
 from policy.model.normalizer import AffineNormalizer, Limits, Normalizer
+from policy.training.action_weights import weights_by_spread
 from policy.training.corrective_noise import CorrectiveNoise
 from policy.training.pretrained import read_weights
 from policy.training.settings import TrainSettings
@@ -93,6 +94,8 @@ def prepare_run(
         _copy_normalizers(policy, teacher)
     if refit or (init is None and teacher is None):
         fit_normalizers(policy, training)
+    if settings.action_weights == "spread":
+        policy.action_weights = weights_by_spread(training, policy.action_normalizer)
     state = start_training(policy.to(device), settings)
     if teacher is not None:
         state.teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)

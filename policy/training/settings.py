@@ -27,6 +27,8 @@ class TrainSettings:
         corrective_noise: noise on where the robot is, with the actions that lead it back: the standard deviation, as a
             share of what each number moves within a chunk; 0 for none. It needs actions that are displacements. See
             `policy.training.corrective_noise`.
+        action_weights: of the action's dimensions in the loss: `equal`, or by `spread`, where a dimension whose values
+            lie in a small part of their range counts up to 20 times, see `policy.training.action_weights`.
         mask_padding: leave the actions repeated after an episode's end out of the loss.
         val_fraction: share of episodes held out for the validation loss, unless the data's file sets some aside.
         log_every: steps between log entries.
@@ -55,6 +57,7 @@ class TrainSettings:
     grad_clip: float = 1.0
     ema_decay: float = 0.999
     corrective_noise: float = 0.0
+    action_weights: Literal["equal", "spread"] = "equal"
     mask_padding: bool = True
     val_fraction: float = 0.04
     log_every: int = 50
@@ -94,7 +97,11 @@ class TrainSettings:
         for name in ("ema_decay", "val_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 0 and below 1; got {getattr(self, name)}")
-        for name, options in (("precision", ("float32", "bfloat16")), ("on_bad_loss", ("stop", "skip"))):
+        for name, options in (
+            ("action_weights", ("equal", "spread")),
+            ("precision", ("float32", "bfloat16")),
+            ("on_bad_loss", ("stop", "skip")),
+        ):
             if getattr(self, name) not in options:
                 raise ValueError(f"train.{name} must be one of {', '.join(options)}; got {getattr(self, name)!r}")
 

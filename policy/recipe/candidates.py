@@ -23,7 +23,7 @@ _SMALL: dict[str, Any] = {
     "encoder.hidden_size": 128,
     "encoder.dropout": 0.1,
 }
-_CORRECTIVE: dict[str, Any] = {"train.corrective_noise": 0.3}
+_CORRECTIVE: dict[str, Any] = {"train.corrective_noise": 0.5, "train.action_weights": "spread"}
 # Each recipe: settings, as on the command line, that replace those of the command line or the preset. Where
 # the budget is too small for all, those that are as fast as others are left out from the end.
 CANDIDATES: dict[str, dict[str, Any]] = {
@@ -31,7 +31,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "few_demonstrations": {**_RELATIONS, **_SMALL, **_CORRECTIVE},
     "relations": _RELATIONS,
     "dropout": {"denoiser.dropout": 0.1},
-    "corrective": {"denoiser.dropout": 0.1, **_CORRECTIVE},
+    "corrective": {**_RELATIONS, "denoiser.dropout": 0.1, "encoder.dropout": 0.1, **_CORRECTIVE},
     "regularised": {"denoiser.dropout": 0.3, "encoder.noise": 0.02, "train.weight_decay": 0.1},
     "velocity": {"prediction_type": "v_prediction", "denoiser.dropout": 0.1},
     "narrow": {"denoiser.hidden_size": 128, "denoiser.num_layers": 3, "encoder.noise": 0.02},

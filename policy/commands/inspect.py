@@ -20,20 +20,17 @@ from policy.common.next_line import next_line
 from policy.common.output import output_folder
 from policy.common.terminal import printable
 from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
-from policy.data.corrections import find_corrections
 from policy.data.demonstrations import Demonstrations
-from policy.data.windows import Windows
 from policy.diffusion.sampler import Sampler
 from policy.inspection.error_picture import describe_by_distance, plot_errors
 from policy.inspection.figures import inspect_dataset, spread
 from policy.inspection.picture import plot_episodes
 from policy.inspection.text import format_inspection
 from policy.model.config import PolicySettings
-from policy.model.diffusion_policy import DiffusionPolicy
 from policy.statistics.fit import TRAINING, conclude
 from policy.training.errors import ErrorMeter, Measurement
 from policy.training.preparation import split_windows
-from policy.training.recovery import Recovery, describe_recoveries, recoveries
+from policy.training.recovery import Recovery, describe_recoveries, measure_recoveries
 from policy.training.start import fitting
 
 # What a checkpoint notes of its training that says which episodes were held out.
@@ -147,17 +144,8 @@ def _measured(loaded: Checkpoint, dataset: Demonstrations) -> tuple[Measurement,
         mask_padding=training["mask_padding"],
         seed=training["seed"],
     )
-    return ErrorMeter(*split, Sampler()).measure(loaded.policy), _recoveries(loaded.policy, dataset, split[0])
-
-
-def _recoveries(policy: DiffusionPolicy, dataset: Demonstrations, training: Windows) -> list[Recovery]:
-    try:
-        found = find_corrections(
-            dataset, training.episodes, policy.config.observation_shapes, policy.config.action_horizon
-        )
-    except ValueError:  # pictures would show where the robot was, or no number follows an action
-        return []
-    return recoveries(policy, training, found, Sampler())
+    sampler = Sampler()
+    return ErrorMeter(*split, sampler).measure(loaded.policy), measure_recoveries(loaded.policy, split[0], sampler)
 
 
 def _show_errors(measured: Measurement, loaded: Checkpoint, folder: Path) -> None:

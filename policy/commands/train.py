@@ -40,9 +40,9 @@ from policy.tracking.training_page import PAGE, VIDEOS, TrainingFacts, training_
 from policy.training.errors import ErrorMeter
 from policy.training.loop import train
 from policy.training.preparation import Run, prepare_run
+from policy.training.recovery import describe_recoveries, measure_recoveries
 from policy.training.settings import TrainSettings
 from policy.training.start import config_for
-from policy.training.state import TrainState
 
 
 def train_policy(
@@ -205,7 +205,7 @@ def train_policy(
         if stopped:
             print(f"stopped at step {run.state.step} and saved: the same command with output_dir={folder} goes on")
         else:
-            _say_end(run.state, record, train, tracked, expected or [])
+            _say_end(run, sampler, record, train, tracked, expected or [])
         world.wait()  # the end of another process would cut this one off
         if stopped:
             raise KeyboardInterrupt  # so that commands that follow a complete training do not start
@@ -235,16 +235,19 @@ def _follow(run: Run, record: Record, settings: TrainSettings, seed: int, world:
 
 
 def _say_end(
-    state: TrainState,
+    run: Run,
+    sampler: Sampler,
     record: Record,
     settings: TrainSettings,
     tracked: str,
     expected: Sequence[Mapping[str, float]],
 ) -> None:
     """Say what a complete training made, and what to do with it."""
-    print(describe_best(record.folder, state, settings.rollout_episodes))
-    if conclusion := conclude(state.history):
+    print(describe_best(record.folder, run.state, settings.rollout_episodes))
+    if conclusion := conclude(run.state.history):
         print(conclusion.sentence)
+    if recovered := measure_recoveries(run.state.ema, run.training, sampler):
+        print(describe_recoveries(recovered))
     print(f"checkpoint: {record.folder}" + (f"   tracked: {tracked}" if tracked else ""))
     print(f"page: {record.folder.parent / PAGE}")
     for row in expected:

@@ -8,17 +8,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from policy.common.observations import is_image
 from policy.common.seeding import derive_generator
-from policy.data.corrections import Corrections
+from policy.data.corrections import Corrections, find_corrections
+from policy.data.demonstrations import Demonstrations
 from policy.data.holding import NOTHING
+from policy.data.relations import thinned
 from policy.data.windows import Windows
 from policy.diffusion.sampler import Sampler
 from policy.inference.backends import PLAIN_BACKEND, compile_sampler
 from policy.model.diffusion_policy import DiffusionPolicy, observed
 from policy.training.corrective_noise import CorrectiveNoise
 
-# Windows that are looked at, and the error: a share of what a number usually moves within a chunk.
-WINDOWS, ERROR = 256, 0.5
+# Episodes and windows that are looked at, and the error: a share of what a number usually moves within a chunk.
+EPISODES, WINDOWS, ERROR = 200, 256, 0.5
 # A policy that corrects less of an error than this within a chunk hardly corrects it at all. Measured on one task only:
 # with 3 % of the wrist's error corrected, 1 of 24 episodes succeeded, with 36 % or more, 12 of 24.
 HARDLY = 0.3
@@ -36,11 +39,55 @@ class Recovery(NamedTuple):
     corrected: float
 
 
-def recoveries(policy: DiffusionPolicy, windows: Windows, corrections: Corrections, sampler: Sampler) -> list[Recovery]:
-    """Move the robot in windows of demonstrations, and see how far the policy's chunks lead it back.
+def measure_recoveries(policy: DiffusionPolicy, training: Windows, sampler: Sampler) -> list[Recovery]:
+    """Move the robot in windows of training episodes, and see how far the policy's chunks lead it back.
 
-    Each number that follows the action is moved to both sides, and the same noise is denoised on either side. What the
-    chunks differ by, times what an action moves, is the correction.
+    Args:
+        policy: the policy.
+        training: its training windows, of which up to 200 episodes are looked at.
+        sampler: settings of the sampler.
+
+    Returns:
+        One for each number that follows an action; none where no action is a displacement, where pictures would show
+        where the robot was, or where something else always moves.
+    """
+    config = policy.config
+    keys = list(config.observation_shapes)
+    if (
+        any(map(is_image, config.observation_shapes.values()))
+        or training.demonstrations.actions.shape[1] != config.action_dim
+    ):
+        return []
+    some = _some_episodes(training, keys)
+    everything = np.arange(some.num_episodes)
+    try:
+        corrections = find_corrections(some, everything, keys, config.action_horizon)
+    except ValueError:  # no number follows an action
+        return []
+    windows = Windows(
+        some,
+        everything,
+        obs_horizon=config.obs_horizon,
+        action_horizon=config.action_horizon,
+        past_actions=config.past_actions,
+    )
+    return recoveries(policy, windows, corrections, sampler)
+
+
+def _some_episodes(training: Windows, keys: Sequence[str]) -> Demonstrations:
+    data, episodes = training.demonstrations, thinned(training.episodes, EPISODES)
+    spans = [slice(data.episode_starts[episode], data.episode_ends[episode]) for episode in episodes]
+    return Demonstrations(
+        observations={key: np.concatenate([data.observations[key][span] for span in spans]) for key in keys},
+        actions=np.concatenate([data.actions[span] for span in spans]),
+        episode_ends=np.cumsum([span.stop - span.start for span in spans]),
+    )
+
+
+def recoveries(policy: DiffusionPolicy, windows: Windows, corrections: Corrections, sampler: Sampler) -> list[Recovery]:
+    """Move each number that follows the action to both sides, and denoise the same noise on either side.
+
+    What the chunks differ by, times what an action moves, is the correction.
 
     Args:
         policy: the policy.
@@ -52,14 +99,10 @@ def recoveries(policy: DiffusionPolicy, windows: Windows, corrections: Correctio
         One for each number; none if there is no window in which nothing moves but the robot and what it holds.
     """
     marked = windows.marking(corrections.held)
-    spread = np.unique(
-        np.linspace(0, windows.num_transitions - 1, min(8 * WINDOWS, windows.num_transitions)).astype(int)
-    )
-    held = marked.gather(spread)["held"].numpy()
-    movable = spread[held >= NOTHING]
+    movable = np.flatnonzero(corrections.held >= NOTHING)  # each transition is the newest of one window
     if not len(movable):
         return []
-    batch = marked.gather(movable[:: max(1, len(movable) // WINDOWS)])
+    batch = marked.gather(thinned(movable, WINDOWS))
     mover = CorrectiveNoise(corrections, 1.0, policy.config.past_actions)
     program = compile_sampler(policy, sampler, backend=PLAIN_BACKEND)
 
@@ -67,13 +110,13 @@ def recoveries(policy: DiffusionPolicy, windows: Windows, corrections: Correctio
         seen = {**batch["observations"], **mover.displaced(batch["observations"], offsets, batch["held"])}
         return program.sample_actions(observed(policy.config, seen), generator=derive_generator(0)).cpu()
 
-    names = corrections.names
     found = []
     for place, followed in enumerate(corrections.followed):
         offsets = torch.zeros(len(batch["held"]), len(corrections.followed))
         offsets[:, place] = ERROR * followed.reach
         apart = (chunks(offsets) - chunks(-offsets))[..., followed.action].sum(dim=1).mean()
-        found.append(Recovery(names[followed.number], float(-apart * followed.gain / (2 * ERROR * followed.reach))))
+        corrected = -apart * followed.gain / (2 * ERROR * followed.reach)
+        found.append(Recovery(corrections.names[followed.number], float(corrected)))
     return found
 
 

@@ -12,7 +12,7 @@ from policy.diffusion.sampler import Sampler
 from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.training import recovery
-from policy.training.recovery import Recovery, describe_recoveries, recoveries
+from policy.training.recovery import Recovery, describe_recoveries, measure_recoveries, recoveries
 from tests.data.test_corrections import GAINS, HAND, JOINTS, OBJECT, WIDTH, arm
 
 CONFIG = PolicyConfig(
@@ -75,3 +75,19 @@ def test_what_is_hardly_corrected_comes_with_what_to_do():
         " train with train.corrective_noise=0.5 train.action_weights=spread"
     )
     assert describe_recoveries(found[:1]) == "of an error in where the robot is, one chunk corrects state[0] 62%"
+
+
+def test_what_a_policy_does_not_act_on_or_see_is_not_measured(demonstrations):
+    policy = DiffusionPolicy(CONFIG)
+    windows = Windows(demonstrations, np.arange(30), obs_horizon=1, action_horizon=8)
+    assert len(measure_recoveries(policy, windows, Sampler())) == 2
+    other = DiffusionPolicy(dataclasses.replace(CONFIG, action_dim=2))
+    assert measure_recoveries(other, windows, Sampler()) == []
+    pictures = {"state": (WIDTH,), "front": (16, 16, 3)}
+    encoder = {"name": "image", "channels": (16,)}
+    seeing = DiffusionPolicy(dataclasses.replace(CONFIG, observation_shapes=pictures, encoder=encoder))
+    assert measure_recoveries(seeing, windows, Sampler()) == []
+    places = demonstrations.observations["state"][:, :2]
+    absolute = dataclasses.replace(demonstrations, actions=np.column_stack([places, places[:, 0]]))
+    there = Windows(absolute, np.arange(30), obs_horizon=1, action_horizon=8)
+    assert measure_recoveries(policy, there, Sampler()) == []

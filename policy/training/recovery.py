@@ -21,7 +21,7 @@ from policy.model.diffusion_policy import DiffusionPolicy, observed
 from policy.training.corrective_noise import CorrectiveNoise
 
 # Episodes and windows that are looked at, and the error: a share of what a number usually moves within a chunk.
-EPISODES, WINDOWS, ERROR = 200, 256, 0.5
+EPISODES, WINDOWS, ERROR = 200, 96, 0.5
 # A policy that corrects less of an error than this within a chunk hardly corrects it at all. Measured on one task only:
 # with 3 % of the wrist's error corrected, 1 of 24 episodes succeeded, with 36 % or more, 12 of 24.
 HARDLY = 0.3

@@ -73,7 +73,7 @@ def test_training_leaves_a_self_contained_checkpoint_and_an_offline_run(planar_r
     assert {"val/sampled_chunk_error/1", "train/averaged_first_action_error", "fit/ratio_high"} <= history[-1].keys()
     sentence = conclude(history).sentence
     assert sentence.startswith("too few held-out episodes (2) to tell")
-    assert f"\n{sentence}\ncheckpoint: " in out
+    assert f"\n{sentence}\nof an error in where the robot is, one chunk corrects state[0] " in out
     assert html.escape(sentence) in (planar_run / "training.html").read_text(encoding="utf-8")
 
 

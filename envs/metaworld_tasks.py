@@ -9,7 +9,9 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.errors import choose
 from envs.metaworld import ACTION_DIM, OBSERVATIONS, MetaWorldEnv
+from envs.spaces import Observation
 
 # Meta-World's own choice of ten, MT10.
 MT10 = (
@@ -24,6 +26,71 @@ MT10 = (
     "window-open-v3",
     "window-close-v3",
 )
+
+# All fifty tasks by difficulty: the split of Seo et al. 2022 ("Masked World Models for Visual Control", arXiv
+# 2206.14244), by which DP3 and its successors report.
+DIFFICULTIES = {
+    "easy": (
+        "button-press-v3",
+        "button-press-topdown-v3",
+        "button-press-topdown-wall-v3",
+        "button-press-wall-v3",
+        "coffee-button-v3",
+        "dial-turn-v3",
+        "door-close-v3",
+        "door-lock-v3",
+        "door-open-v3",
+        "door-unlock-v3",
+        "drawer-close-v3",
+        "drawer-open-v3",
+        "faucet-close-v3",
+        "faucet-open-v3",
+        "handle-press-v3",
+        "handle-press-side-v3",
+        "handle-pull-v3",
+        "handle-pull-side-v3",
+        "lever-pull-v3",
+        "peg-unplug-side-v3",
+        "plate-slide-v3",
+        "plate-slide-back-v3",
+        "plate-slide-back-side-v3",
+        "plate-slide-side-v3",
+        "reach-v3",
+        "reach-wall-v3",
+        "window-close-v3",
+        "window-open-v3",
+    ),
+    "medium": (
+        "basketball-v3",
+        "bin-picking-v3",
+        "box-close-v3",
+        "coffee-pull-v3",
+        "coffee-push-v3",
+        "hammer-v3",
+        "peg-insert-side-v3",
+        "push-wall-v3",
+        "soccer-v3",
+        "sweep-v3",
+        "sweep-into-v3",
+    ),
+    "hard": (
+        "assembly-v3",
+        "hand-insert-v3",
+        "pick-out-of-hole-v3",
+        "pick-place-v3",
+        "push-v3",
+        "push-back-v3",
+    ),
+    "very_hard": (
+        "disassemble-v3",
+        "pick-place-wall-v3",
+        "shelf-place-v3",
+        "stick-pull-v3",
+        "stick-push-v3",
+    ),
+}
+# All fifty tasks in alphabetical order.
+MT50 = tuple(sorted(task for tasks in DIFFICULTIES.values() for task in tasks))
 
 
 class MetaWorldTasksEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
@@ -50,14 +117,14 @@ class MetaWorldTasksEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]])
 
         Args:
             tasks: Names of at least two different tasks, by default the ten of MT10.
-            observation: See `MetaWorldEnv`.
+            observation: ``"state"`` or ``"features"``, see `MetaWorldEnv`.
             render_mode: ``None`` or ``"rgb_array"``.
             camera: Camera that `render` looks through.
             image_size: Height and width of a frame, in pixels.
 
         Raises:
             MissingExtraError: If Meta-World, or a system library it needs, is not installed.
-            ValueError: If fewer than two tasks are named, one is named twice, or a name does not exist.
+            ValueError: If fewer than two tasks are named, one is named twice, or a name or the observation is unknown.
         """
         self.tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
         if len(self.tasks) < 2 or len(set(self.tasks)) < len(self.tasks):
@@ -65,6 +132,7 @@ class MetaWorldTasksEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]])
                 f"tasks must name two or more different Meta-World tasks; got {list(self.tasks)}."
                 " For a single one choose env=metaworld env.task=NAME."
             )
+        choose("observation of several tasks", observation, OBSERVATIONS)
         self.render_mode = render_mode
         self._envs = [
             MetaWorldEnv(task, observation=observation, render_mode=render_mode, camera=camera, image_size=image_size)
@@ -116,7 +184,8 @@ class MetaWorldTasksEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]])
         for env in self._envs:
             env.close()
 
-    def _observed(self, observation: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _observed(self, observation: Observation) -> NDArray[np.float32]:
+        assert isinstance(observation, np.ndarray)  # of one of OBSERVATIONS
         one_hot = np.zeros(len(self.tasks), np.float32)
         one_hot[self._current] = 1.0
         return np.concatenate([observation, one_hot])

@@ -235,7 +235,7 @@ def _unit(request: Request, task: Task, objective: str, seed: int) -> Unit:
         commands=train_and_sweep(
             folder,
             [*task.training, f"objective={objective}", f"seed={seed}", f"dataset.path={data}", *overrides],
-            [f"episodes={request.episodes}", "adaptive=false", *solvers],
+            [f"episodes={request.episodes}", *solvers],
             request.ddim_steps,
         ),
     )

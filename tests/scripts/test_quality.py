@@ -187,6 +187,18 @@ def test_the_mean_of_a_difficulty_is_that_of_its_tasks():
     assert quality.by_difficulty([task("block-cpu-lite-single-task1", 50)]) == []
 
 
+def test_an_episode_solved_late_counts_within_500_steps_alone():
+    late = [
+        EpisodeResult(seed=n, success=n < 3, score=1.0, return_=0.0, steps=steps)
+        for n, steps in enumerate([80, 200, 201, 500])
+    ]
+    swept = {"cells": [{"cell": "c", "ddim_steps": 1}], "episodes": [{"cell": "c", **one.row()} for one in late]}
+    trained = Trained(unit=Unit(name="push-v3", commands=[], folder=Path()), train_s=1.0, swept=swept)
+    (found,) = quality._rows(trained)
+    assert (found["success_rate"], found["within_200"]) == (0.75, 0.5)
+    assert total([found, found | {"within_200": 1.0}], [], {})["within_200"] == 0.75
+
+
 def test_the_best_rollouts_are_more_than_the_last_ones():
     history = [{"step": n, "rollout/success_rate": rate} for n, rate in enumerate([0, 0.9, 0.5, 0.7, 0.6, 0.8, 0.1])]
     found = quality.best_rollouts([*history, {"step": 7, "train/loss": 0.1}])

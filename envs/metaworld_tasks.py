@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,6 +93,10 @@ DIFFICULTIES = {
 # All fifty tasks in alphabetical order.
 MT50 = tuple(sorted(task for tasks in DIFFICULTIES.values() for task in tasks))
 
+# The simulators in which no environment plays, by task and settings. All environments of a process share them: a
+# simulator holds 20 MB, so that sixteen environments with fifty each would hold 16 GB.
+_IDLE: defaultdict[tuple[Any, ...], list[MetaWorldEnv]] = defaultdict(list)
+
 
 class MetaWorldTasksEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
     """Several Meta-World tasks; an episode's seed selects its task.
@@ -113,7 +118,7 @@ class MetaWorldTasksEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]])
         camera: str = "corner2",
         image_size: int = 256,
     ) -> None:
-        """Build all tasks.
+        """Build the first task; the others are built when an episode plays them.
 
         Args:
             tasks: Names of at least two different tasks, by default the ten of MT10.
@@ -133,18 +138,24 @@ class MetaWorldTasksEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]])
                 " For a single one choose env=metaworld env.task=NAME."
             )
         choose("observation of several tasks", observation, OBSERVATIONS)
+        for task in self.tasks:
+            choose("Meta-World task", task, MT50)
         self.render_mode = render_mode
-        self._envs = [
-            MetaWorldEnv(task, observation=observation, render_mode=render_mode, camera=camera, image_size=image_size)
-            for task in self.tasks
-        ]
+        self._settings: dict[str, Any] = {
+            "observation": observation,
+            "render_mode": render_mode,
+            "camera": camera,
+            "image_size": image_size,
+        }
+        self._simulator: MetaWorldEnv | None = None
+        self._current = 0
+        self._open()
         self.observation_spaces = {
             kind: gymnasium.spaces.Box(-np.inf, np.inf, (width + len(self.tasks),), np.float32)
             for kind, width in OBSERVATIONS.items()
         }
         self.observation_space = self.observation_spaces[observation]
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
-        self._current = 0
 
     def task_of(self, seed: int) -> str:
         """The task that an episode of this seed plays."""
@@ -166,23 +177,36 @@ class MetaWorldTasksEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]])
         super().reset(seed=seed)
         if seed is None:
             seed = int(self.np_random.integers(2**31))
+        self.close()
         self._current = seed % len(self.tasks)
-        observation, info = self._envs[self._current].reset(seed=seed)
+        observation, info = self._open().reset(seed=seed)
         return self._observed(observation), info
 
     def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """Advance by one control step, see `MetaWorldEnv.step`."""
-        observation, reward, terminated, truncated, info = self._envs[self._current].step(action)
+        observation, reward, terminated, truncated, info = self._open().step(action)
         return self._observed(observation), reward, terminated, truncated, info
 
     def render(self) -> NDArray[np.uint8]:
         """Draw the scene of the current task, see `MetaWorldEnv.render`."""
-        return self._envs[self._current].render()
+        return self._open().render()
 
     def close(self) -> None:
-        """Free the renderers."""
-        for env in self._envs:
-            env.close()
+        """Free the renderer, and leave the simulator to other environments."""
+        if self._simulator is not None:
+            self._simulator.close()
+            self._idle().append(self._simulator)
+            self._simulator = None
+
+    def _open(self) -> MetaWorldEnv:
+        """The simulator of the current task: the one in use, an idle one, or a new one."""
+        if self._simulator is None:
+            idle = self._idle()
+            self._simulator = idle.pop() if idle else MetaWorldEnv(self.tasks[self._current], **self._settings)
+        return self._simulator
+
+    def _idle(self) -> list[MetaWorldEnv]:
+        return _IDLE[self.tasks[self._current], *self._settings.values()]
 
     def _observed(self, observation: Observation) -> NDArray[np.float32]:
         assert isinstance(observation, np.ndarray)  # of one of OBSERVATIONS

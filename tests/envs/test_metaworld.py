@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import envs
+from envs import metaworld_tasks
 from envs.errors import MissingExtraError, import_extra
 from envs.metaworld_tasks import DIFFICULTIES, MT50
 from envs.rendering import rendering_errors
@@ -301,6 +302,25 @@ def test_one_of_several_tasks_is_played_as_its_seed_says():
             np.testing.assert_array_equal(ours[-3:], np.eye(3, dtype=np.float32)[seed % 3])
             (ours, *rest), (theirs, *expected) = env.step(expert(ours)), alone.step(own(theirs))
             assert rest == expected
+
+
+def test_environments_of_several_tasks_share_the_simulators_they_do_not_play_in():
+    tasks = ["reach-v3", "push-v3", "door-open-v3"]
+    many = [envs.make("metaworld_tasks", tasks=tasks) for _ in range(3)]
+    for seed in range(9):
+        for place, env in enumerate(many):
+            env.reset(seed=seed + place)
+    simulators = [env.unwrapped._simulator for env in many]
+    assert len({id(simulator) for simulator in simulators}) == 3
+    assert sorted(simulator.task for simulator in simulators) == sorted(tasks)
+    for env in many:
+        env.close()
+    held = sum(map(len, metaworld_tasks._IDLE.values()))
+    env = envs.make("metaworld_tasks", tasks=tasks)
+    for seed in range(6):
+        env.reset(seed=seed)
+    env.close()
+    assert sum(map(len, metaworld_tasks._IDLE.values())) == held
 
 
 def test_unseeded_episodes_of_several_tasks_follow_from_the_last_seed():

@@ -41,6 +41,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from envs.errors import choose
 from envs.metaworld_tasks import DIFFICULTIES, MT10, MT50
 from policy.checkpoint import read_history
 from policy.data.minari_writer import dataset_name
@@ -182,8 +183,7 @@ def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) ->
     folder, collected = (FOLDER.joinpath(preset, *variant(given)) for given in (overrides, own))
     if preset in SCRIPTED:
         scripted = SCRIPTED[preset]
-        named = listed(own["tasks"]) if "tasks" in own else _tasks(preset)
-        tasks = [task for name in named for task in DIFFICULTIES.get(name, (name,))]
+        tasks = _named(listed(own["tasks"])) if "tasks" in own else list(_tasks(preset))
         groups = [tasks] if scripted.together else [[task] for task in tasks]
         counts = {name: int(own.get(name, getattr(scripted, name))) for name in ("demonstrations", "episodes")}
         if preset == "ocbench":
@@ -194,6 +194,7 @@ def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) ->
                 for mistakes in (False, True)
                 for task in tasks
             ]
+        _check_tasks(tasks)
         return [
             _scripted(preset, group, collected, folder, training=training, ddim_steps=ddim_steps, **counts)
             for group in groups
@@ -219,6 +220,20 @@ def _tasks(preset: str) -> Sequence[str]:
     if preset == "ocbench":
         return ocbench.state_tasks()
     return {"metaworld_tasks": MT10, "metaworld_image": IMAGE_TASKS}.get(preset, MT50)
+
+
+def _named(names: Sequence[str]) -> list[str]:
+    """The tasks that the user names, singly or by their difficulty."""
+    return [task for name in names for task in DIFFICULTIES.get(name, (name,))]
+
+
+def _check_tasks(tasks: Sequence[str]) -> None:
+    """Exit with one sentence if Meta-World has no such task."""
+    try:
+        for task in tasks:
+            choose("Meta-World task or difficulty", task, [*DIFFICULTIES, *MT50])
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 def _scripted(

@@ -142,6 +142,8 @@ def test_a_difficulty_stands_for_its_tasks_and_one_policy_plays_all_fifty(tmp_pa
     monkeypatch.chdir(tmp_path)  # where no demonstrations are
     hard = _units("metaworld", {"tasks": "[hard,reach-v3]"}, [8])
     assert [unit.name for unit in hard] == [*DIFFICULTIES["hard"], "reach-v3"]
+    with pytest.raises(SystemExit, match=r"Unknown Meta-World task or difficulty 'hrad'\. Did you mean 'hard'"):
+        _units("metaworld", {"tasks": "[hrad]"}, [8])
     (unit,) = _units("metaworld_mt50", {}, [8])
     collect, train, sweep = unit.commands
     assert unit.tasks == list(MT50)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -11,22 +12,28 @@ from numpy.typing import NDArray
 
 from envs.errors import choose, import_extra
 from envs.rendering import SceneRenderer, require_rgb_array
-from envs.spaces import check_action
+from envs.spaces import Observation, check_action
 
 OBSERVATION_DIM = 39
 FEATURES_DIM = 30
 ACTION_DIM = 4
 MAX_REWARD = 10.0
-OBSERVATIONS = {"state": OBSERVATION_DIM, "features": OBSERVATION_DIM + FEATURES_DIM}  # width of each kind
+HAND_DIM = 4
+OBSERVATIONS = {"state": OBSERVATION_DIM, "features": OBSERVATION_DIM + FEATURES_DIM}  # width of each kind of vector
+PICTURE_SIZE = 96  # height and width of an observed picture
+# Where the camera is that pictures are observed from; from its place upstream, objects are a pixel or two large.
+NEAR_CAMERA, NEAR_POSITION = "corner2", (0.75, 0.075, 0.7)
 # Metres. A few centimetres decide whether a grasp succeeds, and the workspace is about a metre wide.
 NEAR = 0.05
 
 
-class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
+class MetaWorldEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     """One Meta-World task with an observable goal, as in the MT1 benchmark.
 
     Observation: (39,) float32: hand xyz, gripper opening, object poses (14 numbers), the same numbers of the previous
-    step, and the goal's xyz. With ``observation="features"`` it is (69,): these, then `metaworld_features`.
+    step, and the goal's xyz. With ``observation="features"`` it is (69,): these, then `metaworld_features`. With
+    ``observation="image"`` it is a dict of ``image`` (96, 96, 3) uint8, the camera's picture, and ``hand`` (4,)
+    float32, hand xyz and gripper opening; the camera ``corner2`` is then nearer to the table, as in Seo et al. 2022.
     Action: (4,) float32 in [-1, 1]: hand displacement (1 = 1 cm per control step) and gripper effort.
 
     Upstream ignores ``reset(seed=...)`` and cycles through 50 frozen goals. Here the seed creates the generator that
@@ -54,10 +61,10 @@ class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
 
         Args:
             task: One of the 50 task names, such as ``"pick-place-v3"``.
-            observation: ``"state"``, or ``"features"``: the state and the relative positions of its parts.
+            observation: ``"state"``; ``"features"``, the state and the relative positions of its parts; or ``"image"``.
             render_mode: ``None`` or ``"rgb_array"``.
-            camera: Camera that `render` looks through.
-            image_size: Height and width of a frame, in pixels.
+            camera: Camera of `render` and of observed pictures.
+            image_size: Height and width of a frame that `render` draws, in pixels; observed pictures keep their size.
 
         Raises:
             MissingExtraError: If Meta-World, or a system library it needs, is not installed.
@@ -67,24 +74,26 @@ class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
         self.task = choose("Meta-World task", task, ALL_V3_ENVIRONMENTS)
-        self.observation = choose("observation", observation, OBSERVATIONS)
+        self.observation_spaces = _observation_spaces()
+        self.observation = choose("observation", observation, self.observation_spaces)
         self.render_mode = render_mode
         self.image_size = image_size
         self._simulator = _observable_task(ALL_V3_ENVIRONMENTS[task])
         model = self._simulator.model
         self.camera = choose("camera", camera, [model.camera(i).name for i in range(model.ncam)])
+        if observation == "image":
+            model.camera(NEAR_CAMERA).pos[:] = NEAR_POSITION
         # Most of Meta-World's cameras hang upside down: the z component of their up vector is negative.
         self._upside_down = bool(self._simulator.data.camera(camera).xmat[7] < -1e-6)
-        self.observation_spaces = {
-            kind: gymnasium.spaces.Box(-np.inf, np.inf, (width,), np.float32) for kind, width in OBSERVATIONS.items()
-        }
         self.observation_space = self.observation_spaces[observation]
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
         self._scene = SceneRenderer(image_size)
+        self._observed_scene = SceneRenderer(PICTURE_SIZE)
+        self.state = np.zeros(OBSERVATION_DIM, np.float32)  # the newest, whatever is observed of it
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    ) -> tuple[Observation, dict[str, Any]]:
         """Start an episode; the same seed gives the same goal and initial state, bit for bit.
 
         Args:
@@ -105,7 +114,7 @@ class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         observation, _ = simulator.reset()
         return self._observed(observation), {"is_success": False, "score": 0.0}
 
-    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Advance by one control step (12.5 ms).
 
         Args:
@@ -128,9 +137,13 @@ class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         """The task that an episode of this seed plays, as in `envs.metaworld_tasks`."""
         return self.task
 
-    def _observed(self, state: NDArray[np.float64]) -> NDArray[np.float32]:
-        parts = [state, metaworld_features(state)] if self.observation == "features" else [state]
-        return np.concatenate(parts).astype(np.float32)
+    def _observed(self, state: NDArray[np.float64]) -> Observation:
+        self.state = state.astype(np.float32)
+        if self.observation == "image":
+            return {"image": self._drawn(self._observed_scene), "hand": self.state[:HAND_DIM]}
+        if self.observation == "features":
+            return np.concatenate([state, metaworld_features(state)]).astype(np.float32)
+        return self.state
 
     def render(self) -> NDArray[np.uint8]:
         """Draw the scene, (image_size, image_size, 3) uint8, upright.
@@ -139,12 +152,29 @@ class MetaWorldEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
             RenderingUnavailableError: If this machine cannot render, or ``render_mode`` is None.
         """
         require_rgb_array(self.render_mode)
-        frame = self._scene.draw(self._simulator.model, self._simulator.data, self.camera)
-        return np.ascontiguousarray(frame[::-1, ::-1]) if self._upside_down else frame
+        return self._drawn(self._scene)
 
     def close(self) -> None:
-        """Free the renderer."""
+        """Free what draws."""
         self._scene.close()
+        self._observed_scene.close()
+
+    def _drawn(self, scene: SceneRenderer) -> NDArray[np.uint8]:
+        frame = scene.draw(self._simulator.model, self._simulator.data, self.camera)
+        return np.ascontiguousarray(frame[::-1, ::-1]) if self._upside_down else frame
+
+
+def _observation_spaces() -> dict[str, gymnasium.spaces.Space[Any]]:
+    """The space of each kind of observation."""
+
+    def vector(width: int) -> gymnasium.spaces.Box:
+        return gymnasium.spaces.Box(-np.inf, np.inf, (width,), np.float32)
+
+    picture = gymnasium.spaces.Box(0, 255, (PICTURE_SIZE, PICTURE_SIZE, 3), np.uint8)
+    return {
+        **{kind: vector(width) for kind, width in OBSERVATIONS.items()},
+        "image": gymnasium.spaces.Dict({"image": picture, "hand": vector(HAND_DIM)}),
+    }
 
 
 def metaworld_features(state: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
@@ -185,7 +215,7 @@ class MetaWorldExpert:
         return np.clip(action, -1.0, 1.0).astype(np.float32)
 
 
-def make_metaworld_expert(env: gymnasium.Env[Any, Any], seed: int) -> MetaWorldExpert:
+def make_metaworld_expert(env: gymnasium.Env[Any, Any], seed: int) -> Callable[[Any], NDArray[np.float32]]:
     """Build the expert of one episode of either Meta-World family; see `envs.make_expert`.
 
     Raises:
@@ -194,7 +224,10 @@ def make_metaworld_expert(env: gymnasium.Env[Any, Any], seed: int) -> MetaWorldE
     base: Any = env.unwrapped
     if not hasattr(base, "task_of"):
         raise ValueError(f"The 'metaworld' expert needs a Meta-World environment, got {type(base).__name__}.")
-    return MetaWorldExpert(base.task_of(seed))
+    expert = MetaWorldExpert(base.task_of(seed))
+    if isinstance(base, MetaWorldEnv) and base.observation == "image":
+        return lambda _: expert(base.state)
+    return expert
 
 
 def _observable_task(task_class: Any) -> Any:

@@ -252,7 +252,7 @@ def _unit(request: Request, task: Task, objective: str, seed: int) -> Unit:
 
 def _sweeps(request: Request, objective: str, folder: Path) -> list[list[str]]:
     """The commands that roll a policy out; diffusion has a sweep for each solver, and then all of them as one."""
-    settings = [f"episodes={request.episodes}", "adaptive=false"]
+    settings = [f"episodes={request.episodes}"]
     if objective != DEFAULT_OBJECTIVE:
         return [sweep_command(folder, "sweep", settings, request.ddim_steps)]
     own = {solver: steps for solver in request.solvers if (steps := _own_steps(request, solver))}

@@ -3,15 +3,24 @@
     python -m scripts.bench.quality pusht_state dataset.path=pusht_cchi_v7_replay.zarr.zip
     python -m scripts.bench.quality metaworld
     python -m scripts.bench.quality metaworld tasks=[assembly-v3,reach-v3] episodes=20 train.steps=500
+    python -m scripts.bench.quality metaworld demonstrations=10
+    python -m scripts.bench.quality metaworld demonstrations=10 tasks=[very_hard] train.rollout_every=500
+    python -m scripts.bench.quality metaworld_image
     python -m scripts.bench.quality metaworld_tasks
+    python -m scripts.bench.quality metaworld_mt50
     python -m scripts.bench.quality ocbench
 
 A preset of recorded human demonstrations is trained with three seeds, which are one recipe: it reaches its score where
-the interval over training seeds and episodes does. `metaworld` is trained on every task, each with
-its own scripted demonstrations, and `metaworld_tasks` once on those of ten tasks together; for these two and `ocbench`,
-`demonstrations` and `episodes` are numbers per task. `ocbench` is trained on each of 27 tasks twice, on demonstrations
-without mistakes and with them, and its rows say why a task fails. The rows of a finished training are written to
-`docs/rows/ocbench`; one whose file is there is not run again.
+the interval over training seeds and episodes does. The others have scripted demonstrations, and `demonstrations` and
+`episodes` are numbers per task. `metaworld` is trained on every task, `metaworld_image` on each of five,
+`metaworld_tasks` once on ten tasks together, and `metaworld_mt50` once on all fifty; the report has the mean of each
+difficulty too, and `tasks` may name one. Two columns follow DP3 (Ze et al. 2024) and its successors: `within_200` is
+the success within 200 control steps, their time limit, in place of Meta-World's 500; with rollouts during training,
+`best_five` is the mean of the five best of them. `ocbench` is trained on each of 27 tasks twice, on demonstrations
+without mistakes and with them, and its rows say why a task fails.
+
+The rows of a finished training of `ocbench`, `metaworld_image`, `metaworld_mt50`, and of `metaworld` with
+`demonstrations=10`, are written to `docs/rows`; one whose file is there is not run again.
 
 As many trainings as there are cores run side by side, with one thread each. Runs with other training settings or other
 `demonstrations` get folders and a report of their own, and are not compared with the preset's score. The same command
@@ -24,6 +33,7 @@ import sys
 import time
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -31,8 +41,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from envs.metaworld_tasks import MT10
+from envs.errors import choose
+from envs.metaworld_tasks import DIFFICULTIES, MT10, MT50
+from policy.checkpoint import read_history
 from policy.data.minari_writer import dataset_name
+from policy.diffusion.sampler import Sampler
+from policy.statistics.intervals import wilson_interval
 from policy.statistics.recipes import recipe_interval
 from policy.statistics.results import EpisodeResult, summarize
 from scripts.bench import ocbench
@@ -46,12 +60,56 @@ SEEDS = (0, 1, 2)
 DDIM_STEPS = [8, 1]
 # Overrides of the benchmark itself; all others are passed to the training.
 OWN = ("tasks", "seeds", "episodes", "demonstrations")
+# Overrides that choose among tasks, or look at a training without changing it.
+CHOICES = ("tasks", "train.rollout_every", "train.rollout_episodes")
 # Overrides that do not make a run another training of the preset.
-SAME = ("tasks", "seeds", "episodes", "dataset.path")
-SCRIPTED = ("metaworld", "metaworld_tasks", "ocbench")  # presets whose trainings are of tasks, not of training seeds
+SAME = (*CHOICES, "seeds", "episodes", "dataset.path")
+# The runs whose rows are kept: the preset, and its overrides besides `CHOICES`.
+KEPT: list[tuple[str, Mapping[str, str]]] = [
+    ("metaworld", {"demonstrations": "10"}),
+    ("metaworld_image", {}),
+    ("metaworld_mt50", {}),
+    ("ocbench", {}),
+]
+# The tasks of `metaworld_image`: two medium, two hard and one very hard.
+IMAGE_TASKS = ("assembly-v3", "basketball-v3", "peg-insert-side-v3", "pick-place-v3", "stick-push-v3")
+BEST_ROLLOUTS = 5
+# The time limit of an episode of DP3 and its successors, in control steps; ours is Meta-World's own, 500.
+SHORT_LIMIT = 200
+# Columns beside our own success rate, as the literature reports it.
+REPORTED = ("within_200", "best_five")
 SUMMARY = ("episodes", "successes", "success_rate", "success_low", "success_high", "score_mean")
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scripted:
+    """A preset whose trainings are of tasks with scripted demonstrations, not of training seeds.
+
+    Attributes:
+        env: settings of the environment besides its tasks.
+        demonstrations: number of demonstrations of each task.
+        episodes: number of held-out episodes of each task.
+    """
+
+    env: Mapping[str, str]
+    demonstrations: int = 50
+    episodes: int = 100
+
+    @property
+    def together(self) -> bool:
+        """Whether one policy plays all tasks."""
+        return self.env["name"] == "metaworld_tasks"
+
+
+SCRIPTED = {
+    "metaworld": Scripted(env={"name": "metaworld"}),
+    "metaworld_image": Scripted(env={"name": "metaworld", "observation": "image"}),
+    "metaworld_mt50": Scripted(env={"name": "metaworld_tasks"}, demonstrations=10, episodes=20),
+    "metaworld_tasks": Scripted(env={"name": "metaworld_tasks"}),
+    "ocbench": Scripted(env={"name": "ocbench"}, demonstrations=200),
+}
 
 
 def main() -> None:
@@ -62,7 +120,7 @@ def main() -> None:
     units = _units(preset, overrides, ddim_steps)
     print(machine("gymnasium"))
     began = time.perf_counter()
-    folder = FINISHED / preset if preset == "ocbench" and set(overrides) <= {"tasks"} else None
+    folder = rows_folder(preset, overrides)
     kept = {unit.name: rows for unit in units if (rows := finished_rows(folder, unit.name))}
     found = run_units([unit for unit in units if unit.name not in kept], preset, partial(_done, folder))
     kept |= {trained.unit.name: _rows(trained) for trained in found}
@@ -70,16 +128,18 @@ def main() -> None:
     changes = variant(overrides)
     binding = {} if changes else promised  # the preset states no score of another training
     seeds = [] if preset in SCRIPTED else found
-    totals = [
-        total(
-            [row for row in rows if row["ddim_steps"] == k and row.get("mistakes") == mistakes],
-            [one.results(k) for one in seeds],
-            binding.get(k, {}),
-        )
+    cells = [
+        [row for row in rows if row["ddim_steps"] == k and row.get("mistakes") == mistakes]
         for mistakes in dict.fromkeys(row.get("mistakes") for row in rows)
         for k in ddim_steps
     ]
-    write_report("_".join(["quality", preset, *changes]), rows + totals)
+    totals = [
+        total(cell, [one.results(k) for one in seeds], binding.get(k, {}))
+        for cell in cells
+        for k in [cell[0]["ddim_steps"]]
+    ]
+    difficulties = [row for cell in cells for row in by_difficulty(cell)]
+    write_report("_".join(["quality", preset, *changes]), rows + difficulties + totals)
     print(f"{len(found)} trainings in {time.perf_counter() - began:.0f} s")
     if any(row.get("reached") is False for row in totals):
         sys.exit(f"{preset} does not reach the score that {_file(preset)} promises")
@@ -111,15 +171,21 @@ def variant(overrides: Mapping[str, str]) -> list[str]:
     return file_name({name: value for name, value in overrides.items() if name not in SAME})
 
 
+def rows_folder(preset: str, overrides: Mapping[str, str]) -> Path | None:
+    """The folder in the repository with the rows of a run; None if they are not kept."""
+    changes = {name: value for name, value in overrides.items() if name not in CHOICES}
+    return FINISHED.joinpath(preset, *file_name(changes)) if (preset, changes) in KEPT else None
+
+
 def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) -> list[Unit]:
     own = {name: overrides[name] for name in OWN if name in overrides}
     training = [f"{name}={value}" for name, value in overrides.items() if name not in OWN]
     folder, collected = (FOLDER.joinpath(preset, *variant(given)) for given in (overrides, own))
     if preset in SCRIPTED:
-        tasks = listed(own["tasks"]) if "tasks" in own else list(_tasks(preset))
-        groups = [tasks] if preset == "metaworld_tasks" else [[task] for task in tasks]
-        wanted = {"demonstrations": 200 if preset == "ocbench" else 50, "episodes": 100}
-        counts = {name: int(own.get(name, default)) for name, default in wanted.items()}
+        scripted = SCRIPTED[preset]
+        tasks = _named(listed(own["tasks"])) if "tasks" in own else list(_tasks(preset))
+        groups = [tasks] if scripted.together else [[task] for task in tasks]
+        counts = {name: int(own.get(name, getattr(scripted, name))) for name in ("demonstrations", "episodes")}
         if preset == "ocbench":
             ocbench.check_tasks(tasks)
             # All tasks without mistakes come first: an interrupted benchmark is whole in one of its halves.
@@ -128,6 +194,7 @@ def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) ->
                 for mistakes in (False, True)
                 for task in tasks
             ]
+        _check_tasks(tasks)
         return [
             _scripted(preset, group, collected, folder, training=training, ddim_steps=ddim_steps, **counts)
             for group in groups
@@ -150,13 +217,23 @@ def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) ->
 
 def _tasks(preset: str) -> Sequence[str]:
     """All tasks that a preset can be trained on."""
-    if preset == "metaworld_tasks":
-        return MT10
     if preset == "ocbench":
         return ocbench.state_tasks()
-    from metaworld.policies import ENV_POLICY_MAP
+    return {"metaworld_tasks": MT10, "metaworld_image": IMAGE_TASKS}.get(preset, MT50)
 
-    return sorted(ENV_POLICY_MAP)
+
+def _named(names: Sequence[str]) -> list[str]:
+    """The tasks that the user names, singly or by their difficulty."""
+    return [task for name in names for task in DIFFICULTIES.get(name, (name,))]
+
+
+def _check_tasks(tasks: Sequence[str]) -> None:
+    """Exit with one sentence if Meta-World has no such task."""
+    try:
+        for task in tasks:
+            choose("Meta-World task or difficulty", task, [*DIFFICULTIES, *MT50])
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 def _scripted(
@@ -171,14 +248,14 @@ def _scripted(
     ddim_steps: Sequence[int],
 ) -> Unit:
     """The unit of one policy, trained on `demonstrations` scripted demonstrations of each of some Meta-World tasks."""
-    together = preset == "metaworld_tasks"
+    together, settings = SCRIPTED[preset].together, SCRIPTED[preset].env
     # Other tasks need a folder of their own, and fifty names are too long for the name of a folder.
     name = f"{len(tasks)}-tasks-{zlib.crc32(','.join(tasks).encode()):08x}" if together else tasks[0]
-    env = {"name": preset} | ({} if together else {"task": tasks[0]})
-    data = collected / name / "demonstrations" / dataset_name(env)
+    data = collected / name / "demonstrations" / dataset_name({**settings, **({} if together else {"task": tasks[0]})})
     collect = [
         "scripts.collect",
-        f"env={preset}",
+        f"env={settings['name']}",
+        *(f"env.{key}={value}" for key, value in settings.items() if key != "name"),
         f"env.tasks=[{','.join(tasks)}]" if together else f"env.task={tasks[0]}",
         f"episodes={demonstrations * len(tasks)}",
         f"output_dir={data.parent}",
@@ -212,13 +289,45 @@ def _rows(trained: Trained) -> list[Row]:
     names = trained.unit.tasks or (trained.unit.name,)
     rows = []
     for cell in trained.swept["cells"]:
-        results = [EpisodeResult.from_row(row) for row in trained.swept["episodes"] if row["cell"] == cell["cell"]]
+        episodes = [EpisodeResult.from_row(row) for row in trained.swept["episodes"] if row["cell"] == cell["cell"]]
         for number, name in enumerate(names):
-            summary = summarize([result for result in results if result.seed % len(names) == number])
+            results = [result for result in episodes if result.seed % len(names) == number]
+            summary = summarize(results)
             shown = {key: summary[key] for key in SUMMARY}
             row = {"training": name, "ddim_steps": cell["ddim_steps"], **shown, "train_s": trained.train_s}
+            if name in MT50:
+                in_time = sum(result.success and result.steps <= SHORT_LIMIT for result in results)
+                row["within_200"] = in_time / len(results)
+            if cell["ddim_steps"] == Sampler().ddim_steps and not trained.unit.tasks:  # as in rollouts during training
+                row |= best_rollouts(read_history(trained.unit.folder / "checkpoint"))
             rows.append(row | (ocbench.figures(trained, cell["ddim_steps"]) if trained.unit.data else {}))
     return rows
+
+
+def best_rollouts(history: Sequence[Mapping[str, float]]) -> Row:
+    """The mean success of the five best rollouts during a training; empty if it had none.
+
+    Args:
+        history: the metrics of the training.
+    """
+    rates = [entry["rollout/success_rate"] for entry in history if "rollout/success_rate" in entry]
+    return {"rollouts": len(rates), "best_five": fmean(sorted(rates)[-BEST_ROLLOUTS:])} if rates else {}
+
+
+def by_difficulty(rows: Sequence[Row]) -> list[Row]:
+    """The mean of each difficulty of Meta-World's tasks, with the Wilson interval of all its episodes.
+
+    Args:
+        rows: one per task, all with the same `ddim_steps`; tasks of other families have no difficulty.
+    """
+    means = []
+    for difficulty, tasks in DIFFICULTIES.items():
+        if found := [row for row in rows if row["training"] in tasks]:
+            mean = total(found, [], {}) | {"training": f"{difficulty}, {len(found)} of {len(tasks)} tasks"}
+            mean["successes"] = sum(row["successes"] for row in found)
+            mean["success_low"], mean["success_high"] = wilson_interval(mean["successes"], mean["episodes"])
+            means.append(mean)
+    return means
 
 
 def total(rows: Sequence[Row], seeds: Sequence[Sequence[EpisodeResult]], promised: Mapping[str, float]) -> Row:
@@ -244,7 +353,7 @@ def total(rows: Sequence[Row], seeds: Sequence[Sequence[EpisodeResult]], promise
             high = mean[name] + 2 * error
         if name in promised:
             mean["reached"] = mean.get("reached", True) and high >= promised[name]
-    return mean
+    return mean | {name: fmean(row[name] for row in rows) for name in REPORTED if all(name in row for row in rows)}
 
 
 if __name__ == "__main__":

@@ -43,11 +43,11 @@ class Unit:
 def train_and_sweep(
     folder: Path, training: Sequence[str], sweep: Sequence[str], ddim_steps: Sequence[int]
 ) -> list[list[str]]:
-    """The commands that train a policy and roll it out with several values of `ddim_steps`.
+    """The commands that train a policy and roll it out with several values of `ddim_steps`, all on all episodes.
 
     Args:
         folder: receives `checkpoint/` and `sweep/`.
-        training: overrides of `scripts.train`.
+        training: overrides of `scripts.train`, which rolls out during training only if they say so.
         sweep: overrides of `scripts.sweep`.
         ddim_steps: cells of the sweep.
 
@@ -59,7 +59,7 @@ def train_and_sweep(
 
 def train_command(folder: Path, training: Sequence[str]) -> list[str]:
     """The command that trains a policy; see `train_and_sweep`."""
-    return ["scripts.train", *training, "train.rollout_every=0", "tracker=none", f"output_dir={folder}"]
+    return ["scripts.train", "train.rollout_every=0", "videos=0", *training, "tracker=none", f"output_dir={folder}"]
 
 
 def sweep_command(folder: Path, name: str, sweep: Sequence[str], ddim_steps: Sequence[int]) -> list[str]:
@@ -69,6 +69,7 @@ def sweep_command(folder: Path, name: str, sweep: Sequence[str], ddim_steps: Seq
         f"checkpoint={folder}/checkpoint",
         f"ddim_steps=[{','.join(map(str, ddim_steps))}]",
         *sweep,
+        "adaptive=false",
         "workers=1",
         "videos=0",
         f"output_dir={folder}/{name}",

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 import envs
+from envs import metaworld_tasks
 from envs.errors import MissingExtraError, import_extra
+from envs.metaworld_tasks import DIFFICULTIES, MT50
 from envs.rendering import rendering_errors
 
 pytest.importorskip("metaworld", reason="pip install 'ddim-policy[metaworld]'")
+import mujoco
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
 QUICK_TASKS = ["pick-place-v3", "door-open-v3", "box-close-v3"]
@@ -252,6 +255,39 @@ def test_features_are_where_the_parts_of_the_scene_are_from_each_other():
     np.testing.assert_array_equal(expert(observation), blind(state))
 
 
+def test_pictures_show_what_the_state_says_and_the_expert_still_sees_the_state():
+    env, plain = envs.make("metaworld", task="pick-place-v3", observation="image"), used("pick-place-v3")
+    try:
+        observation = env.reset(seed=5)[0]
+    except envs.RenderingUnavailableError as error:
+        pytest.skip(str(error))
+    first, state = observation["image"], plain.reset(seed=5)[0]
+    expert, own = envs.make_expert("metaworld", env, 5), envs.make_expert("metaworld", plain, 5)
+    model, data = env.unwrapped._simulator.model, env.unwrapped._simulator.data
+    with mujoco.Renderer(model, 96, 96) as renderer:
+        for step in range(23):
+            assert env.observation_space.contains(observation)
+            np.testing.assert_array_equal(observation["hand"], state[:4])
+            if step % 22 == 0:  # MuJoCo's own picture has shadows as well, and is upside down
+                renderer.update_scene(data, camera="corner2")
+                expected = renderer.render()[::-1, ::-1].astype(int)
+                assert (np.abs(expected - observation["image"]).max(axis=2) < 60).mean() > 0.95
+            observation, state = env.step(expert(observation))[0], plain.step(own(state))[0]
+    np.testing.assert_array_equal(env.reset(seed=5)[0]["image"], first)
+    env.close()
+
+
+def test_every_task_has_one_difficulty():
+    assert {name: len(tasks) for name, tasks in DIFFICULTIES.items()} == {
+        "easy": 28,
+        "medium": 11,
+        "hard": 6,
+        "very_hard": 5,
+    }
+    assert len(MT50) == 50
+    assert set(MT50) == set(ALL_V3_ENVIRONMENTS)
+
+
 def test_one_of_several_tasks_is_played_as_its_seed_says():
     tasks = ["reach-v3", "door-open-v3", "pick-place-v3"]
     env = envs.make("metaworld_tasks", tasks=tasks)
@@ -268,6 +304,25 @@ def test_one_of_several_tasks_is_played_as_its_seed_says():
             assert rest == expected
 
 
+def test_environments_of_several_tasks_share_the_simulators_they_do_not_play_in():
+    tasks = ["reach-v3", "push-v3", "door-open-v3"]
+    many = [envs.make("metaworld_tasks", tasks=tasks) for _ in range(3)]
+    for seed in range(9):
+        for place, env in enumerate(many):
+            env.reset(seed=seed + place)
+    simulators = [env.unwrapped._simulator for env in many]
+    assert len({id(simulator) for simulator in simulators}) == 3
+    assert sorted(simulator.task for simulator in simulators) == sorted(tasks)
+    for env in many:
+        env.close()
+    held = sum(map(len, metaworld_tasks._IDLE.values()))
+    env = envs.make("metaworld_tasks", tasks=tasks)
+    for seed in range(6):
+        env.reset(seed=seed)
+    env.close()
+    assert sum(map(len, metaworld_tasks._IDLE.values())) == held
+
+
 def test_unseeded_episodes_of_several_tasks_follow_from_the_last_seed():
     env = envs.make("metaworld_tasks", tasks=["reach-v3", "push-v3"])
     drawn = []
@@ -282,6 +337,11 @@ def test_unseeded_episodes_of_several_tasks_follow_from_the_last_seed():
 def test_several_tasks_are_two_different_ones_at_least(tasks):
     with pytest.raises(ValueError, match=r"two or more different .* choose env=metaworld env\.task"):
         envs.make("metaworld_tasks", tasks=tasks)
+
+
+def test_several_tasks_are_not_observed_as_pictures():
+    with pytest.raises(ValueError, match=r"observation of several tasks 'image'.*features, state"):
+        envs.make("metaworld_tasks", tasks=["reach-v3", "push-v3"], observation="image")
 
 
 def test_a_misspelt_one_of_several_tasks_is_answered_with_the_nearest():

@@ -11,7 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from scipy.stats import binomtest
 
+from envs.metaworld_tasks import DIFFICULTIES, MT50
 from policy.statistics.results import EpisodeResult
 from scripts.bench import demonstrations, finished, quality, trainings, variants
 from scripts.bench.ocbench import why
@@ -108,6 +110,7 @@ def test_a_policy_of_several_tasks_has_a_row_for_each(bench, tmp_path):
     rows = json.loads(report.read_text())
     assert [(row["training"], row["ddim_steps"], row["episodes"]) for row in rows] == [
         *((task, steps, 1) for steps in (8, 1) for task in ("reach-v3", "push-v3")),
+        *((mean, steps, 1) for steps in (8, 1) for mean in ("easy, 1 of 28 tasks", "hard, 1 of 6 tasks")),
         ("mean", 8, 2),
         ("mean", 1, 2),
     ]
@@ -133,6 +136,76 @@ def test_other_demonstrations_never_share_a_folder():
     plain, wider = (places("metaworld", tasks="[reach-v3]", **more) for more in ({}, {"denoiser.hidden_size": "64"}))
     assert plain[0] != wider[0]
     assert plain[1] == wider[1]
+
+
+def test_a_difficulty_stands_for_its_tasks_and_one_policy_plays_all_fifty(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no demonstrations are
+    hard = _units("metaworld", {"tasks": "[hard,reach-v3]"}, [8])
+    assert [unit.name for unit in hard] == [*DIFFICULTIES["hard"], "reach-v3"]
+    with pytest.raises(SystemExit, match=r"Unknown Meta-World task or difficulty 'hrad'\. Did you mean 'hard'"):
+        _units("metaworld", {"tasks": "[hrad]"}, [8])
+    (unit,) = _units("metaworld_mt50", {}, [8])
+    collect, train, sweep = unit.commands
+    assert unit.tasks == list(MT50)
+    assert {"env=metaworld_tasks", f"env.tasks=[{','.join(MT50)}]", "episodes=500"} <= set(collect)
+    assert "experiment=metaworld_mt50" in train
+    assert {"episodes=1000", "adaptive=false"} <= set(sweep)
+
+
+def test_pictures_are_collected_as_they_are_trained_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    units = _units("metaworld_image", {}, [8])
+    assert len(units) == 5
+    for unit in units:
+        collect, train, _ = unit.commands
+        assert {"env=metaworld", "env.observation=image", f"env.task={unit.name}", "episodes=50"} <= set(collect)
+        assert "experiment=metaworld_image" in train
+
+
+def test_rollouts_during_training_are_the_users_choice():
+    training, _ = trainings.train_and_sweep(Path("run"), ["train.rollout_every=500"], [], [8])
+    assert training.index("train.rollout_every=0") < training.index("train.rollout_every=500")  # the last one counts
+
+
+def test_rows_are_kept_of_the_same_training_alone():
+    kept = quality.rows_folder("metaworld", {"demonstrations": "10", "tasks": "[hard]", "train.rollout_every": "500"})
+    assert kept == finished.FINISHED / "metaworld/demonstrations-10"
+    for changes in ({}, {"demonstrations": "5"}, {"demonstrations": "10", "episodes": "20"}):
+        assert quality.rows_folder("metaworld", changes) is None
+    assert quality.rows_folder("metaworld_mt50", {"train.steps": "5"}) is None
+
+
+def test_the_mean_of_a_difficulty_is_that_of_its_tasks():
+    def task(name, successes, **also):
+        return row(successes / 100) | {"training": name, "successes": successes, **also}
+
+    rows = [task("push-v3", 90, best_five=1.0), task("assembly-v3", 60, best_five=0.8), task("reach-v3", 100)]
+    easy, hard = quality.by_difficulty(rows)
+    assert (easy["training"], easy["success_rate"], "best_five" in easy) == ("easy, 1 of 28 tasks", 1.0, False)
+    assert (hard["training"], hard["episodes"], hard["successes"]) == ("hard, 2 of 6 tasks", 200, 150)
+    assert (hard["success_rate"], hard["best_five"]) == (pytest.approx(0.75), pytest.approx(0.9))
+    expected = binomtest(150, 200).proportion_ci(method="wilson")
+    assert (hard["success_low"], hard["success_high"]) == pytest.approx((expected.low, expected.high))
+    assert quality.by_difficulty([task("block-cpu-lite-single-task1", 50)]) == []
+
+
+def test_an_episode_solved_late_counts_within_500_steps_alone():
+    late = [
+        EpisodeResult(seed=n, success=n < 3, score=1.0, return_=0.0, steps=steps)
+        for n, steps in enumerate([80, 200, 201, 500])
+    ]
+    swept = {"cells": [{"cell": "c", "ddim_steps": 1}], "episodes": [{"cell": "c", **one.row()} for one in late]}
+    trained = Trained(unit=Unit(name="push-v3", commands=[], folder=Path()), train_s=1.0, swept=swept)
+    (found,) = quality._rows(trained)
+    assert (found["success_rate"], found["within_200"]) == (0.75, 0.5)
+    assert total([found, found | {"within_200": 1.0}], [], {})["within_200"] == 0.75
+
+
+def test_the_best_rollouts_are_more_than_the_last_ones():
+    history = [{"step": n, "rollout/success_rate": rate} for n, rate in enumerate([0, 0.9, 0.5, 0.7, 0.6, 0.8, 0.1])]
+    found = quality.best_rollouts([*history, {"step": 7, "train/loss": 0.1}])
+    assert found == {"rollouts": 7, "best_five": pytest.approx(0.7)}
+    assert quality.best_rollouts([{"step": 7, "train/loss": 0.1}]) == {}
 
 
 def row(success, score=0.9):

@@ -97,8 +97,7 @@ def test_every_encoder_denoiser_and_schedule_make_a_policy(encoder, denoiser, sc
 @pytest.mark.parametrize("experiment", GROUPS["experiment"])
 def test_every_experiment_composes_with_training_and_builds(experiment):
     config = composed("train", f"experiment={experiment}")
-    plain = composed("train")
-    assert config != plain or experiment == "ocbench"  # the defaults, as a preset that benchmarks can name
+    assert config != composed("train")
     policy = policy_of(config)
     assert sum(p.numel() for p in policy.parameters()) > 0
     _build("sampler", config["sampler"]).check(policy.schedule.num_steps)

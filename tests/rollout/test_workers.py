@@ -554,7 +554,10 @@ def test_processes_and_their_helpers_end_with_a_parent_that_is_killed(policies, 
         finally:
             os._exit(1)
     try:
-        children = [int(pid) for pid in os.read(read, 1000).split()] + helpers(tmp_path)
+        children = [int(pid) for pid in os.read(read, 1000).split()]
+        while len(started := helpers(tmp_path)) < 4:  # the other process may still be making its environments
+            time.sleep(0.01)
+        children += started
         assert len(children) == 2 + 4
         assert all(is_running(pid) for pid in children)
     finally:

@@ -247,7 +247,7 @@ def _say_end(
     if conclusion := conclude(run.state.history):
         print(conclusion.sentence)
     if recovered := measure_recoveries(run.state.ema, run.training, sampler):
-        print(describe_recoveries(recovered))
+        print(describe_recoveries(recovered, record.training))
     print(f"checkpoint: {record.folder}" + (f"   tracked: {tracked}" if tracked else ""))
     print(f"page: {record.folder.parent / PAGE}")
     for row in expected:

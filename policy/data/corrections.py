@@ -170,7 +170,7 @@ def find_corrections(
         raise ValueError(_NOTHING_FOLLOWS)
     places = [number for number, *_ in followed]
     reach = (taken(np.minimum(seen + action_horizon, last)) - now)[:, places].std(axis=0)
-    carried = _carried(now, change, early, places)
+    carried = _carried(now, change, early, _half_of(episode), places)
     known = {*places, *carried.numbers, *carried.apart, *carried.cosines, *(place + 1 for place in carried.cosines)}
     relations = find_relations(demonstrations, vectors) if now.shape[1] <= MOST_NUMBERS else Relations((), ())
     things = things_of(relations, [*places, *carried.numbers], carried.cosines, known)
@@ -191,11 +191,12 @@ def find_corrections(
 def _followed(
     change: NDArray[np.float64], actions: NDArray[np.float64], early: NDArray[np.bool_]
 ) -> list[tuple[int, int, float]]:
-    """The number, action and gain of each pair of columns (N, D), (N, A) that belongs together; one number an action.
+    """The number, action and gain of each pair of columns (N, D), (N, A) that belongs together, one to one.
 
-    An object that is carried changes as the action says, too, but not where nothing but the robot has moved yet.
+    An object that is carried changes as the action says, too, but not where nothing but the robot has moved yet. Of
+    actions that are alike, such as those of two fingers, a number follows the one that explains more of it.
     """
-    found = []
+    found: dict[int, tuple[float, int, float]] = {}
     inner = change.T @ actions
     shares = np.square(inner) / np.maximum(np.square(change).sum(axis=0)[:, None], np.finfo(np.float64).tiny)
     for action in np.flatnonzero(actions.any(axis=0)).tolist():
@@ -203,9 +204,9 @@ def _followed(
             cause, effect = actions[:, action], change[:, number]
             gain, share = _proportional(cause, effect)
             if share >= FOLLOWS and _proportional(cause[early], effect[early])[1] >= FOLLOWS_EARLY:
-                found.append((number, action, gain))
+                found[number] = max(found.get(number, (0.0, 0, 0.0)), (share, action, gain), key=lambda one: one[0])
                 break
-    return found
+    return sorted(((number, action, gain) for number, (_, action, gain) in found.items()), key=lambda one: one[1])
 
 
 def _proportional(cause: NDArray[np.float64], effect: NDArray[np.float64]) -> tuple[float, float]:
@@ -220,8 +221,21 @@ def _proportional(cause: NDArray[np.float64], effect: NDArray[np.float64]) -> tu
     return float(cause @ effect) / power, float(cause @ effect) ** 2 / (power * total)
 
 
+def _half_of(episode: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which rows to learn from, the others being there to check: every other episode; of a single one, every other row.
+
+    What never changes within an episode, such as a goal, could be told from another row of it, by where the robot is.
+    """
+    ranks = np.unique(episode, return_inverse=True)[1]
+    return np.asarray((ranks if ranks.any() else np.arange(len(episode))) % 2 == 0)
+
+
 def _carried(
-    now: NDArray[np.float64], change: NDArray[np.float64], early: NDArray[np.bool_], places: Sequence[int]
+    now: NDArray[np.float64],
+    change: NDArray[np.float64],
+    early: NDArray[np.bool_],
+    half: NDArray[np.bool_],
+    places: Sequence[int],
 ) -> Carried:
     """What the numbers at `places` determine: directions that turn with them, and any other function of them."""
     cosines = directions_of(now)
@@ -231,7 +245,7 @@ def _carried(
     linear = _share_explained(turned, moves @ turns) >= CARRIED
     cosines, turns = [place for place, fits in zip(cosines, linear, strict=True) if fits], turns[:, linear]
     known = {*places, *cosines, *(place + 1 for place in cosines)}
-    learned = max((_learned(now, places, scale) for scale in SCALES), key=lambda one: one.shares.sum())
+    learned = max((_learned(now, half, places, scale) for scale in SCALES), key=lambda one: one.shares.sum())
     numbers = [place for place in np.flatnonzero(learned.shares >= CARRIED).tolist() if place not in known]
     apart, slopes = _apart(change[early][:, [*places, *numbers]], change[early], {*known, *numbers})
     return Carried(
@@ -286,20 +300,20 @@ class _Learned(NamedTuple):
     shares: NDArray[np.float64]
 
 
-def _learned(now: NDArray[np.float64], places: Sequence[int], scale: float) -> _Learned:
-    """Learn the map from every other row by ridge regression, and check it on the rest."""
+def _learned(now: NDArray[np.float64], half: NDArray[np.bool_], places: Sequence[int], scale: float) -> _Learned:
+    """Learn the map from half of the rows by ridge regression, and check it on the rest."""
     rng = np.random.default_rng(0)
     frequencies, phases = scale * rng.normal(size=(len(places), FEATURES)), rng.uniform(0, 2 * np.pi, FEATURES)
     followed = now[:, places]
     center, spread = followed.mean(axis=0), np.maximum(followed.std(axis=0), np.finfo(np.float64).tiny)
     features = features_of((followed - center) / spread, frequencies, phases)
-    learned, checked = features[::2], features[1::2]
-    weights = np.linalg.solve(learned.T @ learned + RIDGE * np.eye(features.shape[1]), learned.T @ now[::2])
-    return _Learned(center, spread, frequencies, phases, weights, _share_explained(now[1::2], checked @ weights))
+    learned, checked = features[half], features[~half]
+    weights = np.linalg.solve(learned.T @ learned + RIDGE * np.eye(features.shape[1]), learned.T @ now[half])
+    return _Learned(center, spread, frequencies, phases, weights, _share_explained(now[~half], checked @ weights))
 
 
 def _share_explained(values: NDArray[np.float64], told: NDArray[np.float64]) -> NDArray[np.float64]:
     """The share of each column's variance (N, D) that is explained; 0 for a constant one."""
     variance = values.var(axis=0)
     left = np.square(values - told).mean(axis=0)
-    return np.where(variance > 0, 1 - left / np.maximum(variance, np.finfo(np.float64).tiny), 0.0)
+    return np.asarray(1 - np.divide(left, variance, out=np.ones_like(left), where=variance > 0))

@@ -28,8 +28,17 @@ def weights_by_spread(training: Windows, normalizer: Normalizer | AffineNormaliz
 
     Returns:
         (action_dim,) float32, from 1 to 20; 1 for a dimension that never changes.
+
+    Raises:
+        ValueError: the demonstrations have other actions than the policy, as they may in a run that only rectifies.
     """
     deviation = torch.from_numpy(np.nan_to_num(action_deviation(training))).to(torch.float32)
-    normalized = deviation / normalizer.scale.cpu()
+    scale = normalizer.scale.cpu()
+    if deviation.shape != scale.shape:
+        raise ValueError(
+            "train.action_weights=spread weighs the numbers of an action by how far the demonstrated ones spread; these"
+            f" have {len(deviation)} and those of the policy {len(scale)}: leave it out"
+        )
+    normalized = deviation / scale
     weights = (USUAL_DEVIATION / normalized).square().clamp(1.0, HEAVIEST)
     return torch.where(normalized > 0, weights, 1.0)

@@ -33,14 +33,20 @@ class CorrectiveNoise:
 
     Attributes:
         reach: (F,) how far each number that follows the action usually moves within a chunk.
-        moved: the numbers that it changes, such as `state[3]`; those of things only while the robot holds them.
+        moved: the numbers that it changes, such as `state[3]`; those of things only where the robot holds them.
     """
 
     def __init__(self, corrections: Corrections, amount: float, past_actions: int) -> None:
         followed, carried = corrections.followed, corrections.carried
         self._keys = list(corrections.widths)
         turned = [place + side for place in carried.cosines for side in (0, 1)]
-        things = [place for thing in corrections.things for place in thing.places]
+        held = set(corrections.held.tolist())
+        things = [
+            place
+            for kind, thing in enumerate(corrections.things, NOTHING + 1)
+            if kind in held
+            for place in thing.places
+        ]
         places = {*(one.number for one in followed), *carried.numbers, *carried.apart, *turned, *things}
         self.moved = [corrections.names[place] for place in sorted(places)]
         self._past_actions = past_actions

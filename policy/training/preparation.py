@@ -215,7 +215,7 @@ def fit_normalizers(policy: DiffusionPolicy, training: Windows) -> None:
         for key, found in limits.items():
             found.update(actions if key == "actions" else observations[key])
         if policy.differences is not None:
-            vectors = {key: torch.from_numpy(observations[key]) for key in policy.differences.keys}
+            vectors = {key: torch.tensor(observations[key]) for key in policy.differences.keys}  # may be read-only
             apart.update(policy.differences.raw(vectors).numpy())
     if policy.differences is not None:
         policy.differences.fit(*apart)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +19,15 @@ from policy.diffusion.sampler import Sampler
 from policy.inference.backends import PLAIN_BACKEND, compile_sampler
 from policy.model.diffusion_policy import DiffusionPolicy, observed
 from policy.training.corrective_noise import CorrectiveNoise
+from policy.training.settings import TrainSettings
 
 # Episodes and windows that are looked at, and the error: a share of what a number usually moves within a chunk.
 EPISODES, WINDOWS, ERROR = 200, 96, 0.5
 # A policy that corrects less of an error than this within a chunk hardly corrects it at all. Measured on one task only:
 # with 3 % of the wrist's error corrected, 1 of 24 episodes succeeded, with 36 % or more, 12 of 24.
 HARDLY = 0.3
+# Settings of a training that make a policy correct more.
+ADVISED = {"corrective_noise": 0.5, "action_weights": "spread"}
 
 
 class Recovery(NamedTuple):
@@ -120,13 +123,19 @@ def recoveries(policy: DiffusionPolicy, windows: Windows, corrections: Correctio
     return found
 
 
-def describe_recoveries(found: Sequence[Recovery]) -> str:
-    """Say in one sentence what a chunk corrects, and what to do where it is next to nothing."""
-    shares = ", ".join(f"{one.number} {one.corrected:.0%}" for one in found)
+def describe_recoveries(found: Sequence[Recovery], training: Mapping[str, Any]) -> str:
+    """Say in one sentence what a chunk corrects, and what to do where it is next to nothing.
+
+    Args:
+        found: what becomes of an error of each number.
+        training: settings of the training, of which those that it has already are not advised.
+    """
+    shares = ", ".join(f"{one.number} {round(100 * one.corrected)}%" for one in found)
+    sentence = f"of an error in where the robot is, one chunk corrects {shares}"
     hardly = [one.number for one in found if one.corrected < HARDLY]
-    advice = (
-        f"; it hardly corrects {', '.join(hardly)}: train with train.corrective_noise=0.5 train.action_weights=spread"
-        if hardly
-        else ""
-    )
-    return f"of an error in where the robot is, one chunk corrects {shares}{advice}"
+    if not hardly:
+        return sentence
+    sentence += f"; it hardly corrects {', '.join(hardly)}"
+    usual = {name: getattr(TrainSettings, name) for name in ADVISED}
+    advised = [f"train.{name}={value}" for name, value in ADVISED.items() if {**usual, **training}[name] == usual[name]]
+    return f"{sentence}: train with {' '.join(advised)}" if advised else sentence

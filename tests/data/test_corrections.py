@@ -1,5 +1,7 @@
 """What an action moves, found in demonstrations of an arm whose kinematics are known."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -115,3 +117,25 @@ def test_contacts_in_a_few_transitions_do_not_hide_what_follows():
     state[rng.choice(len(state), len(state) // 40, replace=False), 0] += 0.3
     found = find_corrections(touched, np.arange(30), ["state"], action_horizon=8)
     assert (0, 0) in [(one.number, one.action) for one in found.followed]
+
+
+def test_a_number_follows_one_action_where_two_are_alike(demonstrations):
+    first = demonstrations.actions[:, :1]
+    noisy = first + np.random.default_rng(0).normal(0, 0.02, first.shape).astype(np.float32)
+    for actions in ([first, noisy], [noisy, first]):
+        alike = dataclasses.replace(demonstrations, actions=np.hstack([*actions, demonstrations.actions[:, 1:]]))
+        found = find_corrections(alike, np.arange(30), ["state"], action_horizon=8)
+        exact = next(place for place, one in enumerate(actions) if one is first)
+        assert [(one.number, one.action) for one in found.followed] == [(0, exact), (1, 2)]
+
+
+@pytest.mark.parametrize("episodes", [[0, 1], [3]])
+def test_a_goal_of_a_few_episodes_is_not_carried(demonstrations, episodes):
+    """Within an episode, where the robot is tells the goal, too."""
+    goals = np.repeat(np.random.default_rng(0).uniform(-1, 1, (30, 2)), 60, axis=0).astype(np.float32)
+    state = np.hstack([demonstrations.observations["state"], goals])
+    seen = dataclasses.replace(demonstrations, observations={"state": state})
+    with np.errstate(all="raise"):
+        carried = find_corrections(seen, np.array(episodes), ["state"], action_horizon=8).carried
+    assert list(carried.numbers) == HAND
+    assert list(carried.apart) == APART

@@ -63,6 +63,21 @@ def test_their_scale_is_fitted_and_saved_with_the_weights():
     assert run.state.ema.state_dict()["differences.scale"].tolist() == [3.0]
 
 
+def test_their_scale_is_fitted_to_read_only_demonstrations_without_a_word(recwarn):
+    states = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)
+    states.flags.writeable = False  # as those of the cache, which are mapped
+    demonstrations = Demonstrations(
+        observations={"state": states}, actions=states[:, :1], episode_ends=np.array([20, 40])
+    )
+    config = PolicyConfig(observation_shapes={"state": (2,)}, action_dim=1, differences=((0, 1),))
+    torch.set_warn_always(True)
+    try:
+        prepare_run(config, demonstrations, TrainSettings(steps=1), seed=0, device="cpu")
+    finally:
+        torch.set_warn_always(False)
+    assert not [str(one.message) for one in recwarn if "not writable" in str(one.message)]
+
+
 def test_a_far_observation_gives_a_finite_embedding():
     pairs = {"differences": ((0, 1),), "direction_differences": ((0, 2),)}
     policy = DiffusionPolicy(PolicyConfig(observation_shapes={"state": (4,)}, action_dim=1, **pairs))

@@ -1,11 +1,14 @@
 """The loss counts a dimension of the action more, the smaller a part of its range its values lie in."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from policy.common.seeding import derive_generator
 from policy.model.config import PolicyConfig
+from policy.model.diffusion_policy import DiffusionPolicy
 from policy.training.preparation import prepare_run
 from policy.training.settings import TrainSettings
 from tests.data.test_corrections import WIDTH, arm
@@ -67,3 +70,12 @@ def _only(policy, place, batch, timestep, noise):
 def test_another_name_of_weights_is_refused():
     with pytest.raises(ValueError, match=r"train\.action_weights must be one of equal, spread; got 'even'"):
         TrainSettings(action_weights="even")
+
+
+def test_actions_of_another_width_weigh_nothing(demonstrations):
+    teacher = DiffusionPolicy(CONFIG)
+    settings = TrainSettings(steps=0, rectify_steps=3, action_weights="spread")
+    for width in (0, 1, 3):  # a run that only rectifies takes any
+        narrow = dataclasses.replace(demonstrations, actions=demonstrations.actions[:, :width])
+        with pytest.raises(ValueError, match=rf"these have {width} and those of the policy 4: leave it out"):
+            prepare_run(CONFIG, narrow, settings, seed=0, device="cpu", teacher=teacher)

@@ -1,5 +1,7 @@
 """Corrective noise: a robot that was moved ends where the demonstrated one does."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -134,6 +136,15 @@ def test_noise_leaves_the_range_of_the_demonstrated_actions_nowhere(demonstratio
 def test_the_numbers_that_are_moved_have_names(demonstrations):
     run = prepare_run(CONFIG, demonstrations, SETTINGS, seed=0, device="cpu")
     assert run.noise.moved == [f"state[{place}]" for place in (0, 1, 2, 3, 4, 5, 8, 9, 10, 11)]
+
+
+def test_what_is_never_held_is_not_said_to_move(demonstrations):
+    found = find_corrections(demonstrations, np.arange(30), ["state"], action_horizon=8)
+    empty_handed = dataclasses.replace(found, held=np.minimum(found.held, 0))
+    names = {f"state[{place}]" for thing in found.things for place in thing.places}
+    assert names
+    assert names <= {*CorrectiveNoise(found, 0.3, 0).moved}
+    assert not names & {*CorrectiveNoise(empty_handed, 0.3, 0).moved}
 
 
 def test_a_counterpart_is_left_alone(demonstrations):

@@ -13,6 +13,7 @@ from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.training import recovery
 from policy.training.recovery import Recovery, describe_recoveries, measure_recoveries, recoveries
+from policy.training.settings import TrainSettings
 from tests.data.test_corrections import GAINS, HAND, JOINTS, OBJECT, WIDTH, arm
 
 CONFIG = PolicyConfig(
@@ -69,12 +70,18 @@ def test_without_windows_in_which_the_robot_could_be_elsewhere_there_is_nothing_
 
 
 def test_what_is_hardly_corrected_comes_with_what_to_do():
-    found = [Recovery("state[0]", 0.62), Recovery("state[5]", 0.034)]
-    assert describe_recoveries(found) == (
-        "of an error in where the robot is, one chunk corrects state[0] 62%, state[5] 3%; it hardly corrects state[5]:"
-        " train with train.corrective_noise=0.5 train.action_weights=spread"
+    found = [Recovery("state[0]", 0.62), Recovery("state[5]", 0.034), Recovery("state[6]", -0.001)]
+    sentence = (
+        "of an error in where the robot is, one chunk corrects state[0] 62%, state[5] 3%, state[6] 0%; it hardly"
+        " corrects state[5], state[6]"
     )
-    assert describe_recoveries(found[:1]) == "of an error in where the robot is, one chunk corrects state[0] 62%"
+    advised = f"{sentence}: train with train.corrective_noise=0.5 train.action_weights=spread"
+    assert describe_recoveries(found, {}) == advised  # of before there were these settings
+    assert describe_recoveries(found, vars(TrainSettings())) == advised
+    weighted = vars(TrainSettings(action_weights="spread"))
+    assert describe_recoveries(found, weighted) == f"{sentence}: train with train.corrective_noise=0.5"
+    assert describe_recoveries(found, {**weighted, "corrective_noise": 0.3}) == sentence
+    assert describe_recoveries(found[:1], {}) == "of an error in where the robot is, one chunk corrects state[0] 62%"
 
 
 def test_what_a_policy_does_not_act_on_or_see_is_not_measured(demonstrations):

@@ -12,7 +12,7 @@ from policy.commands.record import newest_in
 from policy.common.progress import say
 from policy.common.torchrun import joined_world
 from policy.data.demonstrations import Demonstrations
-from policy.data.relations import Relations, find_relations, state_vectors
+from policy.data.relations import Relations, find_relations, number_names, state_vectors
 from policy.model.config import PolicyConfig, PolicySettings
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.recipe.search import check_folder
@@ -192,7 +192,7 @@ def found_relations(
         )
     vectors = state_vectors(dataset, auxiliary)
     relations = find_relations(dataset, vectors)
-    places = [f"{key}[{place}]" for key in sorted(vectors) for place in range(dataset.observation_shapes[key][0])]
+    places = number_names({key: dataset.observation_shapes[key][0] for key in sorted(vectors)})
     found = [f"{places[i]} - {places[j]}" for i, j in relations.differences]
     found += [f"direction {places[i]} to {places[j]}" for i, j in relations.direction_differences]
     say(f"differences that the policy observes too: {', '.join(found) or 'none, no two quantities are alike'}")

@@ -19,6 +19,7 @@ from policy.data.relations import (
     angles,
     directions_of,
     find_relations,
+    number_names,
     thinned,
     wrapped,
 )
@@ -93,6 +94,11 @@ class Carried:
     apart: Sequence[int]
     slopes: NDArray[np.float64]
 
+    @property
+    def places(self) -> list[int]:
+        """The places of all of them."""
+        return [*self.numbers, *self.apart, *self.cosines, *(place + 1 for place in self.cosines)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Corrections:
@@ -122,7 +128,7 @@ class Corrections:
     @property
     def names(self) -> list[str]:
         """Each number's key and place, such as `state[3]`."""
-        return [f"{key}[{place}]" for key, width in self.widths.items() for place in range(width)]
+        return number_names(self.widths)
 
 
 def features_of(scaled: NDArray[np.float64], frequencies: NDArray[np.float64], phases: NDArray[np.float64]) -> Any:
@@ -171,7 +177,7 @@ def find_corrections(
     places = [number for number, *_ in followed]
     reach = (taken(np.minimum(seen + action_horizon, last)) - now)[:, places].std(axis=0)
     carried = _carried(now, change, early, _half_of(episode), places)
-    known = {*places, *carried.numbers, *carried.apart, *carried.cosines, *(place + 1 for place in carried.cosines)}
+    known = {*places, *carried.places}
     relations = find_relations(demonstrations, vectors) if now.shape[1] <= MOST_NUMBERS else Relations((), ())
     things = things_of(relations, [*places, *carried.numbers], carried.cosines, known)
     numbers = np.concatenate([*vectors.values()], axis=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,6 +99,15 @@ def find_relations(demonstrations: Demonstrations, keys: Iterable[str]) -> Relat
         if np.ptp(wrapped(apart[:, i] - apart[:, j])) > 0
     ]
     return Relations(tuple(numbers), tuple(directions))
+
+
+def number_names(widths: Mapping[str, int]) -> list[str]:
+    """Name each number of state vectors by its key and place; `widths` holds how many each has, in their order.
+
+    >>> number_names({"arm": 2, "goal": 1})
+    ['arm[0]', 'arm[1]', 'goal[0]']
+    """
+    return [f"{key}[{place}]" for key, width in widths.items() for place in range(width)]
 
 
 def _pairs(alike: NDArray[np.bool_]) -> list[tuple[int, int]]:

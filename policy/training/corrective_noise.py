@@ -39,7 +39,6 @@ class CorrectiveNoise:
     def __init__(self, corrections: Corrections, amount: float, past_actions: int) -> None:
         followed, carried = corrections.followed, corrections.carried
         self._keys = list(corrections.widths)
-        turned = [place + side for place in carried.cosines for side in (0, 1)]
         held = set(corrections.held.tolist())
         things = [
             place
@@ -47,7 +46,7 @@ class CorrectiveNoise:
             if kind in held
             for place in thing.places
         ]
-        places = {*(one.number for one in followed), *carried.numbers, *carried.apart, *turned, *things}
+        places = {*(one.number for one in followed), *carried.places, *things}
         self.moved = [corrections.names[place] for place in sorted(places)]
         self._past_actions = past_actions
         self._places = [one.number for one in followed]

@@ -7,19 +7,13 @@ import pytest
 import torch
 
 from policy.common.seeding import derive_generator
-from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.training.preparation import prepare_run
 from policy.training.settings import TrainSettings
-from tests.data.test_corrections import WIDTH, arm
+from tests.data.test_corrections import arm
+from tests.training.test_corrective_noise import CONFIG as ARM
 
-CONFIG = PolicyConfig(
-    observation_shapes={"state": (WIDTH,)},
-    action_dim=4,
-    obs_size=8,
-    encoder={"name": "state", "hidden_size": 8},
-    denoiser={"name": "modulated_mlp", "hidden_size": 8, "num_layers": 1},
-)
+CONFIG = dataclasses.replace(ARM, action_dim=4)
 
 
 @pytest.fixture(scope="module")

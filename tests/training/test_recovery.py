@@ -9,21 +9,14 @@ import torch
 from policy.data.corrections import find_corrections
 from policy.data.windows import Windows
 from policy.diffusion.sampler import Sampler
-from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.training import recovery
 from policy.training.recovery import Recovery, describe_recoveries, measure_recoveries, recoveries
 from policy.training.settings import TrainSettings
 from tests.data.test_corrections import GAINS, HAND, JOINTS, OBJECT, WIDTH, arm
+from tests.training.test_corrective_noise import CONFIG as ARM
 
-CONFIG = PolicyConfig(
-    observation_shapes={"state": (WIDTH,)},
-    action_dim=3,
-    obs_size=8,
-    obs_horizon=1,
-    encoder={"name": "state", "hidden_size": 8},
-    denoiser={"name": "modulated_mlp", "hidden_size": 8, "num_layers": 1},
-)
+CONFIG = dataclasses.replace(ARM, obs_horizon=1)
 
 
 @pytest.fixture(scope="module")

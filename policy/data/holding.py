@@ -99,20 +99,20 @@ def held_at(
         (N,) `NOTHING` where nothing but the robot moves, k where the k-th thing (from 1) goes with it and everything
         else is at rest, and `UNKNOWN` elsewhere.
     """
-    change = np.diff(numbers, axis=0)
-    within = np.ones(len(change), dtype=np.bool_)
+    size = np.diff(numbers, axis=0)
+    np.abs(size, out=size)  # as large as the observations: no copies of it
+    within = np.ones(len(size), dtype=np.bool_)
     within[ends[:-1] - 1] = False
-    size = np.abs(change)
     lengths = np.diff(ends, prepend=0)
     early = np.concatenate([np.arange(length) <= EARLY * (length - 1) for length in lengths])[:-1] & within
     if not early.any():
         return np.full(len(numbers), UNKNOWN)
-    at_rest = AT_REST * np.sqrt(np.square(size[within]).mean(axis=0))
+    at_rest = AT_REST * np.sqrt(np.einsum("ij,ij,i->j", size, size, within) / within.sum())
     least = np.maximum(at_rest, 2 * np.quantile(size[early], TREMBLES, axis=0))
     moves = size > least
     moves[:, (size[early] > at_rest).mean(axis=0) > MOSTLY] = False
     moves[:, sorted(robot)] = False
-    goes = [_goes_along(numbers, change, least, moves, within, thing) for thing in things]
+    goes = [_goes_along(numbers, least, moves, within, thing) for thing in things]
     free = np.ones(numbers.shape[1], dtype=np.bool_)
     free[[place for thing in things for place in thing.places]] = False
     held = np.full(len(numbers), UNKNOWN)
@@ -131,7 +131,6 @@ def held_at(
 
 def _goes_along(
     numbers: NDArray[Any],
-    change: NDArray[Any],
     least: NDArray[Any],
     moves: NDArray[np.bool_],
     within: NDArray[np.bool_],
@@ -141,13 +140,14 @@ def _goes_along(
 
     Where neither moves, it holds what it held before.
     """
-    robot, far = np.linalg.norm(change[:, thing.partners], axis=1), float(np.linalg.norm(least[thing.numbers]))
-    apart = np.linalg.norm(change[:, thing.numbers] - change[:, thing.partners], axis=1)
+    partners = np.diff(numbers[:, thing.partners], axis=0)
+    robot, far = np.linalg.norm(partners, axis=1), float(np.linalg.norm(least[thing.numbers]))
+    apart = np.linalg.norm(np.diff(numbers[:, thing.numbers], axis=0) - partners, axis=1)
     together = apart <= GOES_WITH * robot + far
     if thing.cosines:
         turns = wrapped(np.diff(angles(numbers, [*thing.cosines, *thing.turned_by]), axis=0))
         together &= np.abs(turns[:, 0] - turns[:, 1]) <= GOES_WITH * np.abs(turns[:, 1]) + TURNS_WITH
     stirs = moves[:, thing.places].any(axis=1)
     tells = stirs | (robot > far) | ~within
-    last = np.maximum.accumulate(np.where(tells, np.arange(len(change)), -1))
+    last = np.maximum.accumulate(np.where(tells, np.arange(len(moves)), -1))
     return np.asarray(together & within & (last >= 0) & (stirs & together & within)[last])

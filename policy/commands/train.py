@@ -251,7 +251,7 @@ def _say_end(
     print(f"checkpoint: {record.folder}" + (f"   tracked: {tracked}" if tracked else ""))
     print(f"page: {record.folder.parent / PAGE}")
     for row in expected:
-        print("the preset as committed reaches: " + ", ".join(f"{name}={value:g}" for name, value in row.items()))
+        print("the preset, as it is, reaches: " + ", ".join(f"{name}={value:g}" for name, value in row.items()))
     if record.env is None:
         print("no environment is known, so there is nothing to roll out in: env=... of ddim-rollout chooses one")
     command, of_the_user = "ddim-rollout" if record.env else "ddim-export", only_of_the_user(record.env or {})

@@ -98,7 +98,7 @@ def document_of(folder):
     assert document.pop("answer")  # names a latency
     for line in document["cells"]:
         assert all(line.pop(name) > 0 for name in MEASURED)
-        assert line.pop("busy") is False
+        assert isinstance(line.pop("busy"), bool)  # whether other work ran beside the measurement
     return document
 
 
@@ -169,12 +169,12 @@ def test_a_sweep_that_is_interrupted_again_and_again_loses_nothing(planar_run, r
     dice, stopped, whole = random.Random(time.time_ns()), tmp_path / "stopped", tmp_path / "whole"
     codes = {signal.SIGKILL: -9, signal.SIGINT: 130}
     for number in [signal.SIGKILL, signal.SIGINT] * 4:
-        settings = settings_of(planar_run, 200, dice.choice([1, 2, 7]))
+        settings = settings_of(planar_run, 200, dice.choice([1, 2, 7]), "adaptive=false")
         interrupt(settings, stopped, 400, dice, number, codes[number])
         if len(ledger_of(stopped)[1]) > 350:
             break  # with nothing left to wait for, the signal would reach Python before it has started
     for folder in (stopped, whole):
-        run_script("sweep", *settings_of(planar_run, 200, 4), f"output_dir={folder}")
+        run_script("sweep", *settings_of(planar_run, 200, 4, "adaptive=false"), f"output_dir={folder}")
         check_exactly_once(folder, cells=2, episodes=200)
     assert document_of(stopped) == document_of(whole)
 

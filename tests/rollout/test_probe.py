@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 
 import gymnasium
 import numpy as np
@@ -83,7 +84,7 @@ def test_the_families_fix_their_episodes(name):
 @pytest.mark.usefixtures("quick_start")
 @pytest.mark.parametrize("kind", ["sound", "turns", "process"])
 def test_two_processes_are_compared(kind):
-    with RolloutPool([DiffusionPolicy(PLANAR_CONFIG)], lambda: made(kind), 2) as pool:
+    with RolloutPool([DiffusionPolicy(PLANAR_CONFIG)], partial(made, kind), 2) as pool:
         said = pool.probe(5)
     assert ("ran in another process, at its start" in said) == (kind == "process")
     assert ("was reset again with it" in said) == (kind == "turns")

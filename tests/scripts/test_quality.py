@@ -89,7 +89,8 @@ def test_a_training_that_fails_is_named(tmp_path):
         check=False,
     )
     assert done.returncode != 0
-    assert "scripts.train experiment=planar" in done.stderr
+    assert "scripts.train" in done.stderr
+    assert "experiment=planar" in done.stderr
     assert "see log.txt" in done.stderr
     assert "nowhere" in (tmp_path / "outputs/quality/planar/seed_0/log.txt").read_text()
 

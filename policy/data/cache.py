@@ -75,6 +75,7 @@ def open_cached(folder: Path, files: Mapping[str, Path]) -> Demonstrations | Non
             observations=arrays,
             episode_ends=np.cumsum(index["lengths"], dtype=np.int64),
             **{name: index[name] for name in ("episode_names", "held_out", "source", "metadata", "skipped")},
+            originals=np.asarray(index.get("originals", []), np.int64),  # entries of episodes that are all originals
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -108,7 +109,7 @@ def _map(file: Path, column: Mapping[str, Any]) -> NDArray[Any]:
 
 def write_cached(
     folder: Path,
-    episodes: Iterator[tuple[str, Callable[[], Episode]]],
+    episodes: Iterator[tuple[str, Callable[[], list[Episode]]]],
     *,
     source: str,
     files: Mapping[str, Path],
@@ -122,7 +123,7 @@ def write_cached(
 
     Args:
         folder: the entry to make. It appears when it is complete, so an interrupted conversion leaves no entry.
-        episodes: the name of each episode, and a function that reads it.
+        episodes: the name of each episode, and a function that reads the demonstrations made of it, one or more.
         source: the dataset, for messages.
         files: the dataset's files by name.
         metadata: the dataset's description of itself, JSON data.
@@ -152,6 +153,8 @@ def write_cached(
                 "metadata": dict(metadata),
                 "skipped": written.skipped,
             }
+            if written.originals != [*range(len(written.names))]:
+                index["originals"] = written.originals
             (building / INDEX).write_text(json.dumps({"sha256": _checksum(index), "index": index}))
             _put_in_place(building, folder)
     except OSError as error:
@@ -221,6 +224,7 @@ def _put_in_place(building: Path, folder: Path) -> None:
 @dataclass
 class _Written:
     names: list[str] = field(default_factory=list)
+    originals: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     columns: list[dict[str, Any]] = field(default_factory=list)
@@ -228,7 +232,7 @@ class _Written:
 
 def _write_arrays(
     building: Path,
-    episodes: Iterator[tuple[str, Callable[[], Episode]]],
+    episodes: Iterator[tuple[str, Callable[[], list[Episode]]]],
     source: str,
     skip_bad: bool,
     max_episodes: int | None,
@@ -238,14 +242,14 @@ def _write_arrays(
     written = _Written()
     files: dict[str, IO[bytes]] = {}
     seen: set[str] = set()
-    size = 0
+    size = good = 0
     with ExitStack() as stack:
         for name, read in episodes:
             if name in seen:
                 raise ValueError(f"{source} names two episodes {name!r}: it is damaged")
             seen.add(name)
             try:
-                episode = checker.check(read())
+                made = [checker.check(episode) for episode in read()]
             except BudgetError:
                 raise
             except (ValueError, OSError) as error:
@@ -253,26 +257,24 @@ def _write_arrays(
                     raise bad_episode(source, name, error) from error
                 written.skipped[name] = str(error)
                 continue
-            arrays = {**episode.observations, "actions": episode.actions}
-            size += sum(values.nbytes for values in arrays.values() if not isinstance(values, Frames))
-            budget.check_disk(size, f"{source}: its first {len(written.names) + 1} episodes")
-            if not files:
-                files = {
-                    key: stack.enter_context((building / f"{n}.bin").open("wb"))
-                    for n, (key, values) in enumerate(arrays.items())
-                    if not isinstance(values, Frames)
-                }
-                written.columns = [_column_of(key, values) for key, values in arrays.items()]
-            for column in written.columns:
-                if isinstance(values := arrays[column["key"]], Frames):
-                    column["clips"] += [(clip.name, clip.start, clip.fps) for clip in values.clips]
-                    continue
-                rows = np.ascontiguousarray(values)
-                files[column["key"]].write(rows.data)
-                column["crc32"] = zlib.crc32(rows.data, column["crc32"])
-            written.names.append(name)
-            written.lengths.append(len(episode.actions))
-            if len(written.names) == max_episodes:
+            original = len(written.names)
+            for number, episode in enumerate(made):
+                arrays = {**episode.observations, "actions": episode.actions}
+                size += sum(values.nbytes for values in arrays.values() if not isinstance(values, Frames))
+                budget.check_disk(size, f"{source}: its first {len(written.names) + 1} episodes")
+                if not files:
+                    files = {
+                        key: stack.enter_context((building / f"{n}.bin").open("wb"))
+                        for n, (key, values) in enumerate(arrays.items())
+                        if not isinstance(values, Frames)
+                    }
+                    written.columns = [_column_of(key, values) for key, values in arrays.items()]
+                _append(files, written.columns, arrays)
+                written.names.append(f"{name}, on the way {number}" if number else name)
+                written.originals.append(original)
+                written.lengths.append(len(episode.actions))
+            good += 1
+            if good == max_episodes:
                 break
     if not written.names:
         detail = f": {next(iter(written.skipped.values()))}" if written.skipped else ""
@@ -280,6 +282,17 @@ def _write_arrays(
     for column in written.columns:
         column["shape"] = [sum(written.lengths), *column["shape"]]
     return written
+
+
+def _append(files: Mapping[str, IO[bytes]], columns: Sequence[dict[str, Any]], arrays: Mapping[str, Any]) -> None:
+    """Write the rows of one demonstration behind those of the earlier ones."""
+    for column in columns:
+        if isinstance(values := arrays[column["key"]], Frames):
+            column["clips"] += [(clip.name, clip.start, clip.fps) for clip in values.clips]
+            continue
+        rows = np.ascontiguousarray(values)
+        files[column["key"]].write(rows.data)
+        column["crc32"] = zlib.crc32(rows.data, column["crc32"])
 
 
 def _column_of(key: str, values: NDArray[Any] | Frames) -> dict[str, Any]:

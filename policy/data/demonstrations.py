@@ -34,6 +34,8 @@ class Demonstrations:
         episode_ends: (E,) int64, exclusive end of each episode in the N transitions.
         episode_names: the file's name of each episode; by default the episode's number.
         held_out: numbers of the episodes that the file sets aside for validation.
+        originals: (E,) int64, for each episode the number of the one that it was made from: its own number, unless
+            relabelling made several demonstrations of an episode, of which the first is the original.
         source: the file or folder, for messages.
         joined_from: the files or folders of several datasets that were joined; empty for a single one.
         metadata: the file's description of itself (`env`, `rate_hz`), JSON data; `envs` where several datasets are of
@@ -50,6 +52,7 @@ class Demonstrations:
     episode_ends: NDArray[np.int64]
     episode_names: Sequence[str] = ()
     held_out: Sequence[int] = ()
+    originals: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     source: str = "memory"
     joined_from: Sequence[str] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -72,6 +75,8 @@ class Demonstrations:
         whole = {key: _contiguous(values) for key, values in self.observations.items()}
         object.__setattr__(self, "observations", whole)
         object.__setattr__(self, "actions", _contiguous(self.actions))
+        if not len(self.originals):
+            object.__setattr__(self, "originals", np.arange(len(ends)))
         if not self.episode_names:
             object.__setattr__(self, "episode_names", [str(number) for number in range(len(ends))])
 

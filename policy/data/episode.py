@@ -17,8 +17,11 @@ from policy.data.frames import Frames
 
 # A function of an episode's observations in the file, to observations of the environment.
 Transform = Callable[[dict[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
-# A function of an episode's observations and actions, to those of a demonstration of what the episode achieved.
-Relabel = Callable[[dict[str, NDArray[Any]], NDArray[Any]], tuple[Mapping[str, NDArray[Any]], NDArray[Any]]]
+# The observations by key and the actions of one demonstration.
+Relabelled = tuple[Mapping[str, NDArray[Any]], NDArray[Any]]
+# A function of an episode's observations and actions, to those of a demonstration of what the episode achieved; or to a
+# list of them, the first of which is the episode's own, and the others of what it achieved on the way.
+Relabel = Callable[[dict[str, NDArray[Any]], NDArray[Any]], Relabelled | list[Relabelled]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

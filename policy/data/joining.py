@@ -103,6 +103,7 @@ def join(datasets: Sequence[Demonstrations]) -> Demonstrations:
             [one.episode_ends + start for one, start in zip(datasets, starts, strict=False)], dtype=np.int64
         ),
         episode_names=[f"{name}/{episode}" for name, one in prefixed for episode in one.episode_names],
+        originals=np.concatenate([start + one.originals for one, start in zip(datasets, firsts, strict=False)]),
         held_out=[int(start) + n for one, start in zip(datasets, firsts, strict=False) for n in one.held_out],
         source=", ".join(sources),
         joined_from=sources,

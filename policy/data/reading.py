@@ -13,6 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from policy.common.arguments import unknown_name
 from policy.common.modules import failures_named
 from policy.common.observations import is_image
@@ -65,9 +68,10 @@ def read_demonstrations(
             format marks as observations.
         action_key: the file's key of the actions; by default the format's own.
         subset: a subset of the episodes that the file itself names (robomimic's filter keys, LeRobot's splits).
-        max_episodes: read only the first good episodes, up to this number, of each dataset.
+        max_episodes: read only the first good episodes of the file, up to this number, of each dataset.
         relabel: rewrites an episode, given as the file's observations by key and its actions, as a demonstration of
-            what it achieved (hindsight relabelling).
+            what it achieved (hindsight relabelling), or as a list of demonstrations: its own, and those of what it
+            achieved on the way, which are trained on if their episode is, and never held out.
         transform: maps an episode's observations in the file, (T, ...) by key, to observations of the environment.
         image_size: height and width to which images are resized; by default they keep their size.
         on_bad_episode: `error` refuses a dataset with a bad episode, `skip` leaves bad ones out with a warning.
@@ -221,16 +225,15 @@ class _Reading:
             ValueError: there are fewer episodes than requested, or an earlier conversion skipped bad episodes that
                 this one has to refuse.
         """
-        if self.max_episodes is not None and found.num_episodes < self.max_episodes:
-            raise ValueError(
-                f"{self.path} has {found.num_episodes} episodes; dataset.max_episodes asks for {self.max_episodes}"
-            )
+        count = len(np.unique(found.originals))
+        if self.max_episodes is not None and count < self.max_episodes:
+            raise ValueError(f"{self.path} has {count} episodes; dataset.max_episodes asks for {self.max_episodes}")
         if not found.skipped:
             return
         name, reason = next(iter(found.skipped.items()))
         if not self.skip_bad:
             raise bad_episode(str(self.path), name, reason)
-        total = len(found.skipped) + found.num_episodes
+        total = len(found.skipped) + count
         warnings.warn(
             f"{self.path}: {len(found.skipped)} of {total} episodes are bad and left out; the first one is {name}:"
             f" {reason}",
@@ -261,15 +264,15 @@ class _Reading:
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
 
-    def _episodes(self, reader: EpisodeReader) -> Generator[tuple[str, Callable[[], Episode]], None, None]:
-        """The name of each episode, and a function that reads it."""
+    def _episodes(self, reader: EpisodeReader) -> Generator[tuple[str, Callable[[], list[Episode]]], None, None]:
+        """The name of each episode, and a function that reads the demonstrations that are made of it."""
         total = min(len(reader.names), self.max_episodes or len(reader.names))
         left_out: set[str] = set()
         with progress(reader.names, total=total, desc="read", unit="episode") as names:
             for name in names:
                 yield name, partial(self._prepared, reader, name, left_out)
 
-    def _prepared(self, reader: EpisodeReader, name: str, left_out: set[str]) -> Episode:
+    def _prepared(self, reader: EpisodeReader, name: str, left_out: set[str]) -> list[Episode]:
         """An episode as it is trained on: without empty observations, relabelled, transformed and resized."""
         episode = reader.read(name)
         observations, actions = dict[str, Any](episode.observations), episode.actions
@@ -280,10 +283,18 @@ class _Reading:
                 if new := sorted(empty - left_out):
                     warn_empty(self.path, new)
                     left_out |= empty
-        if self.relabel is not None:
-            with failures_named("dataset.relabel"):
-                relabelled, actions = self.relabel(observations, actions)
-                observations = dict(relabelled)
+        if self.relabel is None:
+            return [self._as_observed(observations, actions)]
+        with failures_named("dataset.relabel"):
+            made = self.relabel(observations, actions)
+            demonstrations = made if isinstance(made, list) else [made]
+            if not demonstrations:
+                raise ValueError("it must return one demonstration or more")
+            pairs = [(dict(relabelled), actions) for relabelled, actions in demonstrations]
+        return [self._as_observed(*pair) for pair in pairs]
+
+    def _as_observed(self, observations: dict[str, Any], actions: NDArray[Any]) -> Episode:
+        """A demonstration with its observations transformed and resized."""
         if self.transform is not None:
             with failures_named("dataset.transform"):
                 observations = _by_key(self.transform(observations))

@@ -26,12 +26,14 @@ Take = Callable[[NDArray[np.int64]], NDArray[Any]]
 
 
 def split_episodes(
-    num_episodes: int, val_fraction: float, seed: int, held_out: Sequence[int] = ()
+    originals: NDArray[np.int64], val_fraction: float, seed: int, held_out: Sequence[int] = ()
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Split episodes into training and validation episodes; the same seed gives the same split.
 
+    Whatever was made from one episode stays on its side, and is trained on alone: validation is of whole episodes.
+
     Args:
-        num_episodes: the number of episodes.
+        originals: the number of the episode that each one was made from, see `Demonstrations`.
         val_fraction: fraction of the episodes for validation, 0 <= val_fraction < 1. Their number is rounded, and at
             least one episode remains for training.
         seed: seed of the permutation.
@@ -45,17 +47,18 @@ def split_episodes(
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be at least 0 and below 1; got {val_fraction}")
+    recorded = np.unique(originals)
     if len(held_out):
         validation = np.unique(np.asarray(held_out, np.int64))
-        if len(validation) == num_episodes:
+        if len(validation) == len(recorded):
             raise ValueError(
-                f"all {num_episodes} episodes are set aside for validation: raise dataset.max_episodes, or choose a"
+                f"all {len(recorded)} episodes are set aside for validation: raise dataset.max_episodes, or choose a"
                 " dataset.subset"
             )
-        return np.setdiff1d(np.arange(num_episodes), validation), validation
-    order = np.random.default_rng(seed).permutation(num_episodes)
-    count = min(round(num_episodes * val_fraction), num_episodes - 1)
-    return np.sort(order[count:]), np.sort(order[:count])
+    else:
+        order = np.random.default_rng(seed).permutation(recorded)
+        validation = np.sort(order[: min(round(len(recorded) * val_fraction), len(recorded) - 1)])
+    return np.flatnonzero(~np.isin(originals, validation)), validation
 
 
 class Windows:

@@ -80,7 +80,8 @@ class EpisodeFigures:
     """Figures of the episodes as a whole.
 
     Attributes:
-        count: number of good episodes.
+        count: number of good episodes, and of the demonstrations that relabelling made of them.
+        originals: number of good episodes.
         transitions: number of transitions in all of them.
         min: transitions of the shortest episode.
         median: median of the episodes' transitions.
@@ -94,6 +95,7 @@ class EpisodeFigures:
     """
 
     count: int
+    originals: int
     transitions: int
     min: int
     median: float
@@ -229,6 +231,7 @@ def episode_figures(demonstrations: Demonstrations) -> EpisodeFigures:
     groups, aside = identical_episodes(demonstrations), set(held_out)
     return EpisodeFigures(
         count=demonstrations.num_episodes,
+        originals=len(np.unique(demonstrations.originals)),
         transitions=len(demonstrations.actions),
         min=int(lengths.min()),
         median=float(np.median(lengths)),

@@ -46,7 +46,8 @@ def _format_summary(inspection: Inspection) -> str:
         "format": inspection.format or "not stated",
         "environment": _format_env(inspection.env),
         "rate": f"{rate:g} Hz" if rate else "not stated",
-        "episodes": f"{episodes.count} with {episodes.transitions} transitions",
+        "episodes": f"{episodes.count} with {episodes.transitions} transitions"
+        + (f", made of {episodes.originals} by relabelling" if episodes.originals < episodes.count else ""),
         "lengths": lengths,
         "held out": f"{_few(episodes.held_out)}, set aside by the file" if episodes.held_out else "none by the file",
         "identical": _format_identical(episodes),

@@ -26,7 +26,7 @@ def check_data(dataset: Demonstrations, train: TrainSettings, seed: int) -> None
     Raises:
         ValueError: too few, or too few of them are held out; the message says what to do.
     """
-    count = dataset.num_episodes
+    count = len(np.unique(dataset.originals))
     if count < LEAST_DEMONSTRATIONS:
         raise ValueError(
             f"recipe=auto compares recipes on held-out episodes, and {dataset.source} has only {count}: give"
@@ -37,7 +37,7 @@ def check_data(dataset: Demonstrations, train: TrainSettings, seed: int) -> None
             f"recipe=auto compares errors in standard deviations of the actions, and those of {dataset.source} never"
             " change: leave recipe= out"
         )
-    held_out = len(split_episodes(count, train.val_fraction, seed, dataset.held_out)[1])
+    held_out = len(split_episodes(dataset.originals, train.val_fraction, seed, dataset.held_out)[1])
     if held_out < LEAST_HELD_OUT:
         raise ValueError(
             f"recipe=auto compares recipes on held-out episodes, and of {count} episodes {held_out or 'none'}"

@@ -169,9 +169,7 @@ def split_windows(
         "past_actions": config.past_actions,
         "mask_padding": mask_padding,
     }
-    train_episodes, val_episodes = split_episodes(
-        demonstrations.num_episodes, val_fraction, seed, demonstrations.held_out
-    )
+    train_episodes, val_episodes = split_episodes(demonstrations.originals, val_fraction, seed, demonstrations.held_out)
     training = Windows(demonstrations, train_episodes, augment=augment, **layout)
     return training, Windows(demonstrations, val_episodes, **layout)
 

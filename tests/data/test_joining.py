@@ -164,6 +164,17 @@ def test_held_out_episodes_bad_ones_and_the_first_ones_are_of_each_dataset(read,
     ]
 
 
+def twice(observations, actions):
+    return [(observations, actions)] * 2
+
+
+def test_demonstrations_that_relabelling_adds_are_numbered_through_all_datasets(read, tmp_path):
+    paths = [write(tmp_path / f"{name}.hdf5", lengths=(3, 2)) for name in "ab"]
+    both = read(paths, "robomimic", relabel=twice)
+    assert both.originals.tolist() == [0, 0, 2, 2, 4, 4, 6, 6]
+    assert both.episode_names[4:6] == ["b.hdf5/demo_0", "b.hdf5/demo_0, on the way 1"]
+
+
 def test_bad_episodes_are_counted_with_their_dataset(read, tmp_path):
     paths = [minari_set(tmp_path, f"{name}-v0") for name in "ab"]
     episodes = buffers()

@@ -662,6 +662,37 @@ def test_an_episode_is_relabelled_before_it_is_transformed(dataset):
     assert_good(dataset(*GOOD))  # not the entry of the relabelled episodes
 
 
+def halves(observations, actions):
+    """The episode itself, and its first half if it has one."""
+    half = len(actions) // 2
+    parts = [({"state": 10 * observations["state"][:half]}, actions[:half])] if half else []
+    return [(observations, actions), *parts]
+
+
+def test_a_relabelling_may_make_several_demonstrations_of_an_episode(dataset):
+    for _ in range(2):  # converted, and from the cache
+        found = dataset(*GOOD, relabel=halves, transform=doubled)
+        assert list(found.episode_names) == ["first", "first, on the way 1", "second", "last", "last, on the way 1"]
+        assert found.originals.tolist() == [0, 0, 2, 3, 3]
+        assert found.episode_ends.tolist() == [3, 4, 5, 7, 8]
+        assert found.observations["twice"][:, 0].tolist() == [0, 2, 4, 0, 6, 8, 10, 80]
+        assert list(found.held_out) == [3]
+    assert dataset(*GOOD, relabel=halves, max_episodes=2).originals.tolist() == [0, 0, 2]
+    with pytest.raises(ValueError, match=r"has 3 episodes; dataset\.max_episodes asks for 4"):
+        dataset(*GOOD, relabel=halves, max_episodes=4)
+    assert dataset(*GOOD).originals.tolist() == [0, 1, 2]
+
+
+def test_a_demonstration_on_the_way_is_checked_as_its_episode_is(dataset):
+    def spoilt(observations, actions):
+        return [(observations, actions), ({"state": np.full((1, 2), np.nan)}, actions[:1])]
+
+    with pytest.raises(ValueError, match="episode first: 'state' holds a NaN or infinity at transition 0"):
+        dataset(*GOOD, relabel=spoilt)
+    with pytest.raises(ValueError, match=r"dataset\.relabel failed with ValueError: it must return one demonstration"):
+        dataset(*GOOD, relabel=lambda observations, actions: [])
+
+
 def test_a_relabelling_that_fails_is_named(dataset):
     with pytest.raises(ValueError, match=r"episode first: dataset\.relabel failed with TypeError"):
         dataset(*GOOD, relabel=missing_key)

@@ -173,32 +173,50 @@ def test_changing_a_batch_in_place_does_not_change_later_ones():
 @settings(deadline=None)
 @given(num_episodes=st.integers(1, 300), val_fraction=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 2**32))
 def test_the_split_is_disjoint_complete_and_repeatable(num_episodes, val_fraction, seed):
-    train, val = split_episodes(num_episodes, val_fraction, seed)
+    train, val = split_episodes(np.arange(num_episodes), val_fraction, seed)
     assert sorted([*train.tolist(), *val.tolist()]) == list(range(num_episodes))
     assert train.tolist() == sorted(train.tolist())
     assert val.tolist() == sorted(val.tolist())
     assert len(train) >= 1
     assert len(val) == min(round(num_episodes * val_fraction), num_episodes - 1)
-    again = split_episodes(num_episodes, val_fraction, seed)
+    again = split_episodes(np.arange(num_episodes), val_fraction, seed)
     assert np.array_equal(train, again[0])
     assert np.array_equal(val, again[1])
 
 
+@settings(deadline=None)
+@given(
+    parts=st.lists(st.integers(1, 4), min_size=1, max_size=30),
+    val_fraction=st.floats(0, 1, exclude_max=True),
+    aside=st.booleans(),
+)
+def test_what_was_made_from_an_episode_is_trained_on_only_if_the_episode_is(parts, val_fraction, aside):
+    """The split of the recorded episodes is the one without further demonstrations."""
+    firsts = np.cumsum([0, *parts[:-1]])
+    originals = np.repeat(firsts, parts)
+    held_out = firsts[1::3].tolist() if aside else []
+    train, val = split_episodes(originals, val_fraction, 0, held_out)
+    among = [firsts.tolist().index(number) for number in held_out]
+    plain_train, plain_val = split_episodes(np.arange(len(parts)), val_fraction, 0, among)
+    assert val.tolist() == firsts[plain_val].tolist()
+    assert train.tolist() == [n for n in range(len(originals)) if originals[n] in firsts[plain_train]]
+
+
 def test_the_seed_decides_the_split():
-    splits = {tuple(split_episodes(50, 0.2, seed)[1].tolist()) for seed in range(10)}
+    splits = {tuple(split_episodes(np.arange(50), 0.2, seed)[1].tolist()) for seed in range(10)}
     assert len(splits) == 10
 
 
 @pytest.mark.parametrize("val_fraction", [-0.1, 1.0, 1.5, float("nan")])
 def test_a_share_outside_0_to_1_is_refused(val_fraction):
     with pytest.raises(ValueError, match="val_fraction must be at least 0 and below 1; got"):
-        split_episodes(10, val_fraction, 0)
+        split_episodes(np.arange(10), val_fraction, 0)
 
 
 def test_training_and_validation_windows_share_no_transition():
     data = demonstrations([5, 3, 8, 1, 6])
     seen = []
-    for episodes in split_episodes(5, 0.4, seed=3):
+    for episodes in split_episodes(np.arange(5), 0.4, seed=3):
         windows = Windows(data, episodes, obs_horizon=3, action_horizon=8)
         batch = windows.gather(np.arange(len(windows)))
         rows = torch.cat([batch["observations"]["state"].flatten(0, 1), batch["actions"].flatten(0, 1) - 1000])
@@ -336,10 +354,10 @@ def test_blocks_hold_each_transition_of_the_episodes_once(block_rows, case, monk
 
 
 def test_episodes_that_the_file_sets_aside_are_the_validation_episodes():
-    training, validation = split_episodes(6, 0.5, seed=0, held_out=[4, 1])
+    training, validation = split_episodes(np.arange(6), 0.5, seed=0, held_out=[4, 1])
     assert (training.tolist(), validation.tolist()) == ([0, 2, 3, 5], [1, 4])
     with pytest.raises(ValueError, match="all 3 episodes are set aside"):
-        split_episodes(3, 0.5, seed=0, held_out=[0, 1, 2])
+        split_episodes(np.arange(3), 0.5, seed=0, held_out=[0, 1, 2])
 
 
 def test_a_large_data_set_costs_memory_by_episode_not_by_window():

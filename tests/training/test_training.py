@@ -203,7 +203,7 @@ def test_a_stop_never_saves_a_loss_that_is_not_finite(demonstrations):
 
 
 def test_normalisers_are_fitted_on_training_episodes_only(demonstrations):
-    _, held_out = split_episodes(demonstrations.num_episodes, SETTINGS.val_fraction, 0)
+    _, held_out = split_episodes(demonstrations.originals, SETTINGS.val_fraction, 0)
     assert len(held_out) == 1
     row = demonstrations.episode_starts[held_out[0]]
     states, actions = demonstrations.observations["state"].copy(), demonstrations.actions.copy()

@@ -13,11 +13,12 @@ from .pusht import pusht_pictures_and_features as pusht_pictures_and_features
 from .pusht_geometry import pusht_agent_pos as pusht_agent_pos
 from .pusht_geometry import pusht_corners as pusht_corners
 from .pusht_geometry import pusht_features as pusht_features
-from .pusht_geometry import pusht_hindsight as pusht_hindsight
 from .pusht_geometry import pusht_keypoints as pusht_keypoints
 from .pusht_geometry import pusht_keypoints_agent_pos as pusht_keypoints_agent_pos
 from .pusht_geometry import pusht_mirror as pusht_mirror
 from .pusht_geometry import pusht_state_corners as pusht_state_corners
 from .pusht_geometry import pusht_state_features as pusht_state_features
+from .pusht_relabelling import pusht_hindsight as pusht_hindsight
+from .pusht_relabelling import pusht_hindsight_on_the_way as pusht_hindsight_on_the_way
 from .rendering import check_rendering as check_rendering
 from .vector import VectorWorlds as VectorWorlds

@@ -1,4 +1,4 @@
-"""The geometry of Push-T: features and keypoints of a state, hindsight and mirror images, as functions of arrays."""
+"""The geometry of Push-T: features and keypoints of a state, and mirror images, as functions of arrays."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def pusht_features(state: ArrayLike) -> NDArray[np.float32]:
     Raises:
         ValueError: If the last axis is not 5 long.
     """
-    state = _check_state(state)
+    state = check_state(state)
     corners = _on_table(state, _CORNERS)
     features = np.empty((*state.shape[:-1], FEATURE_DIM), dtype=np.float32)
     features[..., :4] = state[..., :4]
@@ -90,7 +90,7 @@ def pusht_keypoints(state: ArrayLike) -> NDArray[np.float32]:
     Raises:
         ValueError: If the last axis is not 5 long.
     """
-    return _on_table(_check_state(state), _KEYPOINTS).astype(np.float32)
+    return _on_table(check_state(state), _KEYPOINTS).astype(np.float32)
 
 
 def pusht_corners(state: ArrayLike) -> NDArray[np.float32]:
@@ -105,7 +105,7 @@ def pusht_corners(state: ArrayLike) -> NDArray[np.float32]:
     Raises:
         ValueError: If the last axis is not 5 long.
     """
-    return _on_table(_check_state(state), _CORNERS).astype(np.float32)
+    return _on_table(check_state(state), _CORNERS).astype(np.float32)
 
 
 def pusht_state_features(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -120,7 +120,7 @@ def pusht_state_features(observations: Mapping[str, NDArray[Any]]) -> dict[str, 
     Raises:
         ValueError: If there is no such state.
     """
-    return {**observations, "state": pusht_features(_state_of(observations))}
+    return {**observations, "state": pusht_features(state_of(observations))}
 
 
 def pusht_agent_pos(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -135,7 +135,7 @@ def pusht_agent_pos(observations: Mapping[str, NDArray[Any]]) -> dict[str, NDArr
     Raises:
         ValueError: If there is no such state.
     """
-    state = _check_state(_state_of(observations))
+    state = check_state(state_of(observations))
     rest = {key: value for key, value in observations.items() if key != "state"}
     if "keypoint" in rest:
         rest["keypoint"] = rest["keypoint"].reshape(len(state), -1).astype(np.float32)
@@ -156,7 +156,7 @@ def pusht_keypoints_agent_pos(observations: Mapping[str, NDArray[Any]]) -> dict[
     Raises:
         ValueError: If there is no such state.
     """
-    changed = pusht_agent_pos({"keypoint": pusht_keypoints(_state_of(observations)), **observations})
+    changed = pusht_agent_pos({"keypoint": pusht_keypoints(state_of(observations)), **observations})
     keypoints, agent_pos = changed.pop("keypoint"), changed.pop("agent_pos")
     return {**changed, "state": np.concatenate([keypoints, agent_pos], axis=-1)}
 
@@ -174,47 +174,7 @@ def pusht_state_corners(observations: Mapping[str, NDArray[Any]]) -> dict[str, N
     Raises:
         ValueError: If there is no such state.
     """
-    return {**pusht_agent_pos(observations), "environment_state": pusht_corners(_state_of(observations))}
-
-
-def pusht_hindsight(
-    observations: Mapping[str, NDArray[Any]], actions: NDArray[Any]
-) -> tuple[dict[str, NDArray[Any]], NDArray[Any]]:
-    """Rotate and shift a whole Push-T demonstration so that its block comes to rest exactly on the target.
-
-    Demonstrators stop when the block looks right: in the public demonstrations, half the blocks end more than 7 pixels
-    and 2.2 degrees from the target. The physics of pushing is the same everywhere on the table, so each demonstration
-    shows exactly how to bring the block to the pose where it ended (hindsight relabelling; Andrychowicz et al. 2017,
-    arXiv:1707.01495). The few positions that would leave the table are clipped to it.
-
-    Args:
-        observations: Observations of one episode: ``"state"`` (T, 5), and optionally ``"keypoint"`` (T, 9, 2). Pictures
-            cannot be moved, because the target is drawn in them.
-        actions: (T, 2) target positions in pixels.
-
-    Returns:
-        Moved observations and actions of the same keys, shapes and dtypes.
-
-    Raises:
-        ValueError: If there is no such state, or if there is an unknown key.
-    """
-    state = _check_state(_state_of(observations))
-    for key in observations:
-        choose("Push-T observation to move", key, ("state", "keypoint"))
-    turn = TARGET_POSE[2] - state[-1, 4]
-    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-
-    def moved(points: NDArray[Any]) -> NDArray[Any]:
-        return np.asarray((points - state[-1, 2:4]) @ rotation.T + TARGET_POSE[:2])
-
-    def on_table(points: NDArray[Any]) -> NDArray[Any]:
-        return np.clip(moved(points), 0, TABLE_SIZE)
-
-    relabelled = {"state": np.hstack([on_table(state[:, :2]), moved(state[:, 2:4]), state[:, 4:] + turn])}
-    if "keypoint" in observations:
-        relabelled["keypoint"] = moved(observations["keypoint"])
-    same_types = {key: values.astype(observations[key].dtype) for key, values in relabelled.items()}
-    return same_types, on_table(np.asarray(actions, np.float64)).astype(actions.dtype)
+    return {**pusht_agent_pos(observations), "environment_state": pusht_corners(state_of(observations))}
 
 
 def pusht_mirror(
@@ -310,7 +270,7 @@ def _counterparts() -> NDArray[np.float32]:
     return (np.hstack([_KEYPOINTS * [-1, 1], ones]) @ np.linalg.pinv(np.hstack([_KEYPOINTS, ones]))).astype(np.float32)
 
 
-def _state_of(observations: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+def state_of(observations: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
     """Return the state.
 
     Raises:
@@ -322,7 +282,7 @@ def _state_of(observations: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
     return observations["state"]
 
 
-def _check_state(state: ArrayLike) -> NDArray[np.float64]:
+def check_state(state: ArrayLike) -> NDArray[np.float64]:
     """Return states as float64.
 
     Raises:

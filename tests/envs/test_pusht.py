@@ -448,6 +448,46 @@ def test_a_moved_demonstration_is_what_the_simulator_does():
     np.testing.assert_allclose(info["block_pose"][2], np.pi / 4, atol=0.02)
 
 
+def slide(start, end, steps=100):
+    """An episode in which the block goes straight from one pose to another, the finger 30 pixels beside it."""
+    poses = np.linspace(start, end, steps)
+    poses[:, 2] = (poses[:, 2] + np.pi) % (2 * np.pi) - np.pi  # as recorded angles jump
+    return demonstration(np.column_stack([poses[:, :2] + 30, poses]))
+
+
+@pytest.mark.parametrize("turned", [0.0, 2.5])
+def test_parts_on_the_way_end_before_their_pose_is_the_target(turned):
+    observations, actions = slide([200, 250, 2.0], [300, 250, 2.0 + turned])
+    whole, *parts = envs.pusht_hindsight_on_the_way(observations, actions, count=3, distance=10)
+    for key, values in envs.pusht_hindsight(observations, actions)[0].items():
+        np.testing.assert_array_equal(whole[0][key], values)
+    step = np.hypot(100, 40 * turned) / 99
+    assert len(parts) == 3
+    for number, (moved, moved_actions) in enumerate(parts, 1):
+        length = len(moved_actions)
+        assert length == pytest.approx(number * 99 / 4 - 10 / step, abs=2)
+        assert len(moved["state"]) == len(moved["keypoint"]) == length
+        x, y, angle = moved["state"][-1, 2:]
+        left = np.hypot(np.hypot(x - 256, y - 256), 40 * ((angle - np.pi / 4 + np.pi) % (2 * np.pi) - np.pi))
+        assert 10 <= left + 1e-3 <= 10 + 2 * step
+        np.testing.assert_allclose(
+            np.linalg.norm(moved_actions - moved["state"][:, 2:4], axis=1), np.hypot(33, 33), rtol=1e-5
+        )
+
+
+def test_parts_that_would_leave_the_table_are_left_out():
+    observations, actions = slide([60, 60, 0.0], [450, 450, 0.0])
+    # The poses are 110, 221, 331 and 441 pixels on; the block may start up to 256 - 50 pixels from the target.
+    assert len(envs.pusht_hindsight_on_the_way(observations, actions)) == 1 + 1
+    assert len(envs.pusht_hindsight_on_the_way(*slide([200, 250, 0.0], [200, 250, 0.0]))) == 1  # the block stays
+
+
+@pytest.mark.parametrize("settings", [{"count": 0}, {"distance": 0.0}, {"distance": np.nan}])
+def test_numbers_of_poses_and_distances_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match=r"count must be 1 or more and distance above 0; got count="):
+        envs.pusht_hindsight_on_the_way(*slide([200, 250, 0.0], [300, 250, 0.0]), **settings)
+
+
 @pytest.mark.parametrize(
     ("observations", "words"),
     [

@@ -13,6 +13,8 @@ from envs.pusht_geometry import TABLE_SIZE, TARGET_POSE, check_state, state_of
 
 Demonstration = tuple[dict[str, NDArray[Any]], NDArray[Any]]
 
+# Names the code of this file in the cache of converted demonstrations; raise it with every change of what it computes.
+CACHE_REVISION = "1"
 # Pixels that a turn of the block by one radian counts for: about what its corners move.
 ARM = 40.0
 # Pixels: the block's origin stays this far from the edges of the table.

@@ -8,6 +8,7 @@ import pytest
 
 import envs.pusht
 import envs.pusht_geometry
+import envs.pusht_relabelling
 
 # By module: its CACHE_REVISION, and the SHA-256 of its code without comments, docstrings and imports. Where the code
 # changes what it computes, change both; where it does not, change the second alone.
@@ -18,7 +19,11 @@ REVISIONS = {
     ),
     envs.pusht_geometry: (
         "a80451f38198d76709708dd939409064c49cfa1a6bb7ba3746b5dcd78fe9be72",
-        "e6a2acd503af8ea78dce59653c1abb9afaaacfaf804ab097475c285da8f119b0",
+        "1421e1fb0b267e1a17b6755e70ad2e1435582f9b77eb79e9d84099db9f0103ac",
+    ),
+    envs.pusht_relabelling: (
+        "1",
+        "1d25fc30046d0969feb15864ca06b3f5122bca2db0534630970cf3cf37666bfc",
     ),
 }
 

@@ -96,8 +96,8 @@ def _checked(observations: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
 
 
 def _moved(observations: Mapping[str, NDArray[Any]], actions: NDArray[Any], goal: NDArray[np.float64]) -> Demonstration:
-    """Rotate and shift a demonstration so that the pose of the block in a state (5,) becomes the target."""
-    state = check_state(state_of(observations))
+    """Rotate and shift a checked demonstration so that the pose of the block in a state (5,) becomes the target."""
+    state = np.asarray(observations["state"], np.float64)
     turn = TARGET_POSE[2] - goal[4]
     on_table = np.clip(_to_target(state[:, :2], goal), 0, TABLE_SIZE)
     relabelled = {"state": np.hstack([on_table, _to_target(state[:, 2:4], goal), state[:, 4:] + turn])}

@@ -75,7 +75,7 @@ def open_cached(folder: Path, files: Mapping[str, Path]) -> Demonstrations | Non
             observations=arrays,
             episode_ends=np.cumsum(index["lengths"], dtype=np.int64),
             **{name: index[name] for name in ("episode_names", "held_out", "source", "metadata", "skipped")},
-            originals=np.asarray(index.get("originals", []), np.int64),  # entries of episodes that are all originals
+            originals=np.asarray(index.get("originals", []), np.int64),  # an older entry holds none but originals
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -148,13 +148,12 @@ def write_cached(
                 "columns": written.columns,
                 "lengths": written.lengths,
                 "episode_names": written.names,
+                "originals": written.originals,
                 "held_out": [number for number, name in enumerate(written.names) if name in aside],
                 "source": source,
                 "metadata": dict(metadata),
                 "skipped": written.skipped,
             }
-            if written.originals != [*range(len(written.names))]:
-                index["originals"] = written.originals
             (building / INDEX).write_text(json.dumps({"sha256": _checksum(index), "index": index}))
             _put_in_place(building, folder)
     except OSError as error:

@@ -86,6 +86,11 @@ class Demonstrations:
         return len(self.episode_ends)
 
     @property
+    def num_originals(self) -> int:
+        """The number of episodes in the files: without the demonstrations that relabelling made besides their own."""
+        return len(np.unique(self.originals))
+
+    @property
     def name(self) -> str:
         """The name of the dataset, or the names of several: of the file or folder, without what is common to them."""
         return ", ".join(distinct_names(self.joined_from or [self.source]))

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from policy.common.arguments import unknown_name
@@ -225,7 +224,7 @@ class _Reading:
             ValueError: there are fewer episodes than requested, or an earlier conversion skipped bad episodes that
                 this one has to refuse.
         """
-        count = len(np.unique(found.originals))
+        count = found.num_originals
         if self.max_episodes is not None and count < self.max_episodes:
             raise ValueError(f"{self.path} has {count} episodes; dataset.max_episodes asks for {self.max_episodes}")
         if not found.skipped:

@@ -231,7 +231,7 @@ def episode_figures(demonstrations: Demonstrations) -> EpisodeFigures:
     groups, aside = identical_episodes(demonstrations), set(held_out)
     return EpisodeFigures(
         count=demonstrations.num_episodes,
-        originals=len(np.unique(demonstrations.originals)),
+        originals=demonstrations.num_originals,
         transitions=len(demonstrations.actions),
         min=int(lengths.min()),
         median=float(np.median(lengths)),

@@ -26,7 +26,7 @@ def check_data(dataset: Demonstrations, train: TrainSettings, seed: int) -> None
     Raises:
         ValueError: too few, or too few of them are held out; the message says what to do.
     """
-    count = len(np.unique(dataset.originals))
+    count = dataset.num_originals
     if count < LEAST_DEMONSTRATIONS:
         raise ValueError(
             f"recipe=auto compares recipes on held-out episodes, and {dataset.source} has only {count}: give"

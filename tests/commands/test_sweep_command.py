@@ -85,7 +85,7 @@ def check_exactly_once(folder, cells, episodes):
     assert set(ran) == set(itertools.product(introduced, range(100_000, 100_000 + episodes)))
 
 
-def document_of(folder):
+def document_of(folder, may_be_busy=False):
     """sweep.json without what differs from one run to the next; and that the other files say the same."""
     document = json.loads((folder / "sweep.json").read_text())
     for name, lines in (("sweep", document["cells"]), ("episodes", document["episodes"])):
@@ -98,7 +98,7 @@ def document_of(folder):
     assert document.pop("answer")  # names a latency
     for line in document["cells"]:
         assert all(line.pop(name) > 0 for name in MEASURED)
-        assert isinstance(line.pop("busy"), bool)  # whether other work ran beside the measurement
+        assert line.pop("busy") in ([False, True] if may_be_busy else [False])
     return document
 
 
@@ -176,7 +176,8 @@ def test_a_sweep_that_is_interrupted_again_and_again_loses_nothing(planar_run, r
     for folder in (stopped, whole):
         run_script("sweep", *settings_of(planar_run, 200, 4, "adaptive=false"), f"output_dir={folder}")
         check_exactly_once(folder, cells=2, episodes=200)
-    assert document_of(stopped) == document_of(whole)
+    # In processes of their own, the latencies are measured as usual, and other work may run beside them.
+    assert document_of(stopped, may_be_busy=True) == document_of(whole, may_be_busy=True)
 
 
 def make_faulty(name, *, folder, faults, times):

@@ -23,7 +23,7 @@ REVISIONS = {
     ),
     envs.pusht_relabelling: (
         "1",
-        "1d25fc30046d0969feb15864ca06b3f5122bca2db0534630970cf3cf37666bfc",
+        "369c35b4757363f804b3c716bb4039679cfdb0faff147455dc93ea9a07deba28",
     ),
 }
 

@@ -1,5 +1,6 @@
 """The inspection of a dataset: its figures against directly computed ones, its timeline, its picture, its command."""
 
+import dataclasses
 import json
 import textwrap
 import tracemalloc
@@ -99,6 +100,14 @@ def test_values_that_are_not_finite_are_refused_by_their_key():
     data.actions[3, 1] = np.nan
     with pytest.raises(ValueError, match=r"'actions': .*NaN"):
         inspected(data)
+
+
+def test_what_relabelling_made_is_told_from_the_episodes_of_the_file():
+    data = laid_out([4, 3, 5])
+    assert "\nepisodes     3 with 12 transitions\n" in format_inspection(inspected(data))
+    inspection = inspected(dataclasses.replace(data, originals=np.array([0, 0, 2])))
+    assert (inspection.episodes.count, inspection.episodes.originals) == (3, 2)
+    assert "\nepisodes     3 with 12 transitions, made of 2 by relabelling\n" in format_inspection(inspection)
 
 
 def test_identical_episodes_are_found_byte_for_byte(monkeypatch):

@@ -89,8 +89,7 @@ def test_a_training_that_fails_is_named(tmp_path):
         check=False,
     )
     assert done.returncode != 0
-    assert "scripts.train" in done.stderr
-    assert "experiment=planar" in done.stderr
+    assert "scripts.train train.rollout_every=0 videos=0 experiment=planar" in done.stderr
     assert "see log.txt" in done.stderr
     assert "nowhere" in (tmp_path / "outputs/quality/planar/seed_0/log.txt").read_text()
 

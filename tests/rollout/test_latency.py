@@ -31,6 +31,9 @@ class Clocks:
     def process_time(self):
         return 2 * self.cpu  # another thread helps
 
+    def sleep(self, seconds):
+        self.wall += seconds
+
     def work(self, seconds):
         self.wall += seconds / self.share
         self.cpu += seconds
@@ -68,7 +71,20 @@ def test_steps_that_plan_are_told_from_the_others(clocks):
     assert (found.median_ms, found.p99_ms) == (pytest.approx(20), pytest.approx(20))
     assert found.cpu_ms == pytest.approx(40)
     assert found.step_p99_ms == pytest.approx(1)
-    assert (found.quiet, found.busy) == (1, False)
+    assert (found.quiet, found.busy) == (pytest.approx(1), False)
+
+
+def test_plans_are_timed_after_a_pause_as_a_robot_makes_it(clocks):
+    class Cold(Robot):
+        rested_at = 0.0
+
+        def act(self, observation):
+            self._seconds = 0.03 if clocks.wall - self.rested_at > 0.005 else 0.02
+            super().act(observation)
+            self.rested_at = clocks.wall
+
+    (found,) = measure_latency([Cold(clocks, 0.02, [])])
+    assert found.median_ms == pytest.approx(30)
 
 
 def test_controllers_are_measured_in_turns_and_fast_ones_not_for_long(clocks):

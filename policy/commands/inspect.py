@@ -107,7 +107,7 @@ def _inspect_checkpoint(folder: Path, dataset: Demonstrations | None, output_dir
     if conclusion := conclude(history):
         print(f"{'errors':<12} {conclusion.sentence}")
     if recovery:
-        print(f"{'':<12} {describe_recoveries(recovery, loaded.training)}")
+        print(f"{'':<12} {describe_recoveries(recovery, loaded.training, history)}")
     if measured:
         _show_errors(measured, loaded, output_folder(output_dir, "inspect"))
     command = "ddim-rollout" if loaded.env else "ddim-export"

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from policy.checkpoint import best_entry, describe_best, is_checkpoint, measured, only_of_the_user
 from policy.commands.record import Record, facts_of, record_in
 from policy.commands.training_recipe import best_recipe
@@ -247,7 +249,7 @@ def _say_end(
     if conclusion := conclude(run.state.history):
         print(conclusion.sentence)
     if recovered := measure_recoveries(run.state.ema, run.training, sampler):
-        print(describe_recoveries(recovered, record.training))
+        print(describe_recoveries(recovered, record.training, run.state.history))
     print(f"checkpoint: {record.folder}" + (f"   tracked: {tracked}" if tracked else ""))
     print(f"page: {record.folder.parent / PAGE}")
     for row in expected:
@@ -260,8 +262,11 @@ def _say_end(
 
 def _describe(run: Run, env: dict[str, Any] | None, start: Start | None, train: TrainSettings, *, refit: bool) -> None:
     parameters = sum(p.numel() for p in run.state.policy.parameters())
+    episodes = run.training.episodes
+    originals = len(np.unique(run.training.demonstrations.originals[episodes]))
+    made = f", made of {originals} by relabelling" if originals < len(episodes) else ""
     print(
-        f"{len(run.training)} training windows from {len(run.training.episodes)} episodes"
+        f"{len(run.training)} training windows from {len(episodes)} episodes{made}"
         f" ({len(run.validation.episodes)} held out), {parameters / 1e6:.2f} M parameters"
     )
     if run.noise:

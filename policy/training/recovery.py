@@ -26,6 +26,8 @@ EPISODES, WINDOWS, ERROR = 200, 96, 0.5
 # A policy that corrects less of an error than this within a chunk hardly corrects it at all. Measured on one task only:
 # with 3 % of the wrist's error corrected, 1 of 24 episodes succeeded, with 36 % or more, 12 of 24.
 HARDLY = 0.3
+# From this success in the last rollout while training on, the task needs no more precision than the policy has.
+SOLVED = 0.9
 # Settings of a training that make a policy correct more.
 ADVISED = {"corrective_noise": 0.5, "action_weights": "spread"}
 
@@ -123,17 +125,21 @@ def recoveries(policy: DiffusionPolicy, windows: Windows, corrections: Correctio
     return found
 
 
-def describe_recoveries(found: Sequence[Recovery], training: Mapping[str, Any]) -> str:
+def describe_recoveries(
+    found: Sequence[Recovery], training: Mapping[str, Any], history: Sequence[Mapping[str, float]]
+) -> str:
     """Say in one sentence what a chunk corrects, and what to do where it is next to nothing.
 
     Args:
         found: what becomes of an error of each number.
         training: settings of the training, of which those that it has already are not advised.
+        history: log entries of the training; nothing is advised where its last rollout solved nearly every episode.
     """
     shares = ", ".join(f"{one.number} {round(100 * one.corrected)}%" for one in found)
     sentence = f"of an error in where the robot is, one chunk corrects {shares}"
     hardly = [one.number for one in found if one.corrected < HARDLY]
-    if not hardly:
+    success = [entry["rollout/success_rate"] for entry in history if "rollout/success_rate" in entry]
+    if not hardly or (success and success[-1] >= SOLVED):
         return sentence
     sentence += f"; it hardly corrects {', '.join(hardly)}"
     usual = {name: getattr(TrainSettings, name) for name in ADVISED}

@@ -77,6 +77,16 @@ def test_training_leaves_a_self_contained_checkpoint_and_an_offline_run(planar_r
     assert html.escape(sentence) in (planar_run / "training.html").read_text(encoding="utf-8")
 
 
+def test_training_says_how_many_recorded_episodes_relabelling_made_its_episodes_of(planar_run, run_command, tmp_path):
+    settings = [
+        f"dataset.path={planar_run}/planar-v0",
+        "dataset.relabel={_target_: tests.data.test_reading.halves, _partial_: true}",
+        *("train.steps=1", "train.warmup_steps=0", "train.rollout_every=0", "tracker=none", f"output_dir={tmp_path}"),
+    ]
+    out = run_command("train", "experiment=planar", *settings)
+    assert "training windows from 76 episodes, made of 38 by relabelling (2 held out)" in out.stdout
+
+
 def test_rollout_writes_one_entry_per_seed_and_videos(planar_run, console, tmp_path):
     out = console(
         "rollout",

@@ -69,12 +69,16 @@ def test_what_is_hardly_corrected_comes_with_what_to_do():
         " corrects state[5], state[6]"
     )
     advised = f"{sentence}: train with train.corrective_noise=0.5 train.action_weights=spread"
-    assert describe_recoveries(found, {}) == advised  # of before there were these settings
-    assert describe_recoveries(found, vars(TrainSettings())) == advised
+    assert describe_recoveries(found, {}, []) == advised  # of before there were these settings
+    assert describe_recoveries(found, vars(TrainSettings()), []) == advised
     weighted = vars(TrainSettings(action_weights="spread"))
-    assert describe_recoveries(found, weighted) == f"{sentence}: train with train.corrective_noise=0.5"
-    assert describe_recoveries(found, {**weighted, "corrective_noise": 0.3}) == sentence
-    assert describe_recoveries(found[:1], {}) == "of an error in where the robot is, one chunk corrects state[0] 62%"
+    assert describe_recoveries(found, weighted, []) == f"{sentence}: train with train.corrective_noise=0.5"
+    assert describe_recoveries(found, {**weighted, "corrective_noise": 0.3}, []) == sentence
+    rollouts = [{"step": 1, "rollout/success_rate": 1.0}, {"step": 2, "rollout/success_rate": 0.8}, {"step": 3}]
+    assert describe_recoveries(found, {}, rollouts) == advised
+    assert describe_recoveries(found, {}, rollouts[:1]) == sentence.partition(";")[0]
+    one = describe_recoveries(found[:1], {}, [])
+    assert one == "of an error in where the robot is, one chunk corrects state[0] 62%"
 
 
 def test_what_a_policy_does_not_act_on_or_see_is_not_measured(demonstrations):

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from minari.data_collector import EpisodeBuffer
 
-from policy.data.formats import minari as reader
+from policy.data.formats.minari import finding
 from policy.data.minari_writer import dataset_name, write_minari
 from policy.data.reading import read_demonstrations
 
@@ -244,8 +244,8 @@ def test_an_id_is_found_under_the_local_root(tmp_path, monkeypatch):
     path = create(tmp_path, buffers())
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path / "task")  # no folder of that name here
-    assert reader.find_minari(Path("task/expert-v0")) == path
-    assert reader.find_minari(Path("expert-v0")) == Path("expert-v0")  # a folder goes before an id
+    assert finding.find_minari(Path("task/expert-v0")) == path
+    assert finding.find_minari(Path("expert-v0")) == Path("expert-v0")  # a folder goes before an id
     found = read_demonstrations(format="minari", path="task/expert-v0", cache_dir=tmp_path / "cache")
     assert found.num_episodes == 3
 
@@ -255,13 +255,13 @@ def elsewhere(tmp_path, monkeypatch):
     """An empty working folder and an empty local root, with a network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "root"))
-    monkeypatch.setattr(reader, "_check_reachable", lambda: None)
+    monkeypatch.setattr(finding, "_check_reachable", lambda: None)
     return tmp_path / "root"
 
 
 def test_an_id_that_is_not_there_is_downloaded(elsewhere, monkeypatch):
     monkeypatch.setattr(minari, "download_dataset", lambda name: create(elsewhere, buffers(), name=name))
-    assert read(reader.find_minari(Path("task/expert-v0"))).num_episodes == 3
+    assert read(finding.find_minari(Path("task/expert-v0"))).num_episodes == 3
 
 
 def test_a_download_that_fails_says_why_and_leaves_nothing(elsewhere, monkeypatch):
@@ -286,7 +286,7 @@ def test_no_network_is_found_out_before_minari_tries(elsewhere, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setattr(minari, "download_dataset", lambda name: pytest.fail("tried anyway"))
     with pytest.raises(ValueError, match=r"could not be downloaded \(.*refused"):
-        reader.find_minari(Path("no-such-dataset-v0"))
+        finding.find_minari(Path("no-such-dataset-v0"))
 
 
 @pytest.mark.parametrize("path", ["/nowhere/expert-v0", "../expert-v0", "expert", "a b-v0", "https://x/expert-v0"])

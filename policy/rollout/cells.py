@@ -14,9 +14,10 @@ from policy.control.planning import Plans
 from policy.control.receding_horizon import RecedingHorizonController
 from policy.control.timeline import ControllerSettings
 from policy.diffusion.sampler import Sampler
-from policy.inference.backends import DEFAULT_WEIGHTS, PLAIN_BACKEND, Runner, SamplerProgram, compile_shared
+from policy.inference.backends import DEFAULT_WEIGHTS, PLAIN_BACKEND, SamplerProgram, compile_shared
 from policy.inference.mapped import page_out
 from policy.inference.onnx_backend import Onnx, OnnxModel
+from policy.inference.runners import Runner
 from policy.model.diffusion_policy import DiffusionPolicy
 
 # The `plan_batch` of all rollouts: a fixed number, so that results do not depend on the number of environments.

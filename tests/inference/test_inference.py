@@ -11,8 +11,8 @@ import torch
 from policy import Sampler
 from policy.diffusion.ddim import SPACINGS, ddim_timesteps
 from policy.diffusion.schedule import PREDICTION_TYPES
-from policy.inference import backends as backends_module
 from policy.inference.backends import BACKENDS, PLAIN_BACKEND, compile_sampler
+from policy.inference.runners import Compiled
 from policy.model.denoisers import DENOISERS
 from tests.inference.cases import (
     TOLERANCE,
@@ -221,7 +221,7 @@ def test_what_cannot_run_is_refused_before_it_does(monkeypatch):
         compile_sampler(policy, sampler, backend="eager", weights="int8")
     with pytest.raises(ValueError, match=r"ddim_steps must be a whole number within 1..100"):
         compile_sampler(policy, Sampler(ddim_steps=101))
-    monkeypatch.setattr(backends_module.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler .*: install one, or use backend=onnx"):
         compile_sampler(policy, sampler, backend="compile")
     assert set(BACKENDS) == {"eager", "fused", "compile", "onnx", "cuda_graph"}
@@ -237,7 +237,7 @@ def test_a_folder_that_the_compiler_cannot_write_to_is_one_sentence(monkeypatch)
         return call
 
     monkeypatch.setattr(torch, "compile", refuse)
-    compiled = backends_module.Compiled.__new__(backends_module.Compiled)
+    compiled = Compiled.__new__(Compiled)
     compiled._program = torch.compile(None)
     with pytest.raises(ValueError, match=r"^backend=compile cannot compile \(.*'/cache'\): TORCHINDUCTOR_CACHE_DIR"):
         compiled(None)

@@ -27,7 +27,8 @@ from policy.checkpoint import load_checkpoint
 from policy.common.device import available_cores
 from policy.common.errors import WorkerError
 from policy.control.planning import PlanRequest, sample_plans
-from policy.inference.backends import BACKENDS, Eager
+from policy.inference.backends import BACKENDS
+from policy.inference.runners import Eager
 from policy.rollout import central, workers
 from policy.rollout.cells import PLAN_BATCH, Cell, controllers_of, program_of
 from policy.rollout.central import CentralPlanner, PlansDue, without_weights

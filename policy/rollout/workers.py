@@ -4,40 +4,34 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
-import traceback
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import IO, Any
 
-import torch
-
-from policy.common.descriptors import Descriptor
 from policy.common.device import available_cores
 from policy.common.errors import WorkerError
-from policy.common.machine import leave_children_alone, outside_current_folder
-from policy.common.plugins import load_plugins, loaded_plugins
+from policy.common.machine import outside_current_folder
+from policy.common.plugins import loaded_plugins
 from policy.inference.backends import SamplerProgram
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout import handover
-from policy.rollout.cells import Cell, Programs, Task, controllers_of, portable_programs
-from policy.rollout.central import CentralPlanner, PlansDue, plans_from, without_weights
-from policy.rollout.episodes import Env, MakeEnv, check_num_envs, run_episodes, run_in_process
-from policy.rollout.handover import Parcel, standard_error_into
+from policy.rollout.cells import Cell, Programs, Task, portable_programs
+from policy.rollout.central import CentralPlanner, PlansDue, without_weights
+from policy.rollout.episodes import Env, MakeEnv, check_num_envs, run_in_process
+from policy.rollout.handover import standard_error_into
 from policy.rollout.probe import Trajectory, difference, unrepeatable, warning
-from policy.rollout.watch import ENV_PATIENCE, Clock, WatchedEnv, check_patience, overdue, watched
+from policy.rollout.process import Fault, serve
+from policy.rollout.watch import ENV_PATIENCE, Clock, check_patience, overdue, watched
 from policy.statistics.results import EpisodeResult
 
 MAX_ATTEMPTS = 3
@@ -200,9 +194,9 @@ class RolloutPool:
                         unfinished.discard(task)
                         fruitless = 0
                         yield task, replace(result, attempts=1 + attempts[task])
-                    case _Fault(refused=True) as fault:
+                    case Fault(refused=True) as fault:
                         raise ValueError(fault.reason)
-                    case _Fault() as fault:
+                    case Fault() as fault:
                         if not worker.ready and not worker.was_killed():
                             raise _no_start(fault)
                         attempts.update(worker.assigned)
@@ -269,9 +263,9 @@ class RolloutPool:
                     case (list(), str()):
                         worker.asking = 0
                         found[worker.process.pid] = message
-                    case _Fault(refused=True) as fault:
+                    case Fault(refused=True) as fault:
                         raise ValueError(fault.reason)
-                    case _Fault() as fault:
+                    case Fault() as fault:
                         if not worker.ready and not worker.was_killed():
                             raise _no_start(fault)
                         self._replace(worker)
@@ -291,11 +285,11 @@ class RolloutPool:
                     yield worker, worker.connection.recv()
                 except (EOFError, OSError):
                     worker.process.join(1)
-                    yield worker, _Fault(_end_of(worker))
+                    yield worker, Fault(_end_of(worker))
             elif not worker.process.is_alive():  # what its simulator started may hold the connection open
-                yield worker, _Fault(_end_of(worker))
+                yield worker, Fault(_end_of(worker))
             elif reason := worker.late(self._patience):
-                yield worker, _Fault(reason)
+                yield worker, Fault(reason)
 
     def _started(self, num_envs: int) -> _Worker:
         context = multiprocessing.get_context("spawn")
@@ -304,7 +298,7 @@ class RolloutPool:
         log = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process)
         with standard_error_into(log) as standard_error, outside_current_folder():
             arguments = (standard_error, loaded_plugins(), self._parcel, self._make_env, num_envs, theirs, clock)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process = context.Process(target=serve, args=arguments, daemon=True)
             process.start()
         theirs.close()  # so that the end of the process is noticed at once
         return _Worker(process, connection, num_envs, clock, log)
@@ -345,19 +339,6 @@ class RolloutPool:
         self._cleanup.__exit__(kind, error, trace)
 
 
-@dataclass(frozen=True)
-class _Fault:
-    """The reason why a process cannot continue.
-
-    Attributes:
-        reason: in words.
-        refused: whether another attempt would end in the same way, because something is wrong with the input.
-    """
-
-    reason: str
-    refused: bool = False
-
-
 def _end_of(worker: _Worker) -> str:
     """Say why a process ended: if it was before its environments were made, in the last line of what it said."""
     ended = f"its process ended with exit code {worker.process.exitcode}"
@@ -374,109 +355,11 @@ def _end_of(worker: _Worker) -> str:
     return said[-1] if said else ended
 
 
-def _no_start(fault: _Fault) -> WorkerError:
+def _no_start(fault: Fault) -> WorkerError:
     return WorkerError(f"a rollout process could not start: {fault.reason}")
 
 
 def _check_main_guard() -> None:
     """End a process that imports a script which starts rollouts again; its parent says what to do."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        os._exit(1)
-
-
-def _serve(
-    standard_error: Descriptor,
-    plugins: Sequence[str],
-    parcel: Parcel,
-    make_env: MakeEnv,
-    num_envs: int,
-    connection: Connection,
-    clock: Clock,
-) -> None:
-    """Run in a process: make environments, and run what the parent sends until it asks for an end by SIGTERM.
-
-    Args:
-        standard_error: the parent's, see `standard_error_into`.
-        plugins: modules to import.
-        parcel: the policies and a folder, see `handover.parcel`.
-        make_env: makes an environment.
-        num_envs: number of environments.
-        connection: to the parent.
-        clock: see `WatchedEnv`; the parent reads it.
-    """
-    with suppress(PermissionError):  # it is a leader already
-        os.setpgid(0, 0)
-    # As the parent's daemon it would not be allowed children, which some simulators have.
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-    leave_children_alone()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    threading.Thread(target=_end_with_parent, args=(parcel.folder,), daemon=True).start()
-    torch.set_num_threads(1)  # processes with several spinning threads each would slow each other down
-
-    envs: list[WatchedEnv] = []
-    with suppress(KeyboardInterrupt, EOFError, BrokenPipeError):
-        try:
-            signal.signal(signal.SIGTERM, _leave)
-            load_plugins(plugins)
-            policies = handover.unpacked(parcel)
-            real = standard_error.take()
-            os.dup2(real, 2)
-            os.close(real)
-            for _ in range(num_envs):
-                envs.append(WatchedEnv(make_env, clock))
-            connection.send("ready")
-            _obey(connection, policies, envs)
-        except ValueError as error:
-            connection.send(_Fault(str(error), refused=True))
-        except (EOFError, BrokenPipeError):
-            raise
-        except Exception as error:
-            connection.send(_Fault(_reason(error)))
-        finally:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            for env in envs:
-                env.close()
-
-
-def _obey(connection: Connection, policies: Sequence[DiffusionPolicy], envs: Sequence[WatchedEnv]) -> None:
-    """Run what the parent sends: a seed to probe, or cells whose tasks are asked for one by one."""
-
-    def next_task() -> Task | None:
-        connection.send("next")
-        task: Task | None = connection.recv()
-        return task
-
-    while True:
-        match connection.recv():
-            case int() as seed:
-                connection.send(unrepeatable(envs[0], seed))
-            case (cells, programs):
-                if programs is None:  # the parent samples
-                    plans_of = partial(plans_from, connection)
-                    controllers = controllers_of(policies, cells, envs[0].action_space, plans_of=plans_of)
-                else:
-                    controllers = controllers_of(policies, cells, envs[0].action_space, programs)
-                for result in run_episodes(controllers, envs, next_task):
-                    connection.send(result)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _reason(error: Exception) -> str:
-    """An error in one line, with the line of code that raised it."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text} ({Path(frame.filename).name}, line {frame.lineno})"
-
-
-def _end_with_parent(folder: Path) -> None:
-    """End this process and its group when its parent ends, and remove its folder: a parent that was killed cannot."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        shutil.rmtree(folder, ignore_errors=True)
-        if os.getpgrp() == os.getpid():
-            os.killpg(0, signal.SIGKILL)
         os._exit(1)

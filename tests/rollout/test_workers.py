@@ -29,7 +29,7 @@ from policy.common.errors import WorkerError
 from policy.control.planning import PlanRequest, sample_plans
 from policy.inference.backends import BACKENDS
 from policy.inference.runners import Eager
-from policy.rollout import central, workers
+from policy.rollout import central, process, workers
 from policy.rollout.cells import PLAN_BATCH, Cell, controllers_of, program_of
 from policy.rollout.central import CentralPlanner, PlansDue, without_weights
 from policy.rollout.episodes import run_in_process
@@ -361,7 +361,7 @@ def test_neither_a_slow_caller_nor_a_slow_program_is_taken_for_a_hanging_simulat
         time.sleep(0.6)
         return controllers_of(*arguments)
 
-    monkeypatch.setattr(workers, "controllers_of", slowly)
+    monkeypatch.setattr(process, "controllers_of", slowly)
     results = {}
     with RolloutPool(policies, PLANAR, 2, patience=0.3) as pool:
         for task, result in pool.run(CELLS, TASKS):

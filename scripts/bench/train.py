@@ -101,19 +101,20 @@ def _work(name: str, rank: int, size: int, store: Path, result: Connection) -> N
     world = World(rank=rank, size=size, local_rank=rank)
     overrides, batch_size, steps = NETWORKS[name]
     settings = TrainSettings(steps=10**6, batch_size=batch_size, log_every=10**6, val_fraction=0.0)
-    alone, shared = (_prepared(overrides, settings) for _ in range(2))
+    alone, shared = (prepared(overrides, settings) for _ in range(2))
     turns = []
     with process_group(world, f"file://{store}"), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         for _ in range(1 + TURNS):
             world.wait()
-            by_itself = _timed(alone, settings, steps, ALONE) if world.first else None
+            by_itself = timed(alone, settings, steps, ALONE) if world.first else None
             world.wait()
-            together = _timed(shared, settings, steps, world)
+            together = timed(shared, settings, steps, world)
             turns.append({"alone": by_itself, "together": together, "parameters": _parameters(shared)})
         result.send(turns[1:])  # the first one was to get warm
 
 
-def _prepared(overrides: dict[str, Any], settings: TrainSettings) -> Run:
+def prepared(overrides: dict[str, Any], settings: TrainSettings) -> Run:
+    """Prepare a training on random demonstrations."""
     generator = np.random.default_rng(0)
     data = Demonstrations(
         observations={"state": generator.standard_normal((TRANSITIONS, OBSERVATION), dtype=np.float32)},
@@ -128,7 +129,8 @@ def _parameters(run: Run) -> int:
     return sum(parameter.numel() for parameter in run.state.policy.parameters())
 
 
-def _timed(run: Run, settings: TrainSettings, steps: int, world: World) -> dict[str, float]:
+def timed(run: Run, settings: TrainSettings, steps: int, world: World = ALONE) -> dict[str, float]:
+    """Take some steps, and return their seconds: `wall`, and `cpu` of this process."""
     began, cpu = time.perf_counter(), time.process_time()
     until = run.state.step + steps
     train(run, settings, seed=0, tracker=NoTracker(), save=lambda state: None, until=until, world=world)

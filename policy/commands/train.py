@@ -17,7 +17,7 @@ from policy.commands.training_recipe import best_recipe
 from policy.commands.training_rollouts import ROLLOUT_SEED, Rollout, film_episodes, played, rolled_out, tried
 from policy.commands.training_start import Start, check_start, configured, env_of, found_relations, start_of
 from policy.common.control_rate import stated_rate
-from policy.common.device import check_device
+from policy.common.device import check_device, has_bfloat16_products
 from policy.common.errors import PeerError
 from policy.common.interrupt import stop_on_signal
 from policy.common.locks import only_process
@@ -269,6 +269,9 @@ def _describe(run: Run, env: dict[str, Any] | None, start: Start | None, train: 
         f"{len(run.training)} training windows from {len(episodes)} episodes{made}"
         f" ({len(run.validation.episodes)} held out), {parameters / 1e6:.2f} M parameters"
     )
+    on_cpu = run.state.policy.device.type == "cpu"
+    if run.state.step == 0 and train.precision == "float32" and on_cpu and has_bfloat16_products():
+        print("this processor has instructions for bfloat16: train.precision=bfloat16 trains faster (docs/scale.md)")
     if run.noise:
         print(f"corrective noise moves {', '.join(run.noise.moved)}")
     if start and run.state.step == 0:

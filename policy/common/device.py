@@ -50,3 +50,9 @@ def torch_threads(count: int) -> Iterator[None]:
 def available_cores() -> int:
     """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def has_bfloat16_products() -> bool:
+    """Whether the processor has instructions for products in bfloat16; False where an older PyTorch cannot tell."""
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))

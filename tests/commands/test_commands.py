@@ -17,6 +17,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import torch
 
 from policy import load_checkpoint
 from policy.common.next_line import next_line
@@ -77,14 +78,19 @@ def test_training_leaves_a_self_contained_checkpoint_and_an_offline_run(planar_r
     assert html.escape(sentence) in (planar_run / "training.html").read_text(encoding="utf-8")
 
 
-def test_training_says_how_many_recorded_episodes_relabelling_made_its_episodes_of(planar_run, run_command, tmp_path):
+def test_training_says_what_its_episodes_were_made_of_and_what_makes_it_faster(
+    planar_run, run_command, tmp_path, monkeypatch
+):
     settings = [
         f"dataset.path={planar_run}/planar-v0",
         "dataset.relabel={_target_: tests.data.test_reading.halves, _partial_: true}",
-        *("train.steps=1", "train.warmup_steps=0", "train.rollout_every=0", "tracker=none", f"output_dir={tmp_path}"),
+        *("train.steps=1", "train.warmup_steps=0", "train.rollout_every=0", "tracker=none"),
     ]
-    out = run_command("train", "experiment=planar", *settings)
-    assert "training windows from 76 episodes, made of 38 by relabelling (2 held out)" in out.stdout
+    for fast in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda fast=fast: {"avx512_bf16": fast}, raising=False)
+        out = run_command("train", "experiment=planar", *settings, f"output_dir={tmp_path / str(fast)}").stdout
+        assert "training windows from 76 episodes, made of 38 by relabelling (2 held out)" in out
+        assert ("train.precision=bfloat16 trains faster" in out) == fast
 
 
 def test_rollout_writes_one_entry_per_seed_and_videos(planar_run, console, tmp_path):

@@ -33,6 +33,7 @@ FAMILIES: dict[str, str | Family] = {
 }
 # The families that have a scripted expert.
 EXPERTS: dict[str, str | ExpertFactory] = {
+    "gym": "envs.fetch:make_fetch_expert",
     "metaworld": "envs.metaworld:make_metaworld_expert",
     "metaworld_tasks": "envs.metaworld:make_metaworld_expert",
     "ocbench": "envs.ocbench:make_ocbench_expert",

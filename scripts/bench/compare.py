@@ -71,7 +71,7 @@ CHOICES = {"tasks", "objectives", "seeds", *GIVEN}
 OWN_SETTINGS = {
     "experiment": "tasks=[...]",
     "env": "tasks=[...]",
-    "dataset": "pusht=PATH or fetch=PATH",
+    "dataset": "pusht=PATH",
     "objective": "objectives=[...]",
     "seed": "seeds=[...]",
     "output_dir": "no folder, it is outputs/compare",

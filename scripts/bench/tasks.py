@@ -84,7 +84,8 @@ def task_named(name: str) -> Task:
         return Task(name=name, env={"name": "pusht"}, training=("experiment=pusht_state", *budget))
     if name == "fetch":
         env = {"name": "gym", "id": "FetchPickAndPlace-v4"}
-        return Task(name=name, env=env, training=("env=fetch", f"env.id={env['id']}", f"train.steps={STEPS}"))
+        chosen = ("env=fetch", f"env.id={env['id']}")
+        return Task(name=name, env=env, training=(*chosen, f"train.steps={STEPS}"), demonstrations=50)
     if name == "planar":
         return Task(name=name, env={"name": "planar"}, training=("experiment=planar",), demonstrations=100)
     if name.endswith("-v3"):

@@ -75,6 +75,11 @@ class _Worker:
             return f"its process did not start within {START_PATIENCE:.0f} s"
         return overdue(self.clock, patience)
 
+    def may_close(self, deadline: float, patience: float) -> bool:
+        """Whether the process has time left to end; a call of its simulator that begins late has its patience, too."""
+        in_call = bool(self.clock[0]) and not overdue(self.clock, patience)
+        return self.process.is_alive() and (in_call or time.monotonic() < deadline)
+
     def was_killed(self) -> bool:
         """Whether somebody else ended the process, which says nothing of the next one."""
         return (self.process.exitcode or 0) < 0
@@ -317,8 +322,9 @@ class RolloutPool:
                 worker.connection.close()  # which ends an idle one even if its simulator took the signal for itself
             deadline, ask = time.monotonic() + patience, 0.0
             # Not `join`, which waits for the end of a pipe that what a simulator has started may hold open.
-            while (now := time.monotonic()) < deadline and any(worker.process.is_alive() for worker in self._workers):
-                if now >= ask:  # once more from time to time: a process that is just starting may lose the first one
+            while any(worker.may_close(deadline, patience) for worker in self._workers):
+                # Once more from time to time: a process that is just starting may lose the first one.
+                if (now := time.monotonic()) >= ask:
                     ask = now + ASK_AGAIN
                     for worker in self._workers:
                         worker.process.terminate()

@@ -311,10 +311,13 @@ def costs_of(rows: Sequence[Row]) -> list[float]:
 
 
 def varying(rows: Sequence[Row]) -> list[str]:
-    """The axes other than `ddim_steps` along which the rows differ; not the solver where the objective tells it."""
+    """The axes other than `ddim_steps` along which the rows differ; not those whose value another one tells."""
     pairs = {(row.get("objective"), row.get("solver")) for row in rows}
-    told = len({objective for objective, _ in pairs}) == len(pairs)
-    implied = ("ddim_steps", "solver") if told else ("ddim_steps",)
+    implied = {"ddim_steps"}
+    if len({objective for objective, _ in pairs}) == len(pairs):
+        implied.add("solver")
+    if all(row.get("checkpoint") == row.get("objective") for row in rows):  # checkpoints that are called after them
+        implied.add("objective")
     return [axis for axis in AXES if axis not in implied and len({row.get(axis) for row in rows}) > 1]
 
 

@@ -147,7 +147,7 @@ def make_expert(name: str, env: gymnasium.Env[Any, Any], seed: int) -> Expert:
     if name in FAMILIES and name not in EXPERTS:
         raise ValueError(
             f"{name!r} has no scripted expert; its demonstrations must come from a dataset. Experts:"
-            f" {', '.join(sorted(EXPERTS))}."
+            f" {', '.join(sorted(EXPERTS))} (gym: of FetchReach and FetchPickAndPlace)."
         )
     expert: ExpertFactory = _load(EXPERTS[choose("expert", name, EXPERTS)])
     return expert(env, seed)

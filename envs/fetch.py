@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 # Metres that the gripper moves in a control step for an action of 1.
 STEP_LENGTH = 0.05
-# Beside the object by at most so much, the gripper comes down; by so much, it closes.
+# Horizontal distance below which the gripper comes down, and vertical distance below which it closes, in metres.
 ABOVE, AROUND = 0.015, 0.01
 # Width between the fingers, in metres, below which they hold the object, which is 5 cm wide.
 HELD = 0.053
@@ -67,7 +68,7 @@ def make_fetch_expert(env: gymnasium.Env[Any, Any], seed: int) -> FetchExpert:
     """
     base: Any = env.unwrapped
     title = base.spec.id if base.spec else type(base).__name__
-    if not title.startswith(("FetchReach", "FetchPickAndPlace")):
+    if not re.fullmatch(r"Fetch(Reach|PickAndPlace)(Dense)?-v\d+", title):
         raise ValueError(
             f"{title} has no scripted expert; its demonstrations must come from a dataset. Of Gymnasium's ids,"
             " FetchReach and FetchPickAndPlace have one."

@@ -271,7 +271,9 @@ def _describe(run: Run, env: dict[str, Any] | None, start: Start | None, train: 
     )
     on_cpu = run.state.policy.device.type == "cpu"
     if run.state.step == 0 and train.precision == "float32" and on_cpu and has_bfloat16_products():
-        print("this processor has instructions for bfloat16: train.precision=bfloat16 trains faster (docs/scale.md)")
+        print(
+            "this processor has instructions for bfloat16: train.precision=bfloat16 is probably faster (docs/scale.md)"
+        )
     if run.noise:
         print(f"corrective noise moves {', '.join(run.noise.moved)}")
     if start and run.state.step == 0:

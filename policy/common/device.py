@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,5 +55,7 @@ def available_cores() -> int:
 
 def has_bfloat16_products() -> bool:
     """Whether the processor has instructions for products in bfloat16; False where an older PyTorch cannot tell."""
-    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    found: Mapping[str, Any] = torch.cpu.get_capabilities()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))

@@ -1,4 +1,4 @@
-"""What samples chunks in PyTorch, and as a CUDA graph; ONNX Runtime has `policy.inference.onnx_backend`."""
+"""The runners of PyTorch and of CUDA graphs; that of ONNX Runtime is in `policy.inference.onnx_backend`."""
 
 from __future__ import annotations
 

@@ -20,10 +20,10 @@ from policy.inference.backends import SamplerProgram
 from policy.model.diffusion_policy import DiffusionPolicy, zero_observations
 from policy.rollout.cells import Cell
 
-# Contenders are measured in turns, each for at least its share of SECONDS in each of the ROUNDS.
-ROUNDS, SECONDS = 30, 0.5
+# Contenders are measured in turns, with one plan of each in each round.
+ROUNDS = 30
 # Seconds of sleep before each plan. A robot sleeps between its steps, and its processor does other work or slows down
-# meanwhile: a plan of 4 ms takes 1.3 times as long after such a pause as right after the last step.
+# meanwhile: a plan of the default MLP takes 1.3 times as long after such a pause as right after the last step.
 PAUSE = 0.02
 # Untimed seconds of each contender before: caches, allocator and the processor's clock settle.
 WARM_UP = 0.1
@@ -102,15 +102,18 @@ class _Contender:
         self.controller.reset(seed=0)
         self.controller.act(self._observation)  # the first plan has none before it
 
-    def run(self, seconds: float) -> None:
-        """Act for some seconds, from one plan to the next, once at least."""
-        end = time.perf_counter() + seconds
-        while True:
-            self.steps += [self._timed() for _ in range(self.controller.execution_horizon - 1)]
-            time.sleep(PAUSE)
-            self.plans.append(self._timed())
-            if time.perf_counter() >= end:
-                return
+    def warm_up(self) -> None:
+        """Act for some time, one plan at least."""
+        end = time.perf_counter() + WARM_UP
+        self.act()
+        while time.perf_counter() < end:
+            self.act()
+
+    def act(self) -> None:
+        """Act up to the next plan."""
+        self.steps += [self._timed() for _ in range(self.controller.execution_horizon - 1)]
+        time.sleep(PAUSE)
+        self.plans.append(self._timed())
 
     def forget(self) -> None:
         """Discard the times."""
@@ -151,13 +154,13 @@ def measure_latency(controllers: Sequence[RecedingHorizonController], threads: i
     with running_on(threads, [controller.program for controller in controllers if controller.program]):
         contenders = [_Contender(controller) for controller in controllers]
         for contender in contenders:
-            contender.run(WARM_UP)
+            contender.warm_up()
         for _ in range(ATTEMPTS):
             for contender in contenders:
                 contender.forget()
             for _ in progress(range(ROUNDS), total=ROUNDS, desc="latency", unit="round"):
                 for contender in contenders:
-                    contender.run(SECONDS / ROUNDS)
+                    contender.act()
             found = [contender.latency(threads) for contender in contenders]
             quietest = max(filter(None, (quietest, found)), key=lambda latencies: sum(one.quiet for one in latencies))
             if not any(latency.busy for latency in quietest):

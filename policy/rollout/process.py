@@ -1,4 +1,4 @@
-"""What runs in a rollout process: it makes environments, and plays the episodes that its parent hands out."""
+"""A rollout process: it makes environments, and plays the episodes that its parent hands out."""
 
 from __future__ import annotations
 

@@ -39,6 +39,8 @@ MAX_ATTEMPTS = 3
 START_PATIENCE = 600.0
 # Seconds in which simulators may close when a run was interrupted; a command ends within ten.
 CLOSE_PATIENCE = 5.0
+# Seconds within which a process begins to close its simulators; each has its patience from then on.
+CLOSE_BEGINS = 1.0
 # Seconds after which a process that is still there is asked again to end.
 ASK_AGAIN = 1.0
 
@@ -74,11 +76,6 @@ class _Worker:
         if not (self.ready or self.clock[0]) and time.monotonic() - self.started > START_PATIENCE:
             return f"its process did not start within {START_PATIENCE:.0f} s"
         return overdue(self.clock, patience)
-
-    def may_close(self, deadline: float, patience: float) -> bool:
-        """Whether the process has time left to end; a call of its simulator that begins late has its patience, too."""
-        in_call = bool(self.clock[0]) and not overdue(self.clock, patience)
-        return self.process.is_alive() and (in_call or time.monotonic() < deadline)
 
     def was_killed(self) -> bool:
         """Whether somebody else ended the process, which says nothing of the next one."""
@@ -320,11 +317,12 @@ class RolloutPool:
         try:
             for worker in self._workers:
                 worker.connection.close()  # which ends an idle one even if its simulator took the signal for itself
-            deadline, ask = time.monotonic() + patience, 0.0
+            deadline, ask = time.monotonic() + patience + (0.0 if error else CLOSE_BEGINS), 0.0
             # Not `join`, which waits for the end of a pipe that what a simulator has started may hold open.
-            while any(worker.may_close(deadline, patience) for worker in self._workers):
-                # Once more from time to time: a process that is just starting may lose the first one.
-                if (now := time.monotonic()) >= ask:
+            while (now := time.monotonic()) < deadline and any(
+                worker.process.is_alive() and not overdue(worker.clock, patience) for worker in self._workers
+            ):
+                if now >= ask:  # once more from time to time: a process that is just starting may lose the first one
                     ask = now + ASK_AGAIN
                     for worker in self._workers:
                         worker.process.terminate()

@@ -42,9 +42,8 @@ def _row(name: str, made: Callable[[str], Callable[[], float]]) -> Iterator[Row]
     """One row, of all turns."""
     load = os.getloadavg()[0]
     taken = {precision: made(precision) for precision in PRECISIONS}
-    turns = [{precision: take() for precision, take in taken.items()} for _ in range(1 + TURNS)][
-        1:
-    ]  # the first warms up
+    turns = [{precision: take() for precision, take in taken.items()} for _ in range(1 + TURNS)]
+    del turns[0]  # it warms up
     ratios = [turn["float32"] / turn["bfloat16"] for turn in turns]
     yield {
         "network": name,

@@ -94,8 +94,7 @@ def test_controllers_are_measured_in_turns_and_fast_ones_not_for_long(clocks):
     turns = [robot for robot, before in zip(calls, [None, *calls], strict=False) if robot is not before]
     assert turns == robots * (len(turns) // 2)
     assert len(turns) // 2 >= latency.ROUNDS
-    assert calls.count(robots[1]) <= latency.ROUNDS + 5
-    assert calls.count(robots[0]) * 0.005 < 2 * latency.SECONDS
+    assert all(latency.ROUNDS <= calls.count(robot) <= latency.ROUNDS + 5 for robot in robots)
 
 
 def test_where_the_machine_is_busy_it_is_measured_again_and_the_quietest_time_counts(clocks):
@@ -119,7 +118,6 @@ def test_where_the_machine_is_busy_it_is_measured_again_and_the_quietest_time_co
 
 def test_a_chunk_takes_longer_with_more_denoising_steps(monkeypatch):
     monkeypatch.setattr(latency, "ROUNDS", 5)
-    monkeypatch.setattr(latency, "SECONDS", 0.05)
     monkeypatch.setattr(latency, "ATTEMPTS", 1)
     policy, threads, used = shared_policy(), torch.get_num_threads(), []
     controllers = []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import envs
+from policy.checkpoint import only_of_the_user
 from policy.common.next_line import next_line
 from policy.data.minari_writer import check_absent, dataset_name, write_minari
 from policy.data.recording import recorded_episodes
@@ -56,4 +57,4 @@ def collect(
     print(f"{episodes} demonstrations of {sum(map(len, recorded))} control steps in all: {path}")
     if failed:
         print(f"{failed} attempts failed and are left out")
-    print(next_line("ddim-train", **{"dataset.path": path}))
+    print(next_line("ddim-train", **{"dataset.path": path}, env=only_of_the_user(env)))

@@ -45,3 +45,11 @@ def test_other_ids_have_no_expert():
         ValueError, match=r"FetchPush-v4 has no scripted expert; .* FetchReach and FetchPickAndPlace have one"
     ):
         envs.make_expert("gym", envs.make("gym", id="FetchPush-v4"), 0)
+
+
+def test_the_next_command_names_an_id_that_imports_a_module_as_training_wants_it_named(run_command, tmp_path):
+    out = run_command(
+        "collect", "env=gym", "env.id=gymnasium_robotics:FetchReach-v4", "episodes=1", f"output_dir={tmp_path}"
+    )
+    (line,) = (line for line in out.stdout.splitlines() if line.startswith("next: "))
+    assert line.endswith("""'env.id="gymnasium_robotics:FetchReach-v4"'""")

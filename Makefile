@@ -120,7 +120,7 @@ bench-demonstrations: setup ## success of OCBench tasks against the number of de
 bench-train: setup ## training steps a second of two processes beside one, on the CPU (OVERRIDES=processes=4)
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.bench.train $(OVERRIDES)
 
-bench-precision: setup ## training steps in bfloat16 beside float32, on one thread, and the products alone
+bench-precision: setup ## training steps in bfloat16 beside float32, on one thread, and a product alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.bench.precision
 
 bench-video: setup ## videos that stay where they are beside LeRobot's own class (LEROBOT=its Python; writes 12 GB, FRAMES=9600 less)

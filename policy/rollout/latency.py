@@ -103,9 +103,8 @@ class _Contender:
         self.controller.act(self._observation)  # the first plan has none before it
 
     def warm_up(self) -> None:
-        """Act for some time, one plan at least."""
+        """Act for some time."""
         end = time.perf_counter() + WARM_UP
-        self.act()
         while time.perf_counter() < end:
             self.act()
 

@@ -317,7 +317,7 @@ class RolloutPool:
         try:
             for worker in self._workers:
                 worker.connection.close()  # which ends an idle one even if its simulator took the signal for itself
-            deadline, ask = time.monotonic() + patience + (0.0 if error else CLOSE_BEGINS), 0.0
+            deadline, ask = time.monotonic() + patience + (CLOSE_BEGINS if error is None else 0.0), 0.0
             # Not `join`, which waits for the end of a pipe that what a simulator has started may hold open.
             while (now := time.monotonic()) < deadline and any(
                 worker.process.is_alive() and not overdue(worker.clock, patience) for worker in self._workers

@@ -26,7 +26,7 @@ EPISODES, WINDOWS, ERROR = 200, 96, 0.5
 # A policy that corrects less of an error than this within a chunk hardly corrects it at all. Measured on one task only:
 # with 3 % of the wrist's error corrected, 1 of 24 episodes succeeded, with 36 % or more, 12 of 24.
 HARDLY = 0.3
-# From this success in the last rollout while training on, the task needs no more precision than the policy has.
+# With this success or more in the last rollout while training, the task needs no more precision than the policy has.
 SOLVED = 0.9
 # Settings of a training that make a policy correct more.
 ADVISED = {"corrective_noise": 0.5, "action_weights": "spread"}

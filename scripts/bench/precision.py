@@ -2,8 +2,8 @@
 
     python -m scripts.bench.precision
 
-Both train in turns, with the same batches, and so do the products that a step consists of: their ratio is what no
-training step can exceed. A processor without instructions for bfloat16 is not faster with it.
+Both train in turns, with the same batches. A product as a step has it is timed alone, too: a step, which does more than
+products, gains less.
 """
 
 from __future__ import annotations

@@ -275,7 +275,8 @@ def _describe(run: Run, env: dict[str, Any] | None, start: Start | None, train: 
             "this processor has instructions for bfloat16: train.precision=bfloat16 is probably faster (docs/scale.md)"
         )
     if run.noise:
-        print(f"corrective noise moves {', '.join(run.noise.moved)}")
+        blurred = f", and blurs {', '.join(run.noise.blurred)}" if run.noise.blurred else ""
+        print(f"corrective noise moves {', '.join(run.noise.moved)}{blurred}")
     if start and run.state.step == 0:
         print(start.described(run.state.policy.config.predicts, train, refit=refit))
     if env is None:

@@ -14,7 +14,9 @@ from policy.common.observations import is_image
 from policy.data.demonstrations import Demonstrations
 from policy.data.holding import EARLY, Thing, held_at, things_of
 from policy.data.relations import (
+    LEAST_NUMBER,
     MOST_NUMBERS,
+    MOVING,
     Relations,
     angles,
     directions_of,
@@ -29,6 +31,14 @@ from policy.data.relations import (
 FOLLOWS = 0.9
 # Transitions in which something interferes, such as the end of a joint's range or a contact, are left out of that.
 INTERFERED = 0.05
+# A number is the velocity of one that follows an action if it is that one's latest change times a constant, to this
+# share of its variance.
+VELOCITY = 0.9
+# An action that no number follows, because a hand lags or is blocked, drives the number whose changes, where it moves,
+# are most nearly that action times a constant, to this share at least, and others as near by this factor.
+DRIVEN, AS_NEAR = 0.3, 0.9
+# Noise without correction, as a share of the standard deviation.
+BLUR_OF_VELOCITY, BLUR_OF_DRIVEN = 1.0, 0.3
 # Another number is carried along if the numbers that follow actions determine it, to this share of its variance in
 # episodes that were not used to find out.
 CARRIED = 0.98
@@ -63,6 +73,22 @@ class Followed(NamedTuple):
     action: int
     gain: float
     reach: float
+
+
+class Blurred(NamedTuple):
+    """A number of the robot that tells what it is doing rather than where it is, so that a policy would go on with it.
+
+    Attributes:
+        number: its place in the vector of all numbers.
+        noise: standard deviation of the noise that hides it.
+        low: smallest demonstrated value.
+        high: largest demonstrated value.
+    """
+
+    number: int
+    noise: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +134,8 @@ class Corrections:
         widths: how many numbers each state vector holds, in the order in which they are counted.
         followed: the numbers that follow the action.
         carried: the numbers that these determine.
+        blurred: the velocities of the followed numbers, and what an action drives that no number follows, as a hand's
+            opening.
         things: what the robot can hold.
         held: (N,) what it holds at each transition, so that the two could as well be elsewhere: see `held_at`.
         parted: (things, len(carried.apart)) whether a number of `Carried.apart` changes with the robot while it holds a
@@ -119,6 +147,7 @@ class Corrections:
     widths: Mapping[str, int]
     followed: Sequence[Followed]
     carried: Carried
+    blurred: Sequence[Blurred]
     things: Sequence[Thing]
     held: NDArray[np.int64]
     parted: NDArray[np.bool_]
@@ -171,7 +200,8 @@ def find_corrections(
     episode = np.searchsorted(demonstrations.episode_ends, seen, side="right")
     first, last = demonstrations.episode_starts[episode], demonstrations.episode_ends[episode] - 1
     early = seen - first <= EARLY * (last - first)
-    followed = _followed(change, demonstrations.actions[seen].astype(np.float64), early)
+    actions = demonstrations.actions[seen].astype(np.float64)
+    followed = _followed(change, actions, early)
     if not followed:
         raise ValueError(_NOTHING_FOLLOWS)
     places = [number for number, *_ in followed]
@@ -180,12 +210,22 @@ def find_corrections(
     known = {*places, *carried.places}
     relations = find_relations(demonstrations, vectors) if now.shape[1] <= MOST_NUMBERS else Relations((), ())
     things = things_of(relations, [*places, *carried.numbers], carried.cosines, known)
+    others = np.setdiff1d(np.arange(now.shape[1]), [*known, *(place for thing in things for place in thing.places)])
+    free = np.setdiff1d(np.arange(actions.shape[1]), [action for _, action, _ in followed])
+    blur = dict.fromkeys(_driven(change, actions[:, free], others), BLUR_OF_DRIVEN)
+    blur |= dict.fromkeys(_velocities(change[:, places], now + change, others), BLUR_OF_VELOCITY)
     numbers = np.concatenate([*vectors.values()], axis=1)
     held = held_at(numbers, demonstrations.episode_ends, known, things)
     return Corrections(
         widths={key: values.shape[1] for key, values in vectors.items()},
         followed=[Followed(*one, float(far)) for one, far in zip(followed, reach, strict=True)],
         carried=carried,
+        blurred=[
+            Blurred(
+                number, share * float(now[:, number].std()), float(now[:, number].min()), float(now[:, number].max())
+            )
+            for number, share in sorted(blur.items())
+        ],
         things=things,
         held=held,
         parted=_parted(numbers, held, len(things), places, carried),
@@ -213,6 +253,31 @@ def _followed(
                 found[number] = max(found.get(number, (0.0, 0, 0.0)), (share, action, gain), key=lambda one: one[0])
                 break
     return sorted(((number, action, gain) for number, (_, action, gain) in found.items()), key=lambda one: one[1])
+
+
+def _velocities(moves: NDArray[np.float64], after: NDArray[np.float64], places: NDArray[np.int64]) -> list[int]:
+    """Which numbers (N, D) after their moves (N, M) are a constant times one of these, of those at the places."""
+    return [
+        place
+        for place in places.tolist()
+        if any(_proportional(move, after[:, place])[1] >= VELOCITY for move in moves.T)
+    ]
+
+
+def _driven(change: NDArray[np.float64], actions: NDArray[np.float64], places: NDArray[np.int64]) -> list[int]:
+    """What each of the actions (N, A) drives, by the changes (N, D), of the numbers at the places."""
+    usual = np.sqrt(np.square(change).mean(axis=0))
+    moving = np.abs(change) > MOVING * usual
+    places = places[moving[:, places].sum(axis=0) >= LEAST_NUMBER]
+    found: list[int] = []
+    for action in actions.T:
+        shares = [_proportional(action[moving[:, place]], change[moving[:, place], place])[1] for place in places]
+        found += [
+            place
+            for place, share in zip(places.tolist(), shares, strict=True)
+            if share >= max(DRIVEN, AS_NEAR * max(shares))
+        ]
+    return found
 
 
 def _proportional(cause: NDArray[np.float64], effect: NDArray[np.float64]) -> tuple[float, float]:

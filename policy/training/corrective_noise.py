@@ -25,6 +25,9 @@ class CorrectiveNoise:
 
     The noise is small where a window moves little: robots slow down where it matters that they are exact.
 
+    What the robot is doing is hidden by noise of its own, without correction: a policy that sees how fast the robot
+    moves goes on as fast, and having slowed down a little it stops; one that sees a hand half closed closes it.
+
     Args:
         corrections: what was found out from the demonstrations.
         amount: standard deviation of the noise, as a share of what each number moves within a chunk, in a window that
@@ -33,12 +36,13 @@ class CorrectiveNoise:
 
     Attributes:
         reach: (F,) how far each number that follows the action usually moves within a chunk.
-        moved: the numbers that it changes, such as `state[3]`; those of things only where the robot holds them.
+        moved: the numbers that it moves, such as `state[3]`; those of things only where the robot holds them.
+        blurred: the numbers that it hides.
     """
 
     def __init__(self, corrections: Corrections, amount: float, past_actions: int) -> None:
         followed, carried = corrections.followed, corrections.carried
-        self._keys = list(corrections.widths)
+        self._widths = dict(corrections.widths)
         held = set(corrections.held.tolist())
         things = [
             place
@@ -54,6 +58,9 @@ class CorrectiveNoise:
         self._gains = torch.tensor([one.gain for one in followed])
         self._amount, self.reach = amount, torch.tensor([one.reach for one in followed])
         self._low, self._high = torch.from_numpy(corrections.low), torch.from_numpy(corrections.high)
+        self._blurred = [one.number for one in corrections.blurred]
+        self.blurred = [corrections.names[place] for place in self._blurred]
+        self._blur, self._least, self._most = torch.tensor([one[1:] for one in corrections.blurred]).reshape(-1, 3).T
         self._things, self._parted = corrections.things, torch.from_numpy(corrections.parted)
         self._numbers, self._cosines, self._apart = map(list, (carried.numbers, carried.cosines, carried.apart))
         self._center, self._spread, self._frequencies, self._phases = (
@@ -67,6 +74,8 @@ class CorrectiveNoise:
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
         """Move the robot in most of the windows in which nothing else moves, and the thing that it holds with it.
 
+        What is blurred is so in as large a share of all windows.
+
         Args:
             batch: B windows with `held`, on the CPU.
             generator: source of the noise; what is drawn depends on B alone.
@@ -77,16 +86,16 @@ class CorrectiveNoise:
         rows, held = len(batch["actions"]), batch["held"]
         noise = torch.randn((rows, len(self._places)), generator=generator)
         moved = (torch.rand(rows, generator=generator) < NOISY) & (held >= NOTHING)
+        blurred = torch.rand(rows, generator=generator) < NOISY
+        blur = self._blur * torch.randn((rows, 1, len(self._blurred)), generator=generator)
         actions = batch["actions"].clone()
         noise = noise[moved] * self._amount * self.reach * self._pace(actions[moved])[:, None]
         actions[moved] = self._corrected(actions[moved], noise)
-        observations = {**batch["observations"]}
-        for key, seen in self.displaced(
-            {key: observations[key][moved] for key in self._keys}, noise, held[moved]
-        ).items():
-            observations[key] = observations[key].clone()
-            observations[key][moved] = seen
-        return {**batch, "observations": observations, "actions": actions}
+        numbers = self._joined(batch["observations"])
+        numbers[moved] = self._shifted(numbers[moved], noise[:, None], held[moved])
+        hidden = (numbers[..., self._blurred] + blur).clamp(self._least, self._most)
+        numbers[..., self._blurred] = torch.where(blurred[:, None, None], hidden, numbers[..., self._blurred])
+        return {**batch, "observations": {**batch["observations"], **self._parts(numbers)}, "actions": actions}
 
     def displaced(self, observations: Observations, offsets: Tensor, held: Tensor) -> dict[str, Tensor]:
         """Show the robot elsewhere, and what it holds with it.
@@ -99,10 +108,15 @@ class CorrectiveNoise:
         Returns:
             The observations of the same keys and shapes.
         """
-        numbers = torch.cat([observations[key] for key in self._keys], dim=-1)
-        widths = [observations[key].shape[-1] for key in self._keys]
-        moved = self._shifted(numbers, offsets[:, None], held)
-        return dict(zip(self._keys, moved.split(widths, dim=-1), strict=True))
+        return self._parts(self._shifted(self._joined(observations), offsets[:, None], held))
+
+    def _joined(self, observations: Observations) -> Tensor:
+        """All numbers (N, H, D) of the observations, a new tensor."""
+        return torch.cat([observations[key] for key in self._widths], dim=-1)
+
+    def _parts(self, numbers: Tensor) -> dict[str, Tensor]:
+        """The observations of numbers (N, H, D)."""
+        return dict(zip(self._widths, numbers.split([*self._widths.values()], dim=-1), strict=True))
 
     def _pace(self, actions: Tensor) -> Tensor:
         """How far the robot moves within chunks (N, P, A), beside how far it usually does: (N,)."""

@@ -11,7 +11,7 @@ from policy.data.demonstrations import Demonstrations
 GAINS = (0.6, 1.5)
 # Places in the vector: two joints, the hand's position, the cosine and sine of its yaw, two velocities, an object, and
 # where the hand is from it.
-JOINTS, HAND, COSINE, OBJECT, APART, WIDTH = [0, 1], [2, 3], 4, [8, 9], [10, 11], 12
+JOINTS, HAND, COSINE, VELOCITIES, OBJECT, APART, WIDTH = [0, 1], [2, 3], 4, [6, 7], [8, 9], [10, 11], 12
 
 
 def kinematics(joints):
@@ -44,6 +44,19 @@ def arm(*, episodes=30, steps=60, gains=GAINS, seed=0):
         actions=np.concatenate(actions).astype(np.float32),
         episode_ends=steps * np.arange(1, episodes + 1),
     )
+
+
+def armed(seed=0):
+    """The same arm, whose velocities are observed, and a hand that its third action opens until it is blocked."""
+    plain = arm(seed=seed)
+    state, actions = plain.observations["state"].copy(), plain.actions.copy()
+    joints = state[:, JOINTS].reshape(30, 60, 2)
+    state[:, VELOCITIES] = 10 * np.diff(joints, axis=1, prepend=joints[:, :1]).reshape(-1, 2)
+    opening = np.zeros((30, 60))
+    for step in range(1, 60):
+        opening[:, step] = np.clip(opening[:, step - 1] + 2 * actions.reshape(30, 60, 3)[:, step - 1, 2], 0, 0.3)
+    state = np.column_stack([state, opening.reshape(-1)]).astype(np.float32)
+    return dataclasses.replace(plain, observations={"state": state})
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +99,16 @@ def test_the_object_is_held_where_it_goes_with_the_hand(found):
     assert (held[:, :39] == 0).all()
     assert (held[:, 42:] == 1).mean() > 0.95
     assert not found.parted.any()  # where the hand is from the object does not change while it is held
+
+
+def test_velocities_and_what_an_action_drives_are_blurred(found):
+    assert found.blurred == []  # the arm's own are noise, and its third action moves nothing
+    seen = armed()
+    blurred = find_corrections(seen, np.arange(30), ["state"], action_horizon=8).blurred
+    assert [one.number for one in blurred] == [*VELOCITIES, WIDTH]
+    values = seen.observations["state"][:, [*VELOCITIES, WIDTH]]
+    np.testing.assert_allclose([one.noise for one in blurred], values.std(axis=0) * [1, 1, 0.3], rtol=0.03)
+    assert (blurred[2].low, blurred[2].high) == (0, pytest.approx(0.3))
 
 
 def test_an_action_that_names_a_place_needs_no_correction(demonstrations):

@@ -15,7 +15,19 @@ from policy.training.corrective_noise import CorrectiveNoise
 from policy.training.preparation import prepare_run
 from policy.training.settings import TrainSettings
 from policy.training.share import DrawnForAll
-from tests.data.test_corrections import APART, COSINE, GAINS, HAND, JOINTS, OBJECT, WIDTH, arm, kinematics
+from tests.data.test_corrections import (
+    APART,
+    COSINE,
+    GAINS,
+    HAND,
+    JOINTS,
+    OBJECT,
+    VELOCITIES,
+    WIDTH,
+    arm,
+    armed,
+    kinematics,
+)
 
 CONFIG = PolicyConfig(
     observation_shapes={"state": (WIDTH,)},
@@ -101,6 +113,26 @@ def test_noise_is_small_where_a_window_moves_little(made):
         for each in (batch, slow)
     ]
     torch.testing.assert_close(offsets[1], 0.1 * offsets[0], rtol=0.01, atol=1e-5)
+
+
+def test_what_the_robot_is_doing_is_hidden_in_most_windows():
+    seen = armed()
+    found = find_corrections(seen, np.arange(30), ["state"], action_horizon=8)
+    windows = Windows(seen, np.arange(30), obs_horizon=2, action_horizon=8).marking(found.held)
+    batch = windows.gather(np.arange(0, 1500, 3))
+    noise = CorrectiveNoise(found, amount=0.0, past_actions=0)
+    noisy = noise(batch, derive_generator(0))
+    torch.testing.assert_close(noisy["actions"], batch["actions"])
+    off = noisy["observations"]["state"] - batch["observations"]["state"]
+    assert noise.blurred == [f"state[{place}]" for place in (*VELOCITIES, WIDTH)]
+    hidden = (off[..., VELOCITIES] != 0).all(dim=(1, 2))
+    assert 0.7 < hidden.float().mean() < 0.9
+    assert off[hidden][..., VELOCITIES].std() > 0.5 * batch["observations"]["state"][..., VELOCITIES].std()
+    opening = noisy["observations"]["state"][..., WIDTH]
+    assert (opening.min(), opening.max()) == (0, pytest.approx(0.3))
+    assert off[hidden][..., WIDTH].std() > 0.1 * 0.3
+    off[..., [*VELOCITIES, WIDTH]] = 0
+    assert off.abs().max() < 1e-6
 
 
 def test_the_parts_of_several_processes_are_those_of_one(made):

@@ -30,7 +30,7 @@ from policy.model.config import PolicySettings
 from policy.statistics.fit import TRAINING, conclude
 from policy.training.errors import ErrorMeter, Measurement
 from policy.training.preparation import split_windows
-from policy.training.recovery import Recovery, describe_recoveries, measure_recoveries
+from policy.training.recovery import Recoveries, describe_recoveries, measure_recoveries
 from policy.training.start import fitting
 
 # What a checkpoint notes of its training that says which episodes were held out.
@@ -99,14 +99,14 @@ def check_checkpoint(*, checkpoint: Path | None = None) -> None:
 
 def _inspect_checkpoint(folder: Path, dataset: Demonstrations | None, output_dir: Path | None) -> None:
     loaded, history = load_checkpoint(folder), read_history(folder)
-    measured, recovery = (None, []) if dataset is None else _measured(loaded, dataset)
+    measured, recovery = (None, Recoveries()) if dataset is None else _measured(loaded, dataset)
     for name, text in describe_checkpoint(loaded).items():
         print(f"{name:<12} {text}")
     if measured:
         history = [*history, {"step": loaded.training.get("step", 0), **measured.metrics()}]
     if conclusion := conclude(history):
         print(f"{'errors':<12} {conclusion.sentence}")
-    if recovery:
+    if recovery.numbers:
         print(f"{'':<12} {describe_recoveries(recovery, loaded.training, history)}")
     if measured:
         _show_errors(measured, loaded, output_folder(output_dir, "inspect"))
@@ -114,7 +114,7 @@ def _inspect_checkpoint(folder: Path, dataset: Demonstrations | None, output_dir
     print(next_line(command, checkpoint=folder, env=only_of_the_user(loaded.env or {})))
 
 
-def _measured(loaded: Checkpoint, dataset: Demonstrations) -> tuple[Measurement, list[Recovery]]:
+def _measured(loaded: Checkpoint, dataset: Demonstrations) -> tuple[Measurement, Recoveries]:
     """Measure the errors of a policy on the episodes that its training held out and on those that it learned from.
 
     Returns:

@@ -248,7 +248,8 @@ def _say_end(
     print(describe_best(record.folder, run.state, settings.rollout_episodes))
     if conclusion := conclude(run.state.history):
         print(conclusion.sentence)
-    if recovered := measure_recoveries(run.state.ema, run.training, sampler):
+    recovered = measure_recoveries(run.state.ema, run.training, sampler)
+    if recovered.numbers:
         print(describe_recoveries(recovered, record.training, run.state.history))
     print(f"checkpoint: {record.folder}" + (f"   tracked: {tracked}" if tracked else ""))
     print(f"page: {record.folder.parent / PAGE}")

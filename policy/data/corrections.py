@@ -83,12 +83,14 @@ class Blurred(NamedTuple):
         noise: standard deviation of the noise that hides it.
         low: smallest demonstrated value.
         high: largest demonstrated value.
+        velocity: whether it is the velocity of a number that follows the action.
     """
 
     number: int
     noise: float
     low: float
     high: float
+    velocity: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,20 +214,15 @@ def find_corrections(
     things = things_of(relations, [*places, *carried.numbers], carried.cosines, known)
     others = np.setdiff1d(np.arange(now.shape[1]), [*known, *(place for thing in things for place in thing.places)])
     free = np.setdiff1d(np.arange(actions.shape[1]), [action for _, action, _ in followed])
-    blur = dict.fromkeys(_driven(change, actions[:, free], others), BLUR_OF_DRIVEN)
-    blur |= dict.fromkeys(_velocities(change[:, places], now + change, others), BLUR_OF_VELOCITY)
+    velocities = _velocities(change[:, places], now + change, others)
+    driven = _driven(change, actions[:, free], np.setdiff1d(others, velocities))
     numbers = np.concatenate([*vectors.values()], axis=1)
     held = held_at(numbers, demonstrations.episode_ends, known, things)
     return Corrections(
         widths={key: values.shape[1] for key, values in vectors.items()},
         followed=[Followed(*one, float(far)) for one, far in zip(followed, reach, strict=True)],
         carried=carried,
-        blurred=[
-            Blurred(
-                number, share * float(now[:, number].std()), float(now[:, number].min()), float(now[:, number].max())
-            )
-            for number, share in sorted(blur.items())
-        ],
+        blurred=[_blurred(now[:, number], number, number in velocities) for number in sorted([*velocities, *driven])],
         things=things,
         held=held,
         parted=_parted(numbers, held, len(things), places, carried),
@@ -253,6 +250,11 @@ def _followed(
                 found[number] = max(found.get(number, (0.0, 0, 0.0)), (share, action, gain), key=lambda one: one[0])
                 break
     return sorted(((number, action, gain) for number, (_, action, gain) in found.items()), key=lambda one: one[1])
+
+
+def _blurred(values: NDArray[np.float64], number: int, velocity: bool) -> Blurred:
+    noise = float(values.std()) * (BLUR_OF_VELOCITY if velocity else BLUR_OF_DRIVEN)
+    return Blurred(number, noise, float(values.min()), float(values.max()), velocity)
 
 
 def _velocities(moves: NDArray[np.float64], after: NDArray[np.float64], places: NDArray[np.int64]) -> list[int]:

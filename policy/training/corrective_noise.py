@@ -60,7 +60,8 @@ class CorrectiveNoise:
         self._low, self._high = torch.from_numpy(corrections.low), torch.from_numpy(corrections.high)
         self._blurred = [one.number for one in corrections.blurred]
         self.blurred = [corrections.names[place] for place in self._blurred]
-        self._blur, self._least, self._most = torch.tensor([one[1:] for one in corrections.blurred]).reshape(-1, 3).T
+        self._blur, self._least, self._most = torch.tensor([one[1:4] for one in corrections.blurred]).reshape(-1, 3).T
+        self._velocities = [one.number for one in corrections.blurred if one.velocity]
         self._things, self._parted = corrections.things, torch.from_numpy(corrections.parted)
         self._numbers, self._cosines, self._apart = map(list, (carried.numbers, carried.cosines, carried.apart))
         self._center, self._spread, self._frequencies, self._phases = (
@@ -109,6 +110,12 @@ class CorrectiveNoise:
             The observations of the same keys and shapes.
         """
         return self._parts(self._shifted(self._joined(observations), offsets[:, None], held))
+
+    def slowed(self, observations: Observations, share: float) -> dict[str, Tensor]:
+        """Show the robot moving at a share of its speed, in observations (N, H, *) under each key that it moves."""
+        numbers = self._joined(observations)
+        numbers[..., self._velocities] *= share
+        return self._parts(numbers)
 
     def _joined(self, observations: Observations) -> Tensor:
         """All numbers (N, H, D) of the observations, a new tensor."""

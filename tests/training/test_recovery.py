@@ -104,8 +104,8 @@ def test_what_is_hardly_corrected_comes_with_what_to_do():
     assert describe_recoveries(Recoveries(numbers[:1]), {}, []) == one
     stalls = Recoveries(numbers[:1], stalls=0.19)
     sentence = (
-        f"{one}; in 19% of the windows, seen at half of its speed, the robot would go less than half as far: where it is"
-        " slowed down, it may stop or turn back"
+        f"{one}; in 19% of the windows, seen at half of its speed, the robot would go less than half as far: where it"
+        " is slowed down, it may stop or turn back"
     )
     assert describe_recoveries(stalls, {}, []) == f"{sentence}: train with train.corrective_noise=0.2"
     assert describe_recoveries(stalls, {"corrective_noise": 0.2}, []) == sentence

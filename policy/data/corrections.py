@@ -18,7 +18,7 @@ from policy.data.relations import (
     Relations,
     angles,
     directions_of,
-    find_relations,
+    moving_together,
     number_names,
     thinned,
     wrapped,
@@ -178,7 +178,7 @@ def find_corrections(
     reach = (taken(np.minimum(seen + action_horizon, last)) - now)[:, places].std(axis=0)
     carried = _carried(now, change, early, _half_of(episode), places)
     known = {*places, *carried.places}
-    relations = find_relations(demonstrations, vectors) if now.shape[1] <= MOST_NUMBERS else Relations((), ())
+    relations = moving_together(demonstrations, vectors) if now.shape[1] <= MOST_NUMBERS else Relations((), ())
     things = things_of(relations, [*places, *carried.numbers], carried.cosines, known)
     numbers = np.concatenate([*vectors.values()], axis=1)
     held = held_at(numbers, demonstrations.episode_ends, known, things)

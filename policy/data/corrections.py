@@ -20,7 +20,7 @@ from policy.data.relations import (
     Relations,
     angles,
     directions_of,
-    find_relations,
+    moving_together,
     number_names,
     thinned,
     wrapped,
@@ -210,7 +210,7 @@ def find_corrections(
     reach = (taken(np.minimum(seen + action_horizon, last)) - now)[:, places].std(axis=0)
     carried = _carried(now, change, early, _half_of(episode), places)
     known = {*places, *carried.places}
-    relations = find_relations(demonstrations, vectors) if now.shape[1] <= MOST_NUMBERS else Relations((), ())
+    relations = moving_together(demonstrations, vectors) if now.shape[1] <= MOST_NUMBERS else Relations((), ())
     things = things_of(relations, [*places, *carried.numbers], carried.cosines, known)
     others = np.setdiff1d(np.arange(now.shape[1]), [*known, *(place for thing in things for place in thing.places)])
     free = np.setdiff1d(np.arange(actions.shape[1]), [action for _, action, _ in followed])

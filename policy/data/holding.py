@@ -53,7 +53,7 @@ def things_of(relations: Relations, own: Sequence[int], cosines: Sequence[int], 
     the first thing, the second to the second: observations list the coordinates of all things in one order.
 
     Args:
-        relations: what is alike, see `find_relations`.
+        relations: what is alike, see `moving_together`.
         own: the robot's numbers.
         cosines: the first numbers of the robot's directions.
         robot: places of all that is known to be the robot's.

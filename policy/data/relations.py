@@ -25,6 +25,14 @@ EQUAL = 0.1
 MOSTLY = 0.5
 # The values at the ends of the episodes are equal if they differ by less than this share of their spread.
 SAME_END, LEAST_EPISODES = 0.2, 10
+# A number that stays put during each episode is a place; it may change by this share of its range.
+PUT = 1e-3
+# A number stops where it does not move in this many transitions on end. It meets a place if, at half as many stops as
+# there are episodes, its distance to the place is the same within this share of the smaller range, and the distances to
+# other episodes' places lie this many times as wide apart.
+STOPPED, SAME_DISTANCE, CLOSER = 3, 0.05, 4
+# With fewer episodes, unrelated numbers meet by chance.
+LEAST_VISITS = 20
 # Two numbers next to each other are a direction if their squares always sum up to 1, within UNIT, and both vary by more
 # than TURNED.
 UNIT, TURNED = 1e-3, 0.1
@@ -56,9 +64,9 @@ def state_vectors(demonstrations: Demonstrations, auxiliary: Sequence[str]) -> l
 def find_relations(demonstrations: Demonstrations, keys: Iterable[str]) -> Relations:
     """Find the pairs of observed quantities whose difference means something, without names or units.
 
-    Two numbers are alike if they move together, as the positions of a gripper and of the object that it carries do, or
-    if they end together, as the positions of an object and of its goal do. They then have the same unit and origin.
-    A direction is a cosine followed by its sine; two directions are alike if they turn together.
+    Two numbers are alike if they move together (`moving_together`), if they end together, as the positions of an object
+    and of its goal do, or if they meet, as the positions of a gripper and of a drawer do, whose handle it takes. They
+    then have the same unit, and origins a constant apart at most.
 
     Args:
         demonstrations: the demonstrations.
@@ -70,35 +78,68 @@ def find_relations(demonstrations: Demonstrations, keys: Iterable[str]) -> Relat
     Raises:
         ValueError: more numbers than can be compared.
     """
+    together = moving_together(demonstrations, keys)
+    vectors = [demonstrations.observations[key] for key in sorted(keys)]
+    if not vectors:
+        return together
+    ends, most = demonstrations.episode_ends, _most_rows(vectors)
+    last = _taken(vectors, thinned(ends - 1, most))
+    rows, episode = _whole_episodes(ends, most)
+    numbers = _taken(vectors, rows)
+    settled = _differing(_end_together(last) | _meet(numbers, episode), np.concatenate([numbers, last]))
+    return together._replace(differences=tuple(sorted({*together.differences, *settled})))
+
+
+def moving_together(demonstrations: Demonstrations, keys: Iterable[str]) -> Relations:
+    """Find the pairs of observed quantities that move together, as those of a gripper and of the object it carries do.
+
+    A direction is a cosine followed by its sine; two directions are alike if they turn together.
+
+    Args:
+        demonstrations: the demonstrations.
+        keys: the state vectors to look into.
+
+    Returns:
+        The pairs; none without a vector.
+
+    Raises:
+        ValueError: more numbers than can be compared.
+    """
     vectors = [demonstrations.observations[key] for key in sorted(keys)]
     if not vectors:
         return Relations((), ())
+    ends, most = demonstrations.episode_ends, _most_rows(vectors)
+    followed = thinned(np.setdiff1d(np.arange(ends[-1]), ends - 1), most)
+    now, then = _taken(vectors, followed), _taken(vectors, followed + 1)
+    cosines = directions_of(np.concatenate([now, then]))
+    turns = wrapped(angles(then, cosines) - angles(now, cosines))
+    apart = angles(now, cosines)
+    directions = [
+        (cosines[i], cosines[j])
+        for i, j in _pairs(_move_together(turns))
+        if np.ptp(wrapped(apart[:, i] - apart[:, j])) > 0
+    ]
+    return Relations(tuple(_differing(_move_together(then - now), now)), tuple(directions))
+
+
+def _most_rows(vectors: Sequence[NDArray[Any]]) -> int:
+    """How many rows are looked into."""
     width = sum(values.shape[1] for values in vectors)
     if width > MOST_NUMBERS:
         raise ValueError(
             f"find_differences=true compares up to {MOST_NUMBERS:,} numbers, and an observation has {width:,}:"
             " choose some with dataset.observation_keys=[...], or leave it out"
         )
-    most = min(MOST_ROWS, MOST_COMPARISONS // max(width, 1) ** 2)
+    return min(MOST_ROWS, MOST_COMPARISONS // max(width, 1) ** 2)
 
-    def taken(rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        return np.concatenate([values[rows] for values in vectors], axis=1).astype(np.float64)
 
-    ends = demonstrations.episode_ends
-    followed = thinned(np.setdiff1d(np.arange(ends[-1]), ends - 1), most)
-    now, then, last = taken(followed), taken(followed + 1), taken(thinned(ends - 1, most))
-    alike = _move_together(then - now) | _end_together(last)
-    seen = np.concatenate([now, last])  # a number that is there twice differs from itself by nothing
-    numbers = [(i, j) for i, j in _pairs(alike) if np.ptp(seen[:, i] - seen[:, j]) > 0]
-    cosines = directions_of(seen)
-    turns = wrapped(angles(then, cosines) - angles(now, cosines))
-    apart = angles(seen, cosines)
-    directions = [
-        (cosines[i], cosines[j])
-        for i, j in _pairs(_move_together(turns))
-        if np.ptp(wrapped(apart[:, i] - apart[:, j])) > 0
-    ]
-    return Relations(tuple(numbers), tuple(directions))
+def _taken(vectors: Sequence[NDArray[Any]], rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.concatenate([values[rows] for values in vectors], axis=1).astype(np.float64)
+
+
+def _differing(alike: NDArray[np.bool_], numbers: NDArray[np.float64]) -> list[tuple[int, int]]:
+    """Return the pairs i < j of (D, D) that differ in (N, D), so that no number is there twice."""
+    return [(i, j) for i, j in _pairs(alike) if np.ptp(numbers[:, i] - numbers[:, j]) > 0]
 
 
 def number_names(widths: Mapping[str, int]) -> list[str]:
@@ -163,3 +204,57 @@ def _end_together(last: NDArray[np.float64]) -> NDArray[np.bool_]:
     apart = np.sqrt([np.square(last - last[:, i, None]).mean(axis=0) for i in range(len(spread))])
     alike: NDArray[np.bool_] = apart < SAME_END * np.minimum(spread, spread[:, None])
     return alike
+
+
+def _whole_episodes(ends: NDArray[np.int64], most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the rows (N,) of evenly spaced episodes, about `most` in all, and each row's episode (N,), 0, 1, ..."""
+    starts, lengths = np.concatenate([[0], ends[:-1]]), np.diff(ends, prepend=0)
+    episodes = thinned(np.arange(len(ends)), max(1, most * len(ends) // int(ends[-1])))
+    rows = np.concatenate([np.arange(starts[episode], ends[episode]) for episode in episodes])
+    return rows, np.repeat(np.arange(len(episodes)), lengths[episodes])
+
+
+def _meet(numbers: NDArray[np.float64], episode: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return (D, D) whether one of two numbers is a place that the other meets.
+
+    Args:
+        numbers: (N, D), all rows of some episodes.
+        episode: (N,) the episode of each row, 0, 1, ...
+    """
+    alike = np.zeros((numbers.shape[1],) * 2, dtype=np.bool_)
+    starts = np.flatnonzero(np.diff(episode, prepend=-1))
+    episodes = len(starts)
+    if episodes < LEAST_VISITS:
+        return alike
+    span = np.ptp(numbers, axis=0)
+    spans = np.maximum.reduceat(numbers, starts) - np.minimum.reduceat(numbers, starts)
+    put = (spans <= PUT * span).all(axis=0)
+    places, moving = np.flatnonzero(put & (span > 0)), np.flatnonzero(~put)
+    there = numbers[starts][:, places]
+    for number in moving if len(places) else []:
+        rows = _stops(numbers[:, number], episode)
+        if len(rows) < episodes // 2:
+            continue
+        values = numbers[rows, number, None]
+        own, *others = (
+            _narrowest(values - there[(episode[rows] + shift) % episodes], episodes // 2)
+            for shift in (0, 1, episodes // 3)
+        )
+        close = own <= SAME_DISTANCE * np.minimum(span[number], span[places])
+        alike[number, places] = close & (np.minimum(*others) > CLOSER * own)
+    return alike | alike.T
+
+
+def _stops(values: NDArray[np.float64], episode: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return a row of each stop of a number (N,)."""
+    changes, within = np.diff(values), episode[1:] == episode[:-1]
+    still = within & (np.abs(changes) <= MOVING * np.sqrt(np.square(changes[within]).mean()))
+    stopped = np.convolve(still, np.ones(STOPPED), mode="valid") == STOPPED
+    return np.flatnonzero(stopped & ~np.concatenate([[False], stopped[:-1]])) + STOPPED // 2
+
+
+def _narrowest(distances: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    """Return the width (P,) of the narrowest interval that holds so many of the distances (S, P)."""
+    ordered = np.sort(distances, axis=0)
+    width: NDArray[np.float64] = (ordered[count - 1 :] - ordered[: len(ordered) - count + 1]).min(axis=0)
+    return width

@@ -1,5 +1,7 @@
 """Like quantities are found by what they do, without names or units."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -36,6 +38,32 @@ def carried(seed=0):
 def test_what_moves_together_and_what_ends_together_is_alike():
     # In the vector a, b: the object is 0 and 1, its goal 2, noise 3, the gripper 4 and 5, the joint 6.
     assert find_relations(carried(), ["b", "a"]).differences == ((0, 2), (0, 4), (1, 5), (2, 4))
+
+
+def visits(seed=0):
+    """A gripper drives, in a random order, to a handle, to a button and to a place that is drawn anew; then home.
+
+    The columns: the gripper, the handle, the button's place doubled (another unit), a number of each episode.
+    """
+    rng = np.random.default_rng(seed)
+    episodes, ends = [], []
+    for _ in range(EPISODES):
+        handle, button, own, away = rng.uniform(-1, 1, 4)
+        stops = [rng.uniform(-1, 1), *rng.permutation([handle + 0.3, button, away]), -1.5]
+        smooth = (1 - np.cos(np.linspace(0, np.pi, rng.integers(20, 40)))) / 2
+        path = np.concatenate([a + (b - a) * smooth for a, b in pairwise(stops)])
+        episodes.append(np.stack([path, *(np.full_like(path, value) for value in (handle, 2 * button, own))], axis=1))
+        ends.append(len(path))
+    return Demonstrations(
+        observations={"state": np.concatenate(episodes).astype(np.float32)},
+        actions=np.zeros((sum(ends), 1), np.float32),
+        episode_ends=np.cumsum(ends),
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_number_that_stops_at_the_same_distance_from_a_place_meets_it(seed):
+    assert find_relations(visits(seed), ["state"]).differences == ((0, 1),)
 
 
 def test_unrelated_numbers_are_not_alike():

@@ -14,7 +14,6 @@ from policy.common.observations import is_image
 from policy.data.demonstrations import Demonstrations
 from policy.data.holding import EARLY, Thing, held_at, things_of
 from policy.data.relations import (
-    LEAST_NUMBER,
     MOST_NUMBERS,
     MOVING,
     Relations,
@@ -32,11 +31,13 @@ FOLLOWS = 0.9
 # Transitions in which something interferes, such as the end of a joint's range or a contact, are left out of that.
 INTERFERED = 0.05
 # A number is the velocity of one that follows an action if it is that one's latest change times a constant, to this
-# share of its variance.
-VELOCITY = 0.9
+# share, and tells it better by this factor than the change to come, which a goal or a distance to it tells as well.
+VELOCITY, LATEST = 0.9, 2.0
 # An action that no number follows, because a hand lags or is blocked, drives the number whose changes, where it moves,
-# are most nearly that action times a constant, to this share at least, and others as near by this factor.
-DRIVEN, AS_NEAR = 0.3, 0.9
+# are most nearly that action times a constant, to this share at least, and others as near by this factor. A hand is
+# blocked in more than this share of the transitions in which the action acts, as an arm that lags is not, and moves in
+# so many of the first transitions, as what is carried does not.
+DRIVEN, AS_NEAR, BLOCKED, FIRST_MOVES = 0.3, 0.9, 0.5, 10
 # Noise without correction, as a share of the standard deviation.
 BLUR_OF_VELOCITY, BLUR_OF_DRIVEN = 1.0, 0.3
 # Another number is carried along if the numbers that follow actions determine it, to this share of its variance in
@@ -80,9 +81,9 @@ class Blurred(NamedTuple):
 
     Attributes:
         number: its place in the vector of all numbers.
-        noise: standard deviation of the noise that hides it.
-        low: smallest demonstrated value.
-        high: largest demonstrated value.
+        noise: standard deviation of the noise that blurs it.
+        low: smallest value that was seen.
+        high: largest value that was seen.
         velocity: whether it is the velocity of a number that follows the action.
     """
 
@@ -214,8 +215,8 @@ def find_corrections(
     things = things_of(relations, [*places, *carried.numbers], carried.cosines, known)
     others = np.setdiff1d(np.arange(now.shape[1]), [*known, *(place for thing in things for place in thing.places)])
     free = np.setdiff1d(np.arange(actions.shape[1]), [action for _, action, _ in followed])
-    velocities = _velocities(change[:, places], now + change, others)
-    driven = _driven(change, actions[:, free], np.setdiff1d(others, velocities))
+    velocities = _velocities(change[:, places], now, now + change, others)
+    driven = _driven(change, actions[:, free], early, np.setdiff1d(others, velocities))
     numbers = np.concatenate([*vectors.values()], axis=1)
     held = held_at(numbers, demonstrations.episode_ends, known, things)
     return Corrections(
@@ -257,29 +258,33 @@ def _blurred(values: NDArray[np.float64], number: int, velocity: bool) -> Blurre
     return Blurred(number, noise, float(values.min()), float(values.max()), velocity)
 
 
-def _velocities(moves: NDArray[np.float64], after: NDArray[np.float64], places: NDArray[np.int64]) -> list[int]:
-    """Which numbers (N, D) after their moves (N, M) are a constant times one of these, of those at the places."""
-    return [
-        place
-        for place in places.tolist()
-        if any(_proportional(move, after[:, place])[1] >= VELOCITY for move in moves.T)
-    ]
+def _velocities(
+    moves: NDArray[np.float64], now: NDArray[np.float64], after: NDArray[np.float64], places: NDArray[np.int64]
+) -> list[int]:
+    """Which numbers at the places are the velocity of one of the moves (N, M), by the numbers (N, D) around them."""
+
+    def tells(move: NDArray[np.float64], place: int) -> bool:
+        latest, coming = (1 - _proportional(move, numbers[:, place])[1] for numbers in (after, now))
+        return latest <= 1 - VELOCITY and LATEST * latest < coming
+
+    return [place for place in places.tolist() if any(tells(move, place) for move in moves.T)]
 
 
-def _driven(change: NDArray[np.float64], actions: NDArray[np.float64], places: NDArray[np.int64]) -> list[int]:
-    """What each of the actions (N, A) drives, by the changes (N, D), of the numbers at the places."""
-    usual = np.sqrt(np.square(change).mean(axis=0))
-    moving = np.abs(change) > MOVING * usual
-    places = places[moving[:, places].sum(axis=0) >= LEAST_NUMBER]
-    found: list[int] = []
+def _driven(
+    change: NDArray[np.float64], actions: NDArray[np.float64], early: NDArray[np.bool_], places: NDArray[np.int64]
+) -> list[int]:
+    """What the actions (N, A) drive, by the changes (N, D), of the numbers at the places."""
+    moving = np.abs(change) > MOVING * np.sqrt(np.square(change).mean(axis=0))
+    places = places[moving[early][:, places].sum(axis=0) >= FIRST_MOVES]
+    found: set[int] = set()
     for action in actions.T:
-        shares = [_proportional(action[moving[:, place]], change[moving[:, place], place])[1] for place in places]
-        found += [
-            place
-            for place, share in zip(places.tolist(), shares, strict=True)
-            if share >= max(DRIVEN, AS_NEAR * max(shares))
-        ]
-    return found
+        acts = np.abs(action) > MOVING * np.sqrt(np.square(action).mean())
+        blocked = [place for place in places.tolist() if (~moving[acts, place]).sum() > BLOCKED * acts.sum()]
+        shares = {
+            place: _proportional(action[moving[:, place]], change[moving[:, place], place])[1] for place in blocked
+        }
+        found |= {place for place, share in shares.items() if share >= max(DRIVEN, AS_NEAR * max(shares.values()))}
+    return sorted(found)
 
 
 def _proportional(cause: NDArray[np.float64], effect: NDArray[np.float64]) -> tuple[float, float]:

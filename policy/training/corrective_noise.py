@@ -25,8 +25,9 @@ class CorrectiveNoise:
 
     The noise is small where a window moves little: robots slow down where it matters that they are exact.
 
-    What the robot is doing is hidden by noise of its own, without correction: a policy that sees how fast the robot
-    moves goes on as fast, and having slowed down a little it stops; one that sees a hand half closed closes it.
+    What the robot is doing is blurred by noise of its own, without correction and whatever the amount: a policy that
+    sees how fast the robot moves goes on as fast, and having slowed down a little it stops; one that sees a hand half
+    closed closes it. Two observations show the speed all the same: `obs_horizon=1` belongs to it.
 
     Args:
         corrections: what was found out from the demonstrations.
@@ -37,7 +38,7 @@ class CorrectiveNoise:
     Attributes:
         reach: (F,) how far each number that follows the action usually moves within a chunk.
         moved: the numbers that it moves, such as `state[3]`; those of things only where the robot holds them.
-        blurred: the numbers that it hides.
+        blurred: the numbers that it blurs.
     """
 
     def __init__(self, corrections: Corrections, amount: float, past_actions: int) -> None:
@@ -60,7 +61,8 @@ class CorrectiveNoise:
         self._low, self._high = torch.from_numpy(corrections.low), torch.from_numpy(corrections.high)
         self._blurred = [one.number for one in corrections.blurred]
         self.blurred = [corrections.names[place] for place in self._blurred]
-        self._blur, self._least, self._most = torch.tensor([one[1:4] for one in corrections.blurred]).reshape(-1, 3).T
+        ranges = [(one.noise, one.low, one.high) for one in corrections.blurred]
+        self._blur, self._least, self._most = torch.tensor(ranges).reshape(-1, 3).T
         self._velocities = [one.number for one in corrections.blurred if one.velocity]
         self._things, self._parted = corrections.things, torch.from_numpy(corrections.parted)
         self._numbers, self._cosines, self._apart = map(list, (carried.numbers, carried.cosines, carried.apart))
@@ -94,8 +96,9 @@ class CorrectiveNoise:
         actions[moved] = self._corrected(actions[moved], noise)
         numbers = self._joined(batch["observations"])
         numbers[moved] = self._shifted(numbers[moved], noise[:, None], held[moved])
-        hidden = (numbers[..., self._blurred] + blur).clamp(self._least, self._most)
-        numbers[..., self._blurred] = torch.where(blurred[:, None, None], hidden, numbers[..., self._blurred])
+        own = numbers[..., self._blurred]  # a mirrored one may lie outside of what was seen
+        noisy = (own + blur).clamp(own.minimum(self._least), own.maximum(self._most))
+        numbers[..., self._blurred] = torch.where(blurred[:, None, None], noisy, own)
         return {**batch, "observations": {**batch["observations"], **self._parts(numbers)}, "actions": actions}
 
     def displaced(self, observations: Observations, offsets: Tensor, held: Tensor) -> dict[str, Tensor]:

@@ -30,9 +30,11 @@ HARDLY = 0.2
 # half of its speed, it goes less than half as far there. Measured on one task: a policy that stalled in 19 % of the
 # windows turned back on its way in most episodes, one with 1 % in few.
 MOVES, STALLS = 0.3, 0.1
+# With fewer windows in which it moves, this is not told.
+FEW = 10
 # With this success or more in the last rollout while training, the task needs no more precision than the policy has.
 SOLVED = 0.9
-# Settings of a training that make a policy correct more; the first one hides the robot's speed, too.
+# Settings of a training that make a policy correct more; the first one blurs the robot's speed, too.
 NOISE, WEIGHTS = {"corrective_noise": 0.2}, {"action_weights": "spread"}
 
 
@@ -54,7 +56,7 @@ class Recoveries(NamedTuple):
     Attributes:
         numbers: one for each number that follows an action; none if nothing could be measured.
         stalls: share of the windows with a moving robot in which it would go less than half as far if it were seen at
-            half of its speed; None where its speed is not observed.
+            half of its speed; None where its speed is not observed, or two observations tell it.
     """
 
     numbers: Sequence[Recovery] = ()
@@ -145,13 +147,13 @@ def recoveries(policy: DiffusionPolicy, windows: Windows, corrections: Correctio
         offsets[:, place] = ERROR * followed.reach
         apart = (moved(offsets) - moved(-offsets))[:, place].mean()
         found.append(Recovery(corrections.names[followed.number], float(-apart / (2 * ERROR * followed.reach))))
-    if not any(one.velocity for one in corrections.blurred):
-        return Recoveries(found)
+    if policy.config.obs_horizon > 1 or not any(one.velocity for one in corrections.blurred):
+        return Recoveries(found)  # two observations show the speed, too
     usual, slow = (moves(mover.slowed(batch["observations"], share)) / mover.reach for share in (1.0, 0.5))
     moving = usual.square().mean(dim=1).sqrt() > MOVES
     usual, slow = usual[moving], slow[moving]
     stalls = (usual * slow).sum(dim=1) < 0.5 * usual.square().sum(dim=1)
-    return Recoveries(found, float(stalls.float().mean()) if len(stalls) else None)
+    return Recoveries(found, float(stalls.float().mean()) if len(stalls) >= FEW else None)
 
 
 def describe_recoveries(found: Recoveries, training: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> str:
@@ -168,15 +170,15 @@ def describe_recoveries(found: Recoveries, training: Mapping[str, Any], history:
     if success and success[-1] >= SOLVED:
         return told[0]
     hardly = [one.number for one in found.numbers if one.corrected < HARDLY]
-    stalls = found.stalls is not None and found.stalls >= STALLS
+    stalls = found.stalls or 0.0
     if hardly:
         told.append(f"it hardly corrects {', '.join(hardly)}")
-    if stalls:
+    if stalls >= STALLS:
         told.append(
-            f"in {round(100 * (found.stalls or 0))}% of the windows, seen at half of its speed, the robot would go less"
-            " than half as far: where it is slowed down, it may stop or turn back"
+            f"in {round(100 * stalls)}% of the windows in which it moves, seen at half of its speed, the robot would go"
+            " less than half as far: where it is slowed down, it may stop or turn back"
         )
-    wanted = {**(NOISE if hardly or stalls else {}), **(WEIGHTS if hardly else {})}
+    wanted = {**(NOISE if hardly or stalls >= STALLS else {}), **(WEIGHTS if hardly else {})}
     usual = {name: getattr(TrainSettings, name) for name in wanted}
     advised = [f"train.{name}={value}" for name, value in wanted.items() if {**usual, **training}[name] == usual[name]]
     return "; ".join(told) + (f": train with {' '.join(advised)}" if advised else "")

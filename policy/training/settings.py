@@ -25,8 +25,8 @@ class TrainSettings:
         grad_clip: a gradient with a larger norm is scaled down to it.
         ema_decay: upper bound of the weight average's decay, which is (1 + n) / (10 + n) at update n.
         corrective_noise: noise on where the robot is, with the actions that lead it back: the standard deviation, as a
-            share of what each number moves within a chunk; 0 for none. It needs actions that are displacements. See
-            `policy.training.corrective_noise`.
+            share of what each number moves within a chunk; 0 for none. Any other amount also blurs how fast the robot
+            moves. It needs actions that are displacements. See `policy.training.corrective_noise`.
         action_weights: of the action's dimensions in the loss: `equal`, or by `spread`, where a dimension whose values
             lie in a small part of their range counts up to 20 times, see `policy.training.action_weights`.
         mask_padding: leave the actions repeated after an episode's end out of the loss.

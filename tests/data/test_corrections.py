@@ -109,6 +109,39 @@ def test_velocities_and_what_an_action_drives_are_blurred(found):
     values = seen.observations["state"][:, [*VELOCITIES, WIDTH]]
     np.testing.assert_allclose([one.noise for one in blurred], values.std(axis=0) * [1, 1, 0.3], rtol=0.03)
     assert (blurred[2].low, blurred[2].high) == (0, pytest.approx(0.3))
+    twice = dataclasses.replace(seen, actions=np.hstack([seen.actions, seen.actions[:, 2:]]))  # one for each finger
+    assert find_corrections(twice, np.arange(30), ["state"], action_horizon=8).blurred == blurred
+
+
+def test_a_goal_a_constant_and_how_far_a_goal_is_are_no_velocities():
+    """A robot that goes straight to its goal moves in proportion to it, and to how far it still is."""
+    rng = np.random.default_rng(0)
+    goals = rng.uniform(0.5, 1, (30, 1)) * rng.choice([-1, 1], (30, 1))
+    places = goals * (1 - 0.9 ** np.arange(41))
+    sensed = goals - places + rng.normal(0, 0.02, places.shape)
+    columns = [places, np.broadcast_to(goals, places.shape), sensed, np.full(places.shape, 9.81)]
+    moves = np.diff(places, axis=1)
+    seen = Demonstrations(
+        observations={"state": np.stack(columns, axis=2)[:, :40].reshape(-1, 4).astype(np.float32)},
+        actions=moves.reshape(-1, 1).astype(np.float32),
+        episode_ends=40 * np.arange(1, 31),
+    )
+    found = find_corrections(seen, np.arange(30), ["state"], action_horizon=8)
+    assert [one.number for one in found.followed] == [0]
+    assert found.blurred == []
+
+
+def test_an_arm_that_lags_and_what_it_carries_are_not_blurred():
+    plain = arm()
+    rng = np.random.default_rng(1)
+    actions = plain.actions.reshape(30, 60, 3)
+    hand = np.zeros((30, 60))
+    for step in range(1, 60):  # half of the way in the first step, the rest later
+        hand[:, step] = hand[:, step - 1] + 0.5 * actions[:, step - 1, 2] + 0.5 * actions[:, max(step - 4, 0), 2]
+    thing = np.where(np.arange(60) < 40, hand[:, 40:41], hand) + rng.uniform(-1, 1, (30, 1))
+    state = np.column_stack([plain.observations["state"], hand.reshape(-1), thing.reshape(-1)]).astype(np.float32)
+    seen = dataclasses.replace(plain, observations={"state": state})
+    assert find_corrections(seen, np.arange(30), ["state"], action_horizon=8).blurred == []
 
 
 def test_an_action_that_names_a_place_needs_no_correction(demonstrations):

@@ -57,9 +57,9 @@ def test_the_share_of_an_error_that_is_corrected_is_measured(demonstrations, cor
     assert (there[:, OBJECT] != back[:, OBJECT]).any()  # where it is held
 
 
-@pytest.mark.parametrize(("share", "stalls"), [(1.2, 1.0), (0.8, 0.0), (0.0, 0.0)])
-def test_a_policy_that_goes_on_at_the_speed_it_sees_stalls(monkeypatch, share, stalls):
-    """The chunk follows the observed speed by a share, and goes for the rest as it would anyway."""
+@pytest.mark.parametrize(("share", "slow", "stalls"), [(1.2, 1, 1.0), (0.8, 1, 0.0), (0.0, 1, 0.0), (1.2, 0.01, None)])
+def test_a_policy_that_goes_on_at_the_speed_it_sees_stalls(monkeypatch, share, slow, stalls):
+    """The chunk follows the observed speed by a share, for the rest it goes as ever; what hardly moves cannot stall."""
     seen = armed()
     corrections = find_corrections(seen, np.arange(30), ["state"], action_horizon=8)
     usual = []
@@ -69,7 +69,7 @@ def test_a_policy_that_goes_on_at_the_speed_it_sees_stalls(monkeypatch, share, s
             speed = observations["state"][:, -1, VELOCITIES] / 10 / torch.tensor(GAINS)
             if not usual:
                 usual.append(speed)  # of the first call: the robot is moved, and its speed is not
-            each = share * speed + (1 - share) * usual[0]
+            each = slow * (share * speed + (1 - share) * usual[0])
             return torch.cat([each, torch.zeros(len(each), 1)], dim=1)[:, None].expand(-1, 8, -1)
 
     monkeypatch.setattr(recovery, "compile_sampler", lambda *_, **__: Follows())
@@ -104,8 +104,8 @@ def test_what_is_hardly_corrected_comes_with_what_to_do():
     assert describe_recoveries(Recoveries(numbers[:1]), {}, []) == one
     stalls = Recoveries(numbers[:1], stalls=0.19)
     sentence = (
-        f"{one}; in 19% of the windows, seen at half of its speed, the robot would go less than half as far: where it"
-        " is slowed down, it may stop or turn back"
+        f"{one}; in 19% of the windows in which it moves, seen at half of its speed, the robot would go less than half"
+        " as far: where it is slowed down, it may stop or turn back"
     )
     assert describe_recoveries(stalls, {}, []) == f"{sentence}: train with train.corrective_noise=0.2"
     assert describe_recoveries(stalls, {"corrective_noise": 0.2}, []) == sentence

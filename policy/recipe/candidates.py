@@ -23,7 +23,7 @@ _SMALL: dict[str, Any] = {
     "encoder.hidden_size": 128,
     "encoder.dropout": 0.1,
 }
-_CORRECTIVE: dict[str, Any] = {"train.corrective_noise": 0.2, "train.action_weights": "spread"}
+_CORRECTIVE: dict[str, Any] = {"train.corrective_noise": 0.3, "train.action_weights": "spread"}
 # Each recipe: settings, as on the command line, that replace those of the command line or the preset. Where
 # the budget is too small for all, those that are as fast as others are left out from the end.
 CANDIDATES: dict[str, dict[str, Any]] = {

@@ -35,7 +35,7 @@ FEW = 10
 # With this success or more in the last rollout while training, the task needs no more precision than the policy has.
 SOLVED = 0.9
 # Settings of a training that make a policy correct more; the first one blurs the robot's speed, too.
-NOISE, WEIGHTS = {"corrective_noise": 0.2}, {"action_weights": "spread"}
+NOISE, WEIGHTS = {"corrective_noise": 0.3}, {"action_weights": "spread"}
 
 
 class Recovery(NamedTuple):

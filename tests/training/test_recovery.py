@@ -91,11 +91,11 @@ def test_what_is_hardly_corrected_comes_with_what_to_do():
         "of an error in where the robot is, one chunk corrects state[0] 62%, state[5] 3%, state[6] 0%; it hardly"
         " corrects state[5], state[6]"
     )
-    advised = f"{sentence}: train with train.corrective_noise=0.2 train.action_weights=spread"
+    advised = f"{sentence}: train with train.corrective_noise=0.3 train.action_weights=spread"
     assert describe_recoveries(found, {}, []) == advised  # of before there were these settings
     assert describe_recoveries(found, vars(TrainSettings()), []) == advised
     weighted = vars(TrainSettings(action_weights="spread"))
-    assert describe_recoveries(found, weighted, []) == f"{sentence}: train with train.corrective_noise=0.2"
+    assert describe_recoveries(found, weighted, []) == f"{sentence}: train with train.corrective_noise=0.3"
     assert describe_recoveries(found, {**weighted, "corrective_noise": 0.3}, []) == sentence
     rollouts = [{"step": 1, "rollout/success_rate": 1.0}, {"step": 2, "rollout/success_rate": 0.8}, {"step": 3}]
     assert describe_recoveries(found, {}, rollouts) == advised
@@ -107,7 +107,7 @@ def test_what_is_hardly_corrected_comes_with_what_to_do():
         f"{one}; in 19% of the windows in which it moves, seen at half of its speed, the robot would go less than half"
         " as far: where it is slowed down, it may stop or turn back"
     )
-    assert describe_recoveries(stalls, {}, []) == f"{sentence}: train with train.corrective_noise=0.2"
+    assert describe_recoveries(stalls, {}, []) == f"{sentence}: train with train.corrective_noise=0.3"
     assert describe_recoveries(stalls, {"corrective_noise": 0.2}, []) == sentence
 
 

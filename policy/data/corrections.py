@@ -214,16 +214,14 @@ def find_corrections(
     relations = moving_together(demonstrations, vectors) if now.shape[1] <= MOST_NUMBERS else Relations((), ())
     things = things_of(relations, [*places, *carried.numbers], carried.cosines, known)
     others = np.setdiff1d(np.arange(now.shape[1]), [*known, *(place for thing in things for place in thing.places)])
-    free = np.setdiff1d(np.arange(actions.shape[1]), [action for _, action, _ in followed])
-    velocities = _velocities(change[:, places], now, now + change, others)
-    driven = _driven(change, actions[:, free], early, np.setdiff1d(others, velocities))
+    free = np.delete(actions, [action for _, action, _ in followed], axis=1)
     numbers = np.concatenate([*vectors.values()], axis=1)
     held = held_at(numbers, demonstrations.episode_ends, known, things)
     return Corrections(
         widths={key: values.shape[1] for key, values in vectors.items()},
         followed=[Followed(*one, float(far)) for one, far in zip(followed, reach, strict=True)],
         carried=carried,
-        blurred=[_blurred(now[:, number], number, number in velocities) for number in sorted([*velocities, *driven])],
+        blurred=_blurred(now, change, change[:, places], free, early, others),
         things=things,
         held=held,
         parted=_parted(numbers, held, len(things), places, carried),
@@ -253,9 +251,23 @@ def _followed(
     return sorted(((number, action, gain) for number, (_, action, gain) in found.items()), key=lambda one: one[1])
 
 
-def _blurred(values: NDArray[np.float64], number: int, velocity: bool) -> Blurred:
-    noise = float(values.std()) * (BLUR_OF_VELOCITY if velocity else BLUR_OF_DRIVEN)
-    return Blurred(number, noise, float(values.min()), float(values.max()), velocity)
+def _blurred(
+    now: NDArray[np.float64],
+    change: NDArray[np.float64],
+    moves: NDArray[np.float64],
+    free: NDArray[np.float64],
+    early: NDArray[np.bool_],
+    places: NDArray[np.int64],
+) -> list[Blurred]:
+    """Of the numbers at the places, the velocities of the moves (N, M) and what the free actions (N, A) drive."""
+    velocities = _velocities(moves, now, now + change, places)
+    driven = _driven(change, free, early, np.setdiff1d(places, velocities))
+    shares = dict.fromkeys(driven, BLUR_OF_DRIVEN) | dict.fromkeys(velocities, BLUR_OF_VELOCITY)
+    columns = [(number, share, now[:, number]) for number, share in sorted(shares.items())]
+    return [
+        Blurred(number, share * float(seen.std()), float(seen.min()), float(seen.max()), number in velocities)
+        for number, share, seen in columns
+    ]
 
 
 def _velocities(

@@ -21,6 +21,7 @@ from policy.data.relations import (
     directions_of,
     moving_together,
     number_names,
+    numbers_at,
     thinned,
     wrapped,
 )
@@ -196,7 +197,7 @@ def find_corrections(
     rows = np.concatenate([np.arange(start, end - 1) for start, end in zip(starts, ends, strict=True)])
 
     def taken(where: NDArray[np.int64]) -> NDArray[np.float64]:
-        return np.concatenate([values[where] for values in vectors.values()], axis=1).astype(np.float64)
+        return numbers_at(vectors.values(), where)
 
     seen = thinned(rows, MOST_ROWS)
     now, change = taken(seen), taken(seen + 1) - taken(seen)
@@ -276,8 +277,8 @@ def _velocities(
     """Which numbers at the places are the velocity of one of the moves (N, M), by the numbers (N, D) around them."""
 
     def tells(move: NDArray[np.float64], place: int) -> bool:
-        latest, coming = (1 - _proportional(move, numbers[:, place])[1] for numbers in (after, now))
-        return latest <= 1 - VELOCITY and LATEST * latest < coming
+        latest = 1 - _proportional(move, after[:, place])[1]
+        return latest <= 1 - VELOCITY and LATEST * latest < 1 - _proportional(move, now[:, place])[1]
 
     return [place for place in places.tolist() if any(tells(move, place) for move in moves.T)]
 

@@ -83,9 +83,9 @@ def find_relations(demonstrations: Demonstrations, keys: Iterable[str]) -> Relat
     if not vectors:
         return together
     ends, most = demonstrations.episode_ends, _most_rows(vectors)
-    last = _taken(vectors, thinned(ends - 1, most))
-    rows, episode = _whole_episodes(ends, most)
-    numbers = _taken(vectors, rows)
+    last = numbers_at(vectors, thinned(ends - 1, most))
+    rows, episode = _whole_episodes(demonstrations, most)
+    numbers = numbers_at(vectors, rows)
     settled = _differing(_end_together(last) | _meet(numbers, episode), np.concatenate([numbers, last]))
     return together._replace(differences=tuple(sorted({*together.differences, *settled})))
 
@@ -110,7 +110,7 @@ def moving_together(demonstrations: Demonstrations, keys: Iterable[str]) -> Rela
         return Relations((), ())
     ends, most = demonstrations.episode_ends, _most_rows(vectors)
     followed = thinned(np.setdiff1d(np.arange(ends[-1]), ends - 1), most)
-    now, then = _taken(vectors, followed), _taken(vectors, followed + 1)
+    now, then = numbers_at(vectors, followed), numbers_at(vectors, followed + 1)
     cosines = directions_of(np.concatenate([now, then]))
     turns = wrapped(angles(then, cosines) - angles(now, cosines))
     apart = angles(now, cosines)
@@ -133,7 +133,8 @@ def _most_rows(vectors: Sequence[NDArray[Any]]) -> int:
     return min(MOST_ROWS, MOST_COMPARISONS // max(width, 1) ** 2)
 
 
-def _taken(vectors: Sequence[NDArray[Any]], rows: NDArray[np.int64]) -> NDArray[np.float64]:
+def numbers_at(vectors: Iterable[NDArray[Any]], rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the numbers (N, D) of all vectors (T, *) in the rows (N,)."""
     return np.concatenate([values[rows] for values in vectors], axis=1).astype(np.float64)
 
 
@@ -206,12 +207,12 @@ def _end_together(last: NDArray[np.float64]) -> NDArray[np.bool_]:
     return alike
 
 
-def _whole_episodes(ends: NDArray[np.int64], most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _whole_episodes(demonstrations: Demonstrations, most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the rows (N,) of evenly spaced episodes, about `most` in all, and each row's episode (N,), 0, 1, ..."""
-    starts, lengths = np.concatenate([[0], ends[:-1]]), np.diff(ends, prepend=0)
+    starts, ends = demonstrations.episode_starts, demonstrations.episode_ends
     episodes = thinned(np.arange(len(ends)), max(1, most * len(ends) // int(ends[-1])))
     rows = np.concatenate([np.arange(starts[episode], ends[episode]) for episode in episodes])
-    return rows, np.repeat(np.arange(len(episodes)), lengths[episodes])
+    return rows, np.repeat(np.arange(len(episodes)), demonstrations.episode_lengths[episodes])
 
 
 def _meet(numbers: NDArray[np.float64], episode: NDArray[np.int64]) -> NDArray[np.bool_]:

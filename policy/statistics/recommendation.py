@@ -33,14 +33,8 @@ from numpy.typing import ArrayLike
 from scipy.special import ndtri
 
 from policy.statistics.checks import Array, cells_by_episodes, check_fraction
-from policy.statistics.paired import (
-    holm,
-    inferiority_test,
-    non_inferiority_test,
-    null_deviation,
-    unpaired_wins,
-    wins_over,
-)
+from policy.statistics.counts import unpaired_wins, wins_over
+from policy.statistics.paired import holm, inferiority_test, non_inferiority_test, null_deviation
 
 Verdict = Literal["not worse", "worse", "open"]
 
@@ -146,7 +140,7 @@ def recommend(
             one is recommended, and of equally successful ones the first.
         margin: a difference of success rates, in (0, 1).
         confidence: one-sided, in (0.5, 1), of all verdicts "not worse" together.
-        paired: whether a column is the same episode for all cells; otherwise see `unpaired_wins`.
+        paired: whether a column is the same episode for all cells; otherwise see `counts.unpaired_wins`.
 
     Returns:
         The recommended cell and the verdicts.

@@ -31,7 +31,8 @@ from numpy.typing import ArrayLike
 from scipy.special import ndtr
 
 from policy.statistics.checks import Array, cells_by_episodes, check_fraction
-from policy.statistics.paired import bisect, wins_over
+from policy.statistics.counts import wins_over
+from policy.statistics.paired import bisect
 from policy.statistics.recommendation import (
     Pairs,
     Recommendation,

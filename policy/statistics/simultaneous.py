@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike
 from scipy.special import ndtr, ndtri, stdtrit
 
 from policy.statistics.checks import Array, cells_by_episodes, check_fraction
-from policy.statistics.paired import PairedDifference, compare_success, outcomes_of, pair_counts, paired_interval
+from policy.statistics.counts import outcomes_of, pair_counts
+from policy.statistics.paired import PairedDifference, compare_success, paired_interval
 
 RESAMPLES = 2000
 
@@ -35,7 +36,7 @@ def compare_with_best(
             numbers of episodes; a pair is compared on those that both ran.
         best: index of the best cell, or of any other one.
         confidence: the probability that all intervals together cover, in (0.5, 1).
-        paired: whether a column is the same episode for all cells; otherwise see `unpaired_wins`.
+        paired: whether a column is the same episode for all cells; otherwise see `counts.unpaired_wins`.
 
     Returns:
         One comparison per cell; for the best cell itself the difference is 0 and the p-value 1.

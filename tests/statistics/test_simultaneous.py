@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from policy.statistics.paired import compare_success, pair_counts
+from policy.statistics.counts import pair_counts
+from policy.statistics.paired import compare_success
 from policy.statistics.simultaneous import compare_means_with_best, compare_with_best
 
 

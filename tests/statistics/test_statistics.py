@@ -15,6 +15,7 @@ from scipy.stats import binom, binomtest, permutation_test
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
+from policy.statistics.counts import unpaired_wins
 from policy.statistics.intervals import Z_95, bootstrap_interval, mean_intervals, wilson_interval
 from policy.statistics.paired import (
     compare_means,
@@ -23,7 +24,6 @@ from policy.statistics.paired import (
     mcnemar_test,
     non_inferiority_test,
     paired_interval,
-    unpaired_wins,
 )
 from policy.statistics.recommendation import describe, recommend
 

@@ -1,0 +1,88 @@
+"""Numbers of an observation that tell what a robot is doing rather than where it is: its velocities, its hand."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policy.data.following import proportional
+from policy.data.relations import MOVING
+
+# A number is the velocity of one that follows an action if it is that one's latest change times a constant, to this
+# share, and tells it better by this factor than the change to come, which a goal or a distance to it tells as well.
+VELOCITY, LATEST = 0.9, 2.0
+# An action that no number follows, because a hand lags or is blocked, drives the number whose changes, where it moves,
+# are most nearly that action times a constant, to this share at least, and others as near by this factor. A hand is
+# blocked in more than this share of the transitions in which the action acts, as an arm that lags is not, and moves in
+# so many of the first transitions, as what is carried does not.
+DRIVEN, AS_NEAR, BLOCKED, FIRST_MOVES = 0.3, 0.9, 0.5, 10
+# Noise without correction, as a share of the standard deviation.
+BLUR_OF_VELOCITY, BLUR_OF_DRIVEN = 1.0, 0.3
+
+
+class Blurred(NamedTuple):
+    """A number of the robot that tells what it is doing rather than where it is, so that a policy would go on with it.
+
+    Attributes:
+        number: its place in the vector of all numbers.
+        noise: standard deviation of the noise that blurs it.
+        low: smallest value that was seen.
+        high: largest value that was seen.
+        velocity: whether it is the velocity of a number that follows the action.
+    """
+
+    number: int
+    noise: float
+    low: float
+    high: float
+    velocity: bool
+
+
+def find_blurred(
+    now: NDArray[np.float64],
+    change: NDArray[np.float64],
+    moves: NDArray[np.float64],
+    free: NDArray[np.float64],
+    early: NDArray[np.bool_],
+    places: NDArray[np.int64],
+) -> list[Blurred]:
+    """Of the numbers at the places, the velocities of the moves (N, M) and what the free actions (N, A) drive."""
+    velocities = _velocities(moves, now, now + change, places)
+    driven = _driven(change, free, early, np.setdiff1d(places, velocities))
+    shares = dict.fromkeys(driven, BLUR_OF_DRIVEN) | dict.fromkeys(velocities, BLUR_OF_VELOCITY)
+    columns = [(number, share, now[:, number]) for number, share in sorted(shares.items())]
+    return [
+        Blurred(number, share * float(seen.std()), float(seen.min()), float(seen.max()), number in velocities)
+        for number, share, seen in columns
+    ]
+
+
+def _velocities(
+    moves: NDArray[np.float64], now: NDArray[np.float64], after: NDArray[np.float64], places: NDArray[np.int64]
+) -> list[int]:
+    """Which numbers at the places are the velocity of one of the moves (N, M), by the numbers (N, D) around them."""
+
+    def tells(move: NDArray[np.float64], place: int) -> bool:
+        latest = 1 - proportional(move, after[:, place])[1]
+        return latest <= 1 - VELOCITY and LATEST * latest < 1 - proportional(move, now[:, place])[1]
+
+    return [place for place in places.tolist() if any(tells(move, place) for move in moves.T)]
+
+
+def _driven(
+    change: NDArray[np.float64], actions: NDArray[np.float64], early: NDArray[np.bool_], places: NDArray[np.int64]
+) -> list[int]:
+    """What the actions (N, A) drive, by the changes (N, D), of the numbers at the places."""
+    moving = np.abs(change) > MOVING * np.sqrt(np.square(change).mean(axis=0))
+    places = places[moving[early][:, places].sum(axis=0) >= FIRST_MOVES]
+    found: set[int] = set()
+    for action in actions.T:
+        acts = np.abs(action) > MOVING * np.sqrt(np.square(action).mean())
+        blocked = [place for place in places.tolist() if (~moving[acts, place]).sum() > BLOCKED * acts.sum()]
+        shares = {
+            place: proportional(action[moving[:, place]], change[moving[:, place], place])[1] for place in blocked
+        }
+        found |= {place for place, share in shares.items() if share >= max(DRIVEN, AS_NEAR * max(shares.values()))}
+    return sorted(found)

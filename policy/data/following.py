@@ -1,0 +1,49 @@
+"""Which numbers of an observation follow a number of the action: they change by it times a constant."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+# A number of the observation follows a number of the action if its changes are that number times a constant, to this
+# share of their variance.
+FOLLOWS = 0.9
+# Transitions in which something interferes, such as the end of a joint's range or a contact, are left out of that.
+INTERFERED = 0.05
+# Numbers that are looked at for each action: those that change most like it.
+LIKELY = 5
+# What follows the action does so in the first part of each episode, too, to this share.
+FOLLOWS_EARLY = 0.5
+
+
+def find_followed(
+    change: NDArray[np.float64], actions: NDArray[np.float64], early: NDArray[np.bool_]
+) -> list[tuple[int, int, float]]:
+    """The number, action and gain of each pair of columns (N, D), (N, A) that belongs together, one to one.
+
+    An object that is carried changes as the action says, too, but not where nothing but the robot has moved yet. Of
+    actions that are alike, such as those of two fingers, a number follows the one that explains more of it.
+    """
+    found: dict[int, tuple[float, int, float]] = {}
+    inner = change.T @ actions
+    shares = np.square(inner) / np.maximum(np.square(change).sum(axis=0)[:, None], np.finfo(np.float64).tiny)
+    for action in np.flatnonzero(actions.any(axis=0)).tolist():
+        for number in np.argsort(-shares[:, action])[:LIKELY].tolist():
+            cause, effect = actions[:, action], change[:, number]
+            gain, share = proportional(cause, effect)
+            if share >= FOLLOWS and proportional(cause[early], effect[early])[1] >= FOLLOWS_EARLY:
+                found[number] = max(found.get(number, (0.0, 0, 0.0)), (share, action, gain), key=lambda one: one[0])
+                break
+    return sorted(((number, action, gain) for number, (_, action, gain) in found.items()), key=lambda one: one[1])
+
+
+def proportional(cause: NDArray[np.float64], effect: NDArray[np.float64]) -> tuple[float, float]:
+    """The factor between two columns (N,), and the share of the effect that it explains, where nothing interferes."""
+    kept = np.ones(len(cause), dtype=np.bool_)
+    gain = float(cause @ effect) / max(float(cause @ cause), float(np.finfo(np.float64).tiny))
+    kept[np.argsort(np.abs(effect - gain * cause))[len(cause) - round(INTERFERED * len(cause)) :]] = False
+    cause, effect = cause[kept], effect[kept]
+    total, power = float(effect @ effect), float(cause @ cause)
+    if not (total > 0 and power > 0):
+        return 0.0, 0.0
+    return float(cause @ effect) / power, float(cause @ effect) ** 2 / (power * total)

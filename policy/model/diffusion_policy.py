@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from policy.common.arguments import check_arguments
@@ -218,7 +220,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
     @torch.no_grad()
     def sample_actions(
         self,
-        observations: Observations,
+        observations: Mapping[str, Tensor | NDArray[Any]],
         *,
         ddim_steps: int = Sampler.ddim_steps,
         eta: float = Sampler.eta,
@@ -230,7 +232,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         """Sample one action chunk per row.
 
         Args:
-            observations: (B, obs_horizon, *shape) under each key, in the data's units.
+            observations: (B, obs_horizon, *shape) under each key, in the data's units; tensors or arrays.
             ddim_steps: denoising steps K, within 1..num_steps.
             eta: 0 deterministic given the noise, 1 DDPM.
             spacing: timestep spacing, see `ddim_timesteps`.
@@ -250,7 +252,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
             check_ddim_steps(ddim_steps, self.schedule.num_steps)
         sampler = self.settled(Sampler(ddim_steps=ddim_steps, eta=eta, spacing=spacing, clip=clip))
         course = sampler.cold_course(self.schedule, self.config.objective)
-        embedding = self.embed(observations)
+        embedding = self.embed({key: torch.as_tensor(value) for key, value in observations.items()})
         shape = (len(embedding), self.config.denoised_horizon, self.config.action_dim)
         check_generators(generator, len(embedding))
         if noise is None:

@@ -416,6 +416,8 @@ def test_sampling_is_deterministic_given_the_noise():
     first = policy.sample_actions(observations(), noise=noise)
     assert torch.equal(first, policy.sample_actions(observations(), noise=noise))
     assert torch.equal(first, policy.sample_actions(observations(), generator=seeded(0)))
+    arrays = {key: value.numpy() for key, value in observations().items()}
+    assert torch.equal(first, policy.sample_actions(arrays, noise=noise))
     assert torch.equal(noise, torch.randn(4, 8, 2, generator=seeded(0)))
     assert not torch.equal(first, policy.sample_actions(observations(), noise=-noise))
 

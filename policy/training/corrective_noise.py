@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,15 +14,18 @@ from policy.data.holding import NOTHING
 
 # Share of the windows that get noise, of those in which nothing moves but the robot and what it holds.
 NOISY = 0.8
+# The robot is back after this share of the chunk. A gripper comes down in half a chunk, and a rollout that plans again
+# after as much should not have half of the error left.
+BACK = 0.5
 
 
 class CorrectiveNoise:
-    """Moves the robot in some windows of a batch, and corrects the chunk so that the error is gone at its end.
+    """Moves the robot in some windows of a batch, and corrects the chunk so that the error is gone in the middle of it.
 
     A demonstration shows one way to the goal, and nothing of what to do beside it. An action that is a displacement
     says where to be next, so that the correction of an error is known: the displacement back, here in equal parts over
-    the chunk. (DART, Laskey et al., CoRL 2017, lets the demonstrator correct noise; CCIL, Ke et al., ICLR 2024, learns
-    a model of the dynamics for it.)
+    the first half of the chunk. (DART, Laskey et al., CoRL 2017, lets the demonstrator correct noise; CCIL, Ke et al.,
+    ICLR 2024, learns a model of the dynamics for it.)
 
     The noise is small where a window moves little: robots slow down where it matters that they are exact.
 
@@ -134,10 +138,11 @@ class CorrectiveNoise:
         return (moves / self.reach).square().mean(dim=1).sqrt()
 
     def _corrected(self, actions: Tensor, noise: Tensor) -> Tensor:
-        """Lead the robot back in equal parts over the chunk: actions (N, P, A), noise (N, F)."""
+        """Lead the robot back in equal parts over the first actions of the chunk: actions (N, P, A), noise (N, F)."""
+        first = math.ceil(BACK * (actions.shape[1] - self._past_actions))
         back = torch.zeros_like(actions[:, 0])
-        back[:, self._actions] = noise / (self._gains * (actions.shape[1] - self._past_actions))
-        actions[:, self._past_actions :] -= back[:, None]
+        back[:, self._actions] = noise / (self._gains * first)
+        actions[:, self._past_actions : self._past_actions + first] -= back[:, None]
         return actions.clamp(self._low, self._high)
 
     def _shifted(self, numbers: Tensor, noise: Tensor, held: Tensor) -> Tensor:

@@ -48,7 +48,19 @@ def find_blurred(
     early: NDArray[np.bool_],
     places: NDArray[np.int64],
 ) -> list[Blurred]:
-    """Of the numbers at the places, the velocities of the moves (N, M) and what the free actions (N, A) drive."""
+    """Find the velocities of what moves, and what actions drive that no number follows.
+
+    Args:
+        now: (N, D) numbers at N transitions.
+        change: (N, D) their changes.
+        moves: (N, M) changes of the numbers that follow the action.
+        free: (N, A) the actions that no number follows.
+        early: (N,) whether a transition lies in the first part of its episode.
+        places: of the numbers that are looked at.
+
+    Returns:
+        What is blurred, in the order of the places.
+    """
     velocities = _velocities(moves, now, now + change, places)
     driven = _driven(change, free, early, np.setdiff1d(places, velocities))
     shares = dict.fromkeys(driven, BLUR_OF_DRIVEN) | dict.fromkeys(velocities, BLUR_OF_VELOCITY)

@@ -102,7 +102,18 @@ def find_carried(
 def find_parted(
     numbers: NDArray[Any], held: NDArray[np.int64], things: int, places: Sequence[int], carried: Carried
 ) -> NDArray[np.bool_]:
-    """Whether each number of `carried.apart` goes on to change with the robot while it holds a thing."""
+    """Find whether each number of `carried.apart` goes on to change with the robot while it holds a thing.
+
+    Args:
+        numbers: (N, D) numbers at all transitions, in order.
+        held: (N,) what the robot holds, see `held_at`.
+        things: how many things there are.
+        places: of the numbers that follow the action.
+        carried: what these carry along.
+
+    Returns:
+        (things, len(carried.apart)).
+    """
     parted = np.zeros((things, len(carried.apart)), dtype=np.bool_)
     for thing in range(things):
         rows = np.flatnonzero((held[:-1] == thing + 1) & (held[1:] == thing + 1))

@@ -19,10 +19,18 @@ FOLLOWS_EARLY = 0.5
 def find_followed(
     change: NDArray[np.float64], actions: NDArray[np.float64], early: NDArray[np.bool_]
 ) -> list[tuple[int, int, float]]:
-    """The number, action and gain of each pair of columns (N, D), (N, A) that belongs together, one to one.
+    """Find which numbers follow which action, one to one.
 
     An object that is carried changes as the action says, too, but not where nothing but the robot has moved yet. Of
     actions that are alike, such as those of two fingers, a number follows the one that explains more of it.
+
+    Args:
+        change: (N, D) changes of the numbers in N transitions.
+        actions: (N, A).
+        early: (N,) whether a transition lies in the first part of its episode.
+
+    Returns:
+        The place of the number, the place of the action, and the change for an action of 1, in the order of the actions.
     """
     found: dict[int, tuple[float, int, float]] = {}
     inner = change.T @ actions
@@ -38,7 +46,15 @@ def find_followed(
 
 
 def proportional(cause: NDArray[np.float64], effect: NDArray[np.float64]) -> tuple[float, float]:
-    """The factor between two columns (N,), and the share of the effect that it explains, where nothing interferes."""
+    """Find the factor between two columns, where nothing interferes.
+
+    Args:
+        cause: (N,).
+        effect: (N,).
+
+    Returns:
+        The factor, and the share of the effect that it explains; zeros if nothing moves.
+    """
     kept = np.ones(len(cause), dtype=np.bool_)
     gain = float(cause @ effect) / max(float(cause @ cause), float(np.finfo(np.float64).tiny))
     kept[np.argsort(np.abs(effect - gain * cause))[len(cause) - round(INTERFERED * len(cause)) :]] = False

@@ -30,7 +30,7 @@ def find_followed(
         early: (N,) whether a transition lies in the first part of its episode.
 
     Returns:
-        The place of the number, the place of the action, and the change for an action of 1, in the order of the actions.
+        The place of the number, that of the action, and the change for an action of 1, in the order of the actions.
     """
     found: dict[int, tuple[float, int, float]] = {}
     inner = change.T @ actions

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from policy.data.holding import NOTHING
 from policy.data.relations import angles, directions_of, wrapped
 
 # Another number is carried along if the numbers that follow actions determine it, to this share of its variance in
@@ -116,7 +117,8 @@ def find_parted(
     """
     parted = np.zeros((things, len(carried.apart)), dtype=np.bool_)
     for thing in range(things):
-        rows = np.flatnonzero((held[:-1] == thing + 1) & (held[1:] == thing + 1))
+        holds = held == NOTHING + 1 + thing
+        rows = np.flatnonzero(holds[:-1] & holds[1:])
         change = numbers[rows + 1] - numbers[rows]
         apart = change[:, carried.apart]
         told = change[:, [*places, *carried.numbers]] @ carried.slopes

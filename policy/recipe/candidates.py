@@ -11,6 +11,7 @@ from policy.common.registry import Registry, check_spec
 from policy.diffusion.objective import DEFAULT_OBJECTIVE
 from policy.model.denoisers import DENOISERS
 from policy.model.encoders import ENCODERS
+from policy.training.recovery import NOISE, WEIGHTS
 from policy.training.settings import TrainSettings
 
 # The command line or preset as it is. It is tried first, and wins where recipes are equally good.
@@ -23,7 +24,7 @@ _SMALL: dict[str, Any] = {
     "encoder.hidden_size": 128,
     "encoder.dropout": 0.1,
 }
-_CORRECTIVE: dict[str, Any] = {"train.corrective_noise": 0.3, "train.action_weights": "spread"}
+_CORRECTIVE: dict[str, Any] = {f"train.{name}": value for name, value in {**NOISE, **WEIGHTS}.items()}
 # Each recipe: settings, as on the command line, that replace those of the command line or the preset. Where
 # the budget is too small for all, those that are as fast as others are left out from the end.
 CANDIDATES: dict[str, dict[str, Any]] = {

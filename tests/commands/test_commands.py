@@ -150,7 +150,6 @@ def test_sweep_writes_a_row_per_cell_in_json_csv_and_a_picture(planar_run, run_c
         assert row["episodes"] == 4
         assert row["success_low"] <= row["success_rate"] <= row["success_high"]
         assert row["latency_ms_median"] > 0
-    assert rows[0]["latency_ms_median"] < rows[2]["latency_ms_median"]
     table = list(csv.DictReader((tmp_path / "sweep.csv").open()))
     assert [int(row["ddim_steps"]) for row in table] == [1, 2, 4]
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")

@@ -19,6 +19,8 @@ CARRIED = 0.98
 # Random features of the map to the carried numbers (Rahimi and Recht, NIPS 2007), their scales for inputs of unit
 # variance, of which the best is taken, and the ridge.
 FEATURES, SCALES, RIDGE = 1_000, (0.3, 0.6, 1.2), 1e-4
+# What moves less than this share of what it usually moves, while all else rests, tells nothing of what moves with it.
+STILL = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ def find_carried(
     known = {*places, *cosines, *(place + 1 for place in cosines)}
     learned = max((_learned(now, half, places, scale) for scale in SCALES), key=lambda one: one.shares.sum())
     numbers = [place for place in np.flatnonzero(learned.shares >= CARRIED).tolist() if place not in known]
-    apart, slopes = _apart(change[early][:, [*places, *numbers]], change[early], {*known, *numbers})
+    apart, slopes = _apart(change, [*places, *numbers], early, {*known, *numbers})
     return Carried(
         numbers=numbers,
         center=learned.center,
@@ -127,16 +129,26 @@ def find_parted(
 
 
 def _apart(
-    moves: NDArray[np.float64], change: NDArray[np.float64], known: AbstractSet[int]
+    change: NDArray[np.float64], movers: Sequence[int], early: NDArray[np.bool_], known: AbstractSet[int]
 ) -> tuple[list[int], NDArray[np.float64]]:
-    """The numbers whose changes (N, D) are linear in the moves (N, M), those known left out, and slopes (M, found)."""
-    scale = np.maximum(np.sqrt(np.square(moves).mean(axis=0)), np.finfo(np.float64).tiny)
-    slopes: NDArray[np.float64] = np.linalg.lstsq(moves / scale, change, rcond=1e-3)[0].astype(np.float64)
-    slopes /= scale[:, None]
+    """The numbers whose changes (N, D) are early linear in those of `movers`, those known left out; slopes (M, found).
+
+    A mover that rests early has a slope of 0.
+    """
+    moves, change, usual = change[early][:, movers], change[early], _size(change[:, movers])
+    scale = _size(moves)
+    moving = scale > STILL * usual
+    slopes = np.zeros((len(movers), change.shape[1]))
+    slopes[moving] = np.linalg.lstsq(moves[:, moving] / scale[moving], change, rcond=1e-3)[0] / scale[moving, None]
     left, total = np.square(change - moves @ slopes).sum(axis=0), np.square(change).sum(axis=0)
     linear = (total > 0) & (left <= (1 - CARRIED) * total)
     found = [place for place in np.flatnonzero(linear).tolist() if place not in known]
     return found, slopes[:, found]
+
+
+def _size(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The root of the mean square of each column of (N, D)."""
+    return np.asarray(np.sqrt(np.square(values).mean(axis=0)))
 
 
 def _half_of(episode: NDArray[np.int64]) -> NDArray[np.bool_]:

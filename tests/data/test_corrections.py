@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from policy.data.carrying import find_carried
 from policy.data.corrections import find_corrections
 from policy.data.demonstrations import Demonstrations
 
@@ -195,3 +196,21 @@ def test_a_goal_of_a_few_episodes_is_not_carried(demonstrations, episodes):
         carried = find_corrections(seen, np.array(episodes), ["state"], action_horizon=8).carried
     assert list(carried.numbers) == HAND
     assert list(carried.apart) == APART
+
+
+def test_what_rests_early_moves_nothing_along():
+    """In Meta-World's hammer, two carried numbers had slopes of 1e289: the robot, shown elsewhere, was nan."""
+    rng = np.random.default_rng(0)
+    first = np.linspace(-1, 1, 40) + rng.normal(0, 0.02, (20, 40))
+    other = np.cumsum(rng.normal(0, 0.05, (20, 40)), axis=1)
+    goal = np.repeat(rng.uniform(-1, 1, (20, 1)), 40, axis=1)
+    rests = np.maximum(first, 0)
+    trembles = rests + rng.normal(0, 1e-9, rests.shape)
+    numbers = np.dstack([first, other, rests, rests, trembles, first - other, first - 2 * other - goal])
+    early = np.repeat((np.arange(39) < 8)[None], 20, axis=0).ravel()
+    now, change = numbers[:, :-1].reshape(-1, 7), np.diff(numbers, axis=1).reshape(-1, 7)
+    found = find_carried(now, change, early, np.repeat(np.arange(20), 39), [0, 1])
+    assert (list(found.numbers), list(found.apart)) == ([2, 3, 4, 5], [6])
+    assert not found.slopes[2:5].any()
+    moved = np.array([[0.1, 0.2, 0.1, 0.1, 0.1, -0.1]])
+    np.testing.assert_allclose(moved @ found.slopes, [[-0.3]], atol=1e-9)

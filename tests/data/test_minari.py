@@ -630,7 +630,11 @@ def overwrite_heap(path: Path) -> None:
 
 BAD_DATASETS = {
     "missing": (shutil.rmtree, "no dataset at"),
-    "another folder": (lambda path: (path / "data").rename(path / "date"), "no Minari dataset is there"),
+    "another folder": (lambda path: (path / "data").rename(path / "date"), "no Minari dataset is there .* data/$"),
+    "the folder above": (
+        lambda path: shutil.move(path / "data", path / "toy" / "pick-v0" / "data"),
+        "to the folder that holds data/, such as toy/pick-v0 in it$",
+    ),
     "truncated hdf5": (
         lambda path: cut(path / "data" / "main_data.hdf5"),
         "main_data.hdf5 is not a readable HDF5 file",

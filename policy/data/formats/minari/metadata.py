@@ -20,8 +20,11 @@ def read_metadata(files: Mapping[str, Path]) -> dict[str, Any]:
         ValueError: there is none, or it is damaged.
     """
     if "data/metadata.json" not in files:
+        inner = [name.removesuffix("/data/metadata.json") for name in files if name.endswith("/data/metadata.json")]
+        meant = f", such as {inner[0]} in it" if inner else ""
         raise ValueError(
             "no Minari dataset is there (it has no data/metadata.json): set dataset.path to the folder that holds data/"
+            + meant
         )
     try:
         metadata = json.loads(files["data/metadata.json"].read_text())

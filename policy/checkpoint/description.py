@@ -8,6 +8,7 @@ from typing import Any
 from policy.checkpoint.reading import Checkpoint
 from policy.common.control_rate import stated_rate
 from policy.common.files import distinct_names
+from policy.diffusion.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from policy.diffusion.sampler import Sampler
 
 NOT_STATED = "not stated"
@@ -27,6 +28,9 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
     config, rate = policy.config, stated_rate(training.get("rate_hz"))
     shapes = ", ".join(f"{key} {shape}" for key, shape in config.observation_shapes.items())
     parameters = sum(parameter.numel() for parameter in policy.parameters())
+    objective, settled = OBJECTIVES[config.objective], policy.settled(Sampler()).record()
+    settings = " ".join(f"{name}={value}" for name, value in settled.items() if objective.has(name, value))
+    betas = f", {config.schedule.get('beta_schedule', 'linear')}" if config.objective == DEFAULT_OBJECTIVE else ""
     return {
         "checkpoint": str(checkpoint.path),
         "environment": " ".join(f"{key}={value}" for key, value in env.items()) if env else "none: env=... chooses one",
@@ -40,9 +44,8 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
         "actions": f"({config.action_dim},), in chunks of {config.action_horizon}",
         "policy": f"{parameters / 1e6:.2f} M parameters, encoder {config.encoder['name']}, denoiser"
         f" {config.denoiser['name']}, objective {config.objective}, predicts {config.predicts}",
-        "schedule": f"{policy.schedule.num_steps} timesteps, {config.schedule.get('beta_schedule', 'linear')}",
-        "sampler": " ".join(f"{name}={value}" for name, value in policy.settled(Sampler()).record().items())
-        + f" execution_horizon={checkpoint.execution_horizon}, unless you choose others",
+        "schedule": f"{policy.schedule.num_steps} timesteps{betas}",
+        "sampler": f"{settings} execution_horizon={checkpoint.execution_horizon}, unless you choose others",
         **({"plugins": ", ".join(checkpoint.plugins)} if checkpoint.plugins else {}),
     }
 

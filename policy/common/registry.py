@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from policy.common.arguments import check_arguments, settings_of, unknown_name
@@ -63,9 +63,14 @@ class Registry(Mapping[str, T], Generic[T]):
             raise self.unknown(name)
         return self._parts[name]
 
-    def unknown(self, name: str) -> ValueError:
-        """Build the error for a name that no part has."""
-        error = unknown_name(self.kind, name, self._parts)
+    def unknown(self, name: str, allowed: Iterable[str] | None = None) -> ValueError:
+        """Build the error for a name that no part has.
+
+        Args:
+            name: the unknown name.
+            allowed: the names that are allowed, those of the registry by default.
+        """
+        error = unknown_name(self.kind, name, self._parts if allowed is None else allowed)
         return ValueError(f"{error}; to use your own {self.kind}, add plugins=[the module that registers it]")
 
     def __getitem__(self, name: str) -> T:

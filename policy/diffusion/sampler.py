@@ -64,8 +64,8 @@ class Sampler:
             raise ValueError(
                 f"sampler.warm_start must be above 0 and at most 1, or null to begin from noise; got {self.warm_start}"
             )
-        if not any(self.solver in objective.solvers for objective in OBJECTIVES.values()):
-            raise SOLVERS.unknown(self.solver)
+        if self.solver not in (solvers := [name for one in OBJECTIVES.values() for name in one.solvers]):
+            raise SOLVERS.unknown(self.solver, solvers)
         check_noiseless(self.solver, self.eta)
         if not 0 < self.start <= 1:
             raise ValueError(f"sampler.start must be above 0 and at most 1; got {self.start}")

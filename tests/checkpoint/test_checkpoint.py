@@ -16,6 +16,7 @@ from policy.checkpoint import (
     SaveError,
     choose_env,
     describe_best,
+    describe_checkpoint,
     files,
     is_checkpoint,
     keep_checkpoint,
@@ -508,3 +509,25 @@ def test_the_end_of_a_training_names_the_checkpoint_that_is_kept_as_the_best_and
         f"best: step 8,000, {solved}, kept in {kept}; the last: step 9,000, rollout success 50% (of 50 episodes)"
     )
     assert said(9500).endswith("the last: step 9,500, without a measurement")
+
+
+@pytest.mark.parametrize(
+    ("objective", "schedule", "sampler"),
+    [
+        (
+            "diffusion",
+            "20 timesteps, squaredcos_cap_v2",
+            "ddim_steps=8 eta=0.0 spacing=trailing clip=1.0 warm_start=None",
+        ),
+        ("flow", "20 timesteps", "ddim_steps=8 spacing=trailing clip=1.0 warm_start=None solver=euler"),
+        ("regression", "20 timesteps", "ddim_steps=1 clip=1.0 solver=one_call"),
+        ("mip", "20 timesteps", "ddim_steps=2 clip=1.0 solver=two_calls"),
+    ],
+)
+def test_a_description_names_the_settings_that_the_objective_has(
+    demonstrations, tmp_path, objective, schedule, sampler
+):
+    run = new_run(demonstrations, dataclasses.replace(CONFIG, objective=objective))
+    described = describe_checkpoint(load_checkpoint(save(tmp_path / "checkpoint", run)))
+    assert described["schedule"] == schedule
+    assert described["sampler"] == f"{sampler} execution_horizon=5, unless you choose others"

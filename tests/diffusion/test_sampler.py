@@ -28,6 +28,7 @@ from policy.diffusion.schedule import make_schedule
         ({"noise_scale": float("nan")}, "noise_scale must be 0 or more"),
         ({"solver": "dpmpp_2m", "eta": 0.5}, r"solver=dpmpp_2m adds no noise, .* got 0.5: .* use sampler.solver=ddim"),
         ({"solver": "dimm"}, r"unknown solver 'dimm' \(did you mean 'ddim'\?\); allowed: .*plugins="),
+        ({"solver": "eulr"}, r"'eulr' \(did you mean 'euler'\?\); allowed: ddim, dpmpp_2m, euler, one_call, two_calls"),
     ],
 )
 def test_a_sampler_refuses_values_out_of_range(settings, message):

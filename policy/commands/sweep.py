@@ -295,7 +295,8 @@ def publish(
     rows, advice = conclusion.rows, conclusion.advice
     files = write_files(folder, rows, conclusion.episodes, conclusion.summary)
     print(format_table(rows))
-    print("\n".join([conclusion.answer, *(compared["sentence"] for compared in conclusion.between)]))
+    between = [*(one["sentence"] for one in conclusion.between), conclusion.scope] if conclusion.between else []
+    print("\n".join([conclusion.answer, *between]))
     for warning in conclusion.found:  # the others were given before the run
         print(f"warning: {warning}")
     clips = record(conclusion.shown)

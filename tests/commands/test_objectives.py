@@ -29,6 +29,7 @@ def test_all_objectives_are_trained_rolled_out_and_swept_together(planar_run, ru
     assert cells == [("diffusion", 1), ("diffusion", 4), ("flow", 1), ("flow", 4), ("regression", 1), ("mip", 2)]
     verdicts = [row for row in found["between_checkpoints"] if "verdict" in row]
     assert len(verdicts) == 4
+    assert "what another training seed would change is left out" in done.stdout
     page = (swept / "report.html").read_text()
     assert all(row["sentence"] in page for row in verdicts)
     assert "A line across: a policy that takes a fixed number of calls" in page

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from policy import DiffusionPolicy
+from policy.statistics.paired import compare_success
 from policy.statistics.results import EpisodeResult
 from policy.statistics.superiority import superiority
 from policy.sweep.conclusion import Swept, conclude
@@ -109,6 +110,15 @@ def test_the_report_says_whether_diffusion_beats_its_control(regression, verdict
     assert "with 95 % for all 2 cells together" in found["sentence"]
     (later,) = against_controls(rows, success, 0.05, paired=False, looks=6)
     assert later["difference_low"] < found["difference_low"]
+
+
+@pytest.mark.parametrize(("cells", "looks"), [(1, 1), (4, 1), (4, 3)])
+def test_the_intervals_of_all_cells_and_looks_hold_together(cells, looks):
+    others = [("diffusion", steps, 300) for steps in range(1, cells)]
+    rows, success = rows_of(*others, ("diffusion", 8, 350), ("regression", 1, 300))
+    (found,) = against_controls(rows, success, 0.05, paired=False, looks=looks)
+    alone = compare_success([success[-1][0], success[-2][0]], 0, 1 - 0.05 / (cells * looks), paired=False)[1]
+    assert (found["difference_low"], found["difference_high"]) == (alone.low, alone.high)
 
 
 def test_each_curve_is_compared_with_each_control():

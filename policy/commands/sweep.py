@@ -21,6 +21,7 @@ from policy.commands.stage import (
 )
 from policy.common.errors import SaveError
 from policy.common.output import output_folder
+from policy.diffusion.sampler import Sampler
 from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS
 from policy.rollout.cells import controllers_of
 from policy.rollout.episodes import MakeEnv
@@ -30,7 +31,16 @@ from policy.rollout.watch import ENV_PATIENCE, helpers_ended, watched
 from policy.statistics.results import EpisodeResult
 from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, telling_seeds, title_of
 from policy.sweep.facts import facts_of
-from policy.sweep.grid import Row, SweepCell, fixed_calls, ids_of, make_cells, with_backends
+from policy.sweep.grid import (
+    Row,
+    SweepCell,
+    axis_values,
+    fixed_calls,
+    ids_of,
+    make_cells,
+    repeats_of_ddim,
+    with_backends,
+)
 from policy.sweep.live import LivePage, live_page
 from policy.sweep.looks import LEDGER, LookPlan, counted_results, planned_looks
 from policy.sweep.merging import read_swept
@@ -157,7 +167,8 @@ def sweep(
         backend=backend,
         weights=weights,
     )
-    for said in fixed_calls(stage.checkpoints):
+    solvers = axis_values("sampler.solver", (sampler or {}).get("solver", Sampler.solver))
+    for said in (*fixed_calls(stage.checkpoints), *repeats_of_ddim(axis_values("ddim_steps", ddim_steps), solvers)):
         print(said)
     if videos is not None and not 0 <= videos <= episodes:
         raise ValueError(f"videos must be within 0..{episodes} (the episodes); got {videos}")

@@ -27,6 +27,7 @@ from policy.common.torchrun import World, joined_world, peers_needed
 from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.data.symmetry import check_symmetry
+from policy.diffusion.objective import DEFAULT_OBJECTIVE
 from policy.diffusion.sampler import Sampler
 from policy.model.config import PolicyConfig, PolicySettings
 from policy.model.diffusion_policy import DiffusionPolicy
@@ -253,7 +254,8 @@ def _say_end(
         print(describe_recoveries(recovered, record.training, run.state.history))
     print(f"checkpoint: {record.folder}" + (f"   tracked: {tracked}" if tracked else ""))
     print(f"page: {record.folder.parent / PAGE}")
-    for row in expected:
+    # The figures of presets are of diffusion.
+    for row in expected if run.state.policy.config.objective == DEFAULT_OBJECTIVE else ():
         print("the preset, as it is, reaches: " + ", ".join(f"{name}={value:g}" for name, value in row.items()))
     if record.env is None:
         print("no environment is known, so there is nothing to roll out in: env=... of ddim-rollout chooses one")

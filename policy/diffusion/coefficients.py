@@ -39,6 +39,11 @@ SOLVERS: Registry[Solver] = Registry(
 NOISELESS = ("dpmpp_2m",)
 
 
+def takes_steps_of_ddim(solver: str, ddim_steps: int) -> bool:
+    """Whether another solver is `ddim`, to the bit, with so few steps; see `dpmpp_2m_coefficients`."""
+    return solver == "dpmpp_2m" and ddim_steps <= 2
+
+
 def check_noiseless(solver: str, eta: float) -> None:
     """Reject noise for a solver that adds none.
 

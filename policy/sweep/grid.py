@@ -12,6 +12,7 @@ from typing import Any
 from policy.checkpoint import Checkpoint
 from policy.common.arguments import check_arguments, unknown_name
 from policy.control.timeline import ControllerSettings
+from policy.diffusion.coefficients import takes_steps_of_ddim
 from policy.diffusion.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from policy.diffusion.sampler import LATER_SETTINGS, Sampler
 from policy.inference.backends import (
@@ -116,7 +117,8 @@ def make_cells(
 
     Returns:
         The cells; `ddim_steps` changes fastest. A checkpoint whose objective does not have a setting of the sampler has
-        no such axis: with a fixed number of calls, it has one cell where others have a cell for each number of steps.
+        no such axis: with a fixed number of calls, it has one cell where others have a cell for each number of steps. A
+        solver that is `ddim` with few steps has no cell there beside that of `ddim`.
 
     Raises:
         ValueError: an axis that is empty, repeats a value or holds one that does not fit any checkpoint; an unknown
@@ -145,7 +147,8 @@ def make_cells(
         for settings in _combinations(axes, checkpoint.policy.config.objective)
     ]
     check_distinct(cells)
-    return cells
+    every = [one.cell for one in cells]
+    return [one for one in cells if not _repeats_ddim(one.cell, every)]
 
 
 def _combinations(axes: Mapping[str, Sequence[Any]], objective: str) -> list[Row]:
@@ -156,6 +159,15 @@ def _combinations(axes: Mapping[str, Sequence[Any]], objective: str) -> list[Row
     }
     own = {name: values for name, values in own.items() if values}
     return [dict(zip(own, values, strict=True)) for values in itertools.product(*own.values())]
+
+
+def _repeats_ddim(cell: Cell, cells: Sequence[Cell]) -> bool:
+    """Whether a cell of another solver takes the steps of one with `ddim` that is there as well."""
+    sampler = cell.sampler
+    return (
+        takes_steps_of_ddim(sampler.solver, sampler.ddim_steps)
+        and dataclasses.replace(cell, sampler=dataclasses.replace(sampler, solver="ddim")) in cells
+    )
 
 
 def _check_one_has(axes: Mapping[str, Sequence[Any]], objectives: Sequence[str]) -> None:
@@ -169,6 +181,16 @@ def _check_one_has(axes: Mapping[str, Sequence[Any]], objectives: Sequence[str])
             if not any(OBJECTIVES[objective].has(name, value) for objective in objectives):
                 alone = Sampler(**check_arguments("sampler", Sampler, {name: value}))
                 alone.settled(objectives[0], num_steps=alone.ddim_steps)
+
+
+def repeats_of_ddim(ddim_steps: Sequence[int], solvers: Sequence[str]) -> list[str]:
+    """Say of each solver with how many steps it has no cell, because it would be that of `ddim` again."""
+    same = {solver: [str(steps) for steps in ddim_steps if takes_steps_of_ddim(solver, steps)] for solver in solvers}
+    return [
+        f"{solver} with ddim_steps=[{','.join(steps)}] is ddim, to the bit: it has no cells of its own there"
+        for solver, steps in same.items()
+        if steps and "ddim" in solvers
+    ]
 
 
 def fixed_calls(checkpoints: Sequence[Checkpoint]) -> list[str]:

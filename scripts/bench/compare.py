@@ -31,13 +31,14 @@ from typing import Any
 import numpy as np
 
 from policy.common.arguments import unknown_name
-from policy.diffusion.coefficients import SOLVERS
+from policy.diffusion.coefficients import SOLVERS, takes_steps_of_ddim
 from policy.diffusion.objective import DEFAULT_OBJECTIVE, OBJECTIVES, check_objective
 from policy.statistics.intervals import wilson_interval
 from policy.statistics.recipes import recipe_interval
 from policy.statistics.results import EpisodeResult
 from policy.sweep.comparison import Comparison
 from policy.sweep.controls import against_controls
+from policy.sweep.grid import repeats_of_ddim
 from policy.sweep.recipes import scope_of
 from scripts.bench.finished import FINISHED, finished_rows, write_rows
 from scripts.bench.report import machine, write_report
@@ -76,8 +77,6 @@ OWN_SETTINGS = {
     "seed": "seeds=[...]",
     "output_dir": "no folder, it is outputs/compare",
 }
-# With up to this number of steps the solver is `ddim`, to the bit; see `dpmpp_2m_coefficients`.
-SAME_AS_DDIM = {"dpmpp_2m": 2}
 MARGIN = 0.05
 ONE_SEED = "These are intervals of single checkpoints: seeds=[0,1,2] takes in what another training seed would change."
 
@@ -266,22 +265,14 @@ def _sweeps(request: Request, objective: str, folder: Path) -> list[list[str]]:
 
 def _own_steps(request: Request, solver: str) -> list[int]:
     """The numbers of steps at which a solver of diffusion has a cell: not where it would be that of `ddim` again."""
-    return [steps for steps in request.ddim_steps if "ddim" not in request.solvers or not _is_ddim(solver, steps)]
-
-
-def _is_ddim(solver: str, ddim_steps: int) -> bool:
-    return ddim_steps <= SAME_AS_DDIM.get(solver, 0)
+    return [
+        steps for steps in request.ddim_steps if "ddim" not in request.solvers or not takes_steps_of_ddim(solver, steps)
+    ]
 
 
 def _same_cells(request: Request) -> list[str]:
     """Say which solvers have no cell of their own at which numbers of steps."""
-    solvers = request.solvers if DEFAULT_OBJECTIVE in request.objectives else ()
-    same = {solver: [s for s in request.ddim_steps if s not in _own_steps(request, solver)] for solver in solvers}
-    return [
-        f"{solver} with ddim_steps=[{','.join(map(str, steps))}] is ddim, to the bit: it has no cells of its own there"
-        for solver, steps in same.items()
-        if steps
-    ]
+    return repeats_of_ddim(request.ddim_steps, request.solvers if DEFAULT_OBJECTIVE in request.objectives else ())
 
 
 def _collect(request: Request, units: Sequence[Unit]) -> None:
@@ -301,7 +292,7 @@ def _done(folder: Path | None, trained: Trained) -> None:
 
 def _kept(folder: Path | None, name: str) -> list[Row]:
     """The kept rows of a finished training, without the cells that are those of `ddim` again, which old files have."""
-    return [row for row in finished_rows(folder, name) if not _is_ddim(row["solver"], row["ddim_steps"])]
+    return [row for row in finished_rows(folder, name) if not takes_steps_of_ddim(row["solver"], row["ddim_steps"])]
 
 
 def rows_of(trained: Trained) -> list[Row]:

@@ -91,6 +91,11 @@ def test_training_says_what_its_episodes_were_made_of_and_what_makes_it_faster(
         out = run_command("train", "experiment=planar", *settings, f"output_dir={tmp_path / str(fast)}").stdout
         assert "training windows from 76 episodes, made of 38 by relabelling (2 held out)" in out
         assert ("train.precision=bfloat16 is probably faster" in out) == fast
+    assert "the preset, as it is, reaches: ddim_steps=8, success_rate=1" in out
+    controlled = run_command(
+        "train", "experiment=planar", "objective=mip", *settings, f"output_dir={tmp_path / 'mip'}"
+    ).stdout
+    assert "the preset, as it is, reaches" not in controlled  # its figures are of diffusion
 
 
 def test_rollout_writes_one_entry_per_seed_and_videos(planar_run, console, tmp_path):

@@ -10,7 +10,7 @@ from policy.statistics.results import EpisodeResult
 from policy.statistics.superiority import superiority
 from policy.sweep.conclusion import Swept, conclude
 from policy.sweep.controls import against_controls
-from policy.sweep.grid import fixed_calls, label_of, make_cells, varying
+from policy.sweep.grid import fixed_calls, label_of, make_cells, repeats_of_ddim, varying
 from policy.sweep.panels import facets_of, marks_of
 from policy.sweep.plot import draw_rows
 from tests.sweep.test_conclusion import row
@@ -45,6 +45,22 @@ def test_a_control_has_one_cell_whatever_the_steps():
     assert said == [
         "a policy with objective=mip always takes 2 calls of its network: it is one cell for all ddim_steps"
     ]
+
+
+def test_a_solver_has_no_cell_where_it_would_be_that_of_ddim_again():
+    axes = {"ddim_steps": [1, 2, 3], "sampler": {"solver": ["ddim", "dpmpp_2m"], "start": [1.0, 0.5]}}
+    cells = [cell[:3] for cell in cells_of("diffusion", "flow", **axes)]
+    assert cells == [
+        *(("diffusion", steps, "ddim") for _ in range(2) for steps in (1, 2, 3)),
+        *(("diffusion", 3, "dpmpp_2m") for _ in range(2)),
+        *(("flow", steps, "euler") for _ in range(2) for steps in (1, 2, 3)),
+    ]
+    alone = cells_of("diffusion", ddim_steps=[1, 3], sampler={"solver": "dpmpp_2m"})
+    assert [cell[1:3] for cell in alone] == [(1, "dpmpp_2m"), (3, "dpmpp_2m")]
+    assert repeats_of_ddim([1, 2, 3], ["dpmpp_2m", "ddim"]) == [
+        "dpmpp_2m with ddim_steps=[1,2] is ddim, to the bit: it has no cells of its own there"
+    ]
+    assert repeats_of_ddim([1, 2, 3], ["dpmpp_2m"]) == repeats_of_ddim([3], ["ddim", "dpmpp_2m"]) == []
 
 
 def test_an_axis_is_one_of_those_checkpoints_that_have_it():

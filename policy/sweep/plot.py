@@ -79,6 +79,7 @@ def draw_rows(rows: Sequence[Row], *, margin: float = 0.05, chosen: int | None =
     figure.draw_without_rendering()  # places the labels
     for axes in figure.axes:
         _stagger(axes)
+        _part_notes(axes)
     return figure
 
 
@@ -147,3 +148,15 @@ def _stagger(axes: Any) -> None:
             continue
         ends[line : line + 1] = [box.x1 + GAP * box.height]
         tick.set_pad(tick.get_pad() + line * SPACING * tick.label1.get_size())
+
+
+def _part_notes(axes: Any) -> None:
+    """Move each note up until it touches none before it, as those of several points below the axis would."""
+    placed: list[Any] = []
+    for note in axes.texts:
+        box = note.get_window_extent()
+        while any(box.overlaps(other) for other in placed):
+            x, y = note.xyann
+            note.xyann = (x, y + note.get_size())
+            box = note.get_window_extent()
+        placed.append(box)

@@ -415,6 +415,20 @@ def labels_of(axes):
         yield [label for label in labels if label.get_visible() and label.get_text()]
 
 
+def test_notes_of_points_below_the_axis_do_not_overlap():
+    differences = {0.0: 0.0, 0.25: -0.6, 0.5: -0.62, 0.75: -0.7, 1.0: -0.72}
+    rows = [
+        row(k, eta=eta, difference=gap, difference_low=gap - 0.02, difference_high=gap + 0.02)
+        for eta, gap in differences.items()
+        for k in (1, 2, 8)
+    ]
+    figure = draw_rows(rows)
+    notes = [note for note in figure.axes[1].texts if note.get_text()[:1] in "+-"]
+    assert sorted(note.get_text() for note in notes) == sorted(["-60", "-62", "-70", "-72"] * 3)
+    for one, other in itertools.combinations(figure.axes[1].texts, 2):
+        assert not one.get_window_extent().overlaps(other.get_window_extent()), (one, other)
+
+
 @pytest.mark.parametrize(
     ("steps", "latency"),
     [

@@ -155,6 +155,7 @@ def test_sweep_writes_a_row_per_cell_in_json_csv_and_a_picture(planar_run, run_c
         assert row["episodes"] == 4
         assert row["success_low"] <= row["success_rate"] <= row["success_high"]
         assert row["latency_ms_median"] > 0
+    assert 0 < rows[0]["multiply_adds"] < rows[1]["multiply_adds"] < rows[2]["multiply_adds"]
     table = list(csv.DictReader((tmp_path / "sweep.csv").open()))
     assert [int(row["ddim_steps"]) for row in table] == [1, 2, 4]
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")

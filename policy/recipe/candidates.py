@@ -32,7 +32,11 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "few_demonstrations": {**_RELATIONS, **_SMALL, **_CORRECTIVE},
     "relations": _RELATIONS,
     "dropout": {"denoiser.dropout": 0.1},
-    "corrective": {**_RELATIONS, "denoiser.dropout": 0.1, "encoder.dropout": 0.1, **_CORRECTIVE},
+    "corrective": {
+        **_RELATIONS,
+        **{"denoiser.dropout": 0.1, "encoder.dropout": 0.1, "encoder.skip": True},
+        **_CORRECTIVE,
+    },
     "regularised": {"denoiser.dropout": 0.3, "encoder.noise": 0.02, "train.weight_decay": 0.1},
     "velocity": {"prediction_type": "v_prediction", "denoiser.dropout": 0.1},
     "narrow": {"denoiser.hidden_size": 128, "denoiser.num_layers": 3, "encoder.noise": 0.02},

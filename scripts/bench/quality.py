@@ -70,6 +70,7 @@ KEPT: list[tuple[str, Mapping[str, str]]] = [
     ("metaworld_image", {}),
     ("metaworld_mt50", {}),
     ("ocbench", {}),
+    ("ocbench", {"train.precision": "bfloat16"}),
 ]
 # The tasks of `metaworld_image`: two medium, two hard and one very hard.
 IMAGE_TASKS = ("assembly-v3", "basketball-v3", "peg-insert-side-v3", "pick-place-v3", "stick-push-v3")

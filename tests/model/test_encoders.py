@@ -132,6 +132,19 @@ def test_the_state_encoder_is_the_one_that_older_checkpoints_hold():
     assert torch.equal(embedding, leave(functional.dropout(functional.silu(enter(x)), 0.3)))
 
 
+def test_the_skip_connection_adds_a_linear_map_of_what_the_network_sees():
+    given = observations(shapes={"a": (5,), "b": (3,)})
+    encoder = make("state", {"b": (3,), "a": (5,)}, noise=0.1, dropout=0.3, skip=True)
+    assert encoder.skip.weight.shape == (287, 16)
+    torch.manual_seed(1)
+    embedding = encoder(given)
+    torch.manual_seed(1)
+    x = torch.cat([given["a"].flatten(1), given["b"].flatten(1)], dim=1)
+    x = x + 0.1 * torch.randn(4, 16)
+    expected = encoder.layers(x) + functional.linear(x, encoder.skip.weight, encoder.skip.bias)
+    assert torch.equal(embedding, expected)
+
+
 @pytest.mark.parametrize("shape", [(96, 96, 3), (4, 4), ()])
 def test_the_state_encoder_names_the_way_out_for_an_image(shape):
     with pytest.raises(

@@ -10,7 +10,7 @@ from policy.model.encoders.parts import check_noise, check_vectors, final_mlp, j
 
 
 class StateEncoder(nn.Module):
-    """An MLP over the flattened history of all state vectors.
+    """An MLP over the flattened history of all state vectors, and on request a linear layer beside it.
 
     Args:
         shapes: shape of one observation under each key, without batch and time.
@@ -20,6 +20,8 @@ class StateEncoder(nn.Module):
         noise: standard deviation of the Gaussian noise added to the normalised observations in training, so that
             states near the demonstrated ones lead to the same actions.
         dropout: dropout probability of the hidden layer.
+        skip: add a linear map of the history to the embedding, past the hidden layer and its dropout (a skip
+            connection): exact numbers, such as small distances, then reach the denoiser as they are.
 
     Raises:
         ValueError: an observation that is not a vector (an image, for instance), or a setting out of range.
@@ -34,6 +36,7 @@ class StateEncoder(nn.Module):
         hidden_size: int = 256,
         noise: float = 0.0,
         dropout: float = 0.0,
+        skip: bool = False,
     ) -> None:
         super().__init__()
         check_vectors("state", shapes)
@@ -42,6 +45,7 @@ class StateEncoder(nn.Module):
         self.noise = noise
         width = obs_horizon * sum(shape[0] for shape in shapes.values())
         self.layers = final_mlp(width, hidden_size, obs_size, dropout)
+        self.skip = nn.Linear(width, obs_size) if skip else None
 
     def forward(self, observations: Mapping[str, Tensor]) -> Tensor:
         """Embed normalised observations.
@@ -52,4 +56,6 @@ class StateEncoder(nn.Module):
         Returns:
             (B, obs_size).
         """
-        return self.layers(join_vectors(observations, self.keys, self.noise if self.training else 0.0))
+        x = join_vectors(observations, self.keys, self.noise if self.training else 0.0)
+        embedded: Tensor = self.layers(x)
+        return embedded if self.skip is None else embedded + self.skip(x)

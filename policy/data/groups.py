@@ -45,6 +45,11 @@ class Groups:
         return int(self._firsts[-1])
 
     @property
+    def windows(self) -> int:
+        """The mean number of windows in a group, rounded down: less than `length` where episodes are short."""
+        return max(1, int((self._ends - self._starts).sum()) // len(self))
+
+    @property
     def rows(self) -> int:
         """The most transitions whose frames are in a group."""
         return self.length + self._before

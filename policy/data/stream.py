@@ -166,7 +166,7 @@ def decoded_groups(
         ValueError: there is not enough memory for them.
     """
     # A batch holds windows of the groups that are mixed there, and of those that have taken their places by its end.
-    slots = groups.spread + 2 + AHEAD * (batch_size // groups.length + 1)
+    slots = groups.spread + 2 + AHEAD * (batch_size // groups.windows + 1)
     needed = slots * groups.rows * sum(values.row_bytes for values in frames.values())
     if needed > free_memory():
         raise ValueError(

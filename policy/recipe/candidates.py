@@ -34,7 +34,9 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "dropout": {"denoiser.dropout": 0.1},
     "corrective": {
         **_RELATIONS,
-        **{"denoiser.dropout": 0.1, "encoder.dropout": 0.1, "encoder.skip": True},
+        "denoiser.dropout": 0.1,
+        "encoder.dropout": 0.1,
+        "encoder.skip": True,
         **_CORRECTIVE,
     },
     "regularised": {"denoiser.dropout": 0.3, "encoder.noise": 0.02, "train.weight_decay": 0.1},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -51,6 +52,8 @@ SETTINGS_OF_BEFORE = {
     "corrective_noise": 0.0,
     "action_weights": "equal",
 }
+# The first schema whose state encoders have a skip connection unless they say otherwise.
+SKIP_SINCE = 3
 # How often a checkpoint is read if it is replaced meanwhile; a reading takes a fraction of the time between two saves.
 MOST_READINGS = 10
 # Training settings, and facts for readers, that change no weight, so that a run may go on with others.
@@ -198,7 +201,7 @@ def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]
     with refusing(path / CONFIG):
         # Policy settings that are newer than the checkpoint had the values that are now their defaults.
         before = {
-            "policy": config_to_json(config_from_json(was["policy"])),
+            "policy": config_to_json(_policy_config(opened, was["policy"])),
             "training": {**SETTINGS_OF_BEFORE, **was["training"]},
         }
         changes: dict[str, Any] = {}
@@ -207,7 +210,7 @@ def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]
             then, after = _as_json(before[part]), _as_json(now[part])
             differ = {key: then[key] for key in sorted(then.keys() & after.keys()) if then[key] != after[key]}
             changes |= differ
-            if changed := [key for key in differ if not _may_change(key, then, after)]:
+            if changed := [_was(key, then[key], after[key]) for key in differ if not _may_change(key, then, after)]:
                 raise ValueError(
                     f"{path} was trained with other settings ({part}: {', '.join(changed)}): to go on, give the same"
                     " settings; to start anew, choose another output_dir="
@@ -235,6 +238,8 @@ def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]
 
 def _policy_config(opened: Folder, data: Mapping[str, Any]) -> PolicyConfig:
     config = config_from_json(data)
+    if opened.config["schema_version"] < SKIP_SINCE and config.encoder.get("name") == "state":
+        config = dataclasses.replace(config, encoder={"skip": False, **config.encoder})
     for registry, spec in ((ENCODERS, config.encoder), (DENOISERS, config.denoiser)):
         _check_part(opened, registry, spec.get("name"))
     num_steps = config.schedule.get("num_steps", 0)
@@ -248,6 +253,18 @@ def _policy_config(opened: Folder, data: Mapping[str, Any]) -> PolicyConfig:
 def _plugins(opened: Folder) -> tuple[str, ...]:
     noted = opened.config.get("plugins")
     return tuple(map(str, noted)) if isinstance(noted, list) else ()
+
+
+def _was(name: str, then: Any, now: Any) -> str:
+    """Say what a setting was; of one with settings of its own, only those that differ.
+
+    >>> _was("encoder", {"name": "state", "skip": False}, {"name": "state", "noise": 0.1})
+    'encoder.noise was null, encoder.skip was false'
+    """
+    if isinstance(then, dict) and isinstance(now, dict):
+        inner = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+        return ", ".join(_was(f"{name}.{key}", then.get(key), now.get(key)) for key in inner)
+    return f"{name} was {json.dumps(then)}"
 
 
 def _may_change(key: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

@@ -36,7 +36,6 @@ CANDIDATES: dict[str, dict[str, Any]] = {
         **_RELATIONS,
         "denoiser.dropout": 0.1,
         "encoder.dropout": 0.1,
-        "encoder.skip": True,
         **_CORRECTIVE,
     },
     "regularised": {"denoiser.dropout": 0.3, "encoder.noise": 0.02, "train.weight_decay": 0.1},

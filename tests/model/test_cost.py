@@ -14,7 +14,7 @@ from policy.model.diffusion_policy import zero_observations
 from tests.inference.cases import DENOISER_SIZES
 
 HORIZON, ACTION, WIDTH, OBS = 8, 2, 32, 24
-ENCODER = 2 * 5 * 64 + 64 * OBS  # two observations of five numbers, one hidden layer
+ENCODER = 2 * 5 * 64 + 64 * OBS + 2 * 5 * OBS  # two observations of five numbers, one hidden layer, and a skip past it
 
 
 def make(name, **sizes):

@@ -117,7 +117,7 @@ def test_noise_of_training_moves_the_vectors_by_its_standard_deviation(name, sha
 
 def test_the_state_encoder_is_the_one_that_older_checkpoints_hold():
     """Names of the weights, the draws that make them and the draws of training: worked out from torch alone."""
-    encoder = make("state", {"b": (3,), "a": (5,)}, noise=0.1, dropout=0.3)
+    encoder = make("state", {"b": (3,), "a": (5,)}, noise=0.1, dropout=0.3, skip=False)
     torch.manual_seed(0)
     enter, leave = nn.Linear(16, 256), nn.Linear(256, 287)
     expected = {f"layers.{i}.{n}": p for i, part in ((0, enter), (3, leave)) for n, p in part.named_parameters()}
@@ -134,7 +134,7 @@ def test_the_state_encoder_is_the_one_that_older_checkpoints_hold():
 
 def test_the_skip_connection_adds_a_linear_map_of_what_the_network_sees():
     given = observations(shapes={"a": (5,), "b": (3,)})
-    encoder = make("state", {"b": (3,), "a": (5,)}, noise=0.1, dropout=0.3, skip=True)
+    encoder = make("state", {"b": (3,), "a": (5,)}, noise=0.1, dropout=0.3)
     assert encoder.skip.weight.shape == (287, 16)
     torch.manual_seed(1)
     embedding = encoder(given)

@@ -1,5 +1,6 @@
 """Checkpoints through time and trouble: older schemas, kept ones, kills and full disks."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -79,7 +80,7 @@ def test_a_golden_checkpoint_resumes(golden):
     assert [entry["step"] for entry in state.history] == [20, 40, 60]
     assert torch.equal(state.ema.denoiser.leave.weight, loaded.policy.denoiser.leave.weight)
     assert not torch.equal(state.policy.denoiser.leave.weight, loaded.policy.denoiser.leave.weight)
-    with pytest.raises(ValueError, match=r"other settings \(training: learning_rate\)"):
+    with pytest.raises(ValueError, match=r"other settings \(training: learning_rate was 0.001\)"):
         resume_training(golden, state, {**loaded.training, "learning_rate": 1.0})
 
 
@@ -90,8 +91,19 @@ def test_a_checkpoint_without_a_setting_of_today_resumes_with_what_was_done_befo
     resume_training(golden, state, {**vars(TrainSettings()), **loaded.training})
     assert state.step == 60
     assert "precision" not in loaded.training
-    with pytest.raises(ValueError, match=r"other settings \(training: precision\)"):
+    with pytest.raises(ValueError, match=r'other settings \(training: precision was "float32"\)'):
         resume_training(golden, state, {**loaded.training, "precision": "bfloat16"})
+
+
+@pytest.mark.parametrize("golden", GOLDEN[:2], ids=lambda path: path.name)
+def test_a_run_of_before_the_skip_connection_goes_on_without_it_alone(golden):
+    loaded = load_checkpoint(golden)
+    assert loaded.policy.encoder.skip is None
+    encoder = {name: value for name, value in loaded.policy.config.encoder.items() if name != "skip"}
+    state = new_state_of(loaded, dataclasses.replace(loaded.policy.config, encoder=encoder))
+    assert state.policy.encoder.skip is not None
+    with pytest.raises(ValueError, match=r"other settings \(policy: encoder\.skip was false\): to go on, give the same"):
+        resume_training(golden, state, loaded.training)
 
 
 def test_every_setting_that_the_first_schema_did_not_note_has_a_value_of_before():
@@ -100,12 +112,12 @@ def test_every_setting_that_the_first_schema_did_not_note_has_a_value_of_before(
     assert vars(TrainSettings()).keys() - noted - {"on_bad_loss"} <= SETTINGS_OF_BEFORE.keys()
 
 
-def new_state_of(loaded):
+def new_state_of(loaded, config=None):
     states = np.zeros((20, 4), dtype=np.float32)
     data = Demonstrations(
         observations={"state": states}, actions=states[:, :2], episode_ends=np.array([8, 20], dtype=np.int64)
     )
-    return prepare_run(loaded.policy.config, data, TrainSettings(), seed=0, device="cpu").state
+    return prepare_run(config or loaded.policy.config, data, TrainSettings(), seed=0, device="cpu").state
 
 
 # Kept ones

@@ -127,7 +127,7 @@ def test_normalisers_are_fitted_again_to_the_training_episodes_and_the_weights_a
     again = go(data, tmp_path / "run", longer, **refit)
     assert (again.training["step"], again.training["init_normalizers"]) == (2, "refit")
     assert same(now.action_normalizer.state_dict(), again.policy.action_normalizer.state_dict())
-    with pytest.raises(ValueError, match=r"trained with other settings \(training: init_normalizers\)"):
+    with pytest.raises(ValueError, match=r'trained with other settings \(training: init_normalizers was "refit"\)'):
         go(data, tmp_path / "run", longer, init=trained)
 
 

@@ -10,7 +10,7 @@ from policy.model.encoders.parts import check_noise, check_vectors, final_mlp, j
 
 
 class StateEncoder(nn.Module):
-    """An MLP over the flattened history of all state vectors, and on request a linear layer beside it.
+    """An MLP over the flattened history of all state vectors, and a linear layer beside it.
 
     Args:
         shapes: shape of one observation under each key, without batch and time.
@@ -20,7 +20,7 @@ class StateEncoder(nn.Module):
         noise: standard deviation of the Gaussian noise added to the normalised observations in training, so that
             states near the demonstrated ones lead to the same actions.
         dropout: dropout probability of the hidden layer.
-        skip: add a linear map of the history to the embedding, past the hidden layer and its dropout (a skip
+        skip: whether to add a linear map of the history to the embedding, past the hidden layer and its dropout (a skip
             connection): exact numbers, such as small distances, then reach the denoiser as they are.
 
     Raises:
@@ -36,7 +36,7 @@ class StateEncoder(nn.Module):
         hidden_size: int = 256,
         noise: float = 0.0,
         dropout: float = 0.0,
-        skip: bool = False,
+        skip: bool = True,
     ) -> None:
         super().__init__()
         check_vectors("state", shapes)

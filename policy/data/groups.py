@@ -44,10 +44,17 @@ class Groups:
     def __len__(self) -> int:
         return int(self._firsts[-1])
 
-    @property
-    def windows(self) -> int:
-        """The mean number of windows in a group, rounded down: less than `length` where episodes are short."""
-        return max(1, int((self._ends - self._starts).sum()) // len(self))
+    def needed(self, batch_size: int, batches: int) -> int:
+        """For how many groups there should be memory, so that as many batches have theirs at once.
+
+        A batch holds windows of the groups that are mixed there, and of those that have taken their places by its end.
+
+        Args:
+            batch_size: windows in a batch.
+            batches: neighbouring batches.
+        """
+        windows = max(1, int((self._ends - self._starts).sum()) // len(self))  # of a group, fewer in short episodes
+        return self.spread + 2 + batches * (batch_size // windows + 1)
 
     @property
     def rows(self) -> int:

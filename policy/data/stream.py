@@ -119,6 +119,9 @@ class DecodedGroups:
 
         Yields:
             The batches.
+
+        Raises:
+            ValueError: a batch has more groups than there is memory for.
         """
         coming, announced = iter(batches), deque[tuple[T, NDArray[np.int64]]]()
         following = next(coming, None)
@@ -126,6 +129,12 @@ class DecodedGroups:
             while following and len(announced) <= MOST_AHEAD and self.announce(following[1]):
                 announced.append(following)
                 following = next(coming, None)
+            if following and not announced:
+                raise ValueError(
+                    f"the {len(np.unique(following[1]))} groups of frames of a batch do not fit into the memory for"
+                    f" {min(map(len, self._memory.values()))} of them, because many episodes are very short: make"
+                    " train.batch_size smaller, or decode the videos beforehand with dataset.decode=cache"
+                )
             batch = announced.popleft()
             yield batch
             self.release(batch[1])
@@ -165,8 +174,7 @@ def decoded_groups(
     Raises:
         ValueError: there is not enough memory for them.
     """
-    # A batch holds windows of the groups that are mixed there, and of those that have taken their places by its end.
-    slots = groups.spread + 2 + AHEAD * (batch_size // groups.windows + 1)
+    slots = groups.needed(batch_size, AHEAD)
     needed = slots * groups.rows * sum(values.row_bytes for values in frames.values())
     if needed > free_memory():
         raise ValueError(

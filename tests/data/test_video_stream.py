@@ -224,9 +224,8 @@ def test_an_epoch_has_each_window_once_and_groups_hold_their_frames(lengths, obs
     order = groups.shuffled(numbers, np.random.default_rng(0))
     assert sorted(order.tolist()) == list(range(ends[-1]))
     # What memory is made for: the groups of a batch and of those behind it.
-    slots = groups.spread + 2 + stream.AHEAD * (batch // groups.windows + 1)
     for start in range(0, len(order) - batch, batch):
-        assert len(set(numbers[order[start : start + batch]].tolist())) <= slots
+        assert len(set(numbers[order[start : start + batch]].tolist())) <= groups.needed(batch, stream.AHEAD)
 
 
 def test_windows_of_a_batch_come_from_many_places():
@@ -254,6 +253,16 @@ def test_memory_holds_a_bounded_number_of_groups_and_each_is_decoded_once(one_se
     assert len(found) == 19
     assert max(slot for _, slot, _, _ in decoded) < slots
     assert len(decoded) == len(set((key, first) for key, _, first, _ in decoded)) == 2 * len(windows._groups)
+
+
+def test_a_batch_with_more_groups_than_there_is_memory_for_is_one_sentence():
+    ends = np.arange(1, 9)
+    groups = Groups(ends - 1, ends, 1, 100)
+    decoded = stream.DecodedGroups({"image": np.zeros((3, groups.rows, 2, 2, 3), np.uint8)}, groups, lambda *_: None)
+    batches = decoded.ahead([("first", np.arange(3)), ("second", np.arange(4, 8))])
+    assert next(batches)[0] == "first"
+    with pytest.raises(ValueError, match="the 4 groups of frames of a batch do not fit into the memory for 3 of them"):
+        next(batches)
 
 
 def test_memory_that_is_not_there_is_asked_for_in_one_sentence(one_set, read, monkeypatch):

@@ -102,7 +102,9 @@ def test_a_run_of_before_the_skip_connection_goes_on_without_it_alone(golden):
     encoder = {name: value for name, value in loaded.policy.config.encoder.items() if name != "skip"}
     state = new_state_of(loaded, dataclasses.replace(loaded.policy.config, encoder=encoder))
     assert state.policy.encoder.skip is not None
-    with pytest.raises(ValueError, match=r"other settings \(policy: encoder\.skip was false\): to go on, give the same"):
+    with pytest.raises(
+        ValueError, match=r"other settings \(policy: encoder\.skip was false\): to go on, give the same"
+    ):
         resume_training(golden, state, loaded.training)
 
 

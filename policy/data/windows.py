@@ -246,6 +246,10 @@ class Windows:
                 if self._augment is not None:
                     yield self._augment(observations, actions)
 
+    def last_observations(self, keys: Sequence[str]) -> Arrays:
+        """The last observation of each episode under some keys, (E, D) each."""
+        return {key: self.demonstrations.observations[key][self._ends - 1] for key in keys}
+
     def batch_at(self, step: int, batch_size: int, seed: int) -> NDArray[np.int64]:
         """Window numbers of training step `step`; each epoch has a permutation of its own, drawn from (seed, epoch).
 

@@ -31,6 +31,8 @@ class PolicySettings:
             vector of all of them, the keys in sorted order; see `Differences`.
         direction_differences: pairs of directions of the state vectors whose angle the policy observes too, as the
             places of their cosines, each of which is followed by its sine.
+        end_differences: numbers of the state vectors whose distance from where the demonstrations end the policy
+            observes too, as places in the vector of all of them.
         objective: what the denoiser is trained for: `diffusion`, `flow`, `regression` or `mip`; see
             `policy.diffusion.objective`.
         prediction_type: training target of the denoiser: `epsilon`, `sample` or `v_prediction`; of `diffusion` only.
@@ -56,6 +58,7 @@ class PolicySettings:
     obs_size: int = 287
     differences: tuple[tuple[int, int], ...] = ()
     direction_differences: tuple[tuple[int, int], ...] = ()
+    end_differences: tuple[int, ...] = ()
     objective: str = DEFAULT_OBJECTIVE
     prediction_type: str = "sample"
     loss_weighting: str = "none"

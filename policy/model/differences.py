@@ -17,28 +17,33 @@ HARMONICS = 3
 
 
 class Differences(nn.Module):
-    """The differences of chosen pairs of numbers and of chosen pairs of directions.
+    """The differences of chosen pairs of numbers, of chosen pairs of directions, and of numbers from where they end.
 
     A network that observes two positions must learn at every place that only their difference counts; from few
     demonstrations it does not. The differences of numbers are scaled to [-1, 1] and magnified around zero, which stays
-    zero, because it is where two things meet. A direction is a cosine and its sine, next to each other.
+    zero, because it is where two things meet. A direction is a cosine and its sine, next to each other. Where all
+    demonstrations end at one place, such as a target that never moves, how far a number is from its mean at their
+    ends counts in the same way.
 
     Args:
         pairs: places (i, j) in the vector of all numbers, the keys in sorted order.
         directions: places (i, j) of two cosines in that vector, each followed by its sine.
         shapes: shape of one observation under each key; images have no part in it.
+        ends: places of numbers whose difference from where the demonstrations end is seen.
 
     Raises:
         ValueError: a place that does not exist.
     """
 
     scale: Tensor
+    ends: Tensor
 
     def __init__(
         self,
         pairs: Sequence[Sequence[int]],
         directions: Sequence[Sequence[int]],
         shapes: Mapping[str, Sequence[int]],
+        ends: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.keys = sorted(key for key, shape in shapes.items() if len(shape) == 1)
@@ -50,20 +55,34 @@ class Differences(nn.Module):
                         f"{name} must be pairs of places within 0..{last}, counted through the state vectors"
                         f" {self.keys}; got {list(pair)}"
                     )
+        if wrong := [place for place in ends if not 0 <= place < width]:
+            raise ValueError(
+                f"end_differences must be places within 0..{width - 1}, counted through the state vectors {self.keys};"
+                f" got {wrong[0]}"
+            )
+        self.ending = list(ends)
+        if self.ending:
+            self.register_buffer("ends", torch.zeros(len(self.ending)))
         self.first, self.second = ([pair[side] for pair in pairs] for side in (0, 1))
         self.cosines = [[pair[side] for pair in directions] for side in (0, 1)]
         self.sines = [[place + 1 for place in places] for places in self.cosines]
-        self.register_buffer("scale", torch.ones(len(pairs)))
+        self.register_buffer("scale", torch.ones(len(self.ending) + len(pairs)))
 
     @property
     def shape(self) -> tuple[int]:
         """The shape of one observation under the key `DIFFERENCES`."""
-        return (len(MAGNIFICATIONS) * len(self.first) + 2 * HARMONICS * len(self.cosines[0]),)
+        return (len(MAGNIFICATIONS) * len(self.scale) + 2 * HARMONICS * len(self.cosines[0]),)
 
     def raw(self, observations: Mapping[str, Tensor]) -> Tensor:
         """Return the differences of numbers (..., P) in the data's units, from (..., D) under each key."""
         numbers = self._numbers(observations)
-        return numbers[..., self.first] - numbers[..., self.second]
+        apart = numbers[..., self.first] - numbers[..., self.second]
+        return torch.cat([numbers[..., self.ending] - self.ends, apart], dim=-1) if self.ending else apart
+
+    def fit_ends(self, last: Mapping[str, Tensor]) -> None:
+        """Set where the demonstrations end, from their last observations, (E, D) under each key; before `fit`."""
+        if self.ending:
+            self.ends.copy_(self._numbers(last)[:, self.ending].double().mean(dim=0))
 
     def fit(self, low: ArrayLike, high: ArrayLike) -> None:
         """Set the scale from the smallest and largest differences (P,) of the training data."""

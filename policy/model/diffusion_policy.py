@@ -311,9 +311,11 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
 
 
 def _differences(config: PolicyConfig) -> Differences | None:
-    if not (config.differences or config.direction_differences):
+    if not (config.differences or config.direction_differences or config.end_differences):
         return None
-    return Differences(config.differences, config.direction_differences, config.observation_shapes)
+    return Differences(
+        config.differences, config.direction_differences, config.observation_shapes, config.end_differences
+    )
 
 
 def _loss_weights(config: PolicyConfig, schedule: NoiseSchedule) -> Tensor:

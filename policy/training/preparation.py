@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from policy.common.observations import is_image
 from policy.common.seeding import derive_seed
@@ -209,12 +211,14 @@ def fit_normalizers(policy: DiffusionPolicy, training: Windows) -> None:
     by_key = {key: one for key, one in by_key.items() if not is_image(policy.config.observation_shapes.get(key, ()))}
     limits = {key: Limits() for key in ("actions", *by_key)}
     apart = Limits()
+    if policy.differences is not None:
+        policy.differences.fit_ends(_tensors(training.last_observations(policy.differences.keys)))
     for observations, actions in training.blocks():
         for key, found in limits.items():
             found.update(actions if key == "actions" else observations[key])
         if policy.differences is not None:
-            vectors = {key: torch.tensor(observations[key]) for key in policy.differences.keys}  # may be read-only
-            apart.update(policy.differences.raw(vectors).numpy())
+            vectors = {key: observations[key] for key in policy.differences.keys}
+            apart.update(policy.differences.raw(_tensors(vectors)).numpy())
     if policy.differences is not None:
         policy.differences.fit(*apart)
     policy.action_normalizer.fit(*limits.pop("actions"))
@@ -222,6 +226,11 @@ def fit_normalizers(policy: DiffusionPolicy, training: Windows) -> None:
         normalizer = by_key[key]
         assert isinstance(normalizer, Normalizer | AffineNormalizer)
         normalizer.fit(*found)
+
+
+def _tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+    """Copy arrays, which may be read-only, into tensors."""
+    return {key: torch.tensor(values) for key, values in arrays.items()}
 
 
 def _copy_normalizers(policy: DiffusionPolicy, teacher: DiffusionPolicy) -> None:

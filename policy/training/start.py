@@ -23,6 +23,7 @@ OF_THE_TEACHER = (
     "past_actions",
     "differences",
     "direction_differences",
+    "end_differences",
     "normalizer",
     "action_bound",
 )

@@ -24,6 +24,27 @@ def test_values_are_those_of_numpy():
     torch.testing.assert_close(differences({"a": a, "b": b}), torch.from_numpy(expected).float())
 
 
+def test_numbers_are_seen_from_where_the_demonstrations_end():
+    differences = Differences([(0, 4)], [], SHAPES, [4, 1])
+    last = {"a": torch.tensor([[0.0, 1.0], [0.0, 3.0]]), "b": torch.tensor([[9.0, 9.0, 5.0], [9.0, 9.0, 7.0]])}
+    differences.fit_ends(last)
+    assert differences.ends.tolist() == [6.0, 2.0]
+    differences.fit(np.array([-2.0, 0.0, -4.0]), np.array([1.0, 8.0, 4.0]))
+    a, b = torch.randn(5, 2, 2), torch.randn(5, 2, 3)
+    joined = np.concatenate([a.numpy(), b.numpy()], axis=2)
+    apart = [joined[..., 4] - 6, joined[..., 1] - 2, joined[..., 0] - joined[..., 4]]
+    scaled = (np.stack(apart, axis=2) / [2.0, 8.0, 4.0]).clip(-2, 2)
+    expected = np.concatenate([np.tanh(scaled), np.tanh(4 * scaled), np.tanh(16 * scaled)], axis=2)
+    assert expected.shape[2:] == differences.shape
+    torch.testing.assert_close(differences({"a": a, "b": b}), torch.from_numpy(expected).float())
+
+
+@pytest.mark.parametrize("place", [5, -1])
+def test_a_number_that_does_not_exist_does_not_end(place):
+    with pytest.raises(ValueError, match=rf"end_differences must be places within 0\.\.4, .* got {place}$"):
+        Differences([], [], SHAPES, [place])
+
+
 @pytest.mark.parametrize("pair", [(0, 5), (-1, 2), (1, 2, 3)])
 def test_a_place_that_does_not_exist_is_refused(pair):
     with pytest.raises(ValueError, match=r"within 0\.\.4"):
@@ -61,6 +82,16 @@ def test_their_scale_is_fitted_and_saved_with_the_weights():
     config = PolicyConfig(observation_shapes={"state": (2,)}, action_dim=2, obs_size=16, differences=((0, 1),))
     run = prepare_run(config, data, TrainSettings(val_fraction=0.0), seed=0, device="cpu")
     assert run.state.ema.state_dict()["differences.scale"].tolist() == [3.0]
+
+
+def test_where_the_training_episodes_end_is_saved_with_the_weights():
+    states = np.array([[0, 1], [2, 5], [3, 3], [4, 2]], np.float32)
+    data = Demonstrations(
+        observations={"state": states}, actions=np.zeros((4, 2), np.float32), episode_ends=np.array([2, 4])
+    )
+    config = PolicyConfig(observation_shapes={"state": (2,)}, action_dim=2, obs_size=16, end_differences=(1,))
+    weights = prepare_run(config, data, TrainSettings(val_fraction=0.0), seed=0, device="cpu").state.ema.state_dict()
+    assert (weights["differences.ends"].tolist(), weights["differences.scale"].tolist()) == ([3.5], [2.5])
 
 
 def test_their_scale_is_fitted_to_read_only_demonstrations_without_a_word(recwarn):

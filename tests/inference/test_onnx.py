@@ -121,7 +121,9 @@ def test_onnx_gives_the_eager_actions_at_any_batch_size(name):
 @pytest.mark.slow
 def test_onnx_gives_the_actions_of_a_policy_that_observes_differences():
     sampler, config = Sampler(ddim_steps=2), shared_policy("modulated_mlp", "sample").config
-    policy = DiffusionPolicy(replace(config, differences=((0, 3), (1, 2)), direction_differences=((0, 2),)))
+    policy = DiffusionPolicy(
+        replace(config, differences=((0, 3), (1, 2)), direction_differences=((0, 2),), end_differences=(1,))
+    )
     randomize(policy)
     given = inputs(policy, sampler)
     expected = compile_sampler(policy, sampler, backend="eager")(*given)

@@ -694,9 +694,9 @@ def test_the_rest_refuses_too(call):
 def test_a_large_sweep_takes_no_time():
     generator = np.random.default_rng(0)
     success, scores = outcomes([0.7] * 24, 500, 0.5, generator), generator.random((24, 500))
-    begin = time.thread_time()
+    begin = time.process_time()
     recommend(success, range(24))
     compare_success(success, 0)
     compare_means(scores, 0)
     compare_means(scores, 0, bounds=(0, 1))
-    assert time.thread_time() - begin < 6  # a quarter of a second on one slow core, ten times that on a busy one
+    assert time.process_time() - begin < 2  # a quarter of a second on one slow core; room for a busy one

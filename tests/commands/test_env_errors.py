@@ -175,7 +175,7 @@ def test_training_saves_before_a_rollout_and_survives_it(run_command, tmp_path):
     assert "going on at step 6 of 8" in out
     assert "it was begun for 6 steps: from here the learning rate follows the schedule of 8" in out
     err = run_command("train", *settings, *small, "train.steps=7", f"output_dir={tmp_path}", check=2).stderr
-    assert "trained with other settings (training: steps was " in err
+    assert "trained with other settings (training: steps was 8)" in err
 
 
 def test_sigterm_in_the_middle_of_a_simulators_step_ends_training_with_every_step_on_disk(run_command, tmp_path):

@@ -21,8 +21,7 @@ from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.model.encoders.resnet import ResNetEncoder
 from policy.model.normalizer import AffineNormalizer, Limits, Normalizer
-from policy.model.relative_actions import ActionReference
-from policy.training.action_weights import weights_by_spread
+from policy.training.action_weights import relative_actions, weights_by_spread
 from policy.training.corrective_noise import CorrectiveNoise
 from policy.training.pretrained import read_weights
 from policy.training.settings import TrainSettings
@@ -98,7 +97,7 @@ def prepare_run(
     if refit or (init is None and teacher is None):
         fit_normalizers(policy, training)
     if settings.action_weights == "spread":
-        policy.action_weights = _weights_by_spread(policy, training)
+        policy.action_weights = weights_by_spread(training, policy.action_normalizer, policy.action_reference)
     state = start_training(policy.to(device), settings)
     if teacher is not None:
         state.teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
@@ -223,30 +222,14 @@ def fit_normalizers(policy: DiffusionPolicy, training: Windows) -> None:
     if policy.differences is not None:
         policy.differences.fit(*apart)
     if policy.action_reference is not None:
-        limits["actions"] = _relative_limits(policy.action_reference, training)
+        limits["actions"] = Limits()
+        for actions in relative_actions(training, policy.action_reference):
+            limits["actions"].update(actions)
     policy.action_normalizer.fit(*limits.pop("actions"))
     for key, found in limits.items():
         normalizer = by_key[key]
         assert isinstance(normalizer, Normalizer | AffineNormalizer)
         normalizer.fit(*found)
-
-
-def _relative_limits(reference: ActionReference, training: Windows) -> Limits:
-    """The limits of actions that are counted from their reference."""
-    limits = Limits()
-    for observations, actions in training.chunks():
-        newest = _tensors({key: observations[key] for key in reference.keys})
-        limits.update((torch.tensor(actions) - reference(newest)).flatten(0, 1).numpy())
-    return limits
-
-
-def _weights_by_spread(policy: DiffusionPolicy, training: Windows) -> torch.Tensor:
-    if policy.action_reference is not None:
-        raise ValueError(
-            "train.action_weights=spread weighs actions as they were demonstrated, and relative_actions counts them"
-            " from elsewhere: leave one of them out"
-        )
-    return weights_by_spread(training, policy.action_normalizer)
 
 
 def _tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:

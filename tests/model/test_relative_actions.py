@@ -96,9 +96,7 @@ def demonstrations():
     """Two episodes; the action is the position two steps later, and there is another number."""
     position = np.array([0, 1, 3, 6, 10, 20, 21, 23, 27], np.float32)
     state = np.stack([np.zeros(9, np.float32), position], axis=1)
-    return Demonstrations(
-        observations={"state": state}, actions=position[:, None] + [[2.0]], episode_ends=np.array([5, 9])
-    )
+    return Demonstrations(observations={"state": state}, actions=position[:, None] + 2, episode_ends=np.array([5, 9]))
 
 
 def test_the_normaliser_is_fitted_to_relative_actions_within_episodes():
@@ -123,8 +121,18 @@ def test_the_blocks_of_chunks_are_the_windows_and_their_counterparts():
     np.testing.assert_array_equal(np.concatenate([actions, mirrored_actions]), batch["actions"].numpy())
 
 
-def test_weights_by_spread_are_refused():
-    config = PolicyConfig(observation_shapes={"state": (2,)}, action_dim=1, obs_size=16, relative_actions=((0, 1),))
+def test_weights_by_spread_are_those_of_relative_actions():
+    config = PolicyConfig(
+        observation_shapes={"state": (2,)}, action_dim=1, action_horizon=3, obs_size=16, relative_actions=((0, 1),)
+    )
+    steps = np.ones(60, np.float32)
+    steps[30] = 40  # far now and then
+    state = np.stack([np.zeros(60, np.float32), steps.cumsum()], axis=1)
+    data = Demonstrations(observations={"state": state}, actions=state[:, 1:] + 2, episode_ends=np.array([60]))
     settings = TrainSettings(val_fraction=0.0, action_weights="spread")
-    with pytest.raises(ValueError, match="leave one of them out"):
-        prepare_run(config, demonstrations(), settings, seed=0, device="cpu")
+    policy = prepare_run(config, data, settings, seed=0, device="cpu").state.policy
+    batch = Windows(data, np.arange(1), obs_horizon=1, action_horizon=3).gather(np.arange(60))
+    apart = batch["actions"] - batch["observations"]["state"][:, :, 1:]
+    expected = (0.3 * (apart.max() - apart.min()) / 2 / apart.std(correction=0)).square()
+    assert 1 < expected < 20
+    torch.testing.assert_close(policy.action_weights, expected[None])

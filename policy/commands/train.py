@@ -15,15 +15,7 @@ from policy.checkpoint import best_entry, describe_best, is_checkpoint, measured
 from policy.commands.record import Record, facts_of, record_in
 from policy.commands.training_recipe import best_recipe
 from policy.commands.training_rollouts import ROLLOUT_SEED, Rollout, film_episodes, played, rolled_out, tried
-from policy.commands.training_start import (
-    Start,
-    check_start,
-    configured,
-    env_of,
-    found_references,
-    found_relations,
-    start_of,
-)
+from policy.commands.training_start import Start, check_start, configured, env_of, found_relations, start_of
 from policy.common.control_rate import stated_rate
 from policy.common.device import check_device, has_bfloat16_products
 from policy.common.errors import PeerError
@@ -72,7 +64,6 @@ def train_policy(
     recipe: RecipeSettings | None = None,
     auxiliary: Sequence[str] = (),
     find_differences: bool = False,
-    find_relative_actions: bool = False,
     execution_horizon: int | None = None,
     seed: int = 0,
     num_envs: int = 8,
@@ -105,8 +96,6 @@ def train_policy(
         auxiliary: keys of privileged observations, see `DataShapes.auxiliary_shapes`.
         find_differences: look for like quantities in the demonstrations, and let the policy observe their differences
             too; see `find_relations`.
-        find_relative_actions: look for actions that name a place, and count them from the observed number that goes
-            there; see `named_places`.
         execution_horizon: actions executed before the next plan, by default as in the checkpoint of init= or teacher=,
             else 8.
         seed: seed of the split, the weights and every training step.
@@ -139,8 +128,6 @@ def train_policy(
     env = env_of(dataset, env, start, train)
     if find_differences:
         policy = {**policy, **found_relations(dataset, policy, auxiliary, start)._asdict()}
-    if find_relative_actions:
-        policy = {**policy, **found_references(dataset, policy, auxiliary, start)}
     config, dataset = configured(policy, dataset, auxiliary, start, train)
     if recipe:
         check_data(dataset, train, seed)

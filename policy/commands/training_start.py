@@ -12,7 +12,7 @@ from policy.commands.record import newest_in
 from policy.common.progress import say
 from policy.common.torchrun import joined_world
 from policy.data.demonstrations import Demonstrations
-from policy.data.relations import Relations, find_relations, named_places, number_names, state_vectors
+from policy.data.relations import Relations, find_relations, number_names, state_vectors
 from policy.model.config import PolicyConfig, PolicySettings
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.recipe.search import check_folder
@@ -197,28 +197,6 @@ def found_relations(
     found += [f"direction {places[i]} to {places[j]}" for i, j in relations.direction_differences]
     say(f"differences that the policy observes too: {', '.join(found) or 'none, no two quantities are alike'}")
     return relations
-
-
-def found_references(
-    dataset: Demonstrations, given: Mapping[str, Any], auxiliary: Sequence[str], start: Start | None
-) -> dict[str, Any]:
-    """Find the actions that name a place, and say which they are: the setting `relative_actions`.
-
-    Raises:
-        ValueError: the setting is given already, or is that of a trained policy.
-    """
-    if start is not None:
-        raise ValueError("find_relative_actions=true is for a new policy; this run keeps a trained one's: leave it out")
-    if given.get("relative_actions"):
-        raise ValueError(
-            "relative_actions= gives what find_relative_actions=true would look for: leave one of them out"
-        )
-    vectors = state_vectors(dataset, auxiliary)
-    pairs = named_places(dataset, vectors)
-    places = number_names({key: dataset.observation_shapes[key][0] for key in sorted(vectors)})
-    found = [f"action[{action}] from {places[observed]}" for action, observed in pairs]
-    say(f"actions that are counted from an observed number: {', '.join(found) or 'none, no action names a place'}")
-    return {"relative_actions": pairs}
 
 
 def configured(

@@ -33,9 +33,6 @@ PUT = 1e-3
 STOPPED, SAME_DISTANCE, CLOSER = 3, 0.05, 4
 # With fewer episodes, unrelated numbers meet by chance.
 LEAST_VISITS = 20
-# An action names a place for an observed number if it is this close to it (root mean square), as a share of its own
-# standard deviation: 0.2 in Push-T, and 0.7 and more where actions are displacements.
-NAMED = 0.3
 # Two numbers next to each other are a direction if their squares always sum up to 1, within UNIT, and both vary by more
 # than TURNED.
 UNIT, TURNED = 1e-3, 0.1
@@ -123,27 +120,6 @@ def moving_together(demonstrations: Demonstrations, keys: Iterable[str]) -> Rela
         if np.ptp(wrapped(apart[:, i] - apart[:, j])) > 0
     ]
     return Relations(tuple(_differing(_move_together(then - now), now)), tuple(directions))
-
-
-def named_places(demonstrations: Demonstrations, keys: Iterable[str]) -> tuple[tuple[int, int], ...]:
-    """Find the numbers of the action that name the place to go to, by the observed numbers that they stay close to.
-
-    Args:
-        demonstrations: the demonstrations.
-        keys: the state vectors to look into.
-
-    Returns:
-        Pairs of a place in the action, and of one in the vector of all numbers, the keys in sorted order.
-    """
-    vectors = [demonstrations.observations[key] for key in sorted(keys)]
-    rows = thinned(np.arange(demonstrations.episode_ends[-1]), MOST_ROWS)
-    numbers = numbers_at(vectors, rows) if vectors else np.empty((len(rows), 0))
-    found = []
-    for place, action in enumerate(demonstrations.actions[rows].astype(np.float64).T):
-        apart = np.sqrt(np.square(numbers - action[:, None]).mean(axis=0))
-        if apart.size and apart.min() < NAMED * action.std():
-            found.append((place, int(apart.argmin())))
-    return tuple(found)
 
 
 def _most_rows(vectors: Sequence[NDArray[Any]]) -> int:

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policy.data.demonstrations import Arrays, Augment, Demonstrations
-from policy.data.frames import Frames
 from policy.data.groups import Groups
 from policy.data.holding import UNKNOWN
 
@@ -239,33 +238,13 @@ class Windows:
             for low in range(start, end, BLOCK_ROWS):
                 rows = slice(low, min(low + BLOCK_ROWS, end))
                 observations = {
-                    key: _black(values, rows.stop - rows.start) if key in self.demonstrations.frames else values[rows]
+                    key: _black(values.shape[1:], rows) if key in self.demonstrations.frames else values[rows]
                     for key, values in self.demonstrations.observations.items()
                 }
                 actions = self.demonstrations.actions[rows]
                 yield observations, actions
                 if self._augment is not None:
                     yield self._augment(observations, actions)
-
-    def chunks(self) -> Iterator[tuple[Arrays, NDArray[np.float32]]]:
-        """Walk through all windows in blocks, each block followed by its counterpart; pictures are black.
-
-        Yields:
-            The newest observations (N, *shape) by key, and actions (N, denoised_horizon, action_dim); those outside of
-            their episode are its first or last action.
-        """
-        size = max(1, BLOCK_ROWS // len(self._future))
-        for low in range(0, self.num_transitions, size):
-            start, now, end = self._places(np.arange(low, min(low + size, self.num_transitions)))
-            rows = now[:, 0]
-            observations = {
-                key: _black(values, len(rows)) if len(values.shape) > 2 else values[rows]
-                for key, values in self.demonstrations.observations.items()
-            }
-            actions = self.demonstrations.actions.take(np.clip(now + self._future, start, end - 1), axis=0)
-            yield observations, actions
-            if self._augment is not None:
-                yield self._augment(observations, actions)
 
     def last_observations(self, keys: Sequence[str]) -> Arrays:
         """The last observation of each episode under some keys, (E, D) each."""
@@ -298,9 +277,9 @@ class Windows:
         return self._order[position * size : (position + 1) * size].astype(np.int64)
 
 
-def _black(pictures: Frames | NDArray[Any], count: int) -> NDArray[np.uint8]:
-    """Black pictures in place of some (N, height, width, channels), all in the memory of one pixel."""
-    return np.broadcast_to(np.uint8(0), (count, *pictures.shape[1:]))
+def _black(shape: Sequence[int], rows: slice) -> NDArray[np.uint8]:
+    """Black pictures for rows, all in the memory of one pixel."""
+    return np.broadcast_to(np.uint8(0), (rows.stop - rows.start, *shape))
 
 
 def _with_counterparts(

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from policy.inference.int8 import narrow
 from policy.inference.mapped import Maker, Place
-from policy.inference.program import Prepare, Program
+from policy.inference.program import Program
 from policy.inference.rewriting import Part, rewrite
 from policy.model.diffusion_policy import zero_observations
 
@@ -173,20 +173,6 @@ def with_places(model: bytes, places: Mapping[str, Place]) -> bytes:
     return bytes(placed.SerializeToString())
 
 
-class _WithReference(nn.Module):
-    """`Prepare` of a policy with `relative_actions`, followed by the references (B, 1, action_dim) of its actions."""
-
-    def __init__(self, prepare: Prepare) -> None:
-        super().__init__()
-        self.prepare = prepare
-
-    def forward(
-        self, observations: Mapping[str, Tensor], embedded: Tensor, start: Tensor, noise: Tensor, previous: Tensor
-    ) -> tuple[Tensor, ...]:
-        prepared = self.prepare(observations, embedded, start, noise, previous)
-        return *prepared, self.prepare.policy.reference_in(observations)
-
-
 def _traced(program: Program) -> tuple[Part, Part]:
     config, sampler = program.policy.config, program.sampler
     observations = zero_observations(config, TRACED_ROWS)
@@ -197,12 +183,11 @@ def _traced(program: Program) -> tuple[Part, Part]:
     with torch.no_grad():
         _, _, *conditions = program.prepare(observations, embedded, program.start, x, previous)
     names = [f"condition_{i}" for i in range(len(conditions))]
-    reference = ["reference"] if program.policy.action_reference else []
     prepare = _trace(
-        _WithReference(program.prepare) if reference else program.prepare,
+        program.prepare,
         (observations, embedded, program.start, x, previous),
         inputs=[*map(observation_input, observations), "embedded_timesteps", "start", "noise", "previous"],
-        outputs=["first", "known", *names, *reference],
+        outputs=["first", "known", *names],
         dynamic=({key: {0: batch} for key in observations}, {0: steps}, None, {0: batch}, {0: batch}),
     )
     noisy, multistep = sampler.eta > 0, program.is_multistep
@@ -282,8 +267,7 @@ def _joined(onnx: Any, program: Program, prepare: Part, step: Part) -> Any:
         helper.make_tensor_value_info("keep", floats, chunk[:2]),
         helper.make_tensor_value_info("step_coefficients", floats, coefficients),
     ]
-    prepared = [v.name for v in prepare.graph.output if v.name not in ("first", "known", "reference")]
-    scanned = ["step_coefficients", *prepared]
+    scanned = ["step_coefficients", *(v.name for v in prepare.graph.output if v.name not in ("first", "known"))]
     if program.sampler.eta > 0:
         more.append(helper.make_tensor_value_info("step_noise", floats, ["steps", *denoised]))
         scanned.append("step_noise")
@@ -296,10 +280,7 @@ def _joined(onnx: Any, program: Program, prepare: Part, step: Part) -> Any:
         # Past actions are cut off.
         helper.make_node("Slice", ["denoised", "actions.first", "actions.end", "actions.axis"], ["normalized"]),
         helper.make_node("Mul", ["normalized", "actions.factor"], ["scaled"]),
-        helper.make_node(
-            "Add", ["scaled", "actions.shift"], ["moved" if program.policy.action_reference else "actions"]
-        ),
-        *([helper.make_node("Add", ["moved", "reference"], ["actions"])] if program.policy.action_reference else []),
+        helper.make_node("Add", ["scaled", "actions.shift"], ["actions"]),
     ]
     constants = {
         "actions.first": torch.tensor([config.past_actions]),

@@ -88,7 +88,7 @@ class Prepare(nn.Module):
             The starting point and the normalised previous actions, each (B, denoised_horizon, action_dim), then the
             denoiser's conditions, each (K, B, ...).
         """
-        known = self.policy.normalized_actions(with_past(previous, self.policy.config.past_actions), observations)
+        known = self.policy.action_normalizer.normalize(with_past(previous, self.policy.config.past_actions))
         conditions = self.policy.denoiser.conditions(embedded_timesteps, self.policy.embed(observations))
         return start[0] * known + start[1] * noise, known, *conditions
 
@@ -198,4 +198,4 @@ class Program(nn.Module):
             known=known,
             keep=keep_with_past(inputs.keep, self.step.past_actions),
         )
-        return self.policy.actions_of(chunk[:, self.step.past_actions :], inputs.observations)
+        return self.policy.action_normalizer.unnormalize(chunk[:, self.step.past_actions :])

@@ -38,8 +38,8 @@ class Eager:
         """See `Runner`."""
         policy, course, step_noise = self._policy, self._course, inputs.step_noise
         past = policy.config.past_actions
-        known = policy.normalized_actions(with_past(inputs.previous, past), inputs.observations)
-        chunk = policy.denoise(
+        known = policy.action_normalizer.normalize(with_past(inputs.previous, past))
+        return policy.denoise(
             policy.embed(inputs.observations),
             course.signal * known + course.noise * inputs.noise,
             course.timesteps.tolist(),
@@ -49,7 +49,6 @@ class Eager:
             known=known,
             keep=keep_with_past(inputs.keep, past),
         )
-        return policy.actions_of(chunk, inputs.observations)
 
 
 class Fused:

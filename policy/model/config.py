@@ -33,8 +33,6 @@ class PolicySettings:
             places of their cosines, each of which is followed by its sine.
         end_differences: numbers of the state vectors whose distance from where the demonstrations end the policy
             observes too, as places in the vector of all of them.
-        relative_actions: pairs of a number of the action, and of the number of the state vectors that it is counted
-            from, in the newest observation; see `ActionReference`.
         objective: what the denoiser is trained for: `diffusion`, `flow`, `regression` or `mip`; see
             `policy.diffusion.objective`.
         prediction_type: training target of the denoiser: `epsilon`, `sample` or `v_prediction`; of `diffusion` only.
@@ -61,7 +59,6 @@ class PolicySettings:
     differences: tuple[tuple[int, int], ...] = ()
     direction_differences: tuple[tuple[int, int], ...] = ()
     end_differences: tuple[int, ...] = ()
-    relative_actions: tuple[tuple[int, int], ...] = ()
     objective: str = DEFAULT_OBJECTIVE
     prediction_type: str = "sample"
     loss_weighting: str = "none"

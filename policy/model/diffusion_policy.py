@@ -24,7 +24,6 @@ from policy.model.denoisers.denoiser import check_denoiser
 from policy.model.differences import DIFFERENCES, Differences
 from policy.model.encoders import ENCODERS
 from policy.model.normalizer import NORMALIZERS, AffineNormalizer, Normalizer
-from policy.model.relative_actions import ActionReference
 from policy.model.storage import SharedPolicy
 
 
@@ -46,8 +45,6 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         torch.Size([3, 8, 2])
     """
 
-    action_reference: ActionReference | None
-
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
         self.config = config
@@ -60,10 +57,6 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         }
         self.observation_normalizers = ModulesByKey({**vectors, **_image_normalizers(config)})
         self.action_normalizer = normalizer((config.action_dim,))
-        relative = config.relative_actions
-        self.action_reference = (
-            ActionReference(relative, config.observation_shapes, config.action_dim) if relative else None
-        )
         self.action_weights = torch.ones(config.action_dim)  # in the loss; training may set others
         self.auxiliary_normalizers = ModulesByKey(
             {key: normalizer(shape) for key, shape in config.auxiliary_shapes.items()}
@@ -135,32 +128,6 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         # The arithmetic is done in place on one copy: for a large batch of images, allocating memory for each operation
         # costs more than the operation.
         return on_device.to(torch.float32, copy=True).div_(127.5).sub_(1)
-
-    def normalized_actions(self, actions: Tensor, observations: Mapping[str, Tensor]) -> Tensor:
-        """Normalise chunks as the denoiser sees them; see `actions_of`, which is the inverse.
-
-        Args:
-            actions: (B, *, action_dim) float32 in the data's units.
-            observations: (B, obs_horizon, *shape) under each key, in the data's units.
-
-        Returns:
-            (B, *, action_dim) actions, counted from their reference if the policy has one, and normalised.
-        """
-        return self.action_normalizer.normalize(
-            actions if self.action_reference is None else actions - self.reference_in(observations)
-        )
-
-    def actions_of(self, chunk: Tensor, observations: Mapping[str, Tensor]) -> Tensor:
-        """Turn normalised chunks (B, *, action_dim) into actions in the data's units; see `normalized_actions`."""
-        actions = self.action_normalizer.unnormalize(chunk)
-        return actions if self.action_reference is None else actions + self.reference_in(observations)
-
-    def reference_in(self, observations: Mapping[str, Tensor]) -> Tensor:
-        """The references (B, 1, action_dim) of a policy with `relative_actions`; see `ActionReference`."""
-        assert self.action_reference is not None
-        return self.action_reference(
-            {key: observations[key][:, -1].to(self.device) for key in self.action_reference.keys}
-        )
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None, timesteps_per_chunk: int = 1) -> Tensor:
         """Compute the mean squared error of the denoiser on one batch (for diffusion: DDPM, eq. 14).
@@ -236,8 +203,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         times, left = divmod(len(timestep), max(rows, 1))
         if left:
             raise ValueError(f"the number of timesteps must be a multiple of the {rows} chunks; got {len(timestep)}")
-        actions = batch["actions"].to(self.device, torch.float32)
-        x_0 = _repeated(self.normalized_actions(actions, batch["observations"]), times)
+        x_0 = self.action_normalizer.normalize(_repeated(batch["actions"].to(self.device, torch.float32), times))
         noise = noise.to(self.device)
         target_of, levels = self.objective.target, self.objective.levels(self.schedule, timestep)
         signal, sigma = (level[:, None, None].to(x_0) for level in levels)
@@ -286,8 +252,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
             check_ddim_steps(ddim_steps, self.schedule.num_steps)
         sampler = self.settled(Sampler(ddim_steps=ddim_steps, eta=eta, spacing=spacing, clip=clip))
         course = sampler.cold_course(self.schedule, self.config.objective)
-        seen = {key: torch.as_tensor(value) for key, value in observations.items()}
-        embedding = self.embed(seen)
+        embedding = self.embed({key: torch.as_tensor(value) for key, value in observations.items()})
         shape = (len(embedding), self.config.denoised_horizon, self.config.action_dim)
         check_generators(generator, len(embedding))
         if noise is None:
@@ -296,7 +261,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         if tuple(noise.shape) != shape:
             raise ValueError(f"noise must have shape {shape}; got {tuple(noise.shape)}")
         noise = noise.to(self.device)
-        chunk = self.denoise(
+        return self.denoise(
             embedding,
             course.noise * noise,
             course.timesteps.tolist(),
@@ -304,7 +269,6 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
             clip=sampler.clip,
             step_noise=(lambda step: randn_like(noise, generator)) if sampler.eta > 0 else None,
         )
-        return self.actions_of(chunk, seen)
 
     def denoise(
         self,
@@ -318,7 +282,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         known: Tensor | None = None,
         keep: Tensor | float = 0.0,
     ) -> Tensor:
-        """Take all steps from a starting point to normalised chunks, one call of the denoiser each.
+        """Take all steps from a starting point to action chunks, one call of the denoiser each.
 
         Args:
             embedding: (B, obs_size) embedding of the observations.
@@ -331,7 +295,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
             keep: see `take_step`.
 
         Returns:
-            (B, action_horizon, action_dim) float32, normalised; see `actions_of`.
+            (B, action_horizon, action_dim) float32 in the data's units.
         """
         chunk = reverse_process(
             lambda step, x: self.denoiser(x, torch.full((len(x),), timesteps[step], device=x.device), embedding),
@@ -343,7 +307,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
             known=known,
             keep=keep,
         )
-        return chunk[:, self.config.past_actions :]
+        return self.action_normalizer.unnormalize(chunk[:, self.config.past_actions :])
 
 
 def _differences(config: PolicyConfig) -> Differences | None:

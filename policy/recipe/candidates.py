@@ -31,7 +31,6 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     AS_GIVEN: {},
     "few_demonstrations": {**_RELATIONS, **_SMALL, **_CORRECTIVE},
     "relations": _RELATIONS,
-    "relative_actions": {"find_relative_actions": True},
     "dropout": {"denoiser.dropout": 0.1},
     "corrective": {
         **_RELATIONS,
@@ -46,8 +45,8 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "unet": {"denoiser": "unet", "encoder.noise": 0.02},
     "transformer": {"denoiser": "transformer", "denoiser.dropout": 0.1, "encoder.noise": 0.02},
 }
-# These settings stand for what is found in the demonstrations.
-FIND_DIFFERENCES, FIND_RELATIVE_ACTIONS = "find_differences", "find_relative_actions"
+# This setting stands for the relations that are found in the demonstrations.
+FIND_DIFFERENCES = "find_differences"
 # This one needs actions that are displacements.
 CORRECTIVE_NOISE = "train.corrective_noise"
 # The parts of a policy whose settings depend on which one is chosen.
@@ -78,12 +77,11 @@ class Allowed:
     """What the demonstrations allow a recipe to do.
 
     Attributes:
-        found: the settings of the policy that `find_differences=true` and `find_relative_actions=true` stand for, by
-            their names; those that find nothing are not there.
+        relations: the settings of the policy that `find_differences=true` stands for; empty if none are found.
         corrections: whether corrective noise is possible, see `find_corrections`.
     """
 
-    found: Mapping[str, Policy]
+    relations: Policy
     corrections: bool
 
 
@@ -111,9 +109,8 @@ def candidates_for(
         kept = [setting for setting in CANDIDATES[name] if _is_kept(setting, keep)]
         changes = {setting: value for setting, value in CANDIDATES[name].items() if setting not in kept}
         changes = {setting: changes[setting] for setting in changes if _exists(setting, changes, policy, allowed)}
-        settings: dict[str, Any] = {}
-        for setting, value in changes.items():
-            settings |= allowed.found.get(setting, {setting: value})
+        settings = {setting: value for setting, value in changes.items() if setting != FIND_DIFFERENCES}
+        settings |= allowed.relations if FIND_DIFFERENCES in changes else {}
         candidate = Candidate(
             name=name, changes=changes, policy=_policy_with(settings, policy), train=_train_with(settings, train)
         )
@@ -133,8 +130,8 @@ def _is_kept(setting: str, keep: Sequence[str]) -> bool:
 
 def _exists(setting: str, changes: Mapping[str, Any], policy: Policy, allowed: Allowed) -> bool:
     """Whether the objective, or the part that the recipe chooses, has this setting, and the data what it looks for."""
-    if setting in (FIND_DIFFERENCES, FIND_RELATIVE_ACTIONS):
-        return setting in allowed.found
+    if setting == FIND_DIFFERENCES:
+        return bool(allowed.relations)
     if setting == CORRECTIVE_NOISE:
         return allowed.corrections
     part, _, name = setting.partition(".")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
 from policy.data.corrections import find_corrections
 from policy.data.demonstrations import Demonstrations
-from policy.data.relations import Relations, find_relations, named_places, state_vectors
+from policy.data.relations import Relations, find_relations, state_vectors
 from policy.data.windows import split_episodes
-from policy.recipe.candidates import FIND_DIFFERENCES, FIND_RELATIVE_ACTIONS, Allowed, Policy
+from policy.recipe.candidates import Allowed, Policy
 from policy.training.settings import TrainSettings
 
 # Fewer episodes than this are too few to hold some out.
@@ -53,17 +54,14 @@ def allowed_by(dataset: Demonstrations, policy: Policy, auxiliary: Sequence[str]
         auxiliary: keys of privileged observations.
         action_horizon: control steps in a chunk.
     """
-    vectors = state_vectors(dataset, auxiliary)
-    found: dict[str, Policy] = {}
+    relations: Mapping[str, Any] = {}
     if not any(policy.get(name) for name in Relations._fields):
         with suppress(ValueError):  # too many numbers to compare
-            relations = find_relations(dataset, vectors)
-            found |= {FIND_DIFFERENCES: relations._asdict()} if any(relations) else {}
-    if not policy.get("relative_actions") and (pairs := named_places(dataset, vectors)):
-        found |= {FIND_RELATIVE_ACTIONS: {"relative_actions": pairs}}
+            found = find_relations(dataset, state_vectors(dataset, auxiliary))
+            relations = found._asdict() if any(found) else {}
     corrections = False
     with suppress(ValueError):  # no action is a displacement, or there are pictures
         observed = [key for key in dataset.observations if key not in auxiliary]
         find_corrections(dataset, np.arange(dataset.num_episodes), observed, action_horizon)
         corrections = True
-    return Allowed(found=found, corrections=corrections)
+    return Allowed(relations=relations, corrections=corrections)

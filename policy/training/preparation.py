@@ -21,7 +21,7 @@ from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.model.encoders.resnet import ResNetEncoder
 from policy.model.normalizer import AffineNormalizer, Limits, Normalizer
-from policy.training.action_weights import relative_actions, weights_by_spread
+from policy.training.action_weights import weights_by_spread
 from policy.training.corrective_noise import CorrectiveNoise
 from policy.training.pretrained import read_weights
 from policy.training.settings import TrainSettings
@@ -97,7 +97,7 @@ def prepare_run(
     if refit or (init is None and teacher is None):
         fit_normalizers(policy, training)
     if settings.action_weights == "spread":
-        policy.action_weights = weights_by_spread(training, policy.action_normalizer, policy.action_reference)
+        policy.action_weights = weights_by_spread(training, policy.action_normalizer)
     state = start_training(policy.to(device), settings)
     if teacher is not None:
         state.teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
@@ -221,10 +221,6 @@ def fit_normalizers(policy: DiffusionPolicy, training: Windows) -> None:
             apart.update(policy.differences.raw(_tensors(vectors)).numpy())
     if policy.differences is not None:
         policy.differences.fit(*apart)
-    if policy.action_reference is not None:
-        limits["actions"] = Limits()
-        for actions in relative_actions(training, policy.action_reference):
-            limits["actions"].update(actions)
     policy.action_normalizer.fit(*limits.pop("actions"))
     for key, found in limits.items():
         normalizer = by_key[key]

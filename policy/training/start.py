@@ -24,7 +24,6 @@ OF_THE_TEACHER = (
     "differences",
     "direction_differences",
     "end_differences",
-    "relative_actions",
     "normalizer",
     "action_bound",
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from policy.data.demonstrations import Demonstrations
-from policy.data.relations import find_relations, named_places
+from policy.data.relations import find_relations
 
 EPISODES, STEPS = 30, 40
 
@@ -64,21 +64,6 @@ def visits(seed=0):
 @pytest.mark.parametrize("seed", range(5))
 def test_a_number_that_stops_at_the_same_distance_from_a_place_meets_it(seed):
     assert find_relations(visits(seed), ["state"]).differences == ((0, 1),)
-
-
-def test_an_action_that_names_a_place_is_found_and_a_displacement_is_not():
-    rng = np.random.default_rng(0)
-    robot = rng.normal(0, 0.1, (500, 2)).cumsum(axis=0)
-    aim = robot + rng.normal(0, 0.05, (500, 2))
-    displacement = rng.normal(0, 0.1, (500, 1))
-    data = Demonstrations(
-        observations={"b": robot[:, :1].astype(np.float32), "a": rng.normal(size=(500, 3)).astype(np.float32)}
-        | {"c": robot[:, 1:].astype(np.float32)},
-        actions=np.concatenate([aim[:, 1:], displacement, aim[:, :1]], axis=1).astype(np.float32),
-        episode_ends=np.array([250, 500]),
-    )
-    assert named_places(data, ["a", "b", "c"]) == ((0, 4), (2, 3))
-    assert named_places(data, ["a"]) == named_places(data, []) == ()
 
 
 def test_unrelated_numbers_are_not_alike():

@@ -131,17 +131,6 @@ def test_onnx_gives_the_actions_of_a_policy_that_observes_differences():
 
 
 @needs_onnx
-@pytest.mark.slow
-def test_onnx_gives_the_actions_of_a_policy_with_relative_actions():
-    sampler, config = Sampler(ddim_steps=2), shared_policy("modulated_mlp", "sample").config
-    policy = DiffusionPolicy(replace(config, relative_actions=((1, 3),)))
-    randomize(policy)
-    given = inputs(policy, sampler)
-    expected = compile_sampler(policy, sampler, backend="eager")(*given)
-    assert difference(policy, compile_sampler(policy, sampler, backend="onnx")(*given), expected) < TOLERANCE
-
-
-@needs_onnx
 def test_the_programs_of_a_policy_change_their_threads_together_and_back():
     policy, sampler, program = case("stochastic")
     session, given, before = program.run.model.session, inputs(policy, sampler), torch.get_num_threads()

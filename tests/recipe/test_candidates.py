@@ -11,11 +11,10 @@ POLICY = {"encoder": {"name": "state"}, "denoiser": {"name": "modulated_mlp"}}
 
 
 RELATIONS = {"differences": ((0, 1),), "direction_differences": ()}
-FOUND = {"find_differences": RELATIONS, "find_relative_actions": {"relative_actions": ((0, 1),)}}
 
 
-def chosen(keep=(), policy=POLICY, names=(), given=FOUND, corrections=True):
-    allowed = Allowed(found=given, corrections=corrections)
+def chosen(keep=(), policy=POLICY, names=(), relations=RELATIONS, corrections=True):
+    allowed = Allowed(relations=relations, corrections=corrections)
     found, fallen = candidates_for(names, keep, policy, TrainSettings(), allowed)
     return {candidate.name: candidate for candidate in found}, fallen
 
@@ -73,9 +72,9 @@ def test_differences_are_those_that_were_found():
     found, _ = chosen()
     assert found["relations"].policy["differences"] == ((0, 1),)
     assert found["relations"].policy["obs_horizon"] == 1
-    without, _ = chosen(given={})
+    without, _ = chosen(relations={})
     assert without["relations"].changes == {"obs_horizon": 1}
-    _, fallen = chosen(["obs_horizon"], given={})
+    _, fallen = chosen(["obs_horizon"], relations={})
     assert fallen["relations"] == "you keep obs_horizon, so that it is the same as as_given"
 
 

@@ -45,15 +45,7 @@ def test_corrective_noise_is_tried_where_training_can_have_it():
 
 def test_a_policy_with_relations_of_its_own_gets_no_others():
     demonstrations = arm()
-    found = allowed_by(demonstrations, {}, (), 8).found
-    assert found["find_differences"]["differences"]
-    assert allowed_by(demonstrations, {"differences": ((0, 1),)}, (), 8).found == {}
-    assert allowed_by(demonstrations, {}, ["state"], 8).found == {}
-
-
-def test_relative_actions_are_tried_where_actions_name_places_and_the_user_names_none():
-    demonstrations = arm()
-    aims = demonstrations.observations["state"][:, 1:2] + np.float32(0.001)
-    aiming = dataclasses.replace(demonstrations, actions=aims)
-    assert allowed_by(aiming, {}, (), 8).found["find_relative_actions"] == {"relative_actions": ((0, 1),)}
-    assert "find_relative_actions" not in allowed_by(aiming, {"relative_actions": ((0, 0),)}, (), 8).found
+    found = allowed_by(demonstrations, {}, (), 8).relations
+    assert found["differences"]
+    assert allowed_by(demonstrations, {"differences": ((0, 1),)}, (), 8).relations == {}
+    assert allowed_by(demonstrations, {}, ["state"], 8).relations == {}

@@ -227,18 +227,6 @@ def test_differences_are_looked_for_in_a_new_policy_without_any(carrying, traine
         go(carrying, tmp_path / "run", CLONING, init=trained, find_differences=True)
 
 
-def test_found_relative_actions_are_said_and_stored(carrying, trained, tmp_path, capsys):
-    aims = carrying.observations["state"][:, [1, 0]] + np.float32(0.01)
-    aiming = dataclasses.replace(carrying, actions=aims)
-    first = go(aiming, tmp_path / "run", CLONING, SMALL, find_relative_actions=True)
-    assert "action[0] from state[1], action[1] from state[0]" in capsys.readouterr().out
-    assert first.policy.config.relative_actions == ((0, 1), (1, 0))
-    with pytest.raises(ValueError, match="leave one of them out"):
-        go(aiming, tmp_path / "other", CLONING, {"relative_actions": ((0, 1),)}, find_relative_actions=True)
-    with pytest.raises(ValueError, match="for a new policy"):
-        go(aiming, tmp_path / "other", CLONING, init=trained, find_relative_actions=True)
-
-
 @pytest.mark.parametrize("role", ["init", "teacher"])
 def test_past_actions_and_actions_without_a_bound_are_learnt_too(demonstrations, tmp_path, role):
     imported = dataclasses.replace(CONFIG, past_actions=2, normalizer="affine", action_bound=None)

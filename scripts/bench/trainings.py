@@ -11,14 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 from typing import Any, TypeVar
 
 from policy.common.device import available_cores
+from policy.common.interrupt import StopRequest, stop_on_signal
 from policy.common.progress import progress
 from policy.statistics.results import EpisodeResult
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+# Seconds between two looks at whether the benchmark is asked to stop.
+LOOKS = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,32 +112,51 @@ def run_units(units: Sequence[Unit], title: str, done: Callable[[Trained], None]
         The results, in the order of the units. If a command fails, the program exits with a message that names its log.
     """
 
-    def run(unit: Unit) -> Trained:
-        trained = _run(unit)
+    def run(unit: Unit, stop: StopRequest) -> Trained:
+        trained = _run(unit, stop)
         done(trained)
         return trained
 
     return side_by_side(run, units, title, "training")
 
 
-def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], title: str, unit: str) -> list[Result]:
+def side_by_side(
+    work: Callable[[Item, StopRequest], Result], items: Sequence[Item], title: str, unit: str
+) -> list[Result]:
     """Work on as many items at a time as there are cores.
 
     Args:
-        work: called with each item, in a thread.
+        work: called with each item, in a thread, and with what says whether to stop.
         items: the items.
         title: title of the progress bar.
         unit: the word for an item there.
 
     Returns:
-        The results, in the order of the items. If a command fails, the program exits with a message that names its log.
+        The results, in the order of the items. If a command fails, the program exits with a message that names its log;
+        so it does when it is asked to stop, by Ctrl-C or SIGTERM, once the commands have saved what they did.
     """
-    with ThreadPoolExecutor(available_cores()) as threads:
+    with stop_on_signal() as stop, ThreadPoolExecutor(available_cores()) as threads:
         try:
-            return list(progress(threads.map(work, items), total=len(items), desc=title, unit=unit))
+            done = threads.map(_unless_stopped(work, stop), items)
+            return list(progress(done, total=len(items), desc=title, unit=unit))
+        except _Stopped:
+            sys.exit("stopped: the same command goes on")
         except subprocess.CalledProcessError as error:
             threads.shutdown(cancel_futures=True)
             sys.exit(f"{' '.join(error.cmd[2:])} ended with exit code {error.returncode}: see log.txt in its folder")
+
+
+class _Stopped(Exception):
+    """The benchmark was asked to stop."""
+
+
+def _unless_stopped(work: Callable[[Item, StopRequest], Result], stop: StopRequest) -> Callable[[Item], Result]:
+    def begun(item: Item) -> Result:
+        if stop():
+            raise _Stopped
+        return work(item, stop)
+
+    return begun
 
 
 def collect_missing(commands: Mapping[Path, Sequence[str]]) -> None:
@@ -143,26 +166,27 @@ def collect_missing(commands: Mapping[Path, Sequence[str]]) -> None:
         commands: the command that writes each dataset, by the dataset's path.
     """
 
-    def one(dataset: Path) -> None:
-        run_commands(dataset.parent / "logs" / dataset.name, [commands[dataset]])
+    def one(dataset: Path, stop: StopRequest) -> None:
+        run_commands(dataset.parent / "logs" / dataset.name, [commands[dataset]], stop)
 
     side_by_side(one, [dataset for dataset in commands if not dataset.exists()], "collect", "dataset")
 
 
-def _run(unit: Unit) -> Trained:
+def _run(unit: Unit, stop: StopRequest) -> Trained:
     """Run one training and its evaluation."""
-    log = run_commands(unit.folder, unit.commands)
+    log = run_commands(unit.folder, unit.commands, stop)
     # The training prints this at its end and when it is interrupted; only time before a SIGKILL is not counted.
     train_s = sum(map(float, re.findall(r"^\d+ steps in ([\d.]+) s, ", log.read_text(), re.MULTILINE)))
     return Trained(unit=unit, train_s=train_s, swept=json.loads((unit.folder / "sweep/sweep.json").read_text()))
 
 
-def run_commands(folder: Path, commands: Sequence[Sequence[str]]) -> Path:
+def run_commands(folder: Path, commands: Sequence[Sequence[str]], stop: StopRequest) -> Path:
     """Run commands one after the other, each in a process of one thread.
 
     Args:
         folder: receives their output as `log.txt`.
         commands: the module and the arguments of each.
+        stop: says whether to stop; a command is then told so by SIGTERM, which reached this process alone.
 
     Returns:
         The log.
@@ -174,13 +198,16 @@ def run_commands(folder: Path, commands: Sequence[Sequence[str]]) -> Path:
     path = folder / "log.txt"
     with path.open("a") as log:
         for command in commands:
-            subprocess.run(
-                [sys.executable, "-m", *command],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                check=True,
-            )
+            arguments = [sys.executable, "-m", *command]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            with subprocess.Popen(arguments, env=environment, stdout=log, stderr=subprocess.STDOUT) as process:
+                while process.poll() is None and not stop():
+                    sleep(LOOKS)
+                process.terminate()  # nothing happens to a process that has ended
+            if stop():
+                raise _Stopped
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, arguments)
     return path
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from time import sleep
 from typing import Any, TypeVar
@@ -137,7 +138,7 @@ def side_by_side(
     """
     with stop_on_signal() as stop, ThreadPoolExecutor(available_cores()) as threads:
         try:
-            done = threads.map(_unless_stopped(work, stop), items)
+            done = threads.map(work, items, repeat(stop))
             return list(progress(done, total=len(items), desc=title, unit=unit))
         except _Stopped:
             sys.exit("stopped: the same command goes on")
@@ -148,15 +149,6 @@ def side_by_side(
 
 class _Stopped(Exception):
     """The benchmark was asked to stop."""
-
-
-def _unless_stopped(work: Callable[[Item, StopRequest], Result], stop: StopRequest) -> Callable[[Item], Result]:
-    def begun(item: Item) -> Result:
-        if stop():
-            raise _Stopped
-        return work(item, stop)
-
-    return begun
 
 
 def collect_missing(commands: Mapping[Path, Sequence[str]]) -> None:
@@ -194,6 +186,8 @@ def run_commands(folder: Path, commands: Sequence[Sequence[str]], stop: StopRequ
     Raises:
         subprocess.CalledProcessError: a command failed.
     """
+    if stop():
+        raise _Stopped
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "log.txt"
     with path.open("a") as log:

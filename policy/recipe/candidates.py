@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from policy.common.registry import Registry, check_spec
+from policy.data.relations import Relations
 from policy.diffusion.objective import DEFAULT_OBJECTIVE
 from policy.model.denoisers import DENOISERS
 from policy.model.encoders import ENCODERS
@@ -125,6 +126,8 @@ def candidates_for(
 
 def _is_kept(setting: str, keep: Sequence[str]) -> bool:
     """Whether a setting is kept, or belongs to a part that is kept, or chooses a part with settings that are kept."""
+    if setting == FIND_DIFFERENCES and any(name in keep for name in Relations._fields):
+        return True  # an empty list, too, says which relations the policy observes
     return any(f"{setting}.".startswith(f"{name}.") or name.startswith(f"{setting}.") for name in keep)
 
 

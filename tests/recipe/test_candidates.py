@@ -78,6 +78,13 @@ def test_differences_are_those_that_were_found():
     assert fallen["relations"] == "you keep obs_horizon, so that it is the same as as_given"
 
 
+@pytest.mark.parametrize("name", ["differences", "direction_differences"])
+def test_an_empty_list_of_relations_is_kept_too(name):
+    found, _ = chosen([name], policy={**POLICY, name: ()})
+    assert found["relations"].changes == {"obs_horizon": 1}
+    assert all(not candidate.policy.get(field) for candidate in found.values() for field in RELATIONS)
+
+
 def test_corrective_noise_is_tried_only_where_it_is_possible():
     found, _ = chosen()
     assert found["corrective"].train.corrective_noise == found["few_demonstrations"].train.corrective_noise > 0

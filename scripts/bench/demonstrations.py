@@ -6,9 +6,9 @@
 Five OCBench tasks are trained on the first 100, 200, 500, 1,000 and 2,000 scripted demonstrations of one file each, by
 the preset `ocbench` and by the same with `objective=regression`, and rolled out on the same held-out episodes. All
 tasks and both models of one number come before the next number: an interrupted benchmark is a fair one of fewer
-demonstrations. The rows of a finished training are written to `docs/rows/demonstrations`, unless a setting differs; one
-whose file is there is not run again. Other settings are passed to all trainings. The same command resumes an
-interrupted benchmark.
+demonstrations. The rows of a finished training are written to `docs/rows/demonstrations`, unless a setting other than
+`train.precision=bfloat16` differs; one whose file is there is not run again. Other settings are passed to all
+trainings. The same command resumes an interrupted benchmark.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ COUNTS = (100, 200, 500, 1_000, 2_000)
 # Values of `ddim_steps` for each objective; regression has one call.
 MODELS = {"diffusion": (8, 1), "regression": (1,)}
 OWN = ("tasks", "counts", "episodes")
+# Settings that choose among the trainings, and the further ones of runs whose rows are kept.
+CHOICES = ("tasks", "counts")
+KEPT: list[Mapping[str, str]] = [{}, {"train.precision": "bfloat16"}]
 SUMMARY = ("episodes", "successes", "success_rate", "success_low", "success_high")
 
 
@@ -64,7 +67,7 @@ def main() -> None:
     check_tasks(tasks)
     print(machine("gymnasium"))
     began = time.perf_counter()
-    folder = FINISHED / "demonstrations" if set(given) <= {"tasks", "counts"} else None
+    folder = rows_folder(given)
     units = units_of(tasks, counts, given)
     kept = {unit.name: rows for unit in units if (rows := finished_rows(folder, unit.name))}
     missing = [unit for unit in units if unit.name not in kept]
@@ -78,6 +81,12 @@ def main() -> None:
     print(f"{len(missing)} trainings in {time.perf_counter() - began:.0f} s")
 
 
+def rows_folder(given: Mapping[str, str]) -> Path | None:
+    """The folder in the repository with the rows of a run; None if they are not kept."""
+    changes = {name: value for name, value in given.items() if name not in CHOICES}
+    return FINISHED.joinpath("demonstrations", *file_name(changes)) if changes in KEPT else None
+
+
 def units_of(tasks: list[str], counts: list[int], given: Mapping[str, str]) -> list[Unit]:
     """The trainings of each task and model on each number of demonstrations.
 
@@ -87,7 +96,7 @@ def units_of(tasks: list[str], counts: list[int], given: Mapping[str, str]) -> l
         given: overrides; those that are not the benchmark's own are passed to the trainings.
     """
     training = [f"{name}={value}" for name, value in given.items() if name not in OWN]
-    changes = file_name({name: value for name, value in given.items() if name not in ("tasks", "counts")})
+    changes = file_name({name: value for name, value in given.items() if name not in CHOICES})
     return [
         _unit(task, model, count, FOLDER.joinpath(*changes), training, given.get("episodes", "100"))
         for count in sorted(counts)

@@ -336,6 +336,15 @@ def test_the_reasons_of_a_failure_follow_from_its_figures():
     ]
 
 
+def test_rows_of_the_curve_are_kept_for_the_preset_in_either_precision():
+    given = {"tasks": "[block-cpu-lite-single-task1]", "counts": "[100]"}
+    folder = finished.FINISHED / "demonstrations"
+    assert demonstrations.rows_folder(given) == folder
+    assert demonstrations.rows_folder({**given, "train.precision": "bfloat16"}) == folder / "train.precision-bfloat16"
+    assert demonstrations.rows_folder({**given, "train.steps": "50"}) is None
+    assert demonstrations.rows_folder({"episodes": "50"}) is None
+
+
 @pytest.mark.slow
 def test_ocbench_and_its_curve_run_from_collection_to_table(bench, tmp_path):
     pytest.importorskip("ocbench", reason="pip install 'ddim-policy[ocbench]'")

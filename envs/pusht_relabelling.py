@@ -72,8 +72,7 @@ def pusht_hindsight_on_the_way(
     if count < 1 or not distance > 0:
         raise ValueError(f"count must be 1 or more and distance above 0; got count={count} and distance={distance}.")
     state = _checked(observations)
-    poses = np.column_stack([state[:, 2:4], ARM * np.unwrap(state[:, 4])])
-    way = np.cumsum(np.linalg.norm(np.diff(poses, axis=0, prepend=poses[:1]), axis=1))
+    poses, way = _poses(state), _way(state)
     parts = []
     for goal in np.searchsorted(way, way[-1] * np.arange(1, count + 1) / (count + 1)):
         end = int(np.argmax(np.linalg.norm(poses - poses[goal], axis=1) < distance))
@@ -81,6 +80,100 @@ def pusht_hindsight_on_the_way(
             until = {key: values[:end] for key, values in observations.items()}
             parts.append(_moved(until, actions[:end], state[goal]))
     return [_moved(observations, actions, state[-1]), *parts]
+
+
+def pusht_hindsight_varied(
+    observations: Mapping[str, NDArray[Any]],
+    actions: NDArray[Any],
+    *,
+    count: int = 4,
+    distance: float = 20.0,
+    copies: int = 3,
+    shift: float = 20.0,
+    turn: float = 0.2,
+    exact: float = 30.0,
+    fade: float = 150.0,
+    seed: int = 0,
+) -> list[Demonstration]:
+    """Relabel as `pusht_hindsight_on_the_way` does, and add copies in which the block starts shifted and turned.
+
+    Far from the target, the finger and the block of a copy are moved together, as one rigid body, so that each touch
+    stays as it was. On the way to the target the displacement fades with the way that the block has left, and only as
+    the block moves: a push of a copy goes a little aside of the demonstrated one. (MimicGen, Mandlekar et al. 2023,
+    arXiv:2310.17596, moves parts of demonstrations with their objects, too, and replays them in the simulator; here
+    nothing is simulated.) The last part of the way stays as it was demonstrated: each pixel counts there. Copies that
+    would leave the table are left out.
+
+    Args:
+        observations: As `pusht_hindsight` takes them.
+        actions: (T, 2) target positions in pixels.
+        count: Number of poses on the way.
+        distance: Pixels of way before a pose at which its part ends.
+        copies: Number of copies of the demonstration and of each part.
+        shift: Standard deviation of a copy's shift, in pixels, in x and in y.
+        turn: Standard deviation of a copy's turn around the block's origin, in radians.
+        exact: Pixels of way before the target without displacement.
+        fade: Pixels of way before these on which the displacement fades.
+        seed: With the actions, the seed of the displacements.
+
+    Returns:
+        What `pusht_hindsight_on_the_way` returns, and up to `copies` of each.
+
+    Raises:
+        ValueError: As `pusht_hindsight_on_the_way`, or if a number is out of range.
+    """
+    if copies < 1 or not (shift >= 0 and turn >= 0 and exact >= 0 and fade > 0):
+        raise ValueError(
+            "copies must be 1 or more, shift, turn and exact 0 or more, and fade above 0; got"
+            f" copies={copies}, shift={shift}, turn={turn}, exact={exact} and fade={fade}."
+        )
+    whole, *parts = pusht_hindsight_on_the_way(observations, actions, count=count, distance=distance)
+    generator = np.random.default_rng([int(np.abs(np.asarray(actions, np.float64)).sum()), seed])
+    found = [whole, *parts]
+    for demonstration, left in [(whole, 0.0), *((part, distance) for part in parts)]:
+        way = _way(_checked(demonstration[0]))
+        share = np.clip((way[-1] - way + left - exact) / fade, 0, 1)
+        for _ in range(copies):
+            by = generator.normal(0, 1, 3) * [shift, shift, turn]
+            found += _displaced(demonstration, share[:, None] * by)
+    return found
+
+
+def _displaced(demonstration: Demonstration, by: NDArray[np.float64]) -> list[Demonstration]:
+    """Shift and turn finger and block of each row around the block's origin, by x, y and angle (T, 3).
+
+    Returns:
+        The demonstration; none if it would leave the table.
+    """
+    observations, actions = demonstration
+    state = _checked(observations)
+    cosine, sine = np.cos(by[:, 2]), np.sin(by[:, 2])
+    turns = np.stack([cosine, -sine, sine, cosine], axis=1).reshape(-1, 2, 2)
+
+    def moved(points: NDArray[Any]) -> NDArray[np.float64]:
+        around = points.reshape(len(state), -1, 2) - state[:, None, 2:4]
+        return (np.einsum("tij,tkj->tki", turns, around) + state[:, None, 2:4] + by[:, None, :2]).reshape(points.shape)
+
+    block = state[:, 2:4] + by[:, :2]
+    fingers, targets = moved(state[:, :2]), moved(np.asarray(actions, np.float64))
+    if not _on_table(block, np.concatenate([fingers, targets])):
+        return []
+    displaced = {"state": np.hstack([np.clip(fingers, 0, TABLE_SIZE), block, state[:, 4:] + by[:, 2:]])}
+    if "keypoint" in observations:
+        displaced["keypoint"] = moved(np.asarray(observations["keypoint"], np.float64))
+    same_types = {key: values.astype(observations[key].dtype) for key, values in displaced.items()}
+    return [(same_types, np.clip(targets, 0, TABLE_SIZE).astype(actions.dtype))]
+
+
+def _poses(state: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Poses (T, 3) of the block in pixels, its angle as way of its corners."""
+    return np.column_stack([state[:, 2:4], ARM * np.unwrap(state[:, 4])])
+
+
+def _way(state: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The way of the block until each state, in pixels, its turns included: (T,)."""
+    poses = _poses(state)
+    return np.asarray(np.cumsum(np.linalg.norm(np.diff(poses, axis=0, prepend=poses[:1]), axis=1)))
 
 
 def _checked(observations: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
@@ -117,7 +210,11 @@ def _to_target(points: NDArray[Any], goal: NDArray[np.float64]) -> NDArray[np.fl
 
 def _stays_on_table(state: NDArray[np.float64], actions: NDArray[Any], goal: NDArray[np.float64]) -> bool:
     """Whether a demonstration stays on the table when it is moved as `_moved` does."""
-    block = _to_target(state[:, 2:4], goal)
-    fingers = _to_target(np.concatenate([state[:, :2], np.asarray(actions, np.float64)]), goal)
+    fingers = np.concatenate([state[:, :2], np.asarray(actions, np.float64)])
+    return _on_table(_to_target(state[:, 2:4], goal), _to_target(fingers, goal))
+
+
+def _on_table(block: NDArray[np.float64], fingers: NDArray[np.float64]) -> bool:
+    """Whether all places of the block and nearly all of finger and actions, (..., 2) in pixels, are on the table."""
     off = ((fingers < 0) | (fingers > TABLE_SIZE)).any(axis=1).mean()
     return bool(off <= MOST_OFF and block.min() >= MARGIN and block.max() <= TABLE_SIZE - MARGIN)

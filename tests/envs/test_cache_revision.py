@@ -23,7 +23,7 @@ REVISIONS = {
     ),
     envs.pusht_relabelling: (
         "1",
-        "369c35b4757363f804b3c716bb4039679cfdb0faff147455dc93ea9a07deba28",
+        "11c8a5b2eebeb1fe125a55ac44d16cb4d82b52cfefaa313353c9bf82855432ec",
     ),
 }
 

@@ -482,6 +482,70 @@ def test_parts_that_would_leave_the_table_are_left_out():
     assert len(envs.pusht_hindsight_on_the_way(*slide([200, 250, 0.0], [200, 250, 0.0]))) == 1  # the block stays
 
 
+def in_block(state, points):
+    """Points (T, ..., 2) in the frame of the block of each row."""
+    points = points.reshape(len(state), -1, 2) - state[:, None, 2:4]
+    cosine, sine = np.cos(state[:, 4, None]), np.sin(state[:, 4, None])
+    return np.stack(
+        [points @ [1, 0] * cosine + points @ [0, 1] * sine, points @ [0, 1] * cosine - points @ [1, 0] * sine], -1
+    )
+
+
+def test_varied_copies_are_moved_as_one_body_at_first_and_end_as_they_were_demonstrated():
+    observations, actions = slide([180, 250, 2.0], [330, 250, 2.5])  # 1.53 pixels of way a step, turns included
+    settings = {"count": 1, "copies": 2, "shift": 10.0, "exact": 30.0, "fade": 100.0}
+    whole, part, *copies = envs.pusht_hindsight_varied(observations, actions, **settings)
+    plain = envs.pusht_hindsight_on_the_way(observations, actions, count=1)
+    for (found, found_actions), (known, known_actions) in zip([whole, part], plain, strict=True):
+        np.testing.assert_array_equal(found_actions, known_actions)
+        np.testing.assert_array_equal(found["state"], known["state"])
+    starts = set()
+    for (original, its_actions), (moved, moved_actions) in zip([whole, whole, part, part], copies, strict=True):
+        here, there = (array["state"].astype(float) for array in (moved, original))
+        for copied, shown in (
+            (here[:, :2], there[:, :2]),
+            (moved["keypoint"], original["keypoint"]),
+            (moved_actions, its_actions),
+        ):
+            np.testing.assert_allclose(in_block(here, copied), in_block(there, shown), atol=1e-3)
+        off = np.abs(here - there)[:, 2:]
+        assert (off[0] > 0.01).all()
+        assert (np.diff(off, axis=0) <= 1e-3).all()
+        starts.add(off[0, 0])
+    assert len(starts) == 4
+    for moved, _ in copies[:2]:
+        off = np.abs(moved["state"] - whole[0]["state"])[:, 2:]
+        np.testing.assert_allclose(off[:13], off[[0] * 13], atol=1e-3)  # 151 - 130 pixels of way
+        assert (off[14] < off[0]).all()
+        assert (off[-20:] == 0).all()
+        assert (off[-23] > 0).any()
+
+
+def test_variations_are_those_of_the_actions_and_the_seed():
+    observations, actions = slide([130, 250, 2.0], [370, 250, 2.5])
+    first, again, other = (
+        envs.pusht_hindsight_varied(observations, actions, count=1, copies=1, seed=seed) for seed in (0, 0, 1)
+    )
+    for (found, _), (repeated, _) in zip(first, again, strict=True):
+        np.testing.assert_array_equal(found["state"], repeated["state"])
+    assert (first[2][0]["state"][0] != other[2][0]["state"][0]).any()
+
+
+def test_copies_that_would_leave_the_table_are_left_out():
+    observations, actions = slide([130, 250, 2.0], [370, 250, 2.5])
+    found = envs.pusht_hindsight_varied(observations, actions, count=1, copies=20, shift=300.0)
+    assert 2 < len(found) < 20
+    for moved, _ in found[2:]:  # the first ones are not copies
+        assert moved["state"][:, 2:4].min() >= 50
+        assert moved["state"][:, 2:4].max() <= 512 - 50
+
+
+@pytest.mark.parametrize("settings", [{"copies": 0}, {"shift": -1.0}, {"turn": np.nan}, {"exact": -1.0}, {"fade": 0.0}])
+def test_numbers_of_copies_and_displacements_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match=r"copies must be 1 or more.*; got copies="):
+        envs.pusht_hindsight_varied(*slide([200, 250, 0.0], [300, 250, 0.0]), **settings)
+
+
 @pytest.mark.parametrize("settings", [{"count": 0}, {"distance": 0.0}, {"distance": np.nan}])
 def test_numbers_of_poses_and_distances_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=r"count must be 1 or more and distance above 0; got count="):

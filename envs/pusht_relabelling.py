@@ -97,12 +97,14 @@ def pusht_hindsight_varied(
 ) -> list[Demonstration]:
     """Relabel as `pusht_hindsight_on_the_way` does, and add copies in which the block starts shifted and turned.
 
-    Far from the target, the finger and the block of a copy are moved together, as one rigid body, so that each touch
-    stays as it was. On the way to the target the displacement fades with the way that the block has left, and only as
-    the block moves: a push of a copy goes a little aside of the demonstrated one. (MimicGen, Mandlekar et al. 2023,
-    arXiv:2310.17596, moves parts of demonstrations with their objects, too, and replays them in the simulator; here
-    nothing is simulated.) The last part of the way stays as it was demonstrated: each pixel counts there. Copies that
-    would leave the table are left out.
+    In each control step of a copy, finger, target and block are shifted together, and turned around the block's origin:
+    a touch keeps its place on the block. The displacement fades with the way that the block has left, and only where
+    the block moves. The last pixels of the way stay as they were demonstrated, because success depends on them. Copies
+    that would leave the table are left out.
+
+    A shift that does not fade is what the simulator would do. A turn is so only nearly, because the block turns and its
+    path does not, and so is what fades. (MimicGen, Mandlekar et al. 2023, arXiv:2310.17596, moves parts of
+    demonstrations with their objects, too, and replays them in the simulator.)
 
     Args:
         observations: As `pusht_hindsight` takes them.
@@ -110,9 +112,9 @@ def pusht_hindsight_varied(
         count: Number of poses on the way.
         distance: Pixels of way before a pose at which its part ends.
         copies: Number of copies of the demonstration and of each part.
-        shift: Standard deviation of a copy's shift, in pixels, in x and in y.
-        turn: Standard deviation of a copy's turn around the block's origin, in radians.
-        exact: Pixels of way before the target without displacement.
+        shift: Standard deviation of a copy's shift far from the target, in pixels, in x and in y.
+        turn: Standard deviation of a copy's turn far from the target, in radians.
+        exact: Pixels of way before the target without displacement. A demonstration with less way is repeated as it is.
         fade: Pixels of way before these on which the displacement fades.
         seed: With the actions, the seed of the displacements.
 
@@ -122,13 +124,15 @@ def pusht_hindsight_varied(
     Raises:
         ValueError: As `pusht_hindsight_on_the_way`, or if a number is out of range.
     """
-    if copies < 1 or not (shift >= 0 and turn >= 0 and exact >= 0 and fade > 0):
+    finite = np.isfinite([shift, turn, exact, fade]).all()
+    if copies < 1 or seed < 0 or not (finite and min(shift, turn, exact) >= 0 and fade > 0):
         raise ValueError(
-            "copies must be 1 or more, shift, turn and exact 0 or more, and fade above 0; got"
-            f" copies={copies}, shift={shift}, turn={turn}, exact={exact} and fade={fade}."
+            "copies must be 1 or more, seed, shift, turn and exact 0 or more, and fade above 0, all finite; got"
+            f" copies={copies}, seed={seed}, shift={shift}, turn={turn}, exact={exact} and fade={fade}."
         )
     whole, *parts = pusht_hindsight_on_the_way(observations, actions, count=count, distance=distance)
-    generator = np.random.default_rng([int(np.abs(np.asarray(actions, np.float64)).sum()), seed])
+    total = np.abs(np.nan_to_num(np.asarray(actions, np.float64), posinf=0.0, neginf=0.0)).sum()
+    generator = np.random.default_rng([int(total), seed])
     found = [whole, *parts]
     for demonstration, left in [(whole, 0.0), *((part, distance) for part in parts)]:
         way = _way(_checked(demonstration[0]))
@@ -216,5 +220,5 @@ def _stays_on_table(state: NDArray[np.float64], actions: NDArray[Any], goal: NDA
 
 def _on_table(block: NDArray[np.float64], fingers: NDArray[np.float64]) -> bool:
     """Whether all places of the block and nearly all of finger and actions, (..., 2) in pixels, are on the table."""
-    off = ((fingers < 0) | (fingers > TABLE_SIZE)).any(axis=1).mean()
+    off = 1 - ((fingers >= 0) & (fingers <= TABLE_SIZE)).all(axis=1).mean()
     return bool(off <= MOST_OFF and block.min() >= MARGIN and block.max() <= TABLE_SIZE - MARGIN)

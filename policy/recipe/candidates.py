@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,8 +108,8 @@ def candidates_for(
     found: list[Candidate] = []
     fallen: dict[str, str] = {}
     for name in names or CANDIDATES:
-        kept = [setting for setting in CANDIDATES[name] if _is_kept(setting, keep)]
-        changes = {setting: value for setting, value in CANDIDATES[name].items() if setting not in kept}
+        keeping = {setting: _keeping(setting, keep) for setting in CANDIDATES[name]}
+        changes = {setting: value for setting, value in CANDIDATES[name].items() if not keeping[setting]}
         changes = {setting: changes[setting] for setting in changes if _exists(setting, changes, policy, allowed)}
         settings = {setting: value for setting, value in changes.items() if setting != FIND_DIFFERENCES}
         settings |= allowed.relations if FIND_DIFFERENCES in changes else {}
@@ -119,16 +120,24 @@ def candidates_for(
         if same is None:
             found.append(candidate)
         else:
+            kept = dict.fromkeys(itertools.chain(*keeping.values()))
             reason = f"you keep {', '.join(kept)}" if kept else "with your settings"
             fallen[name] = f"{reason}, so that it is the same as {same.name}"
     return found, fallen
 
 
-def _is_kept(setting: str, keep: Sequence[str]) -> bool:
-    """Whether a setting is kept, or belongs to a part that is kept, or chooses a part with settings that are kept."""
-    if setting == FIND_DIFFERENCES and any(name in keep for name in Relations._fields):
-        return True  # an empty list, too, says which relations the policy observes
-    return any(f"{setting}.".startswith(f"{name}.") or name.startswith(f"{setting}.") for name in keep)
+def _keeping(setting: str, keep: Sequence[str]) -> list[str]:
+    """Names of kept settings because of which a recipe leaves this one as it is.
+
+    They are its own, that of its part, or those of the part that it chooses; for `find_differences`, any list of
+    relations: an empty one, too, says what the policy observes.
+    """
+    relations = Relations._fields if setting == FIND_DIFFERENCES else ()
+    return [
+        name
+        for name in keep
+        if f"{setting}.".startswith(f"{name}.") or name.startswith(f"{setting}.") or name in relations
+    ]
 
 
 def _exists(setting: str, changes: Mapping[str, Any], policy: Policy, allowed: Allowed) -> bool:

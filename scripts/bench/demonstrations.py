@@ -7,7 +7,7 @@ Five OCBench tasks are trained on the first 100, 200, 500, 1,000 and 2,000 scrip
 the preset `ocbench` and by the same with `objective=regression`, and rolled out on the same held-out episodes. All
 tasks and both models of one number come before the next number: an interrupted benchmark is a fair one of fewer
 demonstrations. The rows of a finished training are written to `docs/rows/demonstrations`, unless a setting other than
-`train.precision=bfloat16` differs; one whose file is there is not run again. Other settings are passed to all
+`train.precision=bfloat16` is given; one whose file is there is not run again. Other settings are passed to all
 trainings. The same command resumes an interrupted benchmark.
 """
 
@@ -47,8 +47,9 @@ COUNTS = (100, 200, 500, 1_000, 2_000)
 # Values of `ddim_steps` for each objective; regression has one call.
 MODELS = {"diffusion": (8, 1), "regression": (1,)}
 OWN = ("tasks", "counts", "episodes")
-# Settings that choose among the trainings, and the further ones of runs whose rows are kept.
+# Settings that choose among the trainings.
 CHOICES = ("tasks", "counts")
+# The other settings of runs whose rows are kept.
 KEPT: list[Mapping[str, str]] = [{}, {"train.precision": "bfloat16"}]
 SUMMARY = ("episodes", "successes", "success_rate", "success_low", "success_high")
 

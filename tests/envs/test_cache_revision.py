@@ -23,7 +23,7 @@ REVISIONS = {
     ),
     envs.pusht_relabelling: (
         "1",
-        "11c8a5b2eebeb1fe125a55ac44d16cb4d82b52cfefaa313353c9bf82855432ec",
+        "caa5bb4c4e032cd277c0b703f13a41ce1cdf5a02dfb131e37bd8a9ceccb2c648",
     ),
 }
 

@@ -491,7 +491,7 @@ def in_block(state, points):
     )
 
 
-def test_varied_copies_are_moved_as_one_body_at_first_and_end_as_they_were_demonstrated():
+def test_varied_copies_keep_each_touch_on_the_block_and_end_as_they_were_demonstrated():
     observations, actions = slide([180, 250, 2.0], [330, 250, 2.5])  # 1.53 pixels of way a step, turns included
     settings = {"count": 1, "copies": 2, "shift": 10.0, "exact": 30.0, "fade": 100.0}
     whole, part, *copies = envs.pusht_hindsight_varied(observations, actions, **settings)
@@ -521,26 +521,75 @@ def test_varied_copies_are_moved_as_one_body_at_first_and_end_as_they_were_demon
         assert (off[-23] > 0).any()
 
 
+def displaced_by(demonstration, of):
+    """Shift and turn of a copy's first row."""
+    return (demonstration[0]["state"][0] - of[0]["state"][0])[2:]
+
+
 def test_variations_are_those_of_the_actions_and_the_seed():
-    observations, actions = slide([130, 250, 2.0], [370, 250, 2.5])
-    first, again, other = (
-        envs.pusht_hindsight_varied(observations, actions, count=1, copies=1, seed=seed) for seed in (0, 0, 1)
+    settings = {"count": 1, "copies": 1, "shift": 10.0}
+    whole, _, *first = envs.pusht_hindsight_varied(*slide([180, 250, 2.0], [330, 250, 2.5]), **settings)
+    *_, again, _ = envs.pusht_hindsight_varied(*slide([180, 250, 2.0], [330, 250, 2.5]), **settings)
+    *_, other, _ = envs.pusht_hindsight_varied(*slide([180, 250, 2.0], [330, 250, 2.5]), **settings, seed=1)
+    elsewhere, _, copy, _ = envs.pusht_hindsight_varied(*slide([180, 251, 2.0], [330, 251, 2.5]), **settings)
+    assert len(first) == 2
+    np.testing.assert_array_equal(first[0][0]["state"], again[0]["state"])
+    assert (displaced_by(first[0], whole) != displaced_by(other, whole)).all()
+    assert (np.abs(displaced_by(first[0], whole) - displaced_by(copy, elsewhere)) > 1e-3).all()
+
+
+def test_displacements_far_from_the_target_spread_as_stated():
+    observations, actions = slide([200, 250, 2.0], [330, 250, 2.0])
+    whole, *copies = envs.pusht_hindsight_varied(
+        observations, actions, count=1, distance=200.0, copies=400, shift=4.0, turn=0.1, exact=10.0, fade=50.0
     )
-    for (found, _), (repeated, _) in zip(first, again, strict=True):
-        np.testing.assert_array_equal(found["state"], repeated["state"])
-    assert (first[2][0]["state"][0] != other[2][0]["state"][0]).any()
+    assert len(copies) == 400  # no part is so long
+    spread = np.std([displaced_by(copy, whole) for copy in copies], axis=0)
+    np.testing.assert_allclose(spread, [4.0, 4.0, 0.1], rtol=0.15)
+
+
+def test_a_varied_part_is_as_far_from_its_end_as_from_its_pose():
+    observations, actions = slide([180, 250, 2.0], [330, 250, 2.0])  # 1.52 pixels a step
+    settings = {"count": 1, "distance": 40.0, "copies": 1, "shift": 4.0, "turn": 0.0, "exact": 10.0, "fade": 60.0}
+    _, part, _, copy = envs.pusht_hindsight_varied(observations, actions, **settings)
+    off = np.abs(copy[0]["state"] - part[0]["state"])[:, 2]
+    np.testing.assert_allclose(off[-1] / off[0], (40 - 10) / 60, atol=0.03)
 
 
 def test_copies_that_would_leave_the_table_are_left_out():
-    observations, actions = slide([130, 250, 2.0], [370, 250, 2.5])
-    found = envs.pusht_hindsight_varied(observations, actions, count=1, copies=20, shift=300.0)
-    assert 2 < len(found) < 20
-    for moved, _ in found[2:]:  # the first ones are not copies
+    observations, actions = slide([180, 250, 2.0], [330, 250, 2.5])
+    _, _, *copies = envs.pusht_hindsight_varied(observations, actions, count=1, copies=20, shift=300.0)
+    assert 0 < len(copies) < 40
+    for moved, _ in copies:
         assert moved["state"][:, 2:4].min() >= 50
         assert moved["state"][:, 2:4].max() <= 512 - 50
+    for moved, targets in copies:
+        assert moved["state"].dtype == targets.dtype == np.float32
+        for places in (moved["state"][:, :2], targets):
+            assert places.min() >= 0
+            assert places.max() <= 512
 
 
-@pytest.mark.parametrize("settings", [{"copies": 0}, {"shift": -1.0}, {"turn": np.nan}, {"exact": -1.0}, {"fade": 0.0}])
+def test_an_action_that_is_not_a_number_is_left_to_the_reader_of_demonstrations():
+    observations, actions = slide([180, 250, 2.0], [330, 250, 2.5])
+    actions[3] = np.nan
+    (_, whole), *_ = envs.pusht_hindsight_varied(observations, actions)
+    assert np.isnan(whole[3]).all()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"copies": 0},
+        {"shift": -1.0},
+        {"shift": np.inf},
+        {"turn": np.nan},
+        {"exact": -1.0},
+        {"fade": 0.0},
+        {"fade": np.inf},
+        {"seed": -1},
+    ],
+)
 def test_numbers_of_copies_and_displacements_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=r"copies must be 1 or more.*; got copies="):
         envs.pusht_hindsight_varied(*slide([200, 250, 0.0], [300, 250, 0.0]), **settings)

@@ -83,6 +83,8 @@ def test_an_empty_list_of_relations_is_kept_too(name):
     found, _ = chosen([name], policy={**POLICY, name: ()})
     assert found["relations"].changes == {"obs_horizon": 1}
     assert all(not candidate.policy.get(field) for candidate in found.values() for field in RELATIONS)
+    _, fallen = chosen(["obs_horizon", name], policy={**POLICY, name: ()})
+    assert fallen["relations"] == f"you keep obs_horizon, {name}, so that it is the same as as_given"
 
 
 def test_corrective_noise_is_tried_only_where_it_is_possible():

@@ -564,7 +564,7 @@ def test_copies_that_would_leave_the_table_are_left_out():
         assert moved["state"][:, 2:4].min() >= 50
         assert moved["state"][:, 2:4].max() <= 512 - 50
     for moved, targets in copies:
-        assert moved["state"].dtype == targets.dtype == np.float32
+        assert (moved["state"].dtype, targets.dtype) == (observations["state"].dtype, actions.dtype)
         for places in (moved["state"][:, :2], targets):
             assert places.min() >= 0
             assert places.max() <= 512

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,8 @@ def pusht_hindsight_on_the_way(
     if count < 1 or not distance > 0:
         raise ValueError(f"count must be 1 or more and distance above 0; got count={count} and distance={distance}.")
     state = _checked(observations)
-    poses, way = _poses(state), _way(state)
+    poses = _poses(state)
+    way = _way(poses)
     parts = []
     for goal in np.searchsorted(way, way[-1] * np.arange(1, count + 1) / (count + 1)):
         end = int(np.argmax(np.linalg.norm(poses - poses[goal], axis=1) < distance))
@@ -135,7 +137,7 @@ def pusht_hindsight_varied(
     generator = np.random.default_rng([int(total), seed])
     found = [whole, *parts]
     for demonstration, left in [(whole, 0.0), *((part, distance) for part in parts)]:
-        way = _way(_checked(demonstration[0]))
+        way = _way(_poses(_checked(demonstration[0])))
         share = np.clip((way[-1] - way + left - exact) / fade, 0, 1)
         for _ in range(copies):
             by = generator.normal(0, 1, 3) * [shift, shift, turn]
@@ -154,19 +156,12 @@ def _displaced(demonstration: Demonstration, by: NDArray[np.float64]) -> list[De
     cosine, sine = np.cos(by[:, 2]), np.sin(by[:, 2])
     turns = np.stack([cosine, -sine, sine, cosine], axis=1).reshape(-1, 2, 2)
 
-    def moved(points: NDArray[Any]) -> NDArray[np.float64]:
+    def move(points: NDArray[Any]) -> NDArray[np.float64]:
         around = points.reshape(len(state), -1, 2) - state[:, None, 2:4]
         return (np.einsum("tij,tkj->tki", turns, around) + state[:, None, 2:4] + by[:, None, :2]).reshape(points.shape)
 
-    block = state[:, 2:4] + by[:, :2]
-    fingers, targets = moved(state[:, :2]), moved(np.asarray(actions, np.float64))
-    if not _on_table(block, np.concatenate([fingers, targets])):
-        return []
-    displaced = {"state": np.hstack([np.clip(fingers, 0, TABLE_SIZE), block, state[:, 4:] + by[:, 2:]])}
-    if "keypoint" in observations:
-        displaced["keypoint"] = moved(np.asarray(observations["keypoint"], np.float64))
-    same_types = {key: values.astype(observations[key].dtype) for key, values in displaced.items()}
-    return [(same_types, np.clip(targets, 0, TABLE_SIZE).astype(actions.dtype))]
+    fingers = np.concatenate([move(state[:, :2]), move(np.asarray(actions, np.float64))])
+    return [_with_points(observations, actions, move, by[:, 2:])] if _on_table(move(state[:, 2:4]), fingers) else []
 
 
 def _poses(state: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -174,9 +169,8 @@ def _poses(state: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.column_stack([state[:, 2:4], ARM * np.unwrap(state[:, 4])])
 
 
-def _way(state: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The way of the block until each state, in pixels, its turns included: (T,)."""
-    poses = _poses(state)
+def _way(poses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The way of the block until each of its poses (T, 3), in pixels, its turns included: (T,)."""
     return np.asarray(np.cumsum(np.linalg.norm(np.diff(poses, axis=0, prepend=poses[:1]), axis=1)))
 
 
@@ -194,14 +188,33 @@ def _checked(observations: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
 
 def _moved(observations: Mapping[str, NDArray[Any]], actions: NDArray[Any], goal: NDArray[np.float64]) -> Demonstration:
     """Rotate and shift a checked demonstration so that the pose of the block in a state (5,) becomes the target."""
+    return _with_points(observations, actions, partial(_to_target, goal=goal), TARGET_POSE[2] - goal[4])
+
+
+def _with_points(
+    observations: Mapping[str, NDArray[Any]],
+    actions: NDArray[Any],
+    move: Callable[[NDArray[Any]], NDArray[np.float64]],
+    turn: float | NDArray[np.float64],
+) -> Demonstration:
+    """Move all points of a checked demonstration, finger and actions clipped to the table, and turn its block.
+
+    Args:
+        observations: Observations by key.
+        actions: (T, 2) target positions in pixels.
+        move: Moves points (T, ..., 2).
+        turn: Radians, for all rows or for each (T, 1).
+
+    Returns:
+        Observations and actions of the same keys, shapes and dtypes.
+    """
     state = np.asarray(observations["state"], np.float64)
-    turn = TARGET_POSE[2] - goal[4]
-    on_table = np.clip(_to_target(state[:, :2], goal), 0, TABLE_SIZE)
-    relabelled = {"state": np.hstack([on_table, _to_target(state[:, 2:4], goal), state[:, 4:] + turn])}
+    on_table = np.clip(move(state[:, :2]), 0, TABLE_SIZE)
+    relabelled = {"state": np.hstack([on_table, move(state[:, 2:4]), state[:, 4:] + turn])}
     if "keypoint" in observations:
-        relabelled["keypoint"] = _to_target(observations["keypoint"], goal)
+        relabelled["keypoint"] = move(np.asarray(observations["keypoint"], np.float64))
     same_types = {key: values.astype(observations[key].dtype) for key, values in relabelled.items()}
-    clipped = np.clip(_to_target(np.asarray(actions, np.float64), goal), 0, TABLE_SIZE)
+    clipped = np.clip(move(np.asarray(actions, np.float64)), 0, TABLE_SIZE)
     return same_types, clipped.astype(actions.dtype)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from policy.data.minari_writer import dataset_name
 from policy.statistics.results import summarize
-from scripts.bench.finished import FINISHED, finished_rows, keep_rows
+from scripts.bench.finished import finished_rows, keep_rows, kept_folder
 from scripts.bench.ocbench import check_tasks, collection
 from scripts.bench.report import machine, write_report
 from scripts.bench.trainings import (
@@ -84,8 +84,7 @@ def main() -> None:
 
 def rows_folder(given: Mapping[str, str]) -> Path | None:
     """The folder in the repository with the rows of a run; None if they are not kept."""
-    changes = {name: value for name, value in given.items() if name not in CHOICES}
-    return FINISHED.joinpath("demonstrations", *file_name(changes)) if changes in KEPT else None
+    return kept_folder("demonstrations", given, CHOICES, KEPT)
 
 
 def units_of(tasks: list[str], counts: list[int], given: Mapping[str, str]) -> list[Unit]:

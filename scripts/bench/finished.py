@@ -6,19 +6,34 @@ To measure a training again, remove its file.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from policy.common.files import json_text, write_text
 from scripts.bench.kept_rows import ROOT
 from scripts.bench.report import machine
-from scripts.bench.trainings import Trained
+from scripts.bench.trainings import Trained, file_name
 
 # One folder for each benchmark that keeps its rows.
 FINISHED = ROOT / "docs/rows"
 
 Row = dict[str, Any]
+
+
+def kept_folder(
+    name: str, given: Mapping[str, str], choices: Collection[str], kept: Collection[Mapping[str, str]]
+) -> Path | None:
+    """The folder in the repository with the rows of a run; None if they are not kept.
+
+    Args:
+        name: name of the benchmark or preset.
+        given: the overrides of the run.
+        choices: overrides that choose among its trainings, or look at one without changing it.
+        kept: the other overrides of the runs whose rows are kept.
+    """
+    changes = {setting: value for setting, value in given.items() if setting not in choices}
+    return FINISHED.joinpath(name, *file_name(changes)) if changes in kept else None
 
 
 def finished_rows(folder: Path | None, name: str) -> list[Row]:

@@ -50,7 +50,7 @@ from policy.statistics.intervals import wilson_interval
 from policy.statistics.recipes import recipe_interval
 from policy.statistics.results import EpisodeResult, summarize
 from scripts.bench import ocbench
-from scripts.bench.finished import FINISHED, finished_rows, keep_rows
+from scripts.bench.finished import finished_rows, keep_rows, kept_folder
 from scripts.bench.report import machine, write_report
 from scripts.bench.trainings import Trained, Unit, file_name, listed, run_units, train_and_sweep
 from scripts.command import CONF
@@ -64,14 +64,13 @@ OWN = ("tasks", "seeds", "episodes", "demonstrations")
 CHOICES = ("tasks", "train.rollout_every", "train.rollout_episodes")
 # Overrides that do not make a run another training of the preset.
 SAME = (*CHOICES, "seeds", "episodes", "dataset.path")
-# The runs whose rows are kept: the preset, and its overrides besides `CHOICES`.
-KEPT: list[tuple[str, Mapping[str, str]]] = [
-    ("metaworld", {"demonstrations": "10"}),
-    ("metaworld_image", {}),
-    ("metaworld_mt50", {}),
-    ("ocbench", {}),
-    ("ocbench", {"train.precision": "bfloat16"}),
-]
+# By preset, the overrides besides `CHOICES` of the runs whose rows are kept.
+KEPT: dict[str, list[Mapping[str, str]]] = {
+    "metaworld": [{"demonstrations": "10"}],
+    "metaworld_image": [{}],
+    "metaworld_mt50": [{}],
+    "ocbench": [{}, {"train.precision": "bfloat16"}],
+}
 # The tasks of `metaworld_image`: two medium, two hard and one very hard.
 IMAGE_TASKS = ("assembly-v3", "basketball-v3", "peg-insert-side-v3", "pick-place-v3", "stick-push-v3")
 BEST_ROLLOUTS = 5
@@ -174,8 +173,7 @@ def variant(overrides: Mapping[str, str]) -> list[str]:
 
 def rows_folder(preset: str, overrides: Mapping[str, str]) -> Path | None:
     """The folder in the repository with the rows of a run; None if they are not kept."""
-    changes = {name: value for name, value in overrides.items() if name not in CHOICES}
-    return FINISHED.joinpath(preset, *file_name(changes)) if (preset, changes) in KEPT else None
+    return kept_folder(preset, overrides, CHOICES, KEPT.get(preset, []))
 
 
 def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) -> list[Unit]:

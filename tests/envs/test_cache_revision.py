@@ -23,7 +23,7 @@ REVISIONS = {
     ),
     envs.pusht_relabelling: (
         "1",
-        "caa5bb4c4e032cd277c0b703f13a41ce1cdf5a02dfb131e37bd8a9ceccb2c648",
+        "17c6f0c61ce713089061b8dd5392df3dc260dc34fe49def97875c75c19f0d5cc",
     ),
 }
 

@@ -486,9 +486,8 @@ def in_block(state, points):
     """Points (T, ..., 2) in the frame of the block of each row."""
     points = points.reshape(len(state), -1, 2) - state[:, None, 2:4]
     cosine, sine = np.cos(state[:, 4, None]), np.sin(state[:, 4, None])
-    return np.stack(
-        [points @ [1, 0] * cosine + points @ [0, 1] * sine, points @ [0, 1] * cosine - points @ [1, 0] * sine], -1
-    )
+    x, y = points[..., 0], points[..., 1]
+    return np.stack([x * cosine + y * sine, y * cosine - x * sine], axis=-1)
 
 
 def test_varied_copies_keep_each_touch_on_the_block_and_end_as_they_were_demonstrated():
@@ -548,7 +547,7 @@ def test_displacements_far_from_the_target_spread_as_stated():
     np.testing.assert_allclose(spread, [4.0, 4.0, 0.1], rtol=0.15)
 
 
-def test_a_varied_part_is_as_far_from_its_end_as_from_its_pose():
+def test_a_varied_part_fades_towards_its_pose_and_not_its_end():
     observations, actions = slide([180, 250, 2.0], [330, 250, 2.0])  # 1.52 pixels a step
     settings = {"count": 1, "distance": 40.0, "copies": 1, "shift": 4.0, "turn": 0.0, "exact": 10.0, "fade": 60.0}
     _, part, _, copy = envs.pusht_hindsight_varied(observations, actions, **settings)
@@ -560,14 +559,21 @@ def test_copies_that_would_leave_the_table_are_left_out():
     observations, actions = slide([180, 250, 2.0], [330, 250, 2.5])
     _, _, *copies = envs.pusht_hindsight_varied(observations, actions, count=1, copies=20, shift=300.0)
     assert 0 < len(copies) < 40
-    for moved, _ in copies:
+    for moved, targets in copies:
         assert moved["state"][:, 2:4].min() >= 50
         assert moved["state"][:, 2:4].max() <= 512 - 50
-    for moved, targets in copies:
         assert (moved["state"].dtype, targets.dtype) == (observations["state"].dtype, actions.dtype)
         for places in (moved["state"][:, :2], targets):
             assert places.min() >= 0
             assert places.max() <= 512
+
+
+def test_copies_whose_finger_would_leave_the_table_are_left_out():
+    near, _ = slide([180, 250, 2.0], [330, 250, 2.5])
+    far = demonstration(near["state"] + [170, 170, 0, 0, 0])
+    settings = {"count": 1, "copies": 20, "shift": 10.0}
+    assert len(envs.pusht_hindsight_varied(*demonstration(near["state"]), **settings)) == 2 + 40
+    assert 2 < len(envs.pusht_hindsight_varied(*far, **settings)) < 2 + 40
 
 
 def test_an_action_that_is_not_a_number_is_left_to_the_reader_of_demonstrations():

@@ -310,7 +310,7 @@ def test_the_rows_of_a_finished_training_are_read_as_done(tmp_path, monkeypatch,
         for unit in _units("ocbench", {"tasks": "[block-cpu-lite-single-task1]"}, [8, 1])
     ]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(quality, "FINISHED", tmp_path / "rows")
+    monkeypatch.setattr(finished, "FINISHED", tmp_path / "rows")
     for mistakes, one in zip((False, True), done, strict=True):
         rows = [row(0.5) | {"training": one.unit.name, "ddim_steps": k, "mistakes": mistakes} for k in (8, 1)]
         finished.keep_rows(tmp_path / "rows/ocbench", one, rows)

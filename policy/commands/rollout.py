@@ -124,6 +124,7 @@ def roll_out(
     )
     (loaded,) = stage.checkpoints
     policy = loaded.policy
+    chosen = {name: value for name, value in sampler.given.items() if name != "ddim_steps"}  # a sweep tries several
     sampler = policy.settled(sampler)
     recorded = _cell_of(stage, sampler, controller, execution_horizon, backend, weights)
     if not 0 <= video <= episodes:
@@ -171,7 +172,7 @@ def roll_out(
     if video:
         (simulated,) = controllers_of([policy], [cell], stage.action_space)
         _record(simulated, stage, stage.seeds[:video], folder)
-    print(next_line("ddim-sweep", checkpoint=checkpoint, env=env))
+    print(next_line("ddim-sweep", checkpoint=checkpoint, env=env, sampler=chosen))
     check_broken(results)
 
 

@@ -150,7 +150,7 @@ def train_policy(
 
     refit = init_normalizers == "refit" and not (start and start.goes_on)  # a run that goes on has fitted them
     run = prepare(config, train, **(start.policies(train) if start else {}), refit=refit)
-    sampler = run.state.policy.settled(sampler)
+    chosen, sampler = sampler.given, run.state.policy.settled(sampler)
     tasks = dataset.metadata.get("tasks")
     paired = True
     if env and world.first:
@@ -208,7 +208,7 @@ def train_policy(
         if stopped:
             print(f"stopped at step {run.state.step} and saved: the same command with output_dir={folder} goes on")
         else:
-            _say_end(run, sampler, record, train, tracked, expected or [])
+            _say_end(run, sampler, chosen, record, train, tracked, expected or [])
         world.wait()  # the end of another process would cut this one off
         if stopped:
             raise KeyboardInterrupt  # so that commands that follow a complete training do not start
@@ -240,12 +240,13 @@ def _follow(run: Run, record: Record, settings: TrainSettings, seed: int, world:
 def _say_end(
     run: Run,
     sampler: Sampler,
+    chosen: Mapping[str, Any],
     record: Record,
     settings: TrainSettings,
     tracked: str,
     expected: Sequence[Mapping[str, float]],
 ) -> None:
-    """Say what a complete training made, and what to do with it."""
+    """Say what a complete training made, and what to do with it, with the sampler settings that the user chose."""
     print(describe_best(record.folder, run.state, settings.rollout_episodes))
     if conclusion := conclude(run.state.history):
         print(conclusion.sentence)
@@ -260,7 +261,7 @@ def _say_end(
     if record.env is None:
         print("no environment is known, so there is nothing to roll out in: env=... of ddim-rollout chooses one")
     command, of_the_user = "ddim-rollout" if record.env else "ddim-export", only_of_the_user(record.env or {})
-    print(next_line(command, checkpoint=record.folder, env=of_the_user))
+    print(next_line(command, checkpoint=record.folder, env=of_the_user, sampler=chosen))
 
 
 def _describe(run: Run, env: dict[str, Any] | None, start: Start | None, train: TrainSettings, *, refit: bool) -> None:

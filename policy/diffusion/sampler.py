@@ -99,7 +99,7 @@ class Sampler:
         Raises:
             ValueError: a setting that the objective does not have, or see `check`.
         """
-        one, given = OBJECTIVES[objective], self._given
+        one, given = OBJECTIVES[objective], self.given
         for name, value in given.items():
             if not one.has(name, value):
                 raise ValueError(_refusal(objective, name, value))
@@ -109,7 +109,7 @@ class Sampler:
         return chosen
 
     @property
-    def _given(self) -> dict[str, Any]:
+    def given(self) -> dict[str, Any]:
         """The settings that differ from their defaults."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return {name: value for name, value in dataclasses.asdict(self).items() if value != defaults[name]}

@@ -39,7 +39,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
 from envs.errors import choose
 from envs.metaworld_tasks import DIFFICULTIES, MT10, MT50
@@ -156,10 +157,21 @@ def _file(preset: str) -> Path:
     return CONF / "experiment" / f"{preset}.yaml"
 
 
+def _composed(preset: str) -> DictConfig:
+    """The settings of a training with the preset."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", [f"experiment={preset}"])
+
+
 def _promised(preset: str) -> dict[int, Row]:
     """The figures that the preset states, by `ddim_steps`; empty if it has no `expected`."""
-    settings: Any = OmegaConf.to_container(OmegaConf.load(_file(preset)))
-    return {row["ddim_steps"]: row for row in settings.get("expected") or ()}
+    return {row["ddim_steps"]: dict(row) for row in _composed(preset).get("expected") or ()}
+
+
+def _sampling(preset: str) -> list[str]:
+    """The preset's settings of the sampler, as overrides of a sweep."""
+    chosen = {name: value for name, value in _composed(preset).sampler.items() if name != "_target_"}
+    return [f"sampler.{name}={value}" for name, value in chosen.items()]
 
 
 def variant(overrides: Mapping[str, str]) -> list[str]:
@@ -206,7 +218,7 @@ def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) ->
             commands=train_and_sweep(
                 folder / f"seed_{seed}",
                 [f"experiment={preset}", f"seed={seed}", *training],
-                [f"episodes={own.get('episodes', '500')}"],
+                [f"episodes={own.get('episodes', '500')}", *_sampling(preset)],
                 ddim_steps,
             ),
         )

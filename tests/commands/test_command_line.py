@@ -230,8 +230,10 @@ def test_every_next_line_runs_when_it_is_pasted(run_command, plain_reports, monk
             "denoiser.hidden_size=8",
             "tracker=none",
             "train.rollout_every=0",
+            "sampler.noise_scale=0.5",
+            "sampler.clip=null",
         ],
-        "rollout": ["episodes=1", "num_envs=1", "env=planar", "env.max_episode_steps=20"],
+        "rollout": ["episodes=1", "num_envs=1", "env=planar", "env.max_episode_steps=20", "sampler.ddim_steps=2"],
         "sweep": ["episodes=1", "ddim_steps=[1]", "videos=0"],
     }
     command, arguments = "collect", ["env=planar", "episodes=3"]
@@ -241,7 +243,8 @@ def test_every_next_line_runs_when_it_is_pasted(run_command, plain_reports, monk
         if command != "sweep":
             command, arguments = pasted(out.splitlines()[-1])
     assert command == "sweep"
-    assert {"env=planar", "env.max_episode_steps=20"} <= set(arguments)
+    assert {"env=planar", "env.max_episode_steps=20", "sampler.noise_scale=0.5", "sampler.clip=null"} <= set(arguments)
+    assert not any("ddim_steps" in argument for argument in arguments)  # a sweep tries several
     assert "files: " in out
 
 

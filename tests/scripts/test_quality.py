@@ -162,6 +162,13 @@ def test_pictures_are_collected_as_they_are_trained_on(tmp_path, monkeypatch):
         assert "experiment=metaworld_image" in train
 
 
+def test_a_preset_is_rolled_out_with_the_sampler_settings_that_it_states():
+    for unit in _units("pusht_state", {"dataset.path": "a"}, [8, 1]):
+        train, sweep = unit.commands
+        assert "sampler.noise_scale=0.6" in sweep
+        assert not any(part.startswith("sampler.") for part in train)  # the experiment says it
+
+
 def test_rollouts_during_training_are_the_users_choice():
     training, _ = trainings.train_and_sweep(Path("run"), ["train.rollout_every=500"], [], [8])
     assert training.index("train.rollout_every=0") < training.index("train.rollout_every=500")  # the last one counts

@@ -20,6 +20,7 @@ from policy.common.errors import ParityError
 from policy.common.markdown import markdown_table
 from policy.common.next_line import next_line
 from policy.common.output import output_folder
+from policy.diffusion.sampler import steps_to_compare
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout.episodes import check_spaces
 
@@ -74,12 +75,7 @@ def import_checkpoint(
         return
     own = dict(imported.sampler)
     steps = own.pop("ddim_steps")
-    print(next_line("ddim-sweep", checkpoint=folder, env=env, ddim_steps=[*_fewer(steps), steps], sampler=own))
-
-
-def _fewer(steps: int) -> list[int]:
-    """The powers of two below a number of steps, at most 16: how many does the policy really need?"""
-    return [count for count in (1, 2, 4, 8, 16) if count < steps]
+    print(next_line("ddim-sweep", checkpoint=folder, env=env, ddim_steps=steps_to_compare(steps), sampler=own))
 
 
 def _check_replaceable(folder: Path) -> None:

@@ -32,7 +32,7 @@ from policy.common.progress import progress
 from policy.control.real_time import Pace, RealTimeController, format_timing, summarize_timing
 from policy.control.receding_horizon import RecedingHorizonController
 from policy.control.timeline import ControllerSettings
-from policy.diffusion.sampler import Sampler
+from policy.diffusion.sampler import Sampler, steps_to_compare
 from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS, SamplerProgram
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout.cells import Cell, controllers_of, program_of
@@ -124,7 +124,7 @@ def roll_out(
     )
     (loaded,) = stage.checkpoints
     policy = loaded.policy
-    chosen = {name: value for name, value in sampler.given.items() if name != "ddim_steps"}  # a sweep tries several
+    chosen = sampler.given
     sampler = policy.settled(sampler)
     recorded = _cell_of(stage, sampler, controller, execution_horizon, backend, weights)
     if not 0 <= video <= episodes:
@@ -172,7 +172,10 @@ def roll_out(
     if video:
         (simulated,) = controllers_of([policy], [cell], stage.action_space)
         _record(simulated, stage, stage.seeds[:video], folder)
-    print(next_line("ddim-sweep", checkpoint=checkpoint, env=env, sampler=chosen))
+    # A later start leaves fewer timesteps, maybe fewer than a sweep visits by default.
+    steps = steps_to_compare(sampler.ddim_steps) if chosen.keys() & {"ddim_steps", "start", "warm_start"} else None
+    chosen.pop("ddim_steps", None)
+    print(next_line("ddim-sweep", checkpoint=checkpoint, env=env, ddim_steps=steps, sampler=chosen))
     check_broken(results)
 
 

@@ -261,7 +261,8 @@ def _say_end(
     if record.env is None:
         print("no environment is known, so there is nothing to roll out in: env=... of ddim-rollout chooses one")
     command, of_the_user = "ddim-rollout" if record.env else "ddim-export", only_of_the_user(record.env or {})
-    print(next_line(command, checkpoint=record.folder, env=of_the_user, sampler=chosen))
+    kept = chosen if record.env else {name: value for name, value in chosen.items() if name != "warm_start"}
+    print(next_line(command, checkpoint=record.folder, env=of_the_user, sampler=kept))
 
 
 def _describe(run: Run, env: dict[str, Any] | None, start: Start | None, train: TrainSettings, *, refit: bool) -> None:

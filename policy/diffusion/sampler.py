@@ -204,6 +204,11 @@ class Course:
     noise: float = 1.0
 
 
+def steps_to_compare(steps: int) -> list[int]:
+    """The powers of two below a number of steps, at most 16, and the number: how many does the policy really need?"""
+    return [*(count for count in (1, 2, 4, 8, 16) if count < steps), steps]
+
+
 def _refusal(objective: str, setting: str, value: Any) -> str:
     """Why an objective refuses a setting of the sampler, and what it has instead."""
     one = OBJECTIVES[objective]
@@ -211,7 +216,9 @@ def _refusal(objective: str, setting: str, value: Any) -> str:
     if setting == "solver":
         return f"{of} has no sampler.solver={value}: leave it out, or use {', '.join(one.solvers)}"
     has = [field.name for field in dataclasses.fields(Sampler) if field.name not in one.lacks]
-    instead = f"leave it out; it has {', '.join(f'sampler.{name}' for name in has)}"
+    default = {field.name: field.default for field in dataclasses.fields(Sampler)}[setting]
+    unset = f"sampler.{setting}={'null' if default is None else default}"
+    instead = f"leave it out ({unset} where a preset sets it); it has {', '.join(f'sampler.{name}' for name in has)}"
     if setting == "ddim_steps" and one.calls:
         calls = f"always takes {len(one.calls)} call{'s' * (len(one.calls) > 1)} of its network"
         return f"{of} {calls}, which sampler.ddim_steps={value} cannot change: {instead}"

@@ -45,6 +45,7 @@ from omegaconf import DictConfig
 from envs.errors import choose
 from envs.metaworld_tasks import DIFFICULTIES, MT10, MT50
 from policy.checkpoint import read_history
+from policy.common.next_line import hydra_text
 from policy.data.minari_writer import dataset_name
 from policy.diffusion.sampler import Sampler
 from policy.statistics.intervals import wilson_interval
@@ -157,10 +158,10 @@ def _file(preset: str) -> Path:
     return CONF / "experiment" / f"{preset}.yaml"
 
 
-def _composed(preset: str) -> DictConfig:
+def _composed(preset: str, *overrides: str) -> DictConfig:
     """The settings of a training with the preset."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", [f"experiment={preset}"])
+        return compose("train", [f"experiment={preset}", *overrides])
 
 
 def _promised(preset: str) -> dict[int, Row]:
@@ -168,10 +169,10 @@ def _promised(preset: str) -> dict[int, Row]:
     return {row["ddim_steps"]: dict(row) for row in _composed(preset).get("expected") or ()}
 
 
-def _sampling(preset: str) -> list[str]:
-    """The preset's settings of the sampler, as overrides of a sweep."""
-    chosen = {name: value for name, value in _composed(preset).sampler.items() if name != "_target_"}
-    return [f"sampler.{name}={value}" for name, value in chosen.items()]
+def _sampling(preset: str, training: Sequence[str]) -> list[str]:
+    """The sampler settings of a training with the preset, as overrides of a sweep, which takes its own steps."""
+    chosen = _composed(preset, *(f"++{part}" for part in training if part.startswith("sampler."))).sampler
+    return [f"sampler.{name}={hydra_text(chosen[name])}" for name in chosen if name not in ("_target_", "ddim_steps")]
 
 
 def variant(overrides: Mapping[str, str]) -> list[str]:
@@ -192,6 +193,7 @@ def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) ->
     own = {name: overrides[name] for name in OWN if name in overrides}
     training = [f"{name}={value}" for name, value in overrides.items() if name not in OWN]
     folder, collected = (FOLDER.joinpath(preset, *variant(given)) for given in (overrides, own))
+    common: dict[str, Any] = {"training": training, "sampling": _sampling(preset, training), "ddim_steps": ddim_steps}
     if preset in SCRIPTED:
         scripted = SCRIPTED[preset]
         tasks = _named(listed(own["tasks"])) if "tasks" in own else list(_tasks(preset))
@@ -201,15 +203,12 @@ def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) ->
             ocbench.check_tasks(tasks)
             # All tasks without mistakes come first: an interrupted benchmark is whole in one of its halves.
             return [
-                ocbench.task_unit(task, mistakes, collected, folder, training=training, ddim_steps=ddim_steps, **counts)
+                ocbench.task_unit(task, mistakes, collected, folder, **common, **counts)
                 for mistakes in (False, True)
                 for task in tasks
             ]
         _check_tasks(tasks)
-        return [
-            _scripted(preset, group, collected, folder, training=training, ddim_steps=ddim_steps, **counts)
-            for group in groups
-        ]
+        return [_scripted(preset, group, collected, folder, **common, **counts) for group in groups]
     seeds = listed(own["seeds"]) if "seeds" in own else [str(seed) for seed in SEEDS]
     return [
         Unit(
@@ -218,7 +217,7 @@ def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) ->
             commands=train_and_sweep(
                 folder / f"seed_{seed}",
                 [f"experiment={preset}", f"seed={seed}", *training],
-                [f"episodes={own.get('episodes', '500')}", *_sampling(preset)],
+                [f"episodes={own.get('episodes', '500')}", *common["sampling"]],
                 ddim_steps,
             ),
         )
@@ -256,6 +255,7 @@ def _scripted(
     demonstrations: int,
     episodes: int,
     training: Sequence[str],
+    sampling: Sequence[str],
     ddim_steps: Sequence[int],
 ) -> Unit:
     """The unit of one policy, trained on `demonstrations` scripted demonstrations of each of some Meta-World tasks."""
@@ -280,7 +280,7 @@ def _scripted(
             *train_and_sweep(
                 folder / name,
                 [f"experiment={preset}", f"dataset.path={data}", *training],
-                [f"episodes={episodes * len(tasks)}"],
+                [f"episodes={episodes * len(tasks)}", *sampling],
                 ddim_steps,
             ),
         ],

@@ -23,10 +23,17 @@ import numpy as np
 
 from policy.statistics.recipes import difference_estimate, difference_interval, recipe_interval
 from scripts.bench.report import machine, write_report
+from scripts.bench.tasks import SIMPLE_PUSHT
 from scripts.bench.trainings import Trained, Unit, file_name, listed, run_units, train_and_sweep
 
 FOLDER = Path("outputs/variants")
-BUDGET = {"experiment": "pusht_state", "train.rectify_steps": "0", "train.steps": "4000", "train.batch_size": "128"}
+BUDGET = {
+    "experiment": "pusht_state",
+    "train.rectify_steps": "0",
+    "train.steps": "4000",
+    "train.batch_size": "128",
+    **dict(setting.split("=") for setting in SIMPLE_PUSHT),
+}
 VARIANTS = (
     "base",
     "denoiser=residual_mlp",

@@ -11,14 +11,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from scipy.stats import binomtest
 
 from envs.metaworld_tasks import DIFFICULTIES, MT50
+from policy.diffusion.objective import OBJECTIVES
 from policy.statistics.results import EpisodeResult
 from scripts.bench import demonstrations, finished, quality, trainings, variants
 from scripts.bench.ocbench import why
 from scripts.bench.quality import _units, total
+from scripts.bench.tasks import task_named
 from scripts.bench.trainings import Trained, Unit
+from scripts.settings import CONF, _build
 from tests.conftest import ENVIRONMENT, ROOT
 
 
@@ -167,6 +172,19 @@ def test_a_preset_is_rolled_out_with_the_sampler_settings_that_it_states():
         train, sweep = unit.commands
         assert "sampler.noise_scale=0.6" in sweep
         assert not any(part.startswith("sampler.") for part in train)  # the experiment says it
+    (unit,) = _units("pusht_state", {"seeds": "[0]", "sampler.noise_scale": "1", "sampler.clip": "null"}, [8, 1])
+    assert {"sampler.noise_scale=1", "sampler.clip=null"} <= set(unit.commands[-1])  # those of the training
+    (unit,) = _units("metaworld", {"tasks": "[reach-v3]", "sampler.eta": "1.0"}, [8, 1])
+    assert "sampler.eta=1.0" in unit.commands[-1]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_push_t_of_the_benchmarks_suits_every_objective(objective):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        experiment, *settings = task_named("pusht").training
+        config = compose("train", [experiment, *(f"++{setting}" for setting in settings)])
+    assert config.dataset.relabel._target_ == "envs.pusht_hindsight"
+    _build("sampler", OmegaConf.to_container(config.sampler)).settled(objective, 100)
 
 
 def test_rollouts_during_training_are_the_users_choice():

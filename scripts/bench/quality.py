@@ -198,17 +198,17 @@ def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) ->
         scripted = SCRIPTED[preset]
         tasks = _named(listed(own["tasks"])) if "tasks" in own else list(_tasks(preset))
         groups = [tasks] if scripted.together else [[task] for task in tasks]
-        counts = {name: int(own.get(name, getattr(scripted, name))) for name in ("demonstrations", "episodes")}
+        common |= {name: int(own.get(name, getattr(scripted, name))) for name in ("demonstrations", "episodes")}
         if preset == "ocbench":
             ocbench.check_tasks(tasks)
             # All tasks without mistakes come first: an interrupted benchmark is whole in one of its halves.
             return [
-                ocbench.task_unit(task, mistakes, collected, folder, **common, **counts)
+                ocbench.task_unit(task, mistakes, collected, folder, **common)
                 for mistakes in (False, True)
                 for task in tasks
             ]
         _check_tasks(tasks)
-        return [_scripted(preset, group, collected, folder, **common, **counts) for group in groups]
+        return [_scripted(preset, group, collected, folder, **common) for group in groups]
     seeds = listed(own["seeds"]) if "seeds" in own else [str(seed) for seed in SEEDS]
     return [
         Unit(

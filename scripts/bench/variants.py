@@ -27,13 +27,8 @@ from scripts.bench.tasks import SIMPLE_PUSHT
 from scripts.bench.trainings import Trained, Unit, file_name, listed, run_units, train_and_sweep
 
 FOLDER = Path("outputs/variants")
-BUDGET = {
-    "experiment": "pusht_state",
-    "train.rectify_steps": "0",
-    "train.steps": "4000",
-    "train.batch_size": "128",
-    **dict(setting.split("=") for setting in SIMPLE_PUSHT),
-}
+PUSHT = {"experiment": "pusht_state", **dict(setting.split("=") for setting in SIMPLE_PUSHT)}
+BUDGET = {"train.rectify_steps": "0", "train.steps": "4000", "train.batch_size": "128"}
 VARIANTS = (
     "base",
     "denoiser=residual_mlp",
@@ -75,13 +70,14 @@ def main() -> None:
 def _unit(variant: str, seed: str, given: dict[str, str], episodes: str) -> Unit:
     changes = dict(change.split("=", 1) for change in variant.split() if variant != "base")
     shared = file_name({name: value for name, value in given.items() if name != "dataset.path"})
+    preset = {} if "experiment" in given else PUSHT
     folder = FOLDER.joinpath(*shared, *(file_name(changes) or ["base"]), f"seed_{seed}")
     return Unit(
         name=f"{variant}, seed {seed}",
         folder=folder,
         commands=train_and_sweep(
             folder,
-            [f"{name}={value}" for name, value in (BUDGET | given | changes | {"seed": seed}).items()],
+            [f"{name}={value}" for name, value in (preset | BUDGET | given | changes | {"seed": seed}).items()],
             ["seed=200000", f"episodes={episodes}", "backend=onnx"],
             DDIM_STEPS,
         ),

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -44,18 +43,34 @@ class OneAfterTheOther:
 def bench(run_command, plain_reports, tmp_path, monkeypatch, capsys):
     """Run a benchmark in an empty folder, its commands in this process; gives what it printed."""
 
-    def run(command, *, env, stdout, stderr, check):
-        assert command[:2] == [sys.executable, "-m"]
-        assert (env["OMP_NUM_THREADS"], stderr, check) == ("1", subprocess.STDOUT, True)
-        overrides = [part.replace("backend=onnx", "backend=eager") for part in command[3:]]  # compiles in no time
-        stdout.write(run_command(re.fullmatch(r"scripts\.(\w+)", command[2])[1], *overrides).stdout)
+    class Popen:
+        """In place of a process: the command has ended when it is there."""
+
+        returncode = 0
+
+        def __init__(self, command, *, env, stdout, stderr):
+            assert command[:2] == [sys.executable, "-m"]
+            assert (env["OMP_NUM_THREADS"], stderr) == ("1", subprocess.STDOUT)
+            overrides = [part.replace("backend=onnx", "backend=eager") for part in command[3:]]  # compiles in no time
+            stdout.write(run_command(re.fullmatch(r"scripts\.(\w+)", command[2])[1], *overrides).stdout)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def poll(self):
+            return self.returncode
+
+        def terminate(self):
+            pass
 
     def bench(benchmark, *arguments):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("policy.commands.sweep.plot_rows", lambda *_, **__: None)  # nobody looks at them
         monkeypatch.setattr(trainings, "ThreadPoolExecutor", OneAfterTheOther)
-        processes = SimpleNamespace(run=run, STDOUT=subprocess.STDOUT, CalledProcessError=subprocess.CalledProcessError)
-        monkeypatch.setattr(trainings, "subprocess", processes)
+        monkeypatch.setattr(trainings.subprocess, "Popen", Popen)
         monkeypatch.setattr(sys, "argv", [benchmark.__name__, *arguments])
         benchmark.main()
         return capsys.readouterr().out

@@ -174,8 +174,8 @@ def roll_out(
         _record(simulated, stage, stage.seeds[:video], folder)
     # A later start leaves fewer timesteps, maybe fewer than a sweep visits by default.
     steps = steps_to_compare(sampler.ddim_steps) if chosen.keys() & {"ddim_steps", "start", "warm_start"} else None
-    chosen.pop("ddim_steps", None)
-    print(next_line("ddim-sweep", checkpoint=checkpoint, env=env, ddim_steps=steps, sampler=chosen))
+    others = {name: value for name, value in chosen.items() if name != "ddim_steps"}
+    print(next_line("ddim-sweep", checkpoint=checkpoint, env=env, ddim_steps=steps, sampler=others))
     check_broken(results)
 
 

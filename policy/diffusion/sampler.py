@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policy.common.next_line import hydra_text
 from policy.diffusion.coefficients import SOLVERS, TO_CLEAN_BEFORE, check_noiseless
 from policy.diffusion.ddim import check_ddim_steps, check_eta, check_spacing, ddim_timesteps
 from policy.diffusion.objective import DEFAULT_OBJECTIVE, OBJECTIVES
@@ -111,8 +112,7 @@ class Sampler:
     @property
     def given(self) -> dict[str, Any]:
         """The settings that differ from their defaults."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        return {name: value for name, value in dataclasses.asdict(self).items() if value != defaults[name]}
+        return {name: value for name, value in dataclasses.asdict(self).items() if value != getattr(Sampler, name)}
 
     def record(self) -> dict[str, Any]:
         """Return the settings as JSON data, without those of `LATER_SETTINGS` that have their earlier value."""
@@ -216,8 +216,7 @@ def _refusal(objective: str, setting: str, value: Any) -> str:
     if setting == "solver":
         return f"{of} has no sampler.solver={value}: leave it out, or use {', '.join(one.solvers)}"
     has = [field.name for field in dataclasses.fields(Sampler) if field.name not in one.lacks]
-    default = {field.name: field.default for field in dataclasses.fields(Sampler)}[setting]
-    unset = f"sampler.{setting}={'null' if default is None else default}"
+    unset = f"sampler.{setting}={hydra_text(getattr(Sampler, setting))}"
     instead = f"leave it out ({unset} where a preset sets it); it has {', '.join(f'sampler.{name}' for name in has)}"
     if setting == "ddim_steps" and one.calls:
         calls = f"always takes {len(one.calls)} call{'s' * (len(one.calls) > 1)} of its network"

@@ -158,10 +158,10 @@ def _file(preset: str) -> Path:
     return CONF / "experiment" / f"{preset}.yaml"
 
 
-def _composed(preset: str, *overrides: str) -> DictConfig:
+def _composed(preset: str) -> DictConfig:
     """The settings of a training with the preset."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", [f"experiment={preset}", *overrides])
+        return compose("train", [f"experiment={preset}"])
 
 
 def _promised(preset: str) -> dict[int, Row]:
@@ -171,8 +171,10 @@ def _promised(preset: str) -> dict[int, Row]:
 
 def _sampling(preset: str, training: Sequence[str]) -> list[str]:
     """The sampler settings of a training with the preset, as overrides of a sweep, which takes its own steps."""
-    chosen = _composed(preset, *(f"++{part}" for part in training if part.startswith("sampler."))).sampler
-    return [f"sampler.{name}={hydra_text(chosen[name])}" for name in chosen if name not in ("_target_", "ddim_steps")]
+    stated = {f"sampler.{name}": hydra_text(value) for name, value in _composed(preset).sampler.items()}
+    given = dict(part.split("=", 1) for part in training if part.startswith("sampler."))
+    left_out = ("sampler._target_", "sampler.ddim_steps")
+    return [f"{name}={value}" for name, value in (stated | given).items() if name not in left_out]
 
 
 def variant(overrides: Mapping[str, str]) -> list[str]:

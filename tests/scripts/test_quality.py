@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -70,7 +71,8 @@ def bench(run_command, plain_reports, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("policy.commands.sweep.plot_rows", lambda *_, **__: None)  # nobody looks at them
         monkeypatch.setattr(trainings, "ThreadPoolExecutor", OneAfterTheOther)
-        monkeypatch.setattr(trainings.subprocess, "Popen", Popen)
+        processes = {name: getattr(subprocess, name) for name in ("STDOUT", "CalledProcessError")}
+        monkeypatch.setattr(trainings, "subprocess", SimpleNamespace(Popen=Popen, **processes))
         monkeypatch.setattr(sys, "argv", [benchmark.__name__, *arguments])
         benchmark.main()
         return capsys.readouterr().out

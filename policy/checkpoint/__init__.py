@@ -16,10 +16,11 @@ checkpoints/             kept checkpoints, which can act but not resume: config.
 A folder is written beside its final place, synced and renamed, so that a complete one exists at every moment. The files
 of `checkpoints/` are hard links where the file system supports them, so that the newest takes no extra space.
 
-Schemas: 1 had no checksums.json; 2 is the current one.
+Schemas: 1 had no checksums.json; up to 2, a state encoder had no skip connection; up to 3, no sampler was recorded;
+4 is the current one.
 """
 
-from policy.checkpoint.description import describe_checkpoint
+from policy.checkpoint.description import describe_checkpoint, next_use
 from policy.checkpoint.environment import choose_env, merge_env, only_of_the_user
 from policy.checkpoint.files import SCHEMA_VERSION, is_checkpoint
 from policy.checkpoint.keeping import best_entry, describe_best, keep_checkpoint, measured
@@ -41,6 +42,7 @@ __all__ = [
     "load_checkpoint",
     "measured",
     "merge_env",
+    "next_use",
     "only_of_the_user",
     "read_history",
     "resume_training",

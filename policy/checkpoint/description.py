@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from policy.checkpoint.environment import only_of_the_user
 from policy.checkpoint.reading import Checkpoint
 from policy.common.control_rate import stated_rate
 from policy.common.files import distinct_names
+from policy.common.next_line import next_line
 from policy.diffusion.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from policy.diffusion.sampler import Sampler
 
@@ -28,7 +31,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
     config, rate = policy.config, stated_rate(training.get("rate_hz"))
     shapes = ", ".join(f"{key} {shape}" for key, shape in config.observation_shapes.items())
     parameters = sum(parameter.numel() for parameter in policy.parameters())
-    objective, settled = OBJECTIVES[config.objective], policy.settled(Sampler()).record()
+    objective, settled = OBJECTIVES[config.objective], policy.settled(checkpoint.sampler).record()
     settings = " ".join(f"{name}={value}" for name, value in settled.items() if objective.has(name, value))
     betas = f", {config.schedule.get('beta_schedule', 'linear')}" if config.objective == DEFAULT_OBJECTIVE else ""
     return {
@@ -48,6 +51,21 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
         "sampler": f"{settings} execution_horizon={checkpoint.execution_horizon}, unless you choose others",
         **({"plugins": ", ".join(checkpoint.plugins)} if checkpoint.plugins else {}),
     }
+
+
+def next_use(folder: Path, env: Mapping[str, Any] | None, sampler: Sampler) -> str:
+    """The line that names what to do with a checkpoint: roll it out, or export it if it names no environment.
+
+    Args:
+        folder: the checkpoint folder.
+        env: its environment, or None.
+        sampler: the sampler settings that it records.
+    """
+    if env:
+        return next_line("ddim-rollout", checkpoint=folder, env=only_of_the_user(env))
+    # An exported model begins every chunk from noise.
+    cold = {"warm_start": None} if sampler.warm_start is not None else None
+    return next_line("ddim-export", checkpoint=folder, sampler=cold)
 
 
 def _tasks(training: Mapping[str, Any], env: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from policy.common.errors import SaveError
 from policy.common.files import json_text, write_text
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 CONFIG, WEIGHTS, CHECKSUMS = "config.json", "policy.safetensors", "checksums.json"
 TRAINING_WEIGHTS, TRAINING_RECORD = "training.safetensors", "training.json"
 

@@ -72,6 +72,7 @@ def _write(folder: Path, policy: DiffusionPolicy) -> None:
         policy,
         env=origin.env,
         execution_horizon=origin.execution_horizon,
+        sampler=origin.sampler,
         training=training,
         plugins=origin.plugins,
     )

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,11 @@ from policy.checkpoint.files import (
     read_tensors,
     refusing,
 )
+from policy.common.arguments import check_arguments
 from policy.common.registry import Registry
+from policy.diffusion.coefficients import SOLVERS
+from policy.diffusion.objective import DEFAULT_OBJECTIVE
+from policy.diffusion.sampler import Sampler
 from policy.model.config import PolicyConfig, config_from_json, config_to_json
 from policy.model.denoisers import DENOISERS
 from policy.model.diffusion_policy import DiffusionPolicy
@@ -68,6 +72,7 @@ class Checkpoint:
         policy: ready to act: averaged weights, evaluation mode.
         env: how to make its environment (`{"name": ..., **settings}`), or None.
         execution_horizon: the execution horizon of the rollouts during training.
+        sampler: the sampler settings of these rollouts; those that are open have their defaults.
         training: how it was trained, JSON data.
         path: the folder.
         digest: start of the SHA-256 of its weights, which does not depend on the folder.
@@ -77,6 +82,7 @@ class Checkpoint:
     policy: DiffusionPolicy
     env: dict[str, Any] | None
     execution_horizon: int
+    sampler: Sampler = field(default_factory=Sampler)
     training: dict[str, Any]
     path: Path
     digest: str
@@ -134,12 +140,16 @@ def _load(folder: Path, device: str, root: Path | None) -> Checkpoint:
         check_fit(config, tensors, opened.path)
         policy = DiffusionPolicy(config)
         policy.load_state_dict(tensors, assign=True)  # mapped from the file, not copied
+        sampler = _sampler(opened, policy)
     plugins = _plugins(opened)
-    policy.origin = Origin(env=env, execution_horizon=execution_horizon, training=training, plugins=plugins)
+    policy.origin = Origin(
+        env=env, execution_horizon=execution_horizon, sampler=sampler, training=training, plugins=plugins
+    )
     return Checkpoint(
         policy=policy.to(device).eval().requires_grad_(False),
         env=env,
         execution_horizon=execution_horizon,
+        sampler=sampler,
         training=training,
         path=opened.path,
         digest=digest[:16],
@@ -301,6 +311,21 @@ def _circumstances(opened: Folder, config: PolicyConfig) -> tuple[dict[str, Any]
         if not fine:
             raise ValueError(f"{opened.path / CONFIG} is damaged (at {key!r}): use another checkpoint")
     return env, horizon, training
+
+
+def _sampler(opened: Folder, policy: DiffusionPolicy) -> Sampler:
+    """Read and check the sampler settings; a checkpoint of before they were recorded has the defaults."""
+    given = opened.config.get("sampler", {})
+    if not isinstance(given, dict):
+        raise ValueError(f"{opened.path / CONFIG} is damaged (at 'sampler'): use another checkpoint")
+    if policy.config.objective == DEFAULT_OBJECTIVE and "solver" in given:
+        _check_part(opened, SOLVERS, given["solver"])
+    try:
+        sampler = Sampler(**check_arguments("sampler", Sampler, given))
+        policy.settled(sampler)
+    except ValueError as error:
+        raise ValueError(f"{opened.path / CONFIG} is damaged ({error}): use another checkpoint") from error
+    return sampler
 
 
 def check_fit(

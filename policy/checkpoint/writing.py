@@ -21,6 +21,7 @@ from policy.checkpoint.files import (
     write_tensors,
 )
 from policy.common.plugins import loaded_plugins
+from policy.diffusion.sampler import Sampler
 from policy.model.config import config_to_json
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.training.state import TrainState, optimizer_tensors, run_record
@@ -32,6 +33,7 @@ def save_checkpoint(
     *,
     env: Mapping[str, Any] | None,
     execution_horizon: int,
+    sampler: Sampler | None = None,
     training: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint; the old one at `folder` is replaced only once the new one is complete and on disk.
@@ -41,6 +43,7 @@ def save_checkpoint(
         state: the run's state.
         env: how to make the environment, or None.
         execution_horizon: recorded for rollouts.
+        sampler: recorded for rollouts; None for the defaults.
         training: how it was trained, JSON data.
 
     Raises:
@@ -52,6 +55,7 @@ def save_checkpoint(
             state.ema,
             env=env,
             execution_horizon=execution_horizon,
+            sampler=sampler,
             training={**training, "step": state.step},
         )
         write_json(new / TRAINING_RECORD, run_record(state))
@@ -67,6 +71,7 @@ def write_policy(
     *,
     env: Mapping[str, Any] | None,
     execution_horizon: int,
+    sampler: Sampler | None = None,
     training: Mapping[str, Any],
     plugins: Sequence[str] = (),
 ) -> None:
@@ -77,6 +82,7 @@ def write_policy(
         policy: the policy to write.
         env: how to make the environment, or None.
         execution_horizon: recorded for rollouts.
+        sampler: recorded for rollouts; None for the defaults.
         training: how it was trained, JSON data.
         plugins: plugins that were loaded when it was trained, besides those of this process.
     """
@@ -86,6 +92,7 @@ def write_policy(
         "policy": config_to_json(policy.config),
         "env": dict(env) if env else None,
         "execution_horizon": execution_horizon,
+        "sampler": sampler.given if sampler else {},
         "training": dict(training),
         # Stored for error messages only: loading a checkpoint does not import them.
         **({"plugins": needed} if needed else {}),

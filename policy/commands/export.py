@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,7 @@ def export_policy(
     checkpoint: Path,
     format: str = "onnx",
     weights: str = DEFAULT_WEIGHTS,
-    sampler: Sampler,
+    sampler: partial[Sampler],
     output_dir: Path | None = None,
 ) -> None:
     """Export a checkpoint, with its sampler settings, for programs that have no torch.
@@ -59,7 +61,7 @@ def export_policy(
         checkpoint: the folder that training wrote.
         format: `onnx`.
         weights: `float32`, or `int8` for the matrices, which is faster but changes the actions.
-        sampler: sampling settings, which are fixed in the exported model.
+        sampler: sampling settings, which are fixed in the exported model; those that are left open are as in training.
         output_dir: receives the files; by default a new folder under outputs/export.
 
     Raises:
@@ -68,14 +70,15 @@ def export_policy(
     if format not in EXPORT_FORMATS:
         raise unknown_name("format", format, EXPORT_FORMATS)
     check_weights(weights)
-    if sampler.warm_start is not None:
-        raise ValueError(
-            f"an exported model begins from noise; got sampler.warm_start={sampler.warm_start}: leave it out, and use"
-            " `previous` and `keep` of the exported model to continue a chunk"
-        )
+    sampler()  # raises where a setting is outside its range, before anything is loaded
     loaded = load_checkpoint(checkpoint)
-    sampler = loaded.policy.settled(sampler)
-    program = compile_sampler(loaded.policy, sampler, backend="onnx", weights=weights)
+    chosen = replace(loaded.sampler, **sampler.keywords)
+    if chosen.warm_start is not None:
+        raise ValueError(
+            f"an exported model begins from noise; got sampler.warm_start={chosen.warm_start}: set"
+            " sampler.warm_start=null, and use `previous` and `keep` of the exported model to continue a chunk"
+        )
+    program = compile_sampler(loaded.policy, chosen, backend="onnx", weights=weights)
     example = example_input(program)
     actions = run_on(program, example)
     difference = _difference(loaded, program, example, actions)

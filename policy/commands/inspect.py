@@ -12,16 +12,14 @@ from policy.checkpoint import (
     describe_checkpoint,
     digest_of,
     load_checkpoint,
-    only_of_the_user,
+    next_use,
     read_history,
 )
 from policy.common.files import json_text, write_text
-from policy.common.next_line import next_line
 from policy.common.output import output_folder
 from policy.common.terminal import printable
 from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
 from policy.data.demonstrations import Demonstrations
-from policy.diffusion.sampler import Sampler
 from policy.inspection.error_picture import describe_by_distance, plot_errors
 from policy.inspection.figures import inspect_dataset, spread
 from policy.inspection.picture import plot_episodes
@@ -110,8 +108,7 @@ def _inspect_checkpoint(folder: Path, dataset: Demonstrations | None, output_dir
         print(f"{'':<12} {describe_recoveries(recovery, loaded.training, history)}")
     if measured:
         _show_errors(measured, loaded, output_folder(output_dir, "inspect"))
-    command = "ddim-rollout" if loaded.env else "ddim-export"
-    print(next_line(command, checkpoint=folder, env=only_of_the_user(loaded.env or {})))
+    print(next_use(folder, loaded.env, loaded.sampler))
 
 
 def _measured(loaded: Checkpoint, dataset: Demonstrations) -> tuple[Measurement, Recoveries]:
@@ -144,8 +141,8 @@ def _measured(loaded: Checkpoint, dataset: Demonstrations) -> tuple[Measurement,
         mask_padding=training["mask_padding"],
         seed=training["seed"],
     )
-    sampler = Sampler()
-    return ErrorMeter(*split, sampler).measure(loaded.policy), measure_recoveries(loaded.policy, split[0], sampler)
+    errors = ErrorMeter(*split, loaded.sampler).measure(loaded.policy)
+    return errors, measure_recoveries(loaded.policy, split[0], loaded.sampler)
 
 
 def _show_errors(measured: Measurement, loaded: Checkpoint, folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from policy.checkpoint import is_checkpoint, keep_checkpoint, resume_training, save_checkpoint
 from policy.common.files import json_text, write_text
 from policy.data.demonstrations import Augment, Demonstrations
+from policy.diffusion.sampler import Sampler
 from policy.training.settings import TrainSettings, learning_rate
 from policy.training.state import TrainState, newest_metrics
 
@@ -32,6 +33,7 @@ class Record:
         folder: the folder of the newest checkpoint.
         env: how to make the environment, or None.
         execution_horizon: recorded for rollouts.
+        sampler: recorded for rollouts.
         training: how the policy is trained, JSON data.
         keep_last: see `TrainSettings`.
     """
@@ -39,6 +41,7 @@ class Record:
     folder: Path
     env: dict[str, Any] | None
     execution_horizon: int
+    sampler: Sampler
     training: dict[str, Any]
     keep_last: int
 
@@ -63,7 +66,14 @@ class Record:
     def save(self, state: TrainState) -> None:
         """Write the newest checkpoint and the history, and update the last few and the best."""
         training = {**self.training, "measured": newest_metrics(state.history)}
-        save_checkpoint(self.folder, state, env=self.env, execution_horizon=self.execution_horizon, training=training)
+        save_checkpoint(
+            self.folder,
+            state,
+            env=self.env,
+            execution_horizon=self.execution_horizon,
+            sampler=self.sampler,
+            training=training,
+        )
         self._keep(state)
 
     def _keep(self, state: TrainState) -> None:
@@ -77,6 +87,7 @@ def record_in(
     *,
     env: dict[str, Any] | None,
     execution_horizon: int,
+    sampler: Sampler,
     facts: Mapping[str, Any],
 ) -> Record:
     """Return the record of a run.
@@ -86,12 +97,14 @@ def record_in(
         train: settings of the training.
         env: how to make the environment, or None.
         execution_horizon: recorded for rollouts.
+        sampler: recorded for rollouts.
         facts: what is recorded besides the settings, JSON data.
     """
     return Record(
         folder=newest_in(folder),
         env=env,
         execution_horizon=execution_horizon,
+        sampler=sampler,
         training={
             # Left out: up to the first loss that is not finite, it has no effect, so a resumed run may change it.
             **{key: value for key, value in vars(train).items() if key != "on_bad_loss"},

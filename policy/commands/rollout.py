@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +57,7 @@ def roll_out(
     seed: int = FIRST_SEED,
     num_envs: int = NUM_ENVS,
     device: str = "cpu",
-    sampler: Sampler,
+    sampler: partial[Sampler],
     backend: str = DEFAULT_BACKEND,
     weights: str = DEFAULT_WEIGHTS,
     execution_horizon: int | None = None,
@@ -82,7 +83,7 @@ def roll_out(
         seed: seed of the first episode; the others count up from it.
         num_envs: environments that run at once; no result depends on it.
         device: `cpu` or `cuda`.
-        sampler: sampling settings.
+        sampler: sampling settings; those that are left open are as in training.
         backend: runs the sampling: `eager`, `fused`, `compile`, `onnx` or `cuda_graph`, or `auto`,
             the fastest of them that fits this machine and agrees with `eager`.
         weights: `float32`, or `int8` with `backend=onnx`.
@@ -109,6 +110,7 @@ def roll_out(
         ValueError: settings that do not fit, before any episode starts.
         WorkerError: more than 5 % of the episodes broke off, after all files are written.
     """
+    sampler()  # raises where a setting is outside its range, before anything is loaded
     dataset = record_settings(record, record_successes, output_dir)
     stage = set_stage(
         make_env,
@@ -124,9 +126,8 @@ def roll_out(
     )
     (loaded,) = stage.checkpoints
     policy = loaded.policy
-    chosen = sampler.given
-    sampler = policy.settled(sampler)
-    recorded = _cell_of(stage, sampler, controller, execution_horizon, backend, weights)
+    chosen = replace(loaded.sampler, **sampler.keywords)
+    recorded = _cell_of(stage, policy.settled(chosen), controller, execution_horizon, backend, weights)
     if not 0 <= video <= episodes:
         raise ValueError(f"video must be within 0..{episodes} (the episodes); got {video}")
     (recorded,) = with_backends([recorded], output_dir and output_dir.expanduser() / LEDGER)
@@ -147,7 +148,7 @@ def roll_out(
         made_with = [stage.made_with] if driver else ledger.made_with([cell_id(recorded.settings)], stage.seeds)
     (latency,) = measure_latency([timed_controller(policy, cell, program)])
     summary = {
-        **sampler.record(),
+        **cell.sampler.record(),
         **asdict(controller),
         **summarize(results),
         **latency.row,
@@ -159,7 +160,7 @@ def roll_out(
     for warning in broken:
         print(f"warning: {warning}")
     print(
-        f"one plan: {summary['latency_ms_median']:.1f} ms with {sampler.ddim_steps} ddim_steps"
+        f"one plan: {summary['latency_ms_median']:.1f} ms with {cell.sampler.ddim_steps} ddim_steps"
         f" (median, batch {controller.candidates}, one thread{', on a busy machine' * latency.busy})"
     )
     print(f"episodes: {write_episodes(results, folder)}")
@@ -173,8 +174,9 @@ def roll_out(
         (simulated,) = controllers_of([policy], [cell], stage.action_space)
         _record(simulated, stage, stage.seeds[:video], folder)
     # A later start leaves fewer timesteps, maybe fewer than a sweep visits by default.
-    steps = steps_to_compare(sampler.ddim_steps) if chosen.keys() & {"ddim_steps", "start", "warm_start"} else None
-    others = {name: value for name, value in chosen.items() if name != "ddim_steps"}
+    limits = chosen.given.keys() & {"ddim_steps", "start", "warm_start"}
+    steps = steps_to_compare(cell.sampler.ddim_steps) if limits else None
+    others = {name: value for name, value in sampler.keywords.items() if name != "ddim_steps"}
     print(next_line("ddim-sweep", checkpoint=checkpoint, env=env, ddim_steps=steps, sampler=others))
     check_broken(results)
 

@@ -11,17 +11,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from policy.checkpoint import best_entry, describe_best, is_checkpoint, measured, only_of_the_user
+from policy.checkpoint import best_entry, describe_best, is_checkpoint, measured, next_use
 from policy.commands.record import Record, facts_of, record_in
 from policy.commands.training_recipe import best_recipe
 from policy.commands.training_rollouts import ROLLOUT_SEED, Rollout, film_episodes, played, rolled_out, tried
-from policy.commands.training_start import Start, check_start, configured, env_of, found_relations, start_of
+from policy.commands.training_start import Start, check_start, configured, env_of, found_relations, sampler_of, start_of
 from policy.common.control_rate import stated_rate
 from policy.common.device import check_device, has_bfloat16_products
 from policy.common.errors import PeerError
 from policy.common.interrupt import stop_on_signal
 from policy.common.locks import only_process
-from policy.common.next_line import next_line
 from policy.common.output import output_folder
 from policy.common.torchrun import World, joined_world, peers_needed
 from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
@@ -54,7 +53,7 @@ def train_policy(
     dataset: Demonstrations,
     env: dict[str, Any] | None = None,
     policy: Mapping[str, Any],
-    sampler: Sampler,
+    sampler: partial[Sampler],
     train: TrainSettings,
     tracker: OpenRun,
     init: Path | None = None,
@@ -82,7 +81,8 @@ def train_policy(
         dataset: the demonstrations.
         env: the environment that they come from; a Minari dataset of `ddim-collect` names its own.
         policy: the settings of the policy that the user gives, see `PolicySettings`.
-        sampler: sampling settings of the rollouts during training.
+        sampler: sampling settings of the rollouts during training, which the checkpoint records for later ones; those
+            that are left open are as in the checkpoint of init=, unless the run only rectifies.
         train: settings of the training.
         tracker: opens the tracked run.
         init: a checkpoint to start from: its averaged weights, its normalisers and the settings of its policy. With
@@ -150,7 +150,8 @@ def train_policy(
 
     refit = init_normalizers == "refit" and not (start and start.goes_on)  # a run that goes on has fitted them
     run = prepare(config, train, **(start.policies(train) if start else {}), refit=refit)
-    chosen, sampler = sampler.given, run.state.policy.settled(sampler)
+    chosen = sampler_of(start, sampler, train)
+    settled = run.state.policy.settled(chosen)
     tasks = dataset.metadata.get("tasks")
     paired = True
     if env and world.first:
@@ -162,6 +163,7 @@ def train_policy(
         record_in,
         env=env,
         execution_horizon=execution_horizon,
+        sampler=chosen,
         facts={
             **({start.role: start.digest} if start else {}),
             **({"init_normalizers": init_normalizers} if init else {}),
@@ -170,7 +172,7 @@ def train_policy(
     )
     play: Callable[..., list[EpisodeResult]] | None = None
     if env:
-        play = partial(played, partial(make_env, **env), num_envs, env_patience, sampler, execution_horizon)
+        play = partial(played, partial(make_env, **env), num_envs, env_patience, settled, execution_horizon)
     folder = Path(world.tell("output_dir", str(output_folder(output_dir, "train")) if world.first else None))
     if not world.first:
         _follow(run, record_of(folder, train), train, seed, world, rolls_out=env is not None)
@@ -182,11 +184,11 @@ def train_policy(
             train,
             allowed_by(dataset, policy, auxiliary, config.action_horizon),
             folder=folder,
-            sampler=sampler,
+            sampler=settled,
             seed=seed,
             prepare=prepare_recipe,
             record_of=record_of,
-            measure_of=partial(_measure, dataset, sampler),
+            measure_of=partial(_measure, dataset, settled),
             play=play,
             paired=paired,
         )
@@ -202,13 +204,13 @@ def train_policy(
         tracking = tracker(folder=folder, config={"env": env, **record.training, **vars(run.state.policy.config)})
         facts = _facts(dataset, env, record, train)
         with training_page(folder, facts, run.state.history, partial(_best, record, run)) as page:
-            _train(run, train, seed, SentToAll(tracking, page), record, rollout, _measure(dataset, sampler, run), world)
+            _train(run, train, seed, SentToAll(tracking, page), record, rollout, _measure(dataset, settled, run), world)
         tracked = tracking.finish()
         stopped = run.state.step < train.all_steps
         if stopped:
             print(f"stopped at step {run.state.step} and saved: the same command with output_dir={folder} goes on")
         else:
-            _say_end(run, sampler, chosen, record, train, tracked, expected or [])
+            _say_end(run, settled, record, train, tracked, expected or [])
         world.wait()  # the end of another process would cut this one off
         if stopped:
             raise KeyboardInterrupt  # so that commands that follow a complete training do not start
@@ -240,13 +242,12 @@ def _follow(run: Run, record: Record, settings: TrainSettings, seed: int, world:
 def _say_end(
     run: Run,
     sampler: Sampler,
-    chosen: Mapping[str, Any],
     record: Record,
     settings: TrainSettings,
     tracked: str,
     expected: Sequence[Mapping[str, float]],
 ) -> None:
-    """Say what a complete training made, and what to do with it, with the sampler settings that the user chose."""
+    """Say what a complete training made, and what to do with it."""
     print(describe_best(record.folder, run.state, settings.rollout_episodes))
     if conclusion := conclude(run.state.history):
         print(conclusion.sentence)
@@ -260,9 +261,7 @@ def _say_end(
         print("the preset, as it is, reaches: " + ", ".join(f"{name}={value:g}" for name, value in row.items()))
     if record.env is None:
         print("no environment is known, so there is nothing to roll out in: env=... of ddim-rollout chooses one")
-    command, of_the_user = "ddim-rollout" if record.env else "ddim-export", only_of_the_user(record.env or {})
-    kept = chosen if record.env else {name: value for name, value in chosen.items() if name != "warm_start"}
-    print(next_line(command, checkpoint=record.folder, env=of_the_user, sampler=kept))
+    print(next_use(record.folder, record.env, record.sampler))
 
 
 def _describe(run: Run, env: dict[str, Any] | None, start: Start | None, train: TrainSettings, *, refit: bool) -> None:

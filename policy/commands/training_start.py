@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from policy.common.progress import say
 from policy.common.torchrun import joined_world
 from policy.data.demonstrations import Demonstrations
 from policy.data.relations import Relations, find_relations, number_names, state_vectors
+from policy.diffusion.sampler import Sampler
 from policy.model.config import PolicyConfig, PolicySettings
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.recipe.search import check_folder
@@ -31,8 +33,9 @@ def check_start(
     teacher: Path | None = None,
     output_dir: Path | None = None,
     recipe: RecipeSettings | None = None,
+    sampler: partial[Sampler] | None = None,
 ) -> None:
-    """Check the settings of which policy a run starts from, before demonstrations are read.
+    """Check the settings of the sampler, and of which policy a run starts from, before demonstrations are read.
 
     Args:
         train: settings of the training.
@@ -41,10 +44,13 @@ def check_start(
         teacher: see `train_policy`.
         output_dir: the run's folder; a run that goes on does not need the checkpoint that it began from.
         recipe: see `train_policy`.
+        sampler: see `train_policy`.
 
     Raises:
         ValueError: settings that do not fit each other, or there is no such checkpoint; the message says what to do.
     """
+    if sampler:
+        sampler()  # raises where a setting is outside its range
     world = joined_world()
     for phase in phases_of(train):
         check_shares(phase.rows(train.batch_size), world)
@@ -163,6 +169,15 @@ def start_of(init: Path | None, teacher: Path | None, output_dir: Path | None) -
             " one that no longer exists; to start anew, choose another output_dir="
         )
     return Start(role=role, checkpoint=own, digest=began, goes_on=True)
+
+
+def sampler_of(start: Start | None, given: partial[Sampler], train: TrainSettings) -> Sampler:
+    """Choose the sampler settings: those that the user gives, the others of the trained policy that a run trains on.
+
+    What suits a policy before rectification, which changes what it needs, is not handed on.
+    """
+    trained_on = start is not None and start.role == "init" and train.steps > 0
+    return replace(start.checkpoint.sampler if start and trained_on else Sampler(), **given.keywords)
 
 
 def env_of(

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
+    from policy.diffusion.sampler import Sampler
+
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
@@ -22,12 +24,14 @@ class Origin:
     Attributes:
         env: settings that make its environment, or None.
         execution_horizon: the execution horizon of the rollouts during its training.
+        sampler: the sampler settings of these rollouts; None for the defaults.
         training: the record of its training, as JSON data.
         plugins: names of the plugins that were loaded when it was trained, for messages only.
     """
 
     env: dict[str, Any] | None = None
     execution_horizon: int
+    sampler: Sampler | None = None
     training: dict[str, Any] = field(default_factory=dict)
     plugins: tuple[str, ...] = ()
 

@@ -109,7 +109,7 @@ def make_cells(
         checkpoints: one or more.
         env: settings of the environment.
         ddim_steps: denoising steps.
-        sampler: the other sampler settings, by name.
+        sampler: the other sampler settings, by name; those that are missing are each checkpoint's own.
         controller: settings of `ControllerSettings`, by name.
         execution_horizon: actions executed before the next plan; None takes each checkpoint's own.
         backend: runs the sampling, see `compile_sampler`; `auto` is settled by `with_backends`.
@@ -270,8 +270,8 @@ def _backend_of(cells: Sequence[SweepCell], ledger: Path | None) -> str:
 
 def _cell(number: int, checkpoint: Checkpoint, settings: Row) -> Cell:
     """Make the cell of one combination of the axes, and check its settings."""
-    chosen = Sampler(**check_arguments("sampler", Sampler, {k: v for k, v in settings.items() if k in SAMPLER_AXES}))
-    chosen = checkpoint.policy.settled(chosen)
+    sampling = {name: value for name, value in settings.items() if name in SAMPLER_AXES}
+    sampler = dataclasses.replace(checkpoint.sampler, **check_arguments("sampler", Sampler, sampling))
     given = {name: value for name, value in settings.items() if name in CONTROLLER_AXES}
     controller = ControllerSettings(**check_arguments("controller", ControllerSettings, given))
     horizon = settings["execution_horizon"]
@@ -279,7 +279,13 @@ def _cell(number: int, checkpoint: Checkpoint, settings: Row) -> Cell:
     controller.check(horizon, checkpoint.policy.config.action_horizon)
     backend = {name: settings[name] for name in ("backend", "weights")}
     check_backend(**backend)
-    return Cell(policy=number, sampler=chosen, execution_horizon=horizon, controller=controller, **backend)
+    return Cell(
+        policy=number,
+        sampler=checkpoint.policy.settled(sampler),
+        execution_horizon=horizon,
+        controller=controller,
+        **backend,
+    )
 
 
 def axis_values(name: str, given: Any) -> list[Any]:

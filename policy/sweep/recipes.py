@@ -182,7 +182,8 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """The settings with which a checkpoint was made, nested ones by their dotted name."""
     trained = {name: value for name, value in checkpoint.training.items() if name not in FREE}
     policy = dataclasses.asdict(checkpoint.policy.config)
-    return dict(_flat({**policy, **trained, "execution_horizon": checkpoint.execution_horizon}))
+    rollouts = {"execution_horizon": checkpoint.execution_horizon, "sampler": checkpoint.sampler.given}
+    return dict(_flat({**policy, **trained, **rollouts}))
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -63,7 +63,6 @@ def task_unit(
     demonstrations: int,
     episodes: int,
     training: Sequence[str],
-    sampling: Sequence[str],
     ddim_steps: Sequence[int],
 ) -> Unit:
     """The training of one task on demonstrations with or without mistakes.
@@ -76,7 +75,6 @@ def task_unit(
         demonstrations: number of demonstrations.
         episodes: number of held-out episodes.
         training: overrides of the training.
-        sampling: sampler settings, as overrides of the sweep.
         ddim_steps: cells of the sweep.
     """
     name = f"{task}-mistakes" if mistakes else task
@@ -91,7 +89,7 @@ def task_unit(
             *train_and_sweep(
                 folder / name,
                 ["experiment=ocbench", f"dataset.path={data}", *training],
-                [f"episodes={episodes}", *sampling],
+                [f"episodes={episodes}"],
                 ddim_steps,
             ),
         ],

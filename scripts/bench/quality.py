@@ -40,12 +40,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 
 from envs.errors import choose
 from envs.metaworld_tasks import DIFFICULTIES, MT10, MT50
 from policy.checkpoint import read_history
-from policy.common.next_line import hydra_text
 from policy.data.minari_writer import dataset_name
 from policy.diffusion.sampler import Sampler
 from policy.statistics.intervals import wilson_interval
@@ -158,23 +156,11 @@ def _file(preset: str) -> Path:
     return CONF / "experiment" / f"{preset}.yaml"
 
 
-def _composed(preset: str) -> DictConfig:
-    """The settings of a training with the preset."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", [f"experiment={preset}"])
-
-
 def _promised(preset: str) -> dict[int, Row]:
     """The figures that the preset states, by `ddim_steps`; empty if it has no `expected`."""
-    return {row["ddim_steps"]: dict(row) for row in _composed(preset).get("expected") or ()}
-
-
-def _sampling(preset: str, training: Sequence[str]) -> list[str]:
-    """The sampler settings of a training with the preset, as overrides of a sweep, which takes its own steps."""
-    stated = {f"sampler.{name}": hydra_text(value) for name, value in _composed(preset).sampler.items()}
-    given = dict(part.split("=", 1) for part in training if part.startswith("sampler."))
-    left_out = ("sampler._target_", "sampler.ddim_steps")
-    return [f"{name}={value}" for name, value in (stated | given).items() if name not in left_out]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("train", [f"experiment={preset}"])
+    return {row["ddim_steps"]: dict(row) for row in composed.get("expected") or ()}
 
 
 def variant(overrides: Mapping[str, str]) -> list[str]:
@@ -195,7 +181,7 @@ def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) ->
     own = {name: overrides[name] for name in OWN if name in overrides}
     training = [f"{name}={value}" for name, value in overrides.items() if name not in OWN]
     folder, collected = (FOLDER.joinpath(preset, *variant(given)) for given in (overrides, own))
-    common: dict[str, Any] = {"training": training, "sampling": _sampling(preset, training), "ddim_steps": ddim_steps}
+    common: dict[str, Any] = {"training": training, "ddim_steps": ddim_steps}
     if preset in SCRIPTED:
         scripted = SCRIPTED[preset]
         tasks = _named(listed(own["tasks"])) if "tasks" in own else list(_tasks(preset))
@@ -219,7 +205,7 @@ def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) ->
             commands=train_and_sweep(
                 folder / f"seed_{seed}",
                 [f"experiment={preset}", f"seed={seed}", *training],
-                [f"episodes={own.get('episodes', '500')}", *common["sampling"]],
+                [f"episodes={own.get('episodes', '500')}"],
                 ddim_steps,
             ),
         )
@@ -257,7 +243,6 @@ def _scripted(
     demonstrations: int,
     episodes: int,
     training: Sequence[str],
-    sampling: Sequence[str],
     ddim_steps: Sequence[int],
 ) -> Unit:
     """The unit of one policy, trained on `demonstrations` scripted demonstrations of each of some Meta-World tasks."""
@@ -282,7 +267,7 @@ def _scripted(
             *train_and_sweep(
                 folder / name,
                 [f"experiment={preset}", f"dataset.path={data}", *training],
-                [f"episodes={episodes * len(tasks)}", *sampling],
+                [f"episodes={episodes * len(tasks)}"],
                 ddim_steps,
             ),
         ],

@@ -5,13 +5,14 @@ import json
 import pickle
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from policy import DiffusionPolicy, PolicyConfig, TrainSettings, load_checkpoint, save_checkpoint
+from policy import DiffusionPolicy, PolicyConfig, Sampler, TrainSettings, load_checkpoint, save_checkpoint
 from policy.checkpoint import (
     SaveError,
     choose_env,
@@ -41,6 +42,7 @@ SETTINGS = TrainSettings(
 )
 ENV = {"name": "planar", "image_size": 64}
 RECORD = {"seed": 3, "dataset": "memory"}
+SAMPLER = Sampler(clip=None)
 
 
 def new_run(demonstrations, config=CONFIG, settings=SETTINGS):
@@ -61,7 +63,7 @@ def advance(run, steps, settings=SETTINGS):
 
 
 def save(folder: Path, run):
-    save_checkpoint(folder, run.state, env=ENV, execution_horizon=5, training=RECORD)
+    save_checkpoint(folder, run.state, env=ENV, execution_horizon=5, sampler=SAMPLER, training=RECORD)
     return folder
 
 
@@ -99,7 +101,8 @@ def test_a_loaded_policy_acts_bit_for_bit_like_the_saved_average(run, saved):
     assert not loaded.policy.training
     assert not any(p.requires_grad for p in loaded.policy.parameters())
     assert loaded.policy.config == CONFIG
-    assert (loaded.env, loaded.execution_horizon) == (ENV, 5)
+    assert (loaded.env, loaded.execution_horizon, loaded.sampler) == (ENV, 5, SAMPLER)
+    assert loaded.policy.origin.sampler == SAMPLER
     assert loaded.training == {**RECORD, "step": 6}
     assert load_checkpoint(str(saved)).path == saved
 
@@ -219,6 +222,11 @@ DAMAGES = {
     "policy is empty": lambda f: edit(f, lambda c: c.update(policy={})),
     "env is text": lambda f: edit(f, lambda c: c.update(env="planar")),
     "horizon is null": lambda f: edit(f, lambda c: c.update(execution_horizon=None)),
+    "sampler is text": lambda f: edit(f, lambda c: c.update(sampler="ddim")),
+    "a sampler's unknown setting": lambda f: edit(f, lambda c: c["sampler"].update(hook="os.system")),
+    "a sampler's setting beyond its range": lambda f: edit(f, lambda c: c["sampler"].update(eta=2)),
+    "more denoising steps than timesteps": lambda f: edit(f, lambda c: c["sampler"].update(ddim_steps=21)),
+    "a solver that is a list": lambda f: edit(f, lambda c: c["sampler"].update(solver=["ddim"])),
     "training is null": lambda f: edit(f, lambda c: c.update(training=None)),
     "unknown denoiser": lambda f: edit(f, lambda c: c["policy"]["denoiser"].update(name="os.system")),
     "unknown setting": lambda f: edit(f, lambda c: c["policy"]["denoiser"].update(hook="os.system")),
@@ -289,7 +297,7 @@ def test_a_damaged_checkpoint_does_not_resume(demonstrations, saved, damage):
 @pytest.mark.parametrize(
     ("version", "advice"),
     [
-        (4, "upgrade ddim-policy"),
+        (5, "upgrade ddim-policy"),
         (0, "another"),
         ("1", "another"),
         (1.0, "another"),
@@ -299,7 +307,20 @@ def test_a_damaged_checkpoint_does_not_resume(demonstrations, saved, damage):
 )
 def test_another_schema_is_refused_with_both_versions_and_advice(saved, version, advice):
     edit(saved, lambda config: config.update(schema_version=version))
-    with pytest.raises(ValueError, match=f"schema {version!r}; this version reads 1 to 3: (use )?{advice}"):
+    with pytest.raises(ValueError, match=f"schema {version!r}; this version reads 1 to 4: (use )?{advice}"):
+        load_checkpoint(saved)
+
+
+def test_a_checkpoint_of_before_samplers_were_recorded_has_the_defaults(saved):
+    edit(saved, lambda config: (config.update(schema_version=3), config.pop("sampler")))
+    seal(saved)
+    assert load_checkpoint(saved).sampler == Sampler()
+
+
+def test_a_solver_of_a_plugin_is_asked_for_by_the_plugins_name(saved):
+    edit(saved, lambda config: config.update(sampler={"solver": "mine"}, plugins=["my_parts"]))
+    seal(saved)
+    with pytest.raises(ValueError, match=r"solver 'mine', registered by a plugin: .* plugins=\[my_parts\]"):
         load_checkpoint(saved)
 
 
@@ -312,8 +333,8 @@ def test_the_policy_of_another_project_has_to_be_imported(tmp_path):
 
 
 def test_resuming_from_another_schema_is_refused(demonstrations, saved):
-    edit(saved, lambda config: config.update(schema_version=4))
-    with pytest.raises(ValueError, match="schema 4"):
+    edit(saved, lambda config: config.update(schema_version=5))
+    with pytest.raises(ValueError, match="schema 5"):
         resume_training(saved, new_run(demonstrations).state, RECORD)
 
 
@@ -465,7 +486,6 @@ def test_a_checkpoint_cannot_have_a_module_imported(saved, tmp_path, monkeypatch
 def test_a_dataset_cannot_have_a_module_imported(demonstrations, tmp_path, monkeypatch):
     """A Minari dataset names its environment just as a checkpoint does; training must be as careful."""
     import envs
-    from policy import Sampler
     from policy.commands.train import train_policy
 
     (tmp_path / "evil2.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
@@ -477,7 +497,7 @@ def test_a_dataset_cannot_have_a_module_imported(demonstrations, tmp_path, monke
             envs.make,
             dataset=dataclasses.replace(demonstrations, metadata=metadata),
             policy=settings,
-            sampler=Sampler(),
+            sampler=partial(Sampler),
             train=SETTINGS,
             tracker=NoTracker,
             output_dir=tmp_path / "out",
@@ -517,11 +537,11 @@ def test_the_end_of_a_training_names_the_checkpoint_that_is_kept_as_the_best_and
         (
             "diffusion",
             "20 timesteps, squaredcos_cap_v2",
-            "ddim_steps=8 eta=0.0 spacing=trailing clip=1.0 warm_start=None",
+            "ddim_steps=8 eta=0.0 spacing=trailing clip=None warm_start=None",
         ),
-        ("flow", "20 timesteps", "ddim_steps=8 spacing=trailing clip=1.0 warm_start=None solver=euler"),
-        ("regression", "20 timesteps", "ddim_steps=1 clip=1.0 solver=one_call"),
-        ("mip", "20 timesteps", "ddim_steps=2 clip=1.0 solver=two_calls"),
+        ("flow", "20 timesteps", "ddim_steps=8 spacing=trailing clip=None warm_start=None solver=euler"),
+        ("regression", "20 timesteps", "ddim_steps=1 clip=None solver=one_call"),
+        ("mip", "20 timesteps", "ddim_steps=2 clip=None solver=two_calls"),
     ],
 )
 def test_a_description_names_the_settings_that_the_objective_has(

@@ -100,7 +100,7 @@ def test_every_experiment_composes_with_training_and_builds(experiment):
     assert config != composed("train")
     policy = policy_of(config)
     assert sum(p.numel() for p in policy.parameters()) > 0
-    _build("sampler", config["sampler"]).check(policy.schedule.num_steps)
+    policy.settled(_build("sampler", config["sampler"])())
     settings = {k: v for k, v in config["train"].items() if k != "_target_"}
     assert {name: getattr(_build("train", config["train"]), name) for name in settings} == settings
     for key in ("relabel", "transform"):

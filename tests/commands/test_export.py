@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import venv
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -196,14 +198,15 @@ def test_an_export_whose_actions_are_not_the_policys_is_not_written(small_checkp
 
     monkeypatch.setattr(export_module, "compile_sampler", compile_another)
     with pytest.raises(ValueError, match="the exported model's actions differ from the policy's by"):
-        export_policy(checkpoint=small_checkpoint, sampler=Sampler(ddim_steps=2), output_dir=tmp_path / "export")
+        export_policy(checkpoint=small_checkpoint, sampler=partial(Sampler), output_dir=tmp_path / "export")
     assert not (tmp_path / "export").exists()
 
 
 @pytest.mark.slow  # one more trace
 def test_a_multistep_solver_and_its_starting_point_are_in_the_model(small_checkpoint, example, tmp_path):
-    sampler = Sampler(ddim_steps=3, solver="dpmpp_2m", start=0.8, noise_scale=0.5)
-    export_policy(checkpoint=small_checkpoint, sampler=sampler, output_dir=tmp_path / "export")
+    settings = {"ddim_steps": 3, "solver": "dpmpp_2m", "start": 0.8, "noise_scale": 0.5}
+    sampler = Sampler(**settings)
+    export_policy(checkpoint=small_checkpoint, sampler=partial(Sampler, **settings), output_dir=tmp_path / "export")
     exported = example.ExportedPolicy(tmp_path / "export")
     assert Sampler(**exported.about["sampler"]) == sampler
     given = dict(np.load(tmp_path / "export/example_input.npz"))
@@ -213,13 +216,15 @@ def test_a_multistep_solver_and_its_starting_point_are_in_the_model(small_checkp
 
 def test_settings_that_do_not_fit_are_refused_in_a_sentence(checkpoint):
     with pytest.raises(ValueError, match=r"unknown format 'onx' \(did you mean 'onnx'\?\); allowed: onnx"):
-        export_policy(checkpoint=checkpoint, format="onx", sampler=SAMPLER)
-    with pytest.raises(ValueError, match=r"begins from noise; got sampler.warm_start=0.5: leave it out"):
-        export_policy(checkpoint=checkpoint, sampler=Sampler(warm_start=0.5))
+        export_policy(checkpoint=checkpoint, format="onx", sampler=partial(Sampler))
+    with pytest.raises(ValueError, match=r"begins from noise; got sampler.warm_start=0.5: set sampler.warm_start=null"):
+        export_policy(checkpoint=checkpoint, sampler=partial(Sampler, warm_start=0.5))
+    with pytest.raises(ValueError, match=r"eta must lie within 0.*got 2"):
+        export_policy(checkpoint=Path("nowhere"), sampler=partial(Sampler, eta=2.0))  # before anything is loaded
     with pytest.raises(ValueError, match="unknown weights 'int4'"):
-        export_policy(checkpoint=checkpoint, weights="int4", sampler=SAMPLER)
+        export_policy(checkpoint=checkpoint, weights="int4", sampler=partial(Sampler))
     with pytest.raises(ValueError, match=r"ddim_steps must be a whole number within 1..100"):
-        export_policy(checkpoint=checkpoint, sampler=Sampler(ddim_steps=101))
+        export_policy(checkpoint=checkpoint, sampler=partial(Sampler, ddim_steps=101))
 
 
 def test_the_command_says_how_to_run_what_it_wrote_and_refuses_in_a_sentence(exported, run_command, tmp_path):

@@ -22,7 +22,7 @@ from policy import load_checkpoint
 HERE = Path(__file__).resolve().parent
 SCRIPTS = HERE.parents[1] / "scripts"
 SMALL = ["encoder.hidden_size=16", "denoiser.hidden_size=16", "denoiser.num_layers=1", "obs_size=32"]
-BRIEF = ["train.steps=60", "train.warmup_steps=5", "train.rollout_every=0", "train.log_every=20"]
+BRIEF = ["train.steps=60", "train.warmup_steps=5", "train.rollout_every=0", "train.log_every=20", "sampler.eta=0.5"]
 DATA, RUN = "demonstrations", "run"
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from policy import DiffusionPolicy, TrainSettings, load_checkpoint, save_checkpoint
+from policy import DiffusionPolicy, Sampler, TrainSettings, load_checkpoint, save_checkpoint
 from policy.checkpoint import SaveError, keep_checkpoint, keeping, resume_training
 from policy.checkpoint.files import SCHEMA_VERSION
 from policy.checkpoint.keeping import rank
@@ -66,6 +66,7 @@ def test_a_golden_checkpoint_acts_as_it_did(golden):
     # Not bit for bit: another processor sums in another order.
     torch.testing.assert_close(found, expected["actions"], rtol=0, atol=1e-5)
     assert (loaded.env, loaded.execution_horizon) == ({"name": "planar"}, 8)
+    assert loaded.sampler == (Sampler(eta=0.5) if golden == GOLDEN[3] else Sampler())  # recorded since schema 4
     assert loaded.training["step"] == 60
     other = loaded.policy.sample_actions({"state": expected["observations"]}, ddim_steps=4, noise=expected["noise"])
     assert (other - expected["actions"]).abs().max() > 1e-3  # the tolerance does tell results apart

@@ -10,7 +10,7 @@ import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 
-from policy import DiffusionPolicy, PolicyConfig, load_checkpoint
+from policy import DiffusionPolicy, PolicyConfig, Sampler, load_checkpoint
 from policy.model.storage import Origin
 from tests.conftest import ENVIRONMENT, ROOT, randomize
 
@@ -22,7 +22,10 @@ CONFIG = PolicyConfig(
     denoiser={"name": "modulated_mlp", "hidden_size": 8, "num_layers": 1},
 )
 ORIGIN = Origin(
-    env={"name": "planar"}, execution_horizon=5, training={"dataset": "/home/me/secret/planar-v0", "step": 7, "seed": 1}
+    env={"name": "planar"},
+    execution_horizon=5,
+    sampler=Sampler(noise_scale=0.5),
+    training={"dataset": "/home/me/secret/planar-v0", "step": 7, "seed": 1},
 )
 FILES = {"config.json", "policy.safetensors", "checksums.json", "README.md"}
 EPISODES = [
@@ -87,7 +90,7 @@ def test_a_saved_policy_comes_back_bit_for_bit(policy, tmp_path):
 def test_what_it_acts_in_travels_along_but_not_the_folders_of_a_machine(policy, tmp_path):
     policy.save_pretrained(tmp_path / "reach")
     loaded = load_checkpoint(tmp_path / "reach")
-    assert (loaded.env, loaded.execution_horizon) == (ORIGIN.env, 5)
+    assert (loaded.env, loaded.execution_horizon, loaded.sampler) == (ORIGIN.env, 5, ORIGIN.sampler)
     assert loaded.training == {"dataset": "planar-v0", "step": 7, "seed": 1}
     assert "secret" not in "".join((tmp_path / "reach" / n).read_text() for n in FILES - {"policy.safetensors"})
     loaded.policy.save_pretrained(tmp_path / "again")

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -189,7 +190,7 @@ def test_a_stopped_run_names_its_last_good_checkpoint_and_goes_on_from_there_ski
             lambda: pytest.fail("no environment is known"),
             dataset=demonstrations,
             policy={name: getattr(CONFIG, name) for name in ("encoder", "denoiser", "schedule")},
-            sampler=Sampler(),
+            sampler=partial(Sampler),
             train=dataclasses.replace(SETTINGS, on_bad_loss=on_bad_loss),
             tracker=NoTracker,
             output_dir=tmp_path,

@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 import pytest
 import torch
 
+from policy import Sampler
 from policy.checkpoint import save_checkpoint
 from policy.commands.looks import fast_cells, in_earlier_order
 from policy.rollout.ledger import Ledger
@@ -69,6 +70,8 @@ def test_checkpoints_of_one_recipe_differ_in_their_training_seed_only():
         check_alike([one, trained("b", 1, batch_size=8)])
     with pytest.raises(ValueError, match=r"schedule.num_steps is 20 in runs/a and 10 in runs/b"):
         check_alike([one, dataclasses.replace(make_checkpoint("b", num_steps=10), training=one.training)])
+    with pytest.raises(ValueError, match=r"sampler.eta is None in runs/a and 0.5 in runs/b"):
+        check_alike([one, dataclasses.replace(trained("b", 1), sampler=Sampler(eta=0.5))])
     with pytest.raises(ValueError, match=r"have the same training seed 0: .* --multirun"):
         check_alike([one, trained("b", 0)])
     with pytest.raises(ValueError, match="have the same weights"):

@@ -101,6 +101,17 @@ def test_a_single_value_makes_a_single_cell_with_the_checkpoints_own_horizon(che
     assert {cell.cell.sampler for cell in cells} == {Sampler(ddim_steps=4, clip=None)}
 
 
+def test_a_setting_that_is_left_open_is_the_checkpoints_own(checkpoints):
+    own = [Sampler(noise_scale=0.5, ddim_steps=2), Sampler(eta=0.5)]
+    recorded = [dataclasses.replace(one, sampler=sampler) for one, sampler in zip(checkpoints, own, strict=True)]
+    assert [cell.cell.sampler for cell in cells_of(recorded)] == [
+        Sampler(ddim_steps=4, noise_scale=0.5),
+        Sampler(ddim_steps=4, eta=0.5),
+    ]
+    cells = cells_of(recorded, sampler={"noise_scale": [1.0, 0.0], "eta": 0})  # a default that is given counts too
+    assert [cell.cell.sampler for cell in cells] == [Sampler(ddim_steps=4, noise_scale=scale) for scale in (1, 0)] * 2
+
+
 def test_settings_say_the_weights_and_axes_their_folder(checkpoints):
     (cell,) = cells_of(checkpoints[:1], sampler={"eta": 1}, env={"name": "planar", "image_size": 64})
     shared = {"ddim_steps": 4, "eta": 1.0, "spacing": "trailing", "clip": 1.0, "execution_horizon": 5}

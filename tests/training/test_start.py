@@ -36,6 +36,7 @@ SETTINGS = TrainSettings(
     val_fraction=0.2,
 )
 # One that learns from demonstrations alone, and the settings of a small policy.
+OWN_SAMPLER = Sampler(eta=0.5, noise_scale=0.5)
 CLONING = dataclasses.replace(SETTINGS, steps=1, rectify_steps=0)
 SMALL = {"denoiser": {"name": "modulated_mlp", "hidden_size": 8, "num_layers": 1}, "obs_size": 8}
 
@@ -63,17 +64,17 @@ def trained(tmp_path):
 
 def saved(policy, folder):
     state = start_training(policy, SETTINGS)
-    save_checkpoint(folder, state, env=None, execution_horizon=5, training={})
+    save_checkpoint(folder, state, env=None, execution_horizon=5, sampler=OWN_SAMPLER, training={})
     return folder
 
 
-def go(data, folder, train=SETTINGS, policy=None, **start):
+def go(data, folder, train=SETTINGS, policy=None, sampler=None, **start):
     """Train, and return the checkpoint."""
     train_policy(
         lambda: pytest.fail("no environment is known"),
         dataset=data,
         policy=policy or {},
-        sampler=Sampler(),
+        sampler=partial(Sampler, **(sampler or {})),
         train=train,
         tracker=Silent,
         output_dir=folder,
@@ -129,6 +130,20 @@ def test_normalisers_are_fitted_again_to_the_training_episodes_and_the_weights_a
     assert same(now.action_normalizer.state_dict(), again.policy.action_normalizer.state_dict())
     with pytest.raises(ValueError, match=r'trained with other settings \(training: init_normalizers was "refit"\)'):
         go(data, tmp_path / "run", longer, init=trained)
+
+
+def test_what_goes_on_acting_is_sampled_as_before_and_what_rectification_changes_is_not(
+    trained, demonstrations, tmp_path, capsys
+):
+    plain = dataclasses.replace(SETTINGS, steps=1, rectify_steps=0)
+    assert go(demonstrations, tmp_path / "on", plain, init=trained).sampler == OWN_SAMPLER
+    # A default that is given counts, too.
+    changed = {"init": trained, "sampler": {"noise_scale": 1.0, "warm_start": 0.5}}
+    assert go(demonstrations, tmp_path / "changed", plain, **changed).sampler == Sampler(eta=0.5, warm_start=0.5)
+    assert capsys.readouterr().out.endswith(f"checkpoint={tmp_path}/changed/checkpoint sampler.warm_start=null\n")
+    only = dataclasses.replace(SETTINGS, steps=0, rectify_steps=1)
+    for number, start in enumerate(({"init": trained}, {"teacher": trained})):
+        assert go(demonstrations, tmp_path / f"rectified{number}", only, **start).sampler == Sampler()
 
 
 @pytest.mark.parametrize("given", ["sample", "v_prediction", "epsilon", None])

@@ -39,6 +39,7 @@ from policy.sweep.grid import (
     ids_of,
     make_cells,
     repeats_of_ddim,
+    shared,
     with_backends,
 )
 from policy.sweep.live import LivePage, live_page
@@ -306,6 +307,8 @@ def publish(
     rows, advice = conclusion.rows, conclusion.advice
     files = write_files(folder, rows, conclusion.episodes, conclusion.summary)
     print(format_table(rows))
+    if together := shared(rows):
+        print(f"every cell: {together}")
     between = [*(one["sentence"] for one in conclusion.between), conclusion.scope] if conclusion.between else []
     print("\n".join([conclusion.answer, *between]))
     for warning in conclusion.found:  # the others were given before the run

@@ -13,7 +13,7 @@ from policy.statistics.results import EpisodeResult, describe_broken
 from policy.statistics.sequential import ERROR
 from policy.sweep.comparison import Advice, Comparison, words_of
 from policy.sweep.controls import against_controls
-from policy.sweep.grid import Row, costs_of, label_of, uniform
+from policy.sweep.grid import Row, costs_of, label_of, shared, uniform
 from policy.sweep.looks import LookPlan, describe_saving, success_of
 from policy.sweep.recipes import scope_of
 from policy.sweep.table import rate_text
@@ -157,6 +157,7 @@ class Conclusion:
             "checkpoints": ", ".join(dict.fromkeys(row["checkpoint"] for row in self.rows)),
             "back end": ", ".join(dict.fromkeys(row["backend"] for row in self.rows if "backend" in row)),
             "threads of a plan": ", ".join(dict.fromkeys(str(row.get("latency_threads") or 1) for row in self.rows)),
+            **({"every cell": shared(self.rows)} if shared(self.rows) else {}),
             "seeds": f"{min(seeds)} to {max(seeds)}",
             "margin": self.margin,
             **({"run with": run_with} if (run_with := describe_provenance(self.made_with)) else {}),

@@ -354,6 +354,31 @@ def label_of(rows: Sequence[Row], row: Row) -> str:
     return ", ".join(f"{axis} {row.get(axis)}" for axis in ("ddim_steps", *varying(rows)))
 
 
+def shared(rows: Sequence[Row]) -> str:
+    """What all rows have in common that a table of their axes does not tell: the settings that are no defaults.
+
+    Args:
+        rows: the rows of a sweep.
+
+    Returns:
+        In words, such as `execution_horizon 5, noise_scale 0.6`; the execution horizon, for which there is no usual
+        value, is always among them. Empty if they have nothing in common.
+    """
+    defaults = {name: getattr(Sampler, name) for name in SAMPLER_AXES if name != "ddim_steps"}
+    defaults |= {name: getattr(ControllerSettings, name) for name in CONTROLLER_AXES}
+    if {row.get("objective", DEFAULT_OBJECTIVE) for row in rows} != {DEFAULT_OBJECTIVE}:  # which brings its solver
+        del defaults["solver"]
+    found = {name: {row.get(name, default) for row in rows} - {default} for name, default in defaults.items()}
+    horizons = {row.get("execution_horizon") for row in rows} - {None}
+    varied = varying(rows)
+    return ", ".join(
+        f"{name} {value}"
+        for name, values in {"execution_horizon": horizons, **found}.items()
+        if name not in varied
+        for value in values
+    )
+
+
 def uniform(rows: Sequence[Row], later: Mapping[str, Any] = LATER_COLUMNS) -> list[Row]:
     """Give all rows the same columns; one that was added later is left out unless a row uses it.
 

@@ -27,7 +27,7 @@ from policy.rollout.ledger import cell_id
 from policy.statistics.intervals import wilson_interval
 from policy.statistics.results import summarize
 from policy.sweep import timing
-from policy.sweep.grid import costs_of, make_cells, row_of, uniform, varying, with_backends
+from policy.sweep.grid import costs_of, make_cells, row_of, shared, uniform, varying, with_backends
 from policy.sweep.panels import facets_of
 from policy.sweep.plot import draw_rows, plot_rows
 from policy.sweep.table import COLUMNS, format_table, in_millions, write_files
@@ -320,6 +320,16 @@ def four_series(successes=3):
         row(k, successes, eta=eta, execution_horizon=horizon, latency_ms_median=k * (1 + eta))
         for horizon, eta, k in itertools.product([4, 8], [0.0, 1.0], [1, 2, 8])
     ]
+
+
+def test_what_all_rows_share_is_said_where_it_is_no_default():
+    assert shared([row(1), row(2)]) == "execution_horizon 8"
+    assert shared(four_series()) == ""  # its axes are in the table
+    less = [{**row(steps), "noise_scale": 0.6, "clip": None, "candidates": 4} for steps in (1, 2)]
+    assert shared(less) == "execution_horizon 8, clip None, noise_scale 0.6, candidates 4"
+    assert shared([less[0], {**less[1], "noise_scale": 1.0}]) == "execution_horizon 8, clip None, candidates 4"
+    control = {**row(1), "objective": "regression", "solver": "one_call"}
+    assert shared([control]) == "execution_horizon 8"  # the objective brings the solver
 
 
 def test_varying_axes_are_those_that_differ_ddim_steps_apart():

@@ -97,17 +97,19 @@ def units_of(tasks: list[str], counts: list[int], given: Mapping[str, str]) -> l
     """
     training = [f"{name}={value}" for name, value in given.items() if name not in OWN]
     changes = file_name({name: value for name, value in given.items() if name not in CHOICES})
+    # Named by its size: a file that was collected for fewer demonstrations would be taken for one of as many.
+    collected, episodes = FOLDER / "data" / str(max(counts)), given.get("episodes", "100")
     return [
-        _unit(task, model, count, FOLDER.joinpath(*changes), training, given.get("episodes", "100"))
+        _unit(task, model, count, FOLDER.joinpath(*changes), collected, training, episodes)
         for count in sorted(counts)
         for task in tasks
         for model in MODELS
     ]
 
 
-def _unit(task: str, model: str, count: int, root: Path, training: list[str], episodes: str) -> Unit:
+def _unit(task: str, model: str, count: int, root: Path, collected: Path, training: list[str], episodes: str) -> Unit:
     name = f"{task}-{model}-{count}"
-    data = FOLDER / "data" / dataset_name({"name": "ocbench", "task": task})
+    data = collected / dataset_name({"name": "ocbench", "task": task})
     return Unit(
         name=name,
         folder=root / name,

@@ -339,6 +339,8 @@ def test_the_curve_has_each_number_of_each_task_beside_regression_on_the_same_fi
     train, sweep = units[-1].commands
     assert {"dataset.max_episodes=2000", "objective=regression"} <= set(train)
     assert "ddim_steps=[1]" in sweep
+    fewer = demonstrations.units_of(list(demonstrations.TASKS), [100, 200], {})  # a smaller file is not one of 2,000
+    assert not {unit.data for unit in units} & {unit.data for unit in fewer}
 
 
 def test_the_rows_of_a_finished_training_are_read_as_done(tmp_path, monkeypatch, capsys):

@@ -122,7 +122,9 @@ class Task:
             if settings.get(given) is not None and _missing(_declared(part, settings[part]), settings[part]):
                 del settings[part]
         for name, value in settings.items():
-            if isinstance(value, dict) and "_target_" in value and not value.get("_partial_", False):
+            if not isinstance(value, dict) or "_target_" not in value:
+                continue
+            if name in TARGETS or not value.get("_partial_", False):  # a command completes the other partials itself
                 _require(name, _declared(name, value), value)
         for name, parameter in parameters.items():
             if parameter.default is parameter.empty and settings.get(name) is None:

@@ -64,6 +64,7 @@ def model_card(policy: DiffusionPolicy, evaluation: Path | None, license: str | 
         library=LIBRARY,
         observations=f"{{{keys}}}",
         interface=_interface(policy),
+        rollouts=_rollouts(policy),
         training=_training(origin.training if origin else {}),
         evaluation=_evaluation(rows),
     )
@@ -124,6 +125,14 @@ def _interface(policy: DiffusionPolicy) -> str:
     chunk = ("action chunk", f"(B, {config.action_horizon}, {config.action_dim})")
     size = ("parameters", f"{sum(p.numel() for p in policy.parameters()):,}")
     return markdown_table(("", "shape"), [*shapes, chunk, size])
+
+
+def _rollouts(policy: DiffusionPolicy) -> str:
+    """The settings of rollouts that the checkpoint records, as a command takes them; empty for a new policy."""
+    if policy.origin is None:
+        return ""
+    sampler = policy.origin.sampler.overrides if policy.origin.sampler else ""
+    return markdown_code(f"execution_horizon={policy.origin.execution_horizon} {sampler}".rstrip())
 
 
 def _training(training: Figures) -> str:

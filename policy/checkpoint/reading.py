@@ -58,6 +58,8 @@ SETTINGS_OF_BEFORE = {
 }
 # The first schema whose state encoders have a skip connection unless they say otherwise.
 SKIP_SINCE = 3
+# The first schema that records the sampler settings.
+SAMPLER_SINCE = 4
 # How often a checkpoint is read if it is replaced meanwhile; a reading takes a fraction of the time between two saves.
 MOST_READINGS = 10
 # Training settings, and facts for readers, that change no weight, so that a run may go on with others.
@@ -87,6 +89,28 @@ class Checkpoint:
     path: Path
     digest: str
     plugins: tuple[str, ...] = ()
+
+    def sampler_with(self, given: Mapping[str, Any]) -> Sampler:
+        """Return the recorded sampler settings with those that the user gives in their place.
+
+        Args:
+            given: settings of `Sampler` by name.
+
+        Raises:
+            ValueError: a value outside its range, or settings that do not fit each other or the policy; the message
+                says which of them the checkpoint records.
+        """
+        try:
+            chosen = dataclasses.replace(self.sampler, **given)
+            self.policy.settled(chosen)
+        except ValueError as error:
+            own = {name: value for name, value in self.sampler.given.items() if name not in given}
+            if not own:
+                raise
+            raise ValueError(
+                f"{error} ({self.path} records {Sampler(**own).overrides}, which another value replaces)"
+            ) from error
+        return chosen
 
 
 def load_checkpoint(folder: Path | str, device: str = "cpu", *, root: Path | None = None) -> Checkpoint:
@@ -315,7 +339,7 @@ def _circumstances(opened: Folder, config: PolicyConfig) -> tuple[dict[str, Any]
 
 def _sampler(opened: Folder, policy: DiffusionPolicy) -> Sampler:
     """Read and check the sampler settings; a checkpoint of before they were recorded has the defaults."""
-    given = opened.config.get("sampler", {})
+    given = opened.config["sampler"] if opened.config["schema_version"] >= SAMPLER_SINCE else {}
     if not isinstance(given, dict):
         raise ValueError(f"{opened.path / CONFIG} is damaged (at 'sampler'): use another checkpoint")
     if policy.config.objective == DEFAULT_OBJECTIVE and "solver" in given:
@@ -324,7 +348,7 @@ def _sampler(opened: Folder, policy: DiffusionPolicy) -> Sampler:
         sampler = Sampler(**check_arguments("sampler", Sampler, given))
         policy.settled(sampler)
     except ValueError as error:
-        raise ValueError(f"{opened.path / CONFIG} is damaged ({error}): use another checkpoint") from error
+        raise ValueError(f"the checkpoint {opened.path} records a sampler that it cannot have: {error}") from error
     return sampler
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -72,7 +71,7 @@ def export_policy(
     check_weights(weights)
     sampler()  # raises where a setting is outside its range, before anything is loaded
     loaded = load_checkpoint(checkpoint)
-    chosen = replace(loaded.sampler, **sampler.keywords)
+    chosen = loaded.sampler_with(sampler.keywords)
     if chosen.warm_start is not None:
         raise ValueError(
             f"an exported model begins from noise; got sampler.warm_start={chosen.warm_start}: set"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from policy.checkpoint import is_checkpoint, keep_checkpoint, resume_training, save_checkpoint
+from policy.checkpoint import is_checkpoint, keep_checkpoint, load_checkpoint, resume_training, save_checkpoint
 from policy.common.files import json_text, write_text
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.diffusion.sampler import Sampler
@@ -62,6 +62,11 @@ class Record:
             )
         if self.folder.exists():  # the run may have been killed after saving it and before keeping it
             self._keep(state)
+        noted = load_checkpoint(self.folder)
+        if (noted.execution_horizon, noted.sampler) != (self.execution_horizon, self.sampler):
+            self.save(state)  # a complete run saves nothing else
+            chosen = f"execution_horizon={self.execution_horizon} {self.sampler.overrides}".rstrip()
+            print(f"the checkpoint records other settings for rollouts from now on: {chosen}")
 
     def save(self, state: TrainState) -> None:
         """Write the newest checkpoint and the history, and update the last few and the best."""

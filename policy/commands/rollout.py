@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -126,7 +126,7 @@ def roll_out(
     )
     (loaded,) = stage.checkpoints
     policy = loaded.policy
-    chosen = replace(loaded.sampler, **sampler.keywords)
+    chosen = loaded.sampler_with(sampler.keywords)
     recorded = _cell_of(stage, policy.settled(chosen), controller, execution_horizon, backend, weights)
     if not 0 <= video <= episodes:
         raise ValueError(f"video must be within 0..{episodes} (the episodes); got {video}")

@@ -104,7 +104,7 @@ def sweep(
         num_envs: environments that run at once; no result depends on it.
         workers: number of processes; by default one per core.
         device: `cpu` or `cuda`.
-        sampler: the other sampler settings; a list makes an axis.
+        sampler: the other sampler settings, by default as in training; a list makes an axis.
         controller: behaviour while a plan is computed, see `ControllerSettings`; a list makes an axis.
         execution_horizon: actions executed before the next plan, by default as in training; a list makes an axis.
         backend: runs the sampling: `eager`, `fused`, `compile`, `onnx` or `cuda_graph`, or `auto`,
@@ -156,8 +156,9 @@ def sweep(
         env_patience=env_patience,
         env_vector=env_vector,
     )
+    given = {"sampler.ddim_steps", *(f"sampler.{name}" for name in sampler or {})}
     for recipe in grouped(stage.checkpoints, recipes):
-        check_alike(recipe)
+        check_alike(recipe, given if execution_horizon is None else {*given, "execution_horizon"})
     cells = make_cells(
         stage.checkpoints,
         stage.env,

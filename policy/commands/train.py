@@ -15,7 +15,15 @@ from policy.checkpoint import best_entry, describe_best, is_checkpoint, measured
 from policy.commands.record import Record, facts_of, record_in
 from policy.commands.training_recipe import best_recipe
 from policy.commands.training_rollouts import ROLLOUT_SEED, Rollout, film_episodes, played, rolled_out, tried
-from policy.commands.training_start import Start, check_start, configured, env_of, found_relations, sampler_of, start_of
+from policy.commands.training_start import (
+    Start,
+    check_start,
+    configured,
+    env_of,
+    found_relations,
+    rollouts_of,
+    start_of,
+)
 from policy.common.control_rate import stated_rate
 from policy.common.device import check_device, has_bfloat16_products
 from policy.common.errors import PeerError
@@ -23,7 +31,7 @@ from policy.common.interrupt import stop_on_signal
 from policy.common.locks import only_process
 from policy.common.output import output_folder
 from policy.common.torchrun import World, joined_world, peers_needed
-from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
+from policy.control.timeline import check_execution_horizon
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.data.symmetry import check_symmetry
 from policy.diffusion.objective import DEFAULT_OBJECTIVE
@@ -82,7 +90,8 @@ def train_policy(
         env: the environment that they come from; a Minari dataset of `ddim-collect` names its own.
         policy: the settings of the policy that the user gives, see `PolicySettings`.
         sampler: sampling settings of the rollouts during training, which the checkpoint records for later ones; those
-            that are left open are as in the checkpoint of init=, unless the run only rectifies.
+            that are left open are as the run's own checkpoint records, if it goes on, else as that of init=, unless the
+            run only rectifies.
         train: settings of the training.
         tracker: opens the tracked run.
         init: a checkpoint to start from: its averaged weights, its normalisers and the settings of its policy. With
@@ -96,8 +105,8 @@ def train_policy(
         auxiliary: keys of privileged observations, see `DataShapes.auxiliary_shapes`.
         find_differences: look for like quantities in the demonstrations, and let the policy observe their differences
             too; see `find_relations`.
-        execution_horizon: actions executed before the next plan, by default as in the checkpoint of init= or teacher=,
-            else 8.
+        execution_horizon: actions executed before the next plan, by default as the run's own checkpoint records, if it
+            goes on, else as that of init= or teacher=, else 8.
         seed: seed of the split, the weights and every training step.
         num_envs: environments that run at once in the rollouts during training.
         env_patience: seconds that one call of the simulator may take in them.
@@ -132,8 +141,7 @@ def train_policy(
     if recipe:
         check_data(dataset, train, seed)
     rate = stated_rate(dataset.metadata.get("rate_hz"))
-    if execution_horizon is None:
-        execution_horizon = start.checkpoint.execution_horizon if start else EXECUTION_HORIZON
+    execution_horizon, chosen = rollouts_of(start, output_dir, train, execution_horizon, sampler)
     check_execution_horizon(execution_horizon, config.action_horizon)
     check_num_envs(num_envs)
     check_patience(env_patience)
@@ -150,7 +158,6 @@ def train_policy(
 
     refit = init_normalizers == "refit" and not (start and start.goes_on)  # a run that goes on has fitted them
     run = prepare(config, train, **(start.policies(train) if start else {}), refit=refit)
-    chosen = sampler_of(start, sampler, train)
     settled = run.state.policy.settled(chosen)
     tasks = dataset.metadata.get("tasks")
     paired = True

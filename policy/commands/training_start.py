@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from policy.checkpoint import Checkpoint, digest_of, is_checkpoint, load_checkpo
 from policy.commands.record import newest_in
 from policy.common.progress import say
 from policy.common.torchrun import joined_world
+from policy.control.timeline import EXECUTION_HORIZON
 from policy.data.demonstrations import Demonstrations
 from policy.data.relations import Relations, find_relations, number_names, state_vectors
 from policy.diffusion.sampler import Sampler
@@ -171,13 +172,39 @@ def start_of(init: Path | None, teacher: Path | None, output_dir: Path | None) -
     return Start(role=role, checkpoint=own, digest=began, goes_on=True)
 
 
-def sampler_of(start: Start | None, given: partial[Sampler], train: TrainSettings) -> Sampler:
-    """Choose the sampler settings: those that the user gives, the others of the trained policy that a run trains on.
+def rollouts_of(
+    start: Start | None,
+    output_dir: Path | None,
+    train: TrainSettings,
+    execution_horizon: int | None,
+    sampler: partial[Sampler],
+) -> tuple[int, Sampler]:
+    """Choose what the checkpoints record for rollouts: what the user gives, else what a checkpoint records.
 
-    What suits a policy before rectification, which changes what it needs, is not handed on.
+    That is the run's own, if it goes on, or that of the trained policy that it starts from. Its sampler is not handed
+    on to a policy that only learns from chunks, because this changes what it needs.
+
+    Args:
+        start: the trained policy, if there is one.
+        output_dir: the run's folder.
+        train: settings of the training.
+        execution_horizon: the user's, or None.
+        sampler: the user's settings.
+
+    Returns:
+        The execution horizon and the sampler settings.
+
+    Raises:
+        ValueError: see `Checkpoint.sampler_with`.
     """
-    trained_on = start is not None and start.role == "init" and train.steps > 0
-    return replace(start.checkpoint.sampler if start and trained_on else Sampler(), **given.keywords)
+    newest = output_dir and newest_in(output_dir)
+    own = load_checkpoint(newest) if newest and is_checkpoint(newest) else None
+    noted = own or (start.checkpoint if start else None)
+    if execution_horizon is None:
+        execution_horizon = noted.execution_horizon if noted else EXECUTION_HORIZON
+    if noted and (own or (start and start.role == "init" and train.steps)):
+        return execution_horizon, noted.sampler_with(sampler.keywords)
+    return execution_horizon, sampler()
 
 
 def env_of(

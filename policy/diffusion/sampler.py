@@ -114,6 +114,11 @@ class Sampler:
         """The settings that differ from their defaults."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value != getattr(Sampler, name)}
 
+    @property
+    def overrides(self) -> str:
+        """The settings that differ from their defaults, as a command takes them, such as `sampler.eta=0.5`."""
+        return " ".join(f"sampler.{name}={hydra_text(value)}" for name, value in self.given.items())
+
     def record(self) -> dict[str, Any]:
         """Return the settings as JSON data, without those of `LATER_SETTINGS` that have their earlier value."""
         settings = dataclasses.asdict(self)

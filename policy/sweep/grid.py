@@ -271,7 +271,7 @@ def _backend_of(cells: Sequence[SweepCell], ledger: Path | None) -> str:
 def _cell(number: int, checkpoint: Checkpoint, settings: Row) -> Cell:
     """Make the cell of one combination of the axes, and check its settings."""
     sampling = {name: value for name, value in settings.items() if name in SAMPLER_AXES}
-    sampler = dataclasses.replace(checkpoint.sampler, **check_arguments("sampler", Sampler, sampling))
+    sampler = checkpoint.sampler_with(check_arguments("sampler", Sampler, sampling))
     given = {name: value for name, value in settings.items() if name in CONTROLLER_AXES}
     controller = ControllerSettings(**check_arguments("controller", ControllerSettings, given))
     horizon = settings["execution_horizon"]

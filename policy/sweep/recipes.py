@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -73,16 +73,20 @@ def rows_by_recipe(checkpoint: Sequence[int], recipes: Sequence[Sequence[Any]]) 
     return [list(row) for recipe in grouped(own, recipes) for row in zip(*recipe, strict=True)]
 
 
-def check_alike(recipe: Sequence[Checkpoint]) -> None:
+def check_alike(recipe: Sequence[Checkpoint], given: Collection[str] = ()) -> None:
     """Check that checkpoints differ in their training seed only.
+
+    Args:
+        recipe: the checkpoints.
+        given: settings of the rollouts, such as `sampler.eta`, that hold for all of them, whatever they record.
 
     Raises:
         ValueError: a setting or an observation differs, two have the same weights, or two the same training seed.
     """
     first, *others = recipe
-    settings = _settings(first)
+    settings = _settings(first, given)
     for other in others:
-        own = _settings(other)
+        own = _settings(other, given)
         for name in [*settings, *(own.keys() - settings.keys())]:
             if settings.get(name) != own.get(name):
                 raise ValueError(
@@ -178,12 +182,13 @@ def scope_of(rows: Sequence[Row]) -> str:
     return f"{over}: they hold for another training seed too."
 
 
-def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The settings with which a checkpoint was made, nested ones by their dotted name."""
+def _settings(checkpoint: Checkpoint, given: Collection[str]) -> dict[str, Any]:
+    """The settings with which a checkpoint was made, nested ones by their dotted name, without those that are given."""
     trained = {name: value for name, value in checkpoint.training.items() if name not in FREE}
     policy = dataclasses.asdict(checkpoint.policy.config)
-    rollouts = {"execution_horizon": checkpoint.execution_horizon, "sampler": checkpoint.sampler.given}
-    return dict(_flat({**policy, **trained, **rollouts}))
+    rollouts = {"execution_horizon": checkpoint.execution_horizon, "sampler": dataclasses.asdict(checkpoint.sampler)}
+    settings = _flat({**policy, **trained, **rollouts})
+    return {name: value for name, value in settings if name not in given}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -315,6 +315,10 @@ def test_a_checkpoint_of_before_samplers_were_recorded_has_the_defaults(saved):
     edit(saved, lambda config: (config.update(schema_version=3), config.pop("sampler")))
     seal(saved)
     assert load_checkpoint(saved).sampler == Sampler()
+    edit(saved, lambda config: config.update(schema_version=4))
+    seal(saved)
+    with pytest.raises(ValueError, match=r"damaged .*'sampler'"):
+        load_checkpoint(saved)
 
 
 def test_a_solver_of_a_plugin_is_asked_for_by_the_plugins_name(saved):

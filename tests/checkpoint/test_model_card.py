@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 
-from policy import DiffusionPolicy, PolicyConfig
+from policy import DiffusionPolicy, PolicyConfig, Sampler
 from policy.checkpoint.model_card import model_card
 from policy.model.storage import Origin
 
@@ -54,7 +54,7 @@ policy = DiffusionPolicy.from_pretrained("owner/name")  # or the folder
 chunk = policy.sample_actions({{"state": ..., "goal|x": ...}}, ddim_steps=8)
 ```
 
-`ddim-rollout checkpoint=FOLDER` runs it in its environment. Loading it executes nothing.
+`ddim-rollout checkpoint=FOLDER` runs it in its environment{rollouts}. Loading it executes nothing.
 
 ## What it takes and gives
 
@@ -88,6 +88,7 @@ def test_a_policy_of_which_nothing_is_known_has_a_card(policy):
     assert str(model_card(policy, None, None)) == METADATA + text(
         policy,
         env="an environment of your choice",
+        rollouts="",
         training="Nothing is noted about it.",
         evaluation="No evaluation was given.",
     )
@@ -105,6 +106,7 @@ def test_everything_that_is_known_stands_on_the_card_as_it_is(policy, tmp_path):
     policy.origin = Origin(
         env={"name": env},
         execution_horizon=5,
+        sampler=Sampler(noise_scale=0.6, clip=None),
         training={"dataset": "/home/me/reach-v0", "init": "0f3a", "step": 7, "seed": 1, "x": 2},
     )
     (tmp_path / "sweep.json").write_text(json.dumps({"cells": [ROW]}))
@@ -112,6 +114,7 @@ def test_everything_that_is_known_stands_on_the_card_as_it_is(policy, tmp_path):
     assert card.text == text(
         policy,
         env="&lt;planar> &amp; {{ env }}",
+        rollouts=", with `execution_horizon=5 sampler.clip=null sampler.noise_scale=0.6`, which it records",
         training="|  | value |\n| --- | --- |\n| init | 0f3a |\n| dataset | reach-v0 |\n| step | 7 |\n| seed | 1 |",
         evaluation="| ddim_steps | success | 95 % interval | episodes | mean score | latency of a chunk (median) |\n"
         "| --- | --- | --- | --- | --- | --- |\n"

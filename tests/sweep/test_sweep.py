@@ -112,6 +112,14 @@ def test_a_setting_that_is_left_open_is_the_checkpoints_own(checkpoints):
     assert [cell.cell.sampler for cell in cells] == [Sampler(ddim_steps=4, noise_scale=scale) for scale in (1, 0)] * 2
 
 
+def test_a_recorded_setting_that_does_not_fit_is_said_to_be_recorded(checkpoints):
+    late = dataclasses.replace(checkpoints[0], sampler=Sampler(start=0.1, ddim_steps=2))
+    with pytest.raises(ValueError, match=r"start=0.1 leaves 2 .*: .*runs/a records sampler.start"):
+        cells_of([late])
+    with pytest.raises(ValueError, match=r"ddim_steps$"):
+        cells_of([late], sampler={"start": 0.15})
+
+
 def test_settings_say_the_weights_and_axes_their_folder(checkpoints):
     (cell,) = cells_of(checkpoints[:1], sampler={"eta": 1}, env={"name": "planar", "image_size": 64})
     shared = {"ddim_steps": 4, "eta": 1.0, "spacing": "trailing", "clip": 1.0, "execution_horizon": 5}

@@ -146,6 +146,26 @@ def test_what_goes_on_acting_is_sampled_as_before_and_what_rectification_changes
         assert go(demonstrations, tmp_path / f"rectified{number}", only, **start).sampler == Sampler()
 
 
+def test_a_run_that_goes_on_keeps_what_is_left_open_and_records_what_is_given_even_if_it_is_complete(
+    demonstrations, tmp_path, capsys
+):
+    given = {"encoder": CONFIG.encoder, "denoiser": CONFIG.denoiser, "schedule": CONFIG.schedule}
+
+    def trained_to(steps, **settings):
+        train = dataclasses.replace(SETTINGS, steps=steps, rectify_steps=0)
+        return go(demonstrations, tmp_path / "run", train, given, **settings)
+
+    first = trained_to(1, sampler={"eta": 0.5}, execution_horizon=3)
+    assert (first.execution_horizon, first.sampler) == (3, Sampler(eta=0.5))
+    longer = trained_to(2)
+    assert (longer.execution_horizon, longer.sampler, longer.training["step"]) == (3, Sampler(eta=0.5), 2)
+    assert "records other settings" not in capsys.readouterr().out
+    changed = trained_to(2, sampler={"eta": 0, "noise_scale": 0.5})
+    assert (changed.execution_horizon, changed.sampler) == (3, Sampler(noise_scale=0.5))
+    assert changed.digest == longer.digest
+    assert "from now on: execution_horizon=3 sampler.noise_scale=0.5\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("given", ["sample", "v_prediction", "epsilon", None])
 def test_rectification_needs_observations_only_and_no_policy_that_predicts_the_noise(
     trained, demonstrations, tmp_path, capsys, given

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from policy.checkpoint import Checkpoint
 from policy.diffusion.coefficients import SOLVERS, ddim_coefficients
 from policy.diffusion.sampler import LATER_SETTINGS
 from policy.rollout.ledger import Ledger, cell_id
@@ -467,9 +468,8 @@ def cell_of(ddim_steps=4, sampler=(), controller=()):
         settled=lambda sampler: sampler.settled("diffusion", 100),
         config=SimpleNamespace(action_horizon=8, objective="diffusion"),
     )
-    checkpoint = SimpleNamespace(
-        path=Path("run/checkpoint"), digest="0123456789abcdef", execution_horizon=8, policy=policy
-    )
+    path, digest = Path("run/checkpoint"), "0123456789abcdef"
+    checkpoint = Checkpoint(path=path, digest=digest, execution_horizon=8, policy=policy, env=None, training={})
     (cell,) = make_cells(
         [checkpoint],
         {"name": "planar", "image_size": 96},

@@ -63,7 +63,10 @@ SAMPLER_SINCE = 4
 # How often a checkpoint is read if it is replaced meanwhile; a reading takes a fraction of the time between two saves.
 MOST_READINGS = 10
 # Training settings, and facts for readers, that change no weight, so that a run may go on with others.
-MAY_CHANGE = {"keep_last", "log_every", "rate_hz", "rollout_every", "save_every", "tasks", "val_every"}
+MAY_CHANGE = {
+    *("execution_horizon", "keep_last", "log_every", "rate_hz", "rollout_every", "sampler", "save_every", "tasks"),
+    "val_every",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +217,9 @@ def _finite(entry: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]) -> dict[str, Any]:
+def resume_training(
+    folder: Path, state: TrainState, training: Mapping[str, Any], rollouts: Mapping[str, Any] = {}
+) -> dict[str, Any]:
     """Restore a run exactly as its checkpoint stored it.
 
     Args:
@@ -223,6 +228,8 @@ def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]
         training: how it is trained, as given to `save_checkpoint`; must be equal to what was stored. Settings that are
             newer than the checkpoint must have the values that were in effect without them. Those in `MAY_CHANGE`
             may differ, and `steps` may grow, unless rectification has begun.
+        rollouts: the settings of its rollouts, `execution_horizon` and those of the sampler that differ from their
+            defaults as `sampler`; all may differ.
 
     Returns:
         The settings that differ, with the values that were stored.
@@ -237,9 +244,10 @@ def resume_training(folder: Path, state: TrainState, training: Mapping[str, Any]
         before = {
             "policy": config_to_json(_policy_config(opened, was["policy"])),
             "training": {**SETTINGS_OF_BEFORE, **was["training"]},
+            "rollouts": {"execution_horizon": was["execution_horizon"], "sampler": was.get("sampler", {})},
         }
         changes: dict[str, Any] = {}
-        now = {"policy": config_to_json(state.policy.config), "training": dict(training)}
+        now = {"policy": config_to_json(state.policy.config), "training": dict(training), "rollouts": rollouts}
         for part in before:
             then, after = _as_json(before[part]), _as_json(now[part])
             differ = {key: then[key] for key in sorted(then.keys() & after.keys()) if then[key] != after[key]}

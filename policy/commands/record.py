@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from policy.checkpoint import is_checkpoint, keep_checkpoint, load_checkpoint, resume_training, save_checkpoint
+from policy.checkpoint import is_checkpoint, keep_checkpoint, resume_training, save_checkpoint
 from policy.common.files import json_text, write_text
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.diffusion.sampler import Sampler
@@ -47,7 +47,10 @@ class Record:
 
     def restore(self, state: TrainState) -> dict[str, Any] | None:
         """Restore the state from the checkpoint and return the settings that differed; None if there is none."""
-        return resume_training(self.folder, state, self.training) if is_checkpoint(self.folder) else None
+        if not is_checkpoint(self.folder):
+            return None
+        rollouts = {"execution_horizon": self.execution_horizon, "sampler": self.sampler.given}
+        return resume_training(self.folder, state, self.training, rollouts)
 
     def resume(self, state: TrainState, settings: TrainSettings) -> None:
         """Restore the state from the checkpoint, if there is one, and say so."""
@@ -62,8 +65,7 @@ class Record:
             )
         if self.folder.exists():  # the run may have been killed after saving it and before keeping it
             self._keep(state)
-        noted = load_checkpoint(self.folder)
-        if (noted.execution_horizon, noted.sampler) != (self.execution_horizon, self.sampler):
+        if before.keys() & {"execution_horizon", "sampler"}:
             self.save(state)  # a complete run saves nothing else
             chosen = f"execution_horizon={self.execution_horizon} {self.sampler.overrides}".rstrip()
             print(f"the checkpoint records other settings for rollouts from now on: {chosen}")

@@ -198,13 +198,14 @@ def rollouts_of(
         ValueError: see `Checkpoint.sampler_with`.
     """
     newest = output_dir and newest_in(output_dir)
-    own = load_checkpoint(newest) if newest and is_checkpoint(newest) else None
-    noted = own or (start.checkpoint if start else None)
+    if start:
+        noted: Checkpoint | None = start.checkpoint  # the run's own, if it goes on
+    else:
+        noted = load_checkpoint(newest) if newest and is_checkpoint(newest) else None
     if execution_horizon is None:
         execution_horizon = noted.execution_horizon if noted else EXECUTION_HORIZON
-    if noted and (own or (start and start.role == "init" and train.steps)):
-        return execution_horizon, noted.sampler_with(sampler.keywords)
-    return execution_horizon, sampler()
+    hands_on = start is None or start.goes_on or (start.role == "init" and train.steps > 0)
+    return execution_horizon, noted.sampler_with(sampler.keywords) if noted and hands_on else sampler()
 
 
 def env_of(

@@ -157,7 +157,7 @@ class Conclusion:
             "checkpoints": ", ".join(dict.fromkeys(row["checkpoint"] for row in self.rows)),
             "back end": ", ".join(dict.fromkeys(row["backend"] for row in self.rows if "backend" in row)),
             "threads of a plan": ", ".join(dict.fromkeys(str(row.get("latency_threads") or 1) for row in self.rows)),
-            **({"every cell": shared(self.rows)} if shared(self.rows) else {}),
+            **({"every cell": together} if (together := shared(self.rows)) else {}),
             "seeds": f"{min(seeds)} to {max(seeds)}",
             "margin": self.margin,
             **({"run with": run_with} if (run_with := describe_provenance(self.made_with)) else {}),

@@ -58,6 +58,35 @@ def as_dict(observation: Observation) -> ByKey:
     return {plain_key(np.shape(observation)): observation}
 
 
+def places_by_key(name: str, places: Sequence[int], shapes: Shapes) -> dict[str, list[int]]:
+    """Find numbers of the state vectors, given as places in the vector of all of them, the keys in sorted order.
+
+    Args:
+        name: the setting that gives the places, for the message.
+        places: the places.
+        shapes: shape of one observation under each key; images have no part in it.
+
+    Returns:
+        The places within each vector, in the given order.
+
+    Raises:
+        ValueError: a place that does not exist.
+
+    >>> places_by_key("ignored", [3, 0], {"hand": (2,), "block": (3,)})
+    {'block': [0], 'hand': [0]}
+    """
+    widths = {key: shape[0] for key, shape in sorted(shapes.items()) if len(shape) == 1}
+    numbers = [(key, within) for key, width in widths.items() for within in range(width)]
+    for place in places:
+        if not 0 <= place < len(numbers):
+            raise ValueError(
+                f"{name} must be places within 0..{len(numbers) - 1}, counted through the state vectors"
+                f" {list(widths)}; got {place}"
+            )
+    found = [numbers[place] for place in places]
+    return {key: [within for other, within in found if other == key] for key in widths}
+
+
 def fitting_keys(wanted: Shapes, offered: Shapes) -> dict[str, str] | None:
     """Pair the observations that an environment offers with those that a policy wants, one to one, by their shapes.
 

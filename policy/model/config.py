@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from policy.common.arguments import check_arguments, unknown_name
+from policy.common.observations import places_by_key
 from policy.diffusion.objective import DEFAULT_OBJECTIVE, OBJECTIVES, check_objective, check_of_diffusion
 from policy.diffusion.schedule import check_loss_weighting, check_prediction_type
 
@@ -33,6 +34,7 @@ class PolicySettings:
             places of their cosines, each of which is followed by its sine.
         end_differences: numbers of the state vectors whose distance from where the demonstrations end the policy
             observes too, as places in the vector of all of them.
+        ignored: numbers of the state vectors that the policy does not see, unless in a difference, as such places.
         objective: what the denoiser is trained for: `diffusion`, `flow`, `regression` or `mip`; see
             `policy.diffusion.objective`.
         prediction_type: training target of the denoiser: `epsilon`, `sample` or `v_prediction`; of `diffusion` only.
@@ -59,6 +61,7 @@ class PolicySettings:
     differences: tuple[tuple[int, int], ...] = ()
     direction_differences: tuple[tuple[int, int], ...] = ()
     end_differences: tuple[int, ...] = ()
+    ignored: tuple[int, ...] = ()
     objective: str = DEFAULT_OBJECTIVE
     prediction_type: str = "sample"
     loss_weighting: str = "none"
@@ -151,6 +154,10 @@ class PolicyConfig(PolicySettings, DataShapes):
     def __post_init__(self) -> None:
         PolicySettings.__post_init__(self)
         DataShapes.__post_init__(self)
+        ignored = places_by_key("ignored", self.ignored, self.observation_shapes)
+        left = [key for key, shape in self.observation_shapes.items() if len({*ignored.get(key, ())}) < shape[0]]
+        if not (left or self.differences or self.direction_differences or self.end_differences):
+            raise ValueError(f"ignored={[*self.ignored]} leaves nothing that the policy sees: leave some of them out")
 
 
 def config_to_json(config: PolicyConfig) -> dict[str, Any]:

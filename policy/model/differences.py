@@ -8,6 +8,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from policy.common.observations import places_by_key
+
 # The key under which an encoder finds the differences.
 DIFFERENCES = "differences"
 # Each difference is seen at these magnifications, beyond which it saturates: a centimetre matters near an object only.
@@ -55,11 +57,7 @@ class Differences(nn.Module):
                         f"{name} must be pairs of places within 0..{last}, counted through the state vectors"
                         f" {self.keys}; got {list(pair)}"
                     )
-        if wrong := [place for place in ends if not 0 <= place < width]:
-            raise ValueError(
-                f"end_differences must be places within 0..{width - 1}, counted through the state vectors {self.keys};"
-                f" got {wrong[0]}"
-            )
+        places_by_key("end_differences", ends, shapes)
         self.ending = list(ends)
         if self.ending:
             self.register_buffer("ends", torch.zeros(len(self.ending)))

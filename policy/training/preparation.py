@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from policy.common.observations import is_image
+from policy.common.observations import is_image, places_by_key
 from policy.common.seeding import derive_seed
 from policy.data.corrections import find_corrections
 from policy.data.demonstrations import Augment, Demonstrations
@@ -203,6 +203,8 @@ def start_training(policy: DiffusionPolicy, settings: TrainSettings) -> TrainSta
 def fit_normalizers(policy: DiffusionPolicy, training: Windows) -> None:
     """Fit the policy's normalisers on the training episodes alone.
 
+    Numbers that the policy ignores are normalised as constant ones are, to 0.
+
     Args:
         policy: its normalisers are changed in place.
         training: the training windows.
@@ -222,10 +224,13 @@ def fit_normalizers(policy: DiffusionPolicy, training: Windows) -> None:
     if policy.differences is not None:
         policy.differences.fit(*apart)
     policy.action_normalizer.fit(*limits.pop("actions"))
-    for key, found in limits.items():
+    ignored = places_by_key("ignored", policy.config.ignored, policy.config.observation_shapes)
+    for key, (low, high) in limits.items():
         normalizer = by_key[key]
         assert isinstance(normalizer, Normalizer | AffineNormalizer)
-        normalizer.fit(*found)
+        unseen = ignored.get(key, [])
+        high[unseen] = low[unseen]
+        normalizer.fit(low, high)
 
 
 def _tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:

@@ -24,6 +24,7 @@ OF_THE_TEACHER = (
     "differences",
     "direction_differences",
     "end_differences",
+    "ignored",
     "normalizer",
     "action_bound",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from policy.inspection.picture import plot_episodes
 from policy.inspection.text import format_inspection
 from policy.model.config import PolicySettings
 from policy.statistics.fit import TRAINING, conclude
+from policy.training.by_heart import describe_by_heart, known_by_heart
 from policy.training.errors import ErrorMeter, Measurement
 from policy.training.preparation import split_windows
 from policy.training.recovery import Recoveries, describe_recoveries, measure_recoveries
@@ -97,25 +99,32 @@ def check_checkpoint(*, checkpoint: Path | None = None) -> None:
 
 def _inspect_checkpoint(folder: Path, dataset: Demonstrations | None, output_dir: Path | None) -> None:
     loaded, history = load_checkpoint(folder), read_history(folder)
-    measured, recovery = (None, Recoveries()) if dataset is None else _measured(loaded, dataset)
+    measured = None if dataset is None else _measured(loaded, dataset)
     for name, text in describe_checkpoint(loaded).items():
         print(f"{name:<12} {text}")
     if measured:
-        history = [*history, {"step": loaded.training.get("step", 0), **measured.metrics()}]
+        history = [*history, {"step": loaded.training.get("step", 0), **measured.errors.metrics()}]
     if conclusion := conclude(history):
         print(f"{'errors':<12} {conclusion.sentence}")
-    if recovery.numbers:
-        print(f"{'':<12} {describe_recoveries(recovery, loaded.training, history)}")
+    if measured and measured.recoveries.numbers:
+        print(f"{'':<12} {describe_recoveries(measured.recoveries, loaded.training, history)}")
+    if measured and measured.by_heart:
+        print(f"{'':<12} {describe_by_heart(measured.by_heart, loaded.policy.config)}")
     if measured:
-        _show_errors(measured, loaded, output_folder(output_dir, "inspect"))
+        _show_errors(measured.errors, loaded, output_folder(output_dir, "inspect"))
     print(next_use(folder, loaded.env, loaded.sampler))
 
 
-def _measured(loaded: Checkpoint, dataset: Demonstrations) -> tuple[Measurement, Recoveries]:
-    """Measure the errors of a policy on the episodes that its training held out and on those that it learned from.
+class _Measured(NamedTuple):
+    """What is measured of a policy: see `Measurement`, `Recoveries` and `known_by_heart`."""
 
-    Returns:
-        The errors, and how much of its own errors the policy corrects, where its actions are displacements.
+    errors: Measurement
+    recoveries: Recoveries
+    by_heart: list[int]
+
+
+def _measured(loaded: Checkpoint, dataset: Demonstrations) -> _Measured:
+    """Measure a policy on the episodes that its training held out and on those that it learned from.
 
     Raises:
         ValueError: the training does not say how it split the episodes, or these are not its episodes.
@@ -141,8 +150,11 @@ def _measured(loaded: Checkpoint, dataset: Demonstrations) -> tuple[Measurement,
         mask_padding=training["mask_padding"],
         seed=training["seed"],
     )
-    errors = ErrorMeter(*split, loaded.sampler).measure(loaded.policy)
-    return errors, measure_recoveries(loaded.policy, split[0], loaded.sampler)
+    return _Measured(
+        ErrorMeter(*split, loaded.sampler).measure(loaded.policy),
+        measure_recoveries(loaded.policy, split[0], loaded.sampler),
+        known_by_heart(loaded.policy, *split, loaded.sampler),
+    )
 
 
 def _show_errors(measured: Measurement, loaded: Checkpoint, folder: Path) -> None:

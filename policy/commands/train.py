@@ -47,6 +47,7 @@ from policy.statistics.fit import conclude
 from policy.statistics.results import EpisodeResult
 from policy.tracking.tracker import MetricsLog, NoTracker, OpenRun, SentToAll
 from policy.tracking.training_page import PAGE, VIDEOS, TrainingFacts, training_page
+from policy.training.by_heart import describe_by_heart, known_by_heart
 from policy.training.errors import ErrorMeter
 from policy.training.loop import train
 from policy.training.preparation import Run, prepare_run
@@ -261,6 +262,8 @@ def _say_end(
     recovered = measure_recoveries(run.state.ema, run.training, sampler)
     if recovered.numbers:
         print(describe_recoveries(recovered, record.training, run.state.history))
+    if by_heart := known_by_heart(run.state.ema, run.training, run.validation, sampler):
+        print(describe_by_heart(by_heart, run.state.ema.config))
     print(f"checkpoint: {record.folder}" + (f"   tracked: {tracked}" if tracked else ""))
     print(f"page: {record.folder.parent / PAGE}")
     # The figures of presets are of diffusion.

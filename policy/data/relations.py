@@ -227,9 +227,7 @@ def _meet(numbers: NDArray[np.float64], episode: NDArray[np.int64]) -> NDArray[n
     episodes = len(starts)
     if episodes < LEAST_VISITS:
         return alike
-    span = np.ptp(numbers, axis=0)
-    spans = np.maximum.reduceat(numbers, starts) - np.minimum.reduceat(numbers, starts)
-    put = (spans <= PUT * span).all(axis=0)
+    span, put = np.ptp(numbers, axis=0), staying_put(numbers, starts)
     places, moving = np.flatnonzero(put & (span > 0)), np.flatnonzero(~put)
     there = numbers[starts][:, places]
     for number in moving if len(places) else []:
@@ -244,6 +242,13 @@ def _meet(numbers: NDArray[np.float64], episode: NDArray[np.int64]) -> NDArray[n
         close = own <= SAME_DISTANCE * np.minimum(span[number], span[places])
         alike[number, places] = close & (np.minimum(*others) > CLOSER * own)
     return alike | alike.T
+
+
+def staying_put(numbers: NDArray[np.float64], starts: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return (D,) whether numbers (N, D) stay put during each episode; these begin in the rows `starts`."""
+    spans = np.maximum.reduceat(numbers, starts) - np.minimum.reduceat(numbers, starts)
+    put: NDArray[np.bool_] = (spans <= PUT * np.ptp(numbers, axis=0)).all(axis=0)
+    return put
 
 
 def _stops(values: NDArray[np.float64], episode: NDArray[np.int64]) -> NDArray[np.int64]:

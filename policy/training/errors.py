@@ -163,16 +163,14 @@ class ErrorMeter:
         return self.measure(policy).metrics()
 
 
-def select(windows: Windows) -> Selection:
+def select(windows: Windows, episodes: int = EPISODES, each: int = WINDOWS) -> Selection:
     """Choose episodes at random, and in each of them windows spread over its length; always the same ones."""
     lengths = windows.demonstrations.episode_lengths[windows.episodes]
     firsts = np.cumsum(lengths) - lengths
     generator = np.random.default_rng(0)
-    chosen = np.sort(generator.permutation(len(lengths))[:EPISODES])
-    places = ((np.arange(WINDOWS) + generator.random((len(chosen), WINDOWS))) / WINDOWS * lengths[chosen, None]).astype(
-        int
-    )
-    return Selection(windows=(firsts[chosen, None] + places).ravel(), episodes=chosen.repeat(WINDOWS))
+    chosen = np.sort(generator.permutation(len(lengths))[:episodes])
+    places = ((np.arange(each) + generator.random((len(chosen), each))) / each * lengths[chosen, None]).astype(int)
+    return Selection(windows=(firsts[chosen, None] + places).ravel(), episodes=chosen.repeat(each))
 
 
 def action_deviation(training: Windows) -> Array:

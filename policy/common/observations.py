@@ -79,10 +79,8 @@ def places_by_key(name: str, places: Sequence[int], shapes: Shapes) -> dict[str,
     numbers = [(key, within) for key, width in widths.items() for within in range(width)]
     for place in places:
         if not 0 <= place < len(numbers):
-            raise ValueError(
-                f"{name} must be places within 0..{len(numbers) - 1}, counted through the state vectors"
-                f" {list(widths)}; got {place}"
-            )
+            allowed = f"places within 0..{len(numbers) - 1}, counted through the state vectors {list(widths)}"
+            raise ValueError(f"{name} must be {allowed if numbers else 'empty without state vectors'}; got {place}")
     found = [numbers[place] for place in places]
     return {key: [within for other, within in found if other == key] for key in widths}
 

@@ -244,7 +244,7 @@ def _meet(numbers: NDArray[np.float64], episode: NDArray[np.int64]) -> NDArray[n
     return alike | alike.T
 
 
-def staying_put(numbers: NDArray[np.float64], starts: NDArray[np.int64]) -> NDArray[np.bool_]:
+def staying_put(numbers: NDArray[Any], starts: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return (D,) whether numbers (N, D) stay put during each episode; these begin in the rows `starts`."""
     spans = np.maximum.reduceat(numbers, starts) - np.minimum.reduceat(numbers, starts)
     put: NDArray[np.bool_] = (spans <= PUT * np.ptp(numbers, axis=0)).all(axis=0)

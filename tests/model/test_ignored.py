@@ -38,6 +38,11 @@ def test_a_number_that_does_not_exist_is_refused(place):
         PolicyConfig(observation_shapes=SHAPES, action_dim=1, ignored=(1, place))
 
 
+def test_pictures_have_no_numbers_to_ignore():
+    with pytest.raises(ValueError, match="ignored must be empty without state vectors; got 0"):
+        PolicyConfig(observation_shapes={"image": (8, 8, 3)}, action_dim=1, ignored=(0,))
+
+
 def test_something_is_left_to_see():
     with pytest.raises(ValueError, match="leaves nothing that the policy sees"):
         PolicyConfig(observation_shapes=VECTORS, action_dim=1, ignored=(0, 1, 2, 3, 4, 4))

@@ -77,9 +77,19 @@ def test_nothing_is_told_of_few_held_out_episodes(demonstrations, monkeypatch):
     assert _found(demonstrations, monkeypatch, held_out=range(TRAINING, TRAINING + by_heart.FEW - 1)) == []
 
 
+def test_what_a_difference_shows_is_left_alone(demonstrations, monkeypatch):
+    config = PolicyConfig(observation_shapes={"state": (4,)}, action_dim=1, obs_horizon=1, differences=((HAND, THING),))
+    assert _found(demonstrations, monkeypatch, config) == []
+
+
+def test_data_with_other_actions_tell_nothing(demonstrations, monkeypatch):
+    config = PolicyConfig(observation_shapes={"state": (4,)}, action_dim=2, obs_horizon=1)
+    assert _found(demonstrations, monkeypatch, config) == []
+
+
 @pytest.mark.parametrize(("ignored", "advised"), [((), "ignored=[2]"), ((0,), "ignored=[0,2]")])
 def test_the_sentence_says_what_to_try(ignored, advised):
     config = PolicyConfig(observation_shapes={"state": (4,)}, action_dim=1, ignored=ignored)
     said = describe_by_heart([THING], config)
     assert said.startswith("it tells training episodes apart by state[2], which stay put")
-    assert said.endswith(f"try {advised}")
+    assert said.endswith(f"try {advised}, or record more demonstrations")

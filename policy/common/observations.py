@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NotRequired, TypeAlias, TypedDict
 
@@ -76,13 +78,18 @@ def places_by_key(name: str, places: Sequence[int], shapes: Shapes) -> dict[str,
     {'block': [0], 'hand': [0]}
     """
     widths = {key: shape[0] for key, shape in sorted(shapes.items()) if len(shape) == 1}
-    numbers = [(key, within) for key, width in widths.items() for within in range(width)]
+    ends = list(itertools.accumulate(widths.values()))
+    found: dict[str, list[int]] = {key: [] for key in widths}
     for place in places:
-        if not 0 <= place < len(numbers):
-            allowed = f"places within 0..{len(numbers) - 1}, counted through the state vectors {list(widths)}"
-            raise ValueError(f"{name} must be {allowed if numbers else 'empty without state vectors'}; got {place}")
-    found = [numbers[place] for place in places]
-    return {key: [within for other, within in found if other == key] for key in widths}
+        if not widths or not 0 <= place < ends[-1]:
+            allowed = (
+                f"places within 0..{ends[-1] - 1}, counted through the state vectors {[*widths]}" if widths else None
+            )
+            raise ValueError(f"{name} must be {allowed or 'empty without state vectors'}; got {place}")
+        vector = bisect.bisect_right(ends, place)
+        key = [*widths][vector]
+        found[key].append(place - (ends[vector] - widths[key]))
+    return found
 
 
 def fitting_keys(wanted: Shapes, offered: Shapes) -> dict[str, str] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NotRequired, TypeAlias, TypedDict
@@ -60,6 +59,11 @@ def as_dict(observation: Observation) -> ByKey:
     return {plain_key(np.shape(observation)): observation}
 
 
+def vector_widths(shapes: Shapes) -> dict[str, int]:
+    """Return how many numbers each state vector has, in the order in which all numbers are counted: by sorted key."""
+    return {key: shape[0] for key, shape in sorted(shapes.items()) if len(shape) == 1}
+
+
 def places_by_key(name: str, places: Sequence[int], shapes: Shapes) -> dict[str, list[int]]:
     """Find numbers of the state vectors, given as places in the vector of all of them, the keys in sorted order.
 
@@ -77,19 +81,16 @@ def places_by_key(name: str, places: Sequence[int], shapes: Shapes) -> dict[str,
     >>> places_by_key("ignored", [3, 0], {"hand": (2,), "block": (3,)})
     {'block': [0], 'hand': [0]}
     """
-    widths = {key: shape[0] for key, shape in sorted(shapes.items()) if len(shape) == 1}
-    ends = list(itertools.accumulate(widths.values()))
-    found: dict[str, list[int]] = {key: [] for key in widths}
-    for place in places:
-        if not widths or not 0 <= place < ends[-1]:
-            allowed = (
-                f"places within 0..{ends[-1] - 1}, counted through the state vectors {[*widths]}" if widths else None
-            )
-            raise ValueError(f"{name} must be {allowed or 'empty without state vectors'}; got {place}")
-        vector = bisect.bisect_right(ends, place)
-        key = [*widths][vector]
-        found[key].append(place - (ends[vector] - widths[key]))
-    return found
+    widths = vector_widths(shapes)
+    total = sum(widths.values())
+    if wrong := [place for place in places if not 0 <= place < total]:
+        allowed = f"places within 0..{total - 1}, counted through the state vectors {[*widths]}"
+        raise ValueError(f"{name} must be {allowed if widths else 'empty without state vectors'}; got {wrong[0]}")
+    firsts = itertools.accumulate(widths.values(), initial=0)
+    return {
+        key: [place - first for place in places if first <= place < first + width]
+        for (key, width), first in zip(widths.items(), firsts, strict=False)
+    }
 
 
 def fitting_keys(wanted: Shapes, offered: Shapes) -> dict[str, str] | None:

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from policy.common.observations import places_by_key
+from policy.common.observations import places_by_key, vector_widths
 
 # The key under which an encoder finds the differences.
 DIFFERENCES = "differences"
@@ -48,8 +48,8 @@ class Differences(nn.Module):
         ends: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self.keys = sorted(key for key, shape in shapes.items() if len(shape) == 1)
-        width = sum(shapes[key][0] for key in self.keys)
+        widths = vector_widths(shapes)
+        self.keys, width = list(widths), sum(widths.values())
         for name, places, last in (("differences", pairs, width - 1), ("direction_differences", directions, width - 2)):
             for pair in places:
                 if len(pair) != 2 or not all(0 <= place <= last for place in pair):

@@ -9,20 +9,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from policy.common.observations import Observations, is_image, places_by_key
+from policy.common.observations import is_image, vector_widths
 from policy.common.seeding import derive_generator
-from policy.data.relations import number_names, staying_put, thinned
+from policy.data.relations import number_names, staying_put
 from policy.data.windows import Windows
 from policy.diffusion.sampler import Sampler
 from policy.inference.backends import PLAIN_BACKEND, SamplerProgram, compile_sampler
 from policy.model.config import PolicyConfig
-from policy.model.diffusion_policy import DiffusionPolicy, observed
-from policy.training.errors import Selection, action_deviation, select
+from policy.model.diffusion_policy import DiffusionPolicy
+from policy.training.errors import Selection, action_deviation, select, squares_of
+from policy.training.recovery import some_episodes
 
 # Episodes of each split that are looked at, windows of each of them, and how often its numbers are exchanged.
 EPISODES, WINDOWS, EXCHANGES = 16, 12, 3
-# Training episodes whose numbers are looked into, and things that are.
-MOST_EPISODES, MOST_THINGS = 200, 12
+# Things that are looked at.
+MOST_THINGS = 12
 # A number tells episodes apart if, of its values in them, so large a share are different ones: values in different
 # parts of its range, of which there are this many.
 DIFFERENT, PARTS = 0.5, 1_000
@@ -79,8 +80,7 @@ def known_by_heart(policy: DiffusionPolicy, training: Windows, validation: Windo
 
 def describe_by_heart(places: Sequence[int], config: PolicyConfig) -> str:
     """Say which numbers were found, one or more, and what to do about it."""
-    widths = {key: shape[0] for key, shape in sorted(config.observation_shapes.items()) if len(shape) == 1}
-    names = number_names(widths)
+    names = number_names(vector_widths(config.observation_shapes))
     ignored = ",".join(map(str, sorted({*config.ignored, *places})))
     return (
         f"it tells training episodes apart by {', '.join(names[place] for place in places)}, which stay put in each of"
@@ -90,21 +90,18 @@ def describe_by_heart(places: Sequence[int], config: PolicyConfig) -> str:
 
 def _things(config: PolicyConfig, training: Windows) -> tuple[NDArray[Any], list[list[int]]]:
     """The values (episodes, D) of all numbers at the beginnings of training episodes, and runs of those that tell."""
-    data, episodes = training.demonstrations, thinned(training.episodes, MOST_EPISODES)
-    keys = sorted(config.observation_shapes)
-    spans = [slice(data.episode_starts[episode], data.episode_ends[episode]) for episode in episodes]
-    numbers = np.concatenate([np.concatenate([data.observations[key][span] for span in spans]) for key in keys], axis=1)
-    lengths = data.episode_lengths[episodes]
-    starts = np.cumsum(lengths) - lengths
+    widths = vector_widths(config.observation_shapes)
+    some = some_episodes(training, list(widths))
+    numbers, starts = np.concatenate([some.observations[key] for key in widths], axis=1), some.episode_starts
     values, span = numbers[starts], np.ptp(numbers, axis=0)
     parts = np.round((values - values.min(axis=0)) / np.where(span > 0, span, 1) * PARTS)
     different = np.array([len(np.unique(part)) for part in parts.T])
-    tells = staying_put(numbers, starts) & (different >= DIFFERENT * len(episodes))
+    tells = staying_put(numbers, starts) & (different >= DIFFERENT * some.num_episodes)
     directions = {place for pair in config.direction_differences for cosine in pair for place in (cosine, cosine + 1)}
     seen_apart = {place for pair in config.differences for place in pair} | directions | {*config.end_differences}
     tells[[*config.ignored, *seen_apart]] = False
     places = np.flatnonzero(tells)
-    vector = np.repeat(np.arange(len(keys)), [config.observation_shapes[key][0] for key in keys])[places]
+    vector = np.repeat(np.arange(len(widths)), list(widths.values()))[places]
     runs = np.split(places, np.flatnonzero((np.diff(places) > 1) | (np.diff(vector) > 0)) + 1)
     return values, [run.tolist() for run in runs if len(run)][:MOST_THINGS]
 
@@ -130,22 +127,21 @@ def _rises(
     Returns:
         The rise of each thing.
     """
-    batch = windows.gather(chosen.windows)
-    seen = observed(program.config, batch["observations"])
+    batch, widths = windows.gather(chosen.windows), vector_widths(program.config.observation_shapes)
+    inside = batch["mask"].numpy()[:, program.config.past_actions :]
+    seen = torch.cat([batch["observations"][key] for key in widths], dim=-1)
     _, episode = np.unique(chosen.episodes, return_inverse=True)
 
-    def error(observations: Observations) -> float:
-        chunks = program.sample_actions(observations, generator=derive_generator(0)).cpu().numpy()
-        demonstrated, inside = (batch[name].numpy()[:, program.config.past_actions :] for name in ("actions", "mask"))
-        return float(np.nanmean(np.square((chunks - demonstrated) / deviation)[inside]))
+    def error(numbers: torch.Tensor) -> float:
+        parts = numbers.split([*widths.values()], dim=-1)
+        chunks = program.sample_actions(dict(zip(widths, parts, strict=True)), generator=derive_generator(0))
+        return float(np.nanmean(squares_of(batch, chunks.cpu().numpy(), program.config, deviation)[inside]))
 
-    def exchanged(thing: Sequence[int], generator: np.random.Generator) -> Observations:
+    def exchanged(thing: Sequence[int], generator: np.random.Generator) -> torch.Tensor:
         others = values[generator.integers(len(values), size=episode.max() + 1)][episode]
-        shown, numbers = {key: value.clone() for key, value in seen.items()}, iter(others[:, thing].T)
-        for key, places in places_by_key("things", sorted(thing), program.config.observation_shapes).items():
-            for place in places:
-                shown[key][..., place] = torch.from_numpy(next(numbers)).to(shown[key])[:, None]
-        return shown
+        numbers = seen.clone()
+        numbers[..., thing] = torch.from_numpy(others[:, None, thing]).to(numbers)
+        return numbers
 
     def rise(thing: Sequence[int]) -> float:
         generator = np.random.default_rng(0)

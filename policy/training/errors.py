@@ -229,8 +229,8 @@ def sampled(
 
 def _against(batch: Batch, samples: NDArray[np.float32], config: PolicyConfig, deviation: Array) -> WindowErrors:
     """Compare samples (S, N, action_horizon, action_dim) with the demonstrated chunks."""
-    each = _squares(batch, samples, config, deviation)
-    average = _squares(batch, samples.mean(0, keepdims=True), config, deviation)
+    each = squares_of(batch, samples, config, deviation)
+    average = squares_of(batch, samples.mean(0, keepdims=True), config, deviation)
     inside = batch["mask"].numpy()[:, config.past_actions :, None]
     counted = inside / inside.sum(1, keepdims=True)
     return WindowErrors(
@@ -238,7 +238,8 @@ def _against(batch: Batch, samples: NDArray[np.float32], config: PolicyConfig, d
     )
 
 
-def _squares(batch: Batch, chunks: NDArray[np.float32], config: PolicyConfig, deviation: Array) -> Array:
+def squares_of(batch: Batch, chunks: NDArray[np.float32], config: PolicyConfig, deviation: Array) -> Array:
+    """Return the squared errors of chunks (..., N, action_horizon, action_dim) in variances, padding included."""
     demonstrated = batch["actions"].numpy()[:, config.past_actions :]
     return np.square((chunks - demonstrated) / deviation)
 

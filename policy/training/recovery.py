@@ -82,7 +82,7 @@ def measure_recoveries(policy: DiffusionPolicy, training: Windows, sampler: Samp
         or training.demonstrations.actions.shape[1] != config.action_dim
     ):
         return Recoveries()
-    some = _some_episodes(training, keys)
+    some = some_episodes(training, keys)
     everything = np.arange(some.num_episodes)
     try:
         corrections = find_corrections(some, everything, keys, config.action_horizon)
@@ -98,7 +98,8 @@ def measure_recoveries(policy: DiffusionPolicy, training: Windows, sampler: Samp
     return recoveries(policy, windows, corrections, sampler)
 
 
-def _some_episodes(training: Windows, keys: Sequence[str]) -> Demonstrations:
+def some_episodes(training: Windows, keys: Sequence[str]) -> Demonstrations:
+    """Copy up to 200 training episodes, spread over all of them, with the observations of these keys."""
     data, episodes = training.demonstrations, thinned(training.episodes, EPISODES)
     spans = [slice(data.episode_starts[episode], data.episode_ends[episode]) for episode in episodes]
     return Demonstrations(

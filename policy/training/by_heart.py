@@ -43,7 +43,7 @@ def known_by_heart(policy: DiffusionPolicy, training: Windows, validation: Windo
     The pose of a thing that nobody touches is a name for each demonstration, by which a policy learns what its
     demonstrator happened to do in it. Such numbers stay put during an episode. Exchanged for those of another episode,
     they raise the error on training episodes, and not on held-out ones. Neighbours in a vector are exchanged together.
-    What the policy sees in a difference, too, is left alone.
+    A thing of which the policy sees a number in a difference, too, is left alone.
 
     Args:
         policy: the policy.
@@ -99,11 +99,11 @@ def _things(config: PolicyConfig, training: Windows) -> tuple[NDArray[Any], list
     tells = staying_put(numbers, starts) & (different >= DIFFERENT * some.num_episodes)
     directions = {place for pair in config.direction_differences for cosine in pair for place in (cosine, cosine + 1)}
     seen_apart = {place for pair in config.differences for place in pair} | directions | {*config.end_differences}
-    tells[[*config.ignored, *seen_apart]] = False
+    tells[list(config.ignored)] = False
     places = np.flatnonzero(tells)
     vector = np.repeat(np.arange(len(widths)), list(widths.values()))[places]
     runs = np.split(places, np.flatnonzero((np.diff(places) > 1) | (np.diff(vector) > 0)) + 1)
-    return values, [run.tolist() for run in runs if len(run)][:MOST_THINGS]
+    return values, [run.tolist() for run in runs if len(run) and seen_apart.isdisjoint(run.tolist())][:MOST_THINGS]
 
 
 def _rises(

@@ -82,6 +82,18 @@ def test_what_a_difference_shows_is_left_alone(demonstrations, monkeypatch):
     assert _found(demonstrations, monkeypatch, config) == []
 
 
+def test_the_neighbours_of_what_a_difference_shows_are_left_alone(demonstrations, monkeypatch):
+    """Where a drawer is to the left and to the right belongs to where it is in front, which a difference shows."""
+    state = demonstrations.observations["state"][:, [HAND, THING, GOAL, COIN]].copy()
+    beside = Demonstrations(
+        observations={"state": state}, actions=demonstrations.actions, episode_ends=demonstrations.episode_ends
+    )
+    training = Windows(beside, np.arange(TRAINING), obs_horizon=1, action_horizon=CONFIG.action_horizon)
+    apart = PolicyConfig(observation_shapes={"state": (4,)}, action_dim=1, obs_horizon=1, differences=((0, 1),))
+    assert by_heart._things(CONFIG, training)[1] == [[1, 2]]
+    assert by_heart._things(apart, training)[1] == []
+
+
 def test_data_with_other_actions_tell_nothing(demonstrations, monkeypatch):
     config = PolicyConfig(observation_shapes={"state": (4,)}, action_dim=2, obs_horizon=1)
     assert _found(demonstrations, monkeypatch, config) == []

@@ -54,6 +54,7 @@ SETTINGS_OF_BEFORE = {
     "rectify_ddim_steps": 8,
     "timesteps_per_chunk": 1,
     "corrective_noise": 0.0,
+    "exchange": 0.0,
     "action_weights": "equal",
 }
 # The first schema whose state encoders have a skip connection unless they say otherwise.

@@ -49,6 +49,7 @@ from policy.tracking.tracker import MetricsLog, NoTracker, OpenRun, SentToAll
 from policy.tracking.training_page import PAGE, VIDEOS, TrainingFacts, training_page
 from policy.training.by_heart import describe_by_heart, known_by_heart
 from policy.training.errors import ErrorMeter
+from policy.training.exchanged_things import describe_exchanged
 from policy.training.loop import train
 from policy.training.preparation import Run, prepare_run
 from policy.training.recovery import describe_recoveries, measure_recoveries
@@ -291,6 +292,8 @@ def _describe(run: Run, env: dict[str, Any] | None, start: Start | None, train: 
     if run.noise:
         blurred = f", and blurs {', '.join(run.noise.blurred)}" if run.noise.blurred else ""
         print(f"corrective noise moves {', '.join(run.noise.moved)}{blurred}")
+    if run.exchanged:
+        print(describe_exchanged(run.exchanged.numbers))
     if start and run.state.step == 0:
         print(start.described(run.state.policy.config.predicts, train, refit=refit))
     if env is None:

@@ -33,6 +33,8 @@ class Batch(TypedDict):
             True, on average over the parts; left out in a whole batch.
         held: (B,) int64, what the robot holds at the newest observation, where that was asked for: 0 where nothing but
             the robot moves, k where the k-th thing goes with it, -1 where more moves or it is not known.
+        groups: (B, things) int64, the poses in which each thing may be shown, where that was asked for, see
+            `policy.data.exchange`; -1 where it stays.
     """
 
     observations: dict[str, Tensor]
@@ -40,6 +42,7 @@ class Batch(TypedDict):
     mask: Tensor
     counted: NotRequired[float]
     held: NotRequired[Tensor]
+    groups: NotRequired[Tensor]
 
 
 def is_image(shape: Sequence[int]) -> bool:

@@ -14,16 +14,16 @@ from policy.data.blurring import Blurred, find_blurred
 from policy.data.carrying import Carried, find_carried, find_parted
 from policy.data.demonstrations import Demonstrations
 from policy.data.following import find_followed
-from policy.data.holding import EARLY, Thing, held_at, things_of
+from policy.data.holding import EARLY, Thing, held_at, moves_of, things_of
 from policy.data.relations import MOST_NUMBERS, Relations, moving_together, number_names, numbers_at, thinned
 
 # Transitions that are looked at; more only take longer.
 MOST_ROWS = 10_000
 
 _NOTHING_FOLLOWS = (
-    "train.corrective_noise needs numbers of the observation that change by a constant times a number of the action;"
-    " there are none in these demonstrations (actions that name a place need no correction, and for a robot that lags"
-    " behind its actions none is known): use encoder.noise=... instead, which adds noise alone"
+    "train.corrective_noise and train.exchange need numbers of the observation that change by a constant times a number"
+    " of the action; there are none in these demonstrations (actions that name a place need no correction, and for a"
+    " robot that lags behind its actions none is known): use encoder.noise=... instead, which adds noise alone"
 )
 
 
@@ -76,6 +76,11 @@ class Corrections:
         """Each number's key and place, such as `state[3]`."""
         return number_names(self.widths)
 
+    @property
+    def robot(self) -> set[int]:
+        """Places of the robot's own numbers that are known."""
+        return {*(one.number for one in self.followed), *self.carried.places}
+
 
 def find_corrections(
     demonstrations: Demonstrations, episodes: NDArray[np.int64], keys: Iterable[str], action_horizon: int
@@ -98,8 +103,8 @@ def find_corrections(
     vectors = {key: demonstrations.observations[key] for key in sorted(keys)}
     if pictures := [key for key, values in vectors.items() if is_image(values.shape[1:])]:
         raise ValueError(
-            f"train.corrective_noise moves the robot in vectors alone, and the pictures {pictures} would show it where"
-            " it was: leave it out, or choose vectors with dataset.observation_keys=[...]"
+            f"train.corrective_noise and train.exchange change vectors alone, and the pictures {pictures} would show"
+            " what was there: leave them out, or choose vectors with dataset.observation_keys=[...]"
         )
     starts, ends = demonstrations.episode_starts[episodes], demonstrations.episode_ends[episodes]
     rows = np.concatenate([np.arange(start, end - 1) for start, end in zip(starts, ends, strict=True)])
@@ -125,7 +130,7 @@ def find_corrections(
     others = np.setdiff1d(np.arange(now.shape[1]), [*known, *(place for thing in things for place in thing.places)])
     free = np.delete(actions, [action for _, action, _ in followed], axis=1)
     numbers = np.concatenate([*vectors.values()], axis=1)
-    held = held_at(numbers, demonstrations.episode_ends, known, things)
+    held = held_at(numbers, moves_of(numbers, demonstrations.episode_ends, known), things)
     return Corrections(
         widths={key: values.shape[1] for key, values in vectors.items()},
         followed=[Followed(*one, float(far)) for one, far in zip(followed, reach, strict=True)],

@@ -84,20 +84,32 @@ def _alike(place: int, pairs: Sequence[tuple[int, int]], robot: AbstractSet[int]
     return sorted(other for other in others if other not in robot)
 
 
-def held_at(
-    numbers: NDArray[Any], ends: NDArray[np.int64], robot: AbstractSet[int], things: Sequence[Thing]
-) -> NDArray[np.int64]:
-    """Find out what the robot holds before and after each transition.
+class Moves(NamedTuple):
+    """What changes from each row of the observations to the next one, N - 1 rows.
+
+    Attributes:
+        size: (N - 1, D) how much each number changes.
+        moving: (N - 1, D) bool, whether it moves by more than it trembles; never for the robot's own numbers.
+        least: (D,) a number that changes by more moves.
+        within: (N - 1,) bool, False from the last row of an episode to the first one of the next.
+    """
+
+    size: NDArray[Any]
+    moving: NDArray[np.bool_]
+    least: NDArray[Any]
+    within: NDArray[np.bool_]
+
+
+def moves_of(numbers: NDArray[Any], ends: NDArray[np.int64], robot: AbstractSet[int]) -> Moves | None:
+    """Find out what moves from each row to the next one.
 
     Args:
         numbers: (N, D) the observations.
         ends: (E,) the number of the first transition after each episode.
         robot: places of the robot's own numbers.
-        things: what it can hold.
 
     Returns:
-        (N,) `NOTHING` where nothing but the robot moves, k where the k-th thing (from 1) goes with it and everything
-        else is at rest, and `UNKNOWN` elsewhere.
+        The moves; None where the episodes are too short to tell what trembles.
     """
     size = np.diff(numbers, axis=0)
     np.abs(size, out=size)  # as large as the observations: no copies of it
@@ -106,24 +118,42 @@ def held_at(
     lengths = np.diff(ends, prepend=0)
     early = np.concatenate([np.arange(length) <= EARLY * (length - 1) for length in lengths])[:-1] & within
     if not early.any():
-        return np.full(len(numbers), UNKNOWN)
+        return None
     at_rest = AT_REST * np.sqrt(np.einsum("ij,ij,i->j", size, size, within) / within.sum())
     least = np.maximum(at_rest, 2 * np.quantile(size[early], TREMBLES, axis=0))
-    moves = size > least
-    moves[:, (size[early] > at_rest).mean(axis=0) > MOSTLY] = False
-    moves[:, sorted(robot)] = False
-    goes = [_goes_along(numbers, least, moves, within, thing) for thing in things]
+    moving = size > least
+    moving[:, (size[early] > at_rest).mean(axis=0) > MOSTLY] = False
+    moving[:, sorted(robot)] = False
+    return Moves(size=size, moving=moving, least=least, within=within)
+
+
+def held_at(numbers: NDArray[Any], moves: Moves | None, things: Sequence[Thing]) -> NDArray[np.int64]:
+    """Find out what the robot holds before and after each transition.
+
+    Args:
+        numbers: (N, D) the observations.
+        moves: what moves, see `moves_of`.
+        things: what it can hold.
+
+    Returns:
+        (N,) `NOTHING` where nothing but the robot moves, k where the k-th thing (from 1) goes with it and everything
+        else is at rest, and `UNKNOWN` elsewhere.
+    """
+    held = np.full(len(numbers), UNKNOWN)
+    if moves is None:
+        return held
+    size, moving, least, within = moves
+    goes = [_goes_along(numbers, least, moving, within, thing) for thing in things]
     free = np.ones(numbers.shape[1], dtype=np.bool_)
     free[[place for thing in things for place in thing.places]] = False
-    held = np.full(len(numbers), UNKNOWN)
     for number in range(len(things) + 1):
-        others = moves[:, free]
+        others = moving[:, free]
         if number and goes[number - 1].any():
             shaken = np.quantile(size[goes[number - 1]][:, free], TREMBLES_HELD, axis=0)
             others = others & (size[:, free] > 2 * shaken)
         stirs = others.any(axis=1)
         for other, (along, thing) in enumerate(zip(goes, things, strict=True), 1):
-            stirs |= ~along if other == number else along | moves[:, thing.places].any(axis=1)
+            stirs |= ~along if other == number else along | moving[:, thing.places].any(axis=1)
         stirs &= within
         held[~(np.append(stirs, False) | np.insert(stirs, 0, False))] = number
     return held
@@ -132,7 +162,7 @@ def held_at(
 def _goes_along(
     numbers: NDArray[Any],
     least: NDArray[Any],
-    moves: NDArray[np.bool_],
+    moving: NDArray[np.bool_],
     within: NDArray[np.bool_],
     thing: Thing,
 ) -> NDArray[np.bool_]:
@@ -147,7 +177,7 @@ def _goes_along(
     if thing.cosines:
         turns = wrapped(np.diff(angles(numbers, [*thing.cosines, *thing.turned_by]), axis=0))
         together &= np.abs(turns[:, 0] - turns[:, 1]) <= GOES_WITH * np.abs(turns[:, 1]) + TURNS_WITH
-    stirs = moves[:, thing.places].any(axis=1)
+    stirs = moving[:, thing.places].any(axis=1)
     tells = stirs | (robot > far) | ~within
-    last = np.maximum.accumulate(np.where(tells, np.arange(len(moves)), -1))
+    last = np.maximum.accumulate(np.where(tells, np.arange(len(moving)), -1))
     return np.asarray(together & within & (last >= 0) & (stirs & together & within)[last])

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from policy.data.demonstrations import Arrays, Augment, Demonstrations
 from policy.data.groups import Groups
-from policy.data.holding import UNKNOWN
 
 if TYPE_CHECKING:
     from policy.common.observations import Batch
 
 # Transitions in one block of `Windows.blocks`.
 BLOCK_ROWS = 65_536
+# Marks a counterpart, of which it is not known.
+UNMARKED = -1
 # Takes rows (B, n) of an array of observations.
 Take = Callable[[NDArray[np.int64]], NDArray[Any]]
 
@@ -103,7 +104,7 @@ class Windows:
         self._window_ends: NDArray[np.int64] = np.cumsum(self._ends - self._starts)
         self._augment = augment
         self._mask_padding = mask_padding
-        self._held: NDArray[np.int64] | None = None
+        self._marks: Mapping[str, NDArray[np.int64]] = {}
         # The newest epoch's permutation is kept, because drawing it takes longer than gathering a batch.
         self._epoch_key: tuple[int, int] | None = None
         self._order: NDArray[Any] = np.empty(0, np.int64)
@@ -155,8 +156,10 @@ class Windows:
             "actions": torch.from_numpy(actions),
             "mask": torch.from_numpy(self.inside(windows)),
         }
-        if self._held is not None:
-            batch["held"] = torch.from_numpy(np.where(mirrored, UNKNOWN, self._held[now[:, 0]]))
+        for name, marks in self._marks.items():
+            found = marks[now[:, 0]]
+            found[mirrored] = UNMARKED
+            batch[name] = torch.from_numpy(found)  # type: ignore[literal-required]
         return batch
 
     def inside(self, windows: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -209,10 +212,14 @@ class Windows:
         shown._augment = None
         return shown
 
-    def marking(self, held: NDArray[np.int64]) -> Windows:
-        """Return the same windows whose batches say what the robot holds (N,), see `Batch`; not so a counterpart."""
+    def marking(self, **marks: NDArray[np.int64]) -> Windows:
+        """Return the same windows whose batches have further whole numbers of their newest transitions.
+
+        Args:
+            **marks: (N, *) by their names in `Batch`; all numbers of a counterpart are -1.
+        """
         marked = copy.copy(self)
-        marked._held = held
+        marked._marks = marks
         return marked
 
     def _groups_of(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -18,6 +18,7 @@ from policy.inference.backends import PLAIN_BACKEND, SamplerProgram, compile_sam
 from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.training.errors import Selection, action_deviation, select, squares_of
+from policy.training.numbers import joined_numbers, split_numbers
 from policy.training.recovery import some_episodes
 
 # Episodes of each split that are looked at, windows of each of them, and how often its numbers are exchanged.
@@ -129,12 +130,11 @@ def _rises(
     """
     batch, widths = windows.gather(chosen.windows), vector_widths(program.config.observation_shapes)
     inside = batch["mask"].numpy()[:, program.config.past_actions :]
-    seen = torch.cat([batch["observations"][key] for key in widths], dim=-1)
+    seen = joined_numbers(batch["observations"], widths)
     _, episode = np.unique(chosen.episodes, return_inverse=True)
 
     def error(numbers: torch.Tensor) -> float:
-        parts = numbers.split([*widths.values()], dim=-1)
-        chunks = program.sample_actions(dict(zip(widths, parts, strict=True)), generator=derive_generator(0))
+        chunks = program.sample_actions(split_numbers(numbers, widths), generator=derive_generator(0))
         return float(np.nanmean(squares_of(batch, chunks.cpu().numpy(), program.config, deviation)[inside]))
 
     def exchanged(thing: Sequence[int], generator: np.random.Generator) -> torch.Tensor:

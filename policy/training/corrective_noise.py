@@ -11,6 +11,7 @@ from torch import Tensor
 from policy.common.observations import Batch, Observations
 from policy.data.corrections import Corrections
 from policy.data.holding import NOTHING
+from policy.training.numbers import joined_numbers, split_numbers
 
 # Share of the windows that get noise, of those in which nothing moves but the robot and what it holds.
 NOISY = 0.8
@@ -98,12 +99,13 @@ class CorrectiveNoise:
         actions = batch["actions"].clone()
         noise = noise[moved] * self._amount * self.reach * self._pace(actions[moved])[:, None]
         actions[moved] = self._corrected(actions[moved], noise)
-        numbers = self._joined(batch["observations"])
+        numbers = joined_numbers(batch["observations"], self._widths)
         numbers[moved] = self._shifted(numbers[moved], noise[:, None], held[moved])
         own = numbers[..., self._blurred]  # a mirrored one may lie outside of what was seen
         noisy = (own + blur).clamp(own.minimum(self._least), own.maximum(self._most))
         numbers[..., self._blurred] = torch.where(blurred[:, None, None], noisy, own)
-        return {**batch, "observations": {**batch["observations"], **self._parts(numbers)}, "actions": actions}
+        observations = {**batch["observations"], **split_numbers(numbers, self._widths)}
+        return {**batch, "observations": observations, "actions": actions}
 
     def displaced(self, observations: Observations, offsets: Tensor, held: Tensor) -> dict[str, Tensor]:
         """Show the robot elsewhere, and what it holds with it.
@@ -116,21 +118,14 @@ class CorrectiveNoise:
         Returns:
             The observations of the same keys and shapes.
         """
-        return self._parts(self._shifted(self._joined(observations), offsets[:, None], held))
+        numbers = self._shifted(joined_numbers(observations, self._widths), offsets[:, None], held)
+        return split_numbers(numbers, self._widths)
 
     def slowed(self, observations: Observations, share: float) -> dict[str, Tensor]:
         """Show the robot moving at a share of its speed, in observations (N, H, *) under each key that it moves."""
-        numbers = self._joined(observations)
+        numbers = joined_numbers(observations, self._widths)
         numbers[..., self._velocities] *= share
-        return self._parts(numbers)
-
-    def _joined(self, observations: Observations) -> Tensor:
-        """All numbers (N, H, D) of the observations, a new tensor."""
-        return torch.cat([observations[key] for key in self._widths], dim=-1)
-
-    def _parts(self, numbers: Tensor) -> dict[str, Tensor]:
-        """The observations of numbers (N, H, D)."""
-        return dict(zip(self._widths, numbers.split([*self._widths.values()], dim=-1), strict=True))
+        return split_numbers(numbers, self._widths)
 
     def _pace(self, actions: Tensor) -> Tensor:
         """How far the robot moves within chunks (N, P, A), beside how far it usually does: (N,)."""

@@ -120,7 +120,7 @@ class _Trainer:
         state.policy.train()
         generator = derive_generator(self.seed, 2, state.step)
         with draws(self.world):
-            examples = phase.examples(self.run.noise(batch, generator) if self.run.noise else batch, generator)
+            examples = phase.examples(self.run.varied(batch, generator), generator)
             with torch.autocast(state.policy.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
                 loss = self.learner(phase.loss, examples, generator)
         loss.backward()

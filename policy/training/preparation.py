@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from policy.common.observations import is_image, places_by_key
+from policy.common.observations import Batch, is_image, places_by_key
 from policy.common.seeding import derive_seed
 from policy.data.corrections import find_corrections
 from policy.data.demonstrations import Augment, Demonstrations
+from policy.data.exchange import find_exchange
 from policy.data.windows import Windows, split_episodes
 from policy.diffusion.ddim import check_ddim_steps
 from policy.diffusion.objective import OBJECTIVES
@@ -23,6 +25,7 @@ from policy.model.encoders.resnet import ResNetEncoder
 from policy.model.normalizer import AffineNormalizer, Limits, Normalizer
 from policy.training.action_weights import weights_by_spread
 from policy.training.corrective_noise import CorrectiveNoise
+from policy.training.exchanged_things import ExchangedThings
 from policy.training.pretrained import read_weights
 from policy.training.settings import TrainSettings
 from policy.training.state import TrainState
@@ -36,13 +39,26 @@ class Run:
         state: everything that training changes.
         training: windows of the training episodes.
         validation: windows of the held-out episodes; may be empty.
-        noise: corrective noise for batches of training windows; None for none.
+        exchanged: shows things elsewhere in batches of training windows; None for none.
+        noise: corrective noise for these batches; None for none.
     """
 
     state: TrainState
     training: Windows
     validation: Windows
+    exchanged: ExchangedThings | None = None
     noise: CorrectiveNoise | None = None
+
+    def varied(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Return a batch of training windows with things elsewhere and corrective noise, where there is to be any.
+
+        Args:
+            batch: from `training`, on the CPU.
+            generator: source of what is drawn.
+        """
+        for change in (self.exchanged, self.noise):
+            batch = change(batch, generator) if change else batch
+        return batch
 
 
 def prepare_run(
@@ -101,8 +117,7 @@ def prepare_run(
     state = start_training(policy.to(device), settings)
     if teacher is not None:
         state.teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
-    training, noise = _with_noise(config, demonstrations, training, settings)
-    return Run(state=state, training=training, validation=validation, noise=noise)
+    return _with_changes(Run(state=state, training=training, validation=validation), settings)
 
 
 def _check_rectification(policy: DiffusionPolicy, teacher: DiffusionPolicy | None, settings: TrainSettings) -> None:
@@ -116,15 +131,20 @@ def _check_rectification(policy: DiffusionPolicy, teacher: DiffusionPolicy | Non
         check_ddim_steps(settings.rectify_ddim_steps, num_steps, "train.rectify_ddim_steps")
 
 
-def _with_noise(
-    config: PolicyConfig, demonstrations: Demonstrations, training: Windows, settings: TrainSettings
-) -> tuple[Windows, CorrectiveNoise | None]:
-    """The training windows, and the noise for their batches if there is to be any."""
-    if not settings.corrective_noise:
-        return training, None
-    found = find_corrections(demonstrations, training.episodes, config.observation_shapes, config.action_horizon)
-    noise = CorrectiveNoise(found, settings.corrective_noise, config.past_actions)
-    return training.marking(found.held), noise
+def _with_changes(run: Run, settings: TrainSettings) -> Run:
+    """The run with what its settings change in batches of training windows."""
+    if not (settings.corrective_noise or settings.exchange):
+        return run
+    config, training = run.state.policy.config, run.training
+    demonstrations, episodes = training.demonstrations, training.episodes
+    found = find_corrections(demonstrations, episodes, config.observation_shapes, config.action_horizon)
+    marks, exchanged, noise = {"held": found.held}, None, None
+    if settings.exchange:
+        exchange = find_exchange(demonstrations, episodes, found, (config.obs_horizon, config.action_horizon))
+        exchanged, marks["groups"] = ExchangedThings(exchange, found.widths, settings.exchange), exchange.groups
+    if settings.corrective_noise:
+        noise = CorrectiveNoise(found, settings.corrective_noise, config.past_actions)
+    return dataclasses.replace(run, training=training.marking(**marks), exchanged=exchanged, noise=noise)
 
 
 def check_rectifiable(objective: str) -> None:

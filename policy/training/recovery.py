@@ -123,7 +123,7 @@ def recoveries(policy: DiffusionPolicy, windows: Windows, corrections: Correctio
     Returns:
         Nothing if there is no window in which nothing moves but the robot and what it holds.
     """
-    marked = windows.marking(corrections.held)
+    marked = windows.marking(held=corrections.held)
     movable = np.flatnonzero(corrections.held >= NOTHING)  # each transition is the newest of one window
     if not len(movable):
         return Recoveries()

@@ -27,6 +27,9 @@ class TrainSettings:
         corrective_noise: noise on where the robot is, with the actions that lead it back: the standard deviation, as a
             share of what each number moves within a chunk; 0 for none. Any other amount also blurs how fast the robot
             moves. It needs actions that are displacements. See `policy.training.corrective_noise`.
+        exchange: share of the windows in which a thing with which the robot has nothing to do at the moment is shown
+            where another demonstration had it; 0 for none. It needs actions that are displacements. See
+            `policy.training.exchanged_things`.
         action_weights: of the action's dimensions in the loss: `equal`, or by `spread`, where a dimension whose values
             lie in a small part of their range counts up to 20 times, see `policy.training.action_weights`.
         mask_padding: leave the actions repeated after an episode's end out of the loss.
@@ -57,6 +60,7 @@ class TrainSettings:
     grad_clip: float = 1.0
     ema_decay: float = 0.999
     corrective_noise: float = 0.0
+    exchange: float = 0.0
     action_weights: Literal["equal", "spread"] = "equal"
     mask_padding: bool = True
     val_fraction: float = 0.04
@@ -92,6 +96,8 @@ class TrainSettings:
                 f"train.corrective_noise is a share of what the robot moves within a chunk, 0 to 1; got"
                 f" {self.corrective_noise}"
             )
+        if not 0 <= self.exchange <= 1:
+            raise ValueError(f"train.exchange is a share of the windows, 0 to 1; got {self.exchange}")
         if not self.all_steps:
             raise ValueError("train.steps=0 and train.rectify_steps=0 leave nothing to train: give one of them steps")
         for name in ("ema_decay", "val_fraction"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from policy.data.demonstrations import Demonstrations
-from policy.data.holding import NOTHING, UNKNOWN, Thing, held_at, things_of
+from policy.data.holding import NOTHING, UNKNOWN, Thing, held_at, moves_of, things_of
 from policy.data.relations import Relations, find_relations
 
 EPISODES, STEPS = 20, 80
@@ -54,7 +54,8 @@ def things():
 
 
 def held(scene, things):
-    found = held_at(scene.reshape(-1, scene.shape[2]), STEPS * np.arange(1, EPISODES + 1), ROBOT, things)
+    numbers = scene.reshape(-1, scene.shape[2])
+    found = held_at(numbers, moves_of(numbers, STEPS * np.arange(1, EPISODES + 1), ROBOT), things)
     return found.reshape(EPISODES, STEPS)
 
 
@@ -103,6 +104,6 @@ def test_the_order_of_their_coordinates_tells_things_apart():
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_short_episodes_are_looked_at_as_well(steps):
     numbers = np.random.default_rng(0).normal(size=(4 * steps, 3))
-    found = held_at(numbers, steps * np.arange(1, 5), {0}, [Thing([1], [0], [], [])])
+    found = held_at(numbers, moves_of(numbers, steps * np.arange(1, 5), {0}), [Thing([1], [0], [], [])])
     assert len(found) == len(numbers)
     assert {*found.tolist()} <= {UNKNOWN, NOTHING, 1}

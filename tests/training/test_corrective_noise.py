@@ -50,7 +50,7 @@ def made(demonstrations):
     found = find_corrections(demonstrations, np.arange(30), ["state"], action_horizon=8)
     windows = Windows(
         demonstrations, np.arange(30), obs_horizon=2, action_horizon=8, past_actions=1, mask_padding=True
-    ).marking(found.held)
+    ).marking(held=found.held)
     # Wide bounds, so that the arithmetic of the correction can be read off.
     wide = found.__class__(**{**vars(found), "low": found.low - 9, "high": found.high + 9})
     noise = CorrectiveNoise(wide, amount=0.3, past_actions=1)
@@ -124,7 +124,7 @@ def test_noise_is_small_where_a_window_moves_little(made):
 def test_what_the_robot_is_doing_is_blurred_in_most_windows():
     seen = armed()
     found = find_corrections(seen, np.arange(30), ["state"], action_horizon=8)
-    windows = Windows(seen, np.arange(30), obs_horizon=2, action_horizon=8).marking(found.held)
+    windows = Windows(seen, np.arange(30), obs_horizon=2, action_horizon=8).marking(held=found.held)
     batch = windows.gather(np.arange(0, 1500, 3))
     noise = CorrectiveNoise(found, amount=0.0, past_actions=0)
     noisy = noise(batch, derive_generator(0))
@@ -144,7 +144,7 @@ def test_what_the_robot_is_doing_is_blurred_in_most_windows():
 def test_the_parts_of_several_processes_are_those_of_one():
     seen = armed()
     found = find_corrections(seen, np.arange(30), ["state"], action_horizon=8)
-    windows = Windows(seen, np.arange(30), obs_horizon=2, action_horizon=8, mask_padding=True).marking(found.held)
+    windows = Windows(seen, np.arange(30), obs_horizon=2, action_horizon=8, mask_padding=True).marking(held=found.held)
     batch, noise = windows.gather(np.arange(1, 1500, 20)), CorrectiveNoise(found, amount=0.3, past_actions=0)
     rows = 72
     whole = noise(cut(batch, slice(0, rows)), derive_generator(5))
@@ -165,7 +165,7 @@ def cut(batch, rows):
 
 def test_noise_leaves_the_range_of_the_demonstrated_actions_nowhere(demonstrations):
     found = find_corrections(demonstrations, np.arange(30), ["state"], action_horizon=8)
-    windows = Windows(demonstrations, np.arange(30), obs_horizon=1, action_horizon=8).marking(found.held)
+    windows = Windows(demonstrations, np.arange(30), obs_horizon=1, action_horizon=8).marking(held=found.held)
     noisy = CorrectiveNoise(found, amount=20.0, past_actions=0)(
         windows.gather(np.arange(0, 900, 7)), derive_generator(0)
     )
@@ -191,7 +191,7 @@ def test_a_counterpart_is_left_alone(demonstrations):
     found = find_corrections(demonstrations, np.arange(30), ["state"], action_horizon=8)
     mirrored = Windows(
         demonstrations, np.arange(30), obs_horizon=1, action_horizon=8, augment=lambda seen, actions: (seen, -actions)
-    ).marking(found.held)
+    ).marking(held=found.held)
     counterparts = mirrored.gather(np.arange(mirrored.num_transitions, mirrored.num_transitions + 50))
     assert (counterparts["held"] == -1).all()
     assert (mirrored.gather(np.arange(30))["held"] == 0).all()

@@ -14,6 +14,9 @@ from policy.data.corrections import Corrections
 from policy.data.demonstrations import Demonstrations
 from policy.data.holding import Moves, Thing, moves_of
 
+# In this first part of each episode, nothing but the robot has moved yet; where several things are moved, the first of
+# them is soon.
+EARLY = 0.05
 # The robot is near a thing if it is closer than this share of its usual distance, the median.
 NEAR = 0.25
 # A thing that rests for no more transitions than this between two motions goes on with one motion.
@@ -63,7 +66,7 @@ def find_exchange(
     """
     things = [] if corrections.carried.apart else corrections.things
     numbers = np.concatenate([demonstrations.observations[key] for key in corrections.widths], axis=1)
-    moves = moves_of(numbers, demonstrations.episode_ends, corrections.robot)
+    moves = moves_of(numbers, demonstrations.episode_ends, corrections.robot, EARLY)
     if len(things) < 2 or moves is None:
         return Exchange([], np.empty((len(numbers), 0), np.int64), [])
     starts, ends = demonstrations.episode_starts[episodes], demonstrations.episode_ends[episodes]

@@ -100,13 +100,16 @@ class Moves(NamedTuple):
     within: NDArray[np.bool_]
 
 
-def moves_of(numbers: NDArray[Any], ends: NDArray[np.int64], robot: AbstractSet[int]) -> Moves | None:
+def moves_of(
+    numbers: NDArray[Any], ends: NDArray[np.int64], robot: AbstractSet[int], early: float = EARLY
+) -> Moves | None:
     """Find out what moves from each row to the next one.
 
     Args:
         numbers: (N, D) the observations.
         ends: (E,) the number of the first transition after each episode.
         robot: places of the robot's own numbers.
+        early: the first part of each episode, in which nothing but the robot has moved.
 
     Returns:
         The moves; None where the episodes are too short to tell what trembles.
@@ -116,13 +119,13 @@ def moves_of(numbers: NDArray[Any], ends: NDArray[np.int64], robot: AbstractSet[
     within = np.ones(len(size), dtype=np.bool_)
     within[ends[:-1] - 1] = False
     lengths = np.diff(ends, prepend=0)
-    early = np.concatenate([np.arange(length) <= EARLY * (length - 1) for length in lengths])[:-1] & within
-    if not early.any():
+    before = np.concatenate([np.arange(length) <= early * (length - 1) for length in lengths])[:-1] & within
+    if not before.any():
         return None
     at_rest = AT_REST * np.sqrt(np.einsum("ij,ij,i->j", size, size, within) / within.sum())
-    least = np.maximum(at_rest, 2 * np.quantile(size[early], TREMBLES, axis=0))
+    least = np.maximum(at_rest, 2 * np.quantile(size[before], TREMBLES, axis=0))
     moving = size > least
-    moving[:, (size[early] > at_rest).mean(axis=0) > MOSTLY] = False
+    moving[:, (size[before] > at_rest).mean(axis=0) > MOSTLY] = False
     moving[:, sorted(robot)] = False
     return Moves(size=size, moving=moving, least=least, within=within)
 

@@ -154,3 +154,25 @@ def test_nothing_is_exchanged_where_there_is_one_thing_or_an_observation_tells_w
         exchange = found_in(seen)
         assert exchange.places == []
         assert exchange.groups.shape == (len(state), 0)
+
+
+def test_a_thing_that_is_moved_soon_is_known_to_move():
+    """The gripper wanders about for long afterwards: the first motion begins in the first tenth of the episode."""
+    demonstrations, orders = gantry(in_turn=True)
+    states = demonstrations.observations["state"].reshape(EPISODES, -1, 7)
+    rng = np.random.default_rng(1)
+    wander = rng.normal(0, 0.1, (EPISODES, 230, 2)).cumsum(axis=1)
+    later = np.repeat(states[:, -1:], 230, axis=1)
+    later[..., GRIPPER] += wander.astype(np.float32)
+    long = np.concatenate([states, later], axis=1)
+    actions = np.diff(long[..., :2], axis=1, append=long[:, -1:, :2]) / 2
+    exchange = found_in(
+        Demonstrations(
+            observations={"state": long.reshape(-1, 7)},
+            actions=actions.reshape(-1, 2),
+            episode_ends=long.shape[1] * np.arange(1, EPISODES + 1),
+        )
+    )
+    assert exchange.places == [[*THINGS[0], COLOUR], THINGS[1]]
+    first, _ = by_turn(exchange, orders)
+    assert (first[:, : CARRIES_FIRST.stop] == STAYS).all()

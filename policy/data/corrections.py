@@ -104,7 +104,7 @@ def find_corrections(
     if pictures := [key for key, values in vectors.items() if is_image(values.shape[1:])]:
         raise ValueError(
             f"train.corrective_noise and train.exchange change vectors alone, and the pictures {pictures} would show"
-            " what was there: leave them out, or choose vectors with dataset.observation_keys=[...]"
+            " what was there: leave these settings out, or choose vectors with dataset.observation_keys=[...]"
         )
     starts, ends = demonstrations.episode_starts[episodes], demonstrations.episode_ends[episodes]
     rows = np.concatenate([np.arange(start, end - 1) for start, end in zip(starts, ends, strict=True)])

@@ -72,7 +72,7 @@ def describe_exchanged(numbers: Sequence[str]) -> str:
     """Say which numbers are exchanged."""
     if not numbers:
         return (
-            "train.exchange changes nothing: in these demonstrations, the robot does not take one of several things"
-            " while others rest"
+            "train.exchange changes nothing: it needs two things or more that the robot moves one at a time in ten"
+            " training demonstrations or more, and no number that says how far one is from another or from the robot"
         )
     return f"while they do not matter, these are shown where another demonstration had them: {', '.join(numbers)}"

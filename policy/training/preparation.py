@@ -136,11 +136,17 @@ def _with_changes(run: Run, settings: TrainSettings) -> Run:
     if not (settings.corrective_noise or settings.exchange):
         return run
     config, training = run.state.policy.config, run.training
+    if settings.exchange and config.auxiliary_shapes:
+        raise ValueError(
+            f"train.exchange shows things where they were not, and the privileged observations"
+            f" {sorted(config.auxiliary_shapes)} would say where they were: leave one of the two out"
+        )
     demonstrations, episodes = training.demonstrations, training.episodes
     found = find_corrections(demonstrations, episodes, config.observation_shapes, config.action_horizon)
     marks, exchanged, noise = {"held": found.held}, None, None
     if settings.exchange:
-        exchange = find_exchange(demonstrations, episodes, found, (config.obs_horizon, config.action_horizon))
+        around = max(config.obs_horizon - 1, config.past_actions), config.action_horizon
+        exchange = find_exchange(demonstrations, episodes, found, around)
         exchanged, marks["groups"] = ExchangedThings(exchange, found.widths, settings.exchange), exchange.groups
     if settings.corrective_noise:
         noise = CorrectiveNoise(found, settings.corrective_noise, config.past_actions)

@@ -133,6 +133,15 @@ def test_noise_moves_the_robot_between_exchanged_things():
     assert (varied["actions"] != batch["actions"]).any()
 
 
+def test_privileged_observations_would_say_where_a_thing_was():
+    demonstrations, _ = gantry()
+    told = dataclasses.replace(CONFIG, auxiliary_shapes={"where": (2,)})
+    seen = {**demonstrations.observations, "where": demonstrations.observations["state"][:, THINGS[1]]}
+    both = dataclasses.replace(demonstrations, observations=seen)
+    with pytest.raises(ValueError, match=r"privileged observations \['where'\] would say where they were: leave one"):
+        prepare_run(told, both, TrainSettings(steps=3, exchange=1.0), seed=0, device="cpu")
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
 def test_a_share_that_is_none_is_refused(share):
     with pytest.raises(ValueError, match=r"train\.exchange is a share of the windows, 0 to 1; got"):

@@ -162,7 +162,7 @@ def test_pictures_would_show_the_robot_where_it_was(demonstrations):
         actions=demonstrations.actions,
         episode_ends=demonstrations.episode_ends,
     )
-    with pytest.raises(ValueError, match=r"the pictures \['front'\] would show what was there: leave these settings out"):
+    with pytest.raises(ValueError, match=r"the pictures \['front'\] would show what was there: leave these"):
         find_corrections(pictures, np.arange(30), ["state", "front"], action_horizon=8)
     assert find_corrections(pictures, np.arange(30), ["state"], action_horizon=8).followed
 

@@ -148,8 +148,8 @@ def _length(offsets: NDArray[Any]) -> NDArray[Any]:
 def _motions_before(moving: NDArray[np.bool_], where: NDArray[Any], nudge: float) -> NDArray[np.int64]:
     """(T,) how many motions (T,) of a thing at places (T, *) are over, nudges left out."""
     counts = np.zeros(len(moving), np.int64)
-    begins, ends = (np.flatnonzero(moving[1:] & ~moving[:-1]) + 1, np.flatnonzero(~moving[1:] & moving[:-1]) + 1)
-    begins = np.concatenate([[0], begins]) if moving[0] else begins
+    before = np.concatenate([[False], moving[:-1]])
+    begins, ends = np.flatnonzero(moving & ~before), np.flatnonzero(before & ~moving)
     for begin, end in zip(begins, ends, strict=False):  # the last one may go on
         counts[end:] += np.linalg.norm(where[end] - where[begin]) > nudge
     return counts

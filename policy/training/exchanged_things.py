@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 
 from policy.common.observations import Batch
@@ -33,10 +32,10 @@ class ExchangedThings:
         self._places = [list(places) for places in exchange.places]
         sizes = [len(poses) for poses in exchange.poses]
         self._sizes = torch.tensor(sizes, dtype=torch.int64)
-        self._firsts = torch.tensor(np.cumsum([0, *sizes[:-1]]), dtype=torch.int64)
+        self._firsts = self._sizes.cumsum(0) - self._sizes
         # The poses of all groups, one after the other; a thing with fewer numbers than others leaves the last ones out.
         self._poses = torch.zeros((sum(sizes), max(map(len, self._places), default=0)))
-        for first, poses in zip(self._firsts.tolist(), exchange.poses, strict=False):
+        for first, poses in zip(self._firsts.tolist(), exchange.poses, strict=True):
             self._poses[first : first + len(poses), : poses.shape[1]] = torch.from_numpy(poses)
         movable = (exchange.groups != STAYS).any(axis=0)
         names = number_names(widths)

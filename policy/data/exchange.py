@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from policy.data.corrections import Corrections
 from policy.data.demonstrations import Demonstrations
 from policy.data.holding import Moves, Thing, moves_of
+from policy.data.windows import UNMARKED
 
 # In this first part of each episode, nothing but the robot has moved yet; where several things are moved, the first of
 # them is soon.
@@ -31,8 +32,8 @@ LEAST_EPISODES = 10
 BELONGS, COVERS = 0.9, 0.5
 # If two things move at the same time in a larger share of their motions, the numbers of the one tell of the other.
 TOGETHER = 0.1
-# The group of a thing that stays where it is.
-STAYS = -1
+# The group of a thing that stays where it is, as those of a counterpart do.
+STAYS = UNMARKED
 
 
 class Exchange(NamedTuple):

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policy.data.relations import Relations, angles, wrapped
+from policy.data.windows import UNMARKED
 
 # In this first part of each episode, nothing but the robot has moved yet.
 EARLY = 0.2
@@ -22,7 +23,7 @@ MOSTLY = 0.5
 # A thing goes with the robot if the two move and turn alike, to this share of what the robot does, or to this angle.
 GOES_WITH, TURNS_WITH = 0.2, 0.02
 # What the robot holds, if it is none of the things: nothing, or what moves is not known to go with it.
-NOTHING, UNKNOWN = 0, -1
+NOTHING, UNKNOWN = 0, UNMARKED
 
 
 class Thing(NamedTuple):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Transitions in one block of `Windows.blocks`.
 BLOCK_ROWS = 65_536
-# Marks a counterpart, of which it is not known.
+# The mark of a counterpart, of which nothing is known.
 UNMARKED = -1
 # Takes rows (B, n) of an array of observations.
 Take = Callable[[NDArray[np.int64]], NDArray[Any]]

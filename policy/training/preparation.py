@@ -96,6 +96,7 @@ def prepare_run(
     torch.manual_seed(derive_seed(seed, 0))  # initialisers draw from torch's global generator
     policy = DiffusionPolicy(config)
     _check_rectification(policy, teacher, settings)
+    _check_exchange(config, settings)
     if init is None and isinstance(policy.encoder, ResNetEncoder) and policy.encoder.pretrained:
         policy.encoder.load_pretrained(read_weights(policy.encoder.pretrained))
     training, validation = split_windows(
@@ -131,16 +132,20 @@ def _check_rectification(policy: DiffusionPolicy, teacher: DiffusionPolicy | Non
         check_ddim_steps(settings.rectify_ddim_steps, num_steps, "train.rectify_ddim_steps")
 
 
+def _check_exchange(config: PolicyConfig, settings: TrainSettings) -> None:
+    """Reject exchanged things beside observations that would say where these were."""
+    if settings.exchange and config.auxiliary_shapes:
+        raise ValueError(
+            "train.exchange shows things where they were not, and the privileged observations"
+            f" {sorted(config.auxiliary_shapes)} would say where they were: leave one of the two out"
+        )
+
+
 def _with_changes(run: Run, settings: TrainSettings) -> Run:
     """The run with what its settings change in batches of training windows."""
     if not (settings.corrective_noise or settings.exchange):
         return run
     config, training = run.state.policy.config, run.training
-    if settings.exchange and config.auxiliary_shapes:
-        raise ValueError(
-            f"train.exchange shows things where they were not, and the privileged observations"
-            f" {sorted(config.auxiliary_shapes)} would say where they were: leave one of the two out"
-        )
     demonstrations, episodes = training.demonstrations, training.episodes
     found = find_corrections(demonstrations, episodes, config.observation_shapes, config.action_horizon)
     marks, exchanged, noise = {"held": found.held}, None, None

@@ -18,6 +18,7 @@ from policy.data.windows import Windows
 from policy.diffusion.sampler import Sampler
 from policy.inference.backends import PLAIN_BACKEND, compile_sampler
 from policy.model.diffusion_policy import DiffusionPolicy, observed
+from policy.statistics.fit import conclude
 from policy.training.corrective_noise import CorrectiveNoise
 from policy.training.settings import TrainSettings
 
@@ -36,6 +37,9 @@ FEW = 10
 SOLVED = 0.9
 # Settings of a training that make a policy correct more; the first one blurs the robot's speed, too.
 NOISE, WEIGHTS = {"corrective_noise": 0.3}, {"action_weights": "spread"}
+# With these, and where it is not over-fitted, a policy corrects more after so many times the steps. Measured on one
+# task: 20 to 22 % of the wrist's error in place of 12 to 15 %, and 79 % success in place of 52 %.
+LONGER = 2
 
 
 class Recovery(NamedTuple):
@@ -162,7 +166,8 @@ def describe_recoveries(found: Recoveries, training: Mapping[str, Any], history:
     Args:
         found: what was measured, of one number or more.
         training: settings of the training, of which those that it has already are not advised.
-        history: log entries of the training; nothing is advised where its last rollout solved nearly every episode.
+        history: log entries of the training; nothing is advised where its last rollout solved nearly every episode, and
+            a longer training only where they say that it is neither over-fitted nor under-trained.
     """
     shares = ", ".join(f"{one.number} {round(100 * one.corrected)}%" for one in found.numbers)
     told = [f"of an error in where the robot is, one chunk corrects {shares}"]
@@ -181,4 +186,7 @@ def describe_recoveries(found: Recoveries, training: Mapping[str, Any], history:
     wanted = {**(NOISE if hardly or stalls >= STALLS else {}), **(WEIGHTS if hardly else {})}
     usual = {name: getattr(TrainSettings, name) for name in wanted}
     advised = [f"train.{name}={value}" for name, value in wanted.items() if {**usual, **training}[name] == usual[name]]
+    fit = conclude(history)
+    if hardly and not advised and fit is not None and fit.kind == "limited" and "steps" in training:
+        advised = [f"train.steps={LONGER * training['steps']}"]
     return "; ".join(told) + (f": train with {' '.join(advised)}" if advised else "")

@@ -10,6 +10,7 @@ from policy.data.corrections import find_corrections
 from policy.data.windows import Windows
 from policy.diffusion.sampler import Sampler
 from policy.model.diffusion_policy import DiffusionPolicy
+from policy.statistics.fit import HELD_OUT, TRAINING
 from policy.training import recovery
 from policy.training.recovery import Recoveries, Recovery, describe_recoveries, measure_recoveries, recoveries
 from policy.training.settings import TrainSettings
@@ -76,6 +77,26 @@ def test_a_policy_that_goes_on_at_the_speed_it_sees_stalls(monkeypatch, share, s
     windows = Windows(seen, np.arange(30), obs_horizon=1, action_horizon=8)
     policy = DiffusionPolicy(dataclasses.replace(CONFIG, observation_shapes={"state": (WIDTH + 1,)}))
     assert recoveries(policy, windows, corrections, Sampler()).stalls == stalls
+
+
+@pytest.mark.parametrize(
+    ("training", "held_out", "advised"),
+    [
+        (0.5, 0.5, ": train with train.steps=24000"),
+        (0.2, 0.5, ""),  # over-fitted
+        (0.5, 0.05, ""),  # precise
+    ],
+)
+def test_what_is_hardly_corrected_for_all_settings_asks_for_a_longer_training(training, held_out, advised):
+    found = Recoveries([Recovery("state[0]", 0.62), Recovery("state[5]", 0.13)])
+    errors = {"fit/error": held_out, "fit/ratio": held_out / training}
+    ends = {f"{name}_{end}": value for name, value in errors.items() for end in ("low", "high")}
+    measured = {TRAINING: training, HELD_OUT: held_out, "fit/episodes": 40, **errors, **ends}
+    history = [{**measured, "step": 6000}, {**measured, "step": 12000}]
+    settings = {"steps": 12000, "corrective_noise": 0.3, "action_weights": "spread"}
+    assert describe_recoveries(found, settings, history).endswith(f"it hardly corrects state[5]{advised}")
+    assert describe_recoveries(found, {**settings, "corrective_noise": 0.0}, history).endswith("corrective_noise=0.3")
+    assert describe_recoveries(Recoveries(found.numbers[:1]), settings, history).endswith("62%")
 
 
 def test_without_windows_in_which_the_robot_could_be_elsewhere_there_is_nothing_to_measure(demonstrations, corrections):

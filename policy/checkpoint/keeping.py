@@ -84,7 +84,11 @@ def describe_best(checkpoint: Path, state: TrainState, rollout_episodes: int) ->
         return f"best: step {step:,}, the last, {measure}"
     last = next((entry for entry in state.history if entry["step"] == state.step), {})
     # In OCBench's chamber, the checkpoint of the least loss has 47 and 61 % success, the last one 83 and 84 %.
-    by_loss = "" if "rollout/success_rate" in found else "; success may go on rising while this loss rises: sweep both"
+    by_loss = (
+        ""
+        if "rollout/success_rate" in found
+        else "; the validation loss does not tell which succeeds more often: compare both in rollouts"
+    )
     return (
         f"best: step {step:,}, {measure}, kept in {best}; the last: step {state.step:,},"
         f" {measured(last, rollout_episodes)}{by_loss}"

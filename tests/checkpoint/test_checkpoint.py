@@ -526,7 +526,7 @@ def test_the_end_of_a_training_names_the_checkpoint_that_is_kept_as_the_best_and
     assert said(10, val_loss=0.25) == "best: step 10, the last, validation loss 0.25"
     assert said(20, val_loss=0.5).endswith(
         f"best: step 10, validation loss 0.25, kept in {kept}; the last: step 20, validation loss 0.5;"
-        " success may go on rising while this loss rises: sweep both"
+        " the validation loss does not tell which succeeds more often: compare both in rollouts"
     )
     solved = "rollout success 84% (of 50 episodes)"
     assert said(8000, rollout_success_rate=0.84, rollout_score_mean=0.9) == f"best: step 8,000, the last, {solved}"

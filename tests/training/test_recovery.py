@@ -82,7 +82,7 @@ def test_a_policy_that_goes_on_at_the_speed_it_sees_stalls(monkeypatch, share, s
 @pytest.mark.parametrize(
     ("training", "held_out", "advised"),
     [
-        (0.5, 0.5, ": train with train.steps=24000"),
+        (0.5, 0.5, "; a new training with train.steps=24000 may correct more"),
         (0.2, 0.5, ""),  # over-fitted
         (0.5, 0.05, ""),  # precise
     ],
@@ -97,6 +97,9 @@ def test_what_is_hardly_corrected_for_all_settings_asks_for_a_longer_training(tr
     assert describe_recoveries(found, settings, history).endswith(f"it hardly corrects state[5]{advised}")
     assert describe_recoveries(found, {**settings, "corrective_noise": 0.0}, history).endswith("corrective_noise=0.3")
     assert describe_recoveries(Recoveries(found.numbers[:1]), settings, history).endswith("62%")
+    for other in ({"steps": 0}, {"steps": 12001}, {"rectify_steps": 2000}, {"corrective_noise": 0.1}):
+        assert describe_recoveries(found, {**settings, **other}, history).endswith("it hardly corrects state[5]")
+    assert describe_recoveries(Recoveries(found.numbers, stalls=0.2), settings, history).endswith("turn back")
 
 
 def test_without_windows_in_which_the_robot_could_be_elsewhere_there_is_nothing_to_measure(demonstrations, corrections):

@@ -13,7 +13,7 @@ from policy.statistics.results import EpisodeResult, describe_broken
 from policy.statistics.sequential import ERROR
 from policy.sweep.comparison import Advice, Comparison, words_of
 from policy.sweep.controls import against_controls
-from policy.sweep.grid import Row, costs_of, label_of, shared, uniform
+from policy.sweep.grid import Row, all_failed, costs_of, label_of, shared, uniform
 from policy.sweep.looks import LookPlan, describe_saving, success_of
 from policy.sweep.recipes import scope_of
 from policy.sweep.table import rate_text
@@ -181,6 +181,8 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
     success = success_of(swept.results)
     compared = Comparison(rows=rows, success=success, paired=swept.paired)
     advice = compared.recommend(margin, swept.plan, swept.alpha)
+    if all_failed(rows):
+        advice = dataclasses.replace(advice, cell=None)
     differences = [
         {"difference": c.difference, "difference_low": c.low, "difference_high": c.high, "p_value": c.adjusted_p_value}
         for c in compared.with_best(advice.best)
@@ -266,6 +268,12 @@ def title_of(env: Mapping[str, Any]) -> str:
 
 def answer_of(rows: Sequence[Row], advice: Advice) -> str:
     """The answer in one sentence: the recommended settings, their success and their latency."""
+    if all_failed(rows):
+        likely = max(row["success_high"] for row in rows)
+        return (
+            f"No recommendation: no cell solved any of its episodes (the true success may be up to {likely:.0%}), so"
+            " nothing is known of the steps that the task needs. ddim-inspect says how far the policy's chunks are off."
+        )
     words = words_of(advice, [label_of(rows, row) for row in rows])
     if advice.cell is None:
         return f"No recommendation: {words}."

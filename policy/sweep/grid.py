@@ -327,6 +327,11 @@ def has_recipes(rows: Sequence[Row]) -> bool:
     return any(row.get("training_seeds", 1) > 1 for row in rows)
 
 
+def all_failed(rows: Sequence[Row]) -> bool:
+    """Whether no cell solved an episode: then a sweep tells nothing about the settings of its cells."""
+    return not any(row["success_rate"] for row in rows)
+
+
 def costs_of(rows: Sequence[Row]) -> list[float]:
     """What ranks cells by cost: the multiply-adds per control step, which no measurement changes.
 

@@ -14,6 +14,7 @@ from policy.statistics.paired import paired_interval
 from policy.statistics.recommendation import recommend
 from policy.statistics.results import EpisodeResult
 from policy.sweep.conclusion import Swept, answer_of, between_checkpoints, conclude, telling_seeds
+from policy.sweep.facts import facts_of
 from policy.sweep.grid import costs_of
 from policy.sweep.looks import LookPlan
 
@@ -99,6 +100,23 @@ def test_too_few_episodes_give_no_recommendation_but_say_what_the_difference_wou
         "No recommendation: no cell is shown to be not worse than the best by 5 points (95 % sure)"
     )
     assert re.search(r"; ddim_steps \d is 0.0 points below ddim_steps \d, and would have to be .* above it", answer)
+
+
+def test_where_no_cell_solves_an_episode_none_is_recommended():
+    """All of them are equally good then, and the cheapest one would be recommended with the greatest confidence."""
+    failed = [{**row(steps, 0.0), "success_low": 0.0, "success_high": high} for steps, high in ((1, 0.02), (8, 0.04))]
+    concluded = conclude(swept_of(*failed, outcomes=[[False] * 100] * 2), margin=0.05)
+    assert concluded.advice.cell is None
+    assert concluded.answer.startswith("No recommendation: no cell solved any of its episodes (the true success may be")
+    assert "up to 4%" in concluded.answer
+    assert "Hz" not in concluded.answer
+    facts = facts_of([{**r, "episodes": 100} for r in concluded.rows], concluded.advice)
+    assert facts["how sure"] == "Nothing is recommended: no cell solved an episode."
+    assert facts["what would change it"] == "A policy that solves some episodes."
+    solved = [{**row(1, 0.0)}, {**row(8, 0.01)}]
+    once = conclude(swept_of(*solved, outcomes=[[False] * 100, [False] * 99 + [True]]), margin=0.05)
+    assert "Success" in once.answer
+    assert once.advice.cell is not None
 
 
 def test_episodes_that_tell_cells_apart_are_shown_first_and_failures_are_not_hidden():

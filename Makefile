@@ -7,7 +7,7 @@ DEMO_TASK := pick-place-v3
 DEMO_DATA := $(DEMO)/demonstrations/metaworld-$(DEMO_TASK)-v0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick-tests test-all test-reliability test-versions lint types format bench-data bench-latency bench-rates bench-rollout bench-quality bench-demonstrations bench-import bench-compare bench-variants bench-recipes bench-sweep bench-train bench-precision bench-video bench-start bench-hostile bench-parity clean
+.PHONY: help setup demo test quick-tests test-all test-reliability test-versions lint types format bench-data bench-latency bench-rates bench-rollout bench-quality bench-demonstrations bench-import bench-compare bench-variants bench-recipes bench-sweep bench-train bench-waiting bench-precision bench-video bench-start bench-hostile bench-parity clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -119,6 +119,9 @@ bench-demonstrations: setup ## success of OCBench tasks against the number of de
 
 bench-train: setup ## training steps a second of two processes beside one, on the CPU (OVERRIDES=processes=4)
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.bench.train $(OVERRIDES)
+
+bench-waiting: setup ## training steps with two threads beside another process, by how threads wait for each other
+	$(BIN)/python -m scripts.bench.waiting
 
 bench-precision: setup ## training steps in bfloat16 beside float32, on one thread, and a product alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.bench.precision

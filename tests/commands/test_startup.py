@@ -128,6 +128,18 @@ def test_importing_a_package_loads_nothing_heavy(package):
     assert fresh(code) == []
 
 
+@pytest.mark.parametrize(
+    ("chosen", "rounds"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_torch_is_told_how_threads_wait_before_it_is_imported_unless_the_user_says_how(monkeypatch, chosen, rounds):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delitem(ENVIRONMENT, name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setitem(ENVIRONMENT, name, value)
+    found = "[os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules]"
+    assert fresh(f"import json, os, sys, scripts.train\nprint(json.dumps({found}))") == [rounds, False]
+
+
 def test_a_name_of_the_package_loads_what_it_needs_and_no_more():
     code = "import json, sys, policy\npolicy.TrainSettings\nprint(json.dumps(sorted(sys.modules)))"
     loaded = fresh(code)

@@ -43,11 +43,11 @@ def _end_silently_on_interrupt() -> None:
 def _let_threads_sleep() -> None:
     """Let torch's threads wait for each other asleep, after a moment, unless the user has chosen how they wait.
 
-    libgomp reads this when torch is imported. By itself it lets them wait in a loop of 300,000 rounds, and keep other
-    processes from the cores that they need: beside one, a training is then up to 20 times slower (docs/scale.md).
+    libgomp reads this when torch is imported. By itself it lets them wait in a loop of 300,000 rounds. Where another
+    process uses the same cores, a training is then up to 20 times slower than with 1,000 rounds (docs/scale.md).
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if not os.environ.get("OMP_WAIT_POLICY") and not os.environ.get("GOMP_SPINCOUNT"):
+        os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 _leave_out_empty_entries()

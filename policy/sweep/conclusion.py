@@ -13,7 +13,7 @@ from policy.statistics.results import EpisodeResult, describe_broken
 from policy.statistics.sequential import ERROR
 from policy.sweep.comparison import Advice, Comparison, words_of
 from policy.sweep.controls import against_controls
-from policy.sweep.grid import Row, all_failed, costs_of, label_of, shared, uniform
+from policy.sweep.grid import Row, below_margin, costs_of, label_of, shared, uniform
 from policy.sweep.looks import LookPlan, describe_saving, success_of
 from policy.sweep.recipes import scope_of
 from policy.sweep.table import rate_text
@@ -76,7 +76,7 @@ class Conclusion:
         plan: see `Swept`.
         alpha: see `Swept`.
         margin: see `recommend`.
-        advice: the recommendation.
+        advice: the recommendation; it has no cell where none reaches the margin, see `below_margin`.
         answer: the recommendation in a sentence, with its figures.
         given: warnings that were given before the run, in sentences.
         found: those that its results give.
@@ -181,13 +181,13 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
     success = success_of(swept.results)
     compared = Comparison(rows=rows, success=success, paired=swept.paired)
     advice = compared.recommend(margin, swept.plan, swept.alpha)
-    if all_failed(rows):
-        advice = dataclasses.replace(advice, cell=None)
     differences = [
         {"difference": c.difference, "difference_low": c.low, "difference_high": c.high, "p_value": c.adjusted_p_value}
         for c in compared.with_best(advice.best)
     ]
     saving = describe_saving(swept.plan, swept.results, decided=advice.cell is not None) if swept.plan else ""
+    if below_margin(rows, margin):
+        advice = dataclasses.replace(advice, cell=None)
     return Conclusion(
         title=title_of(swept.env),
         rows=[
@@ -268,11 +268,12 @@ def title_of(env: Mapping[str, Any]) -> str:
 
 def answer_of(rows: Sequence[Row], advice: Advice) -> str:
     """The answer in one sentence: the recommended settings, their success and their latency."""
-    if all_failed(rows):
-        likely = max(row["success_high"] for row in rows)
+    if below_margin(rows, advice.margin):
+        best, points = max(row["success_rate"] for row in rows), f"{100 * advice.margin:g} points"
+        solved = f"more than {best:.1%} of its episodes" if best else "an episode"
         return (
-            f"No recommendation: no cell solved any of its episodes (the true success may be up to {likely:.0%}), so"
-            " nothing is known of the steps that the task needs. ddim-inspect says how far the policy's chunks are off."
+            f"No recommendation: no cell solved {solved}, so that with a margin of {points} one that solves none would"
+            " be good enough."
         )
     words = words_of(advice, [label_of(rows, row) for row in rows])
     if advice.cell is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from policy.sweep.comparison import Advice
-from policy.sweep.grid import Row, all_failed, costs_of, has_recipes, label_of
+from policy.sweep.grid import Row, below_margin, costs_of, has_recipes, label_of
 from policy.sweep.panels import count_of, stopped_early
 
 
@@ -20,8 +20,8 @@ def facts_of(rows: Sequence[Row], advice: Advice, *, paired: bool = True) -> dic
     Returns:
         `how sure`, `episodes` and `what would change it`.
     """
-    if all_failed(rows):
-        sure, change = "Nothing is recommended: no cell solved an episode.", "A policy that solves some episodes."
+    if below_margin(rows, advice.margin):
+        sure, change = "Nothing is recommended.", "A better policy, more episodes, or a smaller margin."
     else:
         sure, change = _how_sure(advice, has_recipes(rows)), _change(rows, advice)
     return {"how sure": sure, "episodes": _episodes(rows, paired=paired), "what would change it": change}

@@ -327,9 +327,9 @@ def has_recipes(rows: Sequence[Row]) -> bool:
     return any(row.get("training_seeds", 1) > 1 for row in rows)
 
 
-def all_failed(rows: Sequence[Row]) -> bool:
-    """Whether no cell solved an episode: then a sweep tells nothing about the settings of its cells."""
-    return not any(row["success_rate"] for row in rows)
+def below_margin(rows: Sequence[Row], margin: float) -> bool:
+    """Whether no cell's success reaches the margin: then a cell that solves nothing would not be worse by it."""
+    return all(row["success_rate"] < margin for row in rows)
 
 
 def costs_of(rows: Sequence[Row]) -> list[float]:

@@ -37,8 +37,8 @@ def main() -> None:
     if sys.argv[1:] == ["steps"]:
         print(_step_ms())
         return
-    if available_cores() < 2:
-        sys.exit("This benchmark needs two cores; this process may use one.")
+    if not sys.platform.startswith("linux") or available_cores() < 2:
+        sys.exit("This benchmark needs Linux and two cores that this process may use.")
     with KeptRows("waiting", measurements=1) as rows:
         rows.measure({"batch_size": BATCH_SIZE, "steps": STEPS, "turns": TURNS}, _rows)
     rows.report()
@@ -64,13 +64,15 @@ def _rows() -> Iterator[Row]:
 
 def _measured(way: dict[str, str], *, busy: bool, cores: list[int]) -> float:
     """Milliseconds of a step in a process of its own, which reads how to wait when it starts."""
-    others = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    others = {
+        name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "MKL_", "KMP_"))
+    }
     command = [sys.executable, "-m", "scripts.bench.waiting", "steps"]
     with _computing(cores) if busy else contextlib.nullcontext():
         child = subprocess.run(
             ["taskset", "-c", ",".join(map(str, cores)), *command],
             env={**others, **way},
-            capture_output=True,
+            stdout=subprocess.PIPE,
             text=True,
             check=True,
         )

@@ -129,7 +129,13 @@ def test_importing_a_package_loads_nothing_heavy(package):
 
 
 @pytest.mark.parametrize(
-    ("chosen", "rounds"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+    ("chosen", "rounds"),
+    [
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"GOMP_SPINCOUNT": ""}, "1000"),
+        ({"OMP_WAIT_POLICY": "active"}, None),
+    ],
 )
 def test_torch_is_told_how_threads_wait_before_it_is_imported_unless_the_user_says_how(monkeypatch, chosen, rounds):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):

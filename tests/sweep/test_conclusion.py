@@ -102,21 +102,49 @@ def test_too_few_episodes_give_no_recommendation_but_say_what_the_difference_wou
     assert re.search(r"; ddim_steps \d is 0.0 points below ddim_steps \d, and would have to be .* above it", answer)
 
 
-def test_where_no_cell_solves_an_episode_none_is_recommended():
-    """All of them are equally good then, and the cheapest one would be recommended with the greatest confidence."""
-    failed = [{**row(steps, 0.0), "success_low": 0.0, "success_high": high} for steps, high in ((1, 0.02), (8, 0.04))]
-    concluded = conclude(swept_of(*failed, outcomes=[[False] * 100] * 2), margin=0.05)
+@pytest.mark.parametrize(
+    ("solved", "said"),
+    [
+        ((0, 0), "no cell solved an episode, so that"),
+        ((0, 9), "no cell solved more than 4.5% of its episodes, so that"),
+    ],
+)
+def test_where_no_cell_reaches_the_margin_none_is_recommended(solved, said):
+    """A cell that solves nothing is less than the margin below the best one then, and the cheapest."""
+    outcomes = [[True] * count + [False] * (200 - count) for count in solved]
+    swept = swept_of(row(1, solved[0] / 200), row(8, solved[1] / 200), outcomes=outcomes)
+    concluded = conclude(swept, margin=0.05)
     assert concluded.advice.cell is None
-    assert concluded.answer.startswith("No recommendation: no cell solved any of its episodes (the true success may be")
-    assert "up to 4%" in concluded.answer
+    assert concluded.answer.startswith(f"No recommendation: {said} with a margin of 5 points")
     assert "Hz" not in concluded.answer
-    facts = facts_of([{**r, "episodes": 100} for r in concluded.rows], concluded.advice)
-    assert facts["how sure"] == "Nothing is recommended: no cell solved an episode."
-    assert facts["what would change it"] == "A policy that solves some episodes."
-    solved = [{**row(1, 0.0)}, {**row(8, 0.01)}]
-    once = conclude(swept_of(*solved, outcomes=[[False] * 100, [False] * 99 + [True]]), margin=0.05)
-    assert "Success" in once.answer
-    assert once.advice.cell is not None
+    facts = facts_of([{**r, "episodes": 200} for r in concluded.rows], concluded.advice)
+    assert facts["how sure"] == "Nothing is recommended."
+    assert facts["what would change it"] == "A better policy, more episodes, or a smaller margin."
+
+
+def test_a_cell_that_reaches_the_margin_can_be_recommended():
+    outcomes = [[False] * 200, [True] * 10 + [False] * 190]
+    once = conclude(swept_of(row(1, 0.0), row(8, 0.05), outcomes=outcomes), margin=0.05)
+    assert once.advice.cell == 1
+    assert "ddim_steps 8" in once.answer
+
+
+def test_a_sweep_that_stops_early_without_success_says_what_decided_it():
+    failed = swept_of(row(1, 0.0), row(4, 0.0), outcomes=[[False] * 200] * 2)
+    plan = LookPlan(
+        **{
+            "asked": (),
+            "max_ms": None,
+            "left_out": "",
+            "cells": ("id 0", "id 1"),
+            "recipes": (1, 1),
+            "cost": (1.0, 2.0),
+        },
+        **{"seed": 0, "looks": (200, 400), "margin": 0.05, "alpha": 0.0475},
+    )
+    early = conclude(dataclasses.replace(failed, plan=plan, alpha=plan.alpha), margin=0.05)
+    assert early.advice.cell is None
+    assert early.answer.endswith("good enough. 400 of at most 800 episodes decided this.")
 
 
 def test_episodes_that_tell_cells_apart_are_shown_first_and_failures_are_not_hidden():

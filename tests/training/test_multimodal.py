@@ -112,7 +112,7 @@ def test_a_diffusion_policy_succeeds_on_both_sides(policy):
     assert sides.count(-1.0) >= 4
 
 
-@pytest.mark.slow  # a minute each
+@pytest.mark.slow  # up to two minutes each
 @pytest.mark.parametrize("denoiser", LEARNED)
 def test_every_denoiser_at_its_default_size_succeeds_on_both_sides(demonstrations, denoiser):
     enough, learning_rate = LEARNED[denoiser]

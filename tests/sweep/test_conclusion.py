@@ -64,6 +64,21 @@ def swept_of(*rows, outcomes):
     return Swept(rows=[{**r, "cell": f"id {n}"} for n, r in enumerate(rows)], results=results, env={"name": "planar"})
 
 
+def plan_of(*looks):
+    """A plan for two cells, of which the second one costs more."""
+    return LookPlan(
+        **{
+            "asked": (),
+            "max_ms": None,
+            "left_out": "",
+            "cells": ("id 0", "id 1"),
+            "recipes": (1, 1),
+            "cost": (1.0, 2.0),
+        },
+        **{"seed": 0, "looks": looks, "margin": 0.05, "alpha": 0.0475},
+    )
+
+
 def test_measured_latency_changes_no_recommendation():
     solved = [[True] * 200, [True] * 200, [True] * 199 + [False]]
     horizons = [{**row(4, 1.0), "execution_horizon": h, "multiply_adds": 4e6 / h} for h in (8, 8, 4)]
@@ -77,17 +92,7 @@ def test_measured_latency_changes_no_recommendation():
 
 def test_intervals_of_a_sweep_that_may_stop_early_say_what_they_leave_out():
     once = swept_of(row(1, 1.0), row(4, 1.0), outcomes=[[True] * 200] * 2)
-    plan = LookPlan(
-        **{
-            "asked": (),
-            "max_ms": None,
-            "left_out": "",
-            "cells": ("id 0", "id 1"),
-            "recipes": (1, 1),
-            "cost": (1.0, 2.0),
-        },
-        **{"seed": 0, "looks": (100, 200), "margin": 0.05, "alpha": 0.0475},
-    )
+    plan = plan_of(100, 200)
     early = conclude(dataclasses.replace(once, plan=plan, alpha=plan.alpha), margin=0.05)
     assert "as if the number of episodes had been fixed beforehand" in early.summary["intervals"]
     assert "beforehand" not in conclude(once, margin=0.05).scope
@@ -131,17 +136,7 @@ def test_a_cell_that_reaches_the_margin_can_be_recommended():
 
 def test_a_sweep_that_stops_early_without_success_says_what_decided_it():
     failed = swept_of(row(1, 0.0), row(4, 0.0), outcomes=[[False] * 200] * 2)
-    plan = LookPlan(
-        **{
-            "asked": (),
-            "max_ms": None,
-            "left_out": "",
-            "cells": ("id 0", "id 1"),
-            "recipes": (1, 1),
-            "cost": (1.0, 2.0),
-        },
-        **{"seed": 0, "looks": (200, 400), "margin": 0.05, "alpha": 0.0475},
-    )
+    plan = plan_of(200, 400)
     early = conclude(dataclasses.replace(failed, plan=plan, alpha=plan.alpha), margin=0.05)
     assert early.advice.cell is None
     assert early.answer.endswith("good enough. 400 of at most 800 episodes decided this.")

@@ -186,7 +186,7 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
         for c in compared.with_best(advice.best)
     ]
     saving = describe_saving(swept.plan, swept.results, decided=advice.cell is not None) if swept.plan else ""
-    if below_margin(rows, margin):
+    if below_margin(rows, margin):  # the plan knows nothing of this: its episodes have decided what was asked
         advice = dataclasses.replace(advice, cell=None)
     return Conclusion(
         title=title_of(swept.env),

@@ -17,8 +17,10 @@ import sys
 from collections.abc import Iterator
 from statistics import median
 
+from policy import TrainSettings
 from policy.common.device import available_cores
 from scripts.bench.kept_rows import KeptRows, Row
+from scripts.bench.train import prepared, timed
 
 # What the commands set is in scripts/__init__.py.
 WAYS = {
@@ -39,16 +41,15 @@ def main() -> None:
         return
     if not sys.platform.startswith("linux") or available_cores() < 2:
         sys.exit("This benchmark needs Linux and two cores that this process may use.")
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # the processes that it starts inherit them
     with KeptRows("waiting", measurements=1) as rows:
         rows.measure({"batch_size": BATCH_SIZE, "steps": STEPS, "turns": TURNS}, _rows)
     rows.report()
 
 
 def _rows() -> Iterator[Row]:
-    cores = sorted(os.sched_getaffinity(0))[:2]
     turns = [
-        {(way, busy): _measured(WAYS[way], busy=busy, cores=cores) for way in WAYS for busy in (False, True)}
-        for _ in range(TURNS)
+        {(way, busy): _measured(WAYS[way], busy=busy) for way in WAYS for busy in (False, True)} for _ in range(TURNS)
     ]
     for way in WAYS:
         ratios = [turn[way, True] / turn[way, False] for turn in turns]
@@ -62,27 +63,21 @@ def _rows() -> Iterator[Row]:
         }
 
 
-def _measured(way: dict[str, str], *, busy: bool, cores: list[int]) -> float:
+def _measured(way: dict[str, str], *, busy: bool) -> float:
     """Milliseconds of a step in a process of its own, which reads how to wait when it starts."""
     others = {
         name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "MKL_", "KMP_"))
     }
     command = [sys.executable, "-m", "scripts.bench.waiting", "steps"]
-    with _computing(cores) if busy else contextlib.nullcontext():
-        child = subprocess.run(
-            ["taskset", "-c", ",".join(map(str, cores)), *command],
-            env={**others, **way},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
+    with _computing() if busy else contextlib.nullcontext():
+        child = subprocess.run(command, env={**others, **way}, stdout=subprocess.PIPE, text=True, check=True)
     return float(child.stdout)
 
 
 @contextlib.contextmanager
-def _computing(cores: list[int]) -> Iterator[None]:
+def _computing() -> Iterator[None]:
     """Have another process compute on one of the cores."""
-    other = subprocess.Popen(["taskset", "-c", ",".join(map(str, cores)), sys.executable, "-c", "while True: pass"])
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         yield
     finally:
@@ -91,9 +86,6 @@ def _computing(cores: list[int]) -> Iterator[None]:
 
 
 def _step_ms() -> float:
-    from policy import TrainSettings
-    from scripts.bench.train import prepared, timed
-
     settings = TrainSettings(steps=10**6, batch_size=BATCH_SIZE, log_every=10**6, val_fraction=0.0)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         run = prepared({}, settings)

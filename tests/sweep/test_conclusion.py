@@ -67,15 +67,16 @@ def swept_of(*rows, outcomes):
 def plan_of(*looks):
     """A plan for two cells, of which the second one costs more."""
     return LookPlan(
-        **{
-            "asked": (),
-            "max_ms": None,
-            "left_out": "",
-            "cells": ("id 0", "id 1"),
-            "recipes": (1, 1),
-            "cost": (1.0, 2.0),
-        },
-        **{"seed": 0, "looks": looks, "margin": 0.05, "alpha": 0.0475},
+        asked=(),
+        max_ms=None,
+        left_out="",
+        cells=("id 0", "id 1"),
+        recipes=(1, 1),
+        cost=(1.0, 2.0),
+        seed=0,
+        looks=looks,
+        margin=0.05,
+        alpha=0.0475,
     )
 
 

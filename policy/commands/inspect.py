@@ -30,7 +30,7 @@ from policy.statistics.fit import TRAINING, conclude
 from policy.training.by_heart import describe_by_heart, known_by_heart
 from policy.training.errors import ErrorMeter, Measurement
 from policy.training.preparation import split_windows
-from policy.training.recovery import Recoveries, describe_recoveries, measure_recoveries
+from policy.training.recovery import Recoveries, RecoveryMeter, describe_recoveries
 from policy.training.start import fitting
 
 # What a checkpoint notes of its training that says which episodes were held out.
@@ -103,15 +103,15 @@ def _inspect_checkpoint(folder: Path, dataset: Demonstrations | None, output_dir
     for name, text in describe_checkpoint(loaded).items():
         print(f"{name:<12} {text}")
     if measured:
-        history = [*history, {"step": loaded.training.get("step", 0), **measured.errors.metrics()}]
+        history = [*history, {"step": loaded.training.get("step", 0), **measured.metrics()}]
     if conclusion := conclude(history):
         print(f"{'errors':<12} {conclusion.sentence}")
-    if measured and measured.recoveries.numbers:
-        print(f"{'':<12} {describe_recoveries(measured.recoveries, loaded.training, history)}")
+    if recovered := describe_recoveries(loaded.training, history):
+        print(f"{'':<12} {recovered}")
     if measured and measured.by_heart:
         print(f"{'':<12} {describe_by_heart(measured.by_heart, loaded.policy.config)}")
     if measured:
-        _show_errors(measured.errors, loaded, output_folder(output_dir, "inspect"))
+        _show_errors(measured, loaded, output_folder(output_dir, "inspect"))
     print(next_use(folder, loaded.env, loaded.sampler))
 
 
@@ -121,6 +121,10 @@ class _Measured(NamedTuple):
     errors: Measurement
     recoveries: Recoveries
     by_heart: list[int]
+
+    def metrics(self) -> dict[str, float]:
+        """Return the errors and what a chunk corrects as entries of a run's history."""
+        return {**self.errors.metrics(), **self.recoveries.metrics()}
 
 
 def _measured(loaded: Checkpoint, dataset: Demonstrations) -> _Measured:
@@ -152,18 +156,18 @@ def _measured(loaded: Checkpoint, dataset: Demonstrations) -> _Measured:
     )
     return _Measured(
         ErrorMeter(*split, loaded.sampler).measure(loaded.policy),
-        measure_recoveries(loaded.policy, split[0], loaded.sampler),
+        RecoveryMeter(config, split[0], loaded.sampler).measure(loaded.policy),
         known_by_heart(loaded.policy, *split, loaded.sampler),
     )
 
 
-def _show_errors(measured: Measurement, loaded: Checkpoint, folder: Path) -> None:
+def _show_errors(measured: _Measured, loaded: Checkpoint, folder: Path) -> None:
     """Write the errors, and draw those of held-out windows against their distances to training observations."""
     files = [folder / "errors.json"]
     write_text(files[0], json_text(measured.metrics(), indent=1))
-    if measured.held_out and measured.neighbours:
-        distances = measured.neighbours.distances
-        errors = np.sqrt(np.nanmean(measured.held_out.averaged_chunk, axis=1))
+    held_out, near = measured.errors.held_out, measured.errors.neighbours
+    if held_out and near:
+        distances, errors = near.distances, np.sqrt(np.nanmean(held_out.averaged_chunk, axis=1))
         print(f"{'':<12} {describe_by_distance(distances, errors)}")
         training_error = measured.metrics()[TRAINING]
         files.append(folder / "errors.png")

@@ -52,7 +52,7 @@ from policy.training.errors import ErrorMeter
 from policy.training.exchanged_things import describe_exchanged
 from policy.training.loop import train
 from policy.training.preparation import Run, prepare_run
-from policy.training.recovery import describe_recoveries, measure_recoveries
+from policy.training.recovery import RecoveryMeter, describe_recoveries
 from policy.training.settings import TrainSettings
 from policy.training.start import config_for
 
@@ -260,9 +260,8 @@ def _say_end(
     print(describe_best(record.folder, run.state, settings.rollout_episodes))
     if conclusion := conclude(run.state.history):
         print(conclusion.sentence)
-    recovered = measure_recoveries(run.state.ema, run.training, sampler)
-    if recovered.numbers:
-        print(describe_recoveries(recovered, record.training, run.state.history))
+    if recovered := describe_recoveries(record.training, run.state.history):
+        print(recovered)
     if by_heart := known_by_heart(run.state.ema, run.training, run.validation, sampler):
         print(describe_by_heart(by_heart, run.state.ema.config))
     print(f"checkpoint: {record.folder}" + (f"   tracked: {tracked}" if tracked else ""))
@@ -303,13 +302,15 @@ def _describe(run: Run, env: dict[str, Any] | None, start: Start | None, train: 
 
 
 def _measure(dataset: Demonstrations, sampler: Sampler, run: Run) -> Rollout | None:
-    """What measures the errors of the policy's chunks; None where the demonstrations' actions are not the policy's."""
+    """What measures the errors of the policy's chunks and what they correct; None where the actions are not its own."""
     if dataset.actions.shape[1] != run.state.policy.config.action_dim:
         return None
     try:
-        return ErrorMeter(run.training, run.validation, sampler).metrics
+        errors = ErrorMeter(run.training, run.validation, sampler)
     except ValueError:  # actions that never change are no reason not to train
         return None
+    recovery = RecoveryMeter(run.state.policy.config, run.training, sampler)
+    return lambda policy: {**errors.metrics(policy), **recovery.metrics(policy)}
 
 
 def _train(

@@ -34,6 +34,8 @@ NEAR_THE_MIDDLE = 0.2
 
 # The errors by which a training is judged, on each kind of episodes.
 HELD_OUT, TRAINING = "val/averaged_chunk_error", "train/averaged_chunk_error"
+# What comes before the name of each number of which a chunk corrects an error, in a run's history.
+CORRECTED = "recovery/"
 
 Array = NDArray[np.float64]
 Kind = Literal["precise", "over-fitted", "under-trained", "limited", "undecided"]

@@ -15,8 +15,8 @@ from typing import Any
 from policy.common.budget import Budget
 from policy.common.files import write_text
 from policy.common.page import page_text
-from policy.common.panel import Line, Panel, Point, Scale, linear_scale, log_scale, thinned
-from policy.statistics.fit import conclude
+from policy.common.panel import STYLES, Line, Panel, Point, Scale, linear_scale, log_scale, thinned
+from policy.statistics.fit import CORRECTED, conclude
 from policy.statistics.intervals import wilson_interval
 
 PAGE, VIDEOS = "training.html", "training_videos"
@@ -209,6 +209,12 @@ def panels_of(
             _from_zero([p for e in errors for p in e.points]),
             errors,
         ),
+        (
+            "What a chunk corrects",
+            f"% of an error in where the robot is; up to {STYLES} numbers",
+            linear_scale(0, 100),
+            _corrected(history),
+        ),
         ("Rollouts", f"{rollout_episodes} episodes each, 95 % Wilson intervals", linear_scale(0, 100), rollouts),
         ("Learning rate", f"times 1e{power}", _from_zero(scaled), rate),
     ]
@@ -225,6 +231,17 @@ def _from_zero(points: Sequence[Point]) -> Scale:
 
 def _points(history: Sequence[Entry], name: str) -> list[Point]:
     return [Point(x=entry["step"], y=entry[name]) for entry in history if math.isfinite(entry.get(name, math.nan))]
+
+
+def _corrected(history: Sequence[Entry]) -> list[Line]:
+    """What chunks correct of each number (%); of many, those that are corrected least at last."""
+    names = dict.fromkeys(name for entry in history for name in entry if name.startswith(CORRECTED))
+    found = {name: [Point(x=p.x, y=100 * p.y) for p in points] for name in names if (points := _points(history, name))}
+    least = sorted(found, key=lambda name: found[name][-1].y)[:STYLES]
+    return [
+        Line(name=name.removeprefix(CORRECTED), points=points, style=style, marked=len(points) < 50)
+        for style, (name, points) in enumerate((name, points) for name, points in found.items() if name in least)
+    ]
 
 
 def _newest(history: Sequence[Entry]) -> dict[str, str]:

@@ -17,8 +17,9 @@ from policy.data.relations import thinned
 from policy.data.windows import Windows
 from policy.diffusion.sampler import Sampler
 from policy.inference.backends import PLAIN_BACKEND, compile_sampler
+from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy, observed
-from policy.statistics.fit import conclude
+from policy.statistics.fit import CORRECTED, conclude
 from policy.training.corrective_noise import CorrectiveNoise
 from policy.training.settings import TrainSettings
 
@@ -33,6 +34,8 @@ HARDLY = 0.2
 MOVES, STALLS = 0.3, 0.1
 # With fewer windows in which it moves, this is not told.
 FEW = 10
+# The name of the share that stalls, in a run's history.
+STALLED = "train/stalls"
 # With this success or more in the last rollout while training, the task needs no more precision than the policy has.
 SOLVED = 0.9
 # Settings of a training that make a policy correct more; the first one blurs the robot's speed, too.
@@ -67,32 +70,55 @@ class Recoveries(NamedTuple):
     numbers: Sequence[Recovery] = ()
     stalls: float | None = None
 
+    def metrics(self) -> dict[str, float]:
+        """Return the shares as entries of a run's history: `recovery/state[5]`, say, and `train/stalls`."""
+        corrected = {f"{CORRECTED}{name}": share for name, share in self.numbers}
+        return corrected if self.stalls is None else {**corrected, STALLED: self.stalls}
 
-def measure_recoveries(policy: DiffusionPolicy, training: Windows, sampler: Sampler) -> Recoveries:
-    """Move or slow the robot in windows of training episodes, and see what the policy's chunks make of it.
+
+class RecoveryMeter:
+    """Moves or slows the robot in windows of training episodes, and sees what policies make of it.
+
+    The windows and the noise are the same in every call.
 
     Args:
-        policy: the policy.
-        training: its training windows, of which up to 200 episodes are looked at.
+        config: of the policies.
+        training: windows of the training episodes, of which up to 200 are looked at.
         sampler: settings of the sampler.
-
-    Returns:
-        Nothing where no action is a displacement, where pictures would show where the robot was, or where something
-        else always moves.
     """
-    config = policy.config
+
+    def __init__(self, config: PolicyConfig, training: Windows, sampler: Sampler) -> None:
+        self._sampler = sampler
+        self._found = looked_at(config, training)
+
+    def measure(self, policy: DiffusionPolicy) -> Recoveries:
+        """Measure a policy.
+
+        Returns:
+            Nothing where no action is a displacement, where pictures would show where the robot was, or where something
+            else always moves.
+        """
+        return recoveries(policy, *self._found, self._sampler) if self._found else Recoveries()
+
+    def metrics(self, policy: DiffusionPolicy) -> dict[str, float]:
+        """Measure a policy, and return what it corrects as entries of a run's history."""
+        return self.measure(policy).metrics()
+
+
+def looked_at(config: PolicyConfig, training: Windows) -> tuple[Windows, Corrections] | None:
+    """Windows of some training episodes and what follows an action there; None if nothing does, or pictures show it."""
     keys = list(config.observation_shapes)
     if (
         any(map(is_image, config.observation_shapes.values()))
         or training.demonstrations.actions.shape[1] != config.action_dim
     ):
-        return Recoveries()
+        return None
     some = some_episodes(training, keys)
     everything = np.arange(some.num_episodes)
     try:
         corrections = find_corrections(some, everything, keys, config.action_horizon)
     except ValueError:  # no number follows an action
-        return Recoveries()
+        return None
     windows = Windows(
         some,
         everything,
@@ -100,7 +126,7 @@ def measure_recoveries(policy: DiffusionPolicy, training: Windows, sampler: Samp
         action_horizon=config.action_horizon,
         past_actions=config.past_actions,
     )
-    return recoveries(policy, windows, corrections, sampler)
+    return windows, corrections
 
 
 def some_episodes(training: Windows, keys: Sequence[str]) -> Demonstrations:
@@ -161,15 +187,36 @@ def recoveries(policy: DiffusionPolicy, windows: Windows, corrections: Correctio
     return Recoveries(found, float(stalls.float().mean()) if len(stalls) >= FEW else None)
 
 
-def describe_recoveries(found: Recoveries, training: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> str:
+def recoveries_in(history: Sequence[Mapping[str, float]]) -> Recoveries:
+    """The newest recoveries in a run's history; nothing if there are none.
+
+    >>> history = [{"step": 1000, "recovery/state[5]": 0.1}, {"step": 2000, "recovery/state[5]": 0.3}, {"step": 2020}]
+    >>> recoveries_in(history)
+    Recoveries(numbers=[Recovery(number='state[5]', corrected=0.3)], stalls=None)
+    """
+    for entry in reversed(history):
+        if numbers := [
+            Recovery(name.removeprefix(CORRECTED), share) for name, share in entry.items() if name.startswith(CORRECTED)
+        ]:
+            return Recoveries(numbers, entry.get(STALLED))
+    return Recoveries()
+
+
+def describe_recoveries(training: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> str:
     """Say what a chunk corrects and whether it follows its own speed, and what to do about it.
 
     Args:
-        found: what was measured, of one number or more.
         training: settings of the training, of which those that it has already are not advised.
-        history: log entries of the training; nothing is advised where its last rollout solved nearly every episode, and
-            a longer training only where they say that it is neither over-fitted nor under-trained.
+        history: log entries of the training, the newest recoveries among them; nothing is advised where its last
+            rollout solved nearly every episode, and a longer training only where they say that it is neither
+            over-fitted nor under-trained.
+
+    Returns:
+        The sentence; empty where nothing was measured.
     """
+    found = recoveries_in(history)
+    if not found.numbers:
+        return ""
     shares = ", ".join(f"{one.number} {round(100 * one.corrected)}%" for one in found.numbers)
     told = [f"of an error in where the robot is, one chunk corrects {shares}"]
     success = [entry["rollout/success_rate"] for entry in history if "rollout/success_rate" in entry]

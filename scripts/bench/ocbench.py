@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,10 @@ import h5py
 
 from envs.errors import choose
 from envs.ocbench import VERSION, ocbench_tasks, scene
+from policy.checkpoint import read_history
 from policy.data.minari_writer import dataset_name
 from policy.statistics.results import EpisodeResult
+from policy.training.recovery import HARDLY, recoveries_in
 from policy.training.state import newest_metrics
 from scripts.bench.trainings import Trained, Unit, train_and_sweep
 
@@ -108,7 +109,8 @@ def figures(trained: Trained, ddim_steps: int) -> dict[str, Any]:
     """
     data, env = trained.unit.data, trained.swept["env"]
     assert data is not None
-    newest = newest_metrics(json.loads((trained.unit.folder / "checkpoint/training.json").read_text())["history"])
+    history = read_history(trained.unit.folder / "checkpoint")
+    newest, recovered = newest_metrics(history), recoveries_in(history)
     limit = gymnasium.spec(env["task"] + VERSION).max_episode_steps
     results = trained.results(ddim_steps)
     found = {
@@ -118,6 +120,8 @@ def figures(trained: Trained, ddim_steps: int) -> dict[str, Any]:
         "limit": limit,
         # With few demonstrations none is held out.
         **{name: newest.get(key, {}).get("value") for name, key in LOSSES.items()},
+        "corrected": dict(recovered.numbers),
+        "stalls": recovered.stalls,
         "dead_ends": sum(not result.success and result.steps < (limit or 0) for result in results),
     }
     return {**found, "why": why(found, results)}
@@ -142,6 +146,8 @@ def why(found: Mapping[str, Any], results: Sequence[EpisodeResult]) -> str:
     >>> found = {"demonstrations": 200, "failed_attempts": 1, "mean_steps": 69.0, "limit": 200, "dead_ends": 0}
     >>> why({**found, "train_loss": 0.02, "val_loss": 0.05}, failed)
     'over-fitted: the loss on held-out demonstrations is 2.5 times that on training ones'
+    >>> why({**found, "val_loss": None, "corrected": {"state[0]": 0.62, "state[5]": 0.03}}, failed)
+    'hardly corrects an error of state[5]'
     """
     failures = sum(not result.success for result in results)
     if failures <= (1 - SOLVED) * len(results):
@@ -149,10 +155,12 @@ def why(found: Mapping[str, Any], results: Sequence[EpisodeResult]) -> str:
     ratio = found["val_loss"] / found["train_loss"] if found["val_loss"] else 0.0
     attempts = found["demonstrations"] + found["failed_attempts"]
     share = found["mean_steps"] / found["limit"]
+    hardly = [name for name, corrected in found.get("corrected", {}).items() if corrected < HARDLY]
     reasons = {
         f"over-fitted: the loss on held-out demonstrations is {ratio:.1f} times that on training ones": (
             ratio >= OVER_FITTED
         ),
+        f"hardly corrects an error of {', '.join(hardly)}": bool(hardly),
         f"short of time: a demonstration takes {share:.0%} of the time limit": share >= SHORT_OF_TIME,
         f"hard for the expert too: {found['failed_attempts']} of its {attempts} attempts failed": (
             found["failed_attempts"] >= EXPERT_FAILS * attempts

@@ -72,6 +72,7 @@ def test_training_leaves_a_self_contained_checkpoint_and_an_offline_run(planar_r
     lines = (planar_run / "history.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == history
     assert {"val/sampled_chunk_error/1", "train/averaged_first_action_error", "fit/ratio_high"} <= history[-1].keys()
+    assert {"recovery/state[0]", "recovery/state[1]"} <= history[-1].keys()
     sentence = conclude(history).sentence
     assert sentence.startswith("too few held-out episodes (2) to tell")
     assert f"\n{sentence}\nof an error in where the robot is, one chunk corrects state[0] " in out
@@ -188,6 +189,7 @@ def test_inspect_says_what_a_checkpoint_is_and_was_trained_on(planar_run, run_co
     best = run_command("inspect_data", f"checkpoint={planar_run}/checkpoints/best").stdout
     assert said["measured"] in best  # a kept checkpoint says it too, without the history
     assert said["errors"].startswith("too few held-out episodes (2)")
+    assert said[""].startswith("of an error in where the robot is, one chunk corrects state[0] ")
 
 
 def test_inspect_of_a_checkpoint_and_its_data_measures_and_draws_the_errors(planar_run, run_command, tmp_path):
@@ -195,6 +197,7 @@ def test_inspect_of_a_checkpoint_and_its_data_measures_and_draws_the_errors(plan
     out = run_command("inspect_data", *given, f"output_dir={tmp_path}").stdout
     history = json.loads((planar_run / "checkpoint" / "training.json").read_text())["history"][-1]
     found = json.loads((tmp_path / "errors.json").read_text())
+    assert "recovery/state[0]" in found
     assert found == pytest.approx({name: history[name] for name in found}, rel=1e-4)
     assert conclude([history]).sentence in out
     assert "by distance to the nearest training observation: " in out

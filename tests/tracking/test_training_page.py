@@ -91,6 +91,17 @@ def test_errors_have_a_chart_and_their_meaning_stands_on_the_page_once_training_
         assert ("too few held-out episodes" in (tmp_path / "training.html").read_text()) is said
 
 
+def test_what_chunks_correct_has_a_chart_with_the_numbers_that_are_corrected_least():
+    last = {f"recovery/state[{number}]": (number * 7 % 10) / 10 for number in range(10)}
+    history = [entry(20, **{**dict.fromkeys(last, 0.05), "train/stalls": 0.1}), entry(40, **last)]
+    corrected = panels_of(history, 40, 4)[1]
+    assert corrected.title == "What a chunk corrects"
+    shown = [number for number in range(10) if number * 7 % 10 < 8]
+    assert [line.name for line in corrected.lines] == [f"state[{number}]" for number in shown]
+    assert [[p.y for p in line.points] for line in corrected.lines] == [[5, 10 * (number * 7 % 10)] for number in shown]
+    assert len({line.style for line in corrected.lines}) == 8
+
+
 def test_a_long_history_is_thinned_and_keeps_its_extremes():
     points = [Point(x=step, y=1 / (1 + step)) for step in range(10_000)]
     points[1234] = Point(x=1234, y=99.0)

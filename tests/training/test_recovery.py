@@ -12,7 +12,14 @@ from policy.diffusion.sampler import Sampler
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.statistics.fit import HELD_OUT, TRAINING
 from policy.training import recovery
-from policy.training.recovery import Recoveries, Recovery, describe_recoveries, measure_recoveries, recoveries
+from policy.training.recovery import (
+    Recoveries,
+    Recovery,
+    RecoveryMeter,
+    describe_recoveries,
+    recoveries,
+    recoveries_in,
+)
 from policy.training.settings import TrainSettings
 from tests.data.test_corrections import GAINS, HAND, JOINTS, OBJECT, VELOCITIES, WIDTH, arm, armed
 from tests.training.test_corrective_noise import CONFIG as ARM
@@ -88,18 +95,19 @@ def test_a_policy_that_goes_on_at_the_speed_it_sees_stalls(monkeypatch, share, s
     ],
 )
 def test_what_is_hardly_corrected_for_all_settings_asks_for_a_longer_training(training, held_out, advised):
-    found = Recoveries([Recovery("state[0]", 0.62), Recovery("state[5]", 0.13)])
+    corrected = {"recovery/state[0]": 0.62, "recovery/state[5]": 0.13}
     errors = {"fit/error": held_out, "fit/ratio": held_out / training}
     ends = {f"{name}_{end}": value for name, value in errors.items() for end in ("low", "high")}
-    measured = {TRAINING: training, HELD_OUT: held_out, "fit/episodes": 40, **errors, **ends}
+    measured = {TRAINING: training, HELD_OUT: held_out, "fit/episodes": 40, **errors, **ends, **corrected}
     history = [{**measured, "step": 6000}, {**measured, "step": 12000}]
     settings = {"steps": 12000, "corrective_noise": 0.3, "action_weights": "spread"}
-    assert describe_recoveries(found, settings, history).endswith(f"it hardly corrects state[5]{advised}")
-    assert describe_recoveries(found, {**settings, "corrective_noise": 0.0}, history).endswith("corrective_noise=0.3")
-    assert describe_recoveries(Recoveries(found.numbers[:1]), settings, history).endswith("62%")
+    assert describe_recoveries(settings, history).endswith(f"it hardly corrects state[5]{advised}")
+    assert describe_recoveries({**settings, "corrective_noise": 0.0}, history).endswith("corrective_noise=0.3")
+    good = [*history[:1], {**history[1], "recovery/state[5]": 0.9}]
+    assert describe_recoveries(settings, good).endswith("90%")
     for other in ({"steps": 0}, {"steps": 12001}, {"rectify_steps": 2000}, {"corrective_noise": 0.1}):
-        assert describe_recoveries(found, {**settings, **other}, history).endswith("it hardly corrects state[5]")
-    assert describe_recoveries(Recoveries(found.numbers, stalls=0.2), settings, history).endswith("turn back")
+        assert describe_recoveries({**settings, **other}, history).endswith("it hardly corrects state[5]")
+    assert describe_recoveries(settings, [*history[:1], {**history[1], "train/stalls": 0.2}]).endswith("turn back")
 
 
 def test_without_windows_in_which_the_robot_could_be_elsewhere_there_is_nothing_to_measure(demonstrations, corrections):
@@ -110,42 +118,49 @@ def test_without_windows_in_which_the_robot_could_be_elsewhere_there_is_nothing_
 
 def test_what_is_hardly_corrected_comes_with_what_to_do():
     numbers = [Recovery("state[0]", 0.62), Recovery("state[5]", 0.034), Recovery("state[6]", -0.001)]
-    found = Recoveries(numbers, stalls=0.09)
+    found = [{"step": 0, **Recoveries(numbers, stalls=0.09).metrics()}]
     sentence = (
         "of an error in where the robot is, one chunk corrects state[0] 62%, state[5] 3%, state[6] 0%; it hardly"
         " corrects state[5], state[6]"
     )
     advised = f"{sentence}: train with train.corrective_noise=0.3 train.action_weights=spread"
-    assert describe_recoveries(found, {}, []) == advised  # of before there were these settings
-    assert describe_recoveries(found, vars(TrainSettings()), []) == advised
+    assert describe_recoveries({}, found) == advised  # of before there were these settings
+    assert describe_recoveries(vars(TrainSettings()), found) == advised
     weighted = vars(TrainSettings(action_weights="spread"))
-    assert describe_recoveries(found, weighted, []) == f"{sentence}: train with train.corrective_noise=0.3"
-    assert describe_recoveries(found, {**weighted, "corrective_noise": 0.3}, []) == sentence
+    assert describe_recoveries(weighted, found) == f"{sentence}: train with train.corrective_noise=0.3"
+    assert describe_recoveries({**weighted, "corrective_noise": 0.3}, found) == sentence
     rollouts = [{"step": 1, "rollout/success_rate": 1.0}, {"step": 2, "rollout/success_rate": 0.8}, {"step": 3}]
-    assert describe_recoveries(found, {}, rollouts) == advised
-    assert describe_recoveries(found, {}, rollouts[:1]) == sentence.partition(";")[0]
+    assert describe_recoveries({}, found + rollouts) == advised
+    assert describe_recoveries({}, found + rollouts[:1]) == sentence.partition(";")[0]
     one = "of an error in where the robot is, one chunk corrects state[0] 62%"
-    assert describe_recoveries(Recoveries(numbers[:1]), {}, []) == one
-    stalls = Recoveries(numbers[:1], stalls=0.19)
+    assert describe_recoveries({}, [Recoveries(numbers[:1]).metrics()]) == one
+    stalls = [Recoveries(numbers[:1], stalls=0.19).metrics()]
     sentence = (
         f"{one}; in 19% of the windows in which it moves, seen at half of its speed, the robot would go less than half"
         " as far: where it is slowed down, it may stop or turn back"
     )
-    assert describe_recoveries(stalls, {}, []) == f"{sentence}: train with train.corrective_noise=0.3"
-    assert describe_recoveries(stalls, {"corrective_noise": 0.2}, []) == sentence
+    assert describe_recoveries({}, stalls) == f"{sentence}: train with train.corrective_noise=0.3"
+    assert describe_recoveries({"corrective_noise": 0.2}, stalls) == sentence
+    assert describe_recoveries({}, rollouts) == ""
+
+
+@pytest.mark.parametrize("stalls", [None, 0.25])
+def test_a_run_keeps_what_was_measured(stalls):
+    found = Recoveries([Recovery("arm/state[0]", 0.62), Recovery("arm/state[5]", -0.1)], stalls)
+    assert recoveries_in([{"step": 1000, "recovery/arm/state[0]": 0.1}, {"step": 2000, **found.metrics()}]) == found
 
 
 def test_what_a_policy_does_not_act_on_or_see_is_not_measured(demonstrations):
     policy = DiffusionPolicy(CONFIG)
     windows = Windows(demonstrations, np.arange(30), obs_horizon=1, action_horizon=8)
-    assert len(measure_recoveries(policy, windows, Sampler()).numbers) == 2
+    assert len(RecoveryMeter(policy.config, windows, Sampler()).measure(policy).numbers) == 2
     other = DiffusionPolicy(dataclasses.replace(CONFIG, action_dim=2))
-    assert measure_recoveries(other, windows, Sampler()) == Recoveries()
+    assert RecoveryMeter(other.config, windows, Sampler()).measure(other) == Recoveries()
     pictures = {"state": (WIDTH,), "front": (16, 16, 3)}
     encoder = {"name": "image", "channels": (16,)}
     seeing = DiffusionPolicy(dataclasses.replace(CONFIG, observation_shapes=pictures, encoder=encoder))
-    assert measure_recoveries(seeing, windows, Sampler()) == Recoveries()
+    assert RecoveryMeter(seeing.config, windows, Sampler()).measure(seeing) == Recoveries()
     places = demonstrations.observations["state"][:, :2]
     absolute = dataclasses.replace(demonstrations, actions=np.column_stack([places, places[:, 0]]))
     there = Windows(absolute, np.arange(30), obs_horizon=1, action_horizon=8)
-    assert measure_recoveries(policy, there, Sampler()) == Recoveries()
+    assert RecoveryMeter(policy.config, there, Sampler()).measure(policy) == Recoveries()

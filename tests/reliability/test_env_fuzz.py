@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -36,7 +37,7 @@ def checkpoint(tmp_path_factory):
 def rolled_out(checkpoint, kwargs, processes, folder):
     """Run `ddim-rollout` without reading its settings, which takes longer than all the rest; return its exit code."""
     env = {"name": "gym", "id": "tests.reliability.fuzzed_env:Fuzzed-v0", "kwargs": kwargs}
-    parts = {"sampler": Sampler(ddim_steps=1), "controller": ControllerSettings(), "tracker": NoTracker}
+    parts = {"sampler": partial(Sampler, ddim_steps=1), "controller": ControllerSettings(), "tracker": NoTracker}
     try:
         timed = mock.patch("policy.commands.rollout.measure_latency", return_value=[QUICK])
         with as_a_process("rollout", cores=processes), timed, refusals():

@@ -124,6 +124,26 @@ def dpmpp_2m_coefficients(schedule: NoiseSchedule, timesteps: Tensor, eta: float
     return table
 
 
+def scaled_table(table: Tensor, scales: Tensor) -> Tensor:
+    """Turn the table of a solver for x_t into that for x_t times a scale of each timestep.
+
+    The network of a policy with `sigma_data` sees such a product, see `NoiseSchedule.input_scales`. Sampling keeps it
+    in place of x_t: no step has more to compute.
+
+    Args:
+        table: (K, 5) or (K, 6) coefficients.
+        scales: (K,) the scale of each timestep; that of the clean end is 1.
+
+    Returns:
+        The table, of the same shape.
+    """
+    after = torch.cat([scales[1:], torch.ones_like(scales[:1])])
+    scaled = table.clone()
+    scaled[:, [FROM_X, TO_X]] /= scales[:, None]
+    scaled[:, TO_X:] *= after[:, None]
+    return scaled
+
+
 def ddim_sigma(alpha_cumprod: Tensor, alpha_cumprod_prev: Tensor, eta: float) -> Tensor:
     """Compute σ of DDIM (eq. 16): η √((1 - ᾱ_prev) / (1 - ᾱ)) √(1 - ᾱ / ᾱ_prev)."""
     variance = (1 - alpha_cumprod_prev) / (1 - alpha_cumprod) * (1 - alpha_cumprod / alpha_cumprod_prev)

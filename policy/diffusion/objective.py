@@ -105,7 +105,9 @@ class Objective:
 
 
 def _diffusion_levels(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    return schedule.sqrt_alphas_cumprod[timesteps], schedule.sqrt_one_minus_alphas_cumprod[timesteps]
+    scales = schedule.input_scales[timesteps]
+    signal, noise = schedule.sqrt_alphas_cumprod[timesteps], schedule.sqrt_one_minus_alphas_cumprod[timesteps]
+    return scales * signal, scales * noise
 
 
 def _flow_levels(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from policy.common.next_line import hydra_text
-from policy.diffusion.coefficients import SOLVERS, TO_CLEAN_BEFORE, check_noiseless
+from policy.diffusion.coefficients import SOLVERS, TO_CLEAN_BEFORE, check_noiseless, scaled_table
 from policy.diffusion.ddim import check_ddim_steps, check_eta, check_spacing, ddim_timesteps
 from policy.diffusion.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from policy.diffusion.schedule import NoiseSchedule
@@ -137,7 +137,8 @@ class Sampler:
         one = OBJECTIVES[objective]
         fixed = one.calls is not None
         timesteps = one.fixed_timesteps(schedule.num_steps) if fixed else self._timesteps(schedule, self.start)
-        return Course(timesteps=timesteps, noise=one.initial_noise * self.noise_scale)
+        scale = schedule.input_scales[timesteps[0]].item()
+        return Course(timesteps=timesteps, noise=scale * one.initial_noise * self.noise_scale)
 
     def warm_course(self, schedule: NoiseSchedule, objective: str = DEFAULT_OBJECTIVE) -> Course:
         """Return the course of a chunk that begins from the previous one, noised to `warm_start` of the schedule.
@@ -158,6 +159,8 @@ class Sampler:
         self, schedule: NoiseSchedule, course: Course, prediction_type: str, objective: str = DEFAULT_OBJECTIVE
     ) -> Tensor:
         """Return the solver's coefficients, (ddim_steps, 5 or 6) float64; see `policy.diffusion.coefficients`.
+
+        They are for x_t times the schedule's `input_scales`, see `scaled_table`.
 
         Args:
             schedule: the policy's schedule.
@@ -183,7 +186,7 @@ class Sampler:
             )
         if not table.isfinite().all():
             raise ValueError(f"the table of the solver {self.solver!r} holds numbers that are not finite")
-        return table
+        return scaled_table(table, schedule.input_scales[course.timesteps])
 
     def _timesteps(self, schedule: NoiseSchedule, share: float) -> Tensor:
         return ddim_timesteps(timesteps_within(share, schedule.num_steps), self.ddim_steps, self.spacing)
@@ -201,7 +204,8 @@ class Course:
     Attributes:
         timesteps: (ddim_steps,) int64, strictly decreasing; the last step ends at ᾱ = 1.
         signal: factor of the previous chunk in the starting point, √ᾱ of the first timestep; 0 begins from noise alone.
-        noise: factor of the noise in the starting point: `noise_scale`, times √(1 - ᾱ) if there is a signal.
+        noise: factor of the noise in the starting point: `noise_scale`, times √(1 - ᾱ) if there is a signal. Both are
+            times the timestep's input scale, see `NoiseSchedule.input_scales`.
     """
 
     timesteps: Tensor

@@ -29,13 +29,16 @@ class NoiseSchedule:
 
     Attributes:
         betas: (num_steps,) float64, each in (0, 1); the last may be 1, which leaves no signal, ᾱ = 0.
+        sigma_data: standard deviation that the data is taken to have for `input_scales`; None for scales of 1.
         alphas_cumprod: (num_steps,) float64, ᾱ_t, derived from the betas.
 
     Raises:
-        ValueError: `betas` is not a vector, is empty, or holds a value outside its range.
+        ValueError: `betas` is not a vector, is empty, or holds a value outside its range; `sigma_data` is not positive
+            and finite, or a timestep has no signal that it could scale.
     """
 
     betas: Tensor
+    sigma_data: float | None = None
     alphas_cumprod: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -49,6 +52,15 @@ class NoiseSchedule:
             )
         object.__setattr__(self, "betas", betas.detach().to("cpu", torch.float64))
         object.__setattr__(self, "alphas_cumprod", torch.cumprod(1.0 - self.betas, dim=0))
+        if self.sigma_data is None:
+            return
+        if not 0 < self.sigma_data < math.inf:
+            raise ValueError(f"sigma_data must be a number above 0, or null; got {self.sigma_data}")
+        if bool((self.alphas_cumprod == 0).any()):
+            raise ValueError(
+                "sigma_data needs signal at every timestep, and with zero_terminal_snr the last one has none: leave one"
+                " of the two out"
+            )
 
     @property
     def num_steps(self) -> int:
@@ -69,6 +81,19 @@ class NoiseSchedule:
     def sqrt_one_minus_alphas_cumprod(self) -> Tensor:
         """(num_steps,) float64, the noise's factor √(1 - ᾱ)."""
         return (1.0 - self.alphas_cumprod).sqrt()
+
+    @property
+    def input_scales(self) -> Tensor:
+        """(num_steps,) float64, what x_t is multiplied by before the network sees it.
+
+        With σ = `sigma_data` it is √ᾱ σ² / (ᾱ σ² + 1 - ᾱ). For data with this standard deviation, the product is the
+        best linear estimate of x_0, which EDM adds to its network's output (Karras et al. 2022, c_skip of table 1):
+        noise that tells nothing vanishes.
+        """
+        if self.sigma_data is None:
+            return torch.ones_like(self.alphas_cumprod)
+        variance = self.sigma_data**2
+        return self.sqrt_alphas_cumprod * variance / (self.alphas_cumprod * variance + 1.0 - self.alphas_cumprod)
 
     def signal_and_noise(self, timestep: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return √ᾱ and √(1 - ᾱ) at a timestep, shaped to broadcast against `like`.

@@ -41,6 +41,9 @@ class PolicySettings:
         loss_weighting: weighting of the timesteps in the loss, `none` or `min_snr`, see `loss_weights`; `min_snr` is of
             `diffusion` only.
         min_snr_gamma: γ of `min_snr`.
+        sigma_data: with a number, the network sees the best linear estimate of the chunk in place of the noisy chunk,
+            for normalised actions of this standard deviation, see `NoiseSchedule.input_scales`; of `diffusion` with
+            `prediction_type=sample` only.
         normalizer: how observations and actions are normalised: `limits` maps the range of the training data onto
             [-1, 1] and bounds what lies far outside it; `affine` is the map alone, see `AffineNormalizer`.
         action_bound: largest magnitude of a normalised action, to which samplers clip; None for actions without a
@@ -66,6 +69,7 @@ class PolicySettings:
     prediction_type: str = "sample"
     loss_weighting: str = "none"
     min_snr_gamma: float = 5.0
+    sigma_data: float | None = None
     normalizer: str = "limits"
     action_bound: float | None = 1.0
     encoder: dict[str, Any] = field(default_factory=lambda: {"name": "state"})
@@ -80,7 +84,13 @@ class PolicySettings:
             self.objective,
             prediction_type=(self.prediction_type, PolicySettings.prediction_type),
             loss_weighting=(self.loss_weighting, PolicySettings.loss_weighting),
+            sigma_data=(self.sigma_data, PolicySettings.sigma_data),
         )
+        if self.sigma_data is not None and self.prediction_type != "sample":
+            raise ValueError(
+                f"sigma_data={self.sigma_data} hides noise from the network, so that it cannot predict it: use"
+                f" prediction_type=sample; got prediction_type={self.prediction_type}"
+            )
         if self.normalizer not in NORMALIZERS:
             raise unknown_name("normalizer", self.normalizer, NORMALIZERS)
         for name, least in (("obs_horizon", 1), ("action_horizon", 1), ("past_actions", 0), ("obs_size", 1)):

@@ -48,7 +48,8 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
         self.config = config
-        self.schedule = make_schedule(**check_arguments("schedule", make_schedule, config.schedule))
+        schedule = make_schedule(**check_arguments("schedule", make_schedule, config.schedule))
+        self.schedule = NoiseSchedule(schedule.betas, config.sigma_data)
         check_signal(self.schedule.alphas_cumprod, config.prediction_type)
         self.loss_weights = _loss_weights(config, self.schedule)
         normalizer = NORMALIZERS[config.normalizer]

@@ -90,8 +90,8 @@ def prepare_run(
         The run at step 0.
 
     Raises:
-        ValueError: rectification with more denoising steps than the schedule has timesteps; see also `DiffusionPolicy`
-            and `split_episodes`.
+        ValueError: rectification with more denoising steps than the schedule has timesteps, or with `sigma_data`; see
+            also `DiffusionPolicy` and `split_episodes`.
     """
     torch.manual_seed(derive_seed(seed, 0))  # initialisers draw from torch's global generator
     policy = DiffusionPolicy(config)
@@ -125,6 +125,11 @@ def _check_rectification(policy: DiffusionPolicy, teacher: DiffusionPolicy | Non
     """Reject rectification of, or with, a policy that cannot be rectified."""
     if not settings.rectify_steps:
         return
+    if policy.config.sigma_data is not None:
+        raise ValueError(
+            "rectification teaches a policy which chunk belongs to which noise, and sigma_data="
+            f"{policy.config.sigma_data} hides the noise that sampling begins from: leave one of the two out"
+        )
     for trained in (policy, *([teacher] if teacher else [])):
         check_rectifiable(trained.config.objective)
     if teacher or settings.steps:  # a run that goes on may have its teacher stored

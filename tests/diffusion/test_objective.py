@@ -11,7 +11,7 @@ from policy.diffusion.coefficients import reverse_process
 from policy.diffusion.objective import OBJECTIVES, SECOND_SIGNAL, euler_coefficients
 from policy.diffusion.schedule import make_schedule
 from policy.model.diffusion_policy import DiffusionPolicy
-from tests.inference.cases import inputs, make_policy
+from tests.inference.cases import estimated, inputs, make_policy
 
 OTHERS = [name for name in OBJECTIVES if name != "diffusion"]
 CONTROLS = ["regression", "mip"]
@@ -73,6 +73,19 @@ def test_a_flow_learns_the_velocity_on_the_straight_line():
     z = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(3))
     t = ((timestep + 1) / 100)[:, None, None]
     expected = (policy.denoiser((1 - t) * x_0 + t * z, timestep, embedding) - (z - x_0)).square().mean(2)
+    assert torch.allclose(policy.squared_errors(batch, embedding, timestep, z), expected, atol=1e-5)
+
+
+def test_with_sigma_data_the_network_learns_from_the_estimate_of_edm():
+    policy = make_policy(sigma_data=0.4)
+    batch, x_0 = training_batch(policy)
+    embedding, timestep = policy.embed(batch["observations"]), torch.tensor([0, 24, 49, 74, 99])
+    z = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(3))
+    x_t = policy.schedule.add_noise(x_0, z, timestep)
+    seen = torch.cat([estimated(policy, x[None], int(t)) for x, t in zip(x_t, timestep, strict=True)])
+    assert seen[4].abs().max() < 0.01  # nothing but noise: nothing to see
+    torch.testing.assert_close(seen[0], x_t[0], atol=0.02, rtol=0)
+    expected = (policy.denoiser(seen, timestep, embedding) - x_0).square().mean(2)
     assert torch.allclose(policy.squared_errors(batch, embedding, timestep, z), expected, atol=1e-5)
 
 

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from diffusers import EDMEulerScheduler
 
 from policy import DiffusionPolicy, PolicyConfig, Sampler
 from policy.diffusion.ddim import ddim_step, ddim_timesteps
@@ -26,7 +27,9 @@ DENOISER_SIZES = {
 }
 
 
-def make_policy(denoiser="modulated_mlp", prediction_type="sample", images=False, objective="diffusion", **sizes):
+def make_policy(
+    denoiser="modulated_mlp", prediction_type="sample", images=False, objective="diffusion", sigma_data=None, **sizes
+):
     shapes = IMAGES if images else VECTORS
     config = PolicyConfig(
         observation_shapes=shapes,
@@ -34,6 +37,7 @@ def make_policy(denoiser="modulated_mlp", prediction_type="sample", images=False
         obs_size=24,
         objective=objective,
         prediction_type=prediction_type,
+        sigma_data=sigma_data,
         encoder={"name": "image" if images else "state"},
         denoiser={"name": denoiser, "dropout": 0.1, **DENOISER_SIZES[denoiser], **sizes},
     )
@@ -82,6 +86,15 @@ def continuing(policy, rows=3):
     return {"previous": policy.action_normalizer.unnormalize(known), "keep": keep}
 
 
+def estimated(policy, x, timestep):
+    """What the network sees: the estimate of the clean chunk as the preconditioning of EDM computes it, or x itself."""
+    if policy.config.sigma_data is None:
+        return x
+    signal, noise = policy.schedule.signal_and_noise(timestep, x)
+    edm = EDMEulerScheduler(sigma_data=policy.config.sigma_data)
+    return edm.precondition_outputs(x / signal, torch.zeros_like(x), noise / signal)
+
+
 def continued_by_ddim_step(policy, sampler, observations, noise, step_noise, previous, keep):
     """Actions that continue a chunk, computed from parts that have tests of their own."""
     known, keep = policy.action_normalizer.normalize(previous), keep[..., None]
@@ -90,7 +103,7 @@ def continued_by_ddim_step(policy, sampler, observations, noise, step_noise, pre
     timesteps = ddim_timesteps(round(100 * (sampler.start if share is None else share)), sampler.ddim_steps, spacing)
     x = noise if share is None else policy.schedule.add_noise(known, noise, timesteps[:1].expand(len(noise)))
     for k, (t, landing) in enumerate(zip(timesteps.tolist(), [*timesteps.tolist()[1:], -1], strict=True)):
-        predicted = policy.denoiser(x, torch.full((len(noise),), t), policy.embed(observations))
+        predicted = policy.denoiser(estimated(policy, x, t), torch.full((len(noise),), t), policy.embed(observations))
         clean = policy.schedule.to_sample(predicted, x, t, policy.config.prediction_type)
         clean = clean if sampler.clip is None else clean.clamp(-sampler.clip, sampler.clip)
         clean = torch.lerp(clean, known, keep)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from policy import Sampler
+from policy.diffusion.coefficients import reverse_process
 from policy.diffusion.ddim import SPACINGS, ddim_timesteps
 from policy.diffusion.schedule import PREDICTION_TYPES
 from policy.inference.backends import BACKENDS, PLAIN_BACKEND, compile_sampler
@@ -23,6 +24,7 @@ from tests.inference.cases import (
     inputs,
     make_policy,
     shared_policy,
+    shared_program,
 )
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -100,6 +102,37 @@ def test_a_program_continues_a_chunk_as_ddim_step_does(backend, prediction_type,
 def test_a_program_begins_where_its_sampler_says(backend, warm_start):
     sampler = Sampler(ddim_steps=4, warm_start=warm_start, start=0.6, noise_scale=0.5)
     check_continuation(shared_policy(prediction_type="v_prediction"), sampler, backend)
+
+
+@pytest.mark.parametrize("backend", ["eager", "fused"])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        Sampler(ddim_steps=4, eta=0.5),
+        Sampler(ddim_steps=4, eta=0.5, warm_start=0.4),
+        Sampler(ddim_steps=4, start=0.6, noise_scale=0.5, clip=None),
+    ],
+)
+def test_a_network_that_sees_an_estimate_of_the_chunk_samples_as_ddim_step_does(backend, sampler):
+    policy = shared_policy(sigma_data=0.5)
+    check_continuation(policy, sampler, backend)
+    given = inputs(policy, sampler)
+    actions, plain = (shared_program(one, sampler, backend=backend)(*given) for one in (policy, shared_policy()))
+    assert difference(policy, actions, plain) > 0.05
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
+def test_the_estimate_of_normal_data_leads_from_noise_to_such_data(solver):
+    """For chunks of zero mean and known deviation the estimate is the answer: a network that returns it is perfect."""
+    policy = shared_policy(sigma_data=0.3)
+    sampler = Sampler(ddim_steps=100, solver=solver, clip=None)
+    course = sampler.cold_course(policy.schedule)
+    noise = torch.tensor([-2.0, 0.1, 1.0], dtype=torch.float64)
+    table = sampler.table(policy.schedule, course, "sample")
+    chunks = reverse_process(
+        lambda step, x: x, course.noise * noise, table, predicts_clean=True, clip=None, step_noise=None
+    )
+    torch.testing.assert_close(chunks, 0.3 * noise, rtol=0.03, atol=0)  # up to the error of 100 steps
 
 
 def test_without_noise_every_draw_is_the_same_chunk():

@@ -551,6 +551,12 @@ CONFIGS = [
         denoiser={"name": "transformer", "hidden_size": 16},
         schedule={"num_steps": 50, "zero_terminal_snr": True},
     ),
+    PolicyConfig(
+        observation_shapes={"state": (5,)},
+        action_dim=2,
+        sigma_data=0.5,
+        denoiser={"name": "modulated_mlp", "hidden_size": 16},
+    ),
 ]
 
 
@@ -566,7 +572,7 @@ def test_a_configuration_survives_json(config):
 
 def test_a_configuration_written_before_a_setting_existed_has_its_default():
     data = config_to_json(CONFIGS[0])
-    for name in ("loss_weighting", "min_snr_gamma"):
+    for name in ("loss_weighting", "min_snr_gamma", "sigma_data"):
         del data[name]
     assert config_from_json(data) == CONFIGS[0]
 
@@ -612,6 +618,11 @@ def test_weights_without_statistics_do_not_load(key):
             {"loss_weighting": "min_snr", "schedule": {"zero_terminal_snr": True}},
             "loss_weighting=min_snr gives no weight to the last timestep",
         ),
+        ({"sigma_data": 0.0}, "sigma_data must be a number above 0, or null; got 0.0"),
+        ({"sigma_data": math.nan}, "sigma_data must be a number above 0, or null; got nan"),
+        ({"sigma_data": 0.5, "prediction_type": "v_prediction"}, "use prediction_type=sample; got .*=v_prediction"),
+        ({"sigma_data": 0.5, "objective": "flow"}, "objective=flow has no sigma_data"),
+        ({"sigma_data": 0.5, "schedule": {"zero_terminal_snr": True}}, "needs signal at every timestep"),
         ({"schedule": {"zero_terminal_snr": "perhaps"}}, r"schedule\.zero_terminal_snr should be bool; got 'perhaps'"),
         ({"denoiser": {"name": "unet", "widths": [12]}}, r"multiple of groups=8 and larger; got \[12\]"),
         ({"denoiser": {"name": "encoder_decoder", "obs_tokens": 7}}, "past_actions must be 6 or more .*; got 0"),

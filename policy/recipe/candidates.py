@@ -141,14 +141,14 @@ def _keeping(setting: str, keep: Sequence[str]) -> list[str]:
 
 
 def _exists(setting: str, changes: Mapping[str, Any], policy: Policy, allowed: Allowed) -> bool:
-    """Whether the objective, or the part that the recipe chooses, has this setting, and the data what it looks for."""
+    """Whether what is chosen, or the part that the recipe chooses, has this setting, and the data what it looks for."""
     if setting == FIND_DIFFERENCES:
         return bool(allowed.relations)
     if setting == CORRECTIVE_NOISE:
         return allowed.corrections
     part, _, name = setting.partition(".")
     if setting == "prediction_type":
-        return policy.get("objective", DEFAULT_OBJECTIVE) == DEFAULT_OBJECTIVE
+        return policy.get("objective", DEFAULT_OBJECTIVE) == DEFAULT_OBJECTIVE and policy.get("sigma_data") is None
     if part not in PARTS or not name:
         return True
     try:

@@ -55,8 +55,9 @@ def test_a_setting_that_the_chosen_part_does_not_have_is_left_out():
     assert all(candidate.policy["encoder"] == {"name": "concatenate"} for candidate in found.values())
 
 
-def test_a_setting_that_the_objective_does_not_have_is_left_out():
-    found, _ = chosen(policy={**POLICY, "objective": "flow"})
+@pytest.mark.parametrize("given", [{"objective": "flow"}, {"sigma_data": 0.5}])
+def test_a_setting_that_the_objective_or_the_networks_input_rules_out_is_left_out(given):
+    found, _ = chosen(policy={**POLICY, **given})
     assert "velocity" not in found  # what is left of it is the recipe "dropout"
     for candidate in found.values():
         PolicyConfig(observation_shapes={"state": (3,)}, action_dim=2, **candidate.policy)

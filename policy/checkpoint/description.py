@@ -33,6 +33,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
     parameters = sum(parameter.numel() for parameter in policy.parameters())
     objective, settled = OBJECTIVES[config.objective], policy.settled(checkpoint.sampler).record()
     settings = " ".join(f"{name}={value}" for name, value in settled.items() if objective.has(name, value))
+    estimate = "" if config.sigma_data is None else f", from an estimate for sigma_data {config.sigma_data:g}"
     betas = f", {config.schedule.get('beta_schedule', 'linear')}" if config.objective == DEFAULT_OBJECTIVE else ""
     return {
         "checkpoint": str(checkpoint.path),
@@ -46,7 +47,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
         "observations": f"{shapes}; the last {config.obs_horizon}",
         "actions": f"({config.action_dim},), in chunks of {config.action_horizon}",
         "policy": f"{parameters / 1e6:.2f} M parameters, encoder {config.encoder['name']}, denoiser"
-        f" {config.denoiser['name']}, objective {config.objective}, predicts {config.predicts}",
+        f" {config.denoiser['name']}, objective {config.objective}, predicts {config.predicts}{estimate}",
         "schedule": f"{policy.schedule.num_steps} timesteps{betas}",
         "sampler": f"{settings} execution_horizon={checkpoint.execution_horizon}, unless you choose others",
         **({"plugins": ", ".join(checkpoint.plugins)} if checkpoint.plugins else {}),

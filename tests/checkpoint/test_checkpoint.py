@@ -556,3 +556,10 @@ def test_a_description_names_the_settings_that_the_objective_has(
     described = describe_checkpoint(load_checkpoint(save(tmp_path / "checkpoint", run)))
     assert described["schedule"] == schedule
     assert described["sampler"] == f"{sampler} execution_horizon=5, unless you choose others"
+
+
+def test_a_description_says_what_the_network_sees_of_the_noisy_chunk(demonstrations, tmp_path):
+    run = new_run(demonstrations, dataclasses.replace(CONFIG, sigma_data=0.5))
+    loaded = load_checkpoint(save(tmp_path / "checkpoint", run))
+    assert describe_checkpoint(loaded)["policy"].endswith("predicts sample, from an estimate for sigma_data 0.5")
+    assert torch.equal(loaded.policy.schedule.input_scales, run.state.policy.schedule.input_scales)

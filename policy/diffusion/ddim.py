@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from policy.diffusion.coefficients import ddim_coefficients, ddim_sigma, reverse_process
+from policy.diffusion.coefficients import ddim_coefficients, ddim_sigma, reverse_process, scaled_table
 from policy.diffusion.schedule import NoiseSchedule
 
 Spacing = Literal["trailing", "leading", "linspace"]
@@ -256,10 +256,11 @@ def ddim_sample(
         timestep = torch.full((len(x),), int(timesteps[step]), dtype=torch.int64, device=x.device)
         return predict_fn(x, timestep, observations)
 
+    scales = schedule.input_scales[timesteps]
     return reverse_process(
         predict,
-        noise,
-        ddim_coefficients(schedule, timesteps, eta, prediction_type).to(noise),
+        scales[0].item() * noise,
+        scaled_table(ddim_coefficients(schedule, timesteps, eta, prediction_type), scales).to(noise),
         predicts_clean=prediction_type == "sample",
         clip=clip,
         step_noise=(lambda step: randn_like(noise, generator)) if eta > 0 else None,

@@ -16,6 +16,8 @@ LossWeighting = Literal["none", "min_snr"]
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 LOSS_WEIGHTINGS: tuple[str, ...] = get_args(LossWeighting)
 
+# Least and largest `sigma_data`: normalised actions lie within -1..1, and beyond these all noise vanishes, or none.
+SIGMA_DATA = (0.01, 10.0)
 # Largest allowed ᾱ at the last timestep: above it, a standard normal approximates the fully noised data poorly.
 MAX_FINAL_ALPHA_CUMPROD = 0.01
 
@@ -29,12 +31,13 @@ class NoiseSchedule:
 
     Attributes:
         betas: (num_steps,) float64, each in (0, 1); the last may be 1, which leaves no signal, ᾱ = 0.
-        sigma_data: standard deviation that the data is taken to have for `input_scales`; None for scales of 1.
+        sigma_data: standard deviation that the data is taken to have for `input_scales`, around 0; None for scales of
+            1. The methods are of x_t itself, without the scale.
         alphas_cumprod: (num_steps,) float64, ᾱ_t, derived from the betas.
 
     Raises:
-        ValueError: `betas` is not a vector, is empty, or holds a value outside its range; `sigma_data` is not positive
-            and finite, or a timestep has no signal that it could scale.
+        ValueError: `betas` is not a vector, is empty, or holds a value outside its range; `sigma_data` is outside its
+            range, or a timestep has no signal that it could scale.
     """
 
     betas: Tensor
@@ -54,8 +57,9 @@ class NoiseSchedule:
         object.__setattr__(self, "alphas_cumprod", torch.cumprod(1.0 - self.betas, dim=0))
         if self.sigma_data is None:
             return
-        if not 0 < self.sigma_data < math.inf:
-            raise ValueError(f"sigma_data must be a number above 0, or null; got {self.sigma_data}")
+        low, high = SIGMA_DATA
+        if not low <= self.sigma_data <= high:
+            raise ValueError(f"sigma_data must be within {low}..{high}, or null; got {self.sigma_data}")
         if bool((self.alphas_cumprod == 0).any()):
             raise ValueError(
                 "sigma_data needs signal at every timestep, and with zero_terminal_snr the last one has none: leave one"
@@ -86,9 +90,9 @@ class NoiseSchedule:
     def input_scales(self) -> Tensor:
         """(num_steps,) float64, what x_t is multiplied by before the network sees it.
 
-        With σ = `sigma_data` it is √ᾱ σ² / (ᾱ σ² + 1 - ᾱ). For data with this standard deviation, the product is the
-        best linear estimate of x_0, which EDM adds to its network's output (Karras et al. 2022, c_skip of table 1):
-        noise that tells nothing vanishes.
+        With σ = `sigma_data` it is √ᾱ σ² / (ᾱ σ² + 1 - ᾱ). For data with this standard deviation around 0, the product
+        is the best linear estimate of x_0, which EDM adds to its network's output (Karras et al. 2022, c_skip of
+        table 1): towards the last timestep, where x_t is nothing but noise, the network sees almost 0.
         """
         if self.sigma_data is None:
             return torch.ones_like(self.alphas_cumprod)

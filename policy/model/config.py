@@ -42,8 +42,8 @@ class PolicySettings:
             `diffusion` only.
         min_snr_gamma: γ of `min_snr`.
         sigma_data: with a number, the network sees the best linear estimate of the chunk in place of the noisy chunk,
-            for normalised actions of this standard deviation, see `NoiseSchedule.input_scales`; of `diffusion` with
-            `prediction_type=sample` only.
+            for normalised actions of this standard deviation around 0, see `NoiseSchedule.input_scales`; of `diffusion`
+            with `prediction_type=sample` only.
         normalizer: how observations and actions are normalised: `limits` maps the range of the training data onto
             [-1, 1] and bounds what lies far outside it; `affine` is the map alone, see `AffineNormalizer`.
         action_bound: largest magnitude of a normalised action, to which samplers clip; None for actions without a

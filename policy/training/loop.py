@@ -41,7 +41,7 @@ SHOWN = {
     "val/loss": ("validation loss", "{:.4f}"),
     "rollout/success_rate": ("rollout success", "{:.0%}"),
 }
-# Steps between measurements of the chunks' errors, each of which takes about as long as ten steps.
+# Steps between measurements of the chunks' errors, each of which takes about as long as ten to twenty steps.
 MEASURE_EVERY = 1_000
 # Training fails after this many skipped steps in a row, because the weights have then diverged.
 MOST_SKIPPED_IN_A_ROW = 100

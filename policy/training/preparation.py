@@ -128,7 +128,8 @@ def _check_rectification(policy: DiffusionPolicy, teacher: DiffusionPolicy | Non
     if policy.config.sigma_data is not None:
         raise ValueError(
             "rectification teaches a policy which chunk belongs to which noise, and sigma_data="
-            f"{policy.config.sigma_data} hides the noise that sampling begins from: leave one of the two out"
+            f"{policy.config.sigma_data} hides the noise that sampling begins from: rectify a policy without it, of"
+            " which one that has it may be the teacher="
         )
     for trained in (policy, *([teacher] if teacher else [])):
         check_rectifiable(trained.config.objective)

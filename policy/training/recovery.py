@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -196,7 +197,9 @@ def recoveries_in(history: Sequence[Mapping[str, float]]) -> Recoveries:
     """
     for entry in reversed(history):
         if numbers := [
-            Recovery(name.removeprefix(CORRECTED), share) for name, share in entry.items() if name.startswith(CORRECTED)
+            Recovery(name.removeprefix(CORRECTED), share)
+            for name, share in entry.items()
+            if name.startswith(CORRECTED) and math.isfinite(share)
         ]:
             return Recoveries(numbers, entry.get(STALLED))
     return Recoveries()

@@ -10,7 +10,7 @@ import torch
 
 from policy import Sampler
 from policy.diffusion.coefficients import reverse_process
-from policy.diffusion.ddim import SPACINGS, ddim_timesteps
+from policy.diffusion.ddim import SPACINGS, ddim_sample, ddim_timesteps
 from policy.diffusion.schedule import PREDICTION_TYPES
 from policy.inference.backends import BACKENDS, PLAIN_BACKEND, compile_sampler
 from policy.inference.runners import Compiled
@@ -119,6 +119,16 @@ def test_a_network_that_sees_an_estimate_of_the_chunk_samples_as_ddim_step_does(
     given = inputs(policy, sampler)
     actions, plain = (shared_program(one, sampler, backend=backend)(*given) for one in (policy, shared_policy()))
     assert difference(policy, actions, plain) > 0.05
+
+
+def test_the_public_sampler_shows_the_estimate_to_the_network_of_such_a_schedule():
+    policy = shared_policy(sigma_data=0.5)
+    observations, noise, _ = inputs(policy, Sampler())
+    embedding = policy.embed(observations)
+    given = {"schedule": policy.schedule, "ddim_steps": 4, "prediction_type": "sample"}
+    chunk = ddim_sample(policy.denoiser, embedding, noise, **given)
+    expected = policy.sample_actions(observations, ddim_steps=4, noise=noise)
+    assert difference(policy, policy.action_normalizer.unnormalize(chunk), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])

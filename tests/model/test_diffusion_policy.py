@@ -618,8 +618,10 @@ def test_weights_without_statistics_do_not_load(key):
             {"loss_weighting": "min_snr", "schedule": {"zero_terminal_snr": True}},
             "loss_weighting=min_snr gives no weight to the last timestep",
         ),
-        ({"sigma_data": 0.0}, "sigma_data must be a number above 0, or null; got 0.0"),
-        ({"sigma_data": math.nan}, "sigma_data must be a number above 0, or null; got nan"),
+        *(
+            ({"sigma_data": wrong}, r"sigma_data must be within 0.01..10.0")
+            for wrong in (0.0, -1.0, 1e-9, 1e200, math.nan)
+        ),
         ({"sigma_data": 0.5, "prediction_type": "v_prediction"}, "use prediction_type=sample; got .*=v_prediction"),
         ({"sigma_data": 0.5, "objective": "flow"}, "objective=flow has no sigma_data"),
         ({"sigma_data": 0.5, "schedule": {"zero_terminal_snr": True}}, "needs signal at every timestep"),

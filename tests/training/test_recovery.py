@@ -144,6 +144,10 @@ def test_what_is_hardly_corrected_comes_with_what_to_do():
     assert describe_recoveries({}, rollouts) == ""
 
 
+def test_what_could_not_be_measured_is_not_told():
+    assert describe_recoveries({}, [{"step": 1, "recovery/state[0]": float("nan")}]) == ""
+
+
 @pytest.mark.parametrize("stalls", [None, 0.25])
 def test_a_run_keeps_what_was_measured(stalls):
     found = Recoveries([Recovery("arm/state[0]", 0.62), Recovery("arm/state[5]", -0.1)], stalls)

@@ -163,13 +163,12 @@ def _measured(loaded: Checkpoint, dataset: Demonstrations) -> _Measured:
 
 def _show_errors(measured: _Measured, loaded: Checkpoint, folder: Path) -> None:
     """Write the errors, and draw those of held-out windows against their distances to training observations."""
-    files = [folder / "errors.json"]
-    write_text(files[0], json_text(measured.metrics(), indent=1))
+    files, metrics = [folder / "errors.json"], measured.metrics()
+    write_text(files[0], json_text(metrics, indent=1))
     held_out, near = measured.errors.held_out, measured.errors.neighbours
     if held_out and near:
         distances, errors = near.distances, np.sqrt(np.nanmean(held_out.averaged_chunk, axis=1))
         print(f"{'':<12} {describe_by_distance(distances, errors)}")
-        training_error = measured.metrics()[TRAINING]
         files.append(folder / "errors.png")
-        plot_errors(distances, errors, training_error, f"{printable(str(loaded.path))}, held-out episodes", files[1])
+        plot_errors(distances, errors, metrics[TRAINING], f"{printable(str(loaded.path))}, held-out episodes", files[1])
     print(f"files: {', '.join(map(str, files))}")

@@ -183,13 +183,9 @@ def panels_of(
     train, held_out = _points(history, "train/loss"), _points(history, "val/loss")
     losses = [
         Line(name="training, mean since the entry before", points=thinned(train), marked=False),
-        Line(name="held-out episodes", points=thinned(held_out), style=1, marked=len(held_out) < 50),
+        _measured("held-out episodes", held_out, style=1),
     ]
-    errors = [
-        Line(name=name, points=thinned(points), style=style, marked=len(points) < 50)
-        for style, (key, name) in enumerate(ERRORS.items())
-        for points in [_points(history, key)]
-    ]
+    errors = [_measured(name, _points(history, key), style) for style, (key, name) in enumerate(ERRORS.items())]
     solved = [
         Point(x=point.x, y=100 * point.y, low=100 * low, high=100 * high)
         for point in _points(history, "rollout/success_rate")
@@ -238,10 +234,13 @@ def _corrected(history: Sequence[Entry]) -> list[Line]:
     names = dict.fromkeys(name for entry in history for name in entry if name.startswith(CORRECTED))
     found = {name: [Point(x=p.x, y=100 * p.y) for p in points] for name in names if (points := _points(history, name))}
     least = sorted(found, key=lambda name: found[name][-1].y)[:STYLES]
-    return [
-        Line(name=name.removeprefix(CORRECTED), points=points, style=style, marked=len(points) < 50)
-        for style, (name, points) in enumerate((name, points) for name, points in found.items() if name in least)
-    ]
+    shown = [name for name in found if name in least]
+    return [_measured(name.removeprefix(CORRECTED), found[name], style) for style, name in enumerate(shown)]
+
+
+def _measured(name: str, points: Sequence[Point], style: int) -> Line:
+    """A line of measurements, which are marked where they are few."""
+    return Line(name=name, points=thinned(points), style=style, marked=len(points) < 50)
 
 
 def _newest(history: Sequence[Entry]) -> dict[str, str]:

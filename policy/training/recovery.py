@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,8 +90,12 @@ class RecoveryMeter:
     """
 
     def __init__(self, config: PolicyConfig, training: Windows, sampler: Sampler) -> None:
-        self._sampler = sampler
-        self._found = looked_at(config, training)
+        self._config, self._training, self._sampler = config, training, sampler
+
+    @cached_property
+    def _found(self) -> tuple[Windows, Corrections] | None:
+        """What is looked at; found with the first measurement, before which a trial of `recipe=auto` may end."""
+        return looked_at(self._config, self._training)
 
     def measure(self, policy: DiffusionPolicy) -> Recoveries:
         """Measure a policy.

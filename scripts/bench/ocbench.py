@@ -144,7 +144,7 @@ def why(found: Mapping[str, Any], results: Sequence[EpisodeResult]) -> str:
 
     >>> failed = [EpisodeResult(seed=0, success=False, score=0.0, return_=0.0, steps=200)]
     >>> found = {"demonstrations": 200, "failed_attempts": 1, "mean_steps": 69.0, "limit": 200, "dead_ends": 0}
-    >>> why({**found, "train_loss": 0.02, "val_loss": 0.05}, failed)
+    >>> why({**found, "train_loss": 0.02, "val_loss": 0.05, "corrected": {}}, failed)
     'over-fitted: the loss on held-out demonstrations is 2.5 times that on training ones'
     >>> why({**found, "val_loss": None, "corrected": {"state[0]": 0.62, "state[5]": 0.03}}, failed)
     'hardly corrects an error of state[5]'
@@ -155,7 +155,7 @@ def why(found: Mapping[str, Any], results: Sequence[EpisodeResult]) -> str:
     ratio = found["val_loss"] / found["train_loss"] if found["val_loss"] else 0.0
     attempts = found["demonstrations"] + found["failed_attempts"]
     share = found["mean_steps"] / found["limit"]
-    hardly = [name for name, corrected in found.get("corrected", {}).items() if corrected < HARDLY]
+    hardly = [name for name, corrected in found["corrected"].items() if corrected < HARDLY]
     reasons = {
         f"over-fitted: the loss on held-out demonstrations is {ratio:.1f} times that on training ones": (
             ratio >= OVER_FITTED

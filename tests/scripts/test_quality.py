@@ -364,7 +364,8 @@ def test_the_rows_of_a_finished_training_are_read_as_done(tmp_path, monkeypatch,
 
 
 def test_the_reasons_of_a_failure_follow_from_its_figures():
-    found = {"demonstrations": 80, "failed_attempts": 20, "mean_steps": 80.0, "limit": 100, "dead_ends": 200}
+    found = {"demonstrations": 80, "failed_attempts": 20, "mean_steps": 80.0, "limit": 100}
+    found |= {"dead_ends": 200, "corrected": {"state[0]": 0.5}}
     plain = {**found, "failed_attempts": 0, "mean_steps": 50.0, "dead_ends": 0, "train_loss": 1.0, "val_loss": None}
     assert why(plain, results(190)) == ""
     assert why(plain, results(0)) == "none of the known reasons"

@@ -142,15 +142,15 @@ class Task:
         """Build the parts that the settings describe, the dataset last, and call the function."""
         function = load(self.target)
         built = {name: _build(name, value) for name, value in settings.items() if name != "dataset"}
+        for name, target in self.inline.items():
+            fields = declaration_of(target).signature.parameters
+            built[name] = {key: built.pop(key) for key in fields if key in built}
         if self.check_first:
             check = load(self.check_first)
             takes = inspect.signature(check).parameters.keys() & built.keys()
             check(**check_arguments(self.name, check, {name: built[name] for name in takes}, prefix=""))
         if "dataset" in settings:
             built["dataset"] = _build("dataset", settings["dataset"])
-        for name, target in self.inline.items():
-            fields = declaration_of(target).signature.parameters
-            built[name] = {key: built.pop(key) for key in fields if key in built}
         if "make_env" in self.declaration.signature.parameters:
             function = functools.partial(function, make_env)
         function(**check_arguments(self.name, function, built, prefix=""))

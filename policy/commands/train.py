@@ -127,6 +127,7 @@ def train_policy(
     """
     check_start(
         train=train,
+        policy=policy,
         init=init,
         init_normalizers=init_normalizers,
         teacher=teacher,

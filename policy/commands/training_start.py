@@ -29,6 +29,7 @@ from policy.training.start import config_for, config_from, config_of_student, fi
 def check_start(
     *,
     train: TrainSettings,
+    policy: Mapping[str, Any] | None = None,
     init: Path | None = None,
     init_normalizers: Literal["keep", "refit"] = "keep",
     teacher: Path | None = None,
@@ -36,10 +37,11 @@ def check_start(
     recipe: RecipeSettings | None = None,
     sampler: partial[Sampler] | None = None,
 ) -> None:
-    """Check the settings of the sampler, and of which policy a run starts from, before demonstrations are read.
+    """Check the settings of the policy, the sampler and what a run starts from, before demonstrations are read.
 
     Args:
         train: settings of the training.
+        policy: see `train_policy`.
         init: see `train_policy`.
         init_normalizers: see `train_policy`.
         teacher: see `train_policy`.
@@ -82,6 +84,8 @@ def check_start(
     if init_normalizers == "refit":
         _check_refit(train, init)
     path = init or teacher
+    if not path:
+        PolicySettings(**(policy or {}))  # raises where settings do not fit each other
     if path and not (output_dir and is_checkpoint(newest_in(output_dir))):
         digest_of(path)
 

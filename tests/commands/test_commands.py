@@ -326,6 +326,14 @@ BAD_INPUT = {
     "no environment": (["collect"], ["env is missing", "metaworld"]),
     "dataset there": (["collect", "env=planar", "output_dir={run}"], ["is there already"]),
     "prediction type": (["train", DATASET, "prediction_type=noise"], ["epsilon, sample, v_prediction"]),
+    "a setting that the objective has not": (
+        ["train", "dataset.path={here}/none", "objective=flow", "sigma_data=0.5"],
+        ["objective=flow has no sigma_data"],
+    ),
+    "noise that the network cannot see": (
+        ["train", "dataset.path={here}/none", "prediction_type=epsilon", "sigma_data=0.5"],
+        ["prediction_type=sample", "got prediction_type=epsilon"],
+    ),
     "recipe budget": (["train", DATASET, "recipe=auto", "recipe.budget=30"], ["recipe.budget takes a time", "30min"]),
     "unknown recipe": (["train", DATASET, "recipe=auto", "recipe.candidates=[unett]"], ["'unett'", "'unet'"]),
     "recipe of a checkpoint": (

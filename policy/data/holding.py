@@ -13,7 +13,7 @@ from policy.data.relations import Relations, angles, wrapped
 from policy.data.windows import UNMARKED
 
 # In this first part of each episode, hardly anything but the robot has moved yet. A shorter one recognises more
-# motions of other things, and policies succeeded less often (docs/experiments.md).
+# motions of other things, and policies succeeded less often (docs/experiments/copies.md).
 EARLY = 0.2
 # Anything else is at rest where it changes by less than this share of its usual change, the root mean square, or by
 # less than twice what it trembles. That is a quantile of its changes: of those in the first part of the episodes, and,

@@ -17,7 +17,7 @@ from policy.statistics.simultaneous import compare_means_with_best
 JOURNAL = "recipe.json"
 CONFIDENCE = 0.95
 # Where there are rollouts, the error alone drops a recipe only if it is surely more than so many times the least one:
-# in the OCBench table of docs/experiments.md, a recipe with twice the error of another succeeds three times as often.
+# in the table of docs/experiments/one_cube.md, a recipe with twice the error of another succeeds three times as often.
 FAR = 3.0
 # A difference of errors, and its interval.
 Difference = tuple[float, float, float]

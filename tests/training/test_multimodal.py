@@ -34,7 +34,8 @@ CONFIG = PolicyConfig(
 LARGER_SETTINGS = dataclasses.replace(SETTINGS, steps=500, batch_size=128, warmup_steps=50, ema_decay=0.99)
 LARGER_CONFIG = dataclasses.replace(CONFIG, obs_size=287, encoder={"name": "state", "hidden_size": 128})
 # The success that each network must exceed at its default size, and its learning rate. The encoder-decoder transformer
-# tells the sides apart less sharply (docs/experiments.md): over 200 episodes it has 80 %, the others 99.5 to 100 %.
+# tells the sides apart less sharply: over 200 episodes it has 80 %, the others 99.5 to 100 %; see
+# docs/experiments/planar.md.
 LEARNED = dict.fromkeys(sorted(DENOISERS), (0.9, 2e-3)) | {"encoder_decoder": (0.6, 1e-3)}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from policy.common.registry import Registry, check_spec
 from policy.data.relations import Relations
 from policy.diffusion.objective import DEFAULT_OBJECTIVE
+from policy.model.config import PolicySettings
 from policy.model.denoisers import DENOISERS
 from policy.model.encoders import ENCODERS
 from policy.training.recovery import NOISE, WEIGHTS
@@ -26,22 +27,23 @@ _SMALL: dict[str, Any] = {
     "encoder.hidden_size": 128,
     "encoder.dropout": 0.1,
 }
-_CORRECTIVE: dict[str, Any] = {f"train.{name}": value for name, value in {**NOISE, **WEIGHTS}.items()}
+_NOISE_AND_WEIGHTS: dict[str, Any] = {f"train.{name}": value for name, value in {**NOISE, **WEIGHTS}.items()}
+_CORRECTIVE: dict[str, Any] = {
+    **_RELATIONS,
+    "denoiser.dropout": 0.1,
+    "encoder.dropout": 0.1,
+    **_NOISE_AND_WEIGHTS,
+}
 # Each recipe: settings, as on the command line, that replace those of the command line or the preset. Where
 # the budget is too small for all, those that are as fast as others are left out from the end.
 CANDIDATES: dict[str, dict[str, Any]] = {
     AS_GIVEN: {},
-    "few_demonstrations": {**_RELATIONS, **_SMALL, **_CORRECTIVE},
+    "few_demonstrations": {**_RELATIONS, **_SMALL, **_NOISE_AND_WEIGHTS},
     "relations": _RELATIONS,
     "dropout": {"denoiser.dropout": 0.1},
-    "corrective": {
-        **_RELATIONS,
-        "denoiser.dropout": 0.1,
-        "encoder.dropout": 0.1,
-        **_CORRECTIVE,
-    },
+    "corrective": _CORRECTIVE,
     "regularised": {"denoiser.dropout": 0.3, "encoder.noise": 0.02, "train.weight_decay": 0.1},
-    "velocity": {"prediction_type": "v_prediction", "denoiser.dropout": 0.1},
+    "estimate": {**_CORRECTIVE, "sigma_data": 0.5},
     "narrow": {"denoiser.hidden_size": 128, "denoiser.num_layers": 3, "encoder.noise": 0.02},
     "longer_history": {"obs_horizon": 4, "denoiser.dropout": 0.3, "encoder.noise": 0.02},
     "unet": {"denoiser": "unet", "encoder.noise": 0.02},
@@ -51,6 +53,8 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 FIND_DIFFERENCES = "find_differences"
 # This one needs actions that are displacements.
 CORRECTIVE_NOISE = "train.corrective_noise"
+# With this one the network does not see the noise.
+SIGMA_DATA = "sigma_data"
 # The parts of a policy whose settings depend on which one is chosen.
 PARTS: dict[str, Registry[Any]] = {"encoder": ENCODERS, "denoiser": DENOISERS}
 
@@ -110,7 +114,9 @@ def candidates_for(
     for name in names or CANDIDATES:
         keeping = {setting: _keeping(setting, keep) for setting in CANDIDATES[name]}
         changes = {setting: value for setting, value in CANDIDATES[name].items() if not keeping[setting]}
-        changes = {setting: changes[setting] for setting in changes if _exists(setting, changes, policy, allowed)}
+        changes = {
+            setting: changes[setting] for setting in changes if _exists(setting, changes, policy, train, allowed)
+        }
         settings = {setting: value for setting, value in changes.items() if setting != FIND_DIFFERENCES}
         settings |= allowed.relations if FIND_DIFFERENCES in changes else {}
         candidate = Candidate(
@@ -140,15 +146,15 @@ def _keeping(setting: str, keep: Sequence[str]) -> list[str]:
     ]
 
 
-def _exists(setting: str, changes: Mapping[str, Any], policy: Policy, allowed: Allowed) -> bool:
+def _exists(setting: str, changes: Mapping[str, Any], policy: Policy, train: TrainSettings, allowed: Allowed) -> bool:
     """Whether what is chosen, or the part that the recipe chooses, has this setting, and the data what it looks for."""
     if setting == FIND_DIFFERENCES:
         return bool(allowed.relations)
     if setting == CORRECTIVE_NOISE:
         return allowed.corrections
+    if setting == SIGMA_DATA:
+        return not _needs_the_noise(policy, train)
     part, _, name = setting.partition(".")
-    if setting == "prediction_type":
-        return policy.get("objective", DEFAULT_OBJECTIVE) == DEFAULT_OBJECTIVE and policy.get("sigma_data") is None
     if part not in PARTS or not name:
         return True
     try:
@@ -156,6 +162,17 @@ def _exists(setting: str, changes: Mapping[str, Any], policy: Policy, allowed: A
     except ValueError:
         return False
     return True
+
+
+def _needs_the_noise(policy: Policy, train: TrainSettings) -> bool:
+    """Whether the network must see the noise: to predict it, or to learn which chunk belongs to it."""
+    settings = PolicySettings(**policy)
+    return bool(
+        settings.objective != DEFAULT_OBJECTIVE
+        or settings.prediction_type != "sample"
+        or settings.schedule.get("zero_terminal_snr")
+        or train.rectify_steps
+    )
 
 
 def _part(part: str, policy: Policy) -> dict[str, Any]:

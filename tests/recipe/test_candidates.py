@@ -13,9 +13,9 @@ POLICY = {"encoder": {"name": "state"}, "denoiser": {"name": "modulated_mlp"}}
 RELATIONS = {"differences": ((0, 1),), "direction_differences": ()}
 
 
-def chosen(keep=(), policy=POLICY, names=(), relations=RELATIONS, corrections=True):
+def chosen(keep=(), policy=POLICY, names=(), relations=RELATIONS, corrections=True, train=None):
     allowed = Allowed(relations=relations, corrections=corrections)
-    found, fallen = candidates_for(names, keep, policy, TrainSettings(), allowed)
+    found, fallen = candidates_for(names, keep, policy, train or TrainSettings(), allowed)
     return {candidate.name: candidate for candidate in found}, fallen
 
 
@@ -55,12 +55,22 @@ def test_a_setting_that_the_chosen_part_does_not_have_is_left_out():
     assert all(candidate.policy["encoder"] == {"name": "concatenate"} for candidate in found.values())
 
 
-@pytest.mark.parametrize("given", [{"objective": "flow"}, {"sigma_data": 0.5}])
-def test_a_setting_that_the_objective_or_the_networks_input_rules_out_is_left_out(given):
-    found, _ = chosen(policy={**POLICY, **given})
-    assert "velocity" not in found  # what is left of it is the recipe "dropout"
+@pytest.mark.parametrize(
+    ("given", "train"),
+    [
+        ({"objective": "flow"}, {}),
+        ({"prediction_type": "epsilon"}, {}),
+        ({"schedule": {"zero_terminal_snr": True}}, {}),
+        ({}, {"rectify_steps": 10}),
+    ],
+)
+def test_the_noise_is_hidden_only_from_networks_that_can_do_without_it(given, train):
+    found, fallen = chosen(policy={**POLICY, **given}, train=TrainSettings(**train))
+    assert fallen == {"estimate": "with your settings, so that it is the same as corrective"}
     for candidate in found.values():
-        PolicyConfig(observation_shapes={"state": (3,)}, action_dim=2, **candidate.policy)
+        DiffusionPolicy(PolicyConfig(observation_shapes={"state": (3,)}, action_dim=2, **candidate.policy))
+    assert chosen()[0]["estimate"].policy["sigma_data"] == 0.5
+    assert "sigma_data" not in chosen()[0]["corrective"].policy
 
 
 def test_the_settings_of_a_part_that_is_replaced_do_not_stay():

@@ -93,10 +93,14 @@ def _introduce(folder: Path, settings: Mapping[str, Any], setting: str) -> None:
     file = folder / SETTINGS
     if not file.exists():
         write_text(file, json_text(dict(settings)))
-    elif json.loads(file.read_text(encoding="utf-8")) != settings:
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    names = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
+    if names:
+        differing = ", ".join(f"{name}={before.get(name)}, now {settings.get(name)}" for name in names)
         raise ValueError(
-            f"{folder} holds the episodes of a command with other settings that was interrupted: give that one again,"
-            f" choose another {setting}=, or remove that folder"
+            f"{folder} holds the episodes of a command with other settings that was interrupted ({differing}): give"
+            f" that one again, choose another {setting}=, or remove that folder"
         )
 
 

@@ -36,7 +36,7 @@ def test_an_interrupted_collection_goes_on_and_ends_like_an_undisturbed_one(tmp_
         collect(env=PLANAR, episodes=5, noise=0.3, output_dir=tmp_path / "cut")
     monkeypatch.undo()
     assert sorted(file.name for file in (tmp_path / "cut").iterdir()) == [".planar-v0"]
-    with pytest.raises(ValueError, match="a command with other settings that was interrupted: give that one again"):
+    with pytest.raises(ValueError, match=r"other settings that was interrupted \(noise=0\.3, now 0\.2\)"):
         collect(env=PLANAR, episodes=5, noise=0.2, output_dir=tmp_path / "cut")
     collect(env=PLANAR, episodes=5, noise=0.3, output_dir=tmp_path / "cut")
     assert "2 of 5 demonstrations are on disk already" in capsys.readouterr().out

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from policy.diffusion.sampler import Sampler
 from policy.sweep.comparison import Advice
-from policy.sweep.grid import Row, below_margin, costs_of, has_recipes, label_of
+from policy.sweep.grid import AXES, Row, below_margin, costs_of, has_recipes, label_of
 from policy.sweep.panels import count_of, stopped_early
 
 
@@ -18,13 +19,45 @@ def facts_of(rows: Sequence[Row], advice: Advice, *, paired: bool = True) -> dic
         paired: whether all cells ran the same episodes.
 
     Returns:
-        `how sure`, `episodes` and `what would change it`.
+        `how sure`, `episodes` and `what would change it`, and what to try where there is something, see `what_to_try`.
     """
     if below_margin(rows, advice.margin):
         sure, change = "Nothing is recommended.", "A better policy, more episodes, or a smaller margin."
     else:
         sure, change = _how_sure(advice, has_recipes(rows)), _change(rows, advice)
-    return {"how sure": sure, "episodes": _episodes(rows, paired=paired), "what would change it": change}
+    facts = {"how sure": sure, "episodes": _episodes(rows, paired=paired), "what would change it": change}
+    return {**facts, **({"what to try": hint} if (hint := what_to_try(rows, advice)) else {})}
+
+
+def what_to_try(rows: Sequence[Row], advice: Advice) -> str:
+    """What may help where more denoising steps solve fewer episodes; empty where that is not shown.
+
+    With one step, a chunk is nearly the mean of what demonstrators do, whatever noise it begins from. With more, the
+    noise chooses among their ways, and what they do at random is repeated. Less noise keeps nearer to the mean.
+
+    Args:
+        rows: one per cell, with its difference to the best cell.
+        advice: the recommendation.
+    """
+    best = rows[advice.best]
+    alike = [axis for axis in AXES if axis != "ddim_steps"]
+    worse = [
+        row
+        for row in rows
+        if row["ddim_steps"] > best["ddim_steps"]
+        and row["difference_high"] < 0
+        and all(row.get(axis) == best.get(axis) for axis in alike)
+    ]
+    noises = {row.get("noise_scale", Sampler.noise_scale) for row in rows}
+    if not worse or len(noises) > 1 or 0 in noises:
+        return ""
+    least = min(worse, key=lambda row: row["difference"])
+    points, low, high = (-100 * least[key] for key in ("difference", "difference_high", "difference_low"))
+    return (
+        f"{label_of(rows, least)} is {points:.1f} points below {label_of(rows, best)} ({low:.1f} to {high:.1f}): with"
+        " more steps, a chunk repeats more of what demonstrators do at random. Less noise to begin from may help: add"
+        " sampler.noise_scale=[0,1] to the sweep"
+    )
 
 
 def _how_sure(advice: Advice, over_seeds: bool) -> str:

@@ -128,6 +128,24 @@ def test_where_no_cell_reaches_the_margin_none_is_recommended(solved, said):
     assert facts["what would change it"] == "A better policy, more episodes, or a smaller margin."
 
 
+def test_where_more_steps_solve_fewer_episodes_less_noise_is_what_to_try():
+    outcomes = [[True] * 180 + [False] * 20, [True] * 178 + [False] * 22, [True] * 120 + [False] * 80]
+    rows = [row(1, 0.9), row(2, 0.89), row(8, 0.6)]
+
+    def hint(rows, outcomes=outcomes):
+        concluded = conclude(swept_of(*rows, outcomes=outcomes), margin=0.05)
+        facts = facts_of([{**r, "episodes": 200} for r in concluded.rows], concluded.advice)
+        return facts.get("what to try", "")
+
+    assert re.match(r"ddim_steps 8 is 30\.0 points below ddim_steps 1 \(\d+\.\d to \d+\.\d\): ", hint(rows))
+    assert "sampler.noise_scale=[0,1]" in hint(rows)
+    assert not hint(rows, outcomes[::-1])  # more steps are better
+    assert not hint(rows[:2], outcomes[:2])  # not shown
+    assert not hint([{**r, "noise_scale": scale} for r, scale in zip(rows, (0, 1, 1), strict=True)])
+    assert not hint([{**r, "noise_scale": 0} for r in rows])
+    assert not hint([{**r, "execution_horizon": r["ddim_steps"]} for r in rows])  # another cause is possible
+
+
 def test_a_cell_that_reaches_the_margin_can_be_recommended():
     outcomes = [[False] * 200, [True] * 10 + [False] * 190]
     once = conclude(swept_of(row(1, 0.0), row(8, 0.05), outcomes=outcomes), margin=0.05)

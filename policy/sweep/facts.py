@@ -56,7 +56,7 @@ def what_to_try(rows: Sequence[Row], advice: Advice) -> str:
     return (
         f"{label_of(rows, least)} is {points:.1f} points below {label_of(rows, best)} ({low:.1f} to {high:.1f}): with"
         " more steps, a chunk repeats more of what demonstrators do at random. Less noise to begin from may help: add"
-        " sampler.noise_scale=[0,1] to the sweep"
+        " sampler.noise_scale=[0,1] to the sweep."
     )
 
 

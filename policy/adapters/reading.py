@@ -13,6 +13,7 @@ from policy.adapters.diffusion_policy import read_diffusion_policy
 from policy.adapters.imported import Imported
 from policy.adapters.lerobot import ADAPTER, CONFIG, LEROBOT_FILES, WEIGHTS, read_lerobot
 from policy.checkpoint.files import CHECKSUMS, refusing
+from policy.common.arguments import at_home
 
 # Owner and name of a repository, as the Hub allows them.
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -45,7 +46,7 @@ def read_source(source: str, *, average: bool = True) -> Imported:
     Raises:
         ValueError: there is no such source, it is something else, or it has parts that cannot be imported.
     """
-    path = Path(source).expanduser()
+    path = at_home("source", source)
     with refusing(path):
         if path.is_file():
             _refuse_other_files(path)

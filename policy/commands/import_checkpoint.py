@@ -16,6 +16,7 @@ from policy.adapters.parity import Comparison, compare, read_reference
 from policy.adapters.reading import read_source
 from policy.checkpoint.files import TRAINING_RECORD, is_checkpoint, open_folder, replacing
 from policy.checkpoint.writing import write_policy
+from policy.common.arguments import at_home
 from policy.common.errors import ParityError
 from policy.common.markdown import markdown_table
 from policy.common.next_line import next_line
@@ -132,7 +133,7 @@ def _write(
         "imported": {
             "project": imported.project,
             # The rest of a path on this machine is private; the name of a repository is not.
-            "source": Path(source).name if Path(source).expanduser().exists() else source,
+            "source": Path(source).name if at_home("source", source).exists() else source,
             **imported.found,
         }
     }

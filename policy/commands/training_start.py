@@ -69,6 +69,21 @@ def check_start(
         )
     if recipe and output_dir:
         check_folder(output_dir.expanduser())
+    _check_ways(train, init, teacher)
+    if init_normalizers == "refit":
+        _check_refit(train, init)
+    path = init or teacher
+    if not path:
+        PolicySettings(**(policy or {}))  # raises where settings do not fit each other
+    elif not (output_dir and is_checkpoint(newest_in(output_dir))):
+        try:
+            digest_of(path)
+        except ValueError as error:
+            raise ValueError(f"{'init' if init else 'teacher'}={path}: {error}") from error
+
+
+def _check_ways(train: TrainSettings, init: Path | None, teacher: Path | None) -> None:
+    """Refuse ways to start that contradict each other, or that begin from nothing."""
     if init and teacher:
         raise ValueError(
             f"init={init} and teacher={teacher} are two ways to start: init= keeps the checkpoint's network, teacher="
@@ -81,13 +96,6 @@ def check_start(
             f"teacher= trains on the teacher's chunks alone: add train.steps=0 train.rectify_steps=N; got"
             f" train.steps={train.steps}"
         )
-    if init_normalizers == "refit":
-        _check_refit(train, init)
-    path = init or teacher
-    if not path:
-        PolicySettings(**(policy or {}))  # raises where settings do not fit each other
-    if path and not (output_dir and is_checkpoint(newest_in(output_dir))):
-        digest_of(path)
 
 
 def _check_refit(train: TrainSettings, init: Path | None) -> None:

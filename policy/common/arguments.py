@@ -108,7 +108,7 @@ def _check_type(name: str, hint: Any, value: Any) -> Any:
     if isinstance(value, bool) and not isinstance(checked, bool):
         raise ValueError(f"{name} should be {getattr(hint, '__name__', hint)}; got {value!r}")
     _check_numbers(name, checked)
-    return _at_home(checked)
+    return _at_home(name, checked)
 
 
 def _items(hint: Any) -> str:
@@ -117,11 +117,29 @@ def _items(hint: Any) -> str:
     return _ITEMS.get(typing.get_args(lists[0])[0], "values") if lists else ""
 
 
-def _at_home(value: Any) -> Any:
+def _at_home(name: str, value: Any) -> Any:
     """Replace the `~` of paths by the user's folder, also inside lists."""
     if isinstance(value, Path):
-        return type(value)(os.path.expanduser(value))
-    return [_at_home(part) for part in value] if isinstance(value, list) else value
+        return at_home(name, value)
+    return [_at_home(name, part) for part in value] if isinstance(value, list) else value
+
+
+def at_home(name: str, path: str | Path) -> Path:
+    """Replace the `~` or `~user` that a path begins with by that user's folder.
+
+    Args:
+        name: the setting that gives the path, for the message.
+        path: the path.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    expanded = os.path.expanduser(path)
+    if Path(expanded).parts[:1] == Path(path).parts[:1] and expanded.startswith("~"):
+        raise ValueError(
+            f"{name}={path} begins with the home folder of a user that this machine does not have: give the full path"
+        )
+    return Path(expanded)
 
 
 def _check_numbers(name: str, value: Any) -> None:

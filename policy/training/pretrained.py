@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from policy.common.arguments import at_home
 
 
 def read_weights(file: str) -> dict[str, Tensor]:
@@ -21,7 +21,7 @@ def read_weights(file: str) -> dict[str, Tensor]:
     Raises:
         ValueError: there is no such file, or it holds something else.
     """
-    path = Path(file).expanduser()
+    path = at_home("encoder.pretrained", file)
     try:
         found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # both readers raise many types

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import pytest
 
-from policy.common.arguments import check_arguments, unknown_name
+from policy.common.arguments import at_home, check_arguments, unknown_name
 from policy.diffusion.sampler import Sampler
 from policy.diffusion.schedule import make_schedule
+from policy.training.pretrained import read_weights
 
 
 @dataclass(kw_only=True)
@@ -140,3 +141,18 @@ def test_arguments_that_are_not_given_by_name_are_not_taken_for_names(given):
 def test_what_is_no_choice_gets_all_choices(value):
     with pytest.raises(ValueError, match=rf"unknown value of part\.kind '{value}'.*; allowed: a, b$"):
         check_arguments("part", Part, {"kind": value})
+
+
+def test_the_home_folder_of_nobody_is_refused_and_ones_own_is_filled_in(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert at_home("folder", "~/runs") == tmp_path / "runs"
+    assert at_home("folder", Path("~")) == tmp_path
+    assert at_home("folder", "runs/~old") == Path("runs/~old")
+    for name in ("~nobody_here", "~nobody_here/runs"):
+        with pytest.raises(ValueError, match=rf"folder={name} begins with the home folder of a user .*full path"):
+            at_home("folder", name)
+
+
+def test_weights_in_the_home_folder_of_nobody_are_refused():
+    with pytest.raises(ValueError, match=r"encoder\.pretrained=~nobody_here/a.pth begins"):
+        read_weights("~nobody_here/a.pth")

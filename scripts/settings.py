@@ -144,7 +144,8 @@ class Task:
         built = {name: _build(name, value) for name, value in settings.items() if name != "dataset"}
         for name, target in self.inline.items():
             fields = declaration_of(target).signature.parameters
-            built[name] = {key: built.pop(key) for key in fields if key in built}
+            given = {key: built.pop(key) for key in fields if key in built}
+            built[name] = check_arguments(self.name, target, given, prefix="")
         if self.check_first:
             check = load(self.check_first)
             takes = inspect.signature(check).parameters.keys() & built.keys()

@@ -31,7 +31,7 @@ from policy.checkpoint.files import (
     read_tensors,
     refusing,
 )
-from policy.common.arguments import check_arguments
+from policy.common.arguments import at_home, check_arguments
 from policy.common.registry import Registry
 from policy.diffusion.coefficients import SOLVERS
 from policy.diffusion.objective import DEFAULT_OBJECTIVE
@@ -134,7 +134,7 @@ def load_checkpoint(folder: Path | str, device: str = "cpu", *, root: Path | Non
         ValueError: there is no checkpoint, it is damaged, it was written by a newer version, or it needs a plugin
             that is not loaded.
     """
-    path = Path(folder).expanduser()
+    path = at_home("checkpoint", folder)
     for _ in range(MOST_READINGS):
         before = _identity(path)
         try:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from policy.commands.stage import Stage
 from policy.data.minari_writer import check_absent, write_minari
 from policy.data.recording import episode_file, read_episode, unfinished_recording
-from policy.rollout.ledger import Ledger
+from policy.rollout.ledger import Ledger, cell_id
 from policy.rollout.recording import Recording, RolledOut
 from policy.rollout.watch import helpers_ended, watched
 from policy.statistics.results import EpisodeResult
@@ -78,7 +79,9 @@ def record_settings(record: Path | None, successes: bool, output_dir: Path | Non
 
 
 @contextmanager
-def recorded_as(settings: RecordSettings | None, stage: Stage, cell: str, ledger: Ledger) -> Iterator[Stage]:
+def recorded_as(
+    settings: RecordSettings | None, stage: Stage, of_cell: Mapping[str, Any], ledger: Ledger
+) -> Iterator[Stage]:
     """Record the episodes that run inside, and write the dataset when all have run.
 
     Until then they are in a hidden folder beside the dataset's; an interrupted rollout goes on with them.
@@ -86,7 +89,7 @@ def recorded_as(settings: RecordSettings | None, stage: Stage, cell: str, ledger
     Args:
         settings: None to record nothing.
         stage: of the rollout.
-        cell: its cell's id.
+        of_cell: its cell's settings.
         ledger: of the rollout.
 
     Yields:
@@ -98,8 +101,8 @@ def recorded_as(settings: RecordSettings | None, stage: Stage, cell: str, ledger
     if settings is None:
         yield stage
         return
-    unfinished = settings.folder.with_name(f".{settings.folder.name}")
-    with unfinished_recording(unfinished, {"cell": cell}, SETTING):
+    unfinished, cell = settings.folder.with_name(f".{settings.folder.name}"), cell_id(of_cell)
+    with unfinished_recording(unfinished, of_cell, SETTING):
         _check_recorded(settings, unfinished, stage, cell, ledger)
         yield dataclasses.replace(stage, make_env=Recording(stage.make_env, unfinished))
         wanted = [result for result in ledger.results(cell, stage.seeds) if settings.wants(result)]

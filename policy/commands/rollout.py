@@ -140,7 +140,7 @@ def roll_out(
         mixed = [] if driver else settle_provenance(stage, [recorded], ledger, missing=missing, mix=mix)
         tracking = tracker(folder=folder, config={"checkpoint": str(checkpoint), "env": stage.env})
         if driver is None:
-            with recorded_as(dataset, stage, cell_id(recorded.settings), ledger) as recording:
+            with recorded_as(dataset, stage, recorded.settings, ledger) as recording:
                 results = _as_fast_as_possible(recorded, ledger, recording, num_envs, on_env_error)
         else:
             results = _against_the_clock(driver, stage, folder, on_env_error)

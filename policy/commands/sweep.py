@@ -30,7 +30,7 @@ from policy.rollout.video import record_videos
 from policy.rollout.watch import ENV_PATIENCE, helpers_ended, watched
 from policy.statistics.results import EpisodeResult
 from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, telling_seeds, title_of
-from policy.sweep.facts import facts_of, what_to_try
+from policy.sweep.facts import facts_of
 from policy.sweep.grid import (
     Row,
     SweepCell,
@@ -311,7 +311,7 @@ def publish(
     if together := shared(rows):
         print(f"every cell: {together}")
     between = [*(one["sentence"] for one in conclusion.between), conclusion.scope] if conclusion.between else []
-    print("\n".join(filter(None, [conclusion.answer, what_to_try(rows, advice), *between])))
+    print("\n".join(filter(None, [conclusion.answer, conclusion.hint, *between])))
     for warning in conclusion.found:  # the others were given before the run
         print(f"warning: {warning}")
     clips = record(conclusion.shown)

@@ -12,15 +12,16 @@ from policy.checkpoint import Checkpoint, digest_of, is_checkpoint, load_checkpo
 from policy.commands.record import newest_in
 from policy.common.progress import say
 from policy.common.torchrun import joined_world
-from policy.control.timeline import EXECUTION_HORIZON
+from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
 from policy.data.demonstrations import Demonstrations
 from policy.data.relations import Relations, find_relations, number_names, state_vectors
 from policy.diffusion.sampler import Sampler
 from policy.model.config import PolicyConfig, PolicySettings
-from policy.model.diffusion_policy import DiffusionPolicy
+from policy.model.diffusion_policy import DiffusionPolicy, schedule_of
 from policy.recipe.search import check_folder
 from policy.recipe.settings import RecipeSettings
 from policy.training.phases import phases_of
+from policy.training.preparation import check_learns_pairs
 from policy.training.settings import TrainSettings
 from policy.training.share import check_shares
 from policy.training.start import config_for, config_from, config_of_student, fitting
@@ -36,6 +37,7 @@ def check_start(
     output_dir: Path | None = None,
     recipe: RecipeSettings | None = None,
     sampler: partial[Sampler] | None = None,
+    execution_horizon: int | None = None,
 ) -> None:
     """Check the settings of the policy, the sampler and what a run starts from, before demonstrations are read.
 
@@ -48,6 +50,7 @@ def check_start(
         output_dir: the run's folder; a run that goes on does not need the checkpoint that it began from.
         recipe: see `train_policy`.
         sampler: see `train_policy`.
+        execution_horizon: see `train_policy`.
 
     Raises:
         ValueError: settings that do not fit each other, or there is no such checkpoint; the message says what to do.
@@ -73,13 +76,26 @@ def check_start(
     if init_normalizers == "refit":
         _check_refit(train, init)
     path = init or teacher
-    if not path:
-        PolicySettings(**(policy or {}))  # raises where settings do not fit each other
-    elif not (output_dir and is_checkpoint(newest_in(output_dir))):
+    if not init:
+        _check_new_policy(PolicySettings(**(policy or {})), train, sampler, None if teacher else execution_horizon)
+    if path and not (output_dir and is_checkpoint(newest_in(output_dir))):
         try:
             digest_of(path)
         except ValueError as error:
             raise ValueError(f"{'init' if init else 'teacher'}={path}: {error}") from error
+
+
+def _check_new_policy(
+    settings: PolicySettings, train: TrainSettings, sampler: partial[Sampler] | None, execution_horizon: int | None
+) -> None:
+    """Refuse settings of a new policy that do not fit each other, its training or its rollouts."""
+    schedule, _ = schedule_of(settings)
+    if train.rectify_steps:
+        check_learns_pairs(settings)
+    if sampler:
+        sampler().settled(settings.objective, schedule.num_steps)
+    if execution_horizon is not None:
+        check_execution_horizon(execution_horizon, settings.action_horizon)
 
 
 def _check_ways(train: TrainSettings, init: Path | None, teacher: Path | None) -> None:

@@ -134,12 +134,14 @@ def at_home(name: str, path: str | Path) -> Path:
     Raises:
         ValueError: there is no such user.
     """
-    expanded = os.path.expanduser(path)
-    if Path(expanded).parts[:1] == Path(path).parts[:1] and expanded.startswith("~"):
-        raise ValueError(
-            f"{name}={path} begins with the home folder of a user that this machine does not have: give the full path"
-        )
-    return Path(expanded)
+    expanded = Path(os.path.expanduser(path))
+    if not str(expanded).startswith("~"):
+        return expanded
+    if expanded.exists():  # in the current folder, where `./~run` is the same as `~run`
+        return expanded.absolute()
+    raise ValueError(
+        f"{name}={path} begins with the home folder of a user that this machine does not have: give the full path"
+    )
 
 
 def _check_numbers(name: str, value: Any) -> None:

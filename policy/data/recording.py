@@ -94,14 +94,26 @@ def _introduce(folder: Path, settings: Mapping[str, Any], setting: str) -> None:
     if not file.exists():
         write_text(file, json_text(dict(settings)))
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
-    names = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
+    try:
+        before = _flat(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged: remove {folder}, and give the same command again") from error
+    now = _flat(json.loads(json_text(dict(settings))))
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if names:
-        differing = ", ".join(f"{name}={before.get(name)}, now {settings.get(name)}" for name in names)
+        differing = ", ".join(f"{name}={before.get(name, 'none')}, now {now.get(name, 'none')}" for name in names)
         raise ValueError(
             f"{folder} holds the episodes of a command with other settings that was interrupted ({differing}): give"
             f" that one again, choose another {setting}=, or remove that folder"
         )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by the names that a user gives them, such as `env.task`."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
 
 
 def episode_file(folder: Path, seed: int) -> Path:

@@ -18,7 +18,7 @@ from policy.diffusion.objective import OBJECTIVES, Objective
 from policy.diffusion.sampler import Sampler
 from policy.diffusion.schedule import NoiseSchedule, check_signal, loss_weights, make_schedule
 from policy.model.by_key import ModulesByKey
-from policy.model.config import PolicyConfig
+from policy.model.config import PolicyConfig, PolicySettings
 from policy.model.denoisers import DENOISERS
 from policy.model.denoisers.denoiser import check_denoiser
 from policy.model.differences import DIFFERENCES, Differences
@@ -48,10 +48,7 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
         self.config = config
-        schedule = make_schedule(**check_arguments("schedule", make_schedule, config.schedule))
-        self.schedule = NoiseSchedule(schedule.betas, config.sigma_data)
-        check_signal(self.schedule.alphas_cumprod, config.prediction_type)
-        self.loss_weights = _loss_weights(config, self.schedule)
+        self.schedule, self.loss_weights = schedule_of(config)
         normalizer = NORMALIZERS[config.normalizer]
         vectors: dict[str, Normalizer | AffineNormalizer] = {
             key: normalizer(shape) for key, shape in config.observation_shapes.items() if not is_image(shape)
@@ -319,12 +316,27 @@ def _differences(config: PolicyConfig) -> Differences | None:
     )
 
 
-def _loss_weights(config: PolicyConfig, schedule: NoiseSchedule) -> Tensor:
-    """Weight the errors by timestep: with fixed calls, the mean over the calls becomes their sum."""
-    calls = OBJECTIVES[config.objective].calls
+def schedule_of(settings: PolicySettings) -> tuple[NoiseSchedule, Tensor]:
+    """Build the noise schedule of a policy, and the weight of each of its timesteps in the loss.
+
+    With fixed calls, the weights make a sum of the mean over the calls.
+
+    Args:
+        settings: the settings of the policy.
+
+    Returns:
+        The schedule, and (num_steps,) float64.
+
+    Raises:
+        ValueError: settings of the schedule that do not fit what the network sees, predicts or weighs.
+    """
+    betas = make_schedule(**check_arguments("schedule", make_schedule, settings.schedule)).betas
+    schedule = NoiseSchedule(betas, settings.sigma_data)
+    check_signal(schedule.alphas_cumprod, settings.prediction_type)
+    calls = OBJECTIVES[settings.objective].calls
     if calls is not None:
-        return torch.full((schedule.num_steps,), float(len(calls)), dtype=torch.float64)
-    return loss_weights(schedule, config.prediction_type, config.loss_weighting, config.min_snr_gamma)
+        return schedule, torch.full((schedule.num_steps,), float(len(calls)), dtype=torch.float64)
+    return schedule, loss_weights(schedule, settings.prediction_type, settings.loss_weighting, settings.min_snr_gamma)
 
 
 def _encoded_shapes(config: PolicyConfig, differences: Differences | None) -> dict[str, tuple[int, ...]]:

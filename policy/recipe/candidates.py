@@ -10,10 +10,11 @@ from typing import Any
 
 from policy.common.registry import Registry, check_spec
 from policy.data.relations import Relations
-from policy.diffusion.objective import DEFAULT_OBJECTIVE
 from policy.model.config import PolicySettings
 from policy.model.denoisers import DENOISERS
+from policy.model.diffusion_policy import schedule_of
 from policy.model.encoders import ENCODERS
+from policy.training.preparation import check_learns_pairs
 from policy.training.recovery import NOISE, WEIGHTS
 from policy.training.settings import TrainSettings
 
@@ -153,7 +154,7 @@ def _exists(setting: str, changes: Mapping[str, Any], policy: Policy, train: Tra
     if setting == CORRECTIVE_NOISE:
         return allowed.corrections
     if setting == SIGMA_DATA:
-        return not _needs_the_noise(policy, train)
+        return _may_hide_the_noise({**policy, setting: changes[setting]}, train)
     part, _, name = setting.partition(".")
     if part not in PARTS or not name:
         return True
@@ -164,15 +165,16 @@ def _exists(setting: str, changes: Mapping[str, Any], policy: Policy, train: Tra
     return True
 
 
-def _needs_the_noise(policy: Policy, train: TrainSettings) -> bool:
-    """Whether the network must see the noise: to predict it, or to learn which chunk belongs to it."""
-    settings = PolicySettings(**policy)
-    return bool(
-        settings.objective != DEFAULT_OBJECTIVE
-        or settings.prediction_type != "sample"
-        or settings.schedule.get("zero_terminal_snr")
-        or train.rectify_steps
-    )
+def _may_hide_the_noise(policy: Policy, train: TrainSettings) -> bool:
+    """Whether a policy can be trained with `sigma_data`."""
+    try:
+        settings = PolicySettings(**policy)
+        schedule_of(settings)
+        if train.rectify_steps:
+            check_learns_pairs(settings)
+    except ValueError:
+        return False
+    return True
 
 
 def _part(part: str, policy: Policy) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from policy.common.interrupt import StopRequest
 from policy.common.progress import progress, say
 from policy.diffusion.sampler import Sampler
 from policy.model.diffusion_policy import DiffusionPolicy
-from policy.recipe.candidates import Candidate
+from policy.recipe.candidates import CANDIDATES, Candidate
 from policy.recipe.error import WINDOWS, held_out_errors
 from policy.recipe.halving import Cost, plan_fastest, plan_last_rung
 from policy.recipe.journal import JOURNAL, Journal, Measured, are_tied, promising, ranked, read_journal
@@ -155,9 +155,11 @@ def _journal_of(candidates: Sequence[Candidate], fallen: Mapping[str, str], fold
         )
     journal = read_journal(folder)
     if journal and journal.recipes != {candidate.name: dict(candidate.changes) for candidate in candidates}:
+        gone = [name for name in journal.recipes if name not in CANDIDATES]
+        why = f"; {gone[0]} is one of another version of ddim-policy" if gone else ""
         raise ValueError(
-            f"{folder / JOURNAL} is a search among other recipes ({', '.join(journal.recipes)}): give the same settings"
-            " to go on, or another output_dir="
+            f"{folder / JOURNAL} is a search among other recipes ({', '.join(journal.recipes)}){why}: give the same"
+            " settings to go on, or another output_dir="
         )
     return journal
 

@@ -13,6 +13,7 @@ from policy.statistics.results import EpisodeResult, describe_broken
 from policy.statistics.sequential import ERROR
 from policy.sweep.comparison import Advice, Comparison, words_of
 from policy.sweep.controls import against_controls
+from policy.sweep.facts import what_to_try
 from policy.sweep.grid import Row, below_margin, costs_of, label_of, shared, uniform
 from policy.sweep.looks import LookPlan, describe_saving, success_of
 from policy.sweep.recipes import scope_of
@@ -121,6 +122,7 @@ class Conclusion:
             "between_checkpoints": self.between,
             "warnings": self.warnings,
             "left_out": self.left_out,
+            "what_to_try": self.hint,
         }
         return {
             **{
@@ -134,6 +136,11 @@ class Conclusion:
             **{name: value for name, value in optional.items() if value},
             **({} if self.paired else {"paired": False}),
         }
+
+    @property
+    def hint(self) -> str:
+        """What to try, see `what_to_try`."""
+        return what_to_try(self.rows, self.advice)
 
     @property
     def shown(self) -> list[int]:

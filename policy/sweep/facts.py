@@ -33,30 +33,28 @@ def what_to_try(rows: Sequence[Row], advice: Advice) -> str:
     """What may help where more denoising steps solve fewer episodes; empty where that is not shown.
 
     With one step, a chunk is nearly the mean of what demonstrators do, whatever noise it begins from. With more, the
-    noise chooses among their ways, and what they do at random is repeated. Less noise keeps nearer to the mean.
+    noise chooses among their ways, and what they do at random may be repeated. Less noise keeps nearer to the mean.
 
     Args:
-        rows: one per cell, with its difference to the best cell.
+        rows: one per cell, with its difference to the best cell. Cells that differ from the best one in the number of
+            steps alone are looked at.
         advice: the recommendation.
     """
     best = rows[advice.best]
-    alike = [axis for axis in AXES if axis != "ddim_steps"]
-    worse = [
-        row
-        for row in rows
-        if row["ddim_steps"] > best["ddim_steps"]
-        and row["difference_high"] < 0
-        and all(row.get(axis) == best.get(axis) for axis in alike)
-    ]
-    noises = {row.get("noise_scale", Sampler.noise_scale) for row in rows}
-    if not worse or len(noises) > 1 or 0 in noises:
+    noise = best.get("noise_scale", Sampler.noise_scale)
+    alike = [axis for axis in AXES if axis not in ("ddim_steps", "noise_scale")]
+    family = [row for row in rows if all(row.get(axis) == best.get(axis) for axis in alike)]
+    swept = any(row.get("noise_scale", noise) != noise for row in family)
+    worse = [row for row in family if row["ddim_steps"] > best["ddim_steps"] and row["difference_high"] < 0]
+    # Without noise, all candidates of a plan are the same.
+    if below_margin(rows, advice.margin) or not worse or swept or noise == 0 or best.get("candidates", 1) > 1:
         return ""
     least = min(worse, key=lambda row: row["difference"])
     points, low, high = (-100 * least[key] for key in ("difference", "difference_high", "difference_low"))
     return (
-        f"{label_of(rows, least)} is {points:.1f} points below {label_of(rows, best)} ({low:.1f} to {high:.1f}): with"
-        " more steps, a chunk repeats more of what demonstrators do at random. Less noise to begin from may help: add"
-        " sampler.noise_scale=[0,1] to the sweep."
+        f"{label_of(rows, least)} is {points:.1f} points below {label_of(rows, best)} ({low:.1f} to {high:.1f}),"
+        " perhaps because a chunk of more steps repeats more of what demonstrators do at random: a sweep with"
+        f" sampler.noise_scale=[0,{noise:g}] tells whether less noise to begin from helps."
     )
 
 

@@ -19,7 +19,7 @@ from policy.data.exchange import find_exchange
 from policy.data.windows import Windows, split_episodes
 from policy.diffusion.ddim import check_ddim_steps
 from policy.diffusion.objective import OBJECTIVES
-from policy.model.config import PolicyConfig
+from policy.model.config import PolicyConfig, PolicySettings
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.model.encoders.resnet import ResNetEncoder
 from policy.model.normalizer import AffineNormalizer, Limits, Normalizer
@@ -125,14 +125,9 @@ def _check_rectification(policy: DiffusionPolicy, teacher: DiffusionPolicy | Non
     """Reject rectification of, or with, a policy that cannot be rectified."""
     if not settings.rectify_steps:
         return
-    if policy.config.sigma_data is not None:
-        raise ValueError(
-            "rectification teaches a policy which chunk belongs to which noise, and sigma_data="
-            f"{policy.config.sigma_data} hides the noise that sampling begins from: rectify a policy without it, of"
-            " which one that has it may be the teacher="
-        )
-    for trained in (policy, *([teacher] if teacher else [])):
-        check_rectifiable(trained.config.objective)
+    check_learns_pairs(policy.config)
+    if teacher:
+        check_rectifiable(teacher.config.objective)
     if teacher or settings.steps:  # a run that goes on may have its teacher stored
         num_steps = (teacher or policy).schedule.num_steps
         check_ddim_steps(settings.rectify_ddim_steps, num_steps, "train.rectify_ddim_steps")
@@ -162,6 +157,21 @@ def _with_changes(run: Run, settings: TrainSettings) -> Run:
     if settings.corrective_noise:
         noise = CorrectiveNoise(found, settings.corrective_noise, config.past_actions)
     return dataclasses.replace(run, training=training.marking(**marks), exchanged=exchanged, noise=noise)
+
+
+def check_learns_pairs(settings: PolicySettings) -> None:
+    """Reject the settings of a policy that rectification cannot teach which chunk belongs to which noise.
+
+    Raises:
+        ValueError: its network does not see the noise, or there is none.
+    """
+    if settings.sigma_data is not None:
+        raise ValueError(
+            "rectification teaches a policy which chunk belongs to which noise, and sigma_data="
+            f"{settings.sigma_data} hides the noise that sampling begins from: rectify a policy without it, of"
+            " which one that has it may be the teacher="
+        )
+    check_rectifiable(settings.objective)
 
 
 def check_rectifiable(objective: str) -> None:

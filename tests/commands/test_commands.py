@@ -338,6 +338,23 @@ BAD_INPUT = {
         ["train", "dataset.path={here}/none", "prediction_type=epsilon", "sigma_data=0.5"],
         ["prediction_type=sample", "got prediction_type=epsilon"],
     ),
+    "a schedule without signal": (
+        ["train", "dataset.path={here}/none", "sigma_data=0.5", "schedule.zero_terminal_snr=true"],
+        ["sigma_data needs signal at every timestep"],
+    ),
+    "noise to learn from that is hidden": (
+        ["train", "dataset.path={here}/none", "sigma_data=0.5", "train.rectify_steps=10"],
+        ["sigma_data=0.5 hides the noise"],
+    ),
+    "more steps than timesteps": (
+        ["train", "dataset.path={here}/none", "schedule.num_steps=4", "sampler.ddim_steps=8"],
+        ["1..4", "got 8"],
+    ),
+    "more actions than a chunk": (
+        ["train", "dataset.path={here}/none", "execution_horizon=20"],
+        ["execution_horizon must be within 1..8; got 20"],
+    ),
+    "text for a number": (["train", "dataset.path={here}/none", "obs_horizon='4'"], ["no dataset at"]),
     "recipe budget": (["train", DATASET, "recipe=auto", "recipe.budget=30"], ["recipe.budget takes a time", "30min"]),
     "unknown recipe": (["train", DATASET, "recipe=auto", "recipe.candidates=[unett]"], ["'unett'", "'unet'"]),
     "recipe of a checkpoint": (

@@ -112,7 +112,7 @@ def test_an_interrupted_rollout_loses_no_episode(roll_out, tmp_path, monkeypatch
         patch.setattr(Ledger, "add", interrupted)
         roll_out(*cut, check=130)
     assert not (tmp_path / "cut-v0").exists()
-    assert "holds the episodes of a command with other settings that was interrupted" in roll_out(
+    assert "holds the episodes of a command with other settings that was interrupted (ddim_steps=" in roll_out(
         f"record={tmp_path}/cut-v0", "sampler.ddim_steps=2", f"output_dir={tmp_path}/other", check=2
     )
     assert f"3 of {EPISODES} episodes are on disk already" in roll_out(*cut)

@@ -148,6 +148,9 @@ def test_the_home_folder_of_nobody_is_refused_and_ones_own_is_filled_in(monkeypa
     assert at_home("folder", "~/runs") == tmp_path / "runs"
     assert at_home("folder", Path("~")) == tmp_path
     assert at_home("folder", "runs/~old") == Path("runs/~old")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~run").mkdir()
+    assert at_home("folder", "./~run") == at_home("folder", Path("./~run")) == tmp_path / "~run"
     for name in ("~nobody_here", "~nobody_here/runs"):
         with pytest.raises(ValueError, match=rf"folder={name} begins with the home folder of a user .*full path"):
             at_home("folder", name)

@@ -38,6 +38,15 @@ def test_an_interrupted_collection_goes_on_and_ends_like_an_undisturbed_one(tmp_
     assert sorted(file.name for file in (tmp_path / "cut").iterdir()) == [".planar-v0"]
     with pytest.raises(ValueError, match=r"other settings that was interrupted \(noise=0\.3, now 0\.2\)"):
         collect(env=PLANAR, episodes=5, noise=0.2, output_dir=tmp_path / "cut")
+    settings = tmp_path / "cut" / ".planar-v0" / "settings.json"
+    before = settings.read_text()
+    for damaged in ("", "[]"):
+        settings.write_text(damaged)
+        with pytest.raises(ValueError, match=r"settings\.json is damaged: remove .*planar-v0, and give the same"):
+            collect(env=PLANAR, episodes=5, noise=0.3, output_dir=tmp_path / "cut")
+    settings.write_text(before)
+    with pytest.raises(ValueError, match=r"was interrupted \(env\.max_episode_steps=none, now 50\)"):
+        collect(env={**PLANAR, "max_episode_steps": 50}, episodes=5, noise=0.3, output_dir=tmp_path / "cut")
     collect(env=PLANAR, episodes=5, noise=0.3, output_dir=tmp_path / "cut")
     assert "2 of 5 demonstrations are on disk already" in capsys.readouterr().out
     assert sorted(file.name for file in (tmp_path / "cut").iterdir()) == ["planar-v0"]

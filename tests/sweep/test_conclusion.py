@@ -135,15 +135,24 @@ def test_where_more_steps_solve_fewer_episodes_less_noise_is_what_to_try():
     def hint(rows, outcomes=outcomes):
         concluded = conclude(swept_of(*rows, outcomes=outcomes), margin=0.05)
         facts = facts_of([{**r, "episodes": 200} for r in concluded.rows], concluded.advice)
-        return facts.get("what to try", "")
+        assert concluded.summary.get("what_to_try", "") == facts.get("what to try", "") == concluded.hint
+        return concluded.hint
 
-    assert re.match(r"ddim_steps 8 is 30\.0 points below ddim_steps 1 \(\d+\.\d to \d+\.\d\): ", hint(rows))
-    assert "sampler.noise_scale=[0,1]" in hint(rows)
+    def with_noise(*scales):
+        return [{**r, "noise_scale": scale} for r, scale in zip(rows, scales, strict=True)]
+
+    said = hint(rows)
+    assert re.match(r"ddim_steps 8 is 30\.0 points below ddim_steps 1 \(\d+\.\d to \d+\.\d\), perhaps", said)
+    assert "sampler.noise_scale=[0,1]" in said
+    assert "sampler.noise_scale=[0,0.6]" in hint(with_noise(0.6, 0.6, 0.6))
     assert not hint(rows, outcomes[::-1])  # more steps are better
     assert not hint(rows[:2], outcomes[:2])  # not shown
-    assert not hint([{**r, "noise_scale": scale} for r, scale in zip(rows, (0, 1, 1), strict=True)])
-    assert not hint([{**r, "noise_scale": 0} for r in rows])
+    assert not hint(with_noise(1, 0, 1))  # it is an axis already
+    assert not hint(with_noise(0, 0, 0))  # there is none
+    assert not hint([{**r, "candidates": 4} for r in rows])  # they would all be the same
     assert not hint([{**r, "execution_horizon": r["ddim_steps"]} for r in rows])  # another cause is possible
+    none = [[True] * 9 + [False] * 191, [False] * 200, [False] * 200]
+    assert not hint([row(1, 0.045), row(2, 0.0), row(8, 0.0)], none)  # nothing is recommended
 
 
 def test_a_cell_that_reaches_the_margin_can_be_recommended():

@@ -41,6 +41,8 @@ def collect(
         WorkerError: the expert fails too often, or the simulator hangs.
     """
     check_patience(env_patience)
+    if episodes < 1:
+        raise ValueError(f"episodes must be 1 or more; got {episodes}")
     path, settings = output_dir / dataset_name(env), {"env": env, "seed": seed, "noise": noise}
     check_absent(path)
     expert = partial(envs.make_expert, env["name"])

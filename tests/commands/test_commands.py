@@ -327,6 +327,7 @@ BAD_INPUT = {
     ),
     "no expert": (["collect", "env=pusht"], ["no scripted expert"]),
     "unknown task": (["collect", "env=metaworld", "env.task=pick-plase-v3"], ["pick-plase-v3", "pick-place-v3"]),
+    "no demonstrations": (["collect", "env=planar", "episodes=0"], ["episodes must be 1 or more; got 0"]),
     "no environment": (["collect"], ["env is missing", "metaworld"]),
     "dataset there": (["collect", "env=planar", "output_dir={run}"], ["is there already"]),
     "prediction type": (["train", DATASET, "prediction_type=noise"], ["epsilon, sample, v_prediction"]),

@@ -11,6 +11,7 @@ from typing import Any
 import envs
 from policy.checkpoint import only_of_the_user
 from policy.common.next_line import next_line
+from policy.common.output import episode_seeds
 from policy.data.minari_writer import check_absent, dataset_name, write_minari
 from policy.data.recording import recorded_episodes
 from policy.rollout.watch import ENV_PATIENCE, check_patience, watched
@@ -41,8 +42,7 @@ def collect(
         WorkerError: the expert fails too often, or the simulator hangs.
     """
     check_patience(env_patience)
-    if episodes < 1:
-        raise ValueError(f"episodes must be 1 or more; got {episodes}")
+    episode_seeds(seed, episodes)  # raises where a number is out of range
     path, settings = output_dir / dataset_name(env), {"env": env, "seed": seed, "noise": noise}
     check_absent(path)
     expert = partial(envs.make_expert, env["name"])

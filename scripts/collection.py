@@ -52,8 +52,7 @@ def collect(
         def attempts(first: int, missing: int) -> Iterator[envs.Episode]:
             return envs.collect_episodes(simulator, expert, episodes=missing, seed=first, noise=noise)
 
-        unfinished = path.with_name(f".{path.name}")
-        with recorded_episodes(unfinished, settings, episodes, attempts, envs.Episode) as recorded:
+        with recorded_episodes(path.with_name(f".{path.name}"), settings, episodes, attempts, envs.Episode) as recorded:
             write_minari(recorded, path=path, env=simulator, env_settings=env)
     failed = recorded[-1].seed + 1 - seed - len(recorded)
     print(f"{episodes} demonstrations of {sum(map(len, recorded))} control steps in all: {path}")

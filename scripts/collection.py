@@ -55,7 +55,6 @@ def collect(
         with recorded_episodes(path.with_name(f".{path.name}"), settings, episodes, attempts, envs.Episode) as recorded:
             write_minari(recorded, path=path, env=simulator, env_settings=env)
     failed = recorded[-1].seed + 1 - seed - len(recorded)
-    print(f"{episodes} demonstrations of {sum(map(len, recorded))} control steps in all: {path}")
-    if failed:
-        print(f"{failed} attempts failed and are left out")
+    left_out = f"\n{failed} attempts failed and are left out" if failed else ""
+    print(f"{episodes} demonstrations of {sum(map(len, recorded))} control steps in all: {path}{left_out}")
     print(next_line("ddim-train", **{"dataset.path": path}, env=only_of_the_user(env)))

@@ -311,7 +311,7 @@ def publish(
     if together := shared(rows):
         print(f"every cell: {together}")
     between = [*(one["sentence"] for one in conclusion.between), conclusion.scope] if conclusion.between else []
-    print("\n".join(filter(None, [conclusion.answer, conclusion.hint, *between])))
+    print("\n".join(filter(None, [conclusion.answer, conclusion.what_to_try, *between])))
     for warning in conclusion.found:  # the others were given before the run
         print(f"warning: {warning}")
     clips = record(conclusion.shown)

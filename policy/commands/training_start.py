@@ -17,11 +17,11 @@ from policy.data.demonstrations import Demonstrations
 from policy.data.relations import Relations, find_relations, number_names, state_vectors
 from policy.diffusion.sampler import Sampler
 from policy.model.config import PolicyConfig, PolicySettings
-from policy.model.diffusion_policy import DiffusionPolicy, schedule_of
+from policy.model.diffusion_policy import DiffusionPolicy
 from policy.recipe.search import check_folder
 from policy.recipe.settings import RecipeSettings
 from policy.training.phases import phases_of
-from policy.training.preparation import check_learns_pairs
+from policy.training.preparation import check_settings
 from policy.training.settings import TrainSettings
 from policy.training.share import check_shares
 from policy.training.start import config_for, config_from, config_of_student, fitting
@@ -76,7 +76,7 @@ def check_start(
     if init_normalizers == "refit":
         _check_refit(train, init)
     path = init or teacher
-    if not init:
+    if not init:  # a teacher brings the length of its chunks
         _check_new_policy(PolicySettings(**(policy or {})), train, sampler, None if teacher else execution_horizon)
     if path and not (output_dir and is_checkpoint(newest_in(output_dir))):
         try:
@@ -89,9 +89,7 @@ def _check_new_policy(
     settings: PolicySettings, train: TrainSettings, sampler: partial[Sampler] | None, execution_horizon: int | None
 ) -> None:
     """Refuse settings of a new policy that do not fit each other, its training or its rollouts."""
-    schedule, _ = schedule_of(settings)
-    if train.rectify_steps:
-        check_learns_pairs(settings)
+    schedule = check_settings(settings, train)
     if sampler:
         sampler().settled(settings.objective, schedule.num_steps)
     if execution_horizon is not None:

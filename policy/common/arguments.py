@@ -108,7 +108,7 @@ def _check_type(name: str, hint: Any, value: Any) -> Any:
     if isinstance(value, bool) and not isinstance(checked, bool):
         raise ValueError(f"{name} should be {getattr(hint, '__name__', hint)}; got {value!r}")
     _check_numbers(name, checked)
-    return _at_home(name, checked)
+    return _all_at_home(name, checked)
 
 
 def _items(hint: Any) -> str:
@@ -117,11 +117,11 @@ def _items(hint: Any) -> str:
     return _ITEMS.get(typing.get_args(lists[0])[0], "values") if lists else ""
 
 
-def _at_home(name: str, value: Any) -> Any:
+def _all_at_home(name: str, value: Any) -> Any:
     """Replace the `~` of paths by the user's folder, also inside lists."""
     if isinstance(value, Path):
         return at_home(name, value)
-    return [_at_home(name, part) for part in value] if isinstance(value, list) else value
+    return [_all_at_home(name, part) for part in value] if isinstance(value, list) else value
 
 
 def at_home(name: str, path: str | Path) -> Path:
@@ -142,6 +142,19 @@ def at_home(name: str, path: str | Path) -> Path:
     raise ValueError(
         f"{name}={path} begins with the home folder of a user that this machine does not have: give the full path"
     )
+
+
+def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by the names that a user gives them, such as `env.task`.
+
+    >>> dotted({"env": {"name": "planar"}, "seed": 0})
+    {'env.name': 'planar', 'seed': 0}
+    """
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        nested = isinstance(value, Mapping) and value
+        found |= dotted(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return found
 
 
 def _check_numbers(name: str, value: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from policy.common.arguments import dotted
 from policy.common.errors import WorkerError
 from policy.common.files import json_text, replacing_file, write_text
 from policy.common.locks import only_process
@@ -95,25 +96,19 @@ def _introduce(folder: Path, settings: Mapping[str, Any], setting: str) -> None:
         write_text(file, json_text(dict(settings)))
         return
     try:
-        before = _flat(json.loads(file.read_text(encoding="utf-8")))
+        before = dotted(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} is damaged: remove {folder}, and give the same command again") from error
-    now = _flat(json.loads(json_text(dict(settings))))
-    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    now = dotted(settings)
+    names = sorted(
+        name for name in {*before, *now} if not (name in before and name in now and before[name] == now[name])
+    )
     if names:
         differing = ", ".join(f"{name}={before.get(name, 'none')}, now {now.get(name, 'none')}" for name in names)
         raise ValueError(
             f"{folder} holds the episodes of a command with other settings that was interrupted ({differing}): give"
             f" that one again, choose another {setting}=, or remove that folder"
         )
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by the names that a user gives them, such as `env.task`."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
 
 
 def episode_file(folder: Path, seed: int) -> Path:

@@ -12,9 +12,8 @@ from policy.common.registry import Registry, check_spec
 from policy.data.relations import Relations
 from policy.model.config import PolicySettings
 from policy.model.denoisers import DENOISERS
-from policy.model.diffusion_policy import schedule_of
 from policy.model.encoders import ENCODERS
-from policy.training.preparation import check_learns_pairs
+from policy.training.preparation import check_settings
 from policy.training.recovery import NOISE, WEIGHTS
 from policy.training.settings import TrainSettings
 
@@ -168,10 +167,7 @@ def _exists(setting: str, changes: Mapping[str, Any], policy: Policy, train: Tra
 def _may_hide_the_noise(policy: Policy, train: TrainSettings) -> bool:
     """Whether a policy can be trained with `sigma_data`."""
     try:
-        settings = PolicySettings(**policy)
-        schedule_of(settings)
-        if train.rectify_steps:
-            check_learns_pairs(settings)
+        check_settings(PolicySettings(**policy), train)
     except ValueError:
         return False
     return True

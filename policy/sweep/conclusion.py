@@ -122,7 +122,7 @@ class Conclusion:
             "between_checkpoints": self.between,
             "warnings": self.warnings,
             "left_out": self.left_out,
-            "what_to_try": self.hint,
+            "what_to_try": self.what_to_try,
         }
         return {
             **{
@@ -138,8 +138,8 @@ class Conclusion:
         }
 
     @property
-    def hint(self) -> str:
-        """What to try, see `what_to_try`."""
+    def what_to_try(self) -> str:
+        """What to try, in a sentence; see `policy.sweep.facts.what_to_try`."""
         return what_to_try(self.rows, self.advice)
 
     @property

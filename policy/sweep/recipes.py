@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 from policy.checkpoint import Checkpoint
+from policy.common.arguments import dotted
 from policy.rollout.ledger import cell_id
 from policy.statistics.recipes import recipe_interval
 from policy.statistics.results import EpisodeResult, summarize
@@ -187,16 +188,8 @@ def _settings(checkpoint: Checkpoint, given: Collection[str]) -> dict[str, Any]:
     trained = {name: value for name, value in checkpoint.training.items() if name not in FREE}
     policy = dataclasses.asdict(checkpoint.policy.config)
     rollouts = {"execution_horizon": checkpoint.execution_horizon, "sampler": dataclasses.asdict(checkpoint.sampler)}
-    settings = _flat({**policy, **trained, **rollouts})
-    return {name: value for name, value in settings if name not in given}
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    return [
-        entry
-        for name, value in settings.items()
-        for entry in (_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)])
-    ]
+    settings = dotted({**policy, **trained, **rollouts})
+    return {name: value for name, value in settings.items() if name not in given}
 
 
 def _written(recipes: Sequence[Sequence[Path]]) -> str:

@@ -19,8 +19,9 @@ from policy.data.exchange import find_exchange
 from policy.data.windows import Windows, split_episodes
 from policy.diffusion.ddim import check_ddim_steps
 from policy.diffusion.objective import OBJECTIVES
+from policy.diffusion.schedule import NoiseSchedule
 from policy.model.config import PolicyConfig, PolicySettings
-from policy.model.diffusion_policy import DiffusionPolicy
+from policy.model.diffusion_policy import DiffusionPolicy, schedule_of
 from policy.model.encoders.resnet import ResNetEncoder
 from policy.model.normalizer import AffineNormalizer, Limits, Normalizer
 from policy.training.action_weights import weights_by_spread
@@ -125,7 +126,7 @@ def _check_rectification(policy: DiffusionPolicy, teacher: DiffusionPolicy | Non
     """Reject rectification of, or with, a policy that cannot be rectified."""
     if not settings.rectify_steps:
         return
-    check_learns_pairs(policy.config)
+    _check_learns_pairs(policy.config)
     if teacher:
         check_rectifiable(teacher.config.objective)
     if teacher or settings.steps:  # a run that goes on may have its teacher stored
@@ -159,12 +160,27 @@ def _with_changes(run: Run, settings: TrainSettings) -> Run:
     return dataclasses.replace(run, training=training.marking(**marks), exchanged=exchanged, noise=noise)
 
 
-def check_learns_pairs(settings: PolicySettings) -> None:
-    """Reject the settings of a policy that rectification cannot teach which chunk belongs to which noise.
+def check_settings(settings: PolicySettings, train: TrainSettings) -> NoiseSchedule:
+    """Reject settings of a policy that do not fit each other or its training, before any data is there to build it.
+
+    Args:
+        settings: settings of the policy.
+        train: settings of its training.
+
+    Returns:
+        The policy's schedule.
 
     Raises:
-        ValueError: its network does not see the noise, or there is none.
+        ValueError: see `schedule_of`, or rectification cannot teach such a policy.
     """
+    schedule, _ = schedule_of(settings)
+    if train.rectify_steps:
+        _check_learns_pairs(settings)
+    return schedule
+
+
+def _check_learns_pairs(settings: PolicySettings) -> None:
+    """Reject a policy that rectification cannot teach which chunk belongs to which noise."""
     if settings.sigma_data is not None:
         raise ValueError(
             "rectification teaches a policy which chunk belongs to which noise, and sigma_data="

@@ -135,8 +135,8 @@ def test_where_more_steps_solve_fewer_episodes_less_noise_is_what_to_try():
     def hint(rows, outcomes=outcomes):
         concluded = conclude(swept_of(*rows, outcomes=outcomes), margin=0.05)
         facts = facts_of([{**r, "episodes": 200} for r in concluded.rows], concluded.advice)
-        assert concluded.summary.get("what_to_try", "") == facts.get("what to try", "") == concluded.hint
-        return concluded.hint
+        assert concluded.summary.get("what_to_try", "") == facts.get("what to try", "") == concluded.what_to_try
+        return concluded.what_to_try
 
     def with_noise(*scales):
         return [{**r, "noise_scale": scale} for r, scale in zip(rows, scales, strict=True)]

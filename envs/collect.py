@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -145,7 +146,8 @@ def _play(
     observation, info = env.reset(seed=seed)
     if BROKE_OFF in info:
         return None
-    observations, actions, rewards, terminations, truncations, successes = [observation], [], [], [], [], []
+    # Copies, because a simulator or an expert may use one array for all of its answers.
+    observations, actions, rewards, terminations, truncations, successes = [deepcopy(observation)], [], [], [], [], []
     done, remaining = False, linger_steps
     while not done:
         action = expert(observation)
@@ -156,8 +158,8 @@ def _play(
         observation, reward, terminated, truncated, info = env.step(executed)
         if BROKE_OFF in info:
             return None
-        observations.append(observation)
-        actions.append(action)
+        observations.append(deepcopy(observation))
+        actions.append(np.array(action))
         rewards.append(reward)
         terminations.append(terminated)
         successes.append(info["is_success"])

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import envs
-from envs.planar import PlanarExpert
+from envs.checked import CheckedEnv
+from envs.planar import PlanarEnv, PlanarExpert
 
 PLANAR = partial(envs.make_expert, "planar")
 
@@ -65,6 +66,32 @@ def test_noise_is_executed_but_not_recorded():
     np.testing.assert_array_equal(episode.actions, clean)
     moved = np.diff(episode.observations[:, :2], axis=0)
     assert np.abs(moved - 0.04 * clean).max() > 0.005
+
+
+def test_a_simulator_and_an_expert_may_answer_with_one_array_each():
+    """Gymnasium does not ask for a new array in every step."""
+
+    class Reusing(PlanarEnv):
+        def reset(self, *, seed=None, options=None):
+            observation, info = super().reset(seed=seed, options=options)
+            self.buffer = observation.copy()
+            return self.buffer, info
+
+        def step(self, action):
+            self.buffer[:], *rest = super().step(action)
+            return self.buffer, *rest
+
+    def reusing_expert(env, seed):
+        expert, buffer = PLANAR(env, seed), np.zeros(2, np.float32)
+
+        def act(observation):
+            buffer[:] = expert(observation)
+            return buffer
+
+        return act
+
+    env = CheckedEnv(Reusing, "reusing", PlanarEnv.max_episode_steps)
+    assert_equal_episodes(list(envs.collect_episodes(env, reusing_expert, episodes=3, seed=0)), collect())
 
 
 def test_failed_attempts_are_skipped_and_the_next_seed_is_tried():

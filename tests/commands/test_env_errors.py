@@ -49,6 +49,8 @@ class Hostile(gymnasium.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.broken, self.steps = seed in self.bad, 0
+        if self.broken and self.what == "cold":
+            raise RuntimeError("cold")
         return np.zeros(4, np.float32), {}
 
     def step(self, action):
@@ -95,6 +97,13 @@ def _here(folder, monkeypatch):
 
 def bad(*numbers, what="blurred"):
     return [f"env.kwargs.bad=[{','.join(str(100_000 + n) for n in numbers)}]", f"env.kwargs.what={what}"]
+
+
+def test_a_rollout_in_real_time_whose_episodes_all_break_off_at_once_keeps_its_files(run_command, tmp_path):
+    settings = ("checkpoint=ck", *ENV, *bad(0, 1, what="cold"), "episodes=2", f"output_dir={tmp_path}", *FAST)
+    out = run_command("rollout", *settings, "control_rate=10", "video=0").stdout
+    assert "2 of 2 episodes broke off: RuntimeError in reset(): cold" in out
+    assert json.loads((tmp_path / "real_time.json").read_text())["plans"] == 0
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,23 @@ def test_plans_are_made_in_their_own_thread_but_for_the_first(policy):
     assert all(name.startswith("plans") for name in program.threads[1:])
 
 
+@pytest.mark.parametrize(
+    ("mode", "sampler", "knows_the_last"),
+    [
+        ("synchronous", Sampler(ddim_steps=2), False),
+        ("synchronous", Sampler(ddim_steps=2, warm_start=0.5), True),
+        ("asynchronous", Sampler(ddim_steps=2), False),
+        ("continuous", Sampler(ddim_steps=2), True),
+    ],
+)
+def test_plans_are_rehearsed_as_an_episode_makes_them(policy, mode, sampler, knows_the_last):
+    """Knowing the plan before may be a program of its own, which compiles with its first call."""
+    program = SlowProgram(policy, sampler)
+    with controller_of(policy, mode, program=program):
+        known = [previous is not None for _, previous, _ in program.seen]
+    assert known == [False, *[knows_the_last] * (1 + real_time.REHEARSALS)]
+
+
 @pytest.mark.parametrize("late", ["hold", "zero"])
 def test_a_late_plan_is_answered_counted_and_then_executed_at_its_control_step(policy, late):
     program = SlowProgram(policy)
@@ -238,6 +255,11 @@ def test_timings_are_summed_up():
     assert [summary[name] for name in counts] == [5, 1, 2, 4, 2, 3]
     assert (summary["plan_ms_median"], summary["act_ms_median"]) == (2.0, 0.5)
     assert "5 control steps at 10 Hz: 1 missed deadlines, 2 late steps" in format_timing(summary)
+
+
+def test_episodes_that_broke_off_at_once_planned_nothing():
+    summary = summarize_timing([Timing(), Timing()], 10, overruns=0)
+    assert summary["plans"] == summary["plan_ms_median"] == summary["plan_ms_p99"] == 0
 
 
 def test_the_rollout_command_runs_against_the_clock(planar_run, run_command, tmp_path):

@@ -144,7 +144,7 @@ def read_episode(file: Path, restore: Callable[..., Any]) -> Any:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return restore(**_fields(arrays))
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} is damaged ({error}): remove it, and give the command again") from error
 
 

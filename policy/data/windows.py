@@ -18,8 +18,8 @@ from policy.data.groups import Groups
 if TYPE_CHECKING:
     from policy.common.observations import Batch
 
-# Transitions in one block of `Windows.blocks`.
-BLOCK_ROWS = 65_536
+# Transitions in one block of `Windows.blocks`: a symmetry gets copies of them, pictures too.
+BLOCK_ROWS = 1024
 # The mark of a counterpart, of which nothing is known.
 UNMARKED = -1
 # Takes rows (B, n) of an array of observations.
@@ -251,7 +251,9 @@ class Windows:
                 actions = self.demonstrations.actions[rows]
                 yield observations, actions
                 if self._augment is not None:
-                    yield self._augment(observations, actions)
+                    copies = {key: np.array(values) for key, values in observations.items()}
+                    everything = np.ones(len(actions), np.bool_)
+                    yield _with_counterparts(self._augment, copies, np.array(actions), everything)
 
     def last_observations(self, keys: Sequence[str]) -> Arrays:
         """The last observation of each episode under some keys, (E, D) each."""

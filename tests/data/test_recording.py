@@ -1,5 +1,6 @@
 """Collections that were interrupted."""
 
+import io
 import itertools
 
 import numpy as np
@@ -62,10 +63,14 @@ def test_an_expert_that_always_fails_is_one_sentence_and_leaves_nothing(tmp_path
 
 
 def test_a_damaged_episode_is_refused_by_name(tmp_path):
+    other_fields = io.BytesIO()
+    np.savez(other_fields, seed=3)
     (tmp_path / ".planar-v0").mkdir()
-    (tmp_path / ".planar-v0/000000000003.npz").write_bytes(b"PK\x03\x04")
-    with pytest.raises(ValueError, match=r"000000000003.npz is damaged .*: remove it"):
-        collect(env=PLANAR, episodes=5, output_dir=tmp_path)
+    file = tmp_path / ".planar-v0/000000000003.npz"
+    for content in (b"PK\x03\x04", b"", other_fields.getvalue()):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"000000000003.npz is damaged .*: remove it"):
+            collect(env=PLANAR, episodes=5, output_dir=tmp_path)
 
 
 def test_attempts_that_the_simulator_broke_off_are_no_demonstrations():

@@ -274,14 +274,21 @@ def negated(observations, actions):
     return {key: (255 - v if v.dtype == np.uint8 else -v) for key, v in observations.items()}, -actions
 
 
-def with_symmetry(case, **settings):
+def negated_in_place(observations, actions):
+    flipped, actions[:] = negated(observations, actions)
+    for key, values in flipped.items():
+        observations[key][:] = values
+    return observations, actions
+
+
+def with_symmetry(case, augment=negated, **settings):
     lengths, episodes, obs_horizon, action_horizon = case
     return Windows(
         demonstrations(lengths),
         np.array(episodes),
         obs_horizon=obs_horizon,
         action_horizon=action_horizon,
-        augment=negated,
+        augment=augment,
         **settings,
     )
 
@@ -349,8 +356,12 @@ def test_blocks_hold_each_transition_of_the_episodes_once(block_rows, case, monk
     rows = [tuple(row) for observations, _ in blocks for row in observations["state"].tolist()]
     assert rows == [(e, t) for e in case[1] for t in range(case[0][e])]
     assert [tuple(row) for _, actions in blocks for row in (actions - 1000).tolist()] == rows
-    doubled = [tuple(row) for observations, _ in with_symmetry(case).blocks() for row in observations["state"].tolist()]
-    assert sorted(doubled) == sorted([*rows, *((-e, -t) for e, t in rows)])
+    for augment in (negated, negated_in_place):
+        windows = with_symmetry(case, augment)
+        doubled = [tuple(row) for observations, _ in windows.blocks() for row in observations["state"].tolist()]
+        assert sorted(doubled) == sorted([*rows, *((-e, -t) for e, t in rows)])
+        unchanged = demonstrations(case[0]).observations["state"]
+        assert np.array_equal(windows.demonstrations.observations["state"], unchanged)
 
 
 def test_episodes_that_the_file_sets_aside_are_the_validation_episodes():

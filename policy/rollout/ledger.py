@@ -53,7 +53,7 @@ def recorded_settings(file: Path) -> list[Settings]:
     for line in file.read_bytes().splitlines() if file.is_file() else ():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and isinstance(row.get("settings"), dict):
             found.append(row["settings"])

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from policy.checkpoint import Checkpoint
 from policy.diffusion.coefficients import SOLVERS, ddim_coefficients
 from policy.diffusion.sampler import LATER_SETTINGS
-from policy.rollout.ledger import Ledger, cell_id
+from policy.rollout.ledger import Ledger, cell_id, recorded_settings
 from policy.statistics.results import EpisodeResult
 from policy.sweep.grid import make_cells, uniform
 
@@ -289,6 +289,12 @@ def test_a_line_that_was_cut_is_named_unless_it_is_the_last(of_all_kinds, data):
     end = data.draw(st.sampled_from([b"", b"\n"]), "end")
     said = refusal_of(file, [*lines[:number], lines[number][:length] + end, *lines[number + 1 :]])
     assert said.startswith(f"line {number + 1} is damaged (it is not JSON: it was edited or cut)")
+
+
+def test_the_settings_of_a_damaged_file_are_those_that_can_be_read(tmp_path):
+    file = tmp_path / "episodes.jsonl"
+    file.write_bytes(checked({"cell": "a", "settings": {"ddim_steps": 1}}) + b"[" * 100_000 + b"\n{\n")
+    assert recorded_settings(file) == [{"ddim_steps": 1}]
 
 
 def checked(row):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -86,9 +86,7 @@ def make_vector(name: str, *, worlds: int, **kwargs: Any) -> VectorWorlds:
             f" {', '.join(sorted(VECTOR_FAMILIES))}: leave env_vector out, and each core steps worlds of its own."
         )
     family: VectorFamily = _load(VECTOR_FAMILIES[choose("environment", name, VECTOR_FAMILIES)])
-    parameters = inspect.signature(family).parameters
-    for option in kwargs:
-        choose(f"option of {name!r}", option, set(parameters) - {"worlds"})
+    _check_options(name, family, kwargs, filled={"worlds"})
     return family(worlds=worlds, **kwargs)
 
 
@@ -119,18 +117,35 @@ def make(
     family = load_family(name)
     if render_mode not in (None, "rgb_array"):
         raise ValueError(f"Unknown render_mode {render_mode!r}. Allowed: None, 'rgb_array'.")
-    parameters = inspect.signature(family).parameters
-    for option in kwargs:
-        choose(f"option of {name!r}", option, {*parameters, "max_episode_steps"} - {"render_mode"})
-    required = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
-    if missing := sorted(required - set(kwargs)):
-        raise ValueError(f"The environment {name!r} needs the option {missing[0]!r}.")
+    _check_options(name, family, kwargs, filled={"render_mode"}, common={"max_episode_steps"})
     if max_episode_steps is not None and (type(max_episode_steps) is not int or max_episode_steps < 1):
         raise ValueError(f"max_episode_steps must be a whole number, 1 or more; got {max_episode_steps!r}.")
-    if "max_episode_steps" in parameters:  # the simulator's own limit may be longer too
+    if "max_episode_steps" in inspect.signature(family).parameters:  # the simulator's own limit may be longer too
         kwargs["max_episode_steps"] = max_episode_steps
     title = str(kwargs.get("id", name))
     return CheckedEnv(partial(family, render_mode=render_mode, **kwargs), title, max_episode_steps)
+
+
+def _check_options(
+    name: str, family: Callable[..., Any], given: Iterable[str], filled: set[str], common: Iterable[str] = ()
+) -> None:
+    """Refuse options that a family does not have, and ask for one that it needs.
+
+    Args:
+        name: Name of the family.
+        family: The family.
+        given: Names of the user's options.
+        filled: Parameters that are no options, because the caller fills them in.
+        common: Options that every family has, whether or not they are parameters.
+    """
+    parameters = inspect.signature(family).parameters.values()
+    named = {one.name: one for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)}
+    if len(named) == len(parameters):  # else it takes others, too
+        for option in given:
+            choose(f"option of {name!r}", option, {*named, *common} - filled)
+    required = {option for option, one in named.items() if one.default is one.empty}
+    if missing := sorted(required - {*given, *filled, *common}):
+        raise ValueError(f"The environment {name!r} needs the option {missing[0]!r}.")
 
 
 def make_expert(name: str, env: gymnasium.Env[Any, Any], seed: int) -> Expert:

@@ -182,7 +182,7 @@ def make_gym(
     """
     rule = parse_success(success)
     require_registered(id)
-    with making(id, kwargs):
+    with making(id):
         # Some environments cannot draw and do not take the argument.
         drawing: dict[str, Any] = {"render_mode": render_mode} if render_mode else {}
         env: gymnasium.Env[Any, Any] = gymnasium.make(
@@ -195,22 +195,19 @@ def make_gym(
 
 
 @contextmanager
-def making(id: str, kwargs: dict[str, Any] | None, amount: str = "") -> Iterator[None]:
+def making(id: str, amount: str = "") -> Iterator[None]:
     """Turn Gymnasium's errors in making an environment into sentences.
 
     Args:
         id: The registered id.
-        kwargs: The user's arguments for the environment.
         amount: How many of them are made, for the message, such as " with 8 worlds".
 
     Raises:
-        ValueError: If it does not accept ``kwargs``, or cannot be made.
+        ValueError: If it cannot be made, because it does not take the user's arguments, for instance.
     """
     try:
         yield
-    except TypeError as error:
-        raise ValueError(f"{id} does not accept kwargs={kwargs!r}: {error}") from error
-    except gymnasium.error.Error as error:
+    except (TypeError, gymnasium.error.Error) as error:  # Gymnasium's own words name the arguments
         raise ValueError(f"{id} cannot be made{amount}: {error}") from error
 
 

@@ -237,7 +237,7 @@ def make_gym_vector(
     rule = parse_success(success)
     require_registered(id)
     limited: dict[str, Any] = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
-    with making(id, kwargs, f" with {worlds} worlds"):
+    with making(id, f" with {worlds} worlds"):
         env = gymnasium.make_vec(id, num_envs=worlds, **limited, **(kwargs or {}))
     try:
         return VectorWorlds(

@@ -121,6 +121,8 @@ def test_rendering_without_a_render_mode_says_what_to_do():
         (lambda: envs.make("planar", image_sise=3), ["'image_sise'", "Did you mean 'image_size'?"]),
         (lambda: envs.make("planar", render_mode="human"), ["'human'", "'rgb_array'"]),
         (lambda: envs.make("gym"), ["needs the option 'id'"]),
+        (lambda: envs.make_vector("gym", worlds=2), ["needs the option 'id'"]),
+        (lambda: envs.make_vector("gym", worlds=2, idd="Ant-v5"), ["'idd'", "Did you mean 'id'?"]),
     ],
 )
 def test_a_wrong_name_or_option_is_answered_with_the_right_one(call, words):

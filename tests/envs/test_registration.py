@@ -103,6 +103,16 @@ def test_a_family_of_ones_own_needs_no_expert():
 
 
 @pytest.mark.usefixtures("own")
+def test_a_family_may_take_any_option():
+    envs.register_family("any", lambda *, size, render_mode=None, **options: make_small(**options, size=size))
+    assert envs.make("any", size=12, max_episode_steps=3).observation_space.shape == (4,)
+    with pytest.raises(ValueError, match="'any' needs the option 'size'"):
+        envs.make("any", colour="red")
+    with pytest.raises(ValueError, match=r"any cannot be made: TypeError .* 'colour'"):  # the family's own words
+        envs.make("any", size=12, colour="red")
+
+
+@pytest.mark.usefixtures("own")
 @pytest.mark.parametrize("name", ["planar", "mine"])
 def test_a_name_that_is_taken_is_refused(name):
     envs.register_family("mine", lambda *, render_mode=None: PlanarEnv(render_mode=render_mode))

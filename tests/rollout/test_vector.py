@@ -221,7 +221,7 @@ def test_a_seed_that_fixes_the_episode_in_one_world_only_is_noticed(policy):
         ({"name": "planar"}, "'planar' has no simulator that steps many worlds in one call; those are gym"),
         ({"name": "gym", "id": "Reach-v0", "success": "luck"}, "success='luck' is not understood"),
         ({"name": "gym", "id": "CartPole-v1"}, "needs a Box"),
-        ({"name": "gym", "id": "Reach-v0", "kwargs": {"colour": 1}}, "does not accept kwargs"),
+        ({"name": "gym", "id": "Reach-v0", "kwargs": {"colour": 1}}, "cannot be made with 2 worlds: .*colour"),
     ],
 )
 def test_what_cannot_be_made_is_one_sentence(settings, said):

@@ -94,8 +94,8 @@ class Request:
         Args:
             available: the file's keys.
             default: the keys that the file marks as observations.
-            prefix: a prefix that the format writes before each name, such as `observation.`. Policy keys do not have
-                it, and the user may leave it out.
+            prefix: a prefix that the format writes before each name, such as `observation.`. The policy's names, see
+                `policy_key`, do not have it, and the user may leave it out, or give the policy's name.
 
         Returns:
             Policy key to the file's key.
@@ -107,23 +107,24 @@ class Request:
         if not isinstance(wanted, Mapping):
             if len(set(wanted)) != len(wanted):
                 raise ValueError(f"dataset.observation_keys must not repeat a key; got {list(wanted)}")
-            pairs = [(key.removeprefix(prefix), key) for key in wanted]
+            pairs = [(policy_key(key.removeprefix(prefix)), key) for key in wanted]
         else:
             pairs = list(wanted.items())
         if not pairs:
             raise ValueError("there is no observation to train on: set dataset.observation_keys=[...]")
         options = list(available)
+        of_policy = {policy_key(key.removeprefix(prefix)): key for key in options}
         chosen: dict[str, str] = {}
         for name, key in pairs:
-            found = next((k for k in (key, prefix + key) if k in options), None)
+            found = next((k for k in (key, prefix + key, of_policy.get(key)) if k in options), None)
             if found is None:
                 raise unknown_name("observation key", key, options)
-            if policy_key(name) in chosen:
+            if name in chosen:
                 raise ValueError(
-                    f"{found!r} and {chosen[policy_key(name)]!r} would both be called {policy_key(name)!r}: name them"
-                    " with dataset.observation_keys={name: key, ...}"
+                    f"{found!r} and {chosen[name]!r} would both be called {name!r}: name them with"
+                    " dataset.observation_keys={name: key, ...}"
                 )
-            chosen[policy_key(name)] = found
+            chosen[name] = found
         return chosen
 
     def action(self, available: Iterable[str], default: str) -> str:
@@ -158,7 +159,9 @@ def warn_empty(source: object, keys: Sequence[str]) -> None:
 
 
 def policy_key(key: str) -> str:
-    """Replace dots in a file's key, because names of torch modules cannot contain them.
+    """How a policy calls an observation that the user does not name: slashes take the place of dots in the file's key.
+
+    LeRobot's files separate words by dots, and `env=gym` separates a space's keys by slashes.
 
     >>> policy_key("images.top")
     'images/top'

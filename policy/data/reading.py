@@ -31,7 +31,7 @@ from policy.data.frames import Frames, resized
 from policy.data.joining import check_alike, join
 
 # Increase it when the meaning of cached data changes, so that older entries are not found any more.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 # Most processes that decode videos, unless the user asks for more.
 MAX_WORKERS = 8
 # The most that a user may ask for: thousands would take all memory of the machine before one of them decodes.

@@ -134,7 +134,9 @@ def test_a_fingerprint_changes_with_files_and_settings(folder):
         (["pose"], "obs.", {"pose": "obs.pose"}),
         (["obs.pose"], "obs.", {"pose": "obs.pose"}),
         ({"where": "obs.pose"}, "", {"where": "obs.pose"}),
-        ({"x.y": "pose"}, "obs.", {"x/y": "obs.pose"}),
+        ({"x.y": "pose"}, "obs.", {"x.y": "obs.pose"}),
+        ({"obs.pose": "obs/pose"}, "", {"obs.pose": "obs.pose"}),  # the policy's name of it, as an error gives it
+        (["obs/pose"], "", {"obs/pose": "obs.pose"}),
     ],
 )
 def test_keys_of_the_file_become_keys_of_the_policy(keys, prefix, expected):
@@ -151,7 +153,6 @@ def test_keys_of_the_file_become_keys_of_the_policy(keys, prefix, expected):
         (["stat"], r"unknown observation key 'stat' \(did you mean 'state'\?\); allowed: a.b, a/b, o.state, state"),
         (["a.b", "a/b"], "'a/b' and 'a.b' would both be called 'a/b'"),
         (["state", "o.state"], "'o.state' and 'state' would both be called 'state'"),
-        ({"x.y": "a.b", "x/y": "state"}, "'state' and 'a.b' would both be called 'x/y'"),
     ],
 )
 def test_keys_that_cannot_be_are_refused(keys, message):

@@ -52,6 +52,7 @@ def _open(
     *, folder: str, config: dict[str, Any], project: str, mode: str, patience: float, warn: Callable[[str], None]
 ) -> Any:
     """Open a wandb run; if an online run cannot be opened, open an offline one."""
+    _settle_folders(Path(folder))
     import wandb
 
     # The system charts show the caller's process, not this one, and console output is left to the caller.
@@ -105,8 +106,8 @@ def _line(error: Exception) -> str:
 
 def _main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the caller handles it, and this process ends with the caller
-    # W&B prints output and starts a service process: neither may hold the caller's pipes or terminal.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry would wait for a server that never answers
+    # W&B prints output and starts a service process: neither may hold the caller's pipes or terminal.
     messages, answer, terminal = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w")
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):

@@ -356,6 +356,17 @@ def test_settings_files_in_the_current_and_in_the_output_folder_are_not_read(nob
     assert (run.entity, list(run.tags)) == ("", [])
 
 
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="needs a place in which no folder can be made")
+def test_a_table_is_kept_without_a_home_folder(nobody, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("HOME", "/dev/null/nobody")
+    tracker = WandbTracker(folder=tmp_path / "run", config={})
+    tracker.log_table("sweep", ROWS)
+    tracker.finish()
+    (entry,) = history(only_run(tmp_path / "run"))
+    assert entry["sweep"]["_type"] == "table-file"
+    assert capfd.readouterr() == ("", "")
+
+
 def test_copies_are_kept_beside_the_run_where_the_users_folders_cannot_be_written_to(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path / "readonly"))

@@ -295,11 +295,14 @@ def answer_of(rows: Sequence[Row], advice: Advice) -> str:
 
 def _rates(row: Row) -> str:
     """The control rates of a row in words; nothing for one of an older version."""
-    if row.get("waiting_rate_hz") is None:
+    waits, ahead = row.get("waiting_rate_hz"), row.get("planning_ahead_rate_hz")
+    if waits is None or ahead is None:
         return ""
-    waits, ahead = rate_text(row["waiting_rate_hz"]), rate_text(row["planning_ahead_rate_hz"])
-    measured = " (measured on a busy machine, and so too slow)" if row["busy"] else ""
-    return f"{measured}: a robot keeps pace up to {waits} Hz if it waits, up to {ahead} Hz if it plans ahead"
+    measured = " (measured on a busy machine, and so too slow)" if row.get("busy") else ""
+    return (
+        f"{measured}: a robot keeps pace up to {rate_text(waits)} Hz if it waits,"
+        f" up to {rate_text(ahead)} Hz if it plans ahead"
+    )
 
 
 def _difference(row: Row) -> str:

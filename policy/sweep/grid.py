@@ -45,6 +45,16 @@ LATER_COLUMNS = {
     "training_seeds": 1,
     **dict.fromkeys(FIGURES),
 }
+# Types of the columns that all versions wrote, and of others.
+NEEDED = {
+    **dict.fromkeys(("cell", "checkpoint"), (str,)),
+    **dict.fromkeys(("ddim_steps", "episodes"), (int,)),
+    **dict.fromkeys(("success_rate", "success_low", "success_high", "latency_ms_median"), (int, float)),
+}
+POSSIBLE = {
+    "training_seeds": (int,),
+    **dict.fromkeys(("score_mean", "score_low", "score_high", "return_mean", "steps_mean", *FIGURES), (int, float)),
+}
 AXES = ("checkpoint", "objective", *SAMPLER_AXES, "execution_horizon", *CONTROLLER_AXES, "backend", "weights")
 
 
@@ -382,6 +392,26 @@ def shared(rows: Sequence[Row]) -> str:
         if name not in varied
         for value in values
     )
+
+
+def checked_rows(values: Any) -> list[Row]:
+    """Check the rows of a file that may have been edited.
+
+    Raises:
+        ValueError: a row lacks a column that all versions write, or has a value of another type.
+    """
+    if not isinstance(values, list) or not values or not all(isinstance(row, dict) for row in values):
+        raise ValueError("its cells are not a list of objects")
+    for number, row in enumerate(values):
+        types = NEEDED | {name: known for name, known in POSSIBLE.items() if row.get(name) is not None}
+        wrong = [name for name, known in types.items() if not isinstance(row.get(name), known)]
+        if wrong := wrong or [name for name, value in row.items() if isinstance(value, list | dict)]:
+            raise ValueError(f"{wrong[0]} of cell {number} is {row.get(wrong[0])!r}")
+        if odd := (row.keys() ^ values[0].keys()) - LATER_COLUMNS.keys():
+            raise ValueError(f"{min(odd)} is a column of some cells alone")
+        if row.get("objective", DEFAULT_OBJECTIVE) not in OBJECTIVES:
+            raise unknown_name(f"objective of cell {number}", str(row["objective"]), OBJECTIVES)
+    return values
 
 
 def uniform(rows: Sequence[Row], later: Mapping[str, Any] = LATER_COLUMNS) -> list[Row]:

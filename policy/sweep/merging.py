@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from policy.rollout.provenance import UNKNOWN, Provenance, accept_mixture, is_provenance
 from policy.statistics.results import EpisodeResult, describe_broken
 from policy.statistics.sequential import ERROR
 from policy.sweep.conclusion import Swept
-from policy.sweep.grid import Row
+from policy.sweep.grid import Row, checked_rows
 from policy.sweep.shards import holds_shard, merge_shards, read_shard, sweeps_of
 
 
@@ -84,34 +83,45 @@ def _read(folder: Path) -> Swept:
     """
     try:
         document = json.loads((folder / "sweep.json").read_text())
+        rows = checked_rows(document["cells"])
         results = [
             [EpisodeResult.from_row(row) for row in document["episodes"] if row["cell"] == cell["cell"]]
-            for cell in document["cells"]
+            for cell in rows
         ]
         said_again = describe_broken([result for listed in results for result in listed])
         recorded = document.get("made_with", [UNKNOWN])
-        if not all(map(is_provenance, recorded)) or not results:
-            raise ValueError("no cells, or made_with is not a list of provenances")
-        plan: dict[str, Any] = document.get("plan", {})
+        if not all(results) or not all(map(is_provenance, recorded)):
+            raise ValueError("a cell has no episodes, or made_with is not a list of provenances")
+        plan, left_out, warnings = document.get("plan", {}), document.get("left_out", ""), document.get("warnings", [])
+        alpha = float(document.get("alpha", plan.get("alpha", ERROR)))
+        if not (isinstance(document["env"], dict) and isinstance(left_out, str) and isinstance(warnings, list)):
+            raise ValueError("env, left_out or warnings is of another type")
+        if not 0 < alpha < 1:
+            raise ValueError(f"alpha must be above 0 and below 1; got {alpha}")
         swept = Swept(
-            rows=document["cells"],
+            rows=rows,
             results=results,
             env=document["env"],
-            warnings=[str(said) for said in document.get("warnings", []) if said not in said_again],
+            warnings=[str(said) for said in warnings if said not in said_again],
             paired=document.get("paired", True) is True,
-            alpha=min(ERROR, float(document.get("alpha", plan.get("alpha", ERROR)))),
-            left_out=document.get("left_out", ""),
+            alpha=min(ERROR, alpha),
+            left_out=left_out,
             made_with=recorded,
             members=[
                 list(dict.fromkeys(row["checkpoint"] for row in document["episodes"] if row["cell"] == cell["cell"]))
                 if _checkpoints(cell) > 1
                 else [cell["checkpoint"]]
-                for cell in document["cells"]
+                for cell in rows
             ],
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} holds no finished sweep ({error!r}): run it to its end first") from error
-    if len(plan.get("looks", ())) > 1:
+        looks = len(plan.get("looks", ()))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} holds no finished sweep ({error}): run it to its end first") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{folder}/sweep.json is damaged ({error!r}): give the sweep's command again, which writes it anew"
+        ) from error
+    if looks > 1:
         raise ValueError(
             f"{folder} holds an adaptive sweep, which has been looked at and whose cells may have stopped at different"
             " looks: give checkpoint=[A,B] to one sweep, or merge sweeps that ran with adaptive=false"

@@ -22,7 +22,7 @@ from policy.rollout.provenance import Provenance, accept_mixture
 from policy.statistics.results import EpisodeResult
 from policy.statistics.sequential import stage_alpha
 from policy.sweep.conclusion import Swept
-from policy.sweep.grid import Row
+from policy.sweep.grid import Row, checked_rows
 from policy.sweep.looks import LEDGER, LookPlan, keep, plans_of
 from policy.sweep.recipes import figures_of, grouped, row_id
 
@@ -223,9 +223,9 @@ def read_shard(folder: Path) -> FinishedShard:
     try:
         document = json.loads((folder / SHARD).read_text())
         swept = Swept(
-            rows=document["cells"],
+            rows=checked_rows(document["cells"]),
             results=[[*chain(*found)] for found in results],
-            env=document["env"],
+            env=dict(document["env"]),
             warnings=[*map(str, document["warnings"])],
             paired=not recorded.unpaired,
             plan=plan,
@@ -236,7 +236,7 @@ def read_shard(folder: Path) -> FinishedShard:
         ids = [*map(row_id, grouped(plan.cells, _recipes_of(plan)))]
         if [row["cell"] for row in swept.rows] != ids or [*map(len, swept.members)] != [*plan.recipes]:
             raise ValueError("its cells are not those of the ledger")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / SHARD} is damaged ({error!r}): remove it, and {again}") from error
     facts = facts_of_shard(shard, plan, [recorded.settings_of(cell) for cell in plan.cells])
     return FinishedShard(folder=folder, shard=shard, facts=facts, swept=swept)

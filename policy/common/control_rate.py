@@ -49,8 +49,9 @@ def describe_mismatch(
     ]
     if not differing:
         return None
+    rates = "an environment" if control_rate is None else "an environment and a control_rate="
     return (
         f"demonstrated at {demonstrated:g} Hz, {' and '.join(differing)}: each action takes effect for another time"
-        f" than it was demonstrated for. Choose an environment and a control_rate= of {demonstrated:g} Hz, or resample"
-        " the demonstrations; where env=gym takes a wrong rate from the simulator, env.control_hz=RATE corrects it"
+        f" than it was demonstrated for. Choose {rates} of {demonstrated:g} Hz, or resample the demonstrations;"
+        " where env=gym takes a wrong rate from the simulator, env.control_hz=RATE corrects it"
     )

@@ -39,9 +39,13 @@ def check_data(dataset: Demonstrations, train: TrainSettings, seed: int) -> None
         )
     held_out = len(split_episodes(dataset.originals, train.val_fraction, seed, dataset.held_out)[1])
     if held_out < LEAST_HELD_OUT:
+        by_file, subset = (
+            (" by the file", "dataset.subset=..., which sets none aside, and ") if dataset.held_out else ("", "")
+        )
         raise ValueError(
             f"recipe=auto compares recipes on held-out episodes, and of {count} episodes {held_out or 'none'}"
-            f" {'is' if held_out < 2 else 'are'} held out: give train.val_fraction={max(0.1, 2 / count):.2g}"
+            f" {'is' if held_out < 2 else 'are'} held out{by_file}:"
+            f" give {subset}train.val_fraction={max(0.1, 2 / count):.2g}"
         )
 
 

@@ -207,7 +207,8 @@ def _off(entry: Mapping[str, float]) -> str:
 def _undecided(figures: str, episodes: int) -> Conclusion:
     return Conclusion(
         kind="undecided",
-        sentence=f"too few held-out episodes ({episodes}) to tell over-fitting: {figures}; raise train.val_fraction",
+        sentence=f"too few held-out episodes ({episodes}) to tell over-fitting: {figures}; raise train.val_fraction,"
+        " which counts where the dataset's file sets none aside",
     )
 
 

@@ -141,6 +141,11 @@ def test_rates_that_are_not_known_or_not_different_are_not_mentioned(demonstrate
     assert describe_mismatch(demonstrated, environment, control_rate) is None
 
 
+def test_only_a_rollout_in_real_time_is_told_to_choose_its_control_rate():
+    assert "Choose an environment of 10 Hz, or resample" in describe_mismatch(10, 20)
+    assert "Choose an environment and a control_rate= of 10 Hz, or resample" in describe_mismatch(10, 20, 10)
+
+
 @pytest.mark.parametrize(
     ("stated", "rate"),
     [

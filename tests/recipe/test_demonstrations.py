@@ -23,6 +23,11 @@ def test_too_few_demonstrations_and_too_few_held_out_are_refused():
     few = dataclasses.replace(TRAIN, val_fraction=0.0)
     with pytest.raises(ValueError, match=r"of 12 episodes none is held out: give train.val_fraction=0.17"):
         check_data(twelve, few, 0)
+    by_file = dataclasses.replace(twelve, held_out=[3])
+    with pytest.raises(
+        ValueError, match=r"1 is held out by the file: give dataset.subset=..., which sets none aside, and"
+    ):
+        check_data(by_file, few, 0)
 
 
 def test_corrective_noise_is_tried_where_training_can_have_it():

@@ -175,11 +175,9 @@ def compare_pairs(wins: Array, episodes: int, margin: float) -> Pairs:
     """
     # Many pairs share their counts, most of all in a simulation: each pair of counts is tested once.
     losses = np.swapaxes(wins, -1, -2)
-    codes = np.rint(wins * (episodes + 1) + losses).astype(int)
-    seen = np.zeros((episodes + 1) ** 2, dtype=bool)
-    seen[codes] = True
-    index = (seen.cumsum() - 1)[codes]
-    won, lost = np.divmod(np.flatnonzero(seen), episodes + 1)
+    codes = np.rint(wins * (episodes + 1) + losses).astype(np.int64)
+    seen, index = np.unique(codes, return_inverse=True)
+    won, lost = np.divmod(seen, episodes + 1)
     own = np.eye(wins.shape[-1], dtype=bool)
     return Pairs(
         wins=wins,

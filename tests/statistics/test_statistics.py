@@ -2,6 +2,7 @@
 
 import math
 import time
+import tracemalloc
 from statistics import NormalDist
 
 import numpy as np
@@ -21,11 +22,12 @@ from policy.statistics.paired import (
     compare_means,
     compare_success,
     holm,
+    inferiority_test,
     mcnemar_test,
     non_inferiority_test,
     paired_interval,
 )
-from policy.statistics.recommendation import describe, recommend
+from policy.statistics.recommendation import compare_pairs, describe, recommend
 
 
 @pytest.mark.parametrize(
@@ -700,3 +702,13 @@ def test_a_large_sweep_takes_no_time():
     compare_means(scores, 0)
     compare_means(scores, 0, bounds=(0, 1))
     assert time.process_time() - begin < 2  # a quarter of a second on one slow core; room for a busy one
+
+
+def test_memory_does_not_grow_with_the_square_of_the_episodes():
+    tracemalloc.start()
+    pairs = compare_pairs(np.array([[0.0, 50], [70, 0]]), 6_000, 0.05)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6  # 35 MB; a table of all counts that a pair may have took 612 MB
+    assert pairs.not_worse[0, 1] == non_inferiority_test(50, 70, 6_000, 0.05)
+    assert pairs.worse[1, 0] == inferiority_test(70, 50, 6_000, 0.05)

@@ -211,12 +211,6 @@ def shown_worse(pairs: Pairs, alpha: float) -> Array:
     return holm(np.minimum(1, max(cells - 1, 1) * pairs.worse.min(-1))) <= alpha
 
 
-def level_in_force(accepted: Array, alpha: float) -> Array:
-    """(...) the level that Holm's next step compares a pair's p-value with, from the (..., K) `accepted` cells."""
-    cells = accepted.shape[-1]
-    return alpha / np.clip(cells - accepted.sum(-1), 1, max(cells - 1, 1))
-
-
 def advise(
     pairs: Pairs, allowed: Array, costs: Array, *, margin: float, alpha: float, confidence: float, episodes: int
 ) -> Recommendation:

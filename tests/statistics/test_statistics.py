@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.optimize import minimize_scalar
 from scipy.special import ndtri
-from scipy.stats import binom, binomtest, permutation_test
+from scipy.stats import binom, binomtest
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from policy.statistics.counts import unpaired_wins
 from policy.statistics.intervals import Z_95, bootstrap_interval, mean_intervals, wilson_interval
 from policy.statistics.paired import (
-    compare_means,
     compare_success,
     holm,
     inferiority_test,
@@ -324,40 +323,6 @@ def test_holm_keeps_the_order_lowers_nothing_and_stays_below_bonferroni(p):
     assert holm([p, p[::-1]])[1] == pytest.approx(holm(p[::-1]))
 
 
-def test_scores_are_compared_pair_by_pair():
-    generator = np.random.default_rng(0)
-    easy = generator.random(60)
-    values = np.clip(np.stack([easy, easy + 0.03 + generator.normal(0, 0.05, 60), generator.random(60)]), 0, 1)
-    for bounds in (None, (0, 1)):
-        same, paired, other = compare_means(values, 0, bounds=bounds)
-        assert (same.difference, same.low, same.high, same.p_value) == (0, 0, 0, 1)
-        assert paired.difference == pytest.approx(values[1].mean() - values[0].mean())
-        assert paired.low <= paired.difference <= paired.high
-        for cell, row in ((paired, values[1]), (other, values[2])):
-            library = permutation_test(
-                (row, values[0]),
-                lambda a, b, axis: np.mean(a, axis) - np.mean(b, axis),
-                permutation_type="samples",
-                n_resamples=9999,
-                rng=np.random.default_rng(1),
-            ).pvalue
-            assert cell.p_value == pytest.approx(library, abs=0.02)
-            assert cell.p_value <= cell.adjusted_p_value <= 3 * cell.p_value + 1e-12
-    _, paired, other = compare_means(values, 0)
-    assert paired.high - paired.low < 0.5 * (other.high - other.low)  # what the pairing is for
-    narrow, wide = (compare_means(values, 0, bounds=b)[1] for b in (None, (0, 1)))
-    assert wide.low < narrow.low < narrow.high < wide.high
-
-
-@pytest.mark.parametrize("bounds", [None, (0, 1)])
-def test_a_score_difference_has_the_interval_of_the_differences_of_its_episodes(bounds):
-    values = np.random.default_rng(0).random((4, 50))
-    low, high = mean_intervals(values - values[2], 0.9, bounds and (-1, 1))
-    cells = compare_means(values, 2, 0.9, bounds=bounds)
-    for i in (0, 1, 3):
-        assert (cells[i].low, cells[i].high) == (low[i], high[i])
-
-
 def test_score_differences_cover_as_often_as_they_say():
     generator = np.random.default_rng(0)
     scores = generator.random((150, 50)) ** 0.5
@@ -630,20 +595,13 @@ def test_of_any_sweep(success, margin, seed):
 @settings(deadline=None, max_examples=15)
 @given(success=SWEEPS)
 def test_comparisons_of_any_sweep(success):
-    for bounds in ("success", None, (0, 1)):
-        for reference in {0, len(success) - 1}:
-            cells = (
-                compare_success(success, reference)
-                if bounds == "success"
-                else compare_means(success, reference, bounds=bounds)
-            )
-            for cell in cells:
-                assert -1 <= cell.low <= cell.high <= 1
-                assert 0 < cell.p_value <= cell.adjusted_p_value <= 1
+    for reference in {0, len(success) - 1}:
+        for cell in compare_success(success, reference):
+            assert -1 <= cell.low <= cell.high <= 1
+            assert 0 < cell.p_value <= cell.adjusted_p_value <= 1
     first, last = compare_success(success, 0)[-1], compare_success(success, len(success) - 1)[0]
     assert (first.low, first.high, first.p_value) == (-last.high, -last.low, last.p_value)
-    first, last = compare_means(success, 0)[-1], compare_means(success, len(success) - 1)[0]
-    assert (first.p_value, first.adjusted_p_value) == (last.p_value, last.adjusted_p_value)
+    assert first.adjusted_p_value == last.adjusted_p_value
 
 
 BAD = {
@@ -674,10 +632,11 @@ def test_recommend_refuses(arguments, options, says):
     "call",
     [
         lambda: compare_success([[1, 0], [0, 1]], 2),
-        lambda: compare_means([[1, 0], [0, math.inf]], 0),
-        lambda: compare_means([[1, 0], [0, 2]], 0, bounds=(0, 1)),
-        lambda: compare_means([[1, 0], [0]], 0),
-        lambda: compare_means([[1, 0], [0, 1]], 0, 1.5),
+        lambda: compare_success([[1, 0], [0, 1]], -1),
+        lambda: compare_success([[1, 0], [0, math.inf]], 0),
+        lambda: compare_success([[1, 0], [0, 2]], 0),
+        lambda: compare_success([[1, 0], [0]], 0, paired=False),
+        lambda: compare_success([[1, 0], [0, 1]], 0, 1.5),
         lambda: paired_interval(3, 3, 5),
         lambda: paired_interval(-1, 3, 5),
         lambda: paired_interval(0, 0, 0),
@@ -695,12 +654,10 @@ def test_the_rest_refuses_too(call):
 
 def test_a_large_sweep_takes_no_time():
     generator = np.random.default_rng(0)
-    success, scores = outcomes([0.7] * 24, 500, 0.5, generator), generator.random((24, 500))
+    success = outcomes([0.7] * 24, 500, 0.5, generator)
     begin = time.process_time()
     recommend(success, range(24))
     compare_success(success, 0)
-    compare_means(scores, 0)
-    compare_means(scores, 0, bounds=(0, 1))
     assert time.process_time() - begin < 2  # a quarter of a second on one slow core; room for a busy one
 
 

@@ -17,7 +17,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from policy.statistics.counts import unpaired_wins
-from policy.statistics.intervals import Z_95, bootstrap_interval, mean_intervals, wilson_interval
+from policy.statistics.intervals import Z_95, bootstrap_interval, wilson_interval
 from policy.statistics.paired import (
     compare_success,
     holm,
@@ -55,11 +55,11 @@ COUNTS = st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.
 
 
 @settings(deadline=None, max_examples=200)
-@given(counts=COUNTS, confidence=st.floats(0.5, 0.999))
-def test_the_ends_are_where_the_score_test_just_rejects(counts, confidence):
+@given(counts=COUNTS)
+def test_the_ends_are_where_the_score_test_just_rejects(counts):
     successes, trials = counts
-    low, high = wilson_interval(successes, trials, confidence)
-    rate, z = successes / trials, NormalDist().inv_cdf((1 + confidence) / 2)
+    low, high = wilson_interval(successes, trials)
+    rate, z = successes / trials, NormalDist().inv_cdf(0.975)
     assert 0 <= low <= rate + 1e-12
     assert rate - 1e-12 <= high <= 1
     # Wilson 1927: the interval holds the p with |rate - p| <= z √(p (1 - p) / n).
@@ -67,16 +67,14 @@ def test_the_ends_are_where_the_score_test_just_rejects(counts, confidence):
         assert abs(rate - end) == pytest.approx(z * math.sqrt(end * (1 - end) / trials), abs=1e-7)
 
 
-@pytest.mark.parametrize("confidence", [0.95, 0.5, 0.8, 0.99, 1e-6, None])
-def test_every_float_of_an_interval_is_that_of_scipy(confidence):
+def test_every_float_of_an_interval_is_that_of_scipy():
     generator = np.random.default_rng(0)
     cases = [(successes, trials) for trials in range(1, 13) for successes in range(trials + 1)]
     for trials in (10 ** generator.uniform(0, 5, 400)).astype(int).tolist():
         cases.append((int(generator.integers(0, trials + 1)), trials))
     for successes, trials in cases:
-        level = confidence or float(generator.uniform(0.01, 0.9999))
-        library = binomtest(successes, trials).proportion_ci(level, method="wilson")
-        assert wilson_interval(successes, trials, level) == (library.low, library.high)  # files stay the same
+        library = binomtest(successes, trials).proportion_ci(method="wilson")
+        assert wilson_interval(successes, trials) == (library.low, library.high)  # files stay the same
     assert float(ndtri(0.975)) == Z_95
 
 
@@ -94,53 +92,38 @@ def test_failures_mirror_successes(counts):
     assert wilson_interval(trials - successes, trials) == pytest.approx((1 - high, 1 - low), abs=1e-9)
 
 
-def test_more_trials_and_less_confidence_narrow_it():
-    def width(*arguments):
-        low, high = wilson_interval(*arguments)
+def test_more_trials_narrow_it():
+    def width(*counts):
+        low, high = wilson_interval(*counts)
         return high - low
 
     assert width(5, 10) > width(50, 100) > width(500, 1000)
-    assert width(5, 10, 0.99) > width(5, 10, 0.95) > width(5, 10, 0.8)
 
 
-@pytest.mark.parametrize("arguments", [(0, 0), (5, 4), (-1, 3), (1, 2, 1.5), (1, 2, -0.1)])
-def test_impossible_counts_are_refused(arguments):
+@pytest.mark.parametrize("counts", [(0, 0), (5, 4), (-1, 3)])
+def test_impossible_counts_are_refused(counts):
     with pytest.raises(ValueError):
-        wilson_interval(*arguments)
+        wilson_interval(*counts)
 
 
 def coverage(samples, mean, bounds):
     """The share of the rows of (M, N) whose interval holds the mean."""
-    low, high = mean_intervals(samples, 0.95, bounds)
+    low, high = np.transpose([bootstrap_interval(row, bounds=bounds) for row in samples])
     return np.mean((low <= mean) & (mean <= high))
 
 
-@pytest.mark.parametrize("bounds", [None, (0, 1)])
-def test_intervals_of_many_rows_are_those_of_each_row(bounds):
-    samples = np.random.default_rng(0).beta(5, 1, (20, 60))
-    samples[3] = 1.0
-    low, high = mean_intervals(samples, 0.9, bounds)
-    alone = [bootstrap_interval(row.tolist(), 0.9, bounds=bounds) for row in samples]
-    np.testing.assert_allclose(np.transpose([low, high]), alone, rtol=1e-13)
-
-
-def test_bootstrap_interval_of_a_mean_covers_it_about_as_often_as_it_says():
+def test_bootstrap_interval_of_a_mean_covers_it_at_least_as_often_as_it_says():
     samples = np.random.default_rng(0).beta(5, 1, (200, 60))
-    assert 0.88 <= coverage(samples, 5 / 6, None) <= 0.99  # 95 %, less a little for 60 skewed values
+    assert coverage(samples, 5 / 6, (0, 1)) >= 0.95
 
 
 def test_bootstrap_interval_is_repeatable_and_close_to_the_normal_one():
-    values = np.random.default_rng(1).normal(2.0, 1.0, 400)
-    low, high = bootstrap_interval(values.tolist())
-    assert (low, high) == bootstrap_interval(values.tolist())
+    values = np.random.default_rng(1).random(400)
+    low, high = bootstrap_interval(values.tolist(), bounds=(0, 1))
+    assert (low, high) == bootstrap_interval(values.tolist(), bounds=(0, 1))
     margin = 1.96 * values.std() / 20
     assert low == pytest.approx(values.mean() - margin, abs=0.15 * margin)
     assert high == pytest.approx(values.mean() + margin, abs=0.15 * margin)
-
-
-def test_bootstrap_interval_of_one_value_or_equal_ones_has_no_width():
-    assert bootstrap_interval([0.5]) == (0.5, 0.5)
-    assert bootstrap_interval([1.0] * 7) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(50, 50), (49, 50), (0, 20), (7, 10), (1, 1)])
@@ -153,15 +136,13 @@ def test_bounded_bootstrap_of_successes_is_the_exact_interval(successes, trials)
 def test_bounded_bootstrap_covers_where_rare_failures_are_missed():
     samples = (np.random.default_rng(0).random((200, 50)) < 0.98).astype(float)  # all are 1 in 36 % of the rows
     assert coverage(samples, 0.98, (0, 1)) >= 0.95
-    assert coverage(samples, 0.98, None) < 0.75  # the reason for bounds
 
 
-@pytest.mark.parametrize("bounds", [None, (0, 1)])
-def test_bootstrap_interval_ignores_the_order_and_mirrors_with_the_values(bounds):
+def test_bootstrap_interval_ignores_the_order_and_mirrors_with_the_values():
     values = np.random.default_rng(3).beta(4, 1, 80)
-    low, high = bootstrap_interval(values, bounds=bounds)
-    assert bootstrap_interval(values[::-1], bounds=bounds) == (low, high)
-    assert bootstrap_interval(1 - values, bounds=bounds) == pytest.approx((1 - high, 1 - low), abs=0.1 * (high - low))
+    low, high = bootstrap_interval(values, bounds=(0, 1))
+    assert bootstrap_interval(values[::-1], bounds=(0, 1)) == (low, high)
+    assert bootstrap_interval(1 - values, bounds=(0, 1)) == pytest.approx((1 - high, 1 - low), abs=0.1 * (high - low))
 
 
 @pytest.mark.parametrize(
@@ -169,13 +150,13 @@ def test_bootstrap_interval_ignores_the_order_and_mirrors_with_the_values(bounds
     [
         ([], {}, "one or more"),
         ([1.0, math.nan], {}, "NaN"),
-        ([0.5, 1.5], {"bounds": (0, 1)}, r"within the bounds \(0, 1\); got 0.5 to 1.5"),
+        ([0.5, 1.5], {}, r"within the bounds \(0, 1\); got 0.5 to 1.5"),
         ([0.5], {"confidence": 1.0}, "confidence must be above 0 and below 1"),
     ],
 )
 def test_bootstrap_interval_refuses(values, options, says):
     with pytest.raises(ValueError, match=says):
-        bootstrap_interval(values, **options)
+        bootstrap_interval(values, **options, bounds=(0, 1))
 
 
 # --- two cells on the same episodes
@@ -327,8 +308,6 @@ def test_score_differences_cover_as_often_as_they_say():
     generator = np.random.default_rng(0)
     scores = generator.random((150, 50)) ** 0.5
     differences = scores * (generator.random((150, 50)) < 0.9) - scores  # of mean -2/3 x 0.1
-    # The percentile bootstrap of 5 rare failures among 50 falls short.
-    assert coverage(differences, -0.2 / 3, None) >= 0.86
     assert coverage(differences, -0.2 / 3, (-1, 1)) >= 0.94
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import gammaln, ndtr, ndtri, xlogy
 
-from policy.statistics.checks import Array, check_fraction
+from policy.statistics.checks import Array, check_fraction, check_reference
 from policy.statistics.counts import discordant_counts, pair_counts
 
 # Score statistics are told apart in steps of 10 / BINS: at 4, a step changes a p-value by a thousandth of it.
@@ -214,7 +214,7 @@ def compare_success(
         ValueError: malformed outcomes, a reference that does not exist, or a confidence outside (0, 1).
     """
     wins, episodes = pair_counts(success, paired=paired)
-    _check_reference(reference, len(wins))
+    check_reference(reference, len(wins))
     first, second = np.triu_indices(len(wins), 1)
     p = mcnemar_test(wins[first, second], wins[second, first])
     low, high = paired_interval(wins[:, reference], wins[reference], episodes[:, reference], confidence)
@@ -344,8 +344,3 @@ def _differences(differences: Array, low: Array, high: Array, p: Array, referenc
         )
         for i in range(count)
     )
-
-
-def _check_reference(reference: int, cells: int) -> None:
-    if not 0 <= reference < cells:
-        raise ValueError(f"reference must be the index of a cell, 0 to {cells - 1}; got {reference}")

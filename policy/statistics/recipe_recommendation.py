@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from policy.statistics.checks import Array, cells_by_episodes, check_fraction
+from policy.statistics.checks import Array, cells_by_episodes, check_fraction, check_reference
 from policy.statistics.paired import PairedDifference, holm
 from policy.statistics.recipes import (
     Estimate,
@@ -90,8 +90,7 @@ def compare_recipes(
     """
     solved = [cells_by_episodes(cell, "success", bool) for cell in success]
     count, episodes = len(solved), solved[0].shape[1]
-    if not 0 <= reference < count:
-        raise ValueError(f"reference must be the index of a cell, 0 to {count - 1}; got {reference}")
+    check_reference(reference, count)
     pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
     p = [equality_test(_difference(solved, recipe, i, j)) for i, j in pairs]
     adjusted = dict(zip(pairs, holm(p) if p else [], strict=True))
@@ -116,7 +115,7 @@ def compare_recipes(
 def recommend_recipes(
     success: Sequence[ArrayLike],
     recipe: Sequence[int],
-    cost: Sequence[float] | Sequence[Sequence[float]],
+    cost: Sequence[float],
     *,
     margin: float = 0.05,
     confidence: float = 0.95,
@@ -126,8 +125,7 @@ def recommend_recipes(
     Args:
         success: (S, N) bool for each of K cells, the checkpoints of its recipe on the same N episodes.
         recipe: (K,), equal numbers for cells with the same checkpoints in the same order.
-        cost: (K,) numbers, or tuples in the order of their importance. Of cells with equal costs the more successful
-            one is recommended.
+        cost: (K,) finite numbers. Of cells with equal costs the more successful one is recommended.
         margin: a difference of success rates, in (0, 1).
         confidence: one-sided, in (0.5, 1), of all verdicts "not worse" together.
 
@@ -135,18 +133,18 @@ def recommend_recipes(
         The recommended cell and the verdicts.
 
     Raises:
-        ValueError: malformed arrays, a margin outside (0, 1) or a confidence outside (0.5, 1).
+        ValueError: malformed arrays or costs, a margin outside (0, 1) or a confidence outside (0.5, 1).
     """
     check_fraction("margin", margin)
     check_fraction("confidence", confidence, above=0.5)
     solved = [cells_by_episodes(cell, "success", bool) for cell in success]
-    every, episodes = range(len(solved)), solved[0].shape[1]
+    every, episodes, costs = range(len(solved)), solved[0].shape[1], ranks(cost, len(solved))
     rates = [float(cell.mean()) for cell in solved]
-    by_cost = sorted(every, key=lambda i: (*np.atleast_1d(cost[i]), -rates[i]))
+    by_cost = sorted(every, key=lambda i: (costs[i], -rates[i]))
     best = max(by_cost, key=lambda i: rates[i])  # of several, the first and hence the cheapest
     verdicts = _verdicts(
         {(i, j): _difference(solved, recipe, i, j) for i in every for j in every if i != j or len(every) == 1},
-        ranks(cost, len(every)),
+        costs,
         episodes,
         margin,
         1 - confidence,

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -123,7 +123,7 @@ class Recommendation:
 
 def recommend(
     success: ArrayLike,
-    cost: Sequence[float] | Sequence[Sequence[float]],
+    cost: Sequence[float],
     *,
     margin: float = 0.05,
     confidence: float = 0.95,
@@ -136,8 +136,8 @@ def recommend(
 
     Args:
         success: (K, N) bool, K cells on the same N episodes.
-        cost: (K,) numbers, or tuples in the order of their importance. Of cells with equal costs the more successful
-            one is recommended, and of equally successful ones the first.
+        cost: (K,) finite numbers. Of cells with equal costs the more successful one is recommended, and of equally
+            successful ones the first.
         margin: a difference of success rates, in (0, 1).
         confidence: one-sided, in (0.5, 1), of all verdicts "not worse" together.
         paired: whether a column is the same episode for all cells; otherwise see `counts.unpaired_wins`.
@@ -301,19 +301,16 @@ def allowed_loss(pairs: Pairs, margin: float, level: ArrayLike, episodes: int) -
     return margin + ndtri(np.asarray(level)) * deviation / math.sqrt(episodes)
 
 
-def ranks(cost: Sequence[float] | Sequence[Sequence[float]], cells: int) -> Array:
+def ranks(cost: Sequence[float], cells: int) -> Array:
     """Check the costs of K cells and number them: (K,) int, from 0 for the lowest cost, the same for equal ones.
 
     Raises:
-        ValueError: another number of costs, or costs that are not finite numbers or tuples of the same length.
+        ValueError: another number of costs, or costs that are not finite numbers.
     """
-    costs: list[tuple[Any, ...]] = [tuple(float(part) for part in np.atleast_1d(entry)) for entry in cost]
-    if len(costs) != cells:
-        raise ValueError(f"cost must have one entry per cell; got {len(costs)} for {cells} cells")
-    if len({len(entry) for entry in costs}) > 1 or not all(math.isfinite(part) for entry in costs for part in entry):
-        raise ValueError(f"cost must be finite numbers, or tuples of the same length with finite numbers; got {cost}")
-    order = sorted(set(costs))
-    return np.array([order.index(entry) for entry in costs])
+    costs = np.asarray(cost, dtype=float)
+    if costs.shape != (cells,) or not np.all(np.isfinite(costs)):
+        raise ValueError(f"cost must be one finite number per cell; got {cost} for {cells} cells")
+    return np.unique(costs, return_inverse=True)[1]
 
 
 def _points(loss: float) -> str:

@@ -34,8 +34,6 @@ class RecipeVerdict:
 
     Attributes:
         verdict: see `CellVerdict`.
-        p_value: for the hypothesis that the cell is worse than the truly best cell by the margin or more, adjusted for
-            the number of cells.
         hardest: index of the cell against which it is hardest to show that this one is not worse.
         difference: observed success rate minus that of the `hardest` cell.
         half_width: half the width of the 95 % interval of this difference.
@@ -43,7 +41,6 @@ class RecipeVerdict:
     """
 
     verdict: Verdict
-    p_value: float
     hardest: int
     difference: float
     half_width: float
@@ -196,7 +193,7 @@ def _verdicts(
     """The verdicts on K cells, from all differences and the `ranks` of the cells' costs."""
     cells = len(costs)
     if cells == 1:
-        return (RecipeVerdict(verdict="not worse", p_value=0, hardest=0, difference=0, half_width=0, seeds_share=0),)
+        return (RecipeVerdict(verdict="not worse", hardest=0, difference=0, half_width=0, seeds_share=0),)
     tests = {pair: not_worse_test(estimate, episodes, margin) for pair, estimate in estimates.items()}
     others = [[j for j in range(cells) if j != i] for i in range(cells)]
     hardest = [max(others[i], key=lambda j: tests[i, j]) for i in range(cells)]
@@ -211,7 +208,6 @@ def _verdicts(
         verdicts.append(
             RecipeVerdict(
                 verdict="not worse" if good[i] <= alpha else "worse" if bad[i] <= alpha else "open",
-                p_value=float(good[i]),
                 hardest=hardest[i],
                 difference=estimate.value,
                 half_width=(high - low) / 2,

@@ -77,18 +77,13 @@ class CellVerdict:
     """The verdict on one cell of a `Recommendation`.
 
     Attributes:
-        difference: observed success rate minus that of the best seen cell, on the episodes that both ran.
-        p_value: for the hypothesis that the cell is worse than the truly best cell by the margin or more, adjusted for
-            the number of cells.
-        verdict: "not worse" (that hypothesis is rejected), "worse" (the cell is shown to be worse) or "open" (neither
-            is shown).
+        verdict: "not worse" (it is shown that the cell is not worse than the truly best cell by the margin or more),
+            "worse" (the cell is shown to be worse) or "open" (neither is shown).
         hardest: index of the cell against which it is hardest to show that this one is not worse.
         loss: observed success rate of that cell minus that of this one, on the episodes that both ran.
         allowed_loss: about the greatest `loss` at which the cell would have become "not worse" with all episodes.
     """
 
-    difference: float
-    p_value: float
     verdict: Verdict
     hardest: int
     loss: float
@@ -234,8 +229,6 @@ def advise(
     hardest = np.where(own, -np.inf, -pairs.differences - allowed).argmax(1)
     verdicts = tuple(
         CellVerdict(
-            difference=float(pairs.differences[i, best]),
-            p_value=float(p_values[i]),
             verdict="not worse" if p_values[i] <= alpha else "worse" if worse[i] else "open",
             hardest=int(j),
             loss=float(-pairs.differences[i, j]),

@@ -53,3 +53,9 @@ def check_fraction(name: str, value: float, above: float = 0) -> None:
     """Reject a value outside the open interval from `above` to 1."""
     if not above < value < 1:
         raise ValueError(f"{name} must be above {above:g} and below 1; got {value}")
+
+
+def check_reference(reference: int, cells: int) -> None:
+    """Reject a cell to compare with that is not one of the cells."""
+    if not 0 <= reference < cells:
+        raise ValueError(f"reference must be the index of a cell, 0 to {cells - 1}; got {reference}")

@@ -18,9 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import gammaln, ndtr, ndtri, xlogy
 
-from policy.statistics.checks import Array, cells_by_episodes, check_bounds, check_fraction
+from policy.statistics.checks import Array, check_fraction, check_reference
 from policy.statistics.counts import discordant_counts, pair_counts
-from policy.statistics.intervals import RESAMPLES_AT_ONCE, mean_intervals
 
 # Score statistics are told apart in steps of 10 / BINS: at 4, a step changes a p-value by a thousandth of it.
 BINS = 1 << 15
@@ -215,46 +214,11 @@ def compare_success(
         ValueError: malformed outcomes, a reference that does not exist, or a confidence outside (0, 1).
     """
     wins, episodes = pair_counts(success, paired=paired)
-    _check_reference(reference, len(wins))
+    check_reference(reference, len(wins))
     first, second = np.triu_indices(len(wins), 1)
     p = mcnemar_test(wins[first, second], wins[second, first])
     low, high = paired_interval(wins[:, reference], wins[reference], episodes[:, reference], confidence)
     return _differences((wins[:, reference] - wins[reference]) / episodes[:, reference], low, high, p, reference)
-
-
-def compare_means(
-    values: ArrayLike, reference: int, confidence: float = 0.95, *, bounds: tuple[float, float] | None = None
-) -> tuple[PairedDifference, ...]:
-    """Compare the mean score or return of every cell with that of a reference cell.
-
-    The interval is `bootstrap_interval` of the per-episode differences, whose range is twice that of the values. With
-    `bounds` it allows for rare failures that did not occur yet, and is wide below a few hundred episodes. The p-value
-    is that of a sign-flip test: it flips the sign of each difference at random, 10000 times (Fisher 1935; the paired
-    `scipy.stats.permutation_test`), so it is never below 1 / 10001. It is adjusted by Holm over all pairs of cells.
-
-    Args:
-        values: (K, N), K cells on the same N episodes.
-        reference: index of the cell to compare with, such as the best.
-        confidence: two-sided coverage of each interval separately, in (0, 1).
-        bounds: the least and the greatest possible value, such as (0, 1) for scores; None for returns.
-
-    Returns:
-        One comparison per cell; for the reference itself the difference is 0 and the p-value 1.
-
-    Raises:
-        ValueError: a malformed array, a reference that does not exist, values outside the bounds, or a confidence
-            outside (0, 1).
-    """
-    matrix = cells_by_episodes(values, "values", float)
-    _check_reference(reference, len(matrix))
-    span = None
-    if bounds is not None:
-        check_bounds(matrix, bounds)
-        span = (bounds[0] - bounds[1], bounds[1] - bounds[0])
-    first, second = np.triu_indices(len(matrix), 1)
-    p = _sign_flip_test(matrix[first] - matrix[second])
-    low, high = mean_intervals(matrix - matrix[reference], confidence, span)
-    return _differences(matrix.mean(1) - matrix[reference].mean(), low, high, p, reference)
 
 
 def score_statistic(wins: Array, losses: Array, episodes: ArrayLike, difference: ArrayLike) -> tuple[Array, Array]:
@@ -350,25 +314,6 @@ def bisect(below: Callable[[Array], Array], low: Array, high: Array) -> Array:
     return low
 
 
-def _sign_flip_test(differences: Array) -> Array:
-    """Test a mean of 0 under the assumption that both signs of a difference are equally likely.
-
-    Args:
-        differences: (M, N), one row per test.
-
-    Returns:
-        (M,) two-sided p-values.
-    """
-    sizes = np.sort(abs(differences), axis=1)
-    observed = abs(differences.sum(1)) * (1 - 1e-12)
-    generator = np.random.default_rng(0)
-    as_far = np.ones(len(differences))  # the observed signs count as one arrangement
-    for _ in range(40):
-        signs = generator.choice([-1.0, 1.0], (RESAMPLES_AT_ONCE, sizes.shape[1]))
-        as_far += (abs(signs @ sizes.T) >= observed).sum(0)
-    return as_far / (40 * RESAMPLES_AT_ONCE + 1)
-
-
 def _differences(differences: Array, low: Array, high: Array, p: Array, reference: int) -> tuple[PairedDifference, ...]:
     """Combine differences, intervals and p-values into one comparison per cell.
 
@@ -399,8 +344,3 @@ def _differences(differences: Array, low: Array, high: Array, p: Array, referenc
         )
         for i in range(count)
     )
-
-
-def _check_reference(reference: int, cells: int) -> None:
-    if not 0 <= reference < cells:
-        raise ValueError(f"reference must be the index of a cell, 0 to {cells - 1}; got {reference}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from policy.statistics.checks import Array, cells_by_episodes, check_fraction
+from policy.statistics.checks import Array, cells_by_episodes, check_fraction, check_reference
 from policy.statistics.paired import PairedDifference, holm
 from policy.statistics.recipes import (
     Estimate,
@@ -34,8 +34,6 @@ class RecipeVerdict:
 
     Attributes:
         verdict: see `CellVerdict`.
-        p_value: for the hypothesis that the cell is worse than the truly best cell by the margin or more, adjusted for
-            the number of cells.
         hardest: index of the cell against which it is hardest to show that this one is not worse.
         difference: observed success rate minus that of the `hardest` cell.
         half_width: half the width of the 95 % interval of this difference.
@@ -43,7 +41,6 @@ class RecipeVerdict:
     """
 
     verdict: Verdict
-    p_value: float
     hardest: int
     difference: float
     half_width: float
@@ -90,8 +87,7 @@ def compare_recipes(
     """
     solved = [cells_by_episodes(cell, "success", bool) for cell in success]
     count, episodes = len(solved), solved[0].shape[1]
-    if not 0 <= reference < count:
-        raise ValueError(f"reference must be the index of a cell, 0 to {count - 1}; got {reference}")
+    check_reference(reference, count)
     pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
     p = [equality_test(_difference(solved, recipe, i, j)) for i, j in pairs]
     adjusted = dict(zip(pairs, holm(p) if p else [], strict=True))
@@ -116,7 +112,7 @@ def compare_recipes(
 def recommend_recipes(
     success: Sequence[ArrayLike],
     recipe: Sequence[int],
-    cost: Sequence[float] | Sequence[Sequence[float]],
+    cost: Sequence[float],
     *,
     margin: float = 0.05,
     confidence: float = 0.95,
@@ -126,8 +122,7 @@ def recommend_recipes(
     Args:
         success: (S, N) bool for each of K cells, the checkpoints of its recipe on the same N episodes.
         recipe: (K,), equal numbers for cells with the same checkpoints in the same order.
-        cost: (K,) numbers, or tuples in the order of their importance. Of cells with equal costs the more successful
-            one is recommended.
+        cost: (K,) finite numbers. Of cells with equal costs the more successful one is recommended.
         margin: a difference of success rates, in (0, 1).
         confidence: one-sided, in (0.5, 1), of all verdicts "not worse" together.
 
@@ -135,18 +130,18 @@ def recommend_recipes(
         The recommended cell and the verdicts.
 
     Raises:
-        ValueError: malformed arrays, a margin outside (0, 1) or a confidence outside (0.5, 1).
+        ValueError: malformed arrays or costs, a margin outside (0, 1) or a confidence outside (0.5, 1).
     """
     check_fraction("margin", margin)
     check_fraction("confidence", confidence, above=0.5)
     solved = [cells_by_episodes(cell, "success", bool) for cell in success]
-    every, episodes = range(len(solved)), solved[0].shape[1]
+    every, episodes, costs = range(len(solved)), solved[0].shape[1], ranks(cost, len(solved))
     rates = [float(cell.mean()) for cell in solved]
-    by_cost = sorted(every, key=lambda i: (*np.atleast_1d(cost[i]), -rates[i]))
+    by_cost = sorted(every, key=lambda i: (costs[i], -rates[i]))
     best = max(by_cost, key=lambda i: rates[i])  # of several, the first and hence the cheapest
     verdicts = _verdicts(
         {(i, j): _difference(solved, recipe, i, j) for i in every for j in every if i != j or len(every) == 1},
-        ranks(cost, len(every)),
+        costs,
         episodes,
         margin,
         1 - confidence,
@@ -198,7 +193,7 @@ def _verdicts(
     """The verdicts on K cells, from all differences and the `ranks` of the cells' costs."""
     cells = len(costs)
     if cells == 1:
-        return (RecipeVerdict(verdict="not worse", p_value=0, hardest=0, difference=0, half_width=0, seeds_share=0),)
+        return (RecipeVerdict(verdict="not worse", hardest=0, difference=0, half_width=0, seeds_share=0),)
     tests = {pair: not_worse_test(estimate, episodes, margin) for pair, estimate in estimates.items()}
     others = [[j for j in range(cells) if j != i] for i in range(cells)]
     hardest = [max(others[i], key=lambda j: tests[i, j]) for i in range(cells)]
@@ -213,7 +208,6 @@ def _verdicts(
         verdicts.append(
             RecipeVerdict(
                 verdict="not worse" if good[i] <= alpha else "worse" if bad[i] <= alpha else "open",
-                p_value=float(good[i]),
                 hardest=hardest[i],
                 difference=estimate.value,
                 half_width=(high - low) / 2,

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -77,18 +77,13 @@ class CellVerdict:
     """The verdict on one cell of a `Recommendation`.
 
     Attributes:
-        difference: observed success rate minus that of the best seen cell, on the episodes that both ran.
-        p_value: for the hypothesis that the cell is worse than the truly best cell by the margin or more, adjusted for
-            the number of cells.
-        verdict: "not worse" (that hypothesis is rejected), "worse" (the cell is shown to be worse) or "open" (neither
-            is shown).
+        verdict: "not worse" (it is shown that the cell is not worse than the truly best cell by the margin or more),
+            "worse" (the cell is shown to be worse) or "open" (neither is shown).
         hardest: index of the cell against which it is hardest to show that this one is not worse.
         loss: observed success rate of that cell minus that of this one, on the episodes that both ran.
         allowed_loss: about the greatest `loss` at which the cell would have become "not worse" with all episodes.
     """
 
-    difference: float
-    p_value: float
     verdict: Verdict
     hardest: int
     loss: float
@@ -123,7 +118,7 @@ class Recommendation:
 
 def recommend(
     success: ArrayLike,
-    cost: Sequence[float] | Sequence[Sequence[float]],
+    cost: Sequence[float],
     *,
     margin: float = 0.05,
     confidence: float = 0.95,
@@ -136,8 +131,8 @@ def recommend(
 
     Args:
         success: (K, N) bool, K cells on the same N episodes.
-        cost: (K,) numbers, or tuples in the order of their importance. Of cells with equal costs the more successful
-            one is recommended, and of equally successful ones the first.
+        cost: (K,) finite numbers. Of cells with equal costs the more successful one is recommended, and of equally
+            successful ones the first.
         margin: a difference of success rates, in (0, 1).
         confidence: one-sided, in (0.5, 1), of all verdicts "not worse" together.
         paired: whether a column is the same episode for all cells; otherwise see `counts.unpaired_wins`.
@@ -175,11 +170,9 @@ def compare_pairs(wins: Array, episodes: int, margin: float) -> Pairs:
     """
     # Many pairs share their counts, most of all in a simulation: each pair of counts is tested once.
     losses = np.swapaxes(wins, -1, -2)
-    codes = np.rint(wins * (episodes + 1) + losses).astype(int)
-    seen = np.zeros((episodes + 1) ** 2, dtype=bool)
-    seen[codes] = True
-    index = (seen.cumsum() - 1)[codes]
-    won, lost = np.divmod(np.flatnonzero(seen), episodes + 1)
+    codes = np.rint(wins * (episodes + 1) + losses).astype(np.int64)
+    seen, index = np.unique(codes, return_inverse=True)
+    won, lost = np.divmod(seen, episodes + 1)
     own = np.eye(wins.shape[-1], dtype=bool)
     return Pairs(
         wins=wins,
@@ -213,12 +206,6 @@ def shown_worse(pairs: Pairs, alpha: float) -> Array:
     return holm(np.minimum(1, max(cells - 1, 1) * pairs.worse.min(-1))) <= alpha
 
 
-def level_in_force(accepted: Array, alpha: float) -> Array:
-    """(...) the level that Holm's next step compares a pair's p-value with, from the (..., K) `accepted` cells."""
-    cells = accepted.shape[-1]
-    return alpha / np.clip(cells - accepted.sum(-1), 1, max(cells - 1, 1))
-
-
 def advise(
     pairs: Pairs, allowed: Array, costs: Array, *, margin: float, alpha: float, confidence: float, episodes: int
 ) -> Recommendation:
@@ -242,8 +229,6 @@ def advise(
     hardest = np.where(own, -np.inf, -pairs.differences - allowed).argmax(1)
     verdicts = tuple(
         CellVerdict(
-            difference=float(pairs.differences[i, best]),
-            p_value=float(p_values[i]),
             verdict="not worse" if p_values[i] <= alpha else "worse" if worse[i] else "open",
             hardest=int(j),
             loss=float(-pairs.differences[i, j]),
@@ -309,19 +294,16 @@ def allowed_loss(pairs: Pairs, margin: float, level: ArrayLike, episodes: int) -
     return margin + ndtri(np.asarray(level)) * deviation / math.sqrt(episodes)
 
 
-def ranks(cost: Sequence[float] | Sequence[Sequence[float]], cells: int) -> Array:
+def ranks(cost: Sequence[float], cells: int) -> Array:
     """Check the costs of K cells and number them: (K,) int, from 0 for the lowest cost, the same for equal ones.
 
     Raises:
-        ValueError: another number of costs, or costs that are not finite numbers or tuples of the same length.
+        ValueError: another number of costs, or costs that are not finite numbers.
     """
-    costs: list[tuple[Any, ...]] = [tuple(float(part) for part in np.atleast_1d(entry)) for entry in cost]
-    if len(costs) != cells:
-        raise ValueError(f"cost must have one entry per cell; got {len(costs)} for {cells} cells")
-    if len({len(entry) for entry in costs}) > 1 or not all(math.isfinite(part) for entry in costs for part in entry):
-        raise ValueError(f"cost must be finite numbers, or tuples of the same length with finite numbers; got {cost}")
-    order = sorted(set(costs))
-    return np.array([order.index(entry) for entry in costs])
+    costs = np.asarray(cost, dtype=float)
+    if costs.shape != (cells,) or not np.all(np.isfinite(costs)):
+        raise ValueError(f"cost must be one finite number per cell; got {cost} for {cells} cells")
+    return np.unique(costs, return_inverse=True)[1]
 
 
 def _points(loss: float) -> str:

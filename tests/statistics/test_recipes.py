@@ -128,6 +128,15 @@ def test_three_seeds_of_wide_spread_leave_it_undecided():
     assert "more training seeds would narrow it most" in words
 
 
+def test_of_equal_costs_the_more_successful_recipe_is_recommended():
+    good, better = outcomes([0.9] * 5, 500), outcomes([0.94] * 5, 500, seed=1)
+    assert recommend_recipes([good, better, better], [0, 1, 1], cost=[2, 2, 8], margin=0.2).cell == 1
+    with pytest.raises(ValueError, match="one finite number per cell"):
+        recommend_recipes([good, better], [0, 1], cost=[1])
+    with pytest.raises(ValueError, match="reference must be the index of a cell, 0 to 1; got 2"):
+        compare_recipes([good, better], [0, 1], 2)
+
+
 def test_one_recipe_has_nothing_to_be_compared_with():
     advice = recommend_recipes([outcomes([0.8, 0.9])], [0], cost=[1])
     assert advice.cell == 0

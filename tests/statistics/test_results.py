@@ -74,16 +74,9 @@ from policy.statistics.results import EpisodeResult, format_summary, summarize
 results = [EpisodeResult(seed=i, success=i > 3, score=i / 9, return_=i, steps=i) for i in range(10)]
 print(format_summary(summarize(results)))
 print(*sorted({name.split(".")[0] for name in sys.modules} & {"scipy", "torch", "gymnasium", "matplotlib"}))
-from policy.statistics.intervals import bootstrap_interval, wilson_interval
-wilson_interval(4, 9, confidence=0.9)
-print("scipy.special" in sys.modules, "scipy.stats" in sys.modules)
-bootstrap_interval([0.0, 1.0])
-print("scipy.stats" in sys.modules)
 """
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    line, heavy, wilson, unbounded = done.stdout.splitlines()
+    line, heavy = done.stdout.splitlines()
     assert line.startswith("success 60% (6 of 10, 95 % 31% to 83%), score 0.500 (")
     assert heavy == ""
-    assert wilson == "True False"
-    assert unbounded == "True"

@@ -174,5 +174,5 @@ def test_of_equal_costs_the_more_successful_is_recommended_then_the_first():
 def test_outcomes_and_costs_are_checked():
     with pytest.raises(ValueError, match="true or false"):
         follow(PLAN, [[0.5] * 80, [1] * 80], [1, 2])
-    with pytest.raises(ValueError, match="one entry per cell"):
+    with pytest.raises(ValueError, match="one finite number per cell"):
         follow(PLAN, [[1] * 80, [1] * 80], [1])

@@ -295,6 +295,8 @@ def _build(where: str, node: Any) -> Any:
     partial = settings.pop("_partial_", False)
     checked = check_arguments(where, target, settings)
     if partial:
+        if where in TARGETS:  # what the command leaves open it completes; a value outside its range is refused now
+            target(**checked)
         return functools.partial(target, **checked)
     _require(where, target, checked)
     with settings_of(where, checked):

@@ -69,7 +69,6 @@ def export_policy(
     if format not in EXPORT_FORMATS:
         raise unknown_name("format", format, EXPORT_FORMATS)
     check_weights(weights)
-    sampler()  # raises where a setting is outside its range, before anything is loaded
     loaded = load_checkpoint(checkpoint)
     chosen = loaded.sampler_with(sampler.keywords)
     if chosen.warm_start is not None:

@@ -110,7 +110,6 @@ def roll_out(
         ValueError: settings that do not fit, before any episode starts.
         WorkerError: more than 5 % of the episodes broke off, after all files are written.
     """
-    sampler()  # raises where a setting is outside its range, before anything is loaded
     dataset = record_settings(record, record_successes, output_dir)
     stage = set_stage(
         make_env,

@@ -55,8 +55,6 @@ def check_start(
     Raises:
         ValueError: settings that do not fit each other, or there is no such checkpoint; the message says what to do.
     """
-    if sampler:
-        sampler()  # raises where a setting is outside its range
     world = joined_world()
     for phase in phases_of(train):
         check_shares(phase.rows(train.batch_size), world)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policy.common.arguments import settings_of
 from policy.common.next_line import hydra_text
 from policy.diffusion.coefficients import SOLVERS, TO_CLEAN_BEFORE, check_noiseless, scaled_table
 from policy.diffusion.ddim import check_ddim_steps, check_eta, check_spacing, ddim_timesteps
@@ -57,8 +58,9 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.ddim_steps < 1:
             raise ValueError(f"sampler.ddim_steps must be 1 or more; got {self.ddim_steps}")
-        check_eta(self.eta)
-        check_spacing(self.spacing)
+        with settings_of("sampler", ("eta", "spacing")):
+            check_eta(self.eta)
+            check_spacing(self.spacing)
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"sampler.clip must be positive, or null for no clipping; got {self.clip}")
         if self.warm_start is not None and not 0 < self.warm_start <= 1:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import venv
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest

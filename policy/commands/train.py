@@ -17,7 +17,6 @@ from policy.commands.training_recipe import best_recipe
 from policy.commands.training_rollouts import ROLLOUT_SEED, Rollout, film_episodes, played, rolled_out, tried
 from policy.commands.training_start import (
     Start,
-    check_start,
     configured,
     env_of,
     found_relations,
@@ -119,21 +118,12 @@ def train_policy(
         expected: success_rate and score_mean that a preset reaches, for some values of `ddim_steps`; only printed.
 
     Raises:
-        ValueError: settings that do not fit each other, the data or the environment, before training starts; or
-            another process is training in this folder.
+        ValueError: settings that do not fit the data or the environment, before training starts; or another process is
+            training in this folder. The command has let `check_start` compare them with each other.
         FloatingPointError: see `policy.training.loop.train`; the message names the last good checkpoint.
         PeerError: another process of torchrun ended before its time; the message names the last good checkpoint.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after saving.
     """
-    check_start(
-        train=train,
-        policy=policy,
-        init=init,
-        init_normalizers=init_normalizers,
-        teacher=teacher,
-        output_dir=output_dir,
-        recipe=recipe,
-    )
     if not 0 <= videos <= train.rollout_episodes:
         raise ValueError(f"videos must be within 0..{train.rollout_episodes} (train.rollout_episodes); got {videos}")
     start = start_of(init, teacher, output_dir)

@@ -1,6 +1,7 @@
 """Runs that start from a trained policy: which settings and data fit it, rectification of any policy, distillation."""
 
 import dataclasses
+import inspect
 import math
 from functools import partial
 
@@ -69,7 +70,9 @@ def saved(policy, folder):
 
 
 def go(data, folder, train=SETTINGS, policy=None, sampler=None, **start):
-    """Train, and return the checkpoint."""
+    """Train as the command does, and return the checkpoint."""
+    ways = {name: value for name, value in start.items() if name in inspect.signature(check_start).parameters}
+    check_start(train=train, policy=policy, output_dir=folder, **ways)
     train_policy(
         lambda: pytest.fail("no environment is known"),
         dataset=data,

@@ -21,5 +21,4 @@ from .pusht_geometry import pusht_state_features as pusht_state_features
 from .pusht_relabelling import pusht_hindsight as pusht_hindsight
 from .pusht_relabelling import pusht_hindsight_on_the_way as pusht_hindsight_on_the_way
 from .pusht_relabelling import pusht_hindsight_varied as pusht_hindsight_varied
-from .rendering import check_rendering as check_rendering
 from .vector import VectorWorlds as VectorWorlds

@@ -1,4 +1,4 @@
-"""Checks that frames can be drawn, and one error with a remedy if they cannot."""
+"""Drawing with MuJoCo, and one error with a remedy where no frame can be drawn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
@@ -113,20 +112,6 @@ class SceneRenderer:
         if self._renderer is not None:
             self._finalizer()
             self._renderer = None
-
-
-def check_rendering(env: gymnasium.Env[Any, Any]) -> None:
-    """Draw one frame, so that a long run fails at its start and not at its first video.
-
-    Args:
-        env: Any environment of `envs.make`; it is reset with seed 0.
-
-    Raises:
-        RenderingUnavailableError: If no frame can be drawn; the message names the remedy.
-    """
-    with rendering_errors():
-        env.reset(seed=0)
-        env.render()
 
 
 def _of_graphics(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from envs.checked import BROKE_OFF, named, no_time_limit, wrong_values, zeros
 from envs.errors import DeviationError
 from envs.gym_env import EpisodeState, SuccessRule, control_hz_of, making, parse_success, require_registered
-from envs.spaces import Observation, check_action, plain_actions, plain_observations
+from envs.spaces import Observation, plain_actions, plain_observations
 
 Info = dict[str, Any]
 # What `Env.step` returns: observation, reward, terminated, truncated and info.
@@ -120,10 +120,7 @@ class VectorWorlds:
         """
         if stray := [world for world in actions if not self._running[world]]:
             raise ValueError(f"world {stray[0]} has no episode: call start()")
-        size = int(np.prod(self.action_space.shape))
-        for action in actions.values():
-            check_action(action, size)
-        nothing = np.zeros(size, np.float32)
+        nothing = np.zeros(self.action_space.shape, np.float32)
         raw = np.stack([self._acted(actions.get(world, nothing)) for world in range(self.num_envs)])
         returned: Any = self.env.step(raw)
         if not isinstance(returned, tuple) or len(returned) != 5 or not isinstance(returned[4], dict):

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from policy.adapters.diffusion_policy_encoders import ENCODERS, Encoder, sizing_weight
-from policy.adapters.imported import Imported, affine, normalizer_prefix, prefixed, under
+from policy.adapters.imported import PIXEL, Imported, affine, normalizer_prefix, prefixed, sampling_differences, under
 from policy.adapters.schedules import schedule_settings
 from policy.adapters.settings import Settings
 from policy.adapters.torch_file import plain, read_torch_file
 from policy.adapters.transformer_keys import count_layers, transformer_weights
-from policy.adapters.unet_keys import unet_weights
+from policy.adapters.unet_keys import LAST_GROUPS, NO_SCALES, unet_weights
 from policy.diffusion.schedule import PREDICTION_TYPES
 from policy.model.config import PolicyConfig
 
@@ -29,10 +29,6 @@ POLICIES = {
     "DiffusionTransformerLowdimPolicy": ("transformer", "vector"),
     "DiffusionTransformerHybridImagePolicy": ("transformer", "robomimic"),
 }
-# The last convolution has this many groups whatever `n_groups` says.
-LAST_GROUPS = 8
-# A picture is in [0, 1] there, and in [0, 255] here.
-PIXEL = 255.0
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The two numbers in "${eval:'8+0'}", the actions that are executed and those that latency takes.
 SUM = re.compile(r"\$\{eval:\s*'?\s*(\d{1,6})\s*\+\s*(\d{1,6})\s*'?\s*\}")
@@ -329,18 +325,8 @@ def _described(found: Settings, encoder: Encoder, name: str, weights: str, execu
 
 def _sampling(found: Settings) -> list[str]:
     """How they sample, and what we do otherwise."""
-    (scheduler, steps), own, settings = _scheduler_of(found), _sampler(found), found.within("noise_scheduler")
-    eta = f" sampler.eta={own['eta']}" if own["eta"] else ""
-    told = [
-        f"diffusion_policy samples with {steps} steps of {scheduler} at leading timesteps, which is ddim_steps={steps}"
-        f" sampler.spacing={own['spacing']}{eta} here; our default is DDIM at trailing timesteps"
-    ]
-    if _clips(settings):
-        told.append(
-            "we derive the noise again after clipping; diffusion_policy does not, so DDIM samples differ where it clips"
-        )
-    else:
-        told.append("the actions have no bound, so that sampler.clip has no effect")
+    (scheduler, _), settings = _scheduler_of(found), found.within("noise_scheduler")
+    told = sampling_differences("diffusion_policy", _sampler(found), scheduler, clips=_clips(settings))
     if (variance := settings.take("variance_type", str, "fixed_small")) != "fixed_small":
         told.append(f"its DDPM adds noise of variance {variance}; ours is that of fixed_small")
     if not settings.take("set_alpha_to_one", bool, True) or settings.take("steps_offset", int, 0):
@@ -357,5 +343,5 @@ def _others(encoder: Encoder, network: Mapping[str, Tensor], late: int) -> list[
             "pictures are resized with antialiasing, as torchvision has done since 0.17; older ones shrank without it"
         )
     if not _scales(network):
-        told.append("its blocks have no scale; ours have one, which is 0 and would be trained")
+        told.append(NO_SCALES)
     return told

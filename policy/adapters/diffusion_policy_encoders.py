@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from policy.adapters.imported import prefixed, under
-from policy.adapters.resnet_keys import backbone_weights, describe_backbone, head_weight
+from policy.adapters.resnet_keys import backbone_weights, camera_weights, describe_backbone, image_cut
 from policy.adapters.settings import Settings, is_size
 
 # The only observation of a policy that observes one vector.
@@ -93,7 +92,7 @@ def _pictures(found: Settings, state: Mapping[str, Tensor], obs_horizon: int) ->
             "shared": shared,
             "pooling": "average",
             **describe_backbone(under("cameras.0.backbone.", weights)),
-            **_cut(shapes[pictures[0]], _pair_of_all(settings, "resize_shape"), crop),
+            **image_cut(shapes[pictures[0]][:2], _pair_of_all(settings, "resize_shape"), crop),
         },
         weights,
         settings.take("imagenet_norm", bool, False),
@@ -115,7 +114,8 @@ def _robomimic(found: Settings, state: Mapping[str, Tensor], obs_horizon: int) -
         )
     weights: dict[str, Tensor] = {}
     for number, key in enumerate(pictures):
-        camera = _camera(found.path, key, under(f"obs_encoder.obs_nets.{key}.", state))
+        prefix = f"obs_encoder.obs_nets.{key}."
+        camera = camera_weights(found.path, state, prefix, backbone="backbone.nets.", head="nets.3.")
         weights |= prefixed(f"cameras.{number}.", camera)
     keypoints = len(weights["cameras.0.pool.0.weight"])
     return Encoder(
@@ -126,25 +126,10 @@ def _robomimic(found: Settings, state: Mapping[str, Tensor], obs_horizon: int) -
             "order": order,
             "keypoints": keypoints,
             **describe_backbone(under("cameras.0.backbone.", weights)),
-            **_cut(shapes[pictures[0]], None, crop),
+            **image_cut(shapes[pictures[0]][:2], None, crop),
         },
         weights,
     )
-
-
-def _camera(path: Path, key: str, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a camera: residual network, spatial softmax and linear layer."""
-    if missing := {"pool.nets.weight", "nets.3.weight", "nets.3.bias"} - theirs.keys():
-        raise ValueError(f"{path} lacks {sorted(missing)[0]!r} of the encoder of {key!r}")
-    points = prefixed("pool.0.", under("pool.nets.", theirs))
-    temperature = theirs.get("pool.temperature", torch.ones(1))
-    return {
-        **prefixed("backbone.", backbone_weights(under("backbone.nets.", theirs))),
-        **points,
-        "pool.1.sharpness": (1 / temperature).expand(len(points["pool.0.weight"]), 1).clone(),
-        "head.0.weight": head_weight(theirs["nets.3.weight"]),
-        "head.0.bias": theirs["nets.3.bias"],
-    }
 
 
 ENCODERS: dict[str, Callable[[Settings, Mapping[str, Tensor], int], Encoder]] = {
@@ -184,14 +169,3 @@ def _pair_of_all(settings: Settings, name: str) -> tuple[int, int] | None:
     if len(pairs) != 1:
         raise ValueError(f"{settings.path} has several values of {name}; one for all pictures can be imported")
     return pairs.pop()
-
-
-def _cut(
-    shape: tuple[int, ...], resize: tuple[int, int] | None, crop: tuple[int, int] | None
-) -> dict[str, tuple[int, int]]:
-    """The settings that resize and crop; torchvision rounds the corner of a middle crop to even numbers."""
-    settings = {} if resize is None else {"resize": resize}
-    if crop is not None:
-        free = [(whole - part) / 2 for whole, part in zip(resize or shape[:2], crop, strict=True)]
-        settings |= {"crop": crop, "crop_corner": (round(free[0]), round(free[1]))}
-    return settings

@@ -17,6 +17,9 @@ from policy.model.by_key import module_name
 from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
 
+# A picture is in [0, 1] there, and in [0, 255] here.
+PIXEL = 255.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
@@ -109,6 +112,28 @@ def _replaced(key: str, prefixes: Mapping[str, str]) -> str:
         if key.startswith(before):
             return after + key.removeprefix(before)
     return key
+
+
+def sampling_differences(project: str, sampler: Mapping[str, Any], scheduler: str, *, clips: bool) -> list[str]:
+    """Say how another project samples, and what we do otherwise.
+
+    Args:
+        project: its name.
+        sampler: how it samples, as settings of `Sampler`.
+        scheduler: its own name for that.
+        clips: whether it bounds its estimates of the actions.
+
+    Returns:
+        One sentence each.
+    """
+    steps, eta = sampler["ddim_steps"], f" sampler.eta={sampler['eta']}" if sampler["eta"] else ""
+    return [
+        f"{project} samples with {steps} steps of {scheduler} at leading timesteps, which is ddim_steps={steps}"
+        f" sampler.spacing={sampler['spacing']}{eta} here; our default is DDIM at trailing timesteps",
+        f"we derive the noise again after clipping; {project} does not, so DDIM samples differ where it clips"
+        if clips
+        else "the actions have no bound, so that sampler.clip has no effect",
+    ]
 
 
 def normalizer_prefix(key: str) -> str:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policy.adapters.imported import Imported, affine, normalizer_prefix, prefixed, under
-from policy.adapters.resnet_keys import backbone_weights, describe_backbone, head_weight
+from policy.adapters.imported import PIXEL, Imported, affine, normalizer_prefix, prefixed, sampling_differences, under
+from policy.adapters.resnet_keys import camera_weights, describe_backbone, image_cut
 from policy.adapters.schedules import schedule_settings
 from policy.adapters.settings import Settings
-from policy.adapters.unet_keys import unet_weights
+from policy.adapters.unet_keys import LAST_GROUPS, NO_SCALES, unet_weights
 from policy.checkpoint.files import read_json, read_tensors
 from policy.model.config import PolicyConfig
 
@@ -22,8 +22,6 @@ PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.
 LEROBOT_FILES = (CONFIG, WEIGHTS, ADAPTER, "policy_*.json", "policy_*.safetensors")
 STATE, ENVIRONMENT_STATE, ACTION = "observation.state", "observation.environment_state", "action"
 MODES = ("MIN_MAX", "MEAN_STD", "IDENTITY")
-# The last convolution has this many groups whatever `n_groups` says.
-LAST_GROUPS = 8
 # The beginnings of the names of all weights and statistics.
 PARTS = ("diffusion.unet.", "diffusion.rgb_encoder.", "normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
 # What LeRobot adds to a standard deviation.
@@ -32,8 +30,6 @@ EPSILON = 1e-8
 NEUTRAL_STEPS = ("rename_observations_processor", "to_batch_processor", "device_processor")
 # Settings of our sampler by the name of a scheduler: DDPM is DDIM with all of its noise.
 ETA = {"DDPM": 1, "DDIM": 0}
-# A picture is in [0, 1] there, and in [0, 255] here.
-PIXEL = 255.0
 
 
 def read_lerobot(folder: Path) -> Imported:
@@ -185,28 +181,19 @@ def _encoder(
     cameras = [f"diffusion.rgb_encoder.{number}." for number in range(len(pictures))]
     weights: dict[str, Tensor] = {}
     for number, prefix in enumerate(cameras if separate else ["diffusion.rgb_encoder."]):
-        weights |= prefixed(f"cameras.{number}.", _camera_weights(found.path.parent / WEIGHTS, under(prefix, tensors)))
-    backbone = describe_backbone(under("cameras.0.backbone.", weights))
+        camera = camera_weights(found.path.parent / WEIGHTS, tensors, prefix, backbone="backbone.", head="out.")
+        weights |= prefixed(f"cameras.{number}.", camera)
     keypoints = found.take("spatial_softmax_num_keypoints", int)
-    shape = next(iter(pictures.values()))
     resize = found.pair("resize_shape")
-    size = resize or (shape[1], shape[2])
-    crop = _crop(found, resize)
     encoder = {
         "name": "resnet",
         "order": order,
-        **backbone,
+        **describe_backbone(under("cameras.0.backbone.", weights)),
         "shared": not separate,
-        "resize": resize,
-        "crop": crop,
-        "crop_corner": crop and tuple(round((whole - part) / 2) for whole, part in zip(size, crop, strict=True)),
+        **image_cut(next(iter(pictures.values()))[1:], resize, _crop(found, resize)),
         "keypoints": keypoints,
     }
-    return (
-        {key: value for key, value in encoder.items() if value is not None},
-        weights,
-        (vectors + 2 * keypoints * len(pictures)),
-    )
+    return encoder, weights, vectors + 2 * keypoints * len(pictures)
 
 
 def _crop(found: Settings, resize: tuple[int, int] | None) -> tuple[int, int] | None:
@@ -215,22 +202,6 @@ def _crop(found: Settings, resize: tuple[int, int] | None) -> tuple[int, int] | 
     if resize is None or found.data.get("crop_ratio") is None:
         return found.pair("crop_shape")
     return (int(resize[0] * ratio), int(resize[1] * ratio)) if ratio < 1 else None
-
-
-def _camera_weights(path: Path, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    backbone = prefixed("backbone.", backbone_weights(under("backbone.", theirs)))
-    points = prefixed("pool.0.", under("pool.nets.", theirs))
-    head = under("out.", theirs)
-    if "weight" not in head or "weight" not in under("pool.nets.", theirs):
-        raise ValueError(f"{path} lacks weights of the image encoder: of the spatial softmax, or of the layer after it")
-    sharpness = torch.ones(len(points["pool.0.weight"]), 1)
-    return {
-        **backbone,
-        **points,
-        "pool.1.sharpness": sharpness,
-        "head.0.weight": head_weight(head["weight"]),
-        "head.0.bias": head["bias"],
-    }
 
 
 class _Statistics:
@@ -361,17 +332,6 @@ def _described(found: Settings, inputs: Mapping[str, tuple[str, tuple[int, ...]]
 
 
 def _differences(found: Settings) -> tuple[str, ...]:
-    own = _sampler(found)
-    eta = f" sampler.eta={own['eta']}" if own["eta"] else ""
-    told = [
-        f"LeRobot samples with {own['ddim_steps']} steps of {found.take('noise_scheduler_type', str)} at leading"
-        f" timesteps, which is ddim_steps={own['ddim_steps']} sampler.spacing={own['spacing']}{eta} here; our default"
-        " is DDIM at trailing timesteps"
-    ]
-    if found.take("clip_sample", bool):
-        told.append("we derive the noise again after clipping; LeRobot does not, so DDIM samples differ where it clips")
-    else:
-        told.append("the actions have no bound, so that sampler.clip has no effect")
-    if found.take("use_film_scale_modulation", bool) is False:
-        told.append("its blocks have no scale; ours have one, which is 0 and would be trained")
-    return tuple(told)
+    scheduler, clips = found.take("noise_scheduler_type", str), found.take("clip_sample", bool)
+    told = sampling_differences("LeRobot", _sampler(found), scheduler, clips=clips)
+    return (*told, *([] if found.take("use_film_scale_modulation", bool) else [NO_SCALES]))

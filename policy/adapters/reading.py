@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
-
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 
 from policy.adapters.diffusion_policy import read_diffusion_policy
 from policy.adapters.imported import Imported
 from policy.adapters.lerobot import ADAPTER, CONFIG, LEROBOT_FILES, WEIGHTS, read_lerobot
 from policy.checkpoint.files import CHECKSUMS, refusing
 from policy.common.arguments import at_home
+from policy.common.hub import REPOSITORY, download
 
-# Owner and name of a repository, as the Hub allows them.
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Where the projects' trainings leave policies inside their own folders, the newest first.
 INSIDE = (
     "pretrained_model",
@@ -52,7 +47,11 @@ def read_source(source: str, *, average: bool = True) -> Imported:
             _refuse_other_files(path)
             return read_diffusion_policy(path, average=average)
         if not path.exists():
-            path = _downloaded(source)
+            if not REPOSITORY.fullmatch(source):
+                raise ValueError(
+                    f"source={source} is neither a file, nor a folder, nor a repository of the Hub (owner/name)"
+                )
+            path = download(source, allow_patterns=list(LEROBOT_FILES))
         if not average:
             raise ValueError(f"average=false is for .ckpt files; {source} is a folder, which has one set of weights")
         _refuse_other_folders(path)
@@ -85,17 +84,3 @@ def _refuse_other_folders(folder: Path) -> None:
         hint = f"source={inside}" if inside else f"a LeRobot folder with {CONFIG}, or a .ckpt file of diffusion_policy"
         raise ValueError(f"{folder} holds no policy: name {hint}")
     _refuse_pointers(sorted(folder.glob("*.safetensors")))
-
-
-def _downloaded(source: str) -> Path:
-    """The local copy of a repository; only the files of a policy are downloaded."""
-    if not REPOSITORY.fullmatch(source):
-        raise ValueError(f"source={source} is neither a file, nor a folder, nor a repository of the Hub (owner/name)")
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(LEROBOT_FILES)))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"{source} is not here, and neither the Hub nor its local cache gives such a repository ({reason}): check"
-            " the name, the connection and your access"
-        ) from error

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from policy.adapters.imported import prefixed, under
 from policy.model.encoders.resnet import DEPTHS
 
 # Places of a residual network's parts where it is a plain sequence without the last two.
@@ -51,6 +53,53 @@ def describe_backbone(weights: Mapping[str, Tensor]) -> dict[str, int | str]:
     return {"depth": depth, "width": len(weights["conv1.weight"]), "norm": norm}
 
 
-def head_weight(weight: Tensor) -> Tensor:
-    """Reorder the columns of a linear layer on keypoints: theirs are x, y of each in turn; ours all x, then all y."""
-    return torch.cat([weight[:, 0::2], weight[:, 1::2]], dim=1)
+def camera_weights(
+    path: Path, tensors: Mapping[str, Tensor], prefix: str, *, backbone: str, head: str
+) -> dict[str, Tensor]:
+    """Rename the weights of a camera with keypoints: a residual network, a spatial softmax and a linear layer.
+
+    Args:
+        path: the checkpoint, for messages.
+        tensors: its weights.
+        prefix: the start of the names of this camera's weights.
+        backbone: the start of the names of the residual network, after the prefix.
+        head: the start of the names of the linear layer, after the prefix.
+
+    Returns:
+        The weights of `policy.model.encoders.resnet.Camera`.
+
+    Raises:
+        ValueError: the spatial softmax or the linear layer is missing.
+    """
+    theirs = under(prefix, tensors)
+    names = ("pool.nets.weight", f"{head}weight", f"{head}bias")
+    if missing := [name for name in names if name not in theirs]:
+        raise ValueError(f"{path} lacks the weight {prefix + missing[0]!r} of its image encoder")
+    points = under("pool.nets.", theirs)
+    temperature = theirs.get("pool.temperature", torch.ones(1))  # of robomimic alone
+    # The columns of their linear layer are x, y of each keypoint in turn; ours are all x, then all y.
+    columns = theirs[f"{head}weight"]
+    return {
+        **prefixed("backbone.", backbone_weights(under(backbone, theirs))),
+        **prefixed("pool.0.", points),
+        "pool.1.sharpness": (1 / temperature).expand(len(points["weight"]), 1).clone(),
+        "head.0.weight": torch.cat([columns[:, 0::2], columns[:, 1::2]], dim=1),
+        "head.0.bias": theirs[f"{head}bias"],
+    }
+
+
+def image_cut(
+    size: tuple[int, ...], resize: tuple[int, int] | None, crop: tuple[int, int] | None
+) -> dict[str, tuple[int, int]]:
+    """The settings that resize and crop; torchvision rounds the corner of a middle crop to even numbers.
+
+    Args:
+        size: height and width of the pictures.
+        resize: height and width that they are resized to, if they are.
+        crop: height and width of the middle crop, if there is one.
+    """
+    settings = {} if resize is None else {"resize": resize}
+    if crop is not None:
+        free = [(whole - part) / 2 for whole, part in zip(resize or size, crop, strict=True)]
+        settings |= {"crop": crop, "crop_corner": (round(free[0]), round(free[1]))}
+    return settings

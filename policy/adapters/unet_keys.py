@@ -8,6 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+# The last convolution has this many groups whatever `n_groups` says.
+LAST_GROUPS = 8
+# What there is to say about a network whose blocks have a shift alone, see `scales` of `unet_weights`.
+NO_SCALES = "its blocks have no scale; ours have one, which is 0 and would be trained"
 # Names that diffusion_policy has otherwise than LeRobot.
 AS_LEROBOT = (
     (r"\.blocks\.0\.block\.", ".conv1.block."),

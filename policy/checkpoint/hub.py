@@ -9,14 +9,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import ModelCard, ModelHubMixin
 
 from policy.checkpoint.description import dataset_names
 from policy.checkpoint.files import CHECKSUMS, CONFIG, TRAINING_RECORD, WEIGHTS, adding
 from policy.checkpoint.model_card import model_card
 from policy.checkpoint.reading import load_checkpoint
 from policy.checkpoint.writing import write_policy
+from policy.common.hub import download
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.model.storage import Origin
 
@@ -42,20 +42,13 @@ class HubStorage:
         address: str = ModelHubMixin.push_to_hub(policy, repo_id, **options)  # type: ignore[arg-type]
         return address
 
-    def load(self, name: str, *, device: str, **download: Any) -> DiffusionPolicy:
+    def load(self, name: str, *, device: str, **options: Any) -> DiffusionPolicy:
         """Load a policy from a folder or from the Hub."""
         if os.path.isdir(name):
             return load_checkpoint(name, device).policy
-        try:
-            snapshot = snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, CHECKSUMS], **download)
-        except (OSError, ValueError, EntryNotFoundError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"{name} is not a folder here, and neither the Hub nor its local cache gives such a repository"
-                f" ({reason}): check the name, the connection and your access"
-            ) from error
+        snapshot = download(name, allow_patterns=[CONFIG, WEIGHTS, CHECKSUMS], **options)
         # In the cache, a snapshot's files are links into a folder that lies beside all snapshots of the repository.
-        return load_checkpoint(snapshot, device, root=Path(snapshot).parents[1]).policy
+        return load_checkpoint(snapshot, device, root=snapshot.parents[1]).policy
 
     def card(self, policy: DiffusionPolicy, *, evaluation: Path | None, license: str | None) -> ModelCard:
         """The README.md of a saved policy."""

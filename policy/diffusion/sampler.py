@@ -14,7 +14,7 @@ from policy.common.arguments import settings_of
 from policy.common.next_line import hydra_text
 from policy.diffusion.coefficients import SOLVERS, TO_CLEAN_BEFORE, check_noiseless, scaled_table
 from policy.diffusion.ddim import check_ddim_steps, check_eta, check_spacing, ddim_timesteps
-from policy.diffusion.objective import DEFAULT_OBJECTIVE, OBJECTIVES
+from policy.diffusion.objective import OBJECTIVES
 from policy.diffusion.schedule import NoiseSchedule
 
 # Settings that were added after the first sweeps, with the value that those sweeps used implicitly. A record leaves out
@@ -126,7 +126,7 @@ class Sampler:
         settings = dataclasses.asdict(self)
         return {name: value for name, value in settings.items() if LATER_SETTINGS.get(name, ...) != value}
 
-    def cold_course(self, schedule: NoiseSchedule, objective: str = DEFAULT_OBJECTIVE) -> Course:
+    def cold_course(self, schedule: NoiseSchedule, objective: str) -> Course:
         """Return the course of a chunk that begins from noise.
 
         Args:
@@ -142,7 +142,7 @@ class Sampler:
         scale = schedule.input_scales[timesteps[0]].item()
         return Course(timesteps=timesteps, noise=scale * one.initial_noise * self.noise_scale)
 
-    def warm_course(self, schedule: NoiseSchedule, objective: str = DEFAULT_OBJECTIVE) -> Course:
+    def warm_course(self, schedule: NoiseSchedule, objective: str) -> Course:
         """Return the course of a chunk that begins from the previous one, noised to `warm_start` of the schedule.
 
         Args:
@@ -157,9 +157,7 @@ class Sampler:
         signal, noise = (level.item() for level in OBJECTIVES[objective].levels(schedule, timesteps[:1]))
         return Course(timesteps=timesteps, signal=signal, noise=self.noise_scale * noise)
 
-    def table(
-        self, schedule: NoiseSchedule, course: Course, prediction_type: str, objective: str = DEFAULT_OBJECTIVE
-    ) -> Tensor:
+    def table(self, schedule: NoiseSchedule, course: Course, prediction_type: str, objective: str) -> Tensor:
         """Return the solver's coefficients, (ddim_steps, 5 or 6) float64; see `policy.diffusion.coefficients`.
 
         They are for x_t times the schedule's `input_scales`, see `scaled_table`.

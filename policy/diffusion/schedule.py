@@ -246,9 +246,7 @@ def check_loss_weighting(loss_weighting: str, gamma: float) -> None:
         raise ValueError(f"min_snr_gamma must be a number above 0; got {gamma}")
 
 
-def loss_weights(
-    schedule: NoiseSchedule, prediction_type: str, loss_weighting: str = "none", gamma: float = 5.0
-) -> Tensor:
+def loss_weights(schedule: NoiseSchedule, prediction_type: str, loss_weighting: str, gamma: float) -> Tensor:
     """Return the weight of the squared error at each timestep in the loss.
 
     `min_snr` (Hang et al. 2023, sec. 3.4) weights the squared error of x_0 by min(SNR, γ), with SNR = ᾱ / (1 - ᾱ), for

@@ -216,8 +216,6 @@ def compile_sampler(
         >>> program({"state": torch.zeros(3, 2, 5)}, noise=torch.zeros(3, 8, 2)).shape
         torch.Size([3, 8, 2])
     """
-    check_backend(backend, weights)
-    sampler = policy.settled(sampler)
     frozen = copy.deepcopy(policy).eval().requires_grad_(False)
     return compile_shared(frozen, sampler, backend=backend, weights=weights)
 

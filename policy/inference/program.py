@@ -177,11 +177,6 @@ class Program(nn.Module):
         """Whether a step uses the clean estimate of the step before."""
         return self.coefficients.shape[1] > TO_CLEAN_BEFORE
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the weights."""
-        return self.policy.device
-
     def forward(self, inputs: SamplingInputs) -> Tensor:
         """Sample one chunk per row: (B, action_horizon, action_dim) in the data's units."""
         x, known, *conditions = self.prepare(

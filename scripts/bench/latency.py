@@ -85,7 +85,8 @@ def alternatives() -> None:
     with torch_threads(1), torch.no_grad():
         policy, sampler = randomised(DiffusionPolicy(PolicyConfig(**PRESETS["pusht"]))), Sampler(ddim_steps=8)
         calls, _ = _programs(policy, sampler)
-        program = Program(policy, sampler, sampler.cold_course(policy.schedule)).eval().requires_grad_(False)
+        course = sampler.cold_course(policy.schedule, policy.config.objective)
+        program = Program(policy, sampler, course).eval().requires_grad_(False)
         chunk = torch.zeros(1, 8, 2)
         given = SamplingInputs(zero_observations(policy.config, rows=1), chunk, None, chunk, torch.zeros(1, 8))
         compiled = torch.compile(program)

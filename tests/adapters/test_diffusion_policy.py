@@ -170,6 +170,13 @@ def test_robomimics_encoder_takes_observations_in_the_order_of_the_configuration
     assert read_diffusion_policy(saved(tmp_path, hybrid(**crop))).config.encoder["crop_corner"] == (2, 2)
 
 
+def test_a_weight_that_robomimics_encoder_lacks_is_named(tmp_path):
+    changed = hybrid()
+    del weights(changed)["obs_encoder.obs_nets.front.nets.3.bias"]
+    with pytest.raises(ValueError, match=r"lacks the weight 'obs_encoder\.obs_nets\.front\.nets\.3\.bias'"):
+        read_diffusion_policy(saved(tmp_path, changed))
+
+
 def encoder_of(config, **settings):
     config["obs_encoder"] |= settings
 

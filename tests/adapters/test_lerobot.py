@@ -206,6 +206,16 @@ def test_a_file_of_statistics_that_was_not_copied_is_named(tmp_path):
         read_lerobot(folder)
 
 
+@pytest.mark.parametrize("name", ["pool.nets.weight", "out.weight", "out.bias"])
+def test_a_weight_that_the_image_encoder_lacks_is_named(tmp_path, name):
+    folder = shutil.copytree(IMAGE, tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    del weights[f"diffusion.rgb_encoder.{name}"]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"lacks the weight 'diffusion.rgb_encoder.{name}' of its image encoder"):
+        read_lerobot(folder)
+
+
 def test_a_range_too_small_for_float32_is_refused(tmp_path):
     folder = shutil.copytree(TINY, tmp_path / "copy")
     (file,) = folder.glob("policy_postprocessor_step*.safetensors")

@@ -155,9 +155,7 @@ def test_a_folder_that_only_looks_like_a_cache_follows_no_links(tmp_path):
 def test_what_the_hub_does_not_give_is_one_sentence(repository, reason, hub, tmp_path, monkeypatch):
     if repository == "somebody/reach":  # no network
         use(monkeypatch, tmp_path, "http://127.0.0.1:9")
-    with pytest.raises(
-        ValueError, match=rf"^there is no folder {repository}, no copy .*({reason}).*correct dataset\.path"
-    ):
+    with pytest.raises(ValueError, match=rf"^{repository} is not here, and .*({reason}).*correct dataset\.path"):
         read(repository, tmp_path)
 
 

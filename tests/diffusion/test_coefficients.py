@@ -280,10 +280,11 @@ def test_ddim_is_a_solver_by_name_and_others_can_be_registered(monkeypatch):
         Sampler(solver="halved")
     SOLVERS.register("halved", halved)
     plain, half = Sampler(ddim_steps=4), Sampler(ddim_steps=4, solver="halved")
-    course = plain.cold_course(schedule)
+    course = plain.cold_course(schedule, "diffusion")
     assert torch.equal(
-        plain.table(schedule, course, "sample"), ddim_coefficients(schedule, course.timesteps, 0.0, "sample")
+        plain.table(schedule, course, "sample", "diffusion"),
+        ddim_coefficients(schedule, course.timesteps, 0.0, "sample"),
     )
     run = partial(reverse_process, lambda step, x: x.tanh(), predicts_clean=True, clip=None, step_noise=None)
-    chunks = [run(randn(*SHAPE), sampler.table(schedule, course, "sample")) for sampler in (plain, half)]
+    chunks = [run(randn(*SHAPE), sampler.table(schedule, course, "sample", "diffusion")) for sampler in (plain, half)]
     assert torch.equal(0.5 * chunks[0], chunks[1])

@@ -52,7 +52,7 @@ def test_a_sampler_is_checked_against_a_schedule_when_there_is_one():
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
 def test_a_cold_course_begins_from_noise_alone_and_visits_the_grid(spacing):
-    course = Sampler(ddim_steps=7, spacing=spacing).cold_course(make_schedule(num_steps=100))
+    course = Sampler(ddim_steps=7, spacing=spacing).cold_course(make_schedule(num_steps=100), "diffusion")
     assert torch.equal(course.timesteps, ddim_timesteps(100, 7, spacing))
     assert (course.signal, course.noise) == (0.0, 1.0)
 
@@ -62,7 +62,7 @@ def test_a_cold_course_begins_from_noise_alone_and_visits_the_grid(spacing):
 def test_a_warm_course_begins_from_the_previous_chunk_under_the_noise_of_its_first_timestep(spacing, warm_start):
     schedule = make_schedule(num_steps=100)
     steps = 1 if warm_start == 0.01 else 5
-    course = Sampler(ddim_steps=steps, spacing=spacing, warm_start=warm_start).warm_course(schedule)
+    course = Sampler(ddim_steps=steps, spacing=spacing, warm_start=warm_start).warm_course(schedule, "diffusion")
     assert torch.equal(course.timesteps, ddim_timesteps(round(100 * warm_start), steps, spacing))
     previous, noise = torch.randn(2, 3, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = schedule.add_noise(previous, noise, int(course.timesteps[0]))
@@ -73,16 +73,16 @@ def test_a_warm_course_begins_from_the_previous_chunk_under_the_noise_of_its_fir
 def test_a_start_below_the_last_timestep_visits_the_grid_of_what_lies_below_it(spacing):
     schedule = make_schedule(num_steps=100)
     sampler = Sampler(ddim_steps=5, spacing=spacing, start=0.3, warm_start=0.5)
-    assert torch.equal(sampler.cold_course(schedule).timesteps, ddim_timesteps(30, 5, spacing))
-    assert torch.equal(sampler.warm_course(schedule).timesteps, ddim_timesteps(50, 5, spacing))
-    assert Sampler(ddim_steps=1, start=0.001).cold_course(schedule).timesteps.tolist() == [0]
+    assert torch.equal(sampler.cold_course(schedule, "diffusion").timesteps, ddim_timesteps(30, 5, spacing))
+    assert torch.equal(sampler.warm_course(schedule, "diffusion").timesteps, ddim_timesteps(50, 5, spacing))
+    assert Sampler(ddim_steps=1, start=0.001).cold_course(schedule, "diffusion").timesteps.tolist() == [0]
 
 
 def test_the_noise_of_every_starting_point_is_scaled():
     schedule = make_schedule(num_steps=100)
     plain, scaled = (Sampler(ddim_steps=5, warm_start=0.5, noise_scale=scale) for scale in (1.0, 0.3))
-    assert scaled.cold_course(schedule).noise == 0.3
-    warm, expected = scaled.warm_course(schedule), plain.warm_course(schedule)
+    assert scaled.cold_course(schedule, "diffusion").noise == 0.3
+    warm, expected = scaled.warm_course(schedule, "diffusion"), plain.warm_course(schedule, "diffusion")
     assert (warm.signal, warm.noise) == (expected.signal, pytest.approx(0.3 * expected.noise))
 
 

@@ -372,10 +372,10 @@ def test_min_snr_has_the_values_of_the_paper():
         "v_prediction": [0.5, 0.72, 0.36],
     }
     for prediction_type, values in expected.items():
-        weights = loss_weights(schedule, prediction_type, "min_snr")
+        weights = loss_weights(schedule, prediction_type, "min_snr", 5.0)
         assert weights.dtype == torch.float64
         assert weights.tolist() == pytest.approx(values, rel=1e-12)
-        assert loss_weights(schedule, prediction_type).tolist() == [1.0, 1.0, 1.0]
+        assert loss_weights(schedule, prediction_type, "none", 5.0).tolist() == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("gamma", [0.0, -1.0, math.nan, math.inf])
@@ -386,14 +386,14 @@ def test_a_bound_that_is_none_is_refused(gamma):
 
 def test_unknown_weightings_and_prediction_types_are_refused_by_name():
     with pytest.raises(ValueError, match="loss_weighting must be one of none, min_snr; got 'minsnr'"):
-        loss_weights(make_schedule(num_steps=20), "sample", "minsnr")
+        loss_weights(make_schedule(num_steps=20), "sample", "minsnr", 5.0)
     with pytest.raises(ValueError, match="epsilon, sample, v_prediction; got 'eps'"):
-        loss_weights(make_schedule(num_steps=20), "eps")
+        loss_weights(make_schedule(num_steps=20), "eps", "none", 5.0)
 
 
 @WITH_X_0
 def test_min_snr_would_leave_the_start_of_sampling_untrained_without_terminal_signal(prediction_type):
     schedule = make_schedule(num_steps=20, zero_terminal_snr=True)
     with pytest.raises(ValueError, match=r"min_snr gives no weight to the last timestep .* use loss_weighting=none"):
-        loss_weights(schedule, prediction_type, "min_snr")
-    assert loss_weights(schedule, prediction_type).tolist() == [1.0] * 20
+        loss_weights(schedule, prediction_type, "min_snr", 5.0)
+    assert loss_weights(schedule, prediction_type, "none", 5.0).tolist() == [1.0] * 20

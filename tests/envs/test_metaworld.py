@@ -208,11 +208,11 @@ def test_a_failing_graphics_stack_ends_in_one_line_with_the_remedy():
 @pytest.mark.parametrize("camera", ["corner", "corner2"])
 def test_frames_are_upright(camera):
     env = envs.make("metaworld", task="reach-v3", render_mode="rgb_array", camera=camera, image_size=128)
+    env.reset(seed=0)
     try:
-        envs.check_rendering(env)
+        frame = env.render()
     except envs.RenderingUnavailableError as error:
         pytest.skip(str(error))
-    frame = env.render()
     assert frame.shape == (128, 128, 3)
     assert frame.dtype == np.uint8
     # Grey wall above, brown table and pale floor below: the top rows are darker and without colour.

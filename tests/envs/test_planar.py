@@ -101,7 +101,6 @@ def test_draws_an_upright_frame():
     green = np.argwhere((frame == (140, 210, 140)).all(axis=-1))
     assert blue[:, 0].mean() > 48  # the agent starts at the bottom, the goal is at the top
     assert green[:, 0].mean() < 16
-    envs.check_rendering(env)
 
 
 def test_rendering_without_a_render_mode_says_what_to_do():

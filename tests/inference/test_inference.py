@@ -136,9 +136,9 @@ def test_the_estimate_of_normal_data_leads_from_noise_to_such_data(solver):
     """For chunks of zero mean and known deviation the estimate is the answer: a network that returns it is perfect."""
     policy = shared_policy(sigma_data=0.3)
     sampler = Sampler(ddim_steps=100, solver=solver, clip=None)
-    course = sampler.cold_course(policy.schedule)
+    course = sampler.cold_course(policy.schedule, "diffusion")
     noise = torch.tensor([-2.0, 0.1, 1.0], dtype=torch.float64)
-    table = sampler.table(policy.schedule, course, "sample")
+    table = sampler.table(policy.schedule, course, "sample", "diffusion")
     chunks = reverse_process(
         lambda step, x: x, course.noise * noise, table, predicts_clean=True, clip=None, step_noise=None
     )

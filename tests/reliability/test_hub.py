@@ -168,9 +168,7 @@ def test_a_missing_repository_is_one_clear_sentence(hub_cache, name, settings):
     with pytest.raises(ValueError) as error:
         DiffusionPolicy.from_pretrained(name, cache_dir=hub_cache, **settings)
     message = str(error.value)
-    assert message.startswith(
-        f"{name} is not a folder here, and neither the Hub nor its local cache gives such a repository"
-    )
+    assert message.startswith(f"{name} is not here, and neither the Hub nor its local cache gives such a repository")
     assert message.endswith("check the name, the connection and your access")
     assert "\n" not in message
 

@@ -269,3 +269,12 @@ def test_the_worlds_are_those_of_the_single_environment():
     assert many.action_space == single.action_space
     with pytest.raises(ValueError, match="has no episode"):
         many.step({0: np.zeros(1, np.float32)})
+
+
+@pytest.mark.parametrize("action", [np.array([np.nan], np.float32), np.zeros(2, np.float32)])
+def test_an_odd_action_is_refused_before_any_world_steps(action):
+    worlds = envs.make_vector("gym", id="Reach-v0", worlds=2, success="info:success")
+    worlds.start([3, 4])
+    with pytest.raises(ValueError, match="An action is 1 finite numbers"):
+        worlds.step({0: np.zeros(1, np.float32), 1: action})
+    assert [env.unwrapped.steps for env in worlds.unwrapped.envs] == [0, 0]

@@ -7,27 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from policy.model.denoisers.attention import attend, check_heads, positions
 from policy.model.denoisers.denoiser import Denoiser
 from policy.model.denoisers.modulated import zeroed
 from policy.model.denoisers.timestep import TimestepEmbedding, check_sizes, made_for_shapes
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, seen: Tensor | None = None) -> Tensor:
-    """Multi-head attention without its linear layers (Vaswani et al. 2017, sec. 3.2).
-
-    Args:
-        query: (N, tokens, width).
-        key: (N, memory, width).
-        value: (N, memory, width).
-        num_heads: number of attention heads.
-        seen: (tokens, memory) bool, the places that each token attends to; None for all of them.
-
-    Returns:
-        (N, tokens, width).
-    """
-    query, key, value = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key, value))
-    attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
-    return attended.transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
@@ -149,10 +132,7 @@ class EncoderDecoder(Denoiser):
             obs_tokens=obs_tokens,
             num_steps=num_steps,
         )
-        if hidden_size % num_heads:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_heads, which share it; got {hidden_size} for {num_heads} heads"
-            )
+        check_heads(hidden_size, num_heads)
         if obs_size % obs_tokens:
             raise ValueError(f"obs_size must be a multiple of obs_tokens; got {obs_size} for {obs_tokens} tokens")
         if encoder_layers < 0:
@@ -205,11 +185,6 @@ class EncoderDecoder(Denoiser):
                 f"{self.obs_tokens}, or the first actions would not depend on the newest observation; got"
                 f" {past_actions}: raise it, or choose denoiser.causal=false or denoiser.encoder_layers=1"
             )
-
-
-def positions(tokens: int, width: int) -> nn.Parameter:
-    """Learned positions, (tokens, width)."""
-    return nn.Parameter(torch.empty(tokens, width) if made_for_shapes() else 0.02 * torch.randn(tokens, width))
 
 
 def encoder(width: int, num_layers: int, num_heads: int, dropout: float) -> nn.Sequential:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
+from policy.model.denoisers.attention import attend, check_heads, positions
 from policy.model.denoisers.modulated import FeedForward, ModulatedBlock, ModulatedDenoiser, zeroed
-from policy.model.denoisers.timestep import check_sizes, made_for_shapes
+from policy.model.denoisers.timestep import check_sizes
 
 
 class Attention(ModulatedBlock):
@@ -22,11 +22,8 @@ class Attention(ModulatedBlock):
 
     def change(self, h: Tensor) -> Tensor:
         """Apply the attention, (B, tokens, width) to (B, tokens, width)."""
-        query, key, value = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.project(h).chunk(3, dim=-1)
-        )
-        seen = nn.functional.scaled_dot_product_attention(query, key, value)
-        return self.join(seen.transpose(1, 2).flatten(2))
+        query, key, value = self.project(h).chunk(3, dim=-1)
+        return self.join(attend(query, key, value, self.num_heads))
 
 
 class Transformer(ModulatedDenoiser):
@@ -69,14 +66,10 @@ class Transformer(ModulatedDenoiser):
             num_heads=num_heads,
             num_steps=num_steps,
         )
-        if hidden_size % num_heads:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_heads, which share it; got {hidden_size} for {num_heads} heads"
-            )
+        check_heads(hidden_size, num_heads)
         super().__init__(obs_size=obs_size, width=hidden_size, num_steps=num_steps)
         self.enter = nn.Linear(action_dim, hidden_size)
-        size = (action_horizon, hidden_size)
-        self.positions = nn.Parameter(torch.empty(size) if made_for_shapes() else 0.02 * torch.randn(size))
+        self.positions = positions(action_horizon, hidden_size)
         self.blocks = nn.ModuleList(
             block
             for _ in range(num_layers)

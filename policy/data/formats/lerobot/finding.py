@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from policy.common.hub import REPOSITORY, download
 from policy.data.formats.lerobot.info import INFO
 
-# Owner and name of a repository, as the Hub allows them.
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What of a repository is read; some hold checkpoints or pages besides.
 PATTERNS = ["meta/*", "data/*", "videos/*", "images/*"]
+REMEDY = "correct dataset.path or HF_LEROBOT_HOME, connect to the network, or log in with `hf auth login`"
 
 
 def find_lerobot(path: Path) -> Path:
@@ -31,7 +30,8 @@ def find_lerobot(path: Path) -> Path:
     repository, folder = path.as_posix(), path.expanduser()
     if folder.exists() or not REPOSITORY.fullmatch(repository):
         return folder
-    return next(_downloaded(repository), None) or _download(repository)
+    copies = _downloaded(repository)
+    return next(copies, None) or download(repository, remedy=REMEDY, repo_type="dataset", allow_patterns=PATTERNS)
 
 
 def _downloaded(repository: str) -> Iterator[Path]:
@@ -49,19 +49,3 @@ def _downloaded(repository: str) -> Iterator[Path]:
             continue
         if (found / INFO).is_file() and (found / "data").is_dir():
             yield found
-
-
-def _download(repository: str) -> Path:
-    """Download a repository into the Hub's cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=PATTERNS))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"there is no folder {repository}, no copy of that dataset under HF_LEROBOT_HOME or in the Hub's cache, and"
-            f" the Hub does not give it ({reason}): correct dataset.path, or connect to the network, or log in with"
-            " `hf auth login` if it is private"
-        ) from error

@@ -1,4 +1,4 @@
-"""The door through which everything that a simulator returns comes in: it is checked here, and nowhere behind."""
+"""The door through which all that a simulator of one world returns comes in: checked here, and nowhere behind."""
 
 from __future__ import annotations
 

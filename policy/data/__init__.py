@@ -1,8 +1,1 @@
-"""Demonstrations on disk, and training windows over them.
-
-The names of this package are listed in `__init__.pyi`; each is imported when it is first used.
-"""
-
-import lazy_loader
-
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+"""Demonstrations on disk, and training windows over them."""

@@ -116,7 +116,6 @@ def write_cached(
     metadata: Mapping[str, Any],
     held_out: Sequence[str],
     skip_bad: bool,
-    max_episodes: int | None,
     budget: Budget,
 ) -> None:
     """Check episodes one by one and write them end to end; only one is in memory at a time.
@@ -129,7 +128,6 @@ def write_cached(
         metadata: the dataset's description of itself, JSON data.
         held_out: names of the episodes set aside for validation.
         skip_bad: leave bad episodes out, instead of refusing the dataset.
-        max_episodes: stop after this number of good episodes.
         budget: the disk that the entry may take.
 
     Raises:
@@ -142,7 +140,7 @@ def write_cached(
         if open_cached(folder, files) is None:  # remove it now; later it may be the complete entry of another process
             shutil.rmtree(folder, ignore_errors=True)
         with _building_in(folder.parent) as building:
-            written = _write_arrays(building, episodes, source, skip_bad, max_episodes, budget)
+            written = _write_arrays(building, episodes, source, skip_bad, budget)
             aside = set(held_out)
             index = {
                 "columns": written.columns,
@@ -234,7 +232,6 @@ def _write_arrays(
     episodes: Iterator[tuple[str, Callable[[], list[Episode]]]],
     source: str,
     skip_bad: bool,
-    max_episodes: int | None,
     budget: Budget,
 ) -> _Written:
     checker = EpisodeChecker()
@@ -273,7 +270,7 @@ def _write_arrays(
                 written.originals.append(original)
                 written.lengths.append(len(episode.actions))
             good += 1
-            if good == max_episodes:
+            if good == budget.max_episodes:
                 break
     if not written.names:
         detail = f": {next(iter(written.skipped.values()))}" if written.skipped else ""

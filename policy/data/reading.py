@@ -107,7 +107,7 @@ def read_demonstrations(
     for place in _found(format, [path] if isinstance(path, str | Path) else path):
         budget = _budget(cache, max_bytes, max_episodes, image_size, transform)
         request = Request(observation_keys, action_key, subset, on_action_outside, chosen, budget)
-        reading = _Reading(format, place, request, max_episodes, relabel, transform, image_size, skip_bad, decode)
+        reading = _Reading(format, place, request, relabel, transform, skip_bad, decode)
         newest = reading.read(cache)
         reading.check(newest)
         for earlier in found:
@@ -185,10 +185,8 @@ class _Reading:
     format: str
     path: Path
     request: Request
-    max_episodes: int | None
     relabel: Relabel | None
     transform: Transform | None
-    image_size: int | None
     skip_bad: bool
     decode: str | None
 
@@ -209,7 +207,6 @@ class _Reading:
                     metadata=reader.metadata,
                     held_out=reader.held_out,
                     skip_bad=self.skip_bad,
-                    max_episodes=self.max_episodes,
                     budget=self.request.budget,
                 )
             found = open_cached(entry, files)
@@ -224,9 +221,9 @@ class _Reading:
             ValueError: there are fewer episodes than requested, or an earlier conversion skipped bad episodes that
                 this one has to refuse.
         """
-        count = found.num_originals
-        if self.max_episodes is not None and count < self.max_episodes:
-            raise ValueError(f"{self.path} has {count} episodes; dataset.max_episodes asks for {self.max_episodes}")
+        count, wanted = found.num_originals, self.request.budget.max_episodes
+        if wanted is not None and count < wanted:
+            raise ValueError(f"{self.path} has {count} episodes; dataset.max_episodes asks for {wanted}")
         if not found.skipped:
             return
         name, reason = next(iter(found.skipped.items()))
@@ -248,10 +245,10 @@ class _Reading:
             "action_key": self.request.action_key,
             "subset": self.request.subset,
             "on_action_outside": self.request.on_action_outside,
-            "max_episodes": self.max_episodes,
+            "max_episodes": self.request.budget.max_episodes,
             "relabel": self.relabel and _code_of("relabel", self.relabel),
             "transform": self.transform and _code_of("transform", self.transform),
-            "image_size": self.image_size,
+            "image_size": self.request.budget.image_size,
             "path": str(self.path.resolve()),
             **({"decode": self.decode} if self.decode else {}),
             **({"reader": reader} if (reader := _code_of_own(FORMATS[self.format])) else {}),
@@ -265,7 +262,7 @@ class _Reading:
 
     def _episodes(self, reader: EpisodeReader) -> Generator[tuple[str, Callable[[], list[Episode]]], None, None]:
         """The name of each episode, and a function that reads the demonstrations that are made of it."""
-        total = min(len(reader.names), self.max_episodes or len(reader.names))
+        total = min(len(reader.names), self.request.budget.max_episodes or len(reader.names))
         left_out: set[str] = set()
         with progress(reader.names, total=total, desc="read", unit="episode") as names:
             for name in names:
@@ -297,9 +294,9 @@ class _Reading:
         if self.transform is not None:
             with failures_named("dataset.transform"):
                 observations = _by_key(self.transform(observations))
-        if self.image_size is not None:
+        if (size := self.request.budget.image_size) is not None:
             observations = {
-                key: _resized(key, values, self.image_size) if is_image(values.shape[1:]) else values
+                key: _resized(key, values, size) if is_image(values.shape[1:]) else values
                 for key, values in observations.items()
             }
         return Episode(observations=observations, actions=actions)

@@ -61,7 +61,7 @@ def require(package: str) -> Any:
 
 
 def observation_input(key: str) -> str:
-    """Return the name of the graph's input for the observation under `key`; see `build_model` for all inputs."""
+    """Return the name of the graph's input for the observation under `key`; see `build_graph` for all inputs."""
     return f"observations.{key}"
 
 

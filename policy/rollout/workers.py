@@ -1,4 +1,4 @@
-"""Rollouts in several processes: each has its own environments, its own copy of the policies, and one thread."""
+"""Rollouts in several processes: each has environments of its own and one thread, and all share the policies."""
 
 from __future__ import annotations
 

@@ -30,7 +30,6 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
     policy, training, env = checkpoint.policy, checkpoint.training, checkpoint.env
     config, rate = policy.config, stated_rate(training.get("rate_hz"))
     shapes = ", ".join(f"{key} {shape}" for key, shape in config.observation_shapes.items())
-    parameters = sum(parameter.numel() for parameter in policy.parameters())
     objective, settled = OBJECTIVES[config.objective], policy.settled(checkpoint.sampler).record()
     settings = " ".join(f"{name}={value}" for name, value in settled.items() if objective.has(name, value))
     estimate = "" if config.sigma_data is None else f", from an estimate for sigma_data {config.sigma_data:g}"
@@ -46,7 +45,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
         "measured": _measured(training),
         "observations": f"{shapes}; the last {config.obs_horizon}",
         "actions": f"({config.action_dim},), in chunks of {config.action_horizon}",
-        "policy": f"{parameters / 1e6:.2f} M parameters, encoder {config.encoder['name']}, denoiser"
+        "policy": f"{policy.num_parameters / 1e6:.2f} M parameters, encoder {config.encoder['name']}, denoiser"
         f" {config.denoiser['name']}, objective {config.objective}, predicts {config.predicts}{estimate}",
         "schedule": f"{policy.schedule.num_steps} timesteps{betas}",
         "sampler": f"{settings} execution_horizon={checkpoint.execution_horizon}, unless you choose others",

@@ -20,6 +20,8 @@ from policy.common.errors import SaveError
 from policy.common.files import json_text, write_text
 
 SCHEMA_VERSION = 4
+# Name of the folder of a run's newest checkpoint.
+CHECKPOINT = "checkpoint"
 CONFIG, WEIGHTS, CHECKSUMS = "config.json", "policy.safetensors", "checksums.json"
 TRAINING_WEIGHTS, TRAINING_RECORD = "training.safetensors", "training.json"
 

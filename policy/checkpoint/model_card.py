@@ -123,7 +123,7 @@ def _interface(policy: DiffusionPolicy) -> str:
         for key, shape in config.observation_shapes.items()
     ]
     chunk = ("action chunk", f"(B, {config.action_horizon}, {config.action_dim})")
-    size = ("parameters", f"{sum(p.numel() for p in policy.parameters()):,}")
+    size = ("parameters", f"{policy.num_parameters:,}")
     return markdown_table(("", "shape"), [*shapes, chunk, size])
 
 

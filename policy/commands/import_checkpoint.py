@@ -14,7 +14,7 @@ from typing import Any
 from policy.adapters.imported import Imported, build_policy, with_keys
 from policy.adapters.parity import Comparison, compare, read_reference
 from policy.adapters.reading import read_source
-from policy.checkpoint.files import TRAINING_RECORD, is_checkpoint, open_folder, replacing
+from policy.checkpoint.files import CHECKPOINT, TRAINING_RECORD, is_checkpoint, open_folder, replacing
 from policy.checkpoint.writing import write_policy
 from policy.common.arguments import at_home
 from policy.common.errors import ParityError
@@ -24,9 +24,6 @@ from policy.common.output import output_folder
 from policy.diffusion.sampler import steps_to_compare
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout.episodes import check_spaces
-
-# The folder inside output_dir.
-CHECKPOINT = "checkpoint"
 
 
 def import_checkpoint(
@@ -97,10 +94,9 @@ def _was_imported(folder: Path) -> bool:
 
 def _described(imported: Imported, policy: DiffusionPolicy, source: str) -> str:
     config = imported.config
-    parameters = sum(parameter.numel() for parameter in policy.parameters())
     facts = {
-        "policy": f"{imported.project}, {parameters / 1e6:.2f} M parameters, encoder {config.encoder['name']}, denoiser"
-        f" {config.denoiser['name']}",
+        "policy": f"{imported.project}, {policy.num_parameters / 1e6:.2f} M parameters,"
+        f" encoder {config.encoder['name']}, denoiser {config.denoiser['name']}",
         **imported.found,
         "observations here": ", ".join(f"{key} {shape}" for key, shape in config.observation_shapes.items())
         + f"; the last {config.obs_horizon}",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from policy.checkpoint import is_checkpoint, keep_checkpoint, resume_training, save_checkpoint
+from policy.checkpoint.files import CHECKPOINT
 from policy.common.files import json_text, write_text
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.diffusion.sampler import Sampler
@@ -22,7 +23,7 @@ MAX_TASKS = 100
 
 def newest_in(folder: Path) -> Path:
     """Where a run keeps its newest checkpoint."""
-    return folder.expanduser() / "checkpoint"
+    return folder.expanduser() / CHECKPOINT
 
 
 @dataclass(frozen=True, kw_only=True)

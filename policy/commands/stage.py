@@ -1,4 +1,4 @@
-"""The set-up that rollout and sweep share: checkpoints and their environment, checked before any work."""
+"""What rollout and sweep share: checkpoints and their environment, checked before any work, and their episodes."""
 
 from __future__ import annotations
 

@@ -266,13 +266,12 @@ def _say_end(
 
 
 def _describe(run: Run, env: dict[str, Any] | None, start: Start | None, train: TrainSettings, *, refit: bool) -> None:
-    parameters = sum(p.numel() for p in run.state.policy.parameters())
     episodes = run.training.episodes
     originals = len(np.unique(run.training.demonstrations.originals[episodes]))
     made = f", made of {originals} by relabelling" if originals < len(episodes) else ""
     print(
         f"{len(run.training)} training windows from {len(episodes)} episodes{made}"
-        f" ({len(run.validation.episodes)} held out), {parameters / 1e6:.2f} M parameters"
+        f" ({len(run.validation.episodes)} held out), {run.state.policy.num_parameters / 1e6:.2f} M parameters"
     )
     on_cpu = run.state.policy.device.type == "cpu"
     if run.state.step == 0 and train.precision == "float32" and on_cpu and has_bfloat16_products():

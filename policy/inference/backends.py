@@ -275,17 +275,13 @@ def choose_backend(
         return "onnx"
     if policies[0].device.type == "cuda":
         chosen = "cuda_graph"
-    elif max(map(_size, policies)) >= LARGE_POLICY and all(map(find_spec, ONNX_PACKAGES)):
+    elif max(policy.num_parameters for policy in policies) >= LARGE_POLICY and all(map(find_spec, ONNX_PACKAGES)):
         chosen = "onnx"
     else:
         return PLAIN_BACKEND
     kinds = {(sampler.clip, sampler.eta > 0, sampler.solver): sampler for sampler in samplers}.values()
     agree = all(_agrees(policy, sampler, chosen) for policy in policies for sampler in kinds)
     return chosen if agree else PLAIN_BACKEND
-
-
-def _size(policy: DiffusionPolicy) -> int:
-    return sum(parameter.numel() for parameter in policy.parameters())
 
 
 def _agrees(policy: DiffusionPolicy, sampler: Sampler, backend: str) -> bool:

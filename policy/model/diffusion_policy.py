@@ -92,6 +92,11 @@ class DiffusionPolicy(nn.Module, SharedPolicy):
         """The device of the weights."""
         return self.action_normalizer.center.device
 
+    @property
+    def num_parameters(self) -> int:
+        """The number of its trainable weights."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
     def settled(self, sampler: Sampler) -> Sampler:
         """Return a sampler with the settings that this policy's objective fixes.
 

@@ -174,8 +174,7 @@ def _may_hide_the_noise(policy: Policy, train: TrainSettings) -> bool:
 
 
 def _part(part: str, policy: Policy) -> dict[str, Any]:
-    default = {"encoder": "state", "denoiser": "modulated_mlp"}
-    return dict(policy.get(part, {"name": default[part]}))
+    return dict(policy.get(part, getattr(PolicySettings(), part)))
 
 
 def _policy_with(changes: Mapping[str, Any], policy: Policy) -> Policy:

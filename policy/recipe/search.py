@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from policy.checkpoint import is_checkpoint
+from policy.checkpoint.files import CHECKPOINT
 from policy.checkpoint.keeping import copy_checkpoint
 from policy.common.durations import duration_text
 from policy.common.files import write_text
@@ -27,7 +28,7 @@ from policy.recipe.journal import JOURNAL, Journal, Measured, are_tied, promisin
 from policy.recipe.report import changes_text, plan_text, report_text, rung_table, shared_text, verdict
 from policy.recipe.settings import RecipeSettings
 from policy.statistics.results import EpisodeResult, describe_broken
-from policy.tracking.tracker import SentToAll
+from policy.tracking.tracker import NoTracker
 from policy.training.errors import action_deviation
 from policy.training.loop import train
 from policy.training.preparation import Run
@@ -35,7 +36,6 @@ from policy.training.state import TrainState
 
 RECIPES = "recipes"
 REPORT = "recipe.md"
-CHECKPOINT = "checkpoint"
 # Before the plan is made, every recipe takes so many steps, the last of which are timed, and measures so many windows.
 UNTIMED_STEPS = 3
 TIMED_STEPS = 10
@@ -338,7 +338,7 @@ class _Search:
             trial.run,
             candidate.train,
             seed=self.seed,
-            tracker=SentToAll(),
+            tracker=NoTracker(),
             save=trial.save,
             measure=trial.measure,
             should_stop=should_stop,

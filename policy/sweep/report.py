@@ -24,7 +24,7 @@ AGAINST_THE_BEST = {
     True: "Every cell ran the same episodes with the same initial noise. 'Against the best' is the paired difference",
     False: "Cells ran different episodes. 'Against the best' is the difference",
 }
-# What its intervals hold for, by the same as above.
+# What its intervals hold for, by whether cells are recipes of several checkpoints.
 TOGETHER = {
     True: "in success to the best cell, in points, with its interval, which holds for its cell alone and leaves out"
     " that the best cell was found by these outcomes.",

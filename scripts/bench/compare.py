@@ -54,7 +54,7 @@ from scripts.bench.trainings import (
     train_command,
 )
 from scripts.settings import GROUPS
-from scripts.train import main as train
+from scripts.train import TASK as TRAIN
 
 FOLDER = Path("outputs/compare")
 DEMONSTRATIONS = FOLDER / "demonstrations"
@@ -203,7 +203,7 @@ def _check_training(training: Mapping[str, str]) -> None:
     Raises:
         ValueError: such an override.
     """
-    settings = {*GROUPS, *train.args[0].parameters} - OWN_SETTINGS.keys()
+    settings = {*GROUPS, *TRAIN.parameters} - OWN_SETTINGS.keys()
     for name in training:
         first = name.split(".")[0]
         if first in OWN_SETTINGS:

@@ -96,7 +96,7 @@ def test_drawing_leaves_the_folder_and_the_settings_of_the_process(tmp_path, mon
 
     monkeypatch.chdir(tmp_path)
     before = dict(matplotlib.rcParams)
-    with drawing("dark_background", {"svg.fonttype": "none"}):
+    with drawing():
         assert Path.cwd() == tmp_path
         assert matplotlib.rcParams["text.parse_math"] is False
     assert dict(matplotlib.rcParams) == before

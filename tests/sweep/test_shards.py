@@ -189,7 +189,7 @@ def test_shards_of_a_cell_are_merged_with_a_cell_that_ran_whole(run_sweep, tmp_p
 
 def test_shards_of_recipes_are_put_together_checkpoint_by_checkpoint(tmp_path):
     checkpoints, recipes = [make_checkpoint(name) for name in "abc"], [["a", "b"], ["c"]]
-    plain = {"sampler": {}, "controller": {}, "execution_horizon": None}
+    plain = {"sampler": {}, "controller": {}, "execution_horizon": None, "backend": "fused"}
     groups = grouped_cells(make_cells(checkpoints, {"name": "planar"}, ddim_steps=[1, 8], **plain), recipes)
     cells, dice, seeds = [*itertools.chain(*groups)], random.Random(0), range(50, 61)
     ran = {

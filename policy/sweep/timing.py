@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from policy.common.device import available_cores
+from policy.common.machine import available_cores
 from policy.rollout.cells import program_of
 from policy.rollout.latency import measure_latency, timed_controller
 from policy.sweep.grid import Row, SweepCell, label_of

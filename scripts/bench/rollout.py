@@ -20,7 +20,8 @@ import torch
 
 import envs
 from policy import DiffusionPolicy, PolicyConfig, RecedingHorizonController, Sampler
-from policy.common.device import available_cores, torch_threads
+from policy.common.device import torch_threads
+from policy.common.machine import available_cores
 from policy.common.progress import progress
 from policy.rollout.cells import Cell, controllers_of
 from policy.rollout.episodes import Env

@@ -15,8 +15,8 @@ from pathlib import Path
 from time import sleep
 from typing import Any, TypeVar
 
-from policy.common.device import available_cores
 from policy.common.interrupt import StopRequest, stop_on_signal
+from policy.common.machine import available_cores
 from policy.common.progress import progress
 from policy.statistics.results import EpisodeResult
 

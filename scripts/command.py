@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -38,50 +38,19 @@ from scripts.help_text import help_text
 from scripts.settings import CONF, GROUPS, Task, add_registered_options, registered_options
 
 
-def command(
-    name: str,
-    target: str,
-    example: str,
-    inline: Mapping[str, str] | None = None,
-    alternatives: Mapping[str, str] | None = None,
-    replaced: Mapping[str, Sequence[str]] | None = None,
-    check_first: str | None = None,
-    notes_given: str | None = None,
-    goes_with: Mapping[str, Sequence[str]] | None = None,
-    excludes: Mapping[str, Sequence[str]] | None = None,
-) -> functools.partial[None]:
+def command(task: Task, example: str) -> functools.partial[None]:
     """Make a console command from a function, whose keyword arguments are the command's settings.
 
     A setting's default is defined in the function's signature. Overrides follow Hydra's grammar; a setting that the
     configuration files do not mention can be overridden like any other.
 
     Args:
-        name: name of the command and of its primary file in conf/, which chooses the groups' defaults.
-        target: the function, as `module:name`; it is imported once its settings are valid. A function whose first
-            parameter is `make_env` is given `make_env`.
+        task: the function and what its settings need.
         example: a command line for `--help`.
-        inline: see `Task`.
-        alternatives: see `Task`.
-        replaced: see `Task`.
-        check_first: see `Task`.
-        notes_given: see `Task`.
-        goes_with: see `Task`.
-        excludes: see `Task`.
 
     Returns:
         A `main` that takes no arguments.
     """
-    task = Task(
-        name=name,
-        target=target,
-        inline=inline or {},
-        alternatives=alternatives or {},
-        replaced=replaced or {},
-        check_first=check_first,
-        notes_given=notes_given,
-        goes_with=goes_with or {},
-        excludes=excludes or {},
-    )
     return functools.partial(_main, task, example)
 
 

@@ -1,9 +1,11 @@
 """Export a trained policy for programs that have no torch."""
 
 from scripts.command import command
+from scripts.settings import Task
 
 EXAMPLE = "python scripts/export.py checkpoint=outputs/demo/checkpoint format=onnx sampler.ddim_steps=4"
-main = command("export", "policy.commands.export:export_policy", EXAMPLE)
+TASK = Task(name="export", target="policy.commands.export:export_policy")
+main = command(TASK, EXAMPLE)
 
 if __name__ == "__main__":
     main()

@@ -46,8 +46,9 @@ class Task:
     """The function behind a command.
 
     Attributes:
-        name: name of the command and of its primary file in conf/.
-        target: the function, as `module:name`; it is imported once its settings are valid.
+        name: name of the command and of its primary file in conf/, which chooses the groups' defaults.
+        target: the function, as `module:name`; it is imported once its settings are valid. A function whose first
+            parameter is `make_env` is given `make_env`.
         inline: settings classes as `module:name`, by the parameter of the function that takes the settings which the
             user gives, by name; the fields of such a class are settings of the command itself.
         alternatives: settings that make a part superfluous, to that part; it is left out where it is not complete.

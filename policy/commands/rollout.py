@@ -17,13 +17,10 @@ from policy.commands.stage import (
     OnEnvError,
     Stage,
     check_broken,
-    rollout_pool,
-    run_tasks,
-    say_on_disk,
+    run_missing,
     set_stage,
     settle_provenance,
     stop_if_broken,
-    warn_unpaired,
 )
 from policy.common.device import torch_threads
 from policy.common.files import json_text, write_text
@@ -140,7 +137,7 @@ def roll_out(
         tracking = tracker(folder=folder, config={"checkpoint": str(checkpoint), "env": stage.env})
         if driver is None:
             with recorded_as(dataset, stage, recorded.settings, ledger) as recording:
-                results = _as_fast_as_possible(recorded, ledger, recording, num_envs, on_env_error)
+                (results,) = run_missing(recording, [recorded], ledger, num_envs, on_env_error, title="rollout")
         else:
             results = _against_the_clock(driver, stage, folder, on_env_error)
         unpaired = ledger.unpaired
@@ -224,24 +221,6 @@ def _ledger(folder: Path, cell: SweepCell, *, resumes: bool) -> Ledger:
             f" {EPISODES_FILE} and {LEDGER} there"
         )
     return ledger
-
-
-def _as_fast_as_possible(
-    recorded: SweepCell, ledger: Ledger, stage: Stage, num_envs: int, on_env_error: OnEnvError
-) -> list[EpisodeResult]:
-    """Run the episodes that the ledger lacks, in simulated time; return all results in the order of their seeds."""
-    cell = ledger.introduce(recorded.settings)
-    tasks, total = [(0, seed) for seed in ledger.missing(cell, stage.seeds)], len(stage.seeds)
-    say_on_disk(total - len(tasks), total)
-    if tasks:
-        with (
-            rollout_pool(stage, ledger, min(num_envs, len(tasks))) as pool,
-            progress(total=total, initial=total - len(tasks), desc="rollout", unit="episode") as bar,
-        ):
-            run_tasks(pool, [recorded], [cell], tasks, ledger, on_env_error, bar)
-    else:
-        warn_unpaired(ledger)
-    return ledger.results(cell, stage.seeds)
 
 
 def _real_time_controller(

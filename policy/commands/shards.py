@@ -8,21 +8,11 @@ from itertools import chain
 from pathlib import Path
 
 from policy.commands.looks import wanted_plan
-from policy.commands.stage import (
-    OnEnvError,
-    Stage,
-    check_broken,
-    rollout_pool,
-    run_tasks,
-    say_on_disk,
-    settle_provenance,
-    warn_unpaired,
-)
-from policy.common.progress import progress
+from policy.commands.stage import OnEnvError, Stage, check_broken, run_missing, settle_provenance
 from policy.rollout.ledger import Ledger
 from policy.statistics.results import EpisodeResult, describe_broken
 from policy.sweep.grid import SweepCell, ids_of, uniform
-from policy.sweep.looks import LEDGER, LookPlan
+from policy.sweep.looks import LEDGER
 from policy.sweep.recipes import grouped, recipe_row
 from policy.sweep.shards import Shard, begin_shard, write_shard
 from policy.sweep.table import format_table
@@ -76,14 +66,16 @@ def run_shard(
             seed=stage.seeds.start,
             margin=margin,
         )
-        plan = begin_shard(ledger, shard, [cell.settings for cell in cells], wanted)
+        begin_shard(ledger, shard, [cell.settings for cell in cells], wanted)
         run = open_run()
         print(
             f"shard {shard}: the episodes with seeds {share.seeds[0]} to {share.seeds[-1]} of each cell; all of them"
             " run, and merge= compares the cells when all shards have run"
         )
-        _run_missing(share, cells, plan, ledger, num_envs, on_env_error, workers=workers, mix=mix)
-        results = grouped([ledger.results(cell, share.seeds) for cell in plan.cells], groups)
+        missing = any(ledger.missing(cell, share.seeds) for cell in wanted.cells)
+        settle_provenance(share, cells, ledger, missing=missing, mix=mix)
+        found = run_missing(share, cells, ledger, num_envs, on_env_error, title=f"shard {shard}", workers=workers)
+        results = grouped(found, groups)
         warnings = [*stage.warnings, *filter(None, [ledger.unpaired])]
     _publish(folder, stage, groups, results, warnings, threads, run)
     check_broken([*chain(*chain(*results))])
@@ -109,29 +101,3 @@ def _publish(
     for warning in describe_broken([*chain(*chain(*results))]):
         print(f"warning: {warning}")
     print(f"files: {folder / LEDGER}, {file}")
-
-
-def _run_missing(
-    share: Stage,
-    cells: Sequence[SweepCell],
-    plan: LookPlan,
-    ledger: Ledger,
-    num_envs: int,
-    on_env_error: OnEnvError,
-    *,
-    workers: int | None,
-    mix: bool,
-) -> None:
-    """Run the episodes of a share that its ledger lacks."""
-    tasks = [(number, seed) for number, cell in enumerate(plan.cells) for seed in ledger.missing(cell, share.seeds)]
-    total = len(cells) * len(share.seeds)
-    settle_provenance(share, cells, ledger, missing=bool(tasks), mix=mix)
-    say_on_disk(total - len(tasks), total)
-    if not tasks:
-        warn_unpaired(ledger)
-        return
-    with (
-        rollout_pool(share, ledger, min(num_envs, len(tasks)), workers=workers) as pool,
-        progress(total=total, initial=total - len(tasks), desc=f"shard {ledger.shard}", unit="episode") as bar,
-    ):
-        run_tasks(pool, cells, plan.cells, tasks, ledger, on_env_error, bar)

@@ -19,15 +19,16 @@ from policy.common.device import check_device
 from policy.common.errors import WorkerError
 from policy.common.output import episode_seeds
 from policy.common.plugins import loaded_plugins
+from policy.common.progress import progress
 from policy.rollout.cells import Task
 from policy.rollout.episodes import Env, MakeEnv, check_num_envs, check_spaces
-from policy.rollout.ledger import Ledger, cell_id
+from policy.rollout.ledger import Ledger
 from policy.rollout.provenance import Provenance, accept_mixture, provenance, with_packages
 from policy.rollout.vector import MakeWorlds, VectorPool
 from policy.rollout.watch import check_patience, helpers_ended, watched
 from policy.rollout.workers import RolloutPool
 from policy.statistics.results import EpisodeResult, describe_broken, too_many_broken
-from policy.sweep.grid import SweepCell
+from policy.sweep.grid import SweepCell, ids_of
 
 # Defaults that rollouts and sweeps share. Demonstrations use seeds from 0, rollouts during training those from 50000.
 EPISODES = 50
@@ -193,12 +194,11 @@ def settle_provenance(
     Raises:
         ValueError: something differs, and `mix` is False.
     """
-    ids = [cell_id(cell.settings) for cell in cells]
     now = stage.made_with
     if any(cell.cell.backend == "onnx" for cell in cells):
         now = with_packages(now, ["onnxruntime"])
     instead = "Use what the finished ones were run with, or another output_dir="
-    found = [*ledger.made_with(ids, stage.seeds), *([now] if missing else [])]
+    found = [*ledger.made_with(ids_of(cells), stage.seeds), *([now] if missing else [])]
     said = accept_mixture(found, mix, where=str(ledger.path), instead=instead)
     if missing:
         ledger.note_provenance(now)
@@ -276,6 +276,48 @@ def run_tasks(
         bar.set_postfix(cell=f"{number + 1}/{len(cells)}", success=f"{success:.0%}", refresh=False)
         bar.update()
         after_each()
+
+
+def run_missing(
+    stage: Stage,
+    cells: Sequence[SweepCell],
+    ledger: Ledger,
+    num_envs: int,
+    on_env_error: OnEnvError,
+    *,
+    title: str,
+    workers: int | None = None,
+) -> list[list[EpisodeResult]]:
+    """Run the episodes that the ledger lacks, each cell with all seeds.
+
+    Args:
+        stage: the checkpoints, the environment and the seeds.
+        cells: the cells to run.
+        ledger: receives the cells' settings and the results.
+        num_envs: environments that run at once.
+        on_env_error: what to do with an episode that broke off.
+        title: title of the progress bar.
+        workers: number of processes; by default one per core.
+
+    Returns:
+        All results of each cell, in the order of the seeds.
+
+    Raises:
+        WorkerError: see `run_tasks`.
+    """
+    ids = [ledger.introduce(cell.settings) for cell in cells]
+    tasks = [(number, seed) for number, cell in enumerate(ids) for seed in ledger.missing(cell, stage.seeds)]
+    total = len(ids) * len(stage.seeds)
+    say_on_disk(total - len(tasks), total)
+    if tasks:
+        with (
+            rollout_pool(stage, ledger, min(num_envs, len(tasks)), workers=workers) as pool,
+            progress(total=total, initial=total - len(tasks), desc=title, unit="episode") as bar,
+        ):
+            run_tasks(pool, cells, ids, tasks, ledger, on_env_error, bar)
+    else:
+        warn_unpaired(ledger)
+    return [ledger.results(cell, stage.seeds) for cell in ids]
 
 
 def stop_if_broken(result: EpisodeResult, on_env_error: OnEnvError) -> None:

@@ -6,17 +6,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Of the time that passes, at most this share goes into the work.
+SHARE = 0.01
+# The least number of seconds between the end of the work and its next beginning.
+INTERVAL = 1.0
+
 
 class Budget:
-    """Says when work is due again, so that it takes at most a share of the time.
+    """Says when work is due again, so that it takes at most a share of the time."""
 
-    Args:
-        share: of the time that passes, at most this much goes into the work.
-        interval: the least number of seconds between the end of the work and its next beginning.
-    """
-
-    def __init__(self, share: float = 0.01, interval: float = 1.0) -> None:
-        self._share, self._interval = share, interval
+    def __init__(self) -> None:
         self._due_at = 0.0
 
     def due(self) -> bool:
@@ -31,4 +30,4 @@ class Budget:
             yield
         finally:
             ended = time.monotonic()
-            self._due_at = ended + max(self._interval, (ended - began) / self._share)
+            self._due_at = ended + max(INTERVAL, (ended - began) / SHARE)

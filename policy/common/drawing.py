@@ -6,22 +6,16 @@ import logging
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
 from pathlib import Path
-from typing import Any
 
 
 @contextmanager
-def drawing(style: str = "default", settings: dict[Any, Any] | None = None) -> Iterator[None]:
-    """Draw in this block, with Matplotlib's own settings; `$` in a name is a dollar and begins no formula.
-
-    Args:
-        style: Matplotlib style.
-        settings: further settings of Matplotlib.
-    """
+def drawing() -> Iterator[None]:
+    """Draw in this block, with Matplotlib's own settings; `$` in a name is a dollar and begins no formula."""
     # It says twice that it takes a temporary folder if its cache folder cannot be written to.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     # When it is first imported, Matplotlib reads a file `matplotlibrc` of the current folder before any other.
     with chdir(Path(__file__).parent):
         import matplotlib.style
-    with matplotlib.style.context(style, after_reset=True), matplotlib.rc_context():
-        matplotlib.rcParams.update({"text.parse_math": False, **(settings or {})})
+    with matplotlib.style.context("default", after_reset=True):
+        matplotlib.rcParams["text.parse_math"] = False
         yield

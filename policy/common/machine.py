@@ -1,9 +1,10 @@
-"""What libraries ask a machine for: a home folder, a name of the user, a safe folder to start processes in."""
+"""What a machine has: cores, a processor, a home folder, a name of the user, a safe folder to start processes in."""
 
 from __future__ import annotations
 
 import atexit
 import os
+import platform
 import shutil
 import tempfile
 import warnings
@@ -15,6 +16,20 @@ from pathlib import Path
 SAFE_PATH, OURS = "PYTHONSAFEPATH", "ddim-policy"
 
 _TEMPORARY: list[str] = []  # the home folder that this process made
+
+
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """Return the model of the processor."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def settle_home() -> None:

@@ -124,7 +124,7 @@ class Panel:
     places: Sequence[tuple[float, str]] = ()
 
 
-def linear_scale(low: float, high: float, *, name: str = "", unit: str = "") -> Scale:
+def linear_scale(low: float, high: float, *, name: str = "") -> Scale:
     """A scale with three to seven round ticks; one without extent is widened.
 
     >>> [label for _, label in linear_scale(0, 12_000).ticks]
@@ -137,7 +137,7 @@ def linear_scale(low: float, high: float, *, name: str = "", unit: str = "") -> 
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
     numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     # Adding zero makes -0.0 zero.
-    ticks = [(step * number, f"{round(step * number, 12) + 0.0:,.6g}{unit}") for number in numbers]
+    ticks = [(step * number, f"{round(step * number, 12) + 0.0:,.6g}") for number in numbers]
     return Scale(low=low, high=high, ticks=ticks, name=name)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from policy.common.arguments import unknown_name
+from policy.common.machine import available_cores
 from policy.common.modules import failures_named
 from policy.common.observations import is_image
 from policy.common.progress import progress
@@ -162,7 +163,7 @@ def _check_decode(decode: str | None, format: str, functions: Sequence[str]) -> 
 
 
 def _usual_workers() -> int:
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MAX_WORKERS)
+    return min(available_cores(), MAX_WORKERS)
 
 
 def _budget(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions, version
@@ -21,6 +20,8 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
+
+from policy.common.machine import processor
 
 Provenance = Mapping[str, Mapping[str, str]]
 
@@ -59,7 +60,7 @@ def provenance(env: gymnasium.Env[Any, Any], device: str) -> Provenance:
     hashes = {name: _hash(content) for part in parts for name, content in _descriptions(part)}
     return {
         "versions": {**versions, **_versions([*simulators, *engines])},
-        "machine": {"processor": _processor(), **({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})},
+        "machine": {"processor": processor(), **({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})},
         "environment": {**hashes, **{name: _hash(content) for name, content in _sources(modules)}},
     }
 
@@ -261,12 +262,3 @@ def _distribution(module: str) -> Distribution | None:
     except PackageNotFoundError:
         # Asking for all modules of all packages, as packages_distributions does, takes a hundred times as long.
         return next((one for one in distributions() if module in (one.read_text("top_level.txt") or "").split()), None)
-
-
-def _processor() -> str:
-    """The model of the processor."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -18,9 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from policy.common.device import available_cores
 from policy.common.errors import WorkerError
-from policy.common.machine import outside_current_folder
+from policy.common.machine import available_cores, outside_current_folder
 from policy.common.plugins import loaded_plugins
 from policy.inference.backends import SamplerProgram
 from policy.model.diffusion_policy import DiffusionPolicy

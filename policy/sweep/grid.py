@@ -15,13 +15,7 @@ from policy.control.timeline import ControllerSettings
 from policy.diffusion.coefficients import takes_steps_of_ddim
 from policy.diffusion.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from policy.diffusion.sampler import LATER_SETTINGS, Sampler
-from policy.inference.backends import (
-    DEFAULT_BACKEND,
-    DEFAULT_WEIGHTS,
-    PLAIN_BACKEND,
-    check_backend,
-    choose_backend,
-)
+from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS, check_backend, choose_backend
 from policy.inference.onnx_backend import check_installed
 from policy.model.cost import multiply_adds
 from policy.rollout.cells import Cell
@@ -110,7 +104,7 @@ def make_cells(
     sampler: Mapping[str, Any],
     controller: Mapping[str, Any],
     execution_horizon: int | Sequence[int] | None,
-    backend: str | Sequence[str] = PLAIN_BACKEND,
+    backend: str | Sequence[str],
     weights: str | Sequence[str] = DEFAULT_WEIGHTS,
 ) -> list[SweepCell]:
     """Make a cell of every combination of the settings; a list of values makes an axis.

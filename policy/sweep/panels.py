@@ -43,12 +43,13 @@ class Facet:
         return lines if len(lines) > 1 else ()
 
 
-def facets_of(rows: Sequence[Row], *, margin: float = 0.05, chosen: int | None = None) -> list[Facet]:
+def facets_of(rows: Sequence[Row], *, margin: float | None, chosen: int | None = None) -> list[Facet]:
     """Lay out the rows as panels; more than eight series are spread over several facets with the same axes.
 
     Args:
-        rows: the cells' rows. Without latencies, or differences to the best cell, their panel is left out.
-        margin: the difference of success rates from which a cell counts as worse.
+        rows: the cells' rows. Without latencies, their panel is left out.
+        margin: the difference of success rates from which a cell counts as worse; without one, the panel of the
+            differences to the best cell is left out, which the rows may then lack.
         chosen: index of the recommended row, which gets a ring; or None.
 
     Returns:
@@ -140,7 +141,7 @@ def _lines(
     return lines
 
 
-def _empty_panels(rows: Sequence[Row], margin: float) -> list[tuple[Panel, str, Sequence[str]]]:
+def _empty_panels(rows: Sequence[Row], margin: float | None) -> list[tuple[Panel, str, Sequence[str]]]:
     """The panels without their lines, each with the columns of its x and of its y with the interval."""
     steps = sorted({row["ddim_steps"] for row in rows})
     by_steps = log_scale(steps, ticks=steps, name="ddim_steps")
@@ -149,7 +150,7 @@ def _empty_panels(rows: Sequence[Row], margin: float) -> list[tuple[Panel, str, 
     panels: list[tuple[Panel, str, Sequence[str]]] = [
         (Panel(title="Success (%) against ddim_steps", note=note, x=by_steps, y=rate), "ddim_steps", SUCCESS)
     ]
-    if all(key in row for row in rows for key in DIFFERENCE):
+    if margin is not None:
         panels.append((_difference_panel(rows, by_steps, margin), "ddim_steps", DIFFERENCE))
     if all(LATENCY in row for row in rows):
         threads = sorted({row.get("latency_threads") or 1 for row in rows})

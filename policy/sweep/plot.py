@@ -25,9 +25,10 @@ PANEL, HEAD, LEGEND = (4.4, 3.7), 52, 60
 def plot_rows(
     rows: Sequence[Row],
     files: Sequence[Path],
+    *,
     title: str,
     paired: bool = True,
-    margin: float = 0.05,
+    margin: float | None,
     chosen: int | None = None,
 ) -> None:
     """Draw the panels under a title and save them.
@@ -37,7 +38,7 @@ def plot_rows(
         files: each receives the same figure, in the format of its suffix.
         title: says what was swept.
         paired: whether all cells ran the same episodes.
-        margin: the difference of success rates from which a cell counts as worse.
+        margin: see `facets_of`.
         chosen: index of the recommended row, or None.
     """
     compared = "the same" if paired else "others"
@@ -49,12 +50,12 @@ def plot_rows(
             figure.savefig(file, dpi=150)
 
 
-def draw_rows(rows: Sequence[Row], *, margin: float = 0.05, chosen: int | None = None) -> Figure:
+def draw_rows(rows: Sequence[Row], *, margin: float | None, chosen: int | None = None) -> Figure:
     """Draw the panels side by side, and facets below each other, without a title.
 
     Args:
         rows: the cells' rows.
-        margin: the difference of success rates from which a cell counts as worse.
+        margin: see `facets_of`.
         chosen: index of the recommended row, or None.
 
     Returns:

@@ -58,7 +58,7 @@ def write_report(
     warnings: Sequence[str] = (),
     chosen: int | None = None,
     differences: Sequence[str] = (),
-    margin: float = 0.05,
+    margin: float | None = None,
     clips: Sequence[Clip] = (),
     without_clips: str = "",
     settings: Mapping[str, Any],
@@ -76,7 +76,7 @@ def write_report(
         warnings: what a reader must know besides, in sentences.
         chosen: index of the recommended row, or None.
         differences: how each row compares with the best one, in words; a column that is left out if there are none.
-        margin: the difference of success rates from which a cell counts as worse.
+        margin: see `facets_of`.
         clips: recorded episodes; those with the same seed stand side by side.
         without_clips: stands where the episodes would, if there are none.
         settings: listed at the end of the page, by name.

@@ -75,17 +75,14 @@ class Shard:
         return seeds[len(seeds) * (self.number - 1) // self.of : len(seeds) * self.number // self.of]
 
 
-def begin_shard(ledger: Ledger, shard: Shard, cells: Sequence[Settings], wanted: LookPlan) -> LookPlan:
-    """Write down whose share a ledger holds, unless it says so.
+def begin_shard(ledger: Ledger, shard: Shard, cells: Sequence[Settings], wanted: LookPlan) -> None:
+    """Write down whose share a ledger holds, the sweep's cells and its plan, unless the ledger says so.
 
     Args:
         ledger: of the shard.
         shard: which one.
         cells: the settings of the sweep's cells.
         wanted: the sweep's one look, after all episodes; its `alpha` is not used.
-
-    Returns:
-        The plan of the whole sweep.
 
     Raises:
         ValueError: the ledger holds something else.
@@ -105,7 +102,6 @@ def begin_shard(ledger: Ledger, shard: Shard, cells: Sequence[Settings], wanted:
     for settings in cells:
         ledger.introduce(settings)
     keep(ledger, plan)
-    return plan
 
 
 def check_whole(ledger: Ledger) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from policy.common.device import available_cores
+from policy.common.machine import available_cores
 from policy.rollout.cells import program_of
 from policy.rollout.latency import measure_latency, timed_controller
 from policy.sweep.grid import Row, SweepCell, label_of
@@ -31,7 +31,7 @@ def latencies_of(cells: Sequence[SweepCell], threads: int = 1) -> list[Row]:
     return [{**latency.row, **latency.rates(**chunks)} for latency, chunks in found]
 
 
-def within(axes: Sequence[Row], latencies: Sequence[Row], max_ms: float | None) -> tuple[list[int], str]:
+def within(axes: Sequence[Row], latencies: Sequence[Row], max_ms: float) -> tuple[list[int], str]:
     """Find the cells whose plans are fast enough. The others are left out of the sweep before its first episode.
 
     Leaving them out does not depend on any result, so that what the sweep says of the other cells is as sure as
@@ -40,7 +40,7 @@ def within(axes: Sequence[Row], latencies: Sequence[Row], max_ms: float | None) 
     Args:
         axes: the settings of each cell.
         latencies: see `latencies_of`.
-        max_ms: milliseconds that the median plan of a cell may take; None for no limit.
+        max_ms: milliseconds that the median plan of a cell may take.
 
     Returns:
         The indices of the cells that stay, and a sentence about those left out, which is empty without any.
@@ -49,7 +49,7 @@ def within(axes: Sequence[Row], latencies: Sequence[Row], max_ms: float | None) 
         ValueError: no cell is fast enough.
     """
     times = [row["latency_ms_median"] for row in latencies]
-    slow = [] if max_ms is None else [number for number, time in enumerate(times) if time > max_ms]
+    slow = [number for number, time in enumerate(times) if time > max_ms]
     named = {
         number: f"{label_of(axes, axes[number])} ({times[number]:.1f} ms{', on a busy machine' * row['busy']})"
         for number, row in enumerate(latencies)

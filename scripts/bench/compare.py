@@ -35,11 +35,11 @@ from policy.diffusion.coefficients import SOLVERS, takes_steps_of_ddim
 from policy.diffusion.objective import DEFAULT_OBJECTIVE, OBJECTIVES, check_objective
 from policy.statistics.intervals import wilson_interval
 from policy.statistics.recipes import recipe_interval
-from policy.statistics.results import EpisodeResult
 from policy.sweep.comparison import Comparison
 from policy.sweep.controls import against_controls
 from policy.sweep.grid import repeats_of_ddim
 from policy.sweep.recipes import scope_of
+from scripts.bench.arguments import given_settings, listed
 from scripts.bench.finished import FINISHED, finished_rows, write_rows
 from scripts.bench.report import machine, write_report
 from scripts.bench.tasks import GIVEN, TASKS, Task, task_named
@@ -48,13 +48,12 @@ from scripts.bench.trainings import (
     Unit,
     collect_missing,
     file_name,
-    listed,
     run_units,
     sweep_command,
     train_command,
 )
 from scripts.settings import GROUPS
-from scripts.train import main as train
+from scripts.train import TASK as TRAIN
 
 FOLDER = Path("outputs/compare")
 DEMONSTRATIONS = FOLDER / "demonstrations"
@@ -141,11 +140,9 @@ def requested(arguments: Sequence[str]) -> Request:
     """Read the command line, and print a sentence about each task that is left out.
 
     Raises:
-        ValueError: an argument that does not fit, or no task that can be run here.
+        ValueError: a setting that does not fit, or no task that can be run here.
     """
-    if not all("=" in argument for argument in arguments):
-        raise ValueError(f"usage: python -m scripts.bench.compare [NAME=VALUE ...]; got {list(arguments)}")
-    given = dict(argument.split("=", 1) for argument in arguments)
+    given = given_settings(arguments, "compare")
     training = {name: value for name, value in given.items() if name not in CHOICES | DEFAULTS.keys()}
     _check_training(training)
     objectives, solvers = _items("objectives", given), _items("solvers", given)
@@ -203,7 +200,7 @@ def _check_training(training: Mapping[str, str]) -> None:
     Raises:
         ValueError: such an override.
     """
-    settings = {*GROUPS, *train.args[0].parameters} - OWN_SETTINGS.keys()
+    settings = {*GROUPS, *TRAIN.parameters} - OWN_SETTINGS.keys()
     for name in training:
         first = name.split(".")[0]
         if first in OWN_SETTINGS:
@@ -300,7 +297,7 @@ def rows_of(trained: Trained) -> list[Row]:
     task, objective, seed = trained.unit.name.rsplit("-", 2)
     rows = []
     for cell in trained.swept["cells"]:
-        results = [EpisodeResult.from_row(row) for row in trained.swept["episodes"] if row["cell"] == cell["cell"]]
+        results = trained.results_of(cell)
         rows.append(
             {
                 "task": task,

@@ -22,18 +22,11 @@ from typing import Any
 
 from policy.data.minari_writer import dataset_name
 from policy.statistics.results import summarize
+from scripts.bench.arguments import given_settings, listed
 from scripts.bench.finished import finished_rows, keep_rows, kept_folder
 from scripts.bench.ocbench import check_tasks, collection
 from scripts.bench.report import machine, write_report
-from scripts.bench.trainings import (
-    Trained,
-    Unit,
-    collect_missing,
-    file_name,
-    listed,
-    run_units,
-    train_and_sweep,
-)
+from scripts.bench.trainings import Trained, Unit, collect_missing, file_name, run_units, train_and_sweep
 
 FOLDER = Path("outputs/demonstrations_curve")
 TASKS = (
@@ -56,10 +49,7 @@ SUMMARY = ("episodes", "successes", "success_rate", "success_low", "success_high
 
 def main() -> None:
     """Run the benchmark."""
-    arguments = sys.argv[1:]
-    if not all("=" in argument for argument in arguments):
-        sys.exit(f"usage: python -m scripts.bench.demonstrations [NAME=VALUE ...]; got {arguments}")
-    given = dict(argument.split("=", 1) for argument in arguments)
+    given = given_settings(sys.argv[1:], "demonstrations")
     tasks = listed(given.get("tasks", ",".join(TASKS)))
     texts = listed(given["counts"]) if "counts" in given else list(map(str, COUNTS))
     if not all(text.isdecimal() and int(text) for text in texts):
@@ -139,7 +129,7 @@ def rows_of(trained: Trained) -> list[dict[str, Any]]:
     task, model, count = trained.unit.name.rsplit("-", 2)
     rows = []
     for cell in trained.swept["cells"]:
-        summary = summarize(trained.results(cell["ddim_steps"]))
+        summary = summarize(trained.results_of(cell))
         row = {"task": task, "model": model, "demonstrations": int(count), "ddim_steps": cell["ddim_steps"]}
         rows.append(row | {name: summary[name] for name in SUMMARY} | {"train_s": trained.train_s})
     return rows

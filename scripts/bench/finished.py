@@ -59,7 +59,7 @@ def keep_rows(folder: Path | None, trained: Trained, rows: Sequence[Row]) -> Non
         rows: JSON data.
     """
     solved = {
-        str(cell["ddim_steps"]): [result.seed for result in trained.results(cell["ddim_steps"]) if result.success]
+        str(cell["ddim_steps"]): [result.seed for result in trained.results_of(cell) if result.success]
         for cell in trained.swept["cells"]
     }
     write_rows(folder, trained.unit.name, rows, solved_seeds=solved)

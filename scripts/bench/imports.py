@@ -31,6 +31,7 @@ from policy.common.device import torch_threads
 from policy.common.progress import say
 from policy.inference.backends import compile_shared
 from policy.training.loop import update_ema
+from scripts.bench.arguments import given_settings
 from scripts.bench.latency import Call, count, randomised
 from scripts.bench.memory import NETWORKS
 from scripts.bench.report import FOLDER, machine, write_report
@@ -51,7 +52,7 @@ PACKAGES = ("torch", "torchvision", "einops", "diffusers", "draccus", "huggingfa
 
 def main() -> None:
     """Run the benchmark."""
-    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    given = given_settings(sys.argv[1:], "imports")
     python = given.get("lerobot") or _environment()
     print(machine("onnxruntime"))
     rows: list[dict[str, Any]] = []

@@ -48,7 +48,6 @@ DDIM_STEPS = (1, 2, 4, 8, 16)
 # the 99th percentile needs.
 SECONDS, CALLS = 3.0, 100
 REFERENCE_CALLS = 5
-BYTES = 4
 
 Call = Callable[[], object]
 

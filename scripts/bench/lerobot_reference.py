@@ -34,7 +34,7 @@ PICTURES = "observation.images"
 SHAPES = {STATE: (2,), CORNERS: (16,), FRONT: (3, 96, 96), WRIST: (3, 96, 96), ACTION: (2,)}
 TYPES = {STATE: "STATE", CORNERS: "ENV", FRONT: "VISUAL", WRIST: "VISUAL", ACTION: "ACTION"}
 
-BATCH, CONTROL_STEPS = 4, 20
+ROWS, BATCH, CONTROL_STEPS = 128, 4, 20
 TIMESTEPS = (0, 1, 50, 99)
 DDIM_STEPS, DDPM_STEPS, ROLLOUT_STEPS = (1, 2, 4, 8, 10), (10, 100), 8
 DATA_SEED, NOISE_SEED, ROLLOUT_SEED = 0, 1, 1000
@@ -142,16 +142,16 @@ def write(variant: Variant, folder: Path) -> None:
     print(f"{folder}: loss {loss:.3f}", flush=True)
 
 
-def made_up(variant: Variant, generator: np.random.Generator, count: int = 128) -> Arrays:
+def made_up(variant: Variant, generator: np.random.Generator) -> Arrays:
     """Smooth random walks within the data's bounds, and pictures of soft random colours, as the simulator has them."""
     rows: Arrays = {}
     for key in (*variant.inputs, ACTION):
         if TYPES[key] == "VISUAL":
             channels, height, width = SHAPES[key]
-            coarse = generator.integers(0, 256, (count, height // 12, width // 12, channels), dtype=np.uint8)
+            coarse = generator.integers(0, 256, (ROWS, height // 12, width // 12, channels), dtype=np.uint8)
             rows[key] = coarse.repeat(12, axis=1).repeat(12, axis=2)
         else:
-            walk = generator.normal(size=(count, *SHAPES[key])).cumsum(axis=0)
+            walk = generator.normal(size=(ROWS, *SHAPES[key])).cumsum(axis=0)
             rows[key] = (variant.scale * (walk - walk.min(0)) / np.ptp(walk, axis=0)).astype(np.float32)
     if variant.constant is not None:
         rows[STATE][:, variant.constant] = 0.25

@@ -50,9 +50,10 @@ from policy.statistics.intervals import wilson_interval
 from policy.statistics.recipes import recipe_interval
 from policy.statistics.results import EpisodeResult, summarize
 from scripts.bench import ocbench
+from scripts.bench.arguments import given_settings, listed, refuse
 from scripts.bench.finished import finished_rows, keep_rows, kept_folder
 from scripts.bench.report import machine, write_report
-from scripts.bench.trainings import Trained, Unit, file_name, listed, run_units, train_and_sweep
+from scripts.bench.trainings import Trained, Unit, file_name, run_units, train_and_sweep
 from scripts.command import CONF
 
 FOLDER = Path("outputs/quality")
@@ -147,9 +148,10 @@ def main() -> None:
 
 def _arguments(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
     presets = sorted(file.stem for file in _file("").parent.glob("*.yaml"))
-    if not arguments or arguments[0] not in presets or not all("=" in argument for argument in arguments[1:]):
-        sys.exit(f"usage: python -m scripts.bench.quality {'|'.join(presets)} [NAME=VALUE ...]; got {arguments}")
-    return arguments[0], dict(argument.split("=", 1) for argument in arguments[1:])
+    usage = f"quality {'|'.join(presets)}"
+    if not arguments or arguments[0] not in presets:
+        refuse(arguments, usage)
+    return arguments[0], given_settings(arguments[1:], usage)
 
 
 def _file(preset: str) -> Path:
@@ -287,7 +289,7 @@ def _rows(trained: Trained) -> list[Row]:
     names = trained.unit.tasks or (trained.unit.name,)
     rows = []
     for cell in trained.swept["cells"]:
-        episodes = [EpisodeResult.from_row(row) for row in trained.swept["episodes"] if row["cell"] == cell["cell"]]
+        episodes = trained.results_of(cell)
         for number, name in enumerate(names):
             results = [result for result in episodes if result.seed % len(names) == number]
             summary = summarize(results)

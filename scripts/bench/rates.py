@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from policy import ControllerSettings, DiffusionPolicy, PolicyConfig, RealTimeController, Sampler
-from policy.common.device import available_cores
+from policy.common.machine import available_cores
 from policy.common.progress import say
 from policy.control.real_time import Pace
 from policy.inference.backends import compile_sampler

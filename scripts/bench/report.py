@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from policy.common.machine import available_cores, processor
 from policy.common.markdown import markdown_table
 
 FOLDER = Path("outputs/bench")
@@ -22,17 +22,9 @@ def machine(*packages: str) -> str:
     names = ("torch", "numpy", *packages)
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     return (
-        f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} torch threads,"
+        f"{processor()}, {available_cores()} cores, {torch.get_num_threads()} torch threads,"
         f" Python {platform.python_version()}, {versions}"
     )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def write_report(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:

@@ -20,7 +20,8 @@ import torch
 
 import envs
 from policy import DiffusionPolicy, PolicyConfig, RecedingHorizonController, Sampler
-from policy.common.device import available_cores, torch_threads
+from policy.common.device import torch_threads
+from policy.common.machine import available_cores
 from policy.common.progress import progress
 from policy.rollout.cells import Cell, controllers_of
 from policy.rollout.episodes import Env
@@ -71,13 +72,11 @@ def _rows(preset: str, backend: str, num_envs: int) -> list[Row]:
     ]
 
 
-def door_row(env: dict[str, Any], turns: int = TURNS, steps: int = TURN_STEPS) -> Row:
+def door_row(env: dict[str, Any]) -> Row:
     """Measure what `CheckedEnv` costs: the same episodes through it and in the environment that it wraps, in turns.
 
     Args:
         env: settings of the environment.
-        turns: number of turns; in each, both play the same actions, by turns first.
-        steps: control steps in a turn.
 
     Returns:
         Steps per CPU second of both (medians), and the median and the quartiles of the door's overhead in per cent.
@@ -87,8 +86,8 @@ def door_row(env: dict[str, Any], turns: int = TURNS, steps: int = TURN_STEPS) -
         players = [("raw", checked.unwrapped), ("checked", checked)]
         space: Any = checked.action_space
         generator = np.random.default_rng(0)
-        for turn in range(turns):
-            actions = generator.uniform(space.low, space.high, (steps, *space.shape)).astype(np.float32)
+        for turn in range(TURNS):
+            actions = generator.uniform(space.low, space.high, (TURN_STEPS, *space.shape)).astype(np.float32)
             for name, player in players:
                 checked.reset(seed=turn)  # both step the same simulator: another one would lie elsewhere in memory
                 begin = time.process_time()
@@ -98,7 +97,7 @@ def door_row(env: dict[str, Any], turns: int = TURNS, steps: int = TURN_STEPS) -
             players.reverse()
     ratios = np.array(seconds["checked"]) / np.array(seconds["raw"])
     low, median, high = (100 * (float(value) - 1) for value in np.quantile(ratios, (0.25, 0.5, 0.75)))
-    rates = {name: steps / float(np.median(times)) for name, times in seconds.items()}
+    rates = {name: TURN_STEPS / float(np.median(times)) for name, times in seconds.items()}
     return {
         "preset": f"the door: {env['name']}",
         "steps_per_s": rates["checked"],

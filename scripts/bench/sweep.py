@@ -34,6 +34,7 @@ from policy.statistics.paired import PairedDifference, compare_success
 from policy.statistics.recommendation import Pairs, adjust, compare_pairs
 from policy.statistics.sequential import ERROR, Plan, State, begin, plan_looks, stage_alpha, step
 from policy.statistics.simultaneous import compare_with_best
+from scripts.bench.arguments import given_settings
 from scripts.bench.report import machine, write_report
 
 Array = NDArray[Any]
@@ -57,7 +58,7 @@ PAIRS_AT_ONCE = 40_000
 
 def main() -> int:
     """Simulate; `sweeps=` takes another number of sweeps of each kind, `cells=` other numbers of cells."""
-    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    given = given_settings(sys.argv[1:], "sweep")
     sweeps, cells = int(given.get("sweeps", SWEEPS)), [int(n) for n in given.get("cells", "2,6,48").split(",")]
     print(machine("scipy"))
     rows = []

@@ -32,6 +32,7 @@ from policy.data.demonstrations import Demonstrations
 from policy.tracking.tracker import NoTracker
 from policy.training.loop import train
 from policy.training.preparation import Run, prepare_run
+from scripts.bench.arguments import given_settings
 from scripts.bench.kept_rows import KeptRows, Row
 
 TRANSITIONS, EPISODE, OBSERVATION, ACTION = 20_000, 200, 39, 4
@@ -45,7 +46,7 @@ TURNS = 5
 
 def main() -> None:
     """Run the benchmark; the same command goes on where it was stopped."""
-    size = int(dict(argument.split("=", 1) for argument in sys.argv[1:]).get("processes", 2))
+    size = int(given_settings(sys.argv[1:], "train").get("processes", 2))
     with KeptRows("train", measurements=len(NETWORKS)) as rows:
         for name in NETWORKS:
             rows.measure({"network": name, "processes": size}, lambda name=name: _rows(name, size))  # type: ignore[misc]

@@ -15,8 +15,8 @@ from pathlib import Path
 from time import sleep
 from typing import Any, TypeVar
 
-from policy.common.device import available_cores
 from policy.common.interrupt import StopRequest, stop_on_signal
+from policy.common.machine import available_cores
 from policy.common.progress import progress
 from policy.statistics.results import EpisodeResult
 
@@ -97,8 +97,12 @@ class Trained:
 
     def results(self, ddim_steps: int) -> list[EpisodeResult]:
         """The episodes of the cell with these steps."""
-        (cell,) = [row["cell"] for row in self.swept["cells"] if row["ddim_steps"] == ddim_steps]
-        return [EpisodeResult.from_row(row) for row in self.swept["episodes"] if row["cell"] == cell]
+        (cell,) = [cell for cell in self.swept["cells"] if cell["ddim_steps"] == ddim_steps]
+        return self.results_of(cell)
+
+    def results_of(self, cell: Mapping[str, Any]) -> list[EpisodeResult]:
+        """The episodes of one of the cells in `swept`."""
+        return [EpisodeResult.from_row(row) for row in self.swept["episodes"] if row["cell"] == cell["cell"]]
 
 
 def run_units(units: Sequence[Unit], title: str, done: Callable[[Trained], None]) -> list[Trained]:
@@ -212,8 +216,3 @@ def file_name(overrides: Mapping[str, str]) -> list[str]:
     ['denoiser-unet', 'env.id-a-B-v0']
     """
     return [re.sub(r"[^\w.-]+", "-", f"{name}={value}") for name, value in overrides.items()]
-
-
-def listed(text: str) -> list[str]:
-    """The items of a list written as `[a,b]`."""
-    return [part.strip() for part in text.strip("[]").split(",")]

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from policy.statistics.recipes import difference_estimate, difference_interval, recipe_interval
+from scripts.bench.arguments import given_settings, listed
 from scripts.bench.report import machine, write_report
 from scripts.bench.tasks import SIMPLE_PUSHT
-from scripts.bench.trainings import Trained, Unit, file_name, listed, run_units, train_and_sweep
+from scripts.bench.trainings import Trained, Unit, file_name, run_units, train_and_sweep
 
 FOLDER = Path("outputs/variants")
 PUSHT = {"experiment": "pusht_state", **dict(setting.split("=") for setting in SIMPLE_PUSHT)}
@@ -50,10 +51,7 @@ OWN = ("variants", "seeds", "episodes")
 
 def main() -> None:
     """Run the comparison."""
-    arguments = sys.argv[1:]
-    if not all("=" in argument for argument in arguments):
-        sys.exit(f"usage: python -m scripts.bench.variants dataset.path=... [NAME=VALUE ...]; got {arguments}")
-    given = dict(argument.split("=", 1) for argument in arguments)
+    given = given_settings(sys.argv[1:], "variants dataset.path=...")
     variants = listed(given.get("variants", ",".join(VARIANTS)))
     seeds = listed(given.get("seeds", ",".join(SEEDS)))
     training = {name: value for name, value in given.items() if name not in OWN}

@@ -42,6 +42,7 @@ from policy.data.reading import read_demonstrations
 from policy.data.windows import Windows
 from policy.training.loop import batches_ahead
 from policy.training.preparation import fit_normalizers
+from scripts.bench.arguments import given_settings
 from scripts.bench.kept_rows import KeptRows, Row
 from scripts.bench.report import FOLDER
 from scripts.bench.video_set import CAMERAS, FPS, written
@@ -58,7 +59,7 @@ IMAGE_SIZE, TRAIN_BATCH, WARM_STEPS, TRAIN_STEPS = 96, 128, 15, 30
 
 def main() -> None:
     """Run the benchmark; the same command goes on where it was stopped."""
-    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    given = given_settings(sys.argv[1:], "video")
     folder, frames = Path(given.get("folder", FOLDER / "video")), int(given.get("frames", 200_000))
     codecs, batch = given.get("codecs", "libsvtav1,libx264").split(","), int(given.get("batch", 32))
     lerobot = given.get("lerobot")

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from statistics import median
 
 from policy import TrainSettings
-from policy.common.device import available_cores
+from policy.common.machine import available_cores
 from scripts.bench.kept_rows import KeptRows, Row
 from scripts.bench.train import prepared, timed
 

@@ -52,7 +52,7 @@ ODD_NAMES = [
 
 
 def task_of(command: str):
-    return import_module(f"scripts.{command}").main.args[0]
+    return import_module(f"scripts.{command}").TASK
 
 
 def read(override: str) -> object:

@@ -210,7 +210,7 @@ def test_the_defaults_of_training_are_those_of_the_policy():
 def task_of(command: str):
     """What a command was made of."""
     script = {"inspect": "inspect_data", "import": "import_checkpoint"}.get(command, command)
-    return importlib.import_module(f"scripts.{script}").main.args[0]
+    return importlib.import_module(f"scripts.{script}").TASK
 
 
 def declared() -> set[str]:

@@ -1,4 +1,4 @@
-"""What libraries ask a machine for: a home folder, a user name, a safe folder to start processes in."""
+"""What a machine has: cores, a processor, a home folder, a user name, a safe folder to start processes in."""
 
 import multiprocessing
 import os
@@ -96,7 +96,26 @@ def test_drawing_leaves_the_folder_and_the_settings_of_the_process(tmp_path, mon
 
     monkeypatch.chdir(tmp_path)
     before = dict(matplotlib.rcParams)
-    with drawing("dark_background", {"svg.fonttype": "none"}):
+    with drawing():
         assert Path.cwd() == tmp_path
         assert matplotlib.rcParams["text.parse_math"] is False
     assert dict(matplotlib.rcParams) == before
+
+
+def test_cores_are_those_this_process_may_use():
+    assert 1 <= machine.available_cores() <= os.cpu_count()
+    if hasattr(os, "sched_setaffinity"):
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(before)})
+        assert machine.available_cores() == 1
+        os.sched_setaffinity(0, before)
+
+
+def test_a_machine_without_proc_has_a_processor_too(monkeypatch):
+    monkeypatch.setattr("platform.processor", lambda: "arm")
+
+    def missing(file):
+        raise FileNotFoundError(file)
+
+    monkeypatch.setattr(machine, "open", missing, raising=False)
+    assert machine.processor() == "arm"

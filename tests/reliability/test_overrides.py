@@ -75,7 +75,7 @@ def fields_of(command: str) -> dict[str, object]:
     """Every setting of a command in full, with its type hint."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_container(hydra.compose(command, ["env=planar"] if command == "collect" else []))
-    task = main_of(command).args[0]
+    task = script_of(command).TASK
     hints = typing.get_type_hints(load(task.target))
     for name, settings_class in task.inline.items():
         del hints[name]
@@ -92,9 +92,9 @@ def fields_of(command: str) -> dict[str, object]:
     return dict(sorted(fields.items()))
 
 
-def main_of(command: str):
-    """What the console command runs."""
-    return import_module(f"scripts.{'inspect_data' if command == 'inspect' else command}").main
+def script_of(command: str):
+    """The module of a console command."""
+    return import_module(f"scripts.{'inspect_data' if command == 'inspect' else command}")
 
 
 FIELDS = {command: fields_of(command) for command in WORK}
@@ -144,7 +144,7 @@ def outcome(command: str, overrides: list[str], *, stop: bool = True, one: bool 
         if stop:
             patch.setattr(WORK[command], begin_collecting if command == "collect" else begin)
         try:
-            main_of(command)()
+            script_of(command).main()
         except WorkBegins:
             return ""
         except SystemExit as refusal:

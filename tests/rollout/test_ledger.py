@@ -483,6 +483,7 @@ def cell_of(ddim_steps=4, sampler=(), controller=()):
         sampler=dict(sampler),
         controller=dict(controller),
         execution_horizon=8,
+        backend="fused",
     )
     return cell
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import envs
-from policy.rollout import provenance as module
 from policy.rollout.provenance import (
     UNKNOWN,
     accept_mixture,
@@ -157,16 +156,6 @@ def test_a_package_is_found_by_its_module():
 def test_a_gpu_is_part_of_the_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     assert provenance(envs.make("planar"), "cuda")["machine"]["gpu"] == "a GPU"
-
-
-def test_a_machine_without_proc_has_a_processor_too(monkeypatch):
-    monkeypatch.setattr("platform.processor", lambda: "arm")
-
-    def missing(file):
-        raise FileNotFoundError(file)
-
-    monkeypatch.setattr(module, "open", missing, raising=False)
-    assert module._processor() == "arm"
 
 
 # --- differences -------------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ import torch
 from envs.planar import PlanarEnv
 from policy import DiffusionPolicy, Sampler
 from policy.checkpoint import load_checkpoint
-from policy.common.device import available_cores
 from policy.common.errors import WorkerError
 from policy.control.planning import PlanRequest, sample_plans
 from policy.inference.backends import BACKENDS
@@ -671,12 +670,3 @@ def test_a_process_that_lost_the_signal_to_end_is_asked_again(policies, monkeypa
 def test_a_pool_needs_an_environment(policies, num_envs):
     with pytest.raises(ValueError, match=f"num_envs must be 1 or more; got {num_envs}"):
         RolloutPool(policies, PLANAR, num_envs)
-
-
-def test_cores_are_those_this_process_may_use():
-    assert 1 <= available_cores() <= os.cpu_count()
-    if hasattr(os, "sched_setaffinity"):
-        before = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, {min(before)})
-        assert available_cores() == 1
-        os.sched_setaffinity(0, before)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from policy.common.device import available_cores
+from policy.common.machine import available_cores
 
 ROOT = Path(__file__).parents[2]
 

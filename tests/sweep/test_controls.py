@@ -25,7 +25,7 @@ def checkpoint_of(objective):
 
 def cells_of(*objectives, **settings):
     given = {"ddim_steps": [1, 2, 4], "sampler": {}, "controller": {}, "execution_horizon": None} | settings
-    cells = make_cells([checkpoint_of(objective) for objective in objectives], ENV, **given)
+    cells = make_cells([checkpoint_of(objective) for objective in objectives], ENV, backend="fused", **given)
     return [
         (one.checkpoint.policy.config.objective, one.cell.sampler.ddim_steps, one.cell.sampler.solver, one.cell.sampler)
         for one in cells
@@ -176,13 +176,13 @@ def test_a_control_is_a_line_across_named_by_its_objective_and_said_once():
     rows = [{**one, "solver": {"diffusion": "ddim"}.get(one["objective"], "x")} for one in rows]
     assert label_of(rows[:3], rows[2]) == "ddim_steps 1, checkpoint regression"  # the objective is not said twice
     assert varying([{**one, "checkpoint": f"{one['checkpoint']}/0"} for one in rows[:3]]) == ["checkpoint", "objective"]
-    (facet,) = facets_of(rows)
+    (facet,) = facets_of(rows, margin=None)
     by_steps, by_latency = facet.panels
     assert [line.level for line in by_steps.lines] == [False, True, True]
     assert not any(line.level for line in by_latency.lines)
     assert marks_of(rows, None).count("A line across") == 1
     assert "A line across" not in marks_of(rows[:2], None)
-    drawn = draw_rows(rows).axes[0].get_lines()
+    drawn = draw_rows(rows, margin=None).axes[0].get_lines()
     low, high = by_steps.x.low, by_steps.x.high
     assert [tuple(line.get_xdata()) for line in drawn].count((low, high)) == 2
 

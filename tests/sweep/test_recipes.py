@@ -193,6 +193,7 @@ def test_a_recipe_is_left_out_as_a_whole(monkeypatch, capsys, tmp_path):
         sampler={},
         controller={},
         execution_horizon=None,
+        backend="fused",
     )
     groups = [
         [cells[n] for n in group] for group in rows_by_recipe([one.cell.policy for one in cells], [["a", "b"], ["c"]])
@@ -236,6 +237,7 @@ def test_the_page_of_a_running_sweep_shows_recipes_on_the_episodes_that_all_thei
         sampler={},
         controller={},
         execution_horizon=None,
+        backend="fused",
     )
     both = [[True, True, False, True], [True, False, False, False]]
     of_recipe = [results(*both[0], False, True), results(*both[1])]

@@ -117,7 +117,7 @@ def test_names_are_drawn_as_they_stand(write, tmp_path):
     assert "\x1b" not in text
     for name in names:
         assert f"checkpoint {html.escape(printable(name), quote=False)}".splitlines()[0] in text
-    plot_rows(rows, [tmp_path / "plot.png"], title="".join(names))
+    plot_rows(rows, [tmp_path / "plot.png"], title="".join(names), margin=None)
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
@@ -184,7 +184,8 @@ def cell(ddim_steps, success, half=0.01, **others):
     [([0.92, 0.99], (90, 100)), ([0.985, 0.99], (95, 100)), ([0.3, 0.99], (0, 100)), ([0.02, 0.08], (0, 10))],
 )
 def test_the_axis_shows_the_range_that_decides_and_says_so(success, ends):
-    (facet,) = facets_of([cell(steps, rate) for steps, rate in zip((1, 4), success, strict=True)])
+    rows = [cell(steps, rate) for steps, rate in zip((1, 4), success, strict=True)]
+    (facet,) = facets_of(rows, margin=None)
     for panel in facet.panels:
         assert (panel.y.low, panel.y.high) == ends
         assert panel.note.endswith(f"axis from {ends[0]} to {ends[1]}")
@@ -209,7 +210,7 @@ def test_differences_have_a_panel_where_cells_far_below_the_best_are_arrows(writ
         (0, -2, 2, ""),
     ]
     assert [point.ringed for point in line.points] == [False, True, False]
-    assert write(rows, chosen=1).plots == 3
+    assert write(rows, chosen=1, margin=0.05).plots == 3
 
 
 def test_cells_that_stopped_at_an_earlier_look_are_hollow_and_say_after_how_many_episodes():
@@ -218,7 +219,7 @@ def test_cells_that_stopped_at_an_earlier_look_are_hollow_and_say_after_how_many
         cell(2, 0.9, episodes=600, stopped=600),
         cell(4, 0.9, episodes=600, stopped=200),
     ]
-    (facet,) = facets_of(rows)
+    (facet,) = facets_of(rows, margin=None)
     assert [(p.hollow, p.note) for p in facet.panels[0].lines[0].points] == [(True, "100"), (False, ""), (True, "200")]
     heads, *lines = table_cells(rows)
     assert [line[heads.index("episodes")] for line in lines] == ["100", "600", "600"]
@@ -235,7 +236,7 @@ def test_cells_that_stopped_at_an_earlier_look_are_hollow_and_say_after_how_many
 def test_more_than_eight_series_are_spread_over_facets_with_the_same_axes(axes, names):
     values = itertools.product(*(range(count) for count in axes.values()))
     rows = [cell(1, 0.5 + 0.01 * n, **dict(zip(axes, chosen, strict=True))) for n, chosen in enumerate(values)]
-    facets = facets_of(rows)
+    facets = facets_of(rows, margin=None)
     assert [facet.name for facet in facets] == names
     assert sum(len(facet.legend) for facet in facets) == len(rows)
     assert max(len(facet.legend) for facet in facets) <= 8

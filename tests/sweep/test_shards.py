@@ -14,7 +14,7 @@ from policy.statistics.results import EpisodeResult
 from policy.sweep import timing
 from policy.sweep.conclusion import Swept, conclude
 from policy.sweep.grid import ids_of, make_cells, uniform
-from policy.sweep.looks import LEDGER
+from policy.sweep.looks import LEDGER, plans_of
 from policy.sweep.merging import read_swept
 from policy.sweep.recipes import grouped_cells, recipe_row
 from policy.sweep.shards import SHARD, Shard, begin_shard, write_shard
@@ -189,7 +189,7 @@ def test_shards_of_a_cell_are_merged_with_a_cell_that_ran_whole(run_sweep, tmp_p
 
 def test_shards_of_recipes_are_put_together_checkpoint_by_checkpoint(tmp_path):
     checkpoints, recipes = [make_checkpoint(name) for name in "abc"], [["a", "b"], ["c"]]
-    plain = {"sampler": {}, "controller": {}, "execution_horizon": None}
+    plain = {"sampler": {}, "controller": {}, "execution_horizon": None, "backend": "fused"}
     groups = grouped_cells(make_cells(checkpoints, {"name": "planar"}, ddim_steps=[1, 8], **plain), recipes)
     cells, dice, seeds = [*itertools.chain(*groups)], random.Random(0), range(50, 61)
     ran = {
@@ -210,9 +210,10 @@ def test_shards_of_recipes_are_put_together_checkpoint_by_checkpoint(tmp_path):
         shard = Shard(number=number, of=3)
         with Ledger(folder / LEDGER) as ledger:
             asked = {"asked": ids_of(cells), "max_ms": None, "left_out": "", "seed": 50, "margin": 0.05}
-            plan = begin_shard(
+            begin_shard(
                 ledger, shard, [cell.settings for cell in cells], wanted_plan(groups, ledger, looks=(11,), **asked)
             )
+            (plan,) = plans_of(ledger)
             ledger.note_provenance(made_with[number > 2])
             for cell, seed in itertools.product(ids_of(cells), shard.seeds(seeds)):
                 ledger.add(cell, ran[cell, seed])

@@ -17,7 +17,7 @@ from policy.commands.stage import (
 )
 from policy.common.progress import progress
 from policy.rollout.ledger import Ledger, cell_id
-from policy.sweep.grid import Row, SweepCell, ids_of
+from policy.sweep.grid import SweepCell, ids_of
 from policy.sweep.looks import (
     LookPlan,
     can_stop_early,
@@ -29,6 +29,7 @@ from policy.sweep.looks import (
     settle,
 )
 from policy.sweep.recipes import recipe_axes
+from policy.sweep.rows import Row
 from policy.sweep.timing import latencies_of, within
 
 

@@ -11,9 +11,10 @@ from policy.commands.looks import wanted_plan
 from policy.commands.stage import OnEnvError, Stage, check_broken, run_missing, settle_provenance
 from policy.rollout.ledger import Ledger
 from policy.statistics.results import EpisodeResult, describe_broken
-from policy.sweep.grid import SweepCell, ids_of, uniform
+from policy.sweep.grid import SweepCell, ids_of
 from policy.sweep.looks import LEDGER
 from policy.sweep.recipes import grouped, recipe_row
+from policy.sweep.rows import uniform
 from policy.sweep.shards import Shard, begin_shard, write_shard
 from policy.sweep.table import format_table
 from policy.sweep.timing import latencies_of

@@ -29,25 +29,15 @@ from policy.rollout.ledger import Ledger
 from policy.rollout.video import record_videos
 from policy.rollout.watch import ENV_PATIENCE, helpers_ended, watched
 from policy.statistics.results import EpisodeResult
-from policy.sweep.conclusion import Conclusion, Swept, conclude, label_of, telling_seeds, title_of
-from policy.sweep.facts import facts_of
-from policy.sweep.grid import (
-    Row,
-    SweepCell,
-    axis_values,
-    fixed_calls,
-    ids_of,
-    make_cells,
-    repeats_of_ddim,
-    shared,
-    with_backends,
-)
+from policy.sweep.conclusion import Conclusion, Swept, conclude, telling_seeds, title_of
+from policy.sweep.grid import SweepCell, axis_values, fixed_calls, ids_of, make_cells, repeats_of_ddim, with_backends
 from policy.sweep.live import LivePage, live_page
 from policy.sweep.looks import LEDGER, LookPlan, counted_results, planned_looks
 from policy.sweep.merging import read_swept
 from policy.sweep.plot import plot_rows
 from policy.sweep.recipes import check_alike, grouped, grouped_cells, recipe_row, recipes_of
 from policy.sweep.report import Clip, write_report
+from policy.sweep.rows import Row, label_of, shared
 from policy.sweep.shards import Shard, check_whole
 from policy.sweep.table import format_table, write_files
 from policy.sweep.timing import check_max_ms, check_threads, latencies_of
@@ -330,7 +320,7 @@ def publish(
             rows,
             title=conclusion.title,
             answer=conclusion.answer,
-            facts=facts_of(rows, advice, paired=conclusion.paired),
+            facts=conclusion.facts,
             comparisons=[*(compared["sentence"] for compared in conclusion.between), conclusion.scope],
             warnings=conclusion.warnings,
             chosen=advice.cell,

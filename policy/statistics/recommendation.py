@@ -250,9 +250,18 @@ def advise(
     )
 
 
+def in_points(margin: float) -> str:
+    """A difference of success rates in words.
+
+    >>> in_points(0.05)
+    '5 points'
+    """
+    return f"{100 * margin:g} points"
+
+
 def not_worse(margin: float, confidence: float) -> str:
     """What is shown of a recommended cell, in words."""
-    return f"not worse than the best by {100 * margin:g} points ({100 * confidence:g} % sure)"
+    return f"not worse than the best by {in_points(margin)} ({100 * confidence:g} % sure)"
 
 
 def describe(advice: Recommendation, names: Sequence[str]) -> str:

@@ -19,8 +19,8 @@ from policy.statistics.recipe_recommendation import (
 from policy.statistics.recommendation import Recommendation, describe
 from policy.statistics.sequential import ERROR
 from policy.statistics.simultaneous import compare_with_best
-from policy.sweep.grid import Row, costs_of, has_recipes
 from policy.sweep.looks import LookPlan, advice_on
+from policy.sweep.rows import Row, costs_of, has_recipes
 
 Advice = Recommendation | RecipeRecommendation
 

@@ -9,14 +9,15 @@ from typing import Any
 
 from policy.rollout.provenance import Provenance, describe_provenance
 from policy.statistics.paired import PairedDifference
+from policy.statistics.recommendation import in_points
 from policy.statistics.results import EpisodeResult, describe_broken
 from policy.statistics.sequential import ERROR
 from policy.sweep.comparison import Advice, Comparison, words_of
 from policy.sweep.controls import against_controls
-from policy.sweep.facts import what_to_try
-from policy.sweep.grid import Row, below_margin, costs_of, label_of, shared, uniform
+from policy.sweep.facts import WHAT_TO_TRY, facts_of
 from policy.sweep.looks import LookPlan, describe_saving, success_of
 from policy.sweep.recipes import scope_of
+from policy.sweep.rows import Row, below_margin, costs_of, label_of, shared, uniform
 from policy.sweep.table import rate_text
 
 
@@ -138,9 +139,14 @@ class Conclusion:
         }
 
     @property
+    def facts(self) -> dict[str, str]:
+        """How sure the recommendation is and what would change it, in sentences; see `facts_of`."""
+        return facts_of(self.rows, self.advice, paired=self.paired)
+
+    @property
     def what_to_try(self) -> str:
-        """What to try, in a sentence; see `policy.sweep.facts.what_to_try`."""
-        return what_to_try(self.rows, self.advice)
+        """What may help where more denoising steps solve fewer episodes; empty where that is not shown."""
+        return self.facts.get(WHAT_TO_TRY, "")
 
     @property
     def shown(self) -> list[int]:
@@ -276,7 +282,7 @@ def title_of(env: Mapping[str, Any]) -> str:
 def answer_of(rows: Sequence[Row], advice: Advice) -> str:
     """The answer in one sentence: the recommended settings, their success and their latency."""
     if below_margin(rows, advice.margin):
-        best, points = max(row["success_rate"] for row in rows), f"{100 * advice.margin:g} points"
+        best, points = max(row["success_rate"] for row in rows), in_points(advice.margin)
         solved = f"more than {best:.1%} of its episodes" if best else "an episode"
         return (
             f"No recommendation: no cell solved {solved}, so that with a margin of {points} one that solves none would"

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from policy.diffusion.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from policy.statistics.checks import Array
 from policy.statistics.paired import PairedDifference, compare_success
 from policy.statistics.recipe_recommendation import compare_recipes
+from policy.statistics.recommendation import in_points
 from policy.statistics.sequential import ERROR
 from policy.statistics.superiority import Superiority, superiority
-from policy.sweep.grid import Row, label_of
-
-
-def objective_of(row: Row) -> str:
-    """The objective of a row's checkpoint; rows of older sweeps do not say it."""
-    return str(row.get("objective", DEFAULT_OBJECTIVE))
-
-
-def is_control(row: Row) -> bool:
-    """Whether a row is that of a policy with a fixed number of calls, so that it has no curve over `ddim_steps`."""
-    return OBJECTIVES[objective_of(row)].calls is not None
+from policy.sweep.rows import Row, is_control, label_of, objective_of
 
 
 def against_controls(
@@ -79,7 +69,7 @@ def _row(
     margin: float,
     cells: int,
 ) -> Row:
-    ours, theirs, points = objective_of(rows[cell]), objective_of(rows[control]), f"{100 * margin:g} points"
+    ours, theirs, points = objective_of(rows[cell]), objective_of(rows[control]), in_points(margin)
     said = {
         "better": f"{ours} was shown to beat {theirs} on this task",
         "not better": f"{ours} was shown not to beat {theirs} by more than {points} on this task",

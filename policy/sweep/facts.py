@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from policy.diffusion.sampler import Sampler
+from policy.statistics.recommendation import in_points
 from policy.sweep.comparison import Advice
-from policy.sweep.grid import AXES, Row, below_margin, costs_of, has_recipes, label_of
-from policy.sweep.panels import count_of, stopped_early
+from policy.sweep.rows import AXES, Row, below_margin, costs_of, count_of, has_recipes, label_of, stopped_early
+
+# The name of a fact that only some recommendations have.
+WHAT_TO_TRY = "what to try"
 
 
 def facts_of(rows: Sequence[Row], advice: Advice, *, paired: bool = True) -> dict[str, str]:
@@ -19,17 +22,18 @@ def facts_of(rows: Sequence[Row], advice: Advice, *, paired: bool = True) -> dic
         paired: whether all cells ran the same episodes.
 
     Returns:
-        `how sure`, `episodes` and `what would change it`, and what to try where there is something, see `what_to_try`.
+        `how sure`, `episodes` and `what would change it`, and `what to try` where there is something.
     """
+    episodes = _episodes(rows, paired=paired)
     if below_margin(rows, advice.margin):
-        sure, change = "Nothing is recommended.", "A better policy, more episodes, or a smaller margin."
-    else:
-        sure, change = _how_sure(advice, has_recipes(rows)), _change(rows, advice)
-    facts = {"how sure": sure, "episodes": _episodes(rows, paired=paired), "what would change it": change}
-    return {**facts, **({"what to try": hint} if (hint := what_to_try(rows, advice)) else {})}
+        change = "A better policy, more episodes, or a smaller margin."
+        return {"how sure": "Nothing is recommended.", "episodes": episodes, "what would change it": change}
+    sure, change = _how_sure(advice, has_recipes(rows)), _change(rows, advice)
+    facts = {"how sure": sure, "episodes": episodes, "what would change it": change}
+    return {**facts, **({WHAT_TO_TRY: hint} if (hint := _what_to_try(rows, advice)) else {})}
 
 
-def what_to_try(rows: Sequence[Row], advice: Advice) -> str:
+def _what_to_try(rows: Sequence[Row], advice: Advice) -> str:
     """What may help where more denoising steps solve fewer episodes; empty where that is not shown.
 
     With one step, a chunk is nearly the mean of what demonstrators do, whatever noise it begins from. With more, the
@@ -47,7 +51,7 @@ def what_to_try(rows: Sequence[Row], advice: Advice) -> str:
     swept = any(row.get("noise_scale", noise) != noise for row in family)
     worse = [row for row in family if row["ddim_steps"] > best["ddim_steps"] and row["difference_high"] < 0]
     # Without noise, all candidates of a plan are the same.
-    if below_margin(rows, advice.margin) or not worse or swept or noise == 0 or best.get("candidates", 1) > 1:
+    if not worse or swept or noise == 0 or best.get("candidates", 1) > 1:
         return ""
     least = min(worse, key=lambda row: row["difference"])
     points, low, high = (-100 * least[key] for key in ("difference", "difference_high", "difference_low"))
@@ -59,7 +63,7 @@ def what_to_try(rows: Sequence[Row], advice: Advice) -> str:
 
 
 def _how_sure(advice: Advice, over_seeds: bool) -> str:
-    sure, points = f"{advice.confidence:.0%}".replace("%", " %"), f"{100 * advice.margin:g} points"
+    sure, points = f"{advice.confidence:.0%}".replace("%", " %"), in_points(advice.margin)
     if advice.cell is None:
         return f"Not enough: a recommended cell is, with {sure} confidence, less than {points} below the best."
     chance = "about the chance, over training seeds and episodes," if over_seeds else "the chance, at least,"
@@ -80,7 +84,7 @@ def _episodes(rows: Sequence[Row], *, paired: bool) -> str:
 
 def _change(rows: Sequence[Row], advice: Advice) -> str:
     """Name the cell that came nearest to being recommended instead, and its difference so far."""
-    points = f"{100 * advice.margin:g} points"
+    points = in_points(advice.margin)
     if advice.cell is None:
         nearest = advice.best if advice.undecided is None else advice.undecided
         return (

@@ -16,9 +16,10 @@ from policy.common.serving import serving
 from policy.statistics.intervals import wilson_interval
 from policy.statistics.recipes import recipe_interval
 from policy.statistics.results import EpisodeResult
-from policy.sweep.grid import Row, SweepCell, uniform
+from policy.sweep.grid import SweepCell
 from policy.sweep.recipes import recipe_axes
 from policy.sweep.report import write_report
+from policy.sweep.rows import Row, uniform
 
 
 class LivePage:

@@ -10,7 +10,7 @@ from policy.rollout.provenance import UNKNOWN, Provenance, accept_mixture, is_pr
 from policy.statistics.results import EpisodeResult, describe_broken
 from policy.statistics.sequential import ERROR
 from policy.sweep.conclusion import Swept
-from policy.sweep.grid import Row, checked_rows
+from policy.sweep.rows import Row, checked_rows
 from policy.sweep.shards import holds_shard, merge_shards, read_shard, sweeps_of
 
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from policy.common.panel import STYLES, Line, Panel, Point, Scale, linear_scale, log_scale
-from policy.sweep.controls import is_control
-from policy.sweep.grid import Row, has_recipes, varying
+from policy.sweep.rows import Row, has_recipes, is_control, stopped_early, varying
 
 # Where the axis of success may begin and end, in percent: at the nearest ones around all intervals.
 BOTTOMS, TOPS = (95, 90, 80, 70, 60, 50, 0), (5, 10, 20, 30, 40, 50, 100)
@@ -68,18 +67,6 @@ def facets_of(rows: Sequence[Row], *, margin: float | None, chosen: int | None =
         )
         for name, series in _facets(rows).items()
     ]
-
-
-def stopped_early(rows: Sequence[Row]) -> list[bool]:
-    """Whether each cell stopped at an earlier look than others; a sweep that knows no looks has no such cells."""
-    last = max((row.get("stopped", 0) for row in rows), default=0)
-    return [row.get("stopped", last) < last for row in rows]
-
-
-def count_of(rows: Sequence[Row]) -> str:
-    """The number of episodes in each cell, or the least and the greatest number, in words."""
-    counts = sorted({row["episodes"] for row in rows})
-    return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
 
 
 def marks_of(rows: Sequence[Row], chosen: int | None) -> str:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from policy.common.drawing import drawing
 from policy.common.panel import DASHES, LIGHT, MARKERS, Line, Panel
 from policy.common.terminal import printable
-from policy.sweep.grid import Row
-from policy.sweep.panels import count_of, facets_of, marks_of
+from policy.sweep.panels import facets_of, marks_of
+from policy.sweep.rows import Row, count_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

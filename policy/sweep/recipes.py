@@ -13,7 +13,8 @@ from policy.common.arguments import dotted
 from policy.rollout.ledger import cell_id
 from policy.statistics.recipes import recipe_interval
 from policy.statistics.results import EpisodeResult, summarize
-from policy.sweep.grid import Row, SweepCell, ids_of, row_of
+from policy.sweep.grid import SweepCell, ids_of, row_of
+from policy.sweep.rows import Row
 
 # What may differ between the checkpoints of a recipe: the seed, and what follows from it.
 FREE = ("seed", "step", "measured", "init", "teacher")

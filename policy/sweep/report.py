@@ -9,8 +9,8 @@ from typing import Any
 
 from policy.common.files import write_text
 from policy.common.page import page_text
-from policy.sweep.grid import Row, has_recipes
 from policy.sweep.panels import facets_of, marks_of
+from policy.sweep.rows import Row, has_recipes
 from policy.sweep.table import table_cells
 
 # What the intervals are, by whether cells are recipes.

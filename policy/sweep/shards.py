@@ -22,9 +22,9 @@ from policy.rollout.provenance import Provenance, accept_mixture
 from policy.statistics.results import EpisodeResult
 from policy.statistics.sequential import stage_alpha
 from policy.sweep.conclusion import Swept
-from policy.sweep.grid import Row, checked_rows
 from policy.sweep.looks import LEDGER, LookPlan, keep, plans_of
 from policy.sweep.recipes import figures_of, grouped, row_id
+from policy.sweep.rows import Row, checked_rows
 
 SHARD = "shard.json"
 # A sentence names at most this many shards.

@@ -11,7 +11,7 @@ from typing import Any
 
 from policy.common.files import json_text, write_text
 from policy.common.markdown import markdown_table
-from policy.sweep.grid import Row, varying
+from policy.sweep.rows import Row, varying
 
 
 def in_millions(count: float) -> str:

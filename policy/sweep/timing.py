@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from policy.common.machine import available_cores
 from policy.rollout.cells import program_of
 from policy.rollout.latency import measure_latency, timed_controller
-from policy.sweep.grid import Row, SweepCell, label_of
+from policy.sweep.grid import SweepCell
+from policy.sweep.rows import Row, label_of
 
 
 def latencies_of(cells: Sequence[SweepCell], threads: int = 1) -> list[Row]:

@@ -21,7 +21,8 @@ from policy.diffusion.coefficients import SOLVERS, ddim_coefficients
 from policy.diffusion.sampler import LATER_SETTINGS
 from policy.rollout.ledger import Ledger, cell_id, recorded_settings
 from policy.statistics.results import EpisodeResult
-from policy.sweep.grid import make_cells, uniform
+from policy.sweep.grid import make_cells
+from policy.sweep.rows import uniform
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SETTINGS = {

@@ -14,9 +14,8 @@ from policy.statistics.paired import paired_interval
 from policy.statistics.recommendation import recommend
 from policy.statistics.results import EpisodeResult
 from policy.sweep.conclusion import Swept, answer_of, between_checkpoints, conclude, telling_seeds
-from policy.sweep.facts import facts_of
-from policy.sweep.grid import costs_of
 from policy.sweep.looks import LookPlan
+from policy.sweep.rows import costs_of
 
 CHROMIUM = shutil.which("chromium")
 
@@ -61,7 +60,8 @@ def swept_of(*rows, outcomes):
         [EpisodeResult(seed=n, success=s, score=float(s), return_=0.0, steps=1) for n, s in enumerate(solved)]
         for solved in outcomes
     ]
-    return Swept(rows=[{**r, "cell": f"id {n}"} for n, r in enumerate(rows)], results=results, env={"name": "planar"})
+    rows = [{**r, "cell": f"id {n}", "episodes": len(results[n])} for n, r in enumerate(rows)]
+    return Swept(rows=rows, results=results, env={"name": "planar"})
 
 
 def plan_of(*looks):
@@ -123,9 +123,8 @@ def test_where_no_cell_reaches_the_margin_none_is_recommended(solved, said):
     assert concluded.advice.cell is None
     assert concluded.answer.startswith(f"No recommendation: {said} with a margin of 5 points")
     assert "Hz" not in concluded.answer
-    facts = facts_of([{**r, "episodes": 200} for r in concluded.rows], concluded.advice)
-    assert facts["how sure"] == "Nothing is recommended."
-    assert facts["what would change it"] == "A better policy, more episodes, or a smaller margin."
+    assert concluded.facts["how sure"] == "Nothing is recommended."
+    assert concluded.facts["what would change it"] == "A better policy, more episodes, or a smaller margin."
 
 
 def test_where_more_steps_solve_fewer_episodes_less_noise_is_what_to_try():
@@ -134,8 +133,7 @@ def test_where_more_steps_solve_fewer_episodes_less_noise_is_what_to_try():
 
     def hint(rows, outcomes=outcomes):
         concluded = conclude(swept_of(*rows, outcomes=outcomes), margin=0.05)
-        facts = facts_of([{**r, "episodes": 200} for r in concluded.rows], concluded.advice)
-        assert concluded.summary.get("what_to_try", "") == facts.get("what to try", "") == concluded.what_to_try
+        assert concluded.summary.get("what_to_try", "") == concluded.what_to_try
         return concluded.what_to_try
 
     def with_noise(*scales):

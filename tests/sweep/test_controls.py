@@ -10,9 +10,10 @@ from policy.statistics.results import EpisodeResult
 from policy.statistics.superiority import superiority
 from policy.sweep.conclusion import Swept, conclude
 from policy.sweep.controls import against_controls
-from policy.sweep.grid import fixed_calls, label_of, make_cells, repeats_of_ddim, varying
+from policy.sweep.grid import fixed_calls, make_cells, repeats_of_ddim
 from policy.sweep.panels import facets_of, marks_of
 from policy.sweep.plot import draw_rows
+from policy.sweep.rows import label_of, varying
 from tests.sweep.test_conclusion import row
 from tests.sweep.test_sweep import ENV, make_checkpoint
 

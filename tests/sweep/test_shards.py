@@ -13,10 +13,11 @@ from policy.rollout.ledger import Ledger, Recorded
 from policy.statistics.results import EpisodeResult
 from policy.sweep import timing
 from policy.sweep.conclusion import Swept, conclude
-from policy.sweep.grid import ids_of, make_cells, uniform
+from policy.sweep.grid import ids_of, make_cells
 from policy.sweep.looks import LEDGER, plans_of
 from policy.sweep.merging import read_swept
 from policy.sweep.recipes import grouped_cells, recipe_row
+from policy.sweep.rows import uniform
 from policy.sweep.shards import SHARD, Shard, begin_shard, write_shard
 from tests.commands.test_sweep_command import MEASURED, QUIET, interrupt
 from tests.sweep.test_sweep import make_checkpoint

@@ -27,9 +27,10 @@ from policy.rollout.ledger import cell_id
 from policy.statistics.intervals import wilson_interval
 from policy.statistics.results import summarize
 from policy.sweep import timing
-from policy.sweep.grid import costs_of, make_cells, row_of, shared, uniform, varying, with_backends
+from policy.sweep.grid import make_cells, row_of, with_backends
 from policy.sweep.panels import facets_of
 from policy.sweep.plot import draw_rows, plot_rows
+from policy.sweep.rows import costs_of, shared, uniform, varying
 from policy.sweep.table import COLUMNS, format_table, in_millions, write_files
 from policy.sweep.timing import check_max_ms, latencies_of, within
 from tests.conftest import BRIEFLY

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from policy.common.budget import Budget
 from policy.common.serving import serving
+from policy.common.throttle import Throttle
 from policy.statistics.intervals import wilson_interval
 from policy.statistics.recipes import recipe_interval
 from policy.statistics.results import EpisodeResult
@@ -35,7 +35,7 @@ class LivePage:
     def __init__(self, path: Path, title: str, settings: dict[str, Any]) -> None:
         self._path, self._title, self._settings = path, title, settings
         self._rows: list[Row] = []
-        self._budget = Budget()
+        self._throttle = Throttle()
         self._ours = False
         if not path.exists():
             self.write("The sweep begins.")
@@ -53,9 +53,9 @@ class LivePage:
             finished: returns the results of each of these cells.
             total: the greatest number of episodes that the sweep may run.
         """
-        if not self._budget.due():
+        if not self._throttle.due():
             return
-        with self._budget.spent():
+        with self._throttle.spent():
             results = finished()
             self._rows = rows_so_far(groups, results)
             done, at = sum(len(found) for of_row in results for found in of_row), time.strftime("%H:%M:%S")

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from policy.common.budget import Budget
 from policy.common.files import write_text
 from policy.common.page import page_text
 from policy.common.panel import STYLES, Line, Panel, Point, Scale, linear_scale, log_scale, thinned
+from policy.common.throttle import Throttle
 from policy.statistics.fit import CORRECTED, conclude
 from policy.statistics.intervals import wilson_interval
 
@@ -85,12 +85,12 @@ class TrainingPage:
         best: Callable[[], tuple[int, str] | None],
     ) -> None:
         self._folder, self._facts, self._history, self._best = folder, facts, history, best
-        self._budget = Budget()
+        self._throttle = Throttle()
         self.write("Running", running=True)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Write the page again, unless it was written a moment ago and nothing but losses came."""
-        if self._budget.due() or any(name.startswith("rollout/") for name in metrics):
+        if self._throttle.due() or any(name.startswith("rollout/") for name in metrics):
             self.write("Running", running=True)
 
     def write(self, state: str, *, running: bool = False) -> None:
@@ -100,7 +100,7 @@ class TrainingPage:
             state: what the run does, in words.
             running: whether an open page loads itself again from time to time.
         """
-        with self._budget.spent():
+        with self._throttle.spent():
             try:
                 write_text(self._folder / PAGE, self._text(state, running=running))
             except Exception as error:  # training is worth more than its page

@@ -547,7 +547,7 @@ def test_an_output_folder_that_is_a_file_is_refused(planar_run, run_sweep, reset
 def test_a_watched_sweep_serves_its_page_from_the_first_episode_to_the_report(
     planar_run, run_sweep, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("policy.common.budget.Budget.due", lambda budget: True)
+    monkeypatch.setattr("policy.common.throttle.Throttle.due", lambda throttle: True)
     monkeypatch.setattr("policy.common.serving.INTERVAL", 0.01)
     page, seen = tmp_path / "report.html", []
     plain = sweep_command.run_looks
@@ -581,7 +581,7 @@ def test_a_watched_sweep_that_is_stopped_says_so_on_its_page(tmp_path, monkeypat
     def stopped():
         with live_page(page, "planar", {}) as shown:
             assert "The sweep begins." in page.read_text()
-            monkeypatch.setattr("policy.common.budget.Budget.due", lambda budget: True)
+            monkeypatch.setattr("policy.common.throttle.Throttle.due", lambda throttle: True)
             shown.refresh([], lambda: [], 10)
             assert "0 of at most 10 episodes" in page.read_text()
             raise KeyboardInterrupt

@@ -12,7 +12,7 @@ SHARE = 0.01
 INTERVAL = 1.0
 
 
-class Budget:
+class Throttle:
     """Says when work is due again, so that it takes at most a share of the time."""
 
     def __init__(self) -> None:

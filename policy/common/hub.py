@@ -26,7 +26,7 @@ def download(repository: str, *, remedy: str = REMEDY, **options: Any) -> Path:
 
     try:
         return Path(snapshot_download(repository, **options))
-    except (OSError, ValueError) as error:  # the library's own errors are OSErrors
+    except Exception as error:  # the library and what it asks through, a proxy for instance, have errors of all types
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"{repository} is not here, and neither the Hub nor its local cache gives such a repository ({reason}):"

@@ -159,6 +159,17 @@ def test_what_the_hub_does_not_give_is_one_sentence(repository, reason, hub, tmp
         read(repository, tmp_path)
 
 
+def test_a_proxy_that_cannot_be_used_is_one_sentence(hub, tmp_path, monkeypatch):
+    """What the library is missing for it is an ImportError, and no error of its own."""
+
+    def missing(*arguments, **options):
+        raise ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", missing)
+    with pytest.raises(ValueError, match=r"^somebody/reach is not here, and .*SOCKS proxy.*correct dataset\.path"):
+        read("somebody/reach", tmp_path)
+
+
 def test_a_path_that_is_no_repository_is_reported_as_a_path(hub, tmp_path):
     with pytest.raises(ValueError, match="no dataset at"):
         read(tmp_path / "nothing" / "here", tmp_path)

@@ -205,6 +205,8 @@ def refusals() -> Iterator[None]:
     except (SaveError, ParityError, PeerError) as error:
         _end(str(error), 1)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _end(f"a path is longer than the file system takes: {str(error.filename)[:40]!r}...", 2)
         _end(f"{error}; {_remedy(error)}", 1)
     except WorkerError as error:
         _end(f"{error}; finished work is on disk", 1)

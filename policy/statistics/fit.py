@@ -173,8 +173,8 @@ def conclude(history: Sequence[Mapping[str, float]]) -> Conclusion | None:
     if ratio.low > 1 and ratio.value >= OVER_FITTED:
         return Conclusion(
             kind="over-fitted",
-            sentence=f"over-fitted: {off}, {ratio}: record more demonstrations, or raise denoiser.dropout or"
-            " train.weight_decay",
+            sentence=f"over-fitted: {off}, {ratio}: record more demonstrations; where denoiser.dropout is"
+            " 0, 0.1 may help",
         )
     if too_short := _too_short(measured):
         return Conclusion(kind="under-trained", sentence=f"under-trained: {off}, {too_short}: raise train.steps")

@@ -179,6 +179,14 @@ def test_every_setting_of_a_command_has_a_meaning():
         assert [name for name, meanings in settings.items() if "." not in name and not meanings[0].text] == []
 
 
+@pytest.mark.parametrize("setting", ["checkpoint", "output_dir"])
+def test_a_path_that_is_too_long_is_refused_in_a_short_sentence(setting, planar_run, run_command):
+    settings = [f"checkpoint={planar_run}/checkpoint", f"{setting}={'a' * 5000}"]
+    said = run_command("export", *settings, check=2).stderr
+    assert said.startswith("error: a path is longer than the file system takes: '")
+    assert len(said) < 200
+
+
 def test_an_error_begins_on_a_line_of_its_own(capsys):
     def fails() -> None:
         with refusals():

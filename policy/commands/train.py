@@ -33,6 +33,7 @@ from policy.common.torchrun import World, joined_world, peers_needed
 from policy.control.timeline import check_execution_horizon
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.data.symmetry import check_symmetry
+from policy.data.windows import split_episodes
 from policy.diffusion.objective import DEFAULT_OBJECTIVE
 from policy.diffusion.sampler import Sampler
 from policy.model.config import PolicyConfig, PolicySettings
@@ -178,11 +179,12 @@ def train_policy(
         _follow(run, record_of(folder, train), train, seed, world, rolls_out=env is not None)
         return
     if recipe:
+        training, _ = split_episodes(dataset.originals, train.val_fraction, seed, dataset.held_out)
         best = best_recipe(
             recipe,
             policy,
             train,
-            allowed_by(dataset, policy, auxiliary, config.action_horizon),
+            allowed_by(dataset, policy, auxiliary, config.action_horizon, training),
             folder=folder,
             sampler=settled,
             seed=seed,

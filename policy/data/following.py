@@ -35,7 +35,8 @@ def find_followed(
     found: dict[int, tuple[float, int, float]] = {}
     inner = change.T @ actions
     shares = np.square(inner) / np.maximum(np.square(change).sum(axis=0)[:, None], np.finfo(np.float64).tiny)
-    for action in np.flatnonzero(actions.any(axis=0)).tolist():
+    # An action that never changes says nothing: a clock would follow it.
+    for action in np.flatnonzero(np.ptp(actions, axis=0)).tolist():
         for number in np.argsort(-shares[:, action])[:LIKELY].tolist():
             cause, effect = actions[:, action], change[:, number]
             gain, share = proportional(cause, effect)

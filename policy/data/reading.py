@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from policy.common.arguments import unknown_name
@@ -296,9 +297,10 @@ class _Reading:
             with failures_named("dataset.transform"):
                 observations = _by_key(self.transform(observations))
         if (size := self.request.budget.image_size) is not None:
+            arrays = {key: one if isinstance(one, Frames) else np.asarray(one) for key, one in observations.items()}
             observations = {
                 key: _resized(key, values, size) if is_image(values.shape[1:]) else values
-                for key, values in observations.items()
+                for key, values in arrays.items()
             }
         return Episode(observations=observations, actions=actions)
 

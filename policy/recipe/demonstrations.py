@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from policy.data.corrections import find_corrections
 from policy.data.demonstrations import Demonstrations
@@ -49,7 +50,9 @@ def check_data(dataset: Demonstrations, train: TrainSettings, seed: int) -> None
         )
 
 
-def allowed_by(dataset: Demonstrations, policy: Policy, auxiliary: Sequence[str], action_horizon: int) -> Allowed:
+def allowed_by(
+    dataset: Demonstrations, policy: Policy, auxiliary: Sequence[str], action_horizon: int, training: NDArray[np.int64]
+) -> Allowed:
     """Find out what the demonstrations allow a recipe to do.
 
     Args:
@@ -57,6 +60,7 @@ def allowed_by(dataset: Demonstrations, policy: Policy, auxiliary: Sequence[str]
         policy: the user's settings of the policy; one with relations of the user's own gets no others.
         auxiliary: keys of privileged observations.
         action_horizon: control steps in a chunk.
+        training: numbers of the training episodes.
     """
     relations: Mapping[str, Any] = {}
     if not any(policy.get(name) for name in Relations._fields):
@@ -66,6 +70,6 @@ def allowed_by(dataset: Demonstrations, policy: Policy, auxiliary: Sequence[str]
     corrections = False
     with suppress(ValueError):  # no action is a displacement, or there are pictures
         observed = [key for key in dataset.observations if key not in auxiliary]
-        find_corrections(dataset, np.arange(dataset.num_episodes), observed, action_horizon)
+        find_corrections(dataset, training, observed, action_horizon)
         corrections = True
     return Allowed(relations=relations, corrections=corrections)

@@ -20,6 +20,8 @@ LEAST_ERROR = 1e-6
 CONFIDENCE = 0.95
 # Below this many held-out episodes nothing is concluded: their errors could all be unusual in the same way.
 FEWEST_EPISODES = 4
+# So many are measured, if there are as many, and as many training episodes.
+MOST_EPISODES = 16
 # An error below this leaves less than 4 % of the variance of the actions unexplained. Where demonstrators choose
 # between ways, a policy that always solves its task has a larger one: a larger one alone is never called a fault.
 PRECISE = 0.2
@@ -177,7 +179,11 @@ def conclude(history: Sequence[Mapping[str, float]]) -> Conclusion | None:
             " 0, 0.1 may help",
         )
     if too_short := _too_short(measured):
-        return Conclusion(kind="under-trained", sentence=f"under-trained: {off}, {too_short}: raise train.steps")
+        return Conclusion(
+            kind="under-trained",
+            sentence=f"under-trained: {off}, {too_short}: train longer (train.steps, or"
+            " train.rectify_steps where a run has no others)",
+        )
     if ratio.low <= 1 and ratio.high >= OVER_FITTED:
         return _undecided(f"{off}, {ratio}", episodes)
     if _halfway(measured) is None:
@@ -205,10 +211,16 @@ def _off(entry: Mapping[str, float]) -> str:
 
 
 def _undecided(figures: str, episodes: int) -> Conclusion:
+    if episodes >= MOST_EPISODES:
+        return Conclusion(
+            kind="undecided",
+            sentence=f"the {episodes} held-out episodes that are measured differ too much to tell over-fitting:"
+            f" {figures}",
+        )
     return Conclusion(
         kind="undecided",
         sentence=f"too few held-out episodes ({episodes}) to tell over-fitting: {figures}; raise train.val_fraction,"
-        " which counts where the dataset's file sets none aside",
+        " which counts where the file of the dataset sets none aside",
     )
 
 

@@ -85,7 +85,8 @@ def describe_by_heart(places: Sequence[int], config: PolicyConfig) -> str:
     ignored = ",".join(map(str, sorted({*config.ignored, *places})))
     return (
         f"it tells training episodes apart by {', '.join(names[place] for place in places)}, which stay put in each of"
-        f" them and seem no help on held-out ones: try ignored=[{ignored}], or record more demonstrations"
+        f" them and seem no help on held-out ones: try a new training with ignored=[{ignored}], or record more"
+        " demonstrations"
     )
 
 

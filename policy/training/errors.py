@@ -24,11 +24,11 @@ from policy.diffusion.sampler import Sampler
 from policy.inference.backends import PLAIN_BACKEND, SamplerProgram, compile_sampler
 from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy, observed
-from policy.statistics.fit import compared_episodes
+from policy.statistics.fit import MOST_EPISODES, compared_episodes
 
 # Episodes of each split that are measured, and windows of each. Both splits have equally many windows an episode,
 # because the logarithm of an episode's error, by which the splits are compared, depends on their number.
-EPISODES, WINDOWS = 16, 8
+EPISODES, WINDOWS = MOST_EPISODES, 8
 # Sampled chunks of each window.
 SAMPLES = 8
 # Windows sampled at once.

@@ -371,5 +371,5 @@ def validation_loss(phase: Phase, policy: DiffusionPolicy, validation: Windows) 
         Mean loss over up to 1024 windows spread evenly over the episodes.
     """
     count = min(VALIDATION_WINDOWS, len(validation))
-    windows = np.linspace(0, len(validation) - 1, count).round().astype(np.int64)[: phase.rows(count)]
+    windows = np.linspace(0, len(validation) - 1, phase.rows(count)).round().astype(np.int64)
     return phase.validation_loss(policy, validation.gather(windows), derive_generator(0)).item()

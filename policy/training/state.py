@@ -66,7 +66,10 @@ def restore_record(state: TrainState, record: dict[str, Any]) -> None:
         ValueError: a value cannot be converted to a number.
     """
     state.step = int(record["step"])
-    state.history = list(record["history"])
+    # A metric that was not finite is null in JSON.
+    state.history = [
+        {name: value for name, value in {**entry}.items() if value is not None} for entry in record["history"]
+    ]
     # The first checkpoints stored neither of these.
     state.recent = [float(loss) for loss in record.get("recent", [])]
     state.skipped = [int(step) for step in record.get("skipped", [])]

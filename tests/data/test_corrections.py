@@ -145,6 +145,18 @@ def test_an_arm_that_lags_and_what_it_carries_are_not_blurred():
     assert find_corrections(seen, np.arange(30), ["state"], action_horizon=8).blurred == []
 
 
+def test_a_clock_does_not_follow_an_action_that_never_changes(demonstrations):
+    """A gripper that is always open: the noise would be divided by how much the clock's steps differ."""
+    starts = np.repeat(demonstrations.episode_starts, np.diff(demonstrations.episode_ends, prepend=0))
+    clock = ((np.arange(len(demonstrations.actions)) - starts) / 60).astype(np.float32)[:, None]
+    state = np.concatenate([demonstrations.observations["state"], clock], axis=1)
+    actions = np.concatenate([demonstrations.actions, np.ones_like(clock)], axis=1)
+    timed = dataclasses.replace(demonstrations, observations={"state": state}, actions=actions)
+    episodes = np.arange(timed.num_episodes)
+    plain, beside = (find_corrections(data, episodes, ["state"], 8) for data in (demonstrations, timed))
+    assert [one.number for one in beside.followed] == [one.number for one in plain.followed]
+
+
 def test_an_action_that_names_a_place_needs_no_correction(demonstrations):
     places = demonstrations.observations["state"][:, :2]
     absolute = Demonstrations(

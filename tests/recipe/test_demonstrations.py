@@ -36,7 +36,7 @@ def test_corrective_noise_is_tried_where_training_can_have_it():
     seen = dataclasses.replace(demonstrations, observations={**demonstrations.observations, "image": pictures})
     still = dataclasses.replace(demonstrations, actions=0 * demonstrations.actions)
     tried = [
-        allowed_by(data, {}, aside, 8).corrections
+        allowed_by(data, {}, aside, 8, np.arange(data.num_episodes)).corrections
         for data, aside in (
             (demonstrations, ()),
             (seen, ()),
@@ -50,7 +50,8 @@ def test_corrective_noise_is_tried_where_training_can_have_it():
 
 def test_a_policy_with_relations_of_its_own_gets_no_others():
     demonstrations = arm()
-    found = allowed_by(demonstrations, {}, (), 8).relations
+    training = np.arange(demonstrations.num_episodes)
+    found = allowed_by(demonstrations, {}, (), 8, training).relations
     assert found["differences"]
-    assert allowed_by(demonstrations, {"differences": ((0, 1),)}, (), 8).relations == {}
-    assert allowed_by(demonstrations, {}, ["state"], 8).relations == {}
+    assert allowed_by(demonstrations, {"differences": ((0, 1),)}, (), 8, training).relations == {}
+    assert allowed_by(demonstrations, {}, ["state"], 8, training).relations == {}

@@ -71,6 +71,13 @@ def test_the_interval_of_a_ratio_covers_it_as_often_as_it_says_with_few_episodes
         (errors(0.5), errors(0.48, seed=1), errors(0.6, seed=2), "undecided", "perhaps under-trained"),
         (errors(0.5), errors(0.48, seed=1), None, "undecided", "2000 steps"),
         (errors(0.5, 4, spread=1), errors(0.4, seed=1), errors(0.6, 4, seed=2), "undecided", "held-out episodes (4)"),
+        (
+            errors(0.5, 16, spread=3),
+            errors(0.4, seed=1),
+            errors(0.6, 16, seed=2),
+            "undecided",
+            "differ too much to tell",
+        ),
         (errors(5, 3), errors(0.2, seed=1), errors(6, 3, seed=2), "undecided", "held-out episodes (3)"),
         (errors(5, 1), errors(0.2, seed=1), errors(6, 1, seed=2), "undecided", "train.val_fraction"),
     ],

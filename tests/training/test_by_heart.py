@@ -104,4 +104,4 @@ def test_the_sentence_says_what_to_try(ignored, advised):
     config = PolicyConfig(observation_shapes={"state": (4,)}, action_dim=1, ignored=ignored)
     said = describe_by_heart([THING], config)
     assert said.startswith("it tells training episodes apart by state[2], which stay put")
-    assert said.endswith(f"try {advised}, or record more demonstrations")
+    assert said.endswith(f"try a new training with {advised}, or record more demonstrations")

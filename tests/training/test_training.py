@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from policy.training.loop import train, update_ema, validation_loss
 from policy.training.phases import Demonstrated
 from policy.training.preparation import prepare_run, start_training
 from policy.training.settings import learning_rate
+from policy.training.state import restore_record, run_record
 from tests.conftest import small_config
 
 CONFIG = small_config(obs_size=16, hidden_size=32)
@@ -258,6 +260,26 @@ def test_the_validation_loss_is_over_held_out_windows(demonstrations):
     with torch.no_grad():
         expected = run.state.ema.loss(everything, derive_generator(0)).item()
     assert validation_loss(Demonstrated(SETTINGS), run.state.ema, run.validation) == expected
+
+
+def test_the_validation_loss_of_chunks_that_take_many_rows_is_over_all_held_out_episodes(demonstrations):
+    """A rectification looks at fewer windows; they are spread over the episodes, too."""
+    run, seen = prepared(demonstrations), []
+    phase = SimpleNamespace(
+        rows=lambda count: 3,
+        validation_loss=lambda policy, batch, generator: seen.append(batch["observations"]["state"]) or torch.zeros(()),
+    )
+    validation_loss(phase, run.state.ema, run.validation)
+    last = run.validation.gather(np.array([0, len(run.validation) - 1]))["observations"]["state"]
+    assert len(seen[0]) == 3
+    assert torch.equal(seen[0][[0, -1]], last)
+
+
+def test_a_metric_that_was_not_finite_is_none_where_a_run_goes_on(demonstrations):
+    run = prepared(demonstrations)
+    record = {**run_record(run.state), "history": [{"step": 1, "val/loss": None, "train/loss": 0.5}]}
+    restore_record(run.state, record)
+    assert run.state.history == [{"step": 1, "train/loss": 0.5}]
 
 
 def test_without_held_out_episodes_there_is_no_validation_loss(demonstrations):

@@ -177,6 +177,7 @@ def write_export(
         },
         "note": NOTE,
     }
+    (folder / "export.json").unlink(missing_ok=True)  # of an earlier export
     (folder / "model.onnx").write_bytes(model)
     np.savez(folder / "example_input.npz", **example)  # type: ignore[arg-type]
     np.save(folder / "example_output.npy", actions)

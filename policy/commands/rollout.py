@@ -44,6 +44,8 @@ from policy.sweep.grid import SweepCell, make_cells, with_backends
 from policy.tracking.tracker import OpenRun
 
 LEDGER, SUMMARY = "rollout.jsonl", "rollout.json"
+# The largest number of denoising steps that a sweep visits by default.
+MOST_STEPS_OF_A_SWEEP = 50
 
 
 def roll_out(
@@ -169,11 +171,13 @@ def roll_out(
     if video:
         (simulated,) = controllers_of([policy], [cell], stage.action_space)
         _record(simulated, stage, stage.seeds[:video], folder)
-    # A later start leaves fewer timesteps, maybe fewer than a sweep visits by default.
+    # A later start leaves fewer timesteps, maybe fewer than a sweep visits by default, and so does a short schedule.
     limits = chosen.given.keys() & {"ddim_steps", "start", "warm_start"}
-    steps = steps_to_compare(cell.sampler.ddim_steps) if limits else None
+    limited = limits or policy.schedule.num_steps < MOST_STEPS_OF_A_SWEEP
+    steps = steps_to_compare(cell.sampler.ddim_steps) if limited else None
     others = {name: value for name, value in sampler.keywords.items() if name != "ddim_steps"}
-    print(next_line("ddim-sweep", checkpoint=checkpoint, env=env, ddim_steps=steps, sampler=others))
+    shared = {"checkpoint": checkpoint, "env": env, "env_vector": env_vector or None}
+    print(next_line("ddim-sweep", **shared, ddim_steps=steps, sampler=others))
     check_broken(results)
 
 

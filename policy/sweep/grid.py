@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,8 +210,9 @@ def with_backends(cells: Sequence[SweepCell], ledger: Path | None) -> list[Sweep
         ValueError: the ledger has results of several back ends, or of one whose packages are missing; or two cells are
             equal now.
     """
+    named = {one.cell.backend for one in cells} - {DEFAULT_BACKEND}
     settled = {
-        weights: _backend_of([one for one in cells if one.cell.weights == weights], ledger)
+        weights: _backend_of([one for one in cells if one.cell.weights == weights], ledger, named)
         for weights in dict.fromkeys(one.cell.weights for one in cells if one.cell.backend == DEFAULT_BACKEND)
     }
     chosen = [
@@ -226,10 +227,11 @@ def with_backends(cells: Sequence[SweepCell], ledger: Path | None) -> list[Sweep
     return chosen
 
 
-def _backend_of(cells: Sequence[SweepCell], ledger: Path | None) -> str:
-    """The back end of cells with the same type of weights."""
+def _backend_of(cells: Sequence[SweepCell], ledger: Path | None, named: Collection[str]) -> str:
+    """The back end of cells with the same type of weights; the results of those that are named are other cells'."""
     weights, known = cells[0].cell.weights, [] if ledger is None else recorded_settings(ledger)
-    before = dict.fromkeys(str(row["backend"]) for row in known if row.get("weights") == weights and "backend" in row)
+    found = dict.fromkeys(str(row["backend"]) for row in known if row.get("weights") == weights and "backend" in row)
+    before = [backend for backend in found if backend not in named]
     if len(before) > 1:
         raise ValueError(f"{ledger} has results of several back ends: say which with backend=[{','.join(before)}]")
     if not before:

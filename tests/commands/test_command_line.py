@@ -1,5 +1,6 @@
 """Command lines as users write them: odd paths, Hydra's flags, misspelt words, help, and the next line to paste."""
 
+import inspect
 import json
 import os
 import shlex
@@ -12,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from policy.commands.rollout import MOST_STEPS_OF_A_SWEEP
+from policy.commands.sweep import sweep
 from policy.common import plugins
 from policy.common.next_line import hydra_text, next_line
 from policy.common.progress import progress
@@ -220,6 +223,11 @@ def test_a_next_line_is_quoted_and_has_environment_and_plugins(monkeypatch):
         **{f"env.{name}": value for name, value in env.items() if name != "name"},
         "plugins": ["my_parts"],
     }
+
+
+def test_a_rollout_knows_how_many_steps_a_sweep_visits():
+    """With fewer timesteps than that, its next line has to name steps that there are."""
+    assert max(inspect.signature(sweep).parameters["ddim_steps"].default) == MOST_STEPS_OF_A_SWEEP
 
 
 def test_the_name_of_a_command_is_enough_where_the_shell_finds_it(monkeypatch):

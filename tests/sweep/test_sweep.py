@@ -557,3 +557,13 @@ def test_auto_does_not_guess_between_several_back_ends(checkpoints, tmp_path):
     cells = [replace_backend(one) for one in cells_of(checkpoints, ddim_steps=[1])]
     with pytest.raises(ValueError, match=r"several back ends: say which with backend=\[fused,eager\]"):
         with_backends(cells, ledger)
+
+
+def test_an_axis_of_back_ends_with_auto_goes_on(checkpoints, tmp_path):
+    """The results of the one that is named belong to its own cells."""
+    ledger = tmp_path / "episodes.jsonl"
+    rows = [{"cell": name, "settings": {"backend": name, "weights": "float32"}} for name in ("fused", "eager")]
+    ledger.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain, *_ = cells_of(checkpoints, ddim_steps=[1])
+    named = dataclasses.replace(plain, cell=dataclasses.replace(plain.cell, backend="fused"))
+    assert [one.cell.backend for one in with_backends([replace_backend(plain), named], ledger)] == ["eager", "fused"]

@@ -36,7 +36,7 @@ class RecordSettings:
         """Refuse a folder without a name, one that exists, or one that the rollout itself writes to.
 
         Args:
-            output_dir: the rollout's folder, if the user chooses one.
+            output_dir: the rollout's folder, or None if the user chooses none.
 
         Raises:
             ValueError: see above.
@@ -47,9 +47,7 @@ class RecordSettings:
                 f" {str(self.folder)!r}"
             )
         check_absent(self.folder, SETTING)
-        if output_dir is None:
-            return
-        own = output_dir.expanduser()
+        own = (output_dir or Path("outputs/rollout")).expanduser()  # by default a new folder inside
         if self.folder.resolve() in (own.resolve(), *own.resolve().parents):
             raise ValueError(
                 f"{SETTING}={self.folder} would hold the rollout's own output_dir={own}: choose a folder of its own, or"

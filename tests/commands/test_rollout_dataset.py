@@ -123,11 +123,13 @@ def test_what_cannot_be_recorded_is_refused_before_the_rollout(roll_out, tmp_pat
     roll_out("episodes=1", f"output_dir={tmp_path}/before")
     ran = []
     monkeypatch.setattr(Ledger, "add", lambda ledger, *result: ran.append(result))
+    monkeypatch.chdir(tmp_path)  # where there is no folder of outputs yet
     (tmp_path / "there").mkdir()
     for overrides, said in (
         ([f"record={tmp_path}/there"], f"{tmp_path}/there is there already: choose another record=, or remove it"),
         (["record="], "takes the name of a new folder for the dataset, as record=outputs/dataset; got '.'"),
         ([f"record={tmp_path}/a", f"output_dir={tmp_path}/a/b"], "would hold the rollout's own output_dir="),
+        (["record=outputs"], "would hold the rollout's own output_dir=outputs/rollout"),
         (["record_successes=true"], "record_successes=true chooses among the episodes of record=DIR"),
         ([f"record={tmp_path}/a", "control_rate=10"], "record= goes without control_rate=: leave them out"),
         (

@@ -77,7 +77,7 @@ class CheckedEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
         except (ValueError, ImportError, RenderingUnavailableError, KeyboardInterrupt):
             raise  # each has a message of its own
         except BaseException as error:
-            raise ValueError(f"{self._name} cannot be made: {_reason('__init__', error)}") from error
+            raise ValueError(f"{self._name} cannot be made: {reason_of('__init__', error)}") from error
         return _with_protocol(env, self._name)
 
     def reset(
@@ -163,7 +163,7 @@ class CheckedEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
         except (RenderingUnavailableError, KeyboardInterrupt):
             raise
         except BaseException as error:
-            raise RenderingUnavailableError(f"{self._name}: {_reason('render', error)}") from error
+            raise RenderingUnavailableError(f"{self._name}: {reason_of('render', error)}") from error
         picture = np.array(frame) if isinstance(frame, np.ndarray) else None
         if picture is not None and picture.ndim == 2:
             picture = picture[:, :, None]
@@ -186,7 +186,7 @@ class CheckedEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            warnings.warn(f"{self._name}: close() failed ({_reason('close', error)})", stacklevel=2)
+            warnings.warn(f"{self._name}: close() failed ({reason_of('close', error)})", stacklevel=2)
 
     def _check(self, observation: Any) -> None:
         """Raise ValueError if an observation is not what the space declares, or not finite."""
@@ -223,7 +223,7 @@ class CheckedEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
     def _broke_off(self, where: str, error: BaseException) -> dict[str, Any]:
         LOGGER.debug("%s: an episode broke off", self._name, exc_info=error)
         self._broken = True
-        return {"is_success": False, "score": 0.0, BROKE_OFF: _reason(where, error)}
+        return {"is_success": False, "score": 0.0, BROKE_OFF: reason_of(where, error)}
 
 
 class _Protocol(gymnasium.Wrapper[Any, Any, Any, Any]):
@@ -425,7 +425,7 @@ def _short(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
-def _reason(where: str, error: BaseException) -> str:
+def reason_of(where: str, error: BaseException) -> str:
     """Say in one line why an episode broke off, with the simulator's own line where there is one."""
     if isinstance(error, DeviationError):
         return str(error)

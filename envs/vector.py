@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import isfinite
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import iterate
 from numpy.typing import NDArray
 
-from envs.checked import BROKE_OFF, named, no_time_limit, wrong_values, zeros
+from envs.checked import BROKE_OFF, named, no_time_limit, reason_of, wrong_values, zeros
 from envs.errors import DeviationError
 from envs.gym_env import EpisodeState, SuccessRule, control_hz_of, making, parse_success, require_registered
 from envs.spaces import Observation, plain_actions, plain_observations
@@ -91,13 +91,20 @@ class VectorWorlds:
             seeds: One seed for each world that is used, at least one.
 
         Returns:
-            The first observation and info of each of these worlds.
+            The first observation and info of each of these worlds. If the simulator cannot start them, zeros and info
+            with ``broke_off``.
 
         Raises:
             EnvContractError: If the simulator does not return an observation and a dict.
         """
         idle = [seeds[-1]] * (self.num_envs - len(seeds))
-        returned: Any = self.env.reset(seed=cast(int, [*seeds, *idle]))  # one each, which its annotation leaves out
+        try:
+            returned: Any = self.env.reset(seed=cast(int, [*seeds, *idle]))  # one each, which its annotation leaves out
+        except Exception as error:
+            return [
+                (observation, info)
+                for observation, *_, info in self._broken(range(len(seeds)), "reset", error).values()
+            ]
         if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[1], dict):
             raise wrong_values(self._name, "reset", returned)
         seen, infos = returned
@@ -112,7 +119,8 @@ class VectorWorlds:
             actions: (A,) finite numbers for each world whose episode is going on.
 
         Returns:
-            What `Env.step` returns, for each of these worlds.
+            What `Env.step` returns, for each of these worlds. If the simulator cannot go on, all of their episodes are
+            over, with zeros and info with ``broke_off``: which world it is of is not known.
 
         Raises:
             EnvContractError: If the simulator does not return five values.
@@ -122,7 +130,10 @@ class VectorWorlds:
             raise ValueError(f"world {stray[0]} has no episode: call start()")
         nothing = np.zeros(self.action_space.shape, np.float32)
         raw = np.stack([self._acted(actions.get(world, nothing)) for world in range(self.num_envs)])
-        returned: Any = self.env.step(raw)
+        try:
+            returned: Any = self.env.step(raw)
+        except Exception as error:
+            return self._broken(actions, "step", error)
         if not isinstance(returned, tuple) or len(returned) != 5 or not isinstance(returned[4], dict):
             raise wrong_values(self._name, "step", returned)
         seen, rewards, terminations, truncations, infos = returned
@@ -138,7 +149,11 @@ class VectorWorlds:
             self._running[world] = not (terminated or truncated)
         if self._mode is AutoresetMode.DISABLED and (over := np.asarray(terminations) | np.asarray(truncations)).any():
             # Such a world must not be stepped; what it does until the next start is of no account.
-            self.env.reset(options={"reset_mask": over})
+            try:
+                self.env.reset(options={"reset_mask": over})
+            except Exception as error:
+                going_on = [world for world in actions if self._running[world]]
+                return {**stepped, **self._broken(going_on, "reset", error)}
         return stepped
 
     def stop(self, world: int) -> None:
@@ -148,6 +163,13 @@ class VectorWorlds:
     def close(self) -> None:
         """Close the simulator."""
         self.env.close()
+
+    def _broken(self, worlds: Iterable[int], where: str, error: Exception) -> dict[int, Stepped]:
+        """End the episodes of worlds because their simulator raised an error."""
+        info = {"is_success": False, "score": 0.0, BROKE_OFF: reason_of(where, error)}
+        for world in worlds:
+            self._running[world] = False
+        return {world: (zeros(self.observation_space), 0.0, False, True, dict(info)) for world in worlds}
 
     def _apart(self, observations: Any) -> Iterator[Any]:
         return iterate(self.env.observation_space, observations)

@@ -118,6 +118,40 @@ def test_a_world_that_breaks_ends_its_own_episode_alone(policy, mode):
     assert results == expected
 
 
+@pytest.mark.parametrize("mode", AutoresetMode)
+@pytest.mark.parametrize("where", ["step", "reset"])
+def test_an_error_of_the_simulator_ends_the_episodes_that_it_steps_and_no_others(policy, mode, where):
+    def coal(self, seed):
+        if seed == 3 and (where == "reset" or self.steps == 3):
+            raise RuntimeError("out of coal")
+
+    class Raising(Reach):
+        def reset(self, *, seed=None, options=None):
+            found = super().reset(seed=seed)
+            if where == "reset":
+                coal(self, seed)
+            return found
+
+        def step(self, action):
+            found = super().step(action)
+            coal(self, self.seed_)
+            return found
+
+    gymnasium.register("Raising-v0", entry_point=Raising, max_episode_steps=20)
+    try:
+        results = roll(policy, worlds_of(mode, "Raising-v0"), 2)
+    finally:
+        del gymnasium.registry["Raising-v0"]
+    expected = alone(policy)
+    broken = {task: result.broke_off for task, result in results.items() if result.broke_off}
+    assert {seed for _, seed in broken} >= {3}
+    assert all(
+        said.startswith(f"RuntimeError in {where}(): out of coal (test_vector.py, line") for said in broken.values()
+    )
+    assert len(broken) <= 4  # at most the world beside each
+    assert all(results[task] == expected[task] for task in results.keys() - broken.keys())
+
+
 def test_env_vector_is_no_part_of_a_cell(policy, run_command, tmp_path):
     """A rollout with many worlds in one call goes on from the episodes of one with single environments."""
     policy.save_pretrained(tmp_path / "policy")

@@ -81,6 +81,27 @@ class ControllerSettings:
                 f" controller.mode={self.mode}: no action would be left to execute; got {self.delay_steps}"
             )
 
+    def begins_after(self, execution_horizon: int, action_horizon: int) -> int:
+        """Actions of a plan that are past, executed or not, when the next plan of the episode is begun.
+
+        Args:
+            execution_horizon: actions executed before the next plan is started.
+            action_horizon: actions in a chunk.
+        """
+        if self.mode == "synchronous":
+            return execution_horizon
+        # Early enough for the next plan to be there in time, but not before this one has arrived.
+        return max(1, min(execution_horizon, action_horizon - self.delay_steps), self.delay_steps)
+
+    def steps_per_plan(self, execution_horizon: int, action_horizon: int) -> int:
+        """Control steps from one plan of an episode to the next; arguments as for `begins_after`."""
+        stands_still = self.delay_steps if self.mode == "synchronous" else 0
+        return self.begins_after(execution_horizon, action_horizon) + stands_still
+
+    def candidates_of(self, execution_horizon: int, action_horizon: int) -> int:
+        """Chunks sampled for a plan: one where nothing of the last plan is left; arguments as for `begins_after`."""
+        return self.candidates if self.begins_after(execution_horizon, action_horizon) < action_horizon else 1
+
 
 def check_execution_horizon(execution_horizon: int, action_horizon: int) -> None:
     """Reject an execution horizon that does not fit a chunk.

@@ -24,22 +24,22 @@ class MultiplyAdds(NamedTuple):
     encoder: int
     denoiser: int
 
-    def per_step(self, ddim_steps: int, candidates: int, execution_horizon: int) -> float:
+    def per_step(self, ddim_steps: int, candidates: int, steps_per_plan: int) -> float:
         """Multiply-adds per control step.
 
         Args:
             ddim_steps: calls of the denoiser for each chunk.
             candidates: chunks sampled for each plan.
-            execution_horizon: control steps from one plan to the next.
+            steps_per_plan: control steps from one plan to the next.
 
         Returns:
             The multiply-adds of a plan, divided by the control steps that it serves.
 
         Example:
-            >>> MultiplyAdds(encoder=100, denoiser=1000).per_step(ddim_steps=8, candidates=2, execution_horizon=4)
+            >>> MultiplyAdds(encoder=100, denoiser=1000).per_step(ddim_steps=8, candidates=2, steps_per_plan=4)
             4050.0
         """
-        return candidates * (self.encoder + ddim_steps * self.denoiser) / execution_horizon
+        return candidates * (self.encoder + ddim_steps * self.denoiser) / steps_per_plan
 
 
 def _product(result: Tensor, left: Tensor, *_: Any) -> int:

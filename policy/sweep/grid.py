@@ -63,8 +63,10 @@ class SweepCell:
     @property
     def multiply_adds(self) -> float:
         """Multiply-adds per control step: the cost that ranks cells, which depends on no measurement."""
-        counted, cell = multiply_adds(self.checkpoint.policy), self.cell
-        return counted.per_step(cell.sampler.ddim_steps, cell.controller.candidates, cell.execution_horizon)
+        policy, cell = self.checkpoint.policy, self.cell
+        horizons = cell.execution_horizon, policy.config.action_horizon
+        candidates, steps = cell.controller.candidates_of(*horizons), cell.controller.steps_per_plan(*horizons)
+        return multiply_adds(policy).per_step(cell.sampler.ddim_steps, candidates, steps)
 
 
 def make_cells(

@@ -14,7 +14,7 @@ from policy.common.observations import as_dict
 from policy.common.seeding import derive_generator, derive_seed
 from policy.control.planning import closest
 from policy.control.receding_horizon import RecedingHorizonController
-from policy.control.timeline import ControllerSettings, LastPlan, kept
+from policy.control.timeline import ControllerSettings, LastPlan, Timeline, kept
 from policy.diffusion.sampler import Sampler
 from policy.inference.backends import compile_sampler
 from policy.model.config import PolicyConfig
@@ -637,3 +637,28 @@ def test_first_draws_of_neighbouring_seeds_are_uncorrelated():
 def test_negative_seeds_are_refused():
     with pytest.raises(ValueError, match="seed must be 0 or more; got -1"):
         derive_generator(-1, 0)
+
+
+@settings(deadline=None)
+@given(
+    mode=st.sampled_from(["synchronous", "asynchronous", "continuous"]),
+    action_horizon=st.integers(1, 10),
+    data=st.data(),
+)
+def test_the_settings_know_when_an_episode_plans_and_what_is_left_of_the_last_plan(mode, action_horizon, data):
+    """The cost of a cell follows from them; against the plans of an episode itself."""
+    horizon = data.draw(st.integers(1, action_horizon), "execution_horizon")
+    delay = data.draw(st.integers(0, action_horizon - 1), "delay_steps")
+    chosen = ControllerSettings(mode=mode, delay_steps=delay, candidates=3)
+    timeline, begun, left = Timeline(chosen, horizon, action_horizon, 1), [], []
+    for step in range(100):
+        if timeline.due(delay):
+            last = timeline.begin(delay)
+            begun.append(step)
+            left += [last.overlap] if last else []
+            timeline.deliver(np.zeros((action_horizon, 1), np.float32), delay)
+        timeline.next_action()
+    # The first plan takes no time.
+    assert set(np.diff(begun[1:])) == {chosen.steps_per_plan(horizon, action_horizon)}
+    assert set(left[1:]) == {action_horizon - chosen.begins_after(horizon, action_horizon)}
+    assert chosen.candidates_of(horizon, action_horizon) == (3 if left[-1] else 1)

@@ -74,8 +74,8 @@ def test_multiply_adds_are_those_of_the_products(policy, expected):
 
 def test_a_plan_is_encoded_once_and_denoised_at_each_step_for_every_candidate():
     counted = MultiplyAdds(encoder=100, denoiser=1000)
-    assert counted.per_step(ddim_steps=1, candidates=1, execution_horizon=1) == 1100
-    assert counted.per_step(ddim_steps=10, candidates=3, execution_horizon=8) == 3 * 10_100 / 8
+    assert counted.per_step(ddim_steps=1, candidates=1, steps_per_plan=1) == 1100
+    assert counted.per_step(ddim_steps=10, candidates=3, steps_per_plan=8) == 3 * 10_100 / 8
 
 
 def test_a_policy_is_counted_once_and_forgotten_with_it(monkeypatch):

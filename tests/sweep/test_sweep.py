@@ -235,6 +235,10 @@ def test_the_cost_counts_the_calls_of_all_candidates_for_each_control_step(check
     assert several.multiply_adds == pytest.approx(3 * one.multiply_adds)
     (often,) = cells_of(checkpoints[:1], ddim_steps=8, execution_horizon=1)
     assert often.multiply_adds == pytest.approx(5 * one.multiply_adds)
+    late = {"mode": ["synchronous", "asynchronous"], "delay_steps": 3, "candidates": 3}
+    waits, ahead = cells_of(checkpoints[:1], ddim_steps=8, execution_horizon=8, controller=late)
+    assert waits.multiply_adds == pytest.approx(5 / 11 * one.multiply_adds)  # nothing is left to be close to
+    assert ahead.multiply_adds == pytest.approx(3 * one.multiply_adds)  # 5 of 8 actions, then it plans again
 
 
 def test_the_cost_ranks_cells_and_rows_that_lack_it_are_ranked_by_their_calls():

@@ -51,6 +51,18 @@ def test_few_episodes_without_a_failure_are_few_however_many_seeds():
     assert low == pytest.approx(0.69, abs=0.02)  # Clopper and Pearson's for 10 of 10
 
 
+def test_few_episodes_on_which_the_seeds_agree_are_few():
+    low, high = recipe_interval([[0.28], [0.279]])
+    assert low < 0.05
+    assert high > 0.9
+    generator, covered = np.random.default_rng(0), 0
+    for _ in range(200):
+        episodes = generator.beta(2, 2, 3)
+        low, high = recipe_interval(np.clip(episodes + generator.normal(0, 0.02, (3, 3)), 0, 1))
+        covered += low <= 0.5 <= high
+    assert covered >= 190
+
+
 def test_scores_have_an_interval_too():
     scores = np.clip(outcomes([0.4, 0.5, 0.6]) + 0.1, 0, 1)
     low, high = recipe_interval(scores)

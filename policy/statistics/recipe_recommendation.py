@@ -2,21 +2,22 @@
 
 The reasoning is that of `policy.statistics.recommendation`: a cell is "not worse" when the test says so against every
 other cell, and the tests of all cells against the same one are adjusted together by Holm. The tests are those of
-`policy.statistics.recipes`, whose level is shown by simulation and is not exact. Few training seeds leave much
-undecided, and more episodes may not change that: an undecided answer says which of the two would help most, and
-promises no number.
+`policy.statistics.recipes`, whose level is shown by simulation and is not exact; two cells of a single checkpoint each
+are compared as in `policy.statistics.paired`, so that nothing depends on what else is in the sweep. Few training seeds
+leave much undecided, and more episodes may not change that: an undecided answer says which of the two would help most,
+and promises no number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from policy.statistics.checks import Array, cells_by_episodes, check_fraction, check_reference
-from policy.statistics.paired import PairedDifference, holm
+from policy.statistics.paired import PairedDifference, holm, mcnemar_test, non_inferiority_test, paired_interval
 from policy.statistics.recipes import (
     Estimate,
     difference_estimate,
@@ -86,20 +87,19 @@ def compare_recipes(
         ValueError: malformed arrays, a reference that does not exist, or a confidence outside (0, 1).
     """
     solved = [cells_by_episodes(cell, "success", bool) for cell in success]
-    count, episodes = len(solved), solved[0].shape[1]
+    count = len(solved)
     check_reference(reference, count)
     pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
-    p = [equality_test(_difference(solved, recipe, i, j)) for i, j in pairs]
+    p = [_equality(solved, recipe, i, j) for i, j in pairs]
     adjusted = dict(zip(pairs, holm(p) if p else [], strict=True))
     raw = dict(zip(pairs, p, strict=True))
     compared = []
     for i in range(count):
         pair = (min(i, reference), max(i, reference))
-        estimate = _difference(solved, recipe, i, reference)
-        low, high = (0.0, 0.0) if i == reference else difference_interval(estimate, episodes, confidence)
+        low, high = (0.0, 0.0) if i == reference else _interval(solved, recipe, i, reference, confidence)
         compared.append(
             PairedDifference(
-                difference=estimate.value,
+                difference=_difference(solved, recipe, i, reference).value,
                 low=low,
                 high=high,
                 p_value=float(raw.get(pair, 1)),
@@ -135,17 +135,11 @@ def recommend_recipes(
     check_fraction("margin", margin)
     check_fraction("confidence", confidence, above=0.5)
     solved = [cells_by_episodes(cell, "success", bool) for cell in success]
-    every, episodes, costs = range(len(solved)), solved[0].shape[1], ranks(cost, len(solved))
+    every, costs = range(len(solved)), ranks(cost, len(solved))
     rates = [float(cell.mean()) for cell in solved]
     by_cost = sorted(every, key=lambda i: (costs[i], -rates[i]))
     best = max(by_cost, key=lambda i: rates[i])  # of several, the first and hence the cheapest
-    verdicts = _verdicts(
-        {(i, j): _difference(solved, recipe, i, j) for i in every for j in every if i != j or len(every) == 1},
-        costs,
-        episodes,
-        margin,
-        1 - confidence,
-    )
+    verdicts = _verdicts(solved, recipe, costs, margin, 1 - confidence)
     cell = next((i for i in by_cost if verdicts[i].verdict == "not worse"), None)
     cheaper = by_cost if cell is None else by_cost[: by_cost.index(cell)]
     return RecipeRecommendation(
@@ -187,14 +181,48 @@ def _difference(solved: Sequence[Array], recipe: Sequence[int], i: int, j: int) 
     return difference_estimate(solved[i], solved[j], same_seeds=recipe[i] == recipe[j])
 
 
+def _counts(solved: Sequence[Array], i: int, j: int) -> tuple[int, int] | None:
+    """Episodes that only one of two cells solved, the first and the second; None if either has several seeds.
+
+    Two single checkpoints are compared as in a sweep without recipes: nothing then depends on what else is in it.
+    """
+    if len(solved[i]) > 1 or len(solved[j]) > 1:
+        return None
+    return int((solved[i] & ~solved[j]).sum()), int((solved[j] & ~solved[i]).sum())
+
+
+def _equality(solved: Sequence[Array], recipe: Sequence[int], i: int, j: int) -> float:
+    counts = _counts(solved, i, j)
+    return float(mcnemar_test(*counts)) if counts else equality_test(_difference(solved, recipe, i, j))
+
+
+def _interval(
+    solved: Sequence[Array], recipe: Sequence[int], i: int, j: int, confidence: float = 0.95
+) -> tuple[float, float]:
+    episodes, counts = solved[i].shape[1], _counts(solved, i, j)
+    if counts is None:
+        return difference_interval(_difference(solved, recipe, i, j), episodes, confidence)
+    low, high = paired_interval(*counts, episodes, confidence)
+    return float(low), float(high)
+
+
+def _not_worse(solved: Sequence[Array], recipe: Sequence[int], i: int, j: int, margin: float) -> float:
+    episodes, counts = solved[i].shape[1], _counts(solved, i, j)
+    if counts is None:
+        return not_worse_test(_difference(solved, recipe, i, j), episodes, margin)
+    return float(non_inferiority_test(*counts, episodes, margin))
+
+
 def _verdicts(
-    estimates: Mapping[tuple[int, int], Estimate], costs: Array, episodes: int, margin: float, alpha: float
+    solved: Sequence[Array], recipe: Sequence[int], costs: Array, margin: float, alpha: float
 ) -> tuple[RecipeVerdict, ...]:
-    """The verdicts on K cells, from all differences and the `ranks` of the cells' costs."""
-    cells = len(costs)
+    """The verdicts on K cells, from their outcomes and the `ranks` of their costs."""
+    cells, episodes = len(costs), solved[0].shape[1]
     if cells == 1:
         return (RecipeVerdict(verdict="not worse", hardest=0, difference=0, half_width=0, seeds_share=0),)
-    tests = {pair: not_worse_test(estimate, episodes, margin) for pair, estimate in estimates.items()}
+    pairs = [(i, j) for i in range(cells) for j in range(cells) if i != j]
+    estimates = {(i, j): _difference(solved, recipe, i, j) for i, j in pairs}
+    tests = {(i, j): _not_worse(solved, recipe, i, j, margin) for i, j in pairs}
     others = [[j for j in range(cells) if j != i] for i in range(cells)]
     hardest = [max(others[i], key=lambda j: tests[i, j]) for i in range(cells)]
     least = [min(worse_test(estimates[i, j], episodes, margin) for j in others[i]) for i in range(cells)]
@@ -204,7 +232,7 @@ def _verdicts(
     verdicts = []
     for i in range(cells):
         estimate = estimates[i, hardest[i]]
-        low, high = difference_interval(estimate, episodes)
+        low, high = _interval(solved, recipe, i, hardest[i])
         verdicts.append(
             RecipeVerdict(
                 verdict="not worse" if good[i] <= alpha else "worse" if bad[i] <= alpha else "open",

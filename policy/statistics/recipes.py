@@ -36,8 +36,8 @@ from policy.statistics.intervals import bootstrap_interval
 from policy.statistics.paired import bisect, paired_interval
 
 FURTHER_SEED = 0.2  # how much nearer to one half the success of a training seed may lie that was not drawn
-# Fewer episodes than this hide how much they differ. Simulated with seeds that nearly agree on each episode, the interval
-# that the variance gives covers 13 % with one episode and 88 % with five (three seeds), and 94 to 95 % from 20 on.
+# Fewer episodes than this hide how much they differ. Simulated with three seeds that nearly agree on each episode, the
+# interval that the variance gives covers 13 % with one episode and 88 % with five, and 94 to 95 % from 20 on.
 FEW_EPISODES = 20
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from policy.statistics.paired import compare_success
 from policy.statistics.recipe_recommendation import compare_recipes, describe_recipes, recommend_recipes
 from policy.statistics.recipes import (
     difference_estimate,
@@ -147,6 +148,16 @@ def test_of_equal_costs_the_more_successful_recipe_is_recommended():
         recommend_recipes([good, better], [0, 1], cost=[1])
     with pytest.raises(ValueError, match="reference must be the index of a cell, 0 to 1; got 2"):
         compare_recipes([good, better], [0, 1], 2)
+
+
+def test_two_single_checkpoints_are_compared_alike_whatever_else_is_in_the_sweep():
+    first, second = np.ones((1, 100), bool), np.arange(100)[None] >= 5
+    recipe = np.random.default_rng(0).random((3, 100)) < 0.5
+    alone = compare_success([first[0], second[0]], 0)[1]
+    beside = compare_recipes([first, second, recipe], [0, 1, 2], 0)[1]
+    assert (beside.low, beside.high) == (alone.low, alone.high)
+    assert beside.difference == pytest.approx(alone.difference)
+    assert beside.p_value == alone.p_value
 
 
 def test_one_recipe_has_nothing_to_be_compared_with():

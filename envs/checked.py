@@ -223,7 +223,7 @@ class CheckedEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
     def _broke_off(self, where: str, error: BaseException) -> dict[str, Any]:
         LOGGER.debug("%s: an episode broke off", self._name, exc_info=error)
         self._broken = True
-        return {"is_success": False, "score": 0.0, BROKE_OFF: reason_of(where, error)}
+        return broken_off(reason_of(where, error))
 
 
 class _Protocol(gymnasium.Wrapper[Any, Any, Any, Any]):
@@ -423,6 +423,11 @@ def _shown(value: Any) -> str:
 
 def _short(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def broken_off(reason: str) -> dict[str, Any]:
+    """The info of an episode that the simulator broke off."""
+    return {"is_success": False, "score": 0.0, BROKE_OFF: reason}
 
 
 def reason_of(where: str, error: BaseException) -> str:

@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import iterate
 from numpy.typing import NDArray
 
-from envs.checked import BROKE_OFF, named, no_time_limit, reason_of, wrong_values, zeros
+from envs.checked import broken_off, named, no_time_limit, reason_of, wrong_values, zeros
 from envs.errors import DeviationError
 from envs.gym_env import EpisodeState, SuccessRule, control_hz_of, making, parse_success, require_registered
 from envs.spaces import Observation, plain_actions, plain_observations
@@ -101,10 +101,7 @@ class VectorWorlds:
         try:
             returned: Any = self.env.reset(seed=cast(int, [*seeds, *idle]))  # one each, which its annotation leaves out
         except Exception as error:
-            return [
-                (observation, info)
-                for observation, *_, info in self._broken(range(len(seeds)), "reset", error).values()
-            ]
+            return [(zeros(self.observation_space), broken_off(reason_of("reset", error))) for _ in seeds]
         if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[1], dict):
             raise wrong_values(self._name, "reset", returned)
         seen, infos = returned
@@ -166,10 +163,14 @@ class VectorWorlds:
 
     def _broken(self, worlds: Iterable[int], where: str, error: Exception) -> dict[int, Stepped]:
         """End the episodes of worlds because their simulator raised an error."""
-        info = {"is_success": False, "score": 0.0, BROKE_OFF: reason_of(where, error)}
+        reason = reason_of(where, error)
         for world in worlds:
             self._running[world] = False
-        return {world: (zeros(self.observation_space), 0.0, False, True, dict(info)) for world in worlds}
+        return {world: self._over(reason) for world in worlds}
+
+    def _over(self, reason: str) -> Stepped:
+        """What the last step of an episode gives that the simulator broke off."""
+        return zeros(self.observation_space), 0.0, False, True, broken_off(reason)
 
     def _apart(self, observations: Any) -> Iterator[Any]:
         return iterate(self.env.observation_space, observations)
@@ -179,7 +180,7 @@ class VectorWorlds:
         try:
             observation = self._checked(raw)
         except DeviationError as error:
-            return zeros(self.observation_space), {**info, "is_success": False, "score": 0.0, BROKE_OFF: str(error)}
+            return zeros(self.observation_space), {**info, **broken_off(str(error))}
         score = self._rule(EpisodeState(self._name, info, self._keys, False, False, 0.0)).score
         return observation, {**info, "is_success": False, "score": score}
 
@@ -198,8 +199,7 @@ class VectorWorlds:
             # In the same step, the observation is the next episode's first one; nobody acts on it.
             observation = self._observed(raw) if over else self._checked(raw)
         except DeviationError as error:
-            info = {"is_success": False, "score": 0.0, BROKE_OFF: str(error)}
-            return zeros(self.observation_space), 0.0, False, True, info
+            return self._over(str(error))
         self._returns[world] += reward
         state = EpisodeState(self._name, info, self._keys, terminated, truncated, float(self._returns[world]))
         return observation, reward, terminated, truncated, {**info, **self._rule(state)._asdict()}

@@ -81,6 +81,13 @@ class ControllerSettings:
                 f" controller.mode={self.mode}: no action would be left to execute; got {self.delay_steps}"
             )
 
+    def due_after(self, execution_horizon: int, action_horizon: int, delay_steps: int) -> int:
+        """Actions of a plan after which the next one is wanted, if that takes `delay_steps` control steps."""
+        if self.mode == "synchronous":
+            return execution_horizon
+        # Early enough for the new plan to arrive before the last one is used up.
+        return max(1, min(execution_horizon, action_horizon - delay_steps))
+
     def begins_after(self, execution_horizon: int, action_horizon: int) -> int:
         """Actions of a plan that are past, executed or not, when the next plan of the episode is begun.
 
@@ -88,10 +95,9 @@ class ControllerSettings:
             execution_horizon: actions executed before the next plan is started.
             action_horizon: actions in a chunk.
         """
-        if self.mode == "synchronous":
-            return execution_horizon
-        # Early enough for the next plan to be there in time, but not before this one has arrived.
-        return max(1, min(execution_horizon, action_horizon - self.delay_steps), self.delay_steps)
+        due = self.due_after(execution_horizon, action_horizon, self.delay_steps)
+        # Not before this plan has arrived.
+        return due if self.mode == "synchronous" else max(due, self.delay_steps)
 
     def steps_per_plan(self, execution_horizon: int, action_horizon: int) -> int:
         """Control steps from one plan of an episode to the next; arguments as for `begins_after`."""
@@ -183,10 +189,7 @@ class Timeline:
             return False
         if self._current is None:
             return True
-        period = self.execution_horizon
-        if self.settings.mode != "synchronous":
-            # Start early enough for the new plan to arrive before the last one is used up.
-            period = max(1, min(period, self.action_horizon - delay_steps))
+        period = self.settings.due_after(self.execution_horizon, self.action_horizon, delay_steps)
         return self.step - self._current.first_step >= period
 
     def begin(self, delay_steps: int) -> LastPlan | None:

@@ -90,16 +90,17 @@ def compare_recipes(
     count = len(solved)
     check_reference(reference, count)
     pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
-    p = [_equality(solved, recipe, i, j) for i, j in pairs]
+    p = [_equality(solved, i, j, _difference(solved, recipe, i, j)) for i, j in pairs]
     adjusted = dict(zip(pairs, holm(p) if p else [], strict=True))
     raw = dict(zip(pairs, p, strict=True))
     compared = []
     for i in range(count):
         pair = (min(i, reference), max(i, reference))
-        low, high = (0.0, 0.0) if i == reference else _interval(solved, recipe, i, reference, confidence)
+        estimate = _difference(solved, recipe, i, reference)
+        low, high = (0.0, 0.0) if i == reference else _interval(solved, i, reference, estimate, confidence)
         compared.append(
             PairedDifference(
-                difference=_difference(solved, recipe, i, reference).value,
+                difference=estimate.value,
                 low=low,
                 high=high,
                 p_value=float(raw.get(pair, 1)),
@@ -191,25 +192,25 @@ def _counts(solved: Sequence[Array], i: int, j: int) -> tuple[int, int] | None:
     return int((solved[i] & ~solved[j]).sum()), int((solved[j] & ~solved[i]).sum())
 
 
-def _equality(solved: Sequence[Array], recipe: Sequence[int], i: int, j: int) -> float:
+def _equality(solved: Sequence[Array], i: int, j: int, estimate: Estimate) -> float:
     counts = _counts(solved, i, j)
-    return float(mcnemar_test(*counts)) if counts else equality_test(_difference(solved, recipe, i, j))
+    return float(mcnemar_test(*counts)) if counts else equality_test(estimate)
 
 
 def _interval(
-    solved: Sequence[Array], recipe: Sequence[int], i: int, j: int, confidence: float = 0.95
+    solved: Sequence[Array], i: int, j: int, estimate: Estimate, confidence: float = 0.95
 ) -> tuple[float, float]:
     episodes, counts = solved[i].shape[1], _counts(solved, i, j)
     if counts is None:
-        return difference_interval(_difference(solved, recipe, i, j), episodes, confidence)
+        return difference_interval(estimate, episodes, confidence)
     low, high = paired_interval(*counts, episodes, confidence)
     return float(low), float(high)
 
 
-def _not_worse(solved: Sequence[Array], recipe: Sequence[int], i: int, j: int, margin: float) -> float:
+def _not_worse(solved: Sequence[Array], i: int, j: int, estimate: Estimate, margin: float) -> float:
     episodes, counts = solved[i].shape[1], _counts(solved, i, j)
     if counts is None:
-        return not_worse_test(_difference(solved, recipe, i, j), episodes, margin)
+        return not_worse_test(estimate, episodes, margin)
     return float(non_inferiority_test(*counts, episodes, margin))
 
 
@@ -222,7 +223,7 @@ def _verdicts(
         return (RecipeVerdict(verdict="not worse", hardest=0, difference=0, half_width=0, seeds_share=0),)
     pairs = [(i, j) for i in range(cells) for j in range(cells) if i != j]
     estimates = {(i, j): _difference(solved, recipe, i, j) for i, j in pairs}
-    tests = {(i, j): _not_worse(solved, recipe, i, j, margin) for i, j in pairs}
+    tests = {(i, j): _not_worse(solved, i, j, estimates[i, j], margin) for i, j in pairs}
     others = [[j for j in range(cells) if j != i] for i in range(cells)]
     hardest = [max(others[i], key=lambda j: tests[i, j]) for i in range(cells)]
     least = [min(worse_test(estimates[i, j], episodes, margin) for j in others[i]) for i in range(cells)]
@@ -232,7 +233,7 @@ def _verdicts(
     verdicts = []
     for i in range(cells):
         estimate = estimates[i, hardest[i]]
-        low, high = _interval(solved, recipe, i, hardest[i])
+        low, high = _interval(solved, i, hardest[i], estimate)
         verdicts.append(
             RecipeVerdict(
                 verdict="not worse" if good[i] <= alpha else "worse" if bad[i] <= alpha else "open",

@@ -181,15 +181,19 @@ def _resized(leaf: _Leaf, size: int | None) -> _Leaf:
     """Resize an image; any other array stays as it is."""
     if size is None or leaf.space.dtype != np.uint8:
         return leaf
+    shape = (size, size, leaf.space.shape[2])
+    return _Leaf(leaf.path, spaces.Box(0, 255, shape, np.uint8), lambda value: _smaller(leaf.convert(value), size))
+
+
+def _smaller(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Resize an (H, W, C) image to (size, size, C), as `dataset.image_size` does."""
     from PIL import Image
 
-    shape = (size, size, leaf.space.shape[2])
-
-    def convert(value: Any) -> NDArray[np.uint8]:
-        image = Image.fromarray(leaf.convert(value).squeeze(axis=2) if shape[2] == 1 else leaf.convert(value))
-        return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).reshape(shape)
-
-    return _Leaf(leaf.path, spaces.Box(0, 255, shape, np.uint8), convert)
+    channels = image.shape[2]
+    if channels == 4:  # Pillow would weight the first three by the fourth, as if it were transparency
+        return np.concatenate([_smaller(image[..., :3], size), _smaller(image[..., 3:], size)], axis=2)
+    whole = Image.fromarray(image.squeeze(axis=2) if channels == 1 else image)
+    return np.asarray(whole.resize((size, size), Image.Resampling.BILINEAR)).reshape(size, size, channels)
 
 
 def _float_box(space: spaces.Box) -> spaces.Box:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from policy.checkpoint import (
     next_use,
     read_history,
 )
+from policy.commands.record import settings_of
 from policy.common.files import json_text, write_text
 from policy.common.output import output_folder
 from policy.common.terminal import printable
@@ -140,13 +142,7 @@ def _measured(loaded: Checkpoint, dataset: Demonstrations) -> _Measured:
             " known: leave dataset= out"
         )
     dataset = fitting(dataset, config, loaded.path, with_actions=True)
-    noted = (training["episodes"], training["transitions"])
-    if noted != (dataset.num_episodes, len(dataset.actions)):
-        raise ValueError(
-            f"{loaded.path} was trained on {noted[0]} episodes with {noted[1]} transitions, and {dataset.source} has"
-            f" {dataset.num_episodes} with {len(dataset.actions)}: give the dataset and the dataset settings of its"
-            " training"
-        )
+    _check_same_data(loaded, dataset)
     split = split_windows(
         config,
         dataset,
@@ -159,6 +155,22 @@ def _measured(loaded: Checkpoint, dataset: Demonstrations) -> _Measured:
         RecoveryMeter(config, split[0], loaded.sampler).measure(loaded.policy),
         known_by_heart(loaded.policy, *split, loaded.sampler),
     )
+
+
+def _check_same_data(loaded: Checkpoint, dataset: Demonstrations) -> None:
+    """Reject demonstrations that are not those of a policy's training."""
+    training, given = loaded.training, json.loads(json_text(settings_of(dataset)))
+    # Checkpoints of earlier versions do not note these settings.
+    if other := [name for name in given if training.get(name, given[name]) != given[name]]:
+        were = ", ".join(f"{name} was {json.dumps(training[name])}" for name in other)
+        raise ValueError(f"{loaded.path} was trained with other settings of its data ({were}): give the same")
+    noted = (training["episodes"], training["transitions"])
+    if noted != (dataset.num_episodes, len(dataset.actions)):
+        raise ValueError(
+            f"{loaded.path} was trained on {noted[0]} episodes with {noted[1]} transitions, and {dataset.source} has"
+            f" {dataset.num_episodes} with {len(dataset.actions)}: give the dataset and the dataset settings of its"
+            " training"
+        )
 
 
 def _show_errors(measured: _Measured, loaded: Checkpoint, folder: Path) -> None:

@@ -41,6 +41,7 @@ class Demonstrations:
         metadata: the file's description of itself (`env`, `rate_hz`), JSON data; `envs` where several datasets are of
             different environments.
         skipped: episodes left out as bad, name to reason.
+        read_with: the settings that chose what is read of the files, or changed it; JSON data.
         decode_workers: processes that decode frames of videos ahead of a training; 0 decodes in the training's own.
 
     Raises:
@@ -57,6 +58,7 @@ class Demonstrations:
     joined_from: Sequence[str] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    read_with: Mapping[str, Any] = field(default_factory=dict)
     decode_workers: int = 0
 
     def __post_init__(self) -> None:

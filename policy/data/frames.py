@@ -155,6 +155,8 @@ def resized(images: NDArray[Any], size: int) -> NDArray[np.uint8]:
 
     if images.shape[1:3] == (size, size):
         return images
+    if images.shape[3] == 4:  # Pillow would weight the first three by the fourth, as if it were transparency
+        return np.concatenate([resized(images[..., :3], size), resized(images[..., 3:], size)], axis=3)
     frames = [Image.fromarray(image.squeeze(axis=2) if image.shape[2] == 1 else image) for image in images]
     smaller = [np.asarray(frame.resize((size, size), Image.Resampling.BILINEAR)) for frame in frames]
     return np.stack(smaller).reshape(len(images), size, size, images.shape[3])

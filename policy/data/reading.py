@@ -33,7 +33,7 @@ from policy.data.frames import Frames, resized
 from policy.data.joining import check_alike, join
 
 # Increase it when the meaning of cached data changes, so that older entries are not found any more.
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 # Most processes that decode videos, unless the user asks for more.
 MAX_WORKERS = 8
 # The most that a user may ask for: thousands would take all memory of the machine before one of them decodes.
@@ -115,7 +115,17 @@ def read_demonstrations(
         for earlier in found:
             check_alike(earlier, newest)
         found.append(newest)
-    return replace(join(found), decode_workers=_usual_workers() if decode_workers is None else decode_workers)
+    return replace(
+        join(found),
+        read_with={
+            "observation_keys": observation_keys,
+            "action_key": action_key,
+            "subset": subset,
+            "relabel": relabel and _name_of(relabel),
+            "transform": transform and _name_of(transform),
+        },
+        decode_workers=_usual_workers() if decode_workers is None else decode_workers,
+    )
 
 
 def _found(format: str, paths: Sequence[Path]) -> list[Path]:
@@ -338,10 +348,16 @@ def _code_of(setting: str, given: Callable[..., Any]) -> str:
     `CACHE_REVISION` instead, so that a change of its comments leaves the cache as it is.
     """
     function = getattr(given, "func", given)  # inside a functools.partial
-    settings = [getattr(given, "args", ()), sorted(getattr(given, "keywords", {}).items())]
     try:
         code = Path(inspect.getfile(function)).read_bytes()
     except (TypeError, OSError) as error:
         raise ValueError(f"dataset.{setting} must be a function from a file; got {given!r}") from error
     revision = getattr(inspect.getmodule(function), "CACHE_REVISION", None) or hashlib.sha256(code).hexdigest()
-    return f"{function.__module__}.{function.__qualname__} {settings!r} {revision}"
+    return f"{_name_of(given)} {revision}"
+
+
+def _name_of(given: Callable[..., Any]) -> str:
+    """The name of a function and the arguments that it is given besides an episode."""
+    function = getattr(given, "func", given)
+    settings = [getattr(given, "args", ()), sorted(getattr(given, "keywords", {}).items())]
+    return f"{function.__module__}.{function.__qualname__} {settings!r}"

@@ -416,6 +416,20 @@ def test_bad_input_is_refused_in_one_sentence_before_any_work(
     assert not (tmp_path / "outputs").exists()
 
 
+def doubled(observations):
+    return {key: 2 * values for key, values in observations.items()}
+
+
+def test_other_numbers_of_the_same_episodes_are_other_data(planar_run, run_command):
+    """They have the same shapes and numbers of episodes, so that only the settings tell that they differ."""
+    data = [f"dataset.path={planar_run}/planar-v0", "dataset.transform=tests.commands.test_commands:doubled"]
+    same = ["train.batch_size=64", "train.warmup_steps=20", "train.rollout_episodes=2", f"output_dir={planar_run}"]
+    err = run_command("train", "experiment=planar", *same, *data, check=2).stderr
+    assert "was trained with other settings (training: dataset.transform was null)" in err
+    err = run_command("inspect_data", f"checkpoint={planar_run}/checkpoint", *data, check=2).stderr
+    assert "was trained with other settings of its data (dataset.transform was null): give the same" in err
+
+
 def test_bad_input_exits_with_code_2_in_a_real_process(planar_run, run_script):
     err = run_script("rollout", f"checkpoint={planar_run}/checkpoint", "episods=5", check=2).stderr
     assert err == "error: " + err.removeprefix("error: ").strip() + "\n"

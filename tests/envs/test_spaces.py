@@ -318,10 +318,10 @@ def test_actions_that_are_not_continuous_are_refused_with_the_reason(space):
 # --- images of another size ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 3, 4])
 def test_images_come_in_the_size_asked_for_as_the_readers_resize_them(channels):
     picture = np.zeros((40, 60, channels), np.uint8)
-    picture[:, 30:] = 200
+    picture[:, 30:, :3] = 200  # a fourth channel, such as a depth, stays 0 and is not taken for transparency
     space = spaces.Dict({"camera": spaces.Box(0, 255, picture.shape, np.uint8), "position": spaces.Box(-1, 1, (2,))})
     returns = {"camera": picture, "position": np.ones(2, np.float32)}
     env = envs.make(
@@ -330,6 +330,6 @@ def test_images_come_in_the_size_asked_for_as_the_readers_resize_them(channels):
     observation, _ = env.reset(seed=0)
     assert env.observation_space["camera"] == spaces.Box(0, 255, (20, 20, channels), np.uint8)
     assert (observation["camera"][:, :9] == 0).all()
-    assert (observation["camera"][:, 11:] == 200).all()
+    assert (observation["camera"][:, 11:, :3] == 200).all()
     np.testing.assert_array_equal(observation["camera"], resized(picture[None], 20)[0])
     assert observation["position"].tolist() == [1.0, 1.0]

@@ -108,7 +108,7 @@ def _inspect_checkpoint(folder: Path, dataset: Demonstrations | None, output_dir
         history = [*history, {"step": loaded.training.get("step", 0), **measured.metrics()}]
     if conclusion := conclude(history):
         print(f"{'errors':<12} {conclusion.sentence}")
-    if recovered := describe_recoveries(loaded.training, history):
+    if recovered := describe_recoveries(loaded.training, history, loaded.policy.config.auxiliary_shapes):
         print(f"{'':<12} {recovered}")
     if measured and measured.by_heart:
         print(f"{'':<12} {describe_by_heart(measured.by_heart, loaded.policy.config)}")

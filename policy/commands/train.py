@@ -253,7 +253,7 @@ def _say_end(
     print(describe_best(record.folder, run.state, settings.rollout_episodes))
     if conclusion := conclude(run.state.history):
         print(conclusion.sentence)
-    if recovered := describe_recoveries(record.training, run.state.history):
+    if recovered := describe_recoveries(record.training, run.state.history, run.state.policy.config.auxiliary_shapes):
         print(recovered)
     if by_heart := known_by_heart(run.state.ema, run.training, run.validation, sampler):
         print(describe_by_heart(by_heart, run.state.ema.config))

@@ -67,9 +67,10 @@ def allowed_by(
         with suppress(ValueError):  # too many numbers to compare
             found = find_relations(dataset, state_vectors(dataset, auxiliary))
             relations = found._asdict() if any(found) else {}
+    if auxiliary:  # noise may not be where these are
+        return Allowed(relations=relations, corrections=False)
     corrections = False
     with suppress(ValueError):  # no action is a displacement, or there are pictures
-        observed = [key for key in dataset.observations if key not in auxiliary]
-        find_corrections(dataset, training, observed, action_horizon)
+        find_corrections(dataset, training, dataset.observations, action_horizon)
         corrections = True
     return Allowed(relations=relations, corrections=corrections)

@@ -176,7 +176,7 @@ def conclude(history: Sequence[Mapping[str, float]]) -> Conclusion | None:
         return Conclusion(
             kind="over-fitted",
             sentence=f"over-fitted: {off}, {ratio}: record more demonstrations; where denoiser.dropout is"
-            " 0, 0.1 may help",
+            " 0, a new training with 0.1 may help",
         )
     if too_short := _too_short(measured):
         return Conclusion(

@@ -97,7 +97,7 @@ def prepare_run(
     torch.manual_seed(derive_seed(seed, 0))  # initialisers draw from torch's global generator
     policy = DiffusionPolicy(config)
     _check_rectification(policy, teacher, settings)
-    _check_exchange(config, settings)
+    _check_changes(config, settings)
     if init is None and isinstance(policy.encoder, ResNetEncoder) and policy.encoder.pretrained:
         policy.encoder.load_pretrained(read_weights(policy.encoder.pretrained))
     training, validation = split_windows(
@@ -134,13 +134,15 @@ def _check_rectification(policy: DiffusionPolicy, teacher: DiffusionPolicy | Non
         check_ddim_steps(settings.rectify_ddim_steps, num_steps, "train.rectify_ddim_steps")
 
 
-def _check_exchange(config: PolicyConfig, settings: TrainSettings) -> None:
-    """Reject exchanged things beside observations that would say where these were."""
-    if settings.exchange and config.auxiliary_shapes:
-        raise ValueError(
-            "train.exchange shows things where they were not, and the privileged observations"
-            f" {sorted(config.auxiliary_shapes)} would say where they were: leave one of the two out"
-        )
+def _check_changes(config: PolicyConfig, settings: TrainSettings) -> None:
+    """Reject changed observations beside privileged ones, which would be as they were."""
+    changing = {"exchange": (settings.exchange, "things"), "corrective_noise": (settings.corrective_noise, "the robot")}
+    for name, (amount, what) in changing.items():
+        if amount and config.auxiliary_shapes:
+            raise ValueError(
+                f"train.{name} shows {what} elsewhere, and the privileged observations"
+                f" {sorted(config.auxiliary_shapes)} would be of where it was: leave one of the two out"
+            )
 
 
 def _with_changes(run: Run, settings: TrainSettings) -> Run:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -210,7 +210,9 @@ def recoveries_in(history: Sequence[Mapping[str, float]]) -> Recoveries:
     return Recoveries()
 
 
-def describe_recoveries(training: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> str:
+def describe_recoveries(
+    training: Mapping[str, Any], history: Sequence[Mapping[str, float]], privileged: Collection[str] = ()
+) -> str:
     """Say what a chunk corrects and whether it follows its own speed, and what to do about it.
 
     Args:
@@ -218,6 +220,7 @@ def describe_recoveries(training: Mapping[str, Any], history: Sequence[Mapping[s
         history: log entries of the training, the newest recoveries among them; nothing is advised where its last
             rollout solved nearly every episode, and a longer training only where they say that it is neither
             over-fitted nor under-trained.
+        privileged: keys of the policy's privileged observations, which corrective noise may not be beside.
 
     Returns:
         The sentence; empty where nothing was measured.
@@ -239,7 +242,7 @@ def describe_recoveries(training: Mapping[str, Any], history: Sequence[Mapping[s
             f"in {round(100 * stalls)}% of the windows in which it moves, seen at half of its speed, the robot would go"
             " less than half as far: where it is slowed down, it may stop or turn back"
         )
-    wanted = {**(NOISE if hardly or stalls >= STALLS else {}), **(WEIGHTS if hardly else {})}
+    wanted = {**(NOISE if not privileged and (hardly or stalls >= STALLS) else {}), **(WEIGHTS if hardly else {})}
     usual = {name: getattr(TrainSettings, name) for name in wanted}
     advised = [f"train.{name}={value}" for name, value in wanted.items() if {**usual, **training}[name] == usual[name]]
     if hardly and not advised and stalls < STALLS and _longer_may_help(training, history):

@@ -133,13 +133,16 @@ def test_noise_moves_the_robot_between_exchanged_things():
     assert (varied["actions"] != batch["actions"]).any()
 
 
-def test_privileged_observations_would_say_where_a_thing_was():
+@pytest.mark.parametrize(("name", "what"), [("exchange", "things"), ("corrective_noise", "the robot")])
+def test_privileged_observations_would_be_of_what_is_shown_elsewhere(name, what):
     demonstrations, _ = gantry()
     told = dataclasses.replace(CONFIG, auxiliary_shapes={"where": (2,)})
     seen = {**demonstrations.observations, "where": demonstrations.observations["state"][:, THINGS[1]]}
     both = dataclasses.replace(demonstrations, observations=seen)
-    with pytest.raises(ValueError, match=r"privileged observations \['where'\] would say where they were: leave one"):
-        prepare_run(told, both, TrainSettings(steps=3, exchange=1.0), seed=0, device="cpu")
+    with pytest.raises(
+        ValueError, match=rf"{name} shows {what} elsewhere, and the .* \['where'\] would be of where it"
+    ):
+        prepare_run(told, both, TrainSettings(steps=3, **{name: 1.0}), seed=0, device="cpu")
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])

@@ -141,6 +141,7 @@ def test_what_is_hardly_corrected_comes_with_what_to_do():
     )
     assert describe_recoveries({}, stalls) == f"{sentence}: train with train.corrective_noise=0.3"
     assert describe_recoveries({"corrective_noise": 0.2}, stalls) == sentence
+    assert describe_recoveries({}, stalls, privileged=["pose"]) == sentence  # the noise may not be beside them
     assert describe_recoveries({}, rollouts) == ""
 
 

@@ -19,18 +19,17 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from filelock import lock_descriptor
 from numpy.typing import NDArray
 
+from policy.common.building import building_in
 from policy.common.machine import warn_of_temporary_home
 from policy.data.budget import Budget, BudgetError
 from policy.data.demonstrations import Demonstrations
@@ -38,7 +37,6 @@ from policy.data.episode import Episode, EpisodeChecker
 from policy.data.frames import Clip, Frames
 
 INDEX = "index.json"
-BUILDING = ".building-"
 
 
 def default_cache_dir() -> Path:
@@ -135,11 +133,9 @@ def write_cached(
             the folder cannot be written to.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder.parent)
         if open_cached(folder, files) is None:  # remove it now; later it may be the complete entry of another process
             shutil.rmtree(folder, ignore_errors=True)
-        with _building_in(folder.parent) as building:
+        with building_in(folder.parent) as building:
             written = _write_arrays(building, episodes, source, skip_bad, budget)
             aside = set(held_out)
             index = {
@@ -163,51 +159,6 @@ def write_cached(
         raise ValueError(
             f"cannot write into {folder.parent} ({error}): set dataset.cache_dir to a folder you may write to"
         ) from error
-
-
-@contextmanager
-def _building_in(parent: Path) -> Iterator[Path]:
-    """Make a folder for a conversion, and remove it at the end; other processes see by its lock that it is in use."""
-    while True:
-        building = Path(tempfile.mkdtemp(prefix=BUILDING, dir=parent))
-        with _locked(building) as ours:
-            # Another process may have locked or removed it, as a leftover, before it was locked here.
-            if ours is False or not building.exists():
-                continue
-            try:
-                yield building
-            finally:
-                shutil.rmtree(building, ignore_errors=True)
-            return
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool | None]:
-    """Lock a folder, without waiting; the system releases the lock however the process ends.
-
-    Yields:
-        Whether it was locked here; None if its file system has no locks. A folder that is gone was not.
-    """
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        yield False
-        return
-    ours = None
-    try:
-        with suppress(OSError):
-            ours = lock_descriptor(descriptor, blocking=False)
-        yield ours
-    finally:
-        os.close(descriptor)
-
-
-def _remove_leftovers(parent: Path) -> None:
-    """Remove the folders of killed conversions: those that no process has locked."""
-    for building in parent.glob(f"{BUILDING}*"):
-        with suppress(OSError), _locked(building) as is_leftover:  # another process may remove or finish it
-            if is_leftover:
-                shutil.rmtree(building, ignore_errors=True)
 
 
 def _put_in_place(building: Path, folder: Path) -> None:

@@ -7,13 +7,13 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from policy.common.building import building_in
 from policy.common.control_rate import stated_rate
 
 if TYPE_CHECKING:
@@ -68,13 +68,12 @@ def write_minari(
     """
     check_absent(path, setting)
     dataset_id, recorded = dataset_name(env_settings), list(episodes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _check_room(path.parent, recorded)
     # The dataset gets its name when it is complete, so that nobody finds a half-written one.
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as root:
-        with _minari_root(Path(root).resolve()):  # Minari needs an absolute root
+    with building_in(path.parent) as root:
+        _check_room(root, recorded)
+        with _minari_root(root.resolve()):  # Minari needs an absolute root
             _create_dataset(recorded, dataset_id, env, env_settings, algorithm)
-        (Path(root) / dataset_id).rename(path)
+        (root / dataset_id).rename(path)
 
 
 def _check_room(folder: Path, episodes: Sequence[RecordedEpisode]) -> None:

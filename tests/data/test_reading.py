@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from policy.common import building
 from policy.common.registry import Registry
-from policy.data import cache, reading
+from policy.data import reading
 from policy.data.cache import open_cached
 from policy.data.episode import Episode, EpisodeChecker, Request, as_images
 from policy.data.files import fingerprint, list_files
@@ -589,7 +590,7 @@ def test_what_killed_conversions_left_is_removed_and_what_is_alive_stays(dataset
         (leftover / "0.bin").touch()
         os.utime(leftover, (0, 0))
     (dataset.cache / "old-data").mkdir()
-    with cache._locked(dataset.cache / ".building-alive"):
+    with building.locked(dataset.cache / ".building-alive"):
         dataset(*GOOD)
     left = {entry.name for entry in dataset.cache.iterdir() if not entry.name.startswith("set.mem-")}
     assert left == {".building-alive", "old-data"}

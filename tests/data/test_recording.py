@@ -20,6 +20,12 @@ COLLECT = envs.collect_episodes
 PLANAR = {"name": "planar"}
 
 
+def test_what_a_killed_collection_was_writing_is_removed_by_the_next_one(tmp_path):
+    (tmp_path / ".building-killed" / "planar-v0").mkdir(parents=True)
+    collect(env=PLANAR, episodes=1, output_dir=tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["planar-v0"]
+
+
 def content(folder):
     demonstrations = read_demonstrations(format="minari", path=folder / "planar-v0")
     return {"action": demonstrations.actions, **demonstrations.observations}

@@ -28,6 +28,8 @@ Settings = Mapping[str, Any]
 # The checksum at the end of a line.
 CHECK = b', "check": "%08x"}'
 CHECKED = re.compile(rb'.*, "check": "[0-9a-f]{8}"}', re.DOTALL)
+# The beginning of the line that names a shard.
+SHARD_LINE = b'{"shard": '
 # The names in lines without a checksum: no later version writes such a line.
 UNCHECKED = {
     *("cell", "settings", "unpaired"),
@@ -139,10 +141,13 @@ class Recorded:
                 raise ValueError(f"{self.path}, line {number} repeats {error}: remove one of the two") from error
             except (ValueError, KeyError, TypeError) as error:
                 reason = f"{error} is missing" if isinstance(error, KeyError) else error
-                raise ValueError(
-                    f"{self.path}, line {number} is damaged ({reason}): remove the line; if it is an episode, that is"
-                    " run again"
-                ) from error
+                # Without the line that names a shard, its episodes would be those of a whole sweep.
+                advice = (
+                    "run the shard anew with another output_dir="
+                    if line.startswith(SHARD_LINE)
+                    else "remove the line; if it is an episode, that is run again"
+                )
+                raise ValueError(f"{self.path}, line {number} is damaged ({reason}): {advice}") from error
 
     def _read_provenance(self, row: Mapping[str, Any]) -> None:
         made_with = row["made_with"]

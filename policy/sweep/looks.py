@@ -170,15 +170,23 @@ def _check_choice(ledger: Ledger, wanted: LookPlan, earlier: Sequence[LookPlan])
     started = [plan.seeds for plan in earlier if not {*plan.cells}.isdisjoint(wanted.cells)]
     if not earlier and seen:  # an earlier version ran its episodes without a plan
         started = [ledger.span(seen)]
-    for seeds in started:
-        apart = seeds.stop <= wanted.seeds.start or wanted.seeds.stop <= seeds.start
-        if not apart and not (wanted.seeds.start <= seeds.start and seeds.stop <= wanted.seeds.stop):
-            first = min(seeds.start, wanted.seed)
-            raise ValueError(
-                f"{ledger.path} holds a sweep of these cells with seed={seeds.start} and {len(seeds)} episodes, and an"
-                " answer that leaves out episodes after they were seen is not sure: take them all, with"
-                f" seed={first} and episodes={max(seeds.stop, wanted.seeds.stop) - first} or more, {way_out}"
-            )
+    whole = _with_all(wanted.seeds, started)
+    if whole != wanted.seeds:
+        cut = next(seeds for seeds in started if _with_all(wanted.seeds, [seeds]) != wanted.seeds)
+        raise ValueError(
+            f"{ledger.path} holds a sweep of these cells with seed={cut.start} and {len(cut)} episodes, and an answer"
+            " that leaves out episodes after they were seen is not sure: take them all, with"
+            f" seed={whole.start} and episodes={len(whole)} or more, {way_out}"
+        )
+
+
+def _with_all(seeds: range, others: Sequence[range]) -> range:
+    """Widen a range of seeds until it holds, of others, all that it overlaps."""
+    for _ in others:  # each of them may bring the next one within reach
+        for other in others:
+            if other.start < seeds.stop and seeds.start < other.stop:
+                seeds = range(min(seeds.start, other.start), max(seeds.stop, other.stop))
+    return seeds
 
 
 def keep(ledger: Ledger, plan: LookPlan) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 from policy.common.files import json_text, write_text
 from policy.diffusion.sampler import LATER_SETTINGS
-from policy.rollout.ledger import Ledger, Recorded, Settings
+from policy.rollout.ledger import SHARD_LINE, Ledger, Recorded, Settings
 from policy.rollout.provenance import Provenance, accept_mixture
 from policy.statistics.results import EpisodeResult
 from policy.statistics.sequential import stage_alpha
@@ -193,7 +193,7 @@ def holds_shard(folder: Path) -> bool:
     """Whether a folder holds a shard, finished or not."""
     try:
         with (folder / LEDGER).open("rb") as file:
-            return file.readline().startswith(b'{"shard": ')
+            return file.readline().startswith(SHARD_LINE)
     except OSError:
         return False
 

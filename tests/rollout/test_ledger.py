@@ -354,6 +354,16 @@ def test_lines_of_the_other_kinds_are_checked_too(file, row):
     assert refusal_of(file, [line]).startswith("line 1 is damaged (")
 
 
+def test_a_damaged_line_that_names_the_shard_is_not_to_be_removed(file):
+    """Without it, the share of a sweep would go on as a whole one."""
+    with Ledger(file) as ledger:
+        ledger.note_shard("3/16")
+    damaged = file.read_bytes().replace(b"3/16", b"3/17")
+    said = refusal_of(file, [damaged])
+    assert said.startswith("line 1 is damaged (")
+    assert said.endswith("edited): run the shard anew with another output_dir=")
+
+
 def test_a_line_nested_too_deeply_is_damaged(file):
     assert refusal_of(file, [b"[" * 100_000 + b"\n"]).startswith("line 1 is damaged (it is not JSON")
 

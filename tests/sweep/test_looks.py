@@ -177,6 +177,18 @@ def test_episodes_that_were_seen_may_be_continued_at_both_ends(tmp_path):
             settle(ledger, wish(ledger, seed=60, looks=(60,)))
 
 
+def test_the_advice_to_take_all_episodes_can_be_followed(tmp_path):
+    """Of several sweeps, each of which the wish cuts or would cut when it followed the advice of the one before."""
+    with Ledger(tmp_path / "episodes.jsonl") as ledger:
+        for seed, episodes in ((0, 30), (20, 60), (110, 10)):
+            cell = ledger.introduce({"ddim_steps": 1})
+            single = {"cells": (cell,), "asked": (cell,), "recipes": (1,), "cost": (1.0,)}
+            run(planned(ledger, **single, seed=seed, looks=(episodes,)), ledger)
+        with pytest.raises(ValueError, match=r"seed=20 and 60 episodes, .* with seed=0 and episodes=100 or more"):
+            settle(ledger, wish(ledger, seed=70, looks=(30,)))
+        assert settle(ledger, wish(ledger, seed=0, looks=(100,)))
+
+
 def test_a_plan_that_nobody_followed_is_replaced_and_costs_nothing(tmp_path):
     file = tmp_path / "episodes.jsonl"
     for margin in (0.3, 0.2, 0.3, 0.1):

@@ -499,6 +499,14 @@ def test_few_episodes_give_no_recommendation_even_of_the_best_seen():
     )
 
 
+def test_a_lead_that_is_impossible_is_not_asked_for():
+    few = recommend([[True], [False], [True]], cost=[1, 2, 3])
+    assert min(cell.allowed_loss for cell in few.cells) < -1
+    assert describe(few, ["a", "b", "c"]).endswith(
+        "; a is 0.0 points below c, and no lead would have been enough (episodes: 1)"
+    )
+
+
 def test_a_cheaper_cell_that_is_still_open_is_mentioned():
     answer = recommend([row(184), row(190), row(100)], cost=[8, 50, 1])
     assert answer.cell == 1

@@ -7,8 +7,8 @@ Five OCBench tasks are trained on the first 100, 200, 500, 1,000 and 2,000 scrip
 the preset `ocbench` and by the same with `objective=regression`, and rolled out on the same held-out episodes. All
 tasks and both models of one number come before the next number: an interrupted benchmark is a fair one of fewer
 demonstrations. The rows of a finished training are written to `docs/rows/demonstrations`, unless a setting other than
-`train.precision=bfloat16` is given; one whose file is there is not run again. Other settings are passed to all
-trainings. The same command resumes an interrupted benchmark.
+`train.precision=bfloat16`, and with it `seed=1` or `seed=2`, is given; one whose file is there is not run again. Other
+settings are passed to all trainings. The same command resumes an interrupted benchmark.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ OWN = ("tasks", "counts", "episodes")
 # Settings that choose among the trainings.
 CHOICES = ("tasks", "counts")
 # The other settings of runs whose rows are kept.
-KEPT: list[Mapping[str, str]] = [{}, {"train.precision": "bfloat16"}]
+KEPT: list[Mapping[str, str]] = [
+    {},
+    {"train.precision": "bfloat16"},
+    *({"train.precision": "bfloat16", "seed": seed} for seed in ("1", "2")),
+]
 SUMMARY = ("episodes", "successes", "success_rate", "success_low", "success_high")
 
 

@@ -105,6 +105,8 @@ def test_what_is_hardly_corrected_for_all_settings_asks_for_a_longer_training(tr
     assert describe_recoveries({**settings, "corrective_noise": 0.0}, history).endswith("corrective_noise=0.3")
     good = [*history[:1], {**history[1], "recovery/state[5]": 0.9}]
     assert describe_recoveries(settings, good).endswith("90%")
+    twice = [{**entry, "step": 2 * entry["step"]} for entry in history]
+    assert describe_recoveries({**settings, "steps": 24000}, twice).endswith("it hardly corrects state[5]")
     for other in ({"steps": 0}, {"steps": 12001}, {"rectify_steps": 2000}, {"corrective_noise": 0.1}):
         assert describe_recoveries({**settings, **other}, history).endswith("it hardly corrects state[5]")
     assert describe_recoveries(settings, [*history[:1], {**history[1], "train/stalls": 0.2}]).endswith("turn back")

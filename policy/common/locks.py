@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO, cast
 
 from filelock import lock_descriptor
 
@@ -19,10 +20,20 @@ def check_free(folder: Path) -> None:
     Raises:
         ValueError: another process works in the folder.
     """
-    if (folder / LOCK).is_file():
-        with (folder / LOCK).open("r+") as file:
-            if not lock_descriptor(file.fileno(), blocking=False):
+    if (path := folder / LOCK).is_file():
+        file, ours = _locked(path, "r+")
+        with file:
+            if not ours:
                 raise _in_use(folder, file.read())
+
+
+def _locked(path: Path, mode: str) -> tuple[TextIO, bool]:
+    """Open a lock file, and lock it unless another process has."""
+    try:
+        file = cast(TextIO, path.open(mode))
+        return file, lock_descriptor(file.fileno(), blocking=False)
+    except OSError as error:
+        raise ValueError(f"cannot lock {path} ({error}): choose another output_dir=") from error
 
 
 def _in_use(folder: Path, holder: str) -> ValueError:
@@ -46,12 +57,7 @@ def only_process(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another process works in the folder, or the folder cannot be locked.
     """
-    path = folder / LOCK
-    try:
-        file = path.open("a+")
-        ours = lock_descriptor(file.fileno(), blocking=False)
-    except OSError as error:
-        raise ValueError(f"cannot lock {path} ({error}): choose another output_dir=") from error
+    file, ours = _locked(folder / LOCK, "a+")
     with file:
         file.seek(0)
         holder = file.read()

@@ -65,7 +65,7 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, page: Path) -> None:
         super().__init__((ADDRESS, 0), _Handler)
-        self.page = page.absolute()
+        self.page = page.parent.resolve() / page.name
         self.asked = 0.0  # when somebody last asked for the page
 
     @property
@@ -78,7 +78,7 @@ class _Server(ThreadingHTTPServer):
         name = unquote(target.partition("?")[0]).removeprefix("/")
         if not name:
             return self.page
-        folder = self.page.parent.resolve()
+        folder = self.page.parent
         with suppress(OSError, ValueError):
             file = (folder / name).resolve()
             parts = file.relative_to(folder).parts

@@ -46,23 +46,23 @@ def recorded_episodes(
         ValueError: the folder is in use, holds episodes of other settings, or a damaged one.
         WorkerError: `collect` gave up.
     """
-    try:
-        with unfinished_recording(folder, settings):
-            recorded = [read_episode(file, restore) for file in sorted(folder.glob("*.npz"))][:episodes]
-            seed = settings["seed"]
-            if recorded:
-                print(f"{len(recorded)} of {episodes} demonstrations are on disk already")
-                seed = recorded[-1].seed + 1
-            if missing := episodes - len(recorded):
+    with unfinished_recording(folder, settings):
+        recorded = [read_episode(file, restore) for file in sorted(folder.glob("*.npz"))][:episodes]
+        seed = settings["seed"]
+        if recorded:
+            print(f"{len(recorded)} of {episodes} demonstrations are on disk already")
+            seed = recorded[-1].seed + 1
+        if missing := episodes - len(recorded):
+            try:
                 attempts = collect(seed, missing)
                 for episode in progress(
                     attempts, total=episodes, initial=len(recorded), desc="collect", unit="episode"
                 ):
                     write_episode(folder, episode)
                     recorded.append(episode)
-            yield recorded
-    except RuntimeError as error:
-        raise WorkerError(str(error)) from error
+            except RuntimeError as error:
+                raise WorkerError(str(error)) from error
+        yield recorded
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def unfinished_recording(folder: Path, settings: Mapping[str, Any], setting: str
 def _introduce(folder: Path, settings: Mapping[str, Any], setting: str) -> None:
     """Write down the settings, or refuse episodes of other ones."""
     file = folder / SETTINGS
-    if not file.exists():
+    if not (file.exists() and any(folder.glob("*.npz"))):  # one that was killed before its first episode is nothing
         write_text(file, json_text(dict(settings)))
         return
     try:

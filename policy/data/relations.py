@@ -78,8 +78,9 @@ def find_relations(demonstrations: Demonstrations, keys: Iterable[str]) -> Relat
     Raises:
         ValueError: more numbers than can be compared.
     """
+    keys = sorted(keys)
     together = moving_together(demonstrations, keys)
-    vectors = [demonstrations.observations[key] for key in sorted(keys)]
+    vectors = [demonstrations.observations[key] for key in keys]
     if not vectors:
         return together
     ends, most = demonstrations.episode_ends, _most_rows(vectors)

@@ -143,10 +143,12 @@ def watched(make_env: Callable[..., Env], patience: float) -> Iterator[Callable[
 def _signals_kept() -> Iterator[None]:
     """Put the handlers of Ctrl-C and SIGTERM back: some simulators install their own, and could not be stopped."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @contextmanager

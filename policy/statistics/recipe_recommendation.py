@@ -142,7 +142,7 @@ def recommend_recipes(
     best = max(by_cost, key=lambda i: rates[i])  # of several, the first and hence the cheapest
     verdicts = _verdicts(solved, recipe, costs, margin, 1 - confidence)
     cell = next((i for i in by_cost if verdicts[i].verdict == "not worse"), None)
-    cheaper = by_cost if cell is None else by_cost[: by_cost.index(cell)]
+    cheaper = [i for i in by_cost if cell is None or costs[i] < costs[cell]]
     return RecipeRecommendation(
         cell=cell,
         best=best,

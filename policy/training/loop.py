@@ -265,7 +265,7 @@ def train(
 
 @torch.no_grad()
 def update_ema(ema: DiffusionPolicy, policy: DiffusionPolicy, updates: int, max_decay: float) -> None:
-    """Move the weight average towards the weights.
+    """Move the weight average towards the weights; buffers, as the statistics of a batch normalisation, are copied.
 
     Args:
         ema: changed in place.
@@ -275,6 +275,7 @@ def update_ema(ema: DiffusionPolicy, policy: DiffusionPolicy, updates: int, max_
     """
     decay = min(max_decay, (1 + updates) / (10 + updates))
     torch._foreach_lerp_(list(ema.parameters()), list(policy.parameters()), 1 - decay)
+    torch._foreach_copy_(list(ema.buffers()), list(policy.buffers()))
 
 
 def batches_ahead(

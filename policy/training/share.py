@@ -70,7 +70,8 @@ def learner_of(policy: DiffusionPolicy, world: World) -> nn.Module:
         return alone
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer releases of torch call `broadcast_buffers` otherwise
-        # The buffers never change. With a static graph, parameters that no loss depends on are no error.
+        # Only a plugin has buffers that change; those of the first process are saved. With a static graph, parameters
+        # that no loss depends on are no error.
         return DistributedDataParallel(alone, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True)
 
 

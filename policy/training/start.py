@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from policy.common.arguments import unknown_name
+from policy.common.files import json_text
 from policy.common.signatures import declaration_of
 from policy.data.demonstrations import Demonstrations
 from policy.diffusion.schedule import make_schedule
@@ -170,7 +172,8 @@ def _refuse_others(given: Mapping[str, Any], trained: PolicyConfig, source: obje
     for name, registry in (("encoder", ENCODERS), ("denoiser", DENOISERS)):
         stored[name] = {**_defaults(registry.declared(stored[name]["name"])), **stored[name]}
     stored["schedule"] = {**_defaults(make_schedule), **stored["schedule"]}
-    for name, value, trained_value in _differences(given, stored):
+    # As JSON, which has no tuples: defaults are such, and users give lists.
+    for name, value, trained_value in _differences(*(json.loads(json_text(one)) for one in (dict(given), stored))):
         raise ValueError(f"{name}={value} differs from the {trained_value} of {source}, {why}: leave it out")
 
 

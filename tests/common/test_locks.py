@@ -93,13 +93,11 @@ def test_a_file_system_without_locks_is_an_error(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(locks, "lock_descriptor", refuse)
-    with (
-        pytest.raises(
-            ValueError, match=rf"cannot lock {tmp_path}/\.train\.lock \(.*No locks.*choose another output_dir="
-        ),
-        only_process(tmp_path),
-    ):
+    refusal = rf"cannot lock {tmp_path}/\.train\.lock \(.*No locks.*choose another output_dir="
+    with pytest.raises(ValueError, match=refusal), only_process(tmp_path):
         pass
+    with pytest.raises(ValueError, match=refusal):
+        check_free(tmp_path)
 
 
 def test_a_refusal_comes_at_once(tmp_path):

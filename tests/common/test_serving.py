@@ -54,8 +54,15 @@ def test_the_page_is_served_with_the_script_that_the_file_does_not_have(page):
         answer, content = ask(address, **{"If-None-Match": answer.headers["ETag"]})
         assert answer.status == 200
         assert b"second one" in content
+        assert ask(address, "/report.html")[1] == content
         assert ask(address, "/sweep.csv")[1] == b"a,b\n"
         assert ask(address, "/videos/a%20b.mp4?x=1")[1] == b"video"
+
+
+def test_a_page_in_a_linked_folder_has_its_script_under_both_names(page, tmp_path):
+    (tmp_path / "linked").symlink_to(page.parent)
+    with serving(tmp_path / "linked" / page.name) as address:
+        assert ask(address)[1] == ask(address, "/report.html")[1]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,13 @@ COLLECT = envs.collect_episodes
 PLANAR = {"name": "planar"}
 
 
+def test_a_collection_that_was_killed_before_its_first_episode_does_not_count(tmp_path):
+    (tmp_path / ".planar-v0").mkdir()
+    (tmp_path / ".planar-v0" / "settings.json").write_text('{"seed": 7}')
+    collect(env=PLANAR, episodes=1, output_dir=tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["planar-v0"]
+
+
 def test_what_a_killed_collection_was_writing_is_removed_by_the_next_one(tmp_path):
     (tmp_path / ".building-killed" / "planar-v0").mkdir(parents=True)
     collect(env=PLANAR, episodes=1, output_dir=tmp_path)

@@ -124,6 +124,17 @@ def test_a_thread_that_ends_while_children_are_listed_is_no_error(monkeypatch):
     assert isinstance(watch._children(), set)
 
 
+def test_a_simulator_that_fails_to_start_leaves_no_handler_of_its_own():
+    def broken():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise OSError("no licence")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(OSError, match="no licence"), watched(broken, 100) as make:
+        make()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_the_watch_restores_who_is_told_of_signals():
     with watched(Slow, 100):
         pass

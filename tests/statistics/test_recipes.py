@@ -141,6 +141,16 @@ def test_three_seeds_of_wide_spread_leave_it_undecided():
     assert "more training seeds would narrow it most" in words
 
 
+def test_a_cell_that_costs_the_same_is_not_undecided():
+    """It would not improve the recommendation, whatever more training seeds showed."""
+    generator = np.random.default_rng(6)
+    first, second = generator.random((2, 60)) < 0.93, generator.random((6, 60)) < 0.9
+    advice = recommend_recipes([first, second, first[:1]], [0, 1, 2], cost=[1, 1, 2], margin=0.2, confidence=0.9)
+    assert second.mean() > first.mean()
+    assert [cell.verdict for cell in advice.cells[:2]] == ["not worse", "open"]
+    assert (advice.cell, advice.undecided) == (0, None)
+
+
 def test_of_equal_costs_the_more_successful_recipe_is_recommended():
     good, better = outcomes([0.9] * 5, 500), outcomes([0.94] * 5, 500, seed=1)
     assert recommend_recipes([good, better, better], [0, 1, 1], cost=[2, 2, 8], margin=0.2).cell == 1

@@ -349,6 +349,8 @@ def test_settings_that_are_equal_or_of_the_loss_may_be_given():
     given = {"obs_size": 16, "denoiser": {"hidden_size": 32, "dropout": 0.0}, "loss_weighting": "min_snr"}
     config = config_from(CONFIG, "FOLDER", given, (), rectifies=False)
     assert config == dataclasses.replace(CONFIG, loss_weighting="min_snr")
+    unet = dataclasses.replace(CONFIG, denoiser={"name": "unet"})
+    assert config_from(unet, "FOLDER", {"denoiser": {"widths": [64, 128]}}, (), rectifies=False) == unet
 
 
 def test_a_student_has_the_horizons_of_its_teacher(demonstrations):

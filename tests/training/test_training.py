@@ -144,6 +144,15 @@ def test_the_weight_average_against_a_naive_computation(demonstrations, max_deca
         np.testing.assert_allclose(p.detach().numpy(), naive[name], atol=1e-4, err_msg=name)
 
 
+def test_statistics_of_a_batch_normalisation_reach_the_average(demonstrations):
+    run = prepared(demonstrations)
+    for policy in (run.state.policy, run.state.ema):
+        policy.encoder.add_module("plugin", torch.nn.BatchNorm1d(3))
+    run.state.policy.encoder.plugin(5 + torch.ones(32, 3))
+    update_ema(run.state.ema, run.state.policy, 0, 0.9999)
+    assert run.state.ema.encoder.plugin.running_mean.tolist() == pytest.approx([0.6] * 3)
+
+
 def test_the_average_keeps_no_autograd_graph(demonstrations):
     """A graph would grow by every step: 20 MB per 1000 of them."""
     run = prepared(demonstrations)

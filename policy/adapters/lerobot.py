@@ -105,6 +105,11 @@ def _features(found: Settings, name: str) -> dict[str, tuple[str, tuple[int, ...
     return described
 
 
+def adapter_weights(folder: Path) -> ValueError:
+    """Build the error for a folder that holds changes of a policy's weights, and not the policy."""
+    return ValueError(f"{folder} holds adapter weights (PEFT): merge them into the policy with LeRobot first")
+
+
 def _refuse(folder: Path, found: Settings) -> None:
     """Reject what is not a diffusion policy, or one that our parts cannot hold."""
     kind = found.data.get("type")
@@ -113,7 +118,7 @@ def _refuse(folder: Path, found: Settings) -> None:
             f"{folder} holds a policy of the type {kind!r}; a LeRobot policy of the type 'diffusion' can be imported"
         )
     if found.data.get("use_peft"):
-        raise ValueError(f"{folder} holds adapter weights (PEFT): merge them into the policy with LeRobot first")
+        raise adapter_weights(folder)
     kind, shape = _features(found, "output_features").get(ACTION, ("", ()))
     if len(shape) != 1:
         raise ValueError(f"{found.path} must hold the output feature 'action' as a vector; got the shape {list(shape)}")

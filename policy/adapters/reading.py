@@ -7,7 +7,7 @@ from pathlib import Path
 
 from policy.adapters.diffusion_policy import read_diffusion_policy
 from policy.adapters.imported import Imported
-from policy.adapters.lerobot import ADAPTER, CONFIG, LEROBOT_FILES, WEIGHTS, read_lerobot
+from policy.adapters.lerobot import ADAPTER, CONFIG, LEROBOT_FILES, WEIGHTS, adapter_weights, read_lerobot
 from policy.checkpoint.files import CHECKSUMS, refusing
 from policy.common.arguments import at_home
 from policy.common.hub import REPOSITORY, download
@@ -78,7 +78,7 @@ def _refuse_other_folders(folder: Path) -> None:
     if (folder / "meta" / "info.json").exists():
         raise ValueError(f"{folder} is a LeRobot dataset and not a policy: name the policy's own folder")
     if (folder / ADAPTER).exists():
-        raise ValueError(f"{folder} holds adapter weights (PEFT): merge them into the policy with LeRobot first")
+        raise adapter_weights(folder)
     if not (folder / CONFIG).is_file():
         inside = next((found for place in INSIDE for found in sorted(folder.glob(place), reverse=True)), None)
         hint = f"source={inside}" if inside else f"a LeRobot folder with {CONFIG}, or a .ckpt file of diffusion_policy"

@@ -17,6 +17,7 @@ from policy.commands.stage import (
     OnEnvError,
     Stage,
     check_broken,
+    filmed,
     run_missing,
     set_stage,
     settle_provenance,
@@ -37,8 +38,7 @@ from policy.rollout.cells import Cell, controllers_of, program_of
 from policy.rollout.episodes import EPISODES_FILE, MakeEnv, play_episode, write_episodes
 from policy.rollout.latency import measure_latency, timed_controller
 from policy.rollout.ledger import Ledger, cell_id
-from policy.rollout.video import record_videos
-from policy.rollout.watch import ENV_PATIENCE, helpers_ended, watched
+from policy.rollout.watch import ENV_PATIENCE, watched
 from policy.statistics.results import EpisodeResult, describe_broken, format_summary, summarize
 from policy.sweep.grid import SweepCell, make_cells, with_backends
 from policy.tracking.tracker import OpenRun
@@ -270,14 +270,10 @@ def _against_the_clock(
 
 
 def _record(controller: RecedingHorizonController, stage: Stage, seeds: Sequence[int], folder: Path) -> None:
-    """Repeat episodes and record them; if rendering is not possible, print one line that says so."""
+    """Repeat episodes and record them."""
 
     def file_of(number: int, result: EpisodeResult) -> Path:
         return folder / f"episode_{result.seed}_{'success' if result.success else 'failure'}.mp4"
 
-    try:
-        with helpers_ended(), watched(stage.make_env, stage.env_patience) as make_env:
-            for _, file in record_videos(make_env, [(controller, seed) for seed in seeds], file_of):
-                print(f"video: {file}")
-    except Exception as error:  # an environment need not know how to draw, and the results are there
-        print(f"no video: {error}")
+    for _, file in filmed(stage, [(controller, seed) for seed in seeds], file_of):
+        print(f"video: {file}")

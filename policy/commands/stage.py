@@ -21,10 +21,11 @@ from policy.common.output import episode_seeds
 from policy.common.plugins import loaded_plugins
 from policy.common.progress import progress
 from policy.rollout.cells import Task
-from policy.rollout.episodes import Env, MakeEnv, check_num_envs, check_spaces
+from policy.rollout.episodes import Controller, Env, MakeEnv, check_num_envs, check_spaces
 from policy.rollout.ledger import Ledger
 from policy.rollout.provenance import Provenance, accept_mixture, provenance, with_packages
 from policy.rollout.vector import MakeWorlds, VectorPool
+from policy.rollout.video import record_videos
 from policy.rollout.watch import check_patience, helpers_ended, watched
 from policy.rollout.workers import RolloutPool
 from policy.statistics.results import EpisodeResult, describe_broken, too_many_broken
@@ -318,6 +319,26 @@ def run_missing(
     else:
         warn_unpaired(ledger)
     return [ledger.results(cell, stage.seeds) for cell in ids]
+
+
+def filmed(
+    stage: Stage, takes: Sequence[tuple[Controller, int]], file_of: Callable[[int, EpisodeResult], Path]
+) -> Iterator[tuple[EpisodeResult, Path]]:
+    """Repeat episodes and record them; where nothing can be drawn, say so in a line.
+
+    Args:
+        stage: of the command.
+        takes: see `record_videos`.
+        file_of: see `record_videos`.
+
+    Yields:
+        The result and the video file of each episode that was drawn.
+    """
+    try:
+        with helpers_ended(), watched(stage.make_env, stage.env_patience) as make_env:
+            yield from record_videos(make_env, takes, file_of)
+    except Exception as error:  # an environment need not know how to draw, and the results are there
+        print(f"no video: {error}")
 
 
 def stop_if_broken(result: EpisodeResult, on_env_error: OnEnvError) -> None:

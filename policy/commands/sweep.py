@@ -17,6 +17,7 @@ from policy.commands.stage import (
     NUM_ENVS,
     Stage,
     check_broken,
+    filmed,
     set_stage,
 )
 from policy.common.errors import SaveError
@@ -26,8 +27,7 @@ from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS
 from policy.rollout.cells import controllers_of
 from policy.rollout.episodes import MakeEnv
 from policy.rollout.ledger import Ledger
-from policy.rollout.video import record_videos
-from policy.rollout.watch import ENV_PATIENCE, helpers_ended, watched
+from policy.rollout.watch import ENV_PATIENCE
 from policy.statistics.results import EpisodeResult
 from policy.sweep.conclusion import Conclusion, Swept, conclude, telling_seeds, title_of
 from policy.sweep.grid import SweepCell, axis_values, fixed_calls, ids_of, make_cells, repeats_of_ddim, with_backends
@@ -146,12 +146,9 @@ def sweep(
         env_patience=env_patience,
         env_vector=env_vector,
     )
-    given = {"sampler.ddim_steps", *(f"sampler.{name}" for name in sampler or {})}
-    for recipe in grouped(stage.checkpoints, recipes):
-        check_alike(recipe, given if execution_horizon is None else {*given, "execution_horizon"})
-    cells = make_cells(
-        stage.checkpoints,
-        stage.env,
+    cells = _cells_of(
+        stage,
+        recipes,
         ddim_steps=ddim_steps,
         sampler=sampler or {},
         controller=controller or {},
@@ -159,15 +156,7 @@ def sweep(
         backend=backend,
         weights=weights,
     )
-    solvers = axis_values("sampler.solver", (sampler or {}).get("solver", Sampler.solver))
-    for said in (*fixed_calls(stage.checkpoints), *repeats_of_ddim(axis_values("ddim_steps", ddim_steps), solvers)):
-        print(said)
-    if videos is not None and not 0 <= videos <= episodes:
-        raise ValueError(f"videos must be within 0..{episodes} (the episodes); got {videos}")
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers must be 1 or more; got {workers}")
-    if workers is not None and env_vector:
-        raise ValueError(f"workers={workers} are processes, and env_vector=true runs in one: leave one of them out")
+    _check_counts(episodes, videos, workers, env_vector=env_vector)
     planned = _planned_looks(recipes, episodes, looks, adaptive=adaptive)
     folder = output_folder(output_dir, "sweep")
     groups = grouped_cells(with_backends(cells, folder / LEDGER), recipes)
@@ -232,6 +221,31 @@ def sweep(
         record = partial(_recorded, stage, firsts, rows, [found[0] for found in results], count, folder / "videos")
         publish(folder, conclude(swept, margin), run, record)
     check_broken([*chain(*swept.results)])
+
+
+def _cells_of(
+    stage: Stage, recipes: Sequence[Sequence[Path]], *, sampler: dict[str, Any], **axes: Any
+) -> list[SweepCell]:
+    """The cells that the settings ask for; say of those that they ask for in vain why there are none."""
+    given = {"sampler.ddim_steps", *(f"sampler.{name}" for name in sampler)}
+    for recipe in grouped(stage.checkpoints, recipes):
+        check_alike(recipe, given if axes["execution_horizon"] is None else {*given, "execution_horizon"})
+    cells = make_cells(stage.checkpoints, stage.env, sampler=sampler, **axes)
+    steps = axis_values("ddim_steps", axes["ddim_steps"])
+    solvers = axis_values("sampler.solver", sampler.get("solver", Sampler.solver))
+    for said in (*fixed_calls(stage.checkpoints), *repeats_of_ddim(steps, solvers)):
+        print(said)
+    return cells
+
+
+def _check_counts(episodes: int, videos: int | None, workers: int | None, *, env_vector: bool) -> None:
+    """Reject numbers of videos and workers that cannot be."""
+    if videos is not None and not 0 <= videos <= episodes:
+        raise ValueError(f"videos must be within 0..{episodes} (the episodes); got {videos}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be 1 or more; got {workers}")
+    if workers is not None and env_vector:
+        raise ValueError(f"workers={workers} are processes, and env_vector=true runs in one: leave one of them out")
 
 
 def _merge(folders: list[Path], *, mix: bool, margin: float, output_dir: Path | None, tracker: OpenRun) -> None:
@@ -351,10 +365,7 @@ def _recorded(
     folder: Path,
     chosen: Sequence[int],
 ) -> list[Clip]:
-    """Repeat the most telling episodes of the chosen cells and record them.
-
-    If rendering is not possible, print one line that says so.
-    """
+    """Repeat the most telling episodes of the chosen cells and record them."""
     seeds = telling_seeds([results[number] for number in chosen], count)
     if not seeds:
         return []
@@ -369,13 +380,9 @@ def _recorded(
         return folder / f"{rows[takes[take][0]]['cell']}_{result.seed}.mp4"
 
     clips = []
-    try:
-        with helpers_ended(), watched(stage.make_env, stage.env_patience) as make_env:
-            videos = record_videos(make_env, [(controller, seed) for _, controller, seed in takes], file_of)
-            for (number, *_), (result, file) in zip(takes, videos, strict=True):
-                outcome = "success" if result.success else f"failure, score {result.score:.2f}"
-                caption = f"{label_of(rows, rows[number])}: {outcome} after {result.steps} steps"
-                clips.append(Clip(seed=result.seed, caption=caption, file=file))
-    except Exception as error:  # an environment may not know how to draw, and the tables are there
-        print(f"no video: {error}")
+    videos = filmed(stage, [(controller, seed) for _, controller, seed in takes], file_of)
+    for (number, *_), (result, file) in zip(takes, videos, strict=False):  # the rest could not be drawn
+        outcome = "success" if result.success else f"failure, score {result.score:.2f}"
+        caption = f"{label_of(rows, rows[number])}: {outcome} after {result.steps} steps"
+        clips.append(Clip(seed=result.seed, caption=caption, file=file))
     return clips

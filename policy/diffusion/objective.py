@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from policy.common.arguments import unknown_name
-from policy.diffusion.coefficients import SOLVERS, Solver
+from policy.diffusion.coefficients import SOLVERS, TO_CLEAN, Solver
 from policy.diffusion.schedule import NoiseSchedule
 
 DEFAULT_OBJECTIVE = "diffusion"
@@ -70,6 +70,12 @@ class Objective:
         if setting == "ddim_steps" and self.calls is not None:
             return bool(value == len(self.calls))
         return setting not in self.lacks
+
+    @property
+    def calls_in_words(self) -> str:
+        """What a fixed number of calls means to a user; empty where `ddim_steps` chooses."""
+        count = len(self.calls or ())
+        return f"always takes {count} call{'s' * (count > 1)} of its network" if count else ""
 
     def fixed_timesteps(self, num_steps: int) -> Tensor:
         """The (len(calls),) int64 timesteps of the calls, strictly decreasing.
@@ -160,7 +166,7 @@ def direct_coefficients(schedule: NoiseSchedule, timesteps: Tensor, eta: float, 
         (K, 5) float64 coefficients, in the order of the calls.
     """
     table = torch.tensor([0.0, 1.0, 0.0, SECOND_SIGNAL, 0.0], dtype=torch.float64).repeat(len(timesteps), 1)
-    table[-1, 3] = 1.0
+    table[-1, TO_CLEAN] = 1.0
     return table
 
 

@@ -228,6 +228,5 @@ def _refusal(objective: str, setting: str, value: Any) -> str:
     unset = f"sampler.{setting}={hydra_text(getattr(Sampler, setting))}"
     instead = f"leave it out ({unset} where a preset sets it); it has {', '.join(f'sampler.{name}' for name in has)}"
     if setting == "ddim_steps" and one.calls:
-        calls = f"always takes {len(one.calls)} call{'s' * (len(one.calls) > 1)} of its network"
-        return f"{of} {calls}, which sampler.ddim_steps={value} cannot change: {instead}"
+        return f"{of} {one.calls_in_words}, which sampler.ddim_steps={value} cannot change: {instead}"
     return f"{of} has no sampler.{setting}; got {value}: {instead}"

@@ -227,8 +227,8 @@ def _verdicts(
     others = [[j for j in range(cells) if j != i] for i in range(cells)]
     hardest = [max(others[i], key=lambda j: tests[i, j]) for i in range(cells)]
     least = [min(worse_test(estimates[i, j], episodes, margin) for j in others[i]) for i in range(cells)]
-    not_worse = np.array([[tests[i, j] if i != j else 0.0 for j in range(cells)] for i in range(cells)])
-    good = adjust(not_worse, costs).max(1)
+    p_not_worse = np.array([[tests[i, j] if i != j else 0.0 for j in range(cells)] for i in range(cells)])
+    good = adjust(p_not_worse, costs).max(1)
     bad = holm([min(1.0, (cells - 1) * p) for p in least])
     verdicts = []
     for i in range(cells):

@@ -172,15 +172,10 @@ def repeats_of_ddim(ddim_steps: Sequence[int], solvers: Sequence[str]) -> list[s
 
 def fixed_calls(checkpoints: Sequence[Checkpoint]) -> list[str]:
     """Say of each objective with a fixed number of calls that its checkpoints have no cell for each number of steps."""
-    counts = {
-        objective: len(calls)
-        for objective in dict.fromkeys(checkpoint.policy.config.objective for checkpoint in checkpoints)
-        if (calls := OBJECTIVES[objective].calls)
-    }
     return [
-        f"a policy with objective={objective} always takes {count} call{'s' * (count > 1)} of its network: it is one"
-        " cell for all ddim_steps"
-        for objective, count in counts.items()
+        f"a policy with objective={objective} {OBJECTIVES[objective].calls_in_words}: it is one cell for all ddim_steps"
+        for objective in dict.fromkeys(checkpoint.policy.config.objective for checkpoint in checkpoints)
+        if OBJECTIVES[objective].calls
     ]
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from policy.common.observations import Batch
 from policy.diffusion.sampler import Sampler
-from policy.inference.backends import SamplerProgram, compile_sampler
+from policy.inference.backends import PLAIN_BACKEND, SamplerProgram, compile_sampler
 from policy.model.diffusion_policy import DiffusionPolicy, observed
 from policy.training.state import TrainState
 
@@ -86,7 +86,7 @@ def start_rectification(state: TrainState, ddim_steps: int) -> SamplerProgram:
         state.teacher = copy.deepcopy(state.ema)
         state.policy.load_state_dict(state.ema.state_dict())
         state.optimizer.state.clear()
-    return compile_sampler(uncut(state.teacher), Sampler(ddim_steps=ddim_steps), backend="fused")
+    return compile_sampler(uncut(state.teacher), Sampler(ddim_steps=ddim_steps), backend=PLAIN_BACKEND)
 
 
 def uncut(policy: DiffusionPolicy) -> DiffusionPolicy:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from policy.model.denoisers.timestep import made_for_shapes
+from policy.model.sizes import made_for_shapes
 
 
 def check_heads(hidden_size: int, num_heads: int) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from policy.model.denoisers.attention import attend, check_heads, positions
 from policy.model.denoisers.denoiser import Denoiser
 from policy.model.denoisers.modulated import zeroed
-from policy.model.denoisers.timestep import TimestepEmbedding, check_sizes, made_for_shapes
+from policy.model.denoisers.timestep import TimestepEmbedding
+from policy.model.sizes import check_sizes, made_for_shapes
 
 
 class SelfAttention(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from policy.model.denoisers.modulated import FeedForward, ModulatedDenoiser, zeroed
-from policy.model.denoisers.timestep import check_sizes
+from policy.model.sizes import check_sizes
 
 
 class ModulatedMLP(ModulatedDenoiser):

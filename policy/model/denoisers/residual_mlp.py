@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from policy.model.denoisers.denoiser import Denoiser
-from policy.model.denoisers.timestep import TimestepEmbedding, check_sizes
+from policy.model.denoisers.timestep import TimestepEmbedding
+from policy.model.sizes import check_sizes
 
 
 class ResidualBlock(nn.Module):

@@ -7,14 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-
-def made_for_shapes() -> bool:
-    """Return whether modules are being built for their shapes alone, under `torch.device("meta")`.
-
-    Loading a checkpoint begins in this way. Arithmetic and random draws on that device would import torch's compiler,
-    which takes longer than the rest of loading.
-    """
-    return torch.get_default_device().type == "meta"
+from policy.model.sizes import made_for_shapes
 
 
 def sinusoidal_table(num_steps: int, width: int, endpoint: bool = False) -> Tensor:
@@ -48,17 +41,3 @@ class TimestepEmbedding(nn.Module):
     def forward(self, timestep: Tensor) -> Tensor:
         """Look up the embeddings (B, width) of (B,) int64 timesteps."""
         return nn.functional.embedding(timestep, self.table)
-
-
-def check_sizes(**sizes: int) -> None:
-    """Reject sizes that are not whole numbers of 1 or more, and odd widths of a timestep embedding.
-
-    Raises:
-        ValueError: an invalid size; the message names it.
-    """
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be a whole number of 1 or more; got {size!r}")
-    for name in sizes.keys() & {"hidden_size", "timestep_size"}:
-        if sizes[name] % 2:
-            raise ValueError(f"{name} must be even, for sine and cosine pairs; got {sizes[name]}")

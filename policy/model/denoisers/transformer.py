@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from policy.model.denoisers.attention import attend, check_heads, positions
 from policy.model.denoisers.modulated import FeedForward, ModulatedBlock, ModulatedDenoiser, zeroed
-from policy.model.denoisers.timestep import check_sizes
+from policy.model.sizes import check_sizes
 
 
 class Attention(ModulatedBlock):

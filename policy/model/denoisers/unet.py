@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from policy.model.denoisers.denoiser import Denoiser
-from policy.model.denoisers.timestep import TimestepEmbedding, check_sizes
+from policy.model.denoisers.timestep import TimestepEmbedding
+from policy.model.sizes import check_sizes
 
 # Channels from which a convolution of a training batch is faster as a matrix product on a CPU.
 WIDE = 512

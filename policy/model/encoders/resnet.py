@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from policy.common.arguments import unknown_name
 from policy.common.observations import is_image
-from policy.model.denoisers.timestep import made_for_shapes
 from policy.model.encoders.image import GROUP_WIDTH, SpatialSoftmax
 from policy.model.encoders.parts import join_steps, order_of, to_size
+from policy.model.sizes import made_for_shapes
 
 # Blocks in each of the four layers, and whether a block is a bottleneck of three convolutions instead of two.
 DEPTHS = {18: ((2, 2, 2, 2), False), 34: ((3, 4, 6, 3), False), 50: ((3, 4, 6, 3), True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import traceback
 import warnings
@@ -98,11 +99,12 @@ class CheckedEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
         """
         self._steps = 0
         try:
-            if self._broken:
-                self.close()
-                self.env = self._made()
-                self._broken = False
-            observation, info = self.env.reset(seed=seed, **({} if options is None else {"options": options}))
+            with contextlib.chdir("."):  # a simulator may change the current folder: relative paths are the user's
+                if self._broken:
+                    self.close()
+                    self.env = self._made()
+                    self._broken = False
+                observation, info = self.env.reset(seed=seed, **({} if options is None else {"options": options}))
             self._check(observation)
         except (EnvContractError, KeyboardInterrupt):
             raise

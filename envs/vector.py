@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import isfinite
 from typing import Any, cast
@@ -98,8 +99,10 @@ class VectorWorlds:
             EnvContractError: If the simulator does not return an observation and a dict.
         """
         idle = [seeds[-1]] * (self.num_envs - len(seeds))
+        each = cast(int, [*seeds, *idle])  # which the annotation of `reset` leaves out
         try:
-            returned: Any = self.env.reset(seed=cast(int, [*seeds, *idle]))  # one each, which its annotation leaves out
+            with contextlib.chdir("."):  # a simulator may change the current folder: relative paths are the user's
+                returned: Any = self.env.reset(seed=each)
         except Exception as error:
             return [(zeros(self.observation_space), broken_off(reason_of("reset", error))) for _ in seeds]
         if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[1], dict):

@@ -54,7 +54,7 @@ def _command_help(task: Task, example: str) -> str:
     groups = [*task.groups, *(["experiment"] if task.name == "train" else [])]
     lines = [summary, "", f"Example:\n  {example}", "", "Settings (NAME=VALUE):"]
     lines += [_line(name, p) for name, p in task.parameters.items() if name not in groups]
-    lines += [_line(f"{group}.{name}", p) for group in task.groups for name, p in _settings_of(group).items()]
+    lines += [line for group in task.groups for line in _lines_of(group)]
     lines += [f"  {'plugins':<26} {'list[str]':<20} {PLUGINS}"]
     lines += ["", "Groups (GROUP=OPTION, and GROUP.setting=VALUE inside one):"]
     lines += [f"  {group:<26} {' | '.join(_options(group))}" for group in groups]
@@ -80,9 +80,13 @@ def _options(group: str) -> list[str]:
     return GROUPS[group] if group == "experiment" else sorted(options_of(group))
 
 
-def _settings_of(group: str) -> dict[str, inspect.Parameter]:
-    """The settings of all options of a group."""
-    return {name: p for option in options_of(group).values() for name, p in option.signature.parameters.items()}
+def _lines_of(group: str) -> list[str]:
+    """A line for each setting of a group's options, with the defaults that it has in them."""
+    found: dict[str, list[inspect.Parameter]] = {}
+    for option in options_of(group).values():
+        for name, parameter in option.signature.parameters.items():
+            found.setdefault(name, []).append(parameter)
+    return [_line(f"{group}.{name}", *parameters) for name, parameters in found.items()]
 
 
 def every_setting(task: Task) -> Iterator[tuple[str, list[_Meaning]]]:
@@ -123,7 +127,7 @@ def _group_help(task: Task, group: str) -> str:
     ]
     lines = [f"{group}: choose one of its options, GROUP=OPTION", *options]
     if group != "experiment":
-        lines += ["Settings (NAME=VALUE):", *(_line(f"{group}.{name}", p) for name, p in _settings_of(group).items())]
+        lines += ["Settings (NAME=VALUE):", *_lines_of(group)]
     return "\n".join([*lines, f"  example: ddim-{task.name} {group}={_options(group)[0]}"])
 
 
@@ -155,9 +159,12 @@ def described(doc: str) -> dict[str, str]:
     return {name.lstrip("*"): " ".join(text.split()) for name, _, text in pairs}
 
 
-def _line(name: str, parameter: inspect.Parameter) -> str:
-    default = "" if _is_required(parameter) else "default "
-    return f"  {name:<26} {_type(parameter.annotation):<20} {default}{_default(parameter)}"
+def _line(name: str, *parameters: inspect.Parameter) -> str:
+    """A setting with its type and its default, or with those of several options that have it."""
+    types = dict.fromkeys(_type(one.annotation) for one in parameters)
+    defaults = dict.fromkeys(map(_default, parameters))
+    said = "" if all(map(_is_required, parameters)) else "default "
+    return f"  {name:<26} {' or '.join(types):<20} {said}{' or '.join(defaults)}"
 
 
 def _is_required(parameter: inspect.Parameter) -> bool:

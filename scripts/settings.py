@@ -34,6 +34,8 @@ TARGETS = {
     "sampler": "policy.diffusion.sampler:Sampler",
     "controller": "policy.control.timeline:ControllerSettings",
 }
+# Parameters of a group's options that the command passes itself.
+PASSED = {"tracker": ("folder", "config"), "env": ("render_mode",)}
 # The setting that every command has.
 PLUGINS = inspect.Parameter("plugins", inspect.Parameter.KEYWORD_ONLY, default=(), annotation=list[str])
 READ = "policy.data.reading.read_demonstrations"
@@ -205,7 +207,7 @@ def _chosen_by_user(group: str, node: Settings) -> Declaration:
     kept = [
         parameter.replace(default=node.get(name, parameter.default))
         for name, parameter in declared.signature.parameters.items()
-        if name != "render_mode" and not (passed and parameter.default is parameter.empty)
+        if name not in PASSED.get(group, ()) and not (passed and parameter.default is parameter.empty)
     ]
     return Declaration(inspect.Signature(kept), declared.doc)
 
@@ -236,15 +238,21 @@ def _check_node(where: str, node: Settings) -> None:
             _check_node(f"{where}.{key}", value)
     settings = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
     if "_target_" in node:
-        check_arguments(where, _declared(where, node), settings)
+        check_arguments(where, _without(PASSED.get(where, ()), _declared(where, node)), settings)
     elif where in REGISTRIES:
         check_spec(REGISTRIES[where], node)
     elif where == "env" and "name" in node:
-        check_arguments(where, declared_settings(settings.pop("name")), settings)
+        check_arguments(where, _without(PASSED[where], declared_settings(settings.pop("name"))), settings)
     elif where == "schedule":
         check_arguments(where, TARGETS[where], settings)
     elif where in TARGETS:  # names only: in a sweep, each value may be a list
         check_names(where, TARGETS[where], settings)
+
+
+def _without(names: Sequence[str], declared: Declaration) -> Declaration:
+    """A declaration without these parameters."""
+    kept = [parameter for name, parameter in declared.signature.parameters.items() if name not in names]
+    return Declaration(declared.signature.replace(parameters=kept), declared.doc)
 
 
 def _refuse_without_its_group(where: str, name: str, settings: Settings) -> None:

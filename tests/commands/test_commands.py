@@ -372,6 +372,11 @@ BAD_INPUT = {
     ),
     "tracker mode": (["sweep", CHECKPOINT, "tracker=wandb", "tracker.mode=onlin"], ["tracker.mode", "'onlin'"]),
     "tracker key": (["train", DATASET, "tracker.projct=x"], ["projct", "'project'"]),
+    "what the command passes to a tracker": (
+        ["train", DATASET, "tracker=wandb", "tracker.folder=x"],
+        ["unknown setting of tracker 'folder'", "allowed: mode, patience, project"],
+    ),
+    "how it is drawn": (["collect", "env=planar", "env.render_mode=human"], ["unknown setting of env 'render_mode'"]),
     "tracker": (["train", DATASET, "tracker=mlflow"], ["unknown tracker 'mlflow'", "wandb"]),
     "resume with other settings": (
         ["train", DATASET, "experiment=planar", "train.steps=400", "output_dir={run}"],
@@ -434,6 +439,15 @@ def test_bad_input_exits_with_code_2_in_a_real_process(planar_run, run_script):
     err = run_script("rollout", f"checkpoint={planar_run}/checkpoint", "episods=5", check=2).stderr
     assert err == "error: " + err.removeprefix("error: ").strip() + "\n"
     assert "did you mean 'episodes'?" in err
+
+
+def test_help_gives_a_setting_the_defaults_that_it_has_in_the_options_of_its_group(run_command):
+    lines = [line.split() for line in run_command("train", "--help").stdout.splitlines()]
+    said = {line[0]: " ".join(line[2:]) for line in lines if len(line) > 2}
+    assert said["denoiser.hidden_size"] == "default 256 or 128"
+    assert said["dataset.format"] == "default lerobot or minari or robomimic or zarr"
+    assert said["dataset.path"] == "| list[Path] required"
+    assert not [name for name in said if name in ("tracker.folder", "tracker.config", "env.render_mode")]
 
 
 def test_every_console_command_has_its_function():

@@ -1,5 +1,6 @@
 """The door: what a simulator may return, what ends an episode with a reason, and what is refused."""
 
+import os
 import sys
 
 import gymnasium
@@ -111,6 +112,17 @@ def test_a_reset_that_fails_is_an_episode_that_broke_off():
     observation, info = checked(start=raising(OSError("no such scene"))).reset(seed=0)
     assert info["broke_off"].startswith("OSError in reset(): no such scene")
     assert Simulator.observation_space.contains(observation)
+
+
+def test_a_simulator_that_changes_the_current_folder_moves_no_relative_path(tmp_path):
+    before = os.getcwd()
+
+    def start():
+        os.chdir(tmp_path)
+        return np.zeros(4, np.float32), {}
+
+    checked(start=start).reset(seed=0)
+    assert os.getcwd() == before
 
 
 def test_ctrl_c_goes_through():

@@ -57,7 +57,9 @@ def _command_help(task: Task, example: str) -> str:
     lines += [line for group in task.groups for line in _lines_of(group)]
     lines += [f"  {'plugins':<26} {'list[str]':<20} {PLUGINS}"]
     lines += ["", "Groups (GROUP=OPTION, and GROUP.setting=VALUE inside one):"]
-    lines += [f"  {group:<26} {' | '.join(_options(group))}" for group in groups]
+    texts = described(task.declaration.doc)
+    for group in groups:
+        lines += [f"  {group:<26} {' | '.join(_options(group))}", *_wrapped(texts.get(group, ""), 29)]
     return "\n".join(
         [*lines, "", f"ddim-{task.name} --help NAME describes a setting, a group, or an option GROUP=OPTION."]
     )
@@ -115,7 +117,7 @@ def _setting_help(task: Task, name: str, meaning: _Meaning) -> str:
     parameter = meaning.parameter
     optional = type(None) in typing.get_args(parameter.annotation)
     lines = [f"{name}  ({', '.join(meaning.options)})" if meaning.options else name]
-    lines += textwrap.wrap(meaning.text, 110, initial_indent="  ", subsequent_indent="  ")
+    lines += _wrapped(meaning.text, 2)
     lines += [f"  values:  {_values(parameter)}{' (null)' if optional else ''}", f"  default: {_default(parameter)}"]
     return "\n".join([*lines, f"  example: ddim-{task.name} {_example(name, parameter)}"])
 
@@ -142,6 +144,11 @@ def _option_help(task: Task, group: str, option: str) -> str:
         parameters = options_of(group)[option].signature.parameters
         lines += ["Settings (NAME=VALUE):", *(_line(f"{group}.{name}", p) for name, p in parameters.items())]
     return "\n".join([*(line for line in lines if line.strip()), f"  example: ddim-{task.name} {group}={option}"])
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    """The lines of a text, indented."""
+    return textwrap.wrap(text, 110, initial_indent=indent * " ", subsequent_indent=indent * " ")
 
 
 def _comment(group: str, option: str) -> str:

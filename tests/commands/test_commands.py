@@ -447,6 +447,7 @@ def test_help_gives_a_setting_the_defaults_that_it_has_in_the_options_of_its_gro
     assert said["denoiser.hidden_size"] == "default 256 or 128"
     assert said["dataset.format"] == "default lerobot or minari or robomimic or zarr"
     assert said["dataset.path"] == "| list[Path] required"
+    assert "settings; those that are left open are as in training." in run_command("rollout", "--help").stdout
     assert not [name for name in said if name in ("tracker.folder", "tracker.config", "env.render_mode")]
 
 

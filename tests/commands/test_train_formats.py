@@ -49,7 +49,7 @@ def roll_out(run_script, run, *overrides):
     assert all(0 <= episode["score"] <= 1 and episode["steps"] >= 1 for episode in episodes)
 
 
-@pytest.mark.skipif(not PUSHT.exists(), reason="needs the public Push-T demonstrations, see README")
+@pytest.mark.skipif(not PUSHT.exists(), reason="needs the public Push-T demonstrations, see docs/pusht.md")
 @pytest.mark.parametrize(
     ("experiment", "overrides"),
     [

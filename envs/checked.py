@@ -339,7 +339,7 @@ def missing_success(name: str, wanted: Iterable[str], keys: Iterable[str]) -> En
     there = f"it has {', '.join(keys)}.{nearest(wanted[0], keys)}" if keys else "it is empty."
     return EnvContractError(
         f"{name}: {' or '.join(map(repr, wanted))} was in no info of a whole episode; {there}"
-        " env.success=info:KEY chooses a key, env.success=termination or env.success='return>=NUMBER' need none"
+        " env.success=info:KEY chooses a key, env.success=termination or 'env.success=\"return>=NUMBER\"' need none"
     )
 
 

@@ -253,10 +253,11 @@ def resume_training(
             then, after = _as_json(before[part]), _as_json(now[part])
             differ = {key: then[key] for key in sorted(then.keys() & after.keys()) if then[key] != after[key]}
             changes |= differ
-            if changed := [_was(key, then[key], after[key]) for key in differ if not _may_change(key, then, after)]:
+            if refused := [key for key in differ if not _may_change(key, then, after)]:
+                were = ", ".join(describe_before(key, then[key], after[key]) for key in refused)
                 raise ValueError(
-                    f"{path} was trained with other settings ({part}: {', '.join(changed)}): to go on, give the same"
-                    " settings; to start anew, choose another output_dir="
+                    f"{path} was trained with other settings ({part}: {were}): to go on, give the same settings; to"
+                    " start anew, choose another output_dir="
                 )
     files = {name: opened.verify(name)[0] for name in (WEIGHTS, TRAINING_WEIGHTS, TRAINING_RECORD)}
     averaged, tensors = read_tensors(files[WEIGHTS]), read_tensors(files[TRAINING_WEIGHTS])
@@ -298,15 +299,21 @@ def _plugins(opened: Folder) -> tuple[str, ...]:
     return tuple(map(str, noted)) if isinstance(noted, list) else ()
 
 
-def _was(name: str, then: Any, now: Any) -> str:
+def describe_before(name: str, then: Any, now: Any) -> str:
     """Say what a setting was; of one with settings of its own, only those that differ.
 
-    >>> _was("encoder", {"name": "state", "skip": False}, {"name": "state", "noise": 0.1})
-    'encoder.noise was null, encoder.skip was false'
+    Args:
+        name: of the setting.
+        then: its value then, JSON data.
+        now: its value now.
+
+    Example:
+        >>> describe_before("encoder", {"name": "state", "skip": False}, {"name": "state", "noise": 0.1})
+        'encoder.noise was null, encoder.skip was false'
     """
     if isinstance(then, dict) and isinstance(now, dict):
         inner = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
-        return ", ".join(_was(f"{name}.{key}", then.get(key), now.get(key)) for key in inner)
+        return ", ".join(describe_before(f"{name}.{key}", then.get(key), now.get(key)) for key in inner)
     return f"{name} was {json.dumps(then)}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +16,9 @@ from policy.checkpoint import (
     next_use,
     read_history,
 )
-from policy.commands.record import settings_of
-from policy.common.files import json_text, write_text
+from policy.checkpoint.reading import describe_before
+from policy.commands.record import reading_settings
+from policy.common.files import as_json, json_text, write_text
 from policy.common.output import output_folder
 from policy.common.terminal import printable
 from policy.control.timeline import EXECUTION_HORIZON, check_execution_horizon
@@ -159,11 +159,12 @@ def _measured(loaded: Checkpoint, dataset: Demonstrations) -> _Measured:
 
 def _check_same_data(loaded: Checkpoint, dataset: Demonstrations) -> None:
     """Reject demonstrations that are not those of a policy's training."""
-    training, given = loaded.training, json.loads(json_text(settings_of(dataset)))
-    # Checkpoints of earlier versions do not note these settings.
-    if other := [name for name in given if training.get(name, given[name]) != given[name]]:
-        were = ", ".join(f"{name} was {json.dumps(training[name])}" for name in other)
-        raise ValueError(f"{loaded.path} was trained with other settings of its data ({were}): give the same")
+    training, now = loaded.training, as_json(reading_settings(dataset))
+    then = {name: training.get(name, value) for name, value in now.items()}  # earlier versions do not note these
+    if were := [describe_before(name, then[name], now[name]) for name in now if then[name] != now[name]]:
+        raise ValueError(
+            f"{loaded.path} was trained with other settings of its data ({', '.join(were)}): give the same"
+        )
     noted = (training["episodes"], training["transitions"])
     if noted != (dataset.num_episodes, len(dataset.actions)):
         raise ValueError(

@@ -139,7 +139,7 @@ def facts_of(
         "dataset": [*dataset.joined_from] or dataset.source,
         "episodes": dataset.num_episodes,
         "transitions": len(dataset.actions),
-        **settings_of(dataset),
+        **reading_settings(dataset),
         "dataset.decode": "stream" if dataset.frames else "cache",  # the order of the windows depends on it
         "rate_hz": rate,
         "tasks": _names(tasks),
@@ -147,7 +147,7 @@ def facts_of(
     }
 
 
-def settings_of(dataset: Demonstrations) -> dict[str, Any]:
+def reading_settings(dataset: Demonstrations) -> dict[str, Any]:
     """Return the settings that chose what was read of the files, by the names that a user gives them."""
     return {f"dataset.{name}": value for name, value in dataset.read_with.items()}
 

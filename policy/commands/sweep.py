@@ -381,7 +381,7 @@ def _recorded(
 
     clips = []
     videos = filmed(stage, [(controller, seed) for _, controller, seed in takes], file_of)
-    for (number, *_), (result, file) in zip(takes, videos, strict=False):  # the rest could not be drawn
+    for (result, file), (number, *_) in zip(videos, takes, strict=False):  # the rest could not be drawn
         outcome = "success" if result.success else f"failure, score {result.score:.2f}"
         caption = f"{label_of(rows, rows[number])}: {outcome} after {result.steps} steps"
         clips.append(Clip(seed=result.seed, caption=caption, file=file))

@@ -54,6 +54,15 @@ def json_text(data: Any, indent: int | None = None) -> str:
         return json.dumps(_finite(data), indent=indent, allow_nan=False)
 
 
+def as_json(data: Any) -> Any:
+    """Return data as a JSON file gives it back: tuples are lists, and numbers that are not finite are None.
+
+    >>> as_json({"widths": (64, 128)})
+    {'widths': [64, 128]}
+    """
+    return json.loads(json_text(data))
+
+
 def _finite(data: Any) -> Any:
     if isinstance(data, dict):
         return {key: _finite(value) for key, value in data.items()}

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from policy.common.files import json_text, write_text
+from policy.common.files import as_json, json_text, write_text
 from policy.diffusion.sampler import LATER_SETTINGS
 from policy.rollout.ledger import SHARD_LINE, Ledger, Recorded, Settings
 from policy.rollout.provenance import Provenance, accept_mixture
@@ -127,7 +127,7 @@ def facts_of_shard(shard: Shard, plan: LookPlan, cells: Sequence[Settings]) -> F
     """
     found: dict[str, list[Any]] = {"shards": [shard.of], "episodes": [len(plan.seeds)], "seed": [plan.seed]}
     for settings in cells:
-        for name, value in json.loads(json_text({**LATER_SETTINGS, **settings})).items():
+        for name, value in as_json({**LATER_SETTINGS, **settings}).items():
             values = found.setdefault(name, [])
             values += [value] if value not in values else []
     return {**found, "training seeds of each cell": [*plan.recipes], "cells": [*plan.cells]}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from policy.common.arguments import unknown_name
-from policy.common.files import json_text
+from policy.common.files import as_json
 from policy.common.signatures import declaration_of
 from policy.data.demonstrations import Demonstrations
 from policy.diffusion.schedule import make_schedule
@@ -173,7 +172,7 @@ def _refuse_others(given: Mapping[str, Any], trained: PolicyConfig, source: obje
         stored[name] = {**_defaults(registry.declared(stored[name]["name"])), **stored[name]}
     stored["schedule"] = {**_defaults(make_schedule), **stored["schedule"]}
     # As JSON, which has no tuples: defaults are such, and users give lists.
-    for name, value, trained_value in _differences(*(json.loads(json_text(one)) for one in (dict(given), stored))):
+    for name, value, trained_value in _differences(as_json(dict(given)), as_json(stored)):
         raise ValueError(f"{name}={value} differs from the {trained_value} of {source}, {why}: leave it out")
 
 

@@ -93,7 +93,7 @@ def serve(
         except Exception as error:
             connection.send(Fault(_reason(error)))
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, _stay)
             for env in envs:
                 env.close()
 
@@ -122,6 +122,10 @@ def _obey(connection: Connection, policies: Sequence[DiffusionPolicy], envs: Seq
 
 def _leave(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def _stay(number: int, frame: FrameType | None) -> None:
+    """Do nothing. Where SIG_IGN is set at the moment a signal comes, Python prints a traceback."""
 
 
 def _reason(error: Exception) -> str:

@@ -17,7 +17,8 @@ def choose_env(checkpoint: Checkpoint, override: Mapping[str, Any] | None) -> di
 
     Args:
         checkpoint: the checkpoint.
-        override: with a `name`, it replaces the checkpoint's environment; without one, it changes single settings.
+        override: with the name of another environment, it replaces the checkpoint's; with the same name (and id), or
+            without a `name`, it changes single settings.
 
     Returns:
         `{"name": ..., **settings}`.
@@ -43,7 +44,7 @@ def merge_env(stored: Mapping[str, Any] | None, override: Mapping[str, Any] | No
         ValueError: neither names an environment, or the file's would import a module, or read a file, of its choice.
     """
     override = dict(override or {})
-    if "name" in override:
+    if "name" in override and not (isinstance(stored, Mapping) and _same_env(stored, override)):
         return override
     if not isinstance(stored, Mapping) or not isinstance(stored.get("name"), str):
         raise ValueError(f"{source} names no environment: add env=...")
@@ -62,6 +63,10 @@ def merge_env(stored: Mapping[str, Any] | None, override: Mapping[str, Any] | No
                 " give all of env.kwargs yourself, as env.kwargs.NAME=VALUE"
             )
     return {**kept, **override}
+
+
+def _same_env(stored: Mapping[str, Any], override: Mapping[str, Any]) -> bool:
+    return all(override.get(key, stored.get(key)) == stored.get(key) for key in ("name", "id"))
 
 
 def only_of_the_user(env: Mapping[str, Any]) -> dict[str, Any]:

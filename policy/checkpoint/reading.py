@@ -69,6 +69,9 @@ MAY_CHANGE = {
     "val_every",
 }
 
+# The name under which a checkpoint notes a checksum of the values in its demonstrations.
+CHECKSUM = "dataset.checksum"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
@@ -228,7 +231,7 @@ def resume_training(
         state: a fresh state of the same configuration, changed in place.
         training: how it is trained, as given to `save_checkpoint`; must be equal to what was stored. Settings that are
             newer than the checkpoint must have the values that were in effect without them. Those in `MAY_CHANGE`
-            may differ, and `steps` may grow, unless rectification has begun.
+            may differ, the `dataset` may have moved, and `steps` may grow, unless rectification has begun.
         rollouts: the settings of its rollouts, `execution_horizon` and those of the sampler that differ from their
             defaults as `sampler`; all may differ.
 
@@ -311,6 +314,8 @@ def describe_before(name: str, then: Any, now: Any) -> str:
         >>> describe_before("encoder", {"name": "state", "skip": False}, {"name": "state", "noise": 0.1})
         'encoder.noise was null, encoder.skip was false'
     """
+    if name == CHECKSUM:
+        return "the demonstrations held other values"
     if isinstance(then, dict) and isinstance(now, dict):
         inner = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
         return ", ".join(describe_before(f"{name}.{key}", then.get(key), now.get(key)) for key in inner)
@@ -321,6 +326,8 @@ def _may_change(key: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bo
     """Return whether a run may go on with another value of a setting than the one that it was stored with."""
     if key == "steps":  # once a run rectifies, more steps of the phase before would start that phase again
         return bool(now["steps"] > then["steps"] and not (then.get("rectify_steps") and then["step"] >= then["steps"]))
+    if key == "dataset":  # it may have moved, where its values are noted
+        return CHECKSUM in then
     return key in MAY_CHANGE
 
 

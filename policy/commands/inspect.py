@@ -17,7 +17,7 @@ from policy.checkpoint import (
     read_history,
 )
 from policy.checkpoint.reading import describe_before
-from policy.commands.record import reading_settings
+from policy.commands.record import data_facts
 from policy.common.files import as_json, json_text, write_text
 from policy.common.output import output_folder
 from policy.common.terminal import printable
@@ -159,12 +159,10 @@ def _measured(loaded: Checkpoint, dataset: Demonstrations) -> _Measured:
 
 def _check_same_data(loaded: Checkpoint, dataset: Demonstrations) -> None:
     """Reject demonstrations that are not those of a policy's training."""
-    training, now = loaded.training, as_json(reading_settings(dataset))
+    training, now = loaded.training, as_json(data_facts(dataset, loaded.policy.config.observation_shapes))
     then = {name: training.get(name, value) for name, value in now.items()}  # earlier versions do not note these
     if were := [describe_before(name, then[name], now[name]) for name in now if then[name] != now[name]]:
-        raise ValueError(
-            f"{loaded.path} was trained with other settings of its data ({', '.join(were)}): give the same"
-        )
+        raise ValueError(f"{loaded.path} was trained on other data ({', '.join(were)}): give the same")
     noted = (training["episodes"], training["transitions"])
     if noted != (dataset.num_episodes, len(dataset.actions)):
         raise ValueError(

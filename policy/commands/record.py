@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from policy.checkpoint import is_checkpoint, keep_checkpoint, resume_training, save_checkpoint
 from policy.checkpoint.files import CHECKPOINT
+from policy.checkpoint.reading import CHECKSUM
 from policy.common.files import json_text, write_text
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.diffusion.sampler import Sampler
@@ -123,12 +124,19 @@ def record_in(
 
 
 def facts_of(
-    dataset: Demonstrations, *, seed: int, rate: float | None, tasks: Any, augment: Augment | None
+    dataset: Demonstrations,
+    observed: Iterable[str],
+    *,
+    seed: int,
+    rate: float | None,
+    tasks: Any,
+    augment: Augment | None,
 ) -> dict[str, Any]:
     """Return what every checkpoint notes of its demonstrations.
 
     Args:
         dataset: the demonstrations.
+        observed: keys of what the policy observes.
         seed: of the run.
         rate: control steps a second, if known.
         tasks: names of tasks, or whatever a simulator calls so.
@@ -139,7 +147,7 @@ def facts_of(
         "dataset": [*dataset.joined_from] or dataset.source,
         "episodes": dataset.num_episodes,
         "transitions": len(dataset.actions),
-        **reading_settings(dataset),
+        **data_facts(dataset, observed),
         "dataset.decode": "stream" if dataset.frames else "cache",  # the order of the windows depends on it
         "rate_hz": rate,
         "tasks": _names(tasks),
@@ -147,9 +155,20 @@ def facts_of(
     }
 
 
-def reading_settings(dataset: Demonstrations) -> dict[str, Any]:
-    """Return the settings that chose what was read of the files, by the names that a user gives them."""
-    return {f"dataset.{name}": value for name, value in dataset.read_with.items()}
+def data_facts(dataset: Demonstrations, observed: Iterable[str]) -> dict[str, Any]:
+    """Return what tells demonstrations from others that are as many and as long.
+
+    Args:
+        dataset: the demonstrations.
+        observed: keys of what the policy observes.
+
+    Returns:
+        The settings that chose what was read of the files, by the names that a user gives them, and a checksum.
+    """
+    return {
+        **{f"dataset.{name}": value for name, value in dataset.read_with.items()},
+        CHECKSUM: dataset.checksum(observed),
+    }
 
 
 def _names(tasks: Any) -> list[str] | None:

@@ -30,9 +30,8 @@ def check_device(device: str) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device={device} cannot be used here ({reason}){did_you_mean(device, DEVICES)}: use device=cpu"
-        ) from error
+        meant = "" if device.partition(":")[0] in DEVICES else did_you_mean(device, DEVICES)
+        raise ValueError(f"device={device} cannot be used here ({reason}){meant}: use device=cpu") from error
     return device
 
 

@@ -14,6 +14,9 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u20
 # The same without what progress bars move the cursor with.
 ODD = re.compile(rf"(?!\x1b\[A|\r){CONTROL.pattern}")
 
+# How libraries colour their messages.
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
 
 def printable(text: str) -> str:
     r"""Write control characters as Python does.
@@ -29,13 +32,13 @@ def _code(match: re.Match[str]) -> str:
 
 
 class _Printable:
-    """A text stream to which characters of a pattern are written as their codes."""
+    """A text stream to which characters of a pattern are written as their codes, and texts without their colours."""
 
     def __init__(self, stream: TextIO, pattern: re.Pattern[str]) -> None:
         self._stream, self._pattern = stream, pattern
 
     def write(self, text: str) -> int:
-        return self._stream.write(self._pattern.sub(_code, text))
+        return self._stream.write(self._pattern.sub(_code, COLOUR.sub("", text)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

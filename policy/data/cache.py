@@ -47,11 +47,12 @@ def default_cache_dir() -> Path:
     return Path.home() / ".cache" / "ddim-policy"
 
 
-def open_cached(folder: Path, files: Mapping[str, Path]) -> Demonstrations | None:
+def open_cached(folder: Path, source: str, files: Mapping[str, Path]) -> Demonstrations | None:
     """Map demonstrations that were converted before.
 
     Args:
         folder: the entry that `write_cached` made.
+        source: the dataset, for messages, as it is named this time.
         files: the dataset's files by name, for videos that stay there.
 
     Returns:
@@ -72,7 +73,8 @@ def open_cached(folder: Path, files: Mapping[str, Path]) -> Demonstrations | Non
             actions=arrays.pop("actions"),
             observations=arrays,
             episode_ends=np.cumsum(index["lengths"], dtype=np.int64),
-            **{name: index[name] for name in ("episode_names", "held_out", "source", "metadata", "skipped")},
+            **{name: index[name] for name in ("episode_names", "held_out", "metadata", "skipped")},
+            source=source,
             originals=np.asarray(index.get("originals", []), np.int64),  # an older entry holds none but originals
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -133,7 +135,9 @@ def write_cached(
             the folder cannot be written to.
     """
     try:
-        if open_cached(folder, files) is None:  # remove it now; later it may be the complete entry of another process
+        if (
+            open_cached(folder, source, files) is None
+        ):  # remove it now; later it may be the complete entry of another process
             shutil.rmtree(folder, ignore_errors=True)
         with building_in(folder.parent) as building:
             written = _write_arrays(building, episodes, source, skip_bad, budget)
@@ -144,7 +148,6 @@ def write_cached(
                 "episode_names": written.names,
                 "originals": written.originals,
                 "held_out": [number for number, name in enumerate(written.names) if name in aside],
-                "source": source,
                 "metadata": dict(metadata),
                 "skipped": written.skipped,
             }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -117,6 +119,15 @@ class Demonstrations:
     def observation_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of one observation under each key."""
         return {key: tuple(values.shape[1:]) for key, values in self.observations.items()}
+
+    def checksum(self, keys: Iterable[str]) -> str:
+        """Return the CRC-32 of the actions and of the vectors under some keys, in any order of the keys.
+
+        Pictures are left out: they may be many, and may stay in their videos.
+        """
+        arrays: list[Any] = [self.actions, *(self.observations[key] for key in sorted(keys))]
+        parts = [part for values in arrays if values.ndim == 2 for part in getattr(values, "parts", [values])]
+        return f"{reduce(lambda crc, part: zlib.crc32(part.data, crc), parts, 0):08x}"
 
 
 def _contiguous(values: Any) -> Any:

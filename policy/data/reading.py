@@ -207,7 +207,7 @@ class _Reading:
         """Open the dataset's entry in the cache; convert the dataset first if there is no such entry."""
         files = list_files(self.path)
         entry = cache / f"{self.path.name}-{fingerprint(files, self._settings())}"
-        found = open_cached(entry, files)
+        found = open_cached(entry, str(self.path), files)
         if found is None:
             # On an error the episodes are closed too, so that their progress bar ends before the message.
             with closing(self._open(files)) as reader, closing(self._episodes(reader)) as episodes:
@@ -221,7 +221,7 @@ class _Reading:
                     skip_bad=self.skip_bad,
                     budget=self.request.budget,
                 )
-            found = open_cached(entry, files)
+            found = open_cached(entry, str(self.path), files)
         if found is None:
             raise ValueError(f"the cache folder {cache} keeps nothing: set dataset.cache_dir to another one")
         return found

@@ -188,6 +188,20 @@ def test_resuming_with_other_settings_is_refused(demonstrations, saved):
         resume_training(saved, new_run(demonstrations, other).state, RECORD)
 
 
+def test_demonstrations_may_have_moved_if_their_values_are_noted(demonstrations, saved):
+    noted = {"dataset": "/one/demos", "dataset.checksum": "0badcafe"}
+    edit(saved, lambda config: config["training"].update(noted))
+    seal(saved)
+    moved = {**RECORD, **noted, "dataset": "/two/demos"}
+    assert resume_training(saved, new_run(demonstrations).state, moved)["dataset"] == "/one/demos"
+    with pytest.raises(ValueError, match=r"\(training: the demonstrations held other values\): to go on"):
+        resume_training(saved, new_run(demonstrations).state, {**moved, "dataset.checksum": "0badcaff"})
+    edit(saved, lambda config: config["training"].pop("dataset.checksum"))  # an earlier version's
+    seal(saved)
+    with pytest.raises(ValueError, match=r'\(training: dataset was "/one/demos"\)'):
+        resume_training(saved, new_run(demonstrations).state, moved)
+
+
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
@@ -454,6 +468,22 @@ def with_env(saved, env):
             {"name": "gym", "id": "own:Env-v0"},
         ),
         ({"name": "gym", "id": "Pendulum-v1"}, None, {"name": "gym", "id": "Pendulum-v1"}),
+        (
+            {"name": "gym", "id": "own:Env-v0", "success": "termination", "kwargs": {"g": 9.8}},
+            {"name": "gym", "id": "own:Env-v0", "kwargs": {"g": 1.6}},
+            {"name": "gym", "id": "own:Env-v0", "success": "termination", "kwargs": {"g": 1.6}},
+        ),
+        (
+            {"name": "gym", "id": "Pendulum-v1", "success": "termination"},
+            {"name": "gym", "id": "Pendulum-v0"},
+            {"name": "gym", "id": "Pendulum-v0"},
+        ),
+        (
+            {"name": "gym", "id": "Pendulum-v1", "success": "termination"},
+            {"name": "gym"},
+            {"name": "gym", "id": "Pendulum-v1", "success": "termination"},
+        ),
+        ({"name": "planar", "image_size": 64}, {"name": "planar"}, {"name": "planar", "image_size": 64}),
     ],
 )
 def test_an_override_changes_settings_or_replaces_the_environment(saved, own, override, chosen):

@@ -16,6 +16,7 @@ import time
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
 
@@ -425,14 +426,24 @@ def doubled(observations):
     return {key: 2 * values for key, values in observations.items()}
 
 
-def test_other_numbers_of_the_same_episodes_are_other_data(planar_run, run_command):
-    """They have the same shapes and numbers of episodes, so that only the settings tell that they differ."""
-    data = [f"dataset.path={planar_run}/planar-v0", "dataset.transform=tests.commands.test_commands:doubled"]
+def test_other_numbers_of_the_same_episodes_are_other_data(planar_run, run_command, tmp_path):
+    """They have the same shapes and numbers of episodes."""
+    changed = tmp_path / "planar-v0"
+    shutil.copytree(planar_run / "planar-v0", changed)
+    with h5py.File(changed / "data" / "main_data.hdf5", "r+") as file:
+        file["episode_3/actions"][5] += 0.01
+    transformed = ["dataset.transform=tests.commands.test_commands:doubled", f"dataset.path={planar_run}/planar-v0"]
     same = ["train.batch_size=64", "train.warmup_steps=20", "train.rollout_episodes=2", f"output_dir={planar_run}"]
-    err = run_command("train", "experiment=planar", *same, *data, check=2).stderr
-    assert "was trained with other settings (training: dataset.transform was null)" in err
-    err = run_command("inspect_data", f"checkpoint={planar_run}/checkpoint", *data, check=2).stderr
-    assert "was trained with other settings of its data (dataset.transform was null): give the same" in err
+    values = "the demonstrations held other values"
+    for data, were in (
+        ([f"dataset.path={changed}"], values),
+        (transformed, f"{values}, dataset.transform was null"),
+    ):
+        err = run_command("train", "experiment=planar", *same, *data, check=2).stderr
+        assert f"was trained with other settings (training: {were}): to go on" in err
+        err = run_command("inspect_data", f"checkpoint={planar_run}/checkpoint", *data, check=2).stderr
+        assert f"{values})" in err or f"{values}, dataset.transform was null" in err
+        assert "was trained on other data (" in err
 
 
 def test_bad_input_exits_with_code_2_in_a_real_process(planar_run, run_script):

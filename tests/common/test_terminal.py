@@ -27,8 +27,10 @@ def test_nothing_that_is_printed_controls_the_terminal(capsys):
     with printable_output():
         print("name\x1b[2J\x1b[A\r")
         print("error\x1b]0;title\x07", file=sys.stderr)
+        print("\x1b[33mWARN: outside\x1b[0m", file=sys.stderr)
         list(tqdm(range(2), desc="a\x1b[31m"))
     done = capsys.readouterr()
     assert done.out == "name\\x1b[2J\\x1b[A\\r\n"
     assert done.err.startswith("error\\x1b]0;title\\x07\n")
+    assert done.err.splitlines()[1] == "WARN: outside"
     assert "\x1b" not in done.err.replace("\x1b[A", "")  # which moves a progress bar, as \\r does

@@ -512,7 +512,7 @@ def test_a_damaged_entry_is_built_again(dataset, label):
     dataset(*GOOD)
     (entry,) = dataset.cache.iterdir()
     DAMAGES[label](entry)
-    assert open_cached(entry, {}) is None
+    assert open_cached(entry, "", {}) is None
     assert_good(dataset(*GOOD))
     assert len(dataset.opened) == 2
     assert list(dataset.cache.iterdir()) == [entry]
@@ -596,6 +596,15 @@ def test_what_killed_conversions_left_is_removed_and_what_is_alive_stays(dataset
     assert left == {".building-alive", "old-data"}
 
 
+def test_a_dataset_is_named_as_it_was_given_this_time(dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dataset.path = Path("set.mem")
+    assert dataset(*GOOD).source == "set.mem"
+    dataset.path = tmp_path / "set.mem"
+    assert dataset(*GOOD).source == str(dataset.path)
+    assert len(dataset.opened) == 1  # it was not read again
+
+
 def test_every_changed_byte_of_the_cache_is_noticed(dataset):
     dataset(*GOOD)
     (entry,) = dataset.cache.iterdir()
@@ -605,9 +614,9 @@ def test_every_changed_byte_of_the_cache_is_noticed(dataset):
             changed[place] ^= 4
             whole = file.read_bytes()
             file.write_bytes(changed)
-            assert open_cached(entry, {}) is None
+            assert open_cached(entry, "", {}) is None
             file.write_bytes(whole)
-    assert_good(open_cached(entry, {}))
+    assert_good(open_cached(entry, "", {}))
     file.write_bytes(changed)
     assert_good(dataset(*GOOD))  # converted again
     assert len(dataset.opened) == 2

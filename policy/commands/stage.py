@@ -21,7 +21,7 @@ from policy.common.output import episode_seeds
 from policy.common.plugins import loaded_plugins
 from policy.common.progress import progress
 from policy.rollout.cells import Task
-from policy.rollout.episodes import Controller, Env, MakeEnv, check_num_envs, check_spaces
+from policy.rollout.episodes import Controller, Env, MakeEnv, check_num_envs, check_spaces, describe_clipping
 from policy.rollout.ledger import Ledger
 from policy.rollout.provenance import Provenance, accept_mixture, provenance, with_packages
 from policy.rollout.vector import MakeWorlds, VectorPool
@@ -112,7 +112,14 @@ def set_stage(
     with _probed(make_env, chosen, loaded[0], env_patience, env_vector=env_vector) as probe:
         for checkpoint in loaded:
             check_spaces(checkpoint.policy.config, probe)
-        mismatches = [_mismatch(checkpoint, probe, control_rate) for checkpoint in loaded]
+        mismatches = [
+            sentence
+            for checkpoint in loaded
+            for sentence in (
+                _mismatch(checkpoint, probe, control_rate),
+                describe_clipping(checkpoint.policy, probe),
+            )
+        ]
         action_space, made_with = probe.action_space, provenance(probe, device)
     given = list(dict.fromkeys(filter(None, mismatches)))
     for warning in given:

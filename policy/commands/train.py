@@ -157,7 +157,7 @@ def train_policy(
     paired = True
     if env and world.first:
         rolls_out = bool(train.rollout_every or recipe)
-        found, paired = tried(make_env, env, env_patience, config, rate, rolls_out=rolls_out)
+        found, paired = tried(make_env, env, env_patience, run.state.policy, rate, rolls_out=rolls_out)
         tasks = tasks or found
 
     record_of = partial(

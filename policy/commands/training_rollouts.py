@@ -11,10 +11,9 @@ from typing import Any
 
 from policy.common.control_rate import describe_mismatch, stated_rate
 from policy.diffusion.sampler import Sampler
-from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout.cells import Cell, controllers_of
-from policy.rollout.episodes import Controller, MakeEnv, check_spaces, run_in_process
+from policy.rollout.episodes import Controller, MakeEnv, check_spaces, describe_clipping, run_in_process
 from policy.rollout.probe import unrepeatable
 from policy.rollout.video import record_videos
 from policy.rollout.watch import helpers_ended, watched
@@ -36,7 +35,7 @@ def tried(
     make_env: MakeEnv,
     env: dict[str, Any],
     env_patience: float,
-    config: PolicyConfig,
+    policy: DiffusionPolicy,
     rate: float | None,
     *,
     rolls_out: bool,
@@ -50,11 +49,12 @@ def tried(
         ValueError: its observations or actions are not the policy's.
     """
     with helpers_ended(), watched(make_env, env_patience) as make, closing(make(**env)) as probe:
-        check_spaces(config, probe)
+        check_spaces(policy.config, probe)
+        clipping = describe_clipping(policy, probe)
         mismatch = describe_mismatch(rate, stated_rate(probe.metadata.get("render_fps")))
         unfixed = unrepeatable(probe, ROLLOUT_SEED)[1] if rolls_out else ""
         tasks = getattr(probe.unwrapped, "tasks", None)
-    for warning in filter(None, (mismatch, unfixed)):
+    for warning in filter(None, (mismatch, clipping, unfixed)):
         warnings.warn(warning, stacklevel=3)
     return tasks, not unfixed
 

@@ -10,20 +10,26 @@ from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from policy.common.device import torch_threads
 from policy.common.files import json_text, write_text
-from policy.common.observations import Observation, describe_keys, fitting_keys, plain_key
+from policy.common.observations import Observation, describe_keys, fitting_keys, is_image, plain_key
 from policy.control.receding_horizon import RecedingHorizonController
 from policy.model.config import PolicyConfig
 from policy.model.diffusion_policy import DiffusionPolicy
+from policy.model.normalizer import Normalizer
 from policy.rollout.cells import Cell, Task, controllers_of
 from policy.statistics.results import EpisodeResult
 
 EPISODES_FILE = "episodes.json"
 # The most memory that the frames of one recorded episode may take.
 MAX_FRAME_BYTES = 4 * 10**9
+# An action that is outside of its bounds by this share of their distance is not called so: rounding, a noisy sensor.
+BEYOND = 0.01
+# A message names so many dimensions at most.
+NAMED = 3
 
 Env = gymnasium.Env[Any, Any]
 MakeEnv = Callable[..., Env]
@@ -87,6 +93,33 @@ def check_spaces(config: PolicyConfig, env: Env, names: Mapping[str, str] | None
         )
 
 
+def describe_clipping(policy: DiffusionPolicy, env: Env) -> str | None:
+    """Say which demonstrated actions the environment does not allow, or return None if it allows all.
+
+    Args:
+        policy: the policy; it knows the range of the actions that it learned where they are normalised by it.
+        env: the environment, which clips actions to its bounds.
+    """
+    normalizer, space = policy.action_normalizer, env.action_space
+    if not isinstance(normalizer, Normalizer) or not isinstance(space, gymnasium.spaces.Box):
+        return None
+    low, high = (normalizer.unnormalize(torch.full_like(normalizer.center, end)).cpu().numpy() for end in (-1, 1))
+    span = np.where(np.isfinite(space.high - space.low), space.high - space.low, high - low)
+    outside = np.maximum(space.low - low, high - space.high) > BEYOND * span
+    if not outside.any():
+        return None
+    parts = [
+        f"action[{i}] from {low[i]:.4g} to {high[i]:.4g}, allowed {space.low[i]:.4g} to {space.high[i]:.4g}"
+        for i in np.flatnonzero(outside)
+    ]
+    more = f", and {len(parts) - NAMED} more" if len(parts) > NAMED else ""
+    return (
+        "the demonstrated actions leave the environment's bounds, which cut them off"
+        f" ({'; '.join(parts[:NAMED])}{more}): choose the env= that they were recorded in, or train on actions in its"
+        " units"
+    )
+
+
 def check_num_envs(num_envs: int) -> None:
     """Reject a number of environments below 1.
 
@@ -115,6 +148,16 @@ def _what_fits(wanted: Mapping[str, tuple[int, ...]], env: Env, names: Mapping[s
                 " of ddim-train"
             )
             return f"; {fits}{renamed if any(ours != theirs for ours, theirs in keys.items()) else ''}"
+    shapes = _shapes(env.observation_space)
+    if wanted.items() <= shapes.items():
+        return f"; env=gym fits with env.observation_keys=[{','.join(sorted(wanted))}]"
+    if shapes.items() <= wanted.items():
+        return f"; a policy that was trained with dataset.observation_keys=[{','.join(sorted(shapes))}] fits"
+    if shapes.keys() == wanted.keys():
+        pairs = [(shapes[key], wanted[key]) for key in wanted if shapes[key] != wanted[key]]
+        sides = {side for _, wish in pairs for side in wish[:2]}
+        if len(sides) == 1 and all(is_image(own) and own[2:] == wish[2:] for own, wish in pairs):
+            return f"; env=gym fits with env.image_size={sides.pop()}"
     return ""
 
 

@@ -14,7 +14,7 @@ from policy import ControllerSettings, DiffusionPolicy, PolicyConfig, RecedingHo
 from policy.common.device import torch_threads
 from policy.inference.backends import SamplerProgram
 from policy.rollout.cells import PLAN_BATCH, Cell
-from policy.rollout.episodes import check_spaces, record_episode, run_episodes, run_in_process
+from policy.rollout.episodes import check_spaces, describe_clipping, record_episode, run_episodes, run_in_process
 from policy.statistics.results import EpisodeResult
 
 CONFIG = PolicyConfig(
@@ -291,6 +291,10 @@ class Dictionary(Counter):
     observation_space = gymnasium.spaces.Dict({"a": Counter.observation_space, "b": Counter.observation_space})
 
 
+class Camera(Counter):
+    observation_space = gymnasium.spaces.Dict({"image": gymnasium.spaces.Box(0, 255, (64, 80, 3), np.uint8)})
+
+
 class Several(Counter):
     observation_spaces: ClassVar = {"state": Counter.observation_space, "two": Dictionary.observation_space}
 
@@ -319,12 +323,38 @@ def test_fitting_spaces_are_accepted():
             r"env\.observation=two fits under other names: 'keys=\{a: a, b: box\}' of ddim-import",
         ),
         ({"observation_shapes": {"a": (7,)}}, Several(), r"demonstrations came from$"),
+        ({"observation_shapes": {"a": (3,)}}, Dictionary(), r"; env=gym fits with env\.observation_keys=\[a\]$"),
+        (
+            {"observation_shapes": {"state": (3,), "goal": (2,)}},
+            Counter(),
+            r"; a policy that was trained with dataset\.observation_keys=\[state\] fits$",
+        ),
+        ({"observation_shapes": {"image": (96, 96, 3)}}, Camera(), r"; env=gym fits with env\.image_size=96$"),
+        ({"observation_shapes": {"image": (96, 48, 3)}}, Camera(), r"demonstrations came from$"),
         ({"action_dim": 3}, Counter(), r"actions have shape \(2,\), the policy's \(3,\): choose the env="),
     ],
 )
 def test_spaces_that_do_not_fit_are_refused_naming_both_sides(change, env, message):
     with pytest.raises(ValueError, match=message):
         check_spaces(dataclasses.replace(CONFIG, **change), env)
+
+
+def test_demonstrated_actions_that_an_environment_cuts_off_are_named():
+    policy = DiffusionPolicy(CONFIG)
+    policy.action_normalizer.fit([-0.1, -1e3], [0.2, 1e3])  # the bounds of Counter
+    assert describe_clipping(policy, Counter()) is None
+    policy.action_normalizer.fit([-0.1, -1e3], [0.202, 1e3])  # by rounding
+    assert describe_clipping(policy, Counter()) is None
+    policy.action_normalizer.fit([-0.1, -1e3], [2, 1001])
+    assert r"cut them off (action[0] from -0.1 to 2, allowed -0.1 to 0.2): choose the env=" in (
+        describe_clipping(policy, Counter())
+    )
+    policy.action_normalizer.fit([-9e9, 5], [9e9, 5])
+    free = Counter()
+    free.action_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    assert describe_clipping(policy, free) is None
+    free.action_space = gymnasium.spaces.Box(np.float32([-np.inf, 0]), np.float32([1, 4]), (2,), np.float32)
+    assert "action[0] from -9e+09 to 9e+09, allowed -inf to 1; action[1] from 5 to 5" in describe_clipping(policy, free)
 
 
 def test_the_mapping_that_fits_names_the_observations_of_the_source():

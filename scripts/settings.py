@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ class Task:
                 _check_node(name, value)
         known = inspect.Signature([*parameters.values(), PLUGINS])
         for name in settings.keys() - known.parameters.keys():
-            _refuse_without_its_group(self.name, name, settings)
+            _refuse_without_its_group(self.name, name, settings, self.groups)
         check_arguments(self.name, Declaration(known, ""), settings, prefix="")
         for name, beside in self.goes_with.items():
             others = [other for other in settings if settings[other] is not None and other not in {name, *beside}]
@@ -255,10 +255,14 @@ def _without(names: Sequence[str], declared: Declaration) -> Declaration:
     return Declaration(declared.signature.replace(parameters=kept), declared.doc)
 
 
-def _refuse_without_its_group(where: str, name: str, settings: Settings) -> None:
+def _refuse_without_its_group(where: str, name: str, settings: Settings, groups: Iterable[str]) -> None:
     """Reject an unknown setting that one of the command's groups has, such as `ddim_steps` for `sampler.ddim_steps`."""
+    declared = {group: declaration_of(TARGETS[group]) for group in groups if group in TARGETS}
     for group, node in settings.items():
-        if isinstance(node, dict) and "_target_" in node and name in _declared(group, node).signature.parameters:
+        if isinstance(node, dict) and "_target_" in node:
+            declared[group] = _declared(group, node)
+    for group, declaration in declared.items():
+        if name in declaration.signature.parameters:
             raise ValueError(f"unknown setting of {where} {name!r} (did you mean {group}.{name}=...?)")
 
 

@@ -86,7 +86,8 @@ def open_folder(folder: Path, root: Path | None = None) -> Folder:
     if path.is_file():
         raise ValueError(f"{path} is a file, and a checkpoint is a folder: {OF_ANOTHER_PROJECT} source={path}")
     if not os.path.lexists(path / CONFIG):
-        raise ValueError(f"no checkpoint at {folder}: give the folder that ddim-train names")
+        inside = f", {folder / CHECKPOINT}" if os.path.lexists(folder / CHECKPOINT / CONFIG) else ""
+        raise ValueError(f"no checkpoint at {folder}: give the folder that ddim-train names{inside}")
     root = Path(os.path.realpath(root or path))
     config = read_json(_regular(path, CONFIG, root))
     if "schema_version" not in config and not os.path.lexists(path / CHECKSUMS):

@@ -79,15 +79,15 @@ def describe_best(checkpoint: Path, state: TrainState, rollout_episodes: int) ->
     """
     found = best_entry(checkpoint, state.history)
     if found is None:
-        return "best: not known, because no checkpoint was saved right after a rollout or a validation"
+        return "best saved: not known, because no checkpoint was saved right after a rollout or a validation"
     best, step = checkpoint.with_name(KEPT) / BEST, int(found["step"])
     measure = measured(found, rollout_episodes)
     if step == state.step:
-        return f"best: step {step:,}, the last, {measure}"
+        return f"best saved: step {step:,}, the last, {measure}"
     last = next((entry for entry in state.history if entry["step"] == state.step), {})
     doubt = "" if "rollout/success_rate" in found else BY_LOSS
     return (
-        f"best: step {step:,}, {measure}, kept in {best}; the last: step {state.step:,},"
+        f"best saved: step {step:,}, {measure}, kept in {best}; the last: step {state.step:,},"
         f" {measured(last, rollout_episodes)}{doubt}"
     )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from policy.commands.stage import Stage
+from policy.common.output import check_writable
 from policy.data.minari_writer import check_absent, write_minari
 from policy.data.recording import episode_file, read_episode, unfinished_recording
 from policy.rollout.ledger import Ledger, cell_id
@@ -33,7 +34,7 @@ class RecordSettings:
     successes: bool
 
     def check(self, output_dir: Path | None) -> None:
-        """Refuse a folder without a name, one that exists, or one that the rollout itself writes to.
+        """Refuse a folder without a name, one that exists or cannot be made, or one that the rollout itself writes to.
 
         Args:
             output_dir: the rollout's folder, or None if the user chooses none.
@@ -47,6 +48,7 @@ class RecordSettings:
                 f" {str(self.folder)!r}"
             )
         check_absent(self.folder, SETTING)
+        check_writable(self.folder, SETTING)
         own = (output_dir or Path("outputs/rollout")).expanduser()  # by default a new folder inside
         if self.folder.resolve() in (own.resolve(), *own.resolve().parents):
             raise ValueError(

@@ -68,7 +68,7 @@ def import_checkpoint(
     _write(folder, imported, policy, source, env)
     print(f"checkpoint: {folder}")
     if not env:
-        print("no environment is known: import again with env=..., or choose one with env=... of ddim-sweep")
+        print("no environment is chosen: import again with env=..., or choose one with env=... of ddim-sweep")
         print(next_line("ddim-export", checkpoint=folder))
         return
     own = dict(imported.sampler)

@@ -16,7 +16,7 @@ from policy.checkpoint import (
     next_use,
     read_history,
 )
-from policy.checkpoint.reading import describe_before
+from policy.checkpoint.reading import CHECKSUM, describe_before
 from policy.commands.record import data_facts
 from policy.common.files import as_json, json_text, write_text
 from policy.common.output import output_folder
@@ -160,15 +160,16 @@ def _measured(loaded: Checkpoint, dataset: Demonstrations) -> _Measured:
 def _check_same_data(loaded: Checkpoint, dataset: Demonstrations) -> None:
     """Reject demonstrations that are not those of a policy's training."""
     training, now = loaded.training, as_json(data_facts(dataset, loaded.policy.config.observation_shapes))
+    noted, counts = (training["episodes"], training["transitions"]), (dataset.num_episodes, len(dataset.actions))
     then = {name: training.get(name, value) for name, value in now.items()}  # earlier versions do not note these
-    if were := [describe_before(name, then[name], now[name]) for name in now if then[name] != now[name]]:
-        raise ValueError(f"{loaded.path} was trained on other data ({', '.join(were)}): give the same")
-    noted = (training["episodes"], training["transitions"])
-    if noted != (dataset.num_episodes, len(dataset.actions)):
+    differing = [name for name in now if then[name] != now[name] and (name != CHECKSUM or noted == counts)]
+    if differing:
+        were = ", ".join(describe_before(name, then[name], now[name]) for name in differing)
+        raise ValueError(f"{loaded.path} was trained on other data ({were}): give the same")
+    if noted != counts:
         raise ValueError(
             f"{loaded.path} was trained on {noted[0]} episodes with {noted[1]} transitions, and {dataset.source} has"
-            f" {dataset.num_episodes} with {len(dataset.actions)}: give the dataset and the dataset settings of its"
-            " training"
+            f" {counts[0]} with {counts[1]}: give the dataset and the dataset settings of its training"
         )
 
 

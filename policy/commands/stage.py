@@ -112,16 +112,8 @@ def set_stage(
     with _probed(make_env, chosen, loaded[0], env_patience, env_vector=env_vector) as probe:
         for checkpoint in loaded:
             check_spaces(checkpoint.policy.config, probe)
-        mismatches = [
-            sentence
-            for checkpoint in loaded
-            for sentence in (
-                _mismatch(checkpoint, probe, control_rate),
-                describe_clipping(checkpoint.policy, probe),
-            )
-        ]
+        given = _warnings(loaded, probe, control_rate)
         action_space, made_with = probe.action_space, provenance(probe, device)
-    given = list(dict.fromkeys(filter(None, mismatches)))
     for warning in given:
         warnings.warn(warning, stacklevel=2)
     assert isinstance(action_space, Box)
@@ -149,9 +141,13 @@ def _common_env(loaded: Sequence[Checkpoint], env: dict[str, Any] | None) -> dic
     return chosen[0]
 
 
-def _mismatch(checkpoint: Checkpoint, env: Env, control_rate: float | None) -> str | None:
-    demonstrated = stated_rate(checkpoint.training.get("rate_hz"))
-    return describe_mismatch(demonstrated, stated_rate(env.metadata.get("render_fps")), control_rate)
+def _warnings(loaded: Sequence[Checkpoint], env: Env, control_rate: float | None) -> list[str]:
+    """What of the environment is not as it was in the demonstrations, each sentence once."""
+    rate, found = stated_rate(env.metadata.get("render_fps")), []
+    for checkpoint in loaded:
+        demonstrated = stated_rate(checkpoint.training.get("rate_hz"))
+        found += [describe_mismatch(demonstrated, rate, control_rate), describe_clipping(checkpoint.policy, env)]
+    return list(dict.fromkeys(filter(None, found)))
 
 
 @contextmanager

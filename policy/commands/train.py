@@ -263,7 +263,7 @@ def _say_end(
     for row in expected if run.state.policy.config.objective == DEFAULT_OBJECTIVE else ():
         print("the preset, as it is, reaches: " + ", ".join(f"{name}={value:g}" for name, value in row.items()))
     if record.env is None:
-        print("no environment is known, so there is nothing to roll out in: env=... of ddim-rollout chooses one")
+        print("no environment is chosen, so there is nothing to roll out in: env=... of ddim-rollout chooses one")
     print(next_use(record.folder, record.env, record.sampler))
 
 
@@ -288,9 +288,10 @@ def _describe(run: Run, env: dict[str, Any] | None, start: Start | None, train: 
     if start and run.state.step == 0:
         print(start.described(run.state.policy.config.predicts, train, refit=refit))
     if env is None:
-        several = "envs" in run.training.demonstrations.metadata
-        reason = "the datasets are of different environments" if several else "no environment is known"
-        print(f"{reason}, so there are no rollouts while training: env=... adds them")
+        metadata = run.training.demonstrations.metadata
+        reason = "the datasets are of different environments" if "envs" in metadata else "no environment is chosen"
+        named = f"; the dataset names {metadata['env_name']}" if metadata.get("env_name") else ""
+        print(f"{reason}, so there are no rollouts while training: env=... adds them{named}")
 
 
 def _measure(dataset: Demonstrations, sampler: Sampler, run: Run) -> Rollout | None:
@@ -336,8 +337,7 @@ def _train(
             world=world,
         )
     seconds, steps = time.perf_counter() - began, run.state.step - first_step
-    rate = steps * min(settings.batch_size, len(run.training)) / seconds
-    print(f"{steps} steps in {seconds:.1f} s, {rate:.0f} transitions a second")
+    print(f"{steps} steps in {seconds:.1f} s, with what was measured on the way")
     if skipped := run.state.skipped:
         print(f"{len(skipped)} of {run.state.step} steps skipped, not finite: {', '.join(map(str, skipped))}")
 

@@ -42,3 +42,13 @@ def duration_text(seconds: float) -> str:
     if seconds < 7200:
         return f"{math.ceil(seconds / 60)}min"
     return f"{math.ceil(seconds / 360) / 10:g}h"
+
+
+def exact_text(seconds: float) -> str:
+    """Write a duration exactly, in the greatest unit that leaves no fraction.
+
+    >>> exact_text(150), exact_text(1800), exact_text(7200), exact_text(0.5)
+    ('150s', '30min', '2h', '0.5s')
+    """
+    unit = next((unit for unit in ("h", "min") if seconds % UNITS[unit] == 0), "s")
+    return f"{seconds / UNITS[unit]:g}{unit}"

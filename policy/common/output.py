@@ -35,11 +35,12 @@ def output_folder(output_dir: Path | None, command: str) -> Path:
     return folder
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, setting: str = "output_dir") -> None:
     """Refuse a folder in which no files can be made; nothing is left there, and the folder itself is not made.
 
     Args:
         folder: it, or its nearest parent that exists, is written to.
+        setting: the setting with which the user chooses it, for the message.
 
     Raises:
         ValueError: it is a file, no files can be made in it, or its disk is full.
@@ -51,7 +52,7 @@ def check_writable(folder: Path) -> None:
             trial.flush()
     except OSError as error:
         raise ValueError(
-            f"cannot write to output_dir={folder} ({error.strerror}): choose another, or make room"
+            f"cannot write to {setting}={folder} ({error.strerror}): choose another, or make room"
         ) from error
 
 

@@ -117,6 +117,11 @@ class Request:
         chosen: dict[str, str] = {}
         for name, key in pairs:
             found = next((k for k in (key, prefix + key, of_policy.get(key)) if k in options), None)
+            if found is None and self.observation_keys is None:
+                raise ValueError(
+                    f"there is no {key!r}: choose what to observe, dataset.observation_keys=[...]; there are"
+                    f" {', '.join(sorted(options)) or 'no other arrays'}"
+                )
             if found is None:
                 raise unknown_name("observation key", key, options)
             if name in chosen:
@@ -142,6 +147,11 @@ class Request:
         """
         key = default if self.action_key is None else self.action_key
         options = list(available)
+        if key not in options and self.action_key is None:
+            raise ValueError(
+                f"there is no {key!r}: say which array holds the actions, dataset.action_key=NAME; there are"
+                f" {', '.join(sorted(options)) or 'no arrays'}"
+            )
         if key not in options:
             raise unknown_name("action key", key, options)
         return key

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -147,6 +147,13 @@ def _found(format: str, paths: Sequence[Path]) -> list[Path]:
     return [*places.values()]
 
 
+def _format_hint(format: str, files: Collection[str]) -> str:
+    if FORMATS[format].looks(files):
+        return ""
+    others = [name for name, other in FORMATS.items() if other.looks(files)]
+    return f"; its files look like those of dataset={others[0]}" if others else ""
+
+
 def _check_choice(setting: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise unknown_name(f"value of dataset.{setting}", value, choices)
@@ -270,7 +277,7 @@ class _Reading:
         try:
             return FORMATS[self.format].open(self.path, files, self.request)
         except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from error
+            raise ValueError(f"{self.path}: {error}{_format_hint(self.format, files)}") from error
 
     def _episodes(self, reader: EpisodeReader) -> Generator[tuple[str, Callable[[], list[Episode]]], None, None]:
         """The name of each episode, and a function that reads the demonstrations that are made of it."""

@@ -115,7 +115,8 @@ class Inspection:
     Attributes:
         source: the file or folder.
         format: the format; None if unknown.
-        env: the environment that the file names, or the list of those that several name; None if it names none.
+        env: the settings of the environment that the file names, or its name alone, or the list of those that several
+            files name; None if it names none.
         rate_hz: control steps per second; None if the file does not state it.
         episodes: figures of the episodes as a whole.
         keys: figures of the observations, then of the actions.
@@ -167,7 +168,7 @@ def inspect_dataset(
     return Inspection(
         source=demonstrations.source,
         format=metadata.get("format"),
-        env=metadata.get("env") or metadata.get("envs"),
+        env=metadata.get("env") or metadata.get("envs") or metadata.get("env_name"),
         rate_hz=stated_rate(metadata.get("rate_hz")),
         keys=[key_figures(key, _of_videos(values) if key in demonstrations.frames else values) for key, values in keys],
         episodes=episode_figures(demonstrations),

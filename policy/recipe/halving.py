@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from policy.common.durations import duration_text
+from policy.common.durations import duration_text, exact_text
 
 # Planned are this share of the budget: the machine may become slower.
 SHARE = 0.85
@@ -132,7 +132,7 @@ def plan_halving(costs: Sequence[Cost], budget: float, spent: float, steps: int,
             break
     else:
         raise ValueError(
-            f"recipe.budget={duration_text(budget)} is too small for {len(costs)} recipes, which need"
+            f"recipe.budget={exact_text(budget)} is too small for {len(costs)} recipes, which need"
             f" {duration_text(spent + needed / SHARE)} on this machine: raise it, or choose fewer with"
             " recipe.candidates="
         )

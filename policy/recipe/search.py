@@ -15,7 +15,7 @@ from tqdm import tqdm
 from policy.checkpoint import is_checkpoint
 from policy.checkpoint.files import CHECKPOINT
 from policy.checkpoint.keeping import copy_checkpoint
-from policy.common.durations import duration_text
+from policy.common.durations import duration_text, exact_text
 from policy.common.files import write_text
 from policy.common.interrupt import StopRequest
 from policy.common.progress import progress, say
@@ -378,7 +378,7 @@ class _Search:
         if not rung:
             raise ValueError(
                 f"the budget ended before a single recipe was measured: the same command with output_dir={self.folder}"
-                f" and more than recipe.budget={duration_text(self.budget)} goes on"
+                f" and more than recipe.budget={exact_text(self.budget)} goes on"
             )
         best = ranked(rung)[0]
         if not rung[best].errors:

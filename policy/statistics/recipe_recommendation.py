@@ -173,7 +173,7 @@ def describe_recipes(advice: RecipeRecommendation, names: Sequence[str]) -> str:
     open_cell = advice.cells[advice.undecided]
     helps = "training seeds" if open_cell.seeds_share > 0.5 else "episodes"
     return (
-        f"{text}; {names[advice.undecided]} is undecided: {100 * open_cell.difference:+.1f} points from"
+        f"{text}; {names[advice.undecided]} is undecided: {100 * open_cell.difference:+z.1f} points from"
         f" {names[open_cell.hardest]}, give or take {100 * open_cell.half_width:.1f}; more {helps} would narrow it most"
     )
 

@@ -263,7 +263,7 @@ def between_checkpoints(rows: Sequence[Row], success: Sequence[Sequence[bool]], 
 def _compared(rows: Sequence[Row], number: int, reference: int, found: PairedDifference, episodes: int) -> Row:
     row, slow = rows[number], rows[reference]
     figures = {"difference": found.difference, "difference_low": found.low, "difference_high": found.high}
-    points = "{:+.1f} points (95 %: {:+.1f} to {:+.1f})".format(*(100 * value for value in figures.values()))
+    points = "{:+z.1f} points (95 %: {:+z.1f} to {:+z.1f})".format(*(100 * value for value in figures.values()))
     return {
         "cell": row["cell"],
         "reference": slow["cell"],
@@ -313,7 +313,7 @@ def _rates(row: Row) -> str:
 
 def _difference(row: Row) -> str:
     points = [100 * row[key] for key in ("difference", "difference_low", "difference_high")]
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*points)
+    return "{:+z.1f} ({:+z.1f} to {:+z.1f})".format(*points)
 
 
 def telling_seeds(results: Sequence[Sequence[EpisodeResult]], count: int) -> list[int]:

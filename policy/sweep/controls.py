@@ -76,7 +76,7 @@ def _row(
         "open": f"it is open whether {ours} beats {theirs} on this task, and more episodes or seeds may decide it",
     }[decided.verdict]
     figures = {"difference": found.difference, "difference_low": found.low, "difference_high": found.high}
-    shown = "{:+.1f} points of success ({:+.1f} to {:+.1f}".format(*(100 * value for value in figures.values()))
+    shown = "{:+z.1f} points of success ({:+z.1f} to {:+z.1f}".format(*(100 * value for value in figures.values()))
     together = f" with 95 % for all {cells} cells together" if cells > 1 else " with 95 %"
     return {
         "cell": rows[cell]["cell"],

@@ -112,4 +112,4 @@ def _seen(rows: Sequence[Row], number: int, advice: Advice) -> str:
         found = [-other[key] for key in ("difference", "difference_high", "difference_low")]
         to = f" to {label_of(rows, other)}"
     difference, low, high = (100 * value for value in found)
-    return f"its difference{to} is {difference:+.1f} points ({low:+.1f} to {high:+.1f})"
+    return f"its difference{to} is {difference:+z.1f} points ({low:+z.1f} to {high:+z.1f})"

@@ -552,16 +552,20 @@ def test_the_end_of_a_training_names_the_checkpoint_that_is_kept_as_the_best_and
         return describe_best(folder, state, 50)
 
     state.history.clear()
-    assert said(5).startswith("best: not known, because no checkpoint was saved right after a rollout or a validation")
-    assert said(10, val_loss=0.25) == "best: step 10, the last, validation loss 0.25"
+    assert said(5).startswith(
+        "best saved: not known, because no checkpoint was saved right after a rollout or a validation"
+    )
+    assert said(10, val_loss=0.25) == "best saved: step 10, the last, validation loss 0.25"
     assert said(20, val_loss=0.5).endswith(
-        f"best: step 10, validation loss 0.25, kept in {kept}; the last: step 20, validation loss 0.5;"
+        f"best saved: step 10, validation loss 0.25, kept in {kept}; the last: step 20, validation loss 0.5;"
         " the validation loss does not tell which succeeds more often: compare both in rollouts"
     )
     solved = "rollout success 84% (of 50 episodes)"
-    assert said(8000, rollout_success_rate=0.84, rollout_score_mean=0.9) == f"best: step 8,000, the last, {solved}"
+    assert (
+        said(8000, rollout_success_rate=0.84, rollout_score_mean=0.9) == f"best saved: step 8,000, the last, {solved}"
+    )
     assert said(9000, rollout_success_rate=0.5, rollout_score_mean=0.9).endswith(
-        f"best: step 8,000, {solved}, kept in {kept}; the last: step 9,000, rollout success 50% (of 50 episodes)"
+        f"best saved: step 8,000, {solved}, kept in {kept}; the last: step 9,000, rollout success 50% (of 50 episodes)"
     )
     assert said(9500).endswith("the last: step 9,500, without a measurement")
 

@@ -568,7 +568,7 @@ BAD_DATASETS = {
     "no features": (lambda p: change_info(p, features=[]), "features must state a dtype"),
     "no actions": (
         lambda p: change_info(p, features={KEY: {"dtype": "video", "shape": [96, 96, 3]}}),
-        "unknown action key 'action'",
+        "there is no 'action': say which array holds the actions, dataset.action_key=NAME; there are no arrays",
     ),
     "only actions": (
         lambda p: change_info(p, features={"action": {"dtype": "float32", "shape": [2]}}),

@@ -728,6 +728,15 @@ def test_a_dataset_without_spaces_builds_no_environment(written, tmp_path, monke
     sys.modules.pop("trap", None)
 
 
+@pytest.mark.parametrize("damage", [None, 5, "", "[1]", "{}", '{"id": 5}', 50_000 * "["])
+def test_the_name_of_the_environment_is_read_and_nothing_else_of_it(written, damage):
+    spec = gymnasium.envs.registration.EnvSpec(id="Trap-v0", entry_point="trap:Env")
+    rewrite(written, env_spec=spec.to_json())
+    assert read(written).metadata["env_name"] == "Trap-v0"
+    rewrite(written, env_spec=damage)
+    assert "env_name" not in read(written).metadata
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     space = spaces.Dict(p=VECTOR, mode=spaces.Discrete(3), image=PICTURE)

@@ -735,3 +735,23 @@ def test_a_conversion_that_skipped_bad_episodes_is_found_again_and_refused_to_th
         dataset(*episodes, on_bad_episode="skip")
     with pytest.raises(ValueError, match=r"episode bad: it has no transitions; repair it, or leave bad episodes out"):
         dataset(*episodes)
+
+
+@pytest.mark.parametrize("asked", ["minari", "lerobot", "robomimic", "zarr"])
+def test_another_format_is_recognised_by_its_files(asked, tmp_path):
+    """The file of each format is the one that tests of that format read."""
+    here = Path(__file__).parent
+    (tmp_path / "set" / "meta" / "episode_ends").mkdir(parents=True)
+    (tmp_path / "set" / "meta" / "episode_ends" / "0").touch()
+    (tmp_path / "minari" / "data").mkdir(parents=True)
+    (tmp_path / "minari" / "data" / "metadata.json").write_text("{}")
+    places = {
+        "lerobot": here / "lerobot_v30",
+        "minari": tmp_path / "minari",
+        "robomimic": here / "robomimic.hdf5",
+        "zarr": tmp_path / "set",
+    }
+    for name, place in places.items():
+        if name != asked:
+            with pytest.raises(ValueError, match=rf"; its files look like those of dataset={name}$"):
+                read_demonstrations(format=asked, path=place, cache_dir=tmp_path / "cache")

@@ -49,6 +49,18 @@ def inspected(demonstrations, obs_horizon=2, action_horizon=8, execution_horizon
 # --- figures -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("metadata", "shown"),
+    [
+        ({}, "environment  not named"),
+        ({"env_name": "AdroitHandPen-v1"}, "environment  AdroitHandPen-v1"),
+        ({"env": {"name": "planar"}, "env_name": "Planar"}, "environment  name=planar"),
+    ],
+)
+def test_the_environment_is_shown_as_far_as_the_file_names_it(metadata, shown):
+    assert shown in format_inspection(inspected(laid_out([20, 31], metadata=metadata))).splitlines()
+
+
 @pytest.mark.parametrize("block_rows", [1, 7, 65_536])
 def test_ranges_equal_those_of_the_whole_array(monkeypatch, block_rows):
     monkeypatch.setattr(figures_module, "BLOCK_ROWS", block_rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,9 +20,11 @@ class Format:
             the user's request.
         find: Maps `dataset.path` to the dataset's file or folder. A format whose datasets have names besides paths
             replaces it.
+        looks: Tells by the names of its files whether a dataset may be of this format, for messages.
         has_videos: whether frames may be in videos, which `dataset.decode` is for.
     """
 
     open: Callable[[Path, Mapping[str, Path], Request], EpisodeReader]
     find: Callable[[Path], Path] = Path.expanduser
+    looks: Callable[[Collection[str]], bool] = lambda names: False
     has_videos: bool = False

@@ -101,7 +101,9 @@ def open_robomimic(path: Path, files: Mapping[str, Path], request: Request) -> E
         raise
 
 
-FORMAT = Format(open=open_robomimic)
+FORMAT = Format(
+    open=open_robomimic, looks=lambda names: len(names) == 1 and all(name.endswith((".hdf5", ".h5")) for name in names)
+)
 
 
 def _demos(file: HDF5File) -> list[str]:

@@ -90,8 +90,8 @@ def open_zarr_replay(path: Path, files: Mapping[str, Path], request: Request) ->
     with ExitStack() as stack:
         store = _Store(path, files, stack)
         available = store.arrays("data")
-        keys = request.observations(available, ["state"])
         action_key = request.action(available, "action")
+        keys = request.observations([key for key in available if key != action_key], ["state"])
         arrays = {key: _Rows(store, f"data/{key}", request.budget) for key in (*keys.values(), action_key)}
         _check_constants([arrays[key] for key in keys.values()], arrays[action_key])
         bounds = _read_bounds(store, arrays.values(), request.budget)
@@ -100,7 +100,10 @@ def open_zarr_replay(path: Path, files: Mapping[str, Path], request: Request) ->
         return ZarrReplayReader(arrays, bounds, keys, action_key, stack.pop_all())
 
 
-FORMAT = Format(open=open_zarr_replay)
+FORMAT = Format(
+    open=open_zarr_replay,
+    looks=lambda names: any(name.startswith(f"{ENDS}/") or name.endswith(".zarr.zip") for name in names),
+)
 
 
 def _check_constants(observed: Sequence[_Rows], actions: _Rows) -> None:

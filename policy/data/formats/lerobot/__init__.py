@@ -207,7 +207,7 @@ def open_lerobot(path: Path, files: Mapping[str, Path], request: Request) -> Epi
     )
 
 
-FORMAT = Format(open=open_lerobot, find=find_lerobot, has_videos=True)
+FORMAT = Format(open=open_lerobot, find=find_lerobot, looks=lambda names: INFO in names, has_videos=True)
 
 
 def _streams(request: Request, pictures: Mapping[str, Sequence[int]], lengths: Sequence[int]) -> bool:

@@ -16,7 +16,7 @@ from policy.data.episode import Episode, EpisodeReader, Request
 from policy.data.formats.format import Format
 from policy.data.formats.minari.finding import find_minari
 from policy.data.formats.minari.leaves import ACTIONS, Leaf, observed_leaves, shape_of, values_of
-from policy.data.formats.minari.metadata import read_environment, read_metadata, read_space
+from policy.data.formats.minari.metadata import METADATA, read_env_name, read_environment, read_metadata, read_space
 from policy.data.formats.minari.storage import Storage, open_storage
 from policy.data.minari_writer import RATE_KEY
 
@@ -52,6 +52,8 @@ def open_minari(path: Path, files: Mapping[str, Path], request: Request) -> Epis
         raise ValueError(f"its actions are {action.space}; a diffusion policy denoises continuous actions (a Box)")
     observations = observed_leaves(read_space(metadata, "observation_space"), request)
     said: dict[str, Any] = {"env": read_environment(metadata)}
+    if (name := read_env_name(metadata)) is not None:
+        said["env_name"] = name
     if rate := stated_rate(metadata.get(RATE_KEY)):
         said["rate_hz"] = rate
     if isinstance(metadata.get("dataset_id"), str):
@@ -69,7 +71,7 @@ def open_minari(path: Path, files: Mapping[str, Path], request: Request) -> Epis
     return MinariReader(storage, observations=observations, action=action, clip=clip, said=said)
 
 
-FORMAT = Format(open=open_minari, find=find_minari)
+FORMAT = Format(open=open_minari, find=find_minari, looks=lambda names: METADATA in names)
 
 
 class MinariReader:

@@ -12,6 +12,8 @@ from minari.serialization import deserialize_space
 
 from policy.data.minari_writer import ENV_KEY
 
+METADATA = "data/metadata.json"
+
 
 def read_metadata(files: Mapping[str, Path]) -> dict[str, Any]:
     """Read the file, of which the two spaces are there.
@@ -19,15 +21,15 @@ def read_metadata(files: Mapping[str, Path]) -> dict[str, Any]:
     Raises:
         ValueError: there is none, or it is damaged.
     """
-    if "data/metadata.json" not in files:
-        inner = [name.removesuffix("/data/metadata.json") for name in files if name.endswith("/data/metadata.json")]
+    if METADATA not in files:
+        inner = [name.removesuffix(f"/{METADATA}") for name in files if name.endswith(f"/{METADATA}")]
         meant = f", such as {inner[0]} in it" if inner else ""
         raise ValueError(
             "no Minari dataset is there (it has no data/metadata.json): set dataset.path to the folder that holds data/"
             + meant
         )
     try:
-        metadata = json.loads(files["data/metadata.json"].read_text())
+        metadata = json.loads(files[METADATA].read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"data/metadata.json is damaged ({error}): fetch it again") from error
     # If the spaces are missing, Minari would import and build the environment that the file names.
@@ -50,6 +52,15 @@ def read_space(metadata: Mapping[str, Any], key: str) -> gymnasium.Space[Any]:
         return deserialize_space(metadata[key])
     except Exception as error:  # Minari does not check its input: each kind of damage raises another exception
         raise ValueError(f"{key} in data/metadata.json is not a space that Minari knows ({error!r})") from error
+
+
+def read_env_name(metadata: Mapping[str, Any]) -> str | None:
+    """The id of the Gymnasium environment that the dataset names, or None; the environment itself is not made."""
+    try:
+        name = json.loads(metadata["env_spec"])["id"]
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError):  # training does not need it
+        return None
+    return name if isinstance(name, str) else None
 
 
 def read_environment(metadata: Mapping[str, Any]) -> dict[str, Any] | None:

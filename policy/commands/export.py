@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from policy.common.files import json_text, write_text
 from policy.common.next_line import next_line
 from policy.common.observations import is_image
 from policy.common.output import output_folder
+from policy.control.timeline import check_execution_horizon
 from policy.diffusion.sampler import Sampler
 from policy.inference.backends import DEFAULT_WEIGHTS, SamplerProgram, check_weights, compile_sampler
 from policy.inference.onnx_backend import Onnx
@@ -52,6 +54,7 @@ def export_policy(
     format: str = "onnx",
     weights: str = DEFAULT_WEIGHTS,
     sampler: partial[Sampler],
+    execution_horizon: int | None = None,
     output_dir: Path | None = None,
 ) -> None:
     """Export a checkpoint, with its sampler settings, for programs that have no torch.
@@ -61,6 +64,7 @@ def export_policy(
         format: `onnx`.
         weights: `float32`, or `int8` for the matrices, which is faster but changes the actions.
         sampler: sampling settings, which are fixed in the exported model; those that are left open are as in training.
+        execution_horizon: actions that are executed before the next plan, for `export.json`; by default as in training.
         output_dir: receives the files; by default a new folder under outputs/export.
 
     Raises:
@@ -70,6 +74,9 @@ def export_policy(
         raise unknown_name("format", format, EXPORT_FORMATS)
     check_weights(weights)
     loaded = load_checkpoint(checkpoint)
+    if execution_horizon is not None:
+        check_execution_horizon(execution_horizon, loaded.policy.config.action_horizon)
+        loaded = replace(loaded, execution_horizon=execution_horizon)
     chosen = loaded.sampler_with(sampler.keywords)
     if chosen.warm_start is not None:
         raise ValueError(

@@ -297,10 +297,11 @@ def allowed_loss(pairs: Pairs, margin: float, level: ArrayLike, episodes: int) -
     """(..., K, K) about the greatest loss of success rate that `non_inferiority_test` still rejects at `level`.
 
     This is the normal approximation of Nam (1997, Biometrics 53, 1422-1430), for the rate of discordant episodes that
-    was observed so far and this number of episodes.
+    was observed so far and this number of episodes, rounded down to a whole number of episodes.
     """
     deviation = null_deviation(pairs.discordant, margin)
-    return margin + ndtri(np.asarray(level)) * deviation / math.sqrt(episodes)
+    loss = margin + ndtri(np.asarray(level)) * deviation / math.sqrt(episodes)
+    return np.floor(loss * episodes + 1e-9) / episodes
 
 
 def ranks(cost: Sequence[float], cells: int) -> Array:

@@ -202,12 +202,19 @@ def test_an_export_whose_actions_are_not_the_policys_is_not_written(small_checkp
 
 
 @pytest.mark.slow  # one more trace
-def test_a_multistep_solver_and_its_starting_point_are_in_the_model(small_checkpoint, example, tmp_path):
+def test_a_multistep_solver_its_starting_point_and_another_horizon_are_exported(small_checkpoint, example, tmp_path):
     settings = {"ddim_steps": 3, "solver": "dpmpp_2m", "start": 0.8, "noise_scale": 0.5}
     sampler = Sampler(**settings)
-    export_policy(checkpoint=small_checkpoint, sampler=partial(Sampler, **settings), output_dir=tmp_path / "export")
+    export_policy(
+        checkpoint=small_checkpoint,
+        sampler=partial(Sampler, **settings),
+        execution_horizon=3,
+        output_dir=tmp_path / "export",
+    )
     exported = example.ExportedPolicy(tmp_path / "export")
     assert Sampler(**exported.about["sampler"]) == sampler
+    assert exported.about["execution_horizon"] == 3
+    assert load_checkpoint(small_checkpoint).execution_horizon != 3
     given = dict(np.load(tmp_path / "export/example_input.npz"))
     program = compile_sampler(load_checkpoint(small_checkpoint).policy, sampler, backend="eager")
     assert np.allclose(exported(given), export_module.run_on(program, given), atol=1e-4)
@@ -222,6 +229,8 @@ def test_settings_that_do_not_fit_are_refused_in_a_sentence(checkpoint):
         export_policy(checkpoint=checkpoint, weights="int4", sampler=partial(Sampler))
     with pytest.raises(ValueError, match=r"ddim_steps must be a whole number within 1..100"):
         export_policy(checkpoint=checkpoint, sampler=partial(Sampler, ddim_steps=101))
+    with pytest.raises(ValueError, match=r"execution_horizon must be within 1\.\.8; got 9"):
+        export_policy(checkpoint=checkpoint, sampler=partial(Sampler), execution_horizon=9)
 
 
 def test_the_command_says_how_to_run_what_it_wrote_and_refuses_in_a_sentence(exported, run_command, tmp_path):

@@ -495,7 +495,7 @@ def test_few_episodes_give_no_recommendation_even_of_the_best_seen():
     assert (answer.cell, answer.best, answer.undecided) == (None, 0, 0)
     assert describe(answer, NAMES) == (
         "no cell is shown to be not worse than the best by 5 points (95 % sure); a is 10.0 points above b, and would"
-        " have to be at least about 16.8 points above it (10 episodes)"
+        " have to be at least about 20.0 points above it (10 episodes)"
     )
 
 

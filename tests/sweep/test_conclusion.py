@@ -339,7 +339,8 @@ def test_checkpoints_are_compared_at_their_cheapest_cell_with_the_first_ones_mos
     assert (found["difference_low"], found["difference_high"]) == (pytest.approx(low), pytest.approx(high))
     assert found["sentence"] == (
         "ddim_steps 1, checkpoint fast differs from ddim_steps 100, checkpoint slow by -1.0 points (95 %:"
-        f" {100 * low:+z.1f} to {100 * high:+z.1f}) of success, over 400 episodes; a chunk takes 0.5 ms instead of 50.0."
+        f" {100 * low:+z.1f} to {100 * high:+z.1f}) of success, over 400 episodes; a chunk takes 0.5 ms instead of"
+        " 50.0."
     )
     assert (third["cell"], third["difference"]) == ("third2", pytest.approx(0.05))
     wide = compared_cells(*cells, paired=False)[0]

@@ -27,7 +27,7 @@ from policy.common.device import torch_threads
 from policy.common.files import json_text, write_text
 from policy.common.next_line import next_line
 from policy.common.output import output_folder
-from policy.common.progress import progress
+from policy.common.progress import progress, say
 from policy.control.real_time import Pace, RealTimeController, format_timing, summarize_timing
 from policy.control.receding_horizon import RecedingHorizonController
 from policy.control.timeline import ControllerSettings
@@ -276,4 +276,4 @@ def _record(controller: RecedingHorizonController, stage: Stage, seeds: Sequence
         return folder / f"episode_{result.seed}_{'success' if result.success else 'failure'}.mp4"
 
     for _, file in filmed(stage, [(controller, seed) for seed in seeds], file_of):
-        print(f"video: {file}")
+        say(f"video: {file}")

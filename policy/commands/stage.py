@@ -19,7 +19,7 @@ from policy.common.device import check_device
 from policy.common.errors import WorkerError
 from policy.common.output import episode_seeds
 from policy.common.plugins import loaded_plugins
-from policy.common.progress import progress
+from policy.common.progress import progress, say
 from policy.rollout.cells import Task
 from policy.rollout.episodes import Controller, Env, MakeEnv, check_num_envs, check_spaces, describe_clipping
 from policy.rollout.ledger import Ledger
@@ -341,7 +341,7 @@ def filmed(
         with helpers_ended(), watched(stage.make_env, stage.env_patience) as make_env:
             yield from record_videos(make_env, takes, file_of)
     except Exception as error:  # an environment need not know how to draw, and the results are there
-        print(f"no video: {error}")
+        say(f"no video: {error}")
 
 
 def stop_if_broken(result: EpisodeResult, on_env_error: OnEnvError) -> None:

@@ -117,6 +117,7 @@ def test_keys_are_chosen_by_option():
         ({"id": "Pendulun-v1"}, ["'Pendulun-v1'", "Did you mean 'Pendulum-v1'?"]),
         ({"id": "Pendulum-v99"}, ["'Pendulum-v99'", "Did you mean 'Pendulum-v1'?"]),
         ({"id": "no_such_module:Thing-v0"}, ["no_such_module"]),
+        ({"id": "no_such_module.py:Thing-v0"}, ["Write it without '.py': no_such_module:Thing-v0."]),
         ({"id": "envs_test/Counter-v0", "kwargs": {"ofset": 1}}, ["ofset"]),
         ({"id": "envs_test/Counter-v0", "succes": "termination"}, ["Did you mean 'success'?"]),
     ],

@@ -32,6 +32,7 @@ from policy.checkpoint.files import (
     refusing,
 )
 from policy.common.arguments import at_home, check_arguments
+from policy.common.files import as_json
 from policy.common.registry import Registry
 from policy.diffusion.coefficients import SOLVERS
 from policy.diffusion.objective import DEFAULT_OBJECTIVE
@@ -253,7 +254,7 @@ def resume_training(
         changes: dict[str, Any] = {}
         now = {"policy": config_to_json(state.policy.config), "training": dict(training), "rollouts": rollouts}
         for part in before:
-            then, after = _as_json(before[part]), _as_json(now[part])
+            then, after = as_json(before[part]), as_json(now[part])
             differ = {key: then[key] for key in sorted(then.keys() & after.keys()) if then[key] != after[key]}
             changes |= differ
             if refused := [key for key in differ if not _may_change(key, then, after)]:
@@ -428,7 +429,3 @@ def _at_most(tensors: Mapping[str, torch.Tensor], path: Path | str, stated_in: s
 
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def _as_json(data: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(json.loads(json.dumps(data)))

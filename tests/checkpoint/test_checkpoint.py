@@ -188,6 +188,13 @@ def test_resuming_with_other_settings_is_refused(demonstrations, saved):
         resume_training(saved, new_run(demonstrations, other).state, RECORD)
 
 
+def test_a_setting_that_is_not_finite_is_the_same_after_it_was_stored(run, demonstrations, tmp_path):
+    """JSON has no infinity: it is stored as null."""
+    noted = {**RECORD, "learning_rate": float("inf")}
+    save_checkpoint(tmp_path / "c", run.state, training=noted, env=None, execution_horizon=4, sampler=SAMPLER)
+    assert resume_training(tmp_path / "c", new_run(demonstrations).state, noted) == {}
+
+
 def test_demonstrations_may_have_moved_if_their_values_are_noted(demonstrations, saved):
     noted = {"dataset": "/one/demos", "dataset.checksum": "0badcafe"}
     edit(saved, lambda config: config["training"].update(noted))

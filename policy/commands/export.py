@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from policy.checkpoint import Checkpoint, load_checkpoint
-from policy.common.arguments import unknown_name
+from policy.common.arguments import check_choice
 from policy.common.control_rate import stated_rate
 from policy.common.files import json_text, write_text
 from policy.common.next_line import next_line
@@ -70,8 +70,7 @@ def export_policy(
     Raises:
         ValueError: settings that do not fit, a missing package, or a model whose actions differ from the policy's.
     """
-    if format not in EXPORT_FORMATS:
-        raise unknown_name("format", format, EXPORT_FORMATS)
+    check_choice("format", format, EXPORT_FORMATS)
     check_weights(weights)
     loaded = load_checkpoint(checkpoint)
     if execution_horizon is not None:

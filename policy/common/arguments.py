@@ -39,6 +39,22 @@ def unknown_name(what: str, name: str, allowed: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {what} {name!r}{did_you_mean(name, options)}; allowed: {', '.join(options) or 'none'}")
 
 
+def check_choice(setting: str, value: object, allowed: Iterable[str]) -> None:
+    """Refuse a value of a setting that takes one of a few names.
+
+    Args:
+        setting: the setting, as the user writes it.
+        value: its value.
+        allowed: the names.
+
+    Raises:
+        ValueError: it is none of them; the message has the nearest one.
+    """
+    options = list(allowed)
+    if value not in options:
+        raise unknown_name(setting, str(value), options)
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the option that is nearest to a name, or nothing where none is near."""
     nearest = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)

@@ -19,7 +19,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from policy.common.arguments import unknown_name
+from policy.common.arguments import check_choice
 
 Chunk = NDArray[np.float32]
 Mode = Literal["synchronous", "asynchronous", "continuous"]
@@ -56,8 +56,7 @@ class ControllerSettings:
 
     def __post_init__(self) -> None:
         for name, value, allowed in (("mode", self.mode, get_args(Mode)), ("late", self.late, get_args(Late))):
-            if value not in allowed:
-                raise unknown_name(f"controller.{name}", value, allowed)
+            check_choice(f"controller.{name}", value, allowed)
         if self.delay_steps < 0:
             raise ValueError(f"controller.delay_steps must be 0 or more; got {self.delay_steps}")
         if self.candidates < 1:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from policy.common.arguments import unknown_name
+from policy.common.arguments import check_choice
 from policy.common.machine import available_cores
 from policy.common.modules import failures_named
 from policy.common.observations import is_image
@@ -95,8 +95,8 @@ def read_demonstrations(
     """
     if format not in FORMATS:
         raise FORMATS.unknown(format)
-    _check_choice("on_bad_episode", on_bad_episode, ("error", "skip"))
-    _check_choice("on_action_outside", on_action_outside, ("error", "clip"))
+    check_choice("dataset.on_bad_episode", on_bad_episode, ("error", "skip"))
+    check_choice("dataset.on_action_outside", on_action_outside, ("error", "clip"))
     functions = [name for name, given in (("relabel", relabel), ("transform", transform)) if given]
     chosen = _check_decode(decode, format, functions)
     for name, value in (("max_episodes", max_episodes), ("image_size", image_size), ("max_bytes", max_bytes)):
@@ -154,11 +154,6 @@ def _format_hint(format: str, files: Collection[str]) -> str:
     return f"; its files look like those of dataset={others[0]}" if others else ""
 
 
-def _check_choice(setting: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise unknown_name(f"value of dataset.{setting}", value, choices)
-
-
 def _check_decode(decode: str | None, format: str, functions: Sequence[str]) -> str | None:
     """Check `dataset.decode`, and return it, or `cache` where functions need whole episodes and it is left open.
 
@@ -167,7 +162,7 @@ def _check_decode(decode: str | None, format: str, functions: Sequence[str]) -> 
     """
     if decode is None:
         return "cache" if functions else None
-    _check_choice("decode", decode, ("cache", "stream"))
+    check_choice("dataset.decode", decode, ("cache", "stream"))
     if decode == "stream" and not FORMATS[format].has_videos:
         raise ValueError(
             f"dataset.decode=stream is for videos, and datasets of the format {format} have none: leave it out"

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from policy.common.arguments import check_choice
 from policy.diffusion.coefficients import ddim_coefficients, ddim_sigma, reverse_process, scaled_table
 from policy.diffusion.schedule import NoiseSchedule
 
@@ -65,8 +66,7 @@ def check_spacing(spacing: str) -> None:
     Raises:
         ValueError: an unknown name; the message lists the allowed ones.
     """
-    if spacing not in SPACINGS:
-        raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}; got {spacing!r}")
+    check_choice("spacing", spacing, SPACINGS)
 
 
 def ddim_timesteps(num_steps: int, ddim_steps: int, spacing: str = "trailing") -> Tensor:

@@ -10,6 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from policy.common.arguments import check_choice
+
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 LossWeighting = Literal["none", "min_snr"]
 
@@ -213,8 +215,7 @@ def check_prediction_type(prediction_type: str) -> None:
     Raises:
         ValueError: an unknown name; the message lists the allowed ones.
     """
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}")
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
 
 
 def check_signal(alpha_cumprod: Tensor, prediction_type: str) -> None:
@@ -240,8 +241,7 @@ def check_loss_weighting(loss_weighting: str, gamma: float) -> None:
     Raises:
         ValueError: an unknown name, or a gamma that is not positive and finite.
     """
-    if loss_weighting not in LOSS_WEIGHTINGS:
-        raise ValueError(f"loss_weighting must be one of {', '.join(LOSS_WEIGHTINGS)}; got {loss_weighting!r}")
+    check_choice("loss_weighting", loss_weighting, LOSS_WEIGHTINGS)
     if not 0 < gamma < math.inf:
         raise ValueError(f"min_snr_gamma must be a number above 0; got {gamma}")
 
@@ -350,8 +350,7 @@ def make_schedule(
         >>> schedule.num_steps, schedule.alphas_cumprod[-1].item() < 1e-4
         (100, True)
     """
-    if beta_schedule not in _BETAS:
-        raise ValueError(f"beta_schedule must be one of {', '.join(_BETAS)}; got {beta_schedule!r}")
+    check_choice("beta_schedule", beta_schedule, _BETAS)
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
         raise ValueError(f"num_steps must be a whole number of 1 or more; got {num_steps!r}")
     if not 0 < beta_start <= beta_end < 1:

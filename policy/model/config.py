@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from policy.common.arguments import check_arguments, unknown_name
+from policy.common.arguments import check_arguments, check_choice
 from policy.common.observations import places_by_key
 from policy.diffusion.objective import DEFAULT_OBJECTIVE, OBJECTIVES, check_objective, check_of_diffusion
 from policy.diffusion.schedule import check_loss_weighting, check_prediction_type
@@ -91,8 +91,7 @@ class PolicySettings:
                 f"sigma_data={self.sigma_data} hides noise from the network, so that it cannot predict it: use"
                 f" prediction_type=sample; got prediction_type={self.prediction_type}"
             )
-        if self.normalizer not in NORMALIZERS:
-            raise unknown_name("normalizer", self.normalizer, NORMALIZERS)
+        check_choice("normalizer", self.normalizer, NORMALIZERS)
         for name, least in (("obs_horizon", 1), ("action_horizon", 1), ("past_actions", 0), ("obs_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be {least} or more; got {getattr(self, name)}")

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from policy.common.arguments import check_choice
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
@@ -108,8 +110,7 @@ class TrainSettings:
             ("precision", ("float32", "bfloat16")),
             ("on_bad_loss", ("stop", "skip")),
         ):
-            if getattr(self, name) not in options:
-                raise ValueError(f"train.{name} must be one of {', '.join(options)}; got {getattr(self, name)!r}")
+            check_choice(f"train.{name}", getattr(self, name), options)
 
     @property
     def phase_lengths(self) -> list[int]:

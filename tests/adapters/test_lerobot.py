@@ -158,7 +158,7 @@ def changed(folder, tmp_path, **settings):
         (TINY, {"down_dims": [16, 64]}, "do not fit"),
         (TINY, {"kernel_size": 4}, "kernel_size must be odd"),
         (TINY, {"n_groups": 3}, "multiple of groups=3"),
-        (TINY, {"prediction_type": "flow"}, "prediction_type must be one of"),
+        (TINY, {"prediction_type": "flow"}, "unknown prediction_type 'flow'"),
         (TINY, {"n_action_steps": 40}, "execution_horizon must be within 1..15"),
         (TINY, {"n_obs_steps": 1}, "do not fit"),
         (TINY, {"input_features": {"observation.state": {"type": "STATE", "shape": [2]}}}, "must observe a picture or"),

@@ -422,7 +422,7 @@ def test_max_episodes_takes_the_first_good_ones(dataset):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"on_bad_episode": "skp"}, r"unknown value of dataset.on_bad_episode 'skp' \(did you mean 'skip'\?\)"),
+        ({"on_bad_episode": "skp"}, r"unknown dataset.on_bad_episode 'skp' \(did you mean 'skip'\?\)"),
         ({"max_episodes": 0}, "dataset.max_episodes must be 1 or more; got 0"),
         ({"image_size": 0}, "dataset.image_size must be 1 or more; got 0"),
     ],

@@ -199,7 +199,7 @@ def test_a_schedule_that_ends_without_signal_has_a_table_where_the_network_can_b
 
 
 def test_an_unknown_prediction_type_has_no_table():
-    with pytest.raises(ValueError, match="epsilon, sample, v_prediction; got 'x0'"):
+    with pytest.raises(ValueError, match=r"unknown prediction_type 'x0'.*; allowed: epsilon, sample, v_prediction"):
         ddim_coefficients(make_schedule(num_steps=20), ddim_timesteps(20, 4), 0.0, "x0")
 
 

@@ -836,7 +836,7 @@ def step_with(**changes):
         ({"clip": 0.0}, r"clip must be positive.*got 0\.0"),
         ({"clip": -1.0}, r"clip must be positive.*got -1\.0"),
         ({"clip": math.nan}, r"clip must be positive.*got nan"),
-        ({"prediction_type": "noise"}, "epsilon, sample, v_prediction; got 'noise'"),
+        ({"prediction_type": "noise"}, "unknown prediction_type 'noise'.*; allowed: epsilon, sample, v_prediction"),
         ({"predicted": randn(2, 6)}, r"\(2, 6\).*\(2, 3, 2\)"),
         ({"predicted": randn(1, 3, 2)}, r"\(1, 3, 2\).*\(2, 3, 2\)"),
         ({"eta": 1.0, "noise": randn(3, 2)}, r"noise.*\(3, 2\)"),  # would be shared by all rows
@@ -851,10 +851,10 @@ def test_a_step_refuses_what_it_cannot_mean(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"spacing": "quad"}, "trailing, leading, linspace; got 'quad'"),
+        ({"spacing": "quad"}, "unknown spacing 'quad'.*; allowed: leading, linspace, trailing"),
         ({"eta": 2.0}, "eta must lie within 0"),
         ({"clip": 0.0}, "clip must be positive"),
-        ({"prediction_type": "x0"}, "epsilon, sample, v_prediction; got 'x0'"),
+        ({"prediction_type": "x0"}, "unknown prediction_type 'x0'.*; allowed: epsilon, sample, v_prediction"),
     ],
 )
 def test_sampling_refuses_unknown_settings(changes, message):

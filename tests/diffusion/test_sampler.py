@@ -17,7 +17,7 @@ from policy.diffusion.schedule import make_schedule
     [
         ({"ddim_steps": 0}, r"ddim_steps must be .*1.*got 0"),
         ({"eta": 1.5}, "eta must lie within 0"),
-        ({"spacing": "karras"}, "trailing, leading, linspace; got 'karras'"),
+        ({"spacing": "karras"}, "unknown spacing 'karras'.*; allowed: leading, linspace, trailing"),
         ({"clip": 0.0}, "clip must be positive"),
         ({"clip": float("nan")}, "clip must be positive"),
         ({"start": 0.0}, "start must be above 0 and at most 1; got 0.0"),

@@ -499,7 +499,7 @@ def test_another_number_of_generators_than_rows_is_refused(count):
         ({"ddim_steps": 0}, r"within 1\.\.100 .*got 0"),
         ({"ddim_steps": 101}, r"within 1\.\.100 .*got 101"),
         ({"eta": 1.5}, "eta must lie"),
-        ({"spacing": "x"}, "trailing, leading, linspace; got 'x'"),
+        ({"spacing": "x"}, "unknown spacing 'x'.*; allowed: leading, linspace, trailing"),
         ({"clip": -1.0}, "clip must be positive"),
     ],
 )
@@ -605,9 +605,12 @@ def test_weights_without_statistics_do_not_load(key):
         ({"denoiser": {"name": "modulated_mlp", "action_dim": 3}}, r"denoiser\.action_dim follows from the rest"),
         ({"encoder": {"name": "state", "obs_size": 3}}, r"encoder\.obs_size follows from the rest"),
         ({"schedule": {"num_step": 3}}, r"setting of schedule 'num_step' \(did you mean 'num_steps'\?\)"),
-        ({"schedule": {"beta_schedule": "cosine"}}, "linear, squaredcos_cap_v2; got 'cosine'"),
-        ({"prediction_type": "eps"}, "epsilon, sample, v_prediction; got 'eps'"),
-        ({"loss_weighting": "minsnr"}, "loss_weighting must be one of none, min_snr; got 'minsnr'"),
+        (
+            {"schedule": {"beta_schedule": "cosine"}},
+            "unknown beta_schedule 'cosine'.*; allowed: linear, squaredcos_cap_v2",
+        ),
+        ({"prediction_type": "eps"}, "unknown prediction_type 'eps'.*; allowed: epsilon, sample, v_prediction"),
+        ({"loss_weighting": "minsnr"}, "unknown loss_weighting .minsnr. .did you mean .min_snr...."),
         ({"min_snr_gamma": 0.0}, "min_snr_gamma must be a number above 0; got 0.0"),
         ({"min_snr_gamma": math.nan}, "min_snr_gamma must be a number above 0; got nan"),
         (

@@ -237,7 +237,7 @@ def test_in_bfloat16_the_loss_falls_as_far_and_the_weights_stay_float32():
 
 @pytest.mark.parametrize(("name", "value"), [("precision", "float16"), ("on_bad_loss", "ignore")])
 def test_a_word_that_is_no_option_is_refused_with_the_options(name, value):
-    with pytest.raises(ValueError, match=rf"train\.{name} must be one of \w+, \w+; got '{value}'"):
+    with pytest.raises(ValueError, match=rf"unknown train\.{name} '{value}'.*; allowed: \w+, \w+"):
         TrainSettings(**{name: value})
 
 

@@ -62,7 +62,7 @@ def _only(policy, place, batch, timestep, noise):
 
 
 def test_another_name_of_weights_is_refused():
-    with pytest.raises(ValueError, match=r"train\.action_weights must be one of equal, spread; got 'even'"):
+    with pytest.raises(ValueError, match=r"unknown train\.action_weights 'even'; allowed: equal, spread"):
         TrainSettings(action_weights="even")
 
 

@@ -30,7 +30,7 @@ from policy.rollout.ledger import Ledger
 from policy.rollout.watch import ENV_PATIENCE
 from policy.statistics.results import EpisodeResult
 from policy.sweep.conclusion import Conclusion, Swept, conclude, telling_seeds, title_of
-from policy.sweep.grid import SweepCell, axis_values, fixed_calls, ids_of, make_cells, repeats_of_ddim, with_backends
+from policy.sweep.grid import SweepCell, axis_values, fixed_calls, ids_of, make_cells, repeats, with_backends
 from policy.sweep.live import LivePage, live_page
 from policy.sweep.looks import LEDGER, LookPlan, counted_results, planned_looks
 from policy.sweep.merging import read_swept
@@ -233,7 +233,8 @@ def _cells_of(
     cells = make_cells(stage.checkpoints, stage.env, sampler=sampler, **axes)
     steps = axis_values("ddim_steps", axes["ddim_steps"])
     solvers = axis_values("sampler.solver", sampler.get("solver", Sampler.solver))
-    for said in (*fixed_calls(stage.checkpoints), *repeats_of_ddim(steps, solvers)):
+    etas = axis_values("sampler.eta", sampler.get("eta", Sampler.eta))
+    for said in (*fixed_calls(stage.checkpoints), *repeats(steps, solvers, etas)):
         print(said)
     return cells
 

@@ -95,7 +95,7 @@ def make_cells(
     Returns:
         The cells; `ddim_steps` changes fastest. A checkpoint whose objective does not have a setting of the sampler has
         no such axis: with a fixed number of calls, it has one cell where others have a cell for each number of steps. A
-        solver that is `ddim` with few steps has no cell there beside that of `ddim`.
+        solver that is `ddim` with few steps has no cell there beside that of `ddim`, nor has `eta` with one step.
 
     Raises:
         ValueError: an axis that is empty, repeats a value or holds one that does not fit any checkpoint; an unknown
@@ -125,7 +125,7 @@ def make_cells(
     ]
     check_distinct(cells)
     every = [one.cell for one in cells]
-    return [one for one in cells if not _repeats_ddim(one.cell, every)]
+    return [one for one in cells if (plain := _plain(one.cell)) == one.cell or plain not in every]
 
 
 def _combinations(axes: Mapping[str, Sequence[Any]], objective: str) -> list[Row]:
@@ -138,13 +138,14 @@ def _combinations(axes: Mapping[str, Sequence[Any]], objective: str) -> list[Row
     return [dict(zip(own, values, strict=True)) for values in itertools.product(*own.values())]
 
 
-def _repeats_ddim(cell: Cell, cells: Sequence[Cell]) -> bool:
-    """Whether a cell of another solver takes the steps of one with `ddim` that is there as well."""
+def _plain(cell: Cell) -> Cell:
+    """The cell that gives the same actions, to the bit, with the solver `ddim` or without noise on the way."""
     sampler = cell.sampler
-    return (
-        takes_steps_of_ddim(sampler.solver, sampler.ddim_steps)
-        and dataclasses.replace(cell, sampler=dataclasses.replace(sampler, solver="ddim")) in cells
-    )
+    if takes_steps_of_ddim(sampler.solver, sampler.ddim_steps):
+        sampler = dataclasses.replace(sampler, solver="ddim")
+    if sampler.ddim_steps == 1:  # the last step never adds noise
+        sampler = dataclasses.replace(sampler, eta=0.0)
+    return dataclasses.replace(cell, sampler=sampler)
 
 
 def _check_one_has(axes: Mapping[str, Sequence[Any]], objectives: Sequence[str]) -> None:
@@ -160,14 +161,19 @@ def _check_one_has(axes: Mapping[str, Sequence[Any]], objectives: Sequence[str])
                 alone.settled(objectives[0], num_steps=alone.ddim_steps)
 
 
-def repeats_of_ddim(ddim_steps: Sequence[int], solvers: Sequence[str]) -> list[str]:
-    """Say of each solver with how many steps it has no cell, because it would be that of `ddim` again."""
+def repeats(ddim_steps: Sequence[int], solvers: Sequence[str], etas: Sequence[float]) -> list[str]:
+    """Say which combinations have no cell, because it would be another one again."""
     same = {solver: [str(steps) for steps in ddim_steps if takes_steps_of_ddim(solver, steps)] for solver in solvers}
-    return [
+    said = [
         f"{solver} with ddim_steps=[{','.join(steps)}] is ddim, to the bit: it has no cells of its own there"
         for solver, steps in same.items()
         if steps and "ddim" in solvers
     ]
+    if 1 in ddim_steps and 0 in etas and (noisy := [f"{eta:g}" for eta in etas if eta]):
+        said.append(
+            f"sampler.eta=[{','.join(noisy)}] with ddim_steps=1 is eta=0, to the bit: it has no cells of its own there"
+        )
+    return said
 
 
 def fixed_calls(checkpoints: Sequence[Checkpoint]) -> list[str]:

@@ -48,7 +48,7 @@ BRIEF = (
 )
 CHECKPOINT = "checkpoint=WORK/train/checkpoint"
 ROLLOUT = ("episodes=10", "sampler.ddim_steps=4")
-SWEEP = ("ddim_steps=[1,2,4]", "sampler.eta=[0.0,1.0]", "episodes=6", "workers=1", "videos=0")
+SWEEP = ("ddim_steps=[2,4,8]", "sampler.eta=[0.0,1.0]", "episodes=6", "workers=1", "videos=0")
 # Each stage is a script with its settings, and writes to WORK/<stage>.
 STAGES = {
     "rollout": ("rollout", CHECKPOINT, *ROLLOUT),

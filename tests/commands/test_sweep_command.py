@@ -354,11 +354,11 @@ def test_any_setting_makes_an_axis(planar_run, run_sweep, tmp_path):
         "execution_horizon": [4, 8],
         "eta": [0.0, 1.0],
         "spacing": ["trailing", "leading"],
-        "ddim_steps": [1, 2],
+        "ddim_steps": [2, 4],
     }
     out = run_sweep(
         f"checkpoint={planar_run}/checkpoint",
-        "ddim_steps=[1,2]",
+        "ddim_steps=[2,4]",
         "sampler.eta=[0.0,1.0]",
         "sampler.spacing=[trailing,leading]",
         "execution_horizon=[4,8]",
@@ -460,7 +460,7 @@ BAD_INPUT = {
     ),
     "empty sampler axis": (["sampler.eta=[]"], ["sampler.eta is empty", "leave sampler.eta= out"]),
     "repeated sampler axis": (["sampler.eta=[0,0.0]"], ["sampler.eta must not repeat"]),
-    "sampler value": (["sampler.spacing=[trailing,even]"], ["trailing, leading, linspace", "even"]),
+    "sampler value": (["sampler.spacing=[trailing,even]"], ["leading, linspace, trailing", "even"]),
     "nested list": (["sampler.eta=[[0.5]]"], ["sampler.eta should be float", "[0.5]"]),
     "long horizon": (["execution_horizon=9"], ["execution_horizon must be within 1..8; got 9"]),
     "long horizon in a list": (["execution_horizon=[4,9]"], ["execution_horizon must be within 1..8; got 9"]),

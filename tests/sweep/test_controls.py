@@ -3,17 +3,20 @@
 import dataclasses
 
 import pytest
+import torch
 
-from policy import DiffusionPolicy
+from policy import DiffusionPolicy, Sampler
+from policy.inference.backends import compile_sampler
 from policy.statistics.paired import compare_success
 from policy.statistics.results import EpisodeResult
 from policy.statistics.superiority import superiority
 from policy.sweep.conclusion import Swept, conclude
 from policy.sweep.controls import against_controls
-from policy.sweep.grid import fixed_calls, make_cells, repeats_of_ddim
+from policy.sweep.grid import fixed_calls, make_cells, repeats
 from policy.sweep.panels import facets_of, marks_of
 from policy.sweep.plot import draw_rows
 from policy.sweep.rows import label_of, varying
+from tests.conftest import randomize, small_config
 from tests.sweep.test_conclusion import row
 from tests.sweep.test_sweep import ENV, make_checkpoint
 
@@ -58,10 +61,40 @@ def test_a_solver_has_no_cell_where_it_would_be_that_of_ddim_again():
     ]
     alone = cells_of("diffusion", ddim_steps=[1, 3], sampler={"solver": "dpmpp_2m"})
     assert [cell[1:3] for cell in alone] == [(1, "dpmpp_2m"), (3, "dpmpp_2m")]
-    assert repeats_of_ddim([1, 2, 3], ["dpmpp_2m", "ddim"]) == [
+    assert repeats([1, 2, 3], ["dpmpp_2m", "ddim"], [0.0]) == [
         "dpmpp_2m with ddim_steps=[1,2] is ddim, to the bit: it has no cells of its own there"
     ]
-    assert repeats_of_ddim([1, 2, 3], ["dpmpp_2m"]) == repeats_of_ddim([3], ["ddim", "dpmpp_2m"]) == []
+    assert repeats([1, 2, 3], ["dpmpp_2m"], [0.0]) == repeats([3], ["ddim", "dpmpp_2m"], [0.0]) == []
+
+
+def test_noise_on_the_way_has_no_cell_with_one_step():
+    axes = {"ddim_steps": [1, 2], "sampler": {"eta": [1.0, 0.0, 0.5]}}
+    cells = [(sampler.ddim_steps, sampler.eta) for *_, sampler in cells_of("diffusion", **axes)]
+    assert cells == [(2, 1.0), (1, 0.0), (2, 0.0), (2, 0.5)]
+    alone = cells_of("diffusion", ddim_steps=[1, 2], sampler={"eta": 1.0})
+    assert [sampler.eta for *_, sampler in alone] == [1.0, 1.0]
+    assert repeats([1, 2], ["ddim"], [1.0, 0.0, 0.5]) == [
+        "sampler.eta=[1,0.5] with ddim_steps=1 is eta=0, to the bit: it has no cells of its own there"
+    ]
+    assert repeats([2], ["ddim"], [0.0, 1.0]) == repeats([1, 2], ["ddim"], [1.0]) == []
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("start", [1.0, 0.6])
+def test_one_step_with_noise_on_the_way_is_one_without_to_the_bit(prediction_type, start):
+    policy = DiffusionPolicy(
+        dataclasses.replace(small_config(obs_size=8, hidden_size=8), prediction_type=prediction_type)
+    )
+    randomize(policy)
+    observations = {key: torch.ones(3, config.obs_horizon, *shape) for key, shape in config.observation_shapes.items()}
+    for backend in ("eager", "fused"):
+        chunks = [
+            compile_sampler(policy, Sampler(ddim_steps=1, eta=eta, start=start), backend=backend).sample_actions(
+                observations, generator=torch.Generator().manual_seed(3)
+            )
+            for eta in (0.0, 1.0)
+        ]
+        assert torch.equal(*chunks)
 
 
 def test_an_axis_is_one_of_those_checkpoints_that_have_it():

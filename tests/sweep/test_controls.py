@@ -82,9 +82,8 @@ def test_noise_on_the_way_has_no_cell_with_one_step():
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("start", [1.0, 0.6])
 def test_one_step_with_noise_on_the_way_is_one_without_to_the_bit(prediction_type, start):
-    policy = DiffusionPolicy(
-        dataclasses.replace(small_config(obs_size=8, hidden_size=8), prediction_type=prediction_type)
-    )
+    config = dataclasses.replace(small_config(obs_size=8, hidden_size=8), prediction_type=prediction_type)
+    policy = DiffusionPolicy(config)
     randomize(policy)
     observations = {key: torch.ones(3, config.obs_horizon, *shape) for key, shape in config.observation_shapes.items()}
     for backend in ("eager", "fused"):

@@ -35,7 +35,7 @@ from policy.sweep.live import LivePage, live_page
 from policy.sweep.looks import LEDGER, LookPlan, counted_results, planned_looks
 from policy.sweep.merging import read_swept
 from policy.sweep.plot import plot_rows
-from policy.sweep.recipes import check_alike, grouped, grouped_cells, recipe_row, recipes_of
+from policy.sweep.recipes import check_same_recipe, grouped, grouped_cells, recipe_row, recipes_of
 from policy.sweep.report import Clip, write_report
 from policy.sweep.rows import Row, label_of, shared
 from policy.sweep.shards import Shard, check_whole
@@ -229,7 +229,7 @@ def _cells_of(
     """The cells that the settings ask for; say of those that they ask for in vain why there are none."""
     given = {"sampler.ddim_steps", *(f"sampler.{name}" for name in sampler)}
     for recipe in grouped(stage.checkpoints, recipes):
-        check_alike(recipe, given if axes["execution_horizon"] is None else {*given, "execution_horizon"})
+        check_same_recipe(recipe, given if axes["execution_horizon"] is None else {*given, "execution_horizon"})
     cells = make_cells(stage.checkpoints, stage.env, sampler=sampler, **axes)
     steps = axis_values("ddim_steps", axes["ddim_steps"])
     solvers = axis_values("sampler.solver", sampler.get("solver", Sampler.solver))

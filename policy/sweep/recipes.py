@@ -75,7 +75,7 @@ def rows_by_recipe(checkpoint: Sequence[int], recipes: Sequence[Sequence[Any]]) 
     return [list(row) for recipe in grouped(own, recipes) for row in zip(*recipe, strict=True)]
 
 
-def check_alike(recipe: Sequence[Checkpoint], given: Collection[str] = ()) -> None:
+def check_same_recipe(recipe: Sequence[Checkpoint], given: Collection[str] = ()) -> None:
     """Check that checkpoints differ in their training seed only.
 
     Args:

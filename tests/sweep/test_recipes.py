@@ -20,7 +20,7 @@ from policy.sweep.grid import ids_of, make_cells
 from policy.sweep.live import rows_so_far
 from policy.sweep.looks import LookPlan, keep
 from policy.sweep.merging import read_swept
-from policy.sweep.recipes import check_alike, name_of, recipes_of, rows_by_recipe, scope_of
+from policy.sweep.recipes import check_same_recipe, name_of, recipes_of, rows_by_recipe, scope_of
 from policy.sweep.table import format_table, write_files
 from policy.training.state import TrainState
 from tests.sweep.test_conclusion import row
@@ -62,24 +62,24 @@ def trained(name, seed, **settings):
 
 def test_checkpoints_of_one_recipe_differ_in_their_training_seed_only():
     one = trained("a", 0)
-    check_alike([one])
-    check_alike([one, trained("b", 1, step=9, teacher="other weights", measured={"train/loss": 0.1})])
+    check_same_recipe([one])
+    check_same_recipe([one, trained("b", 1, step=9, teacher="other weights", measured={"train/loss": 0.1})])
     with pytest.raises(ValueError, match=r"seed only: steps is 10 in runs/a and 20 in runs/b; list them as"):
-        check_alike([one, trained("b", 1, steps=20)])
+        check_same_recipe([one, trained("b", 1, steps=20)])
     with pytest.raises(ValueError, match="batch_size is None in runs/a and 8 in runs/b"):
-        check_alike([one, trained("b", 1, batch_size=8)])
+        check_same_recipe([one, trained("b", 1, batch_size=8)])
     with pytest.raises(ValueError, match=r"schedule.num_steps is 20 in runs/a and 10 in runs/b"):
-        check_alike([one, dataclasses.replace(make_checkpoint("b", num_steps=10), training=one.training)])
+        check_same_recipe([one, dataclasses.replace(make_checkpoint("b", num_steps=10), training=one.training)])
     other = dataclasses.replace(trained("b", 1), sampler=Sampler(eta=0.5))
     with pytest.raises(ValueError, match=r"sampler.eta is 0.0 in runs/a and 0.5 in runs/b"):
-        check_alike([one, other], {"sampler.clip"})
-    check_alike([one, other], {"sampler.eta"})
+        check_same_recipe([one, other], {"sampler.clip"})
+    check_same_recipe([one, other], {"sampler.eta"})
     with pytest.raises(ValueError, match=r"have the same training seed 0: .* --multirun"):
-        check_alike([one, trained("b", 0)])
+        check_same_recipe([one, trained("b", 0)])
     with pytest.raises(ValueError, match="have the same weights"):
-        check_alike([one, dataclasses.replace(trained("b", 1), digest=one.digest)])
+        check_same_recipe([one, dataclasses.replace(trained("b", 1), digest=one.digest)])
     imported = [dataclasses.replace(make_checkpoint(name), training={}) for name in "ab"]
-    check_alike(imported)
+    check_same_recipe(imported)
 
 
 def test_observation_shapes_that_differ_are_named():
@@ -87,7 +87,7 @@ def test_observation_shapes_that_differ_are_named():
     config = dataclasses.replace(other.policy.config, observation_shapes={"state": (5,)})
     policy = type(other.policy)(config)
     with pytest.raises(ValueError, match=r"observation_shapes.state is \(4,\) in runs/a and \(5,\) in runs/b"):
-        check_alike([one, dataclasses.replace(other, policy=policy)])
+        check_same_recipe([one, dataclasses.replace(other, policy=policy)])
 
 
 def test_folders_of_a_recipe_have_one_name():

@@ -40,7 +40,7 @@ class ModulatedBlock(nn.Module):
         raise NotImplementedError
 
 
-class FeedForward(ModulatedBlock):
+class ModulatedFeedForward(ModulatedBlock):
     """A modulated block of two linear layers with a hidden layer of 4 * width."""
 
     def __init__(self, width: int, dropout: float) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from policy.model.denoisers.modulated import FeedForward, ModulatedDenoiser, zeroed
+from policy.model.denoisers.modulated import ModulatedDenoiser, ModulatedFeedForward, zeroed
 from policy.model.sizes import check_sizes
 
 
@@ -48,7 +48,7 @@ class ModulatedMLP(ModulatedDenoiser):
         super().__init__(obs_size=obs_size, width=hidden_size, num_steps=num_steps)
         chunk_size = action_horizon * action_dim
         self.enter = nn.Linear(chunk_size, hidden_size)
-        self.blocks = nn.ModuleList(FeedForward(hidden_size, dropout) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(ModulatedFeedForward(hidden_size, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_size)
         self.leave = zeroed(nn.Linear(hidden_size, chunk_size))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from policy.model.denoisers.attention import attend, check_heads, positions
-from policy.model.denoisers.modulated import FeedForward, ModulatedBlock, ModulatedDenoiser, zeroed
+from policy.model.denoisers.modulated import ModulatedBlock, ModulatedDenoiser, ModulatedFeedForward, zeroed
 from policy.model.sizes import check_sizes
 
 
@@ -73,7 +73,7 @@ class Transformer(ModulatedDenoiser):
         self.blocks = nn.ModuleList(
             block
             for _ in range(num_layers)
-            for block in (Attention(hidden_size, num_heads), FeedForward(hidden_size, dropout))
+            for block in (Attention(hidden_size, num_heads), ModulatedFeedForward(hidden_size, dropout))
         )
         self.norm = nn.LayerNorm(hidden_size)
         self.leave = zeroed(nn.Linear(hidden_size, action_dim))

@@ -280,7 +280,7 @@ def require_registered(id: str) -> None:
             raise
         except BaseException as error:  # a module may do anything, sys.exit too
             reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
-            meant = f" Write it without '.py': {module[:-3]}:{name}." if module.endswith(".py") else ""
+            meant = f" Write it without '.py': {module[:-3]}:{name}." if re.fullmatch(r"\w+\.py", module) else ""
             raise ValueError(f"The module of {id!r} cannot be imported: {reason}.{meant}") from error
     try:
         gymnasium.spec(name)

@@ -31,7 +31,7 @@ from policy.common.modules import check_functions, named_modules, search_for, wi
 from policy.common.output import check_writable
 from policy.common.plugins import load_plugins
 from policy.common.progress import close_bars, on_its_own_line
-from policy.common.terminal import printable, printable_output
+from policy.common.terminal import printable, printable_output, uncoloured
 from policy.common.torchrun import check_launch, has_last_word, only_first_prints, process_group, started_world
 from scripts.command_line import hydra_override, read_command_line, without_defaults
 from scripts.help_text import help_text
@@ -65,7 +65,7 @@ def _main(task: Task, example: str) -> None:
 
 
 def _start(task: Task, example: str) -> None:
-    warnings.formatwarning = lambda message, *_: on_its_own_line(f"warning: {printable(str(message))}\n")
+    warnings.formatwarning = lambda message, *_: on_its_own_line(f"warning: {printable(uncoloured(str(message)))}\n")
     with refusals():
         settle_home()
     Plugins.instance()  # Hydra looks for its own plugins now, before a setting may have the current folder searched

@@ -33,6 +33,7 @@ from policy.checkpoint.files import (
 )
 from policy.common.arguments import at_home, check_arguments
 from policy.common.files import as_json
+from policy.common.observations import is_image
 from policy.common.registry import Registry
 from policy.diffusion.coefficients import SOLVERS
 from policy.diffusion.objective import DEFAULT_OBJECTIVE
@@ -232,7 +233,8 @@ def resume_training(
         state: a fresh state of the same configuration, changed in place.
         training: how it is trained, as given to `save_checkpoint`; must be equal to what was stored. Settings that are
             newer than the checkpoint must have the values that were in effect without them. Those in `MAY_CHANGE`
-            may differ, the `dataset` may have moved, and `steps` may grow, unless rectification has begun.
+            may differ, the `dataset` may have moved unless it holds pictures, and `steps` may grow, unless
+            rectification has begun.
         rollouts: the settings of its rollouts, `execution_horizon` and those of the sampler that differ from their
             defaults as `sampler`; all may differ.
 
@@ -257,7 +259,7 @@ def resume_training(
             then, after = as_json(before[part]), as_json(now[part])
             differ = {key: then[key] for key in sorted(then.keys() & after.keys()) if then[key] != after[key]}
             changes |= differ
-            if refused := [key for key in differ if not _may_change(key, then, after)]:
+            if refused := [key for key in differ if not _may_change(key, then, after, state)]:
                 were = ", ".join(describe_before(key, then[key], after[key]) for key in refused)
                 raise ValueError(
                     f"{path} was trained with other settings ({part}: {were}): to go on, give the same settings; to"
@@ -323,12 +325,13 @@ def describe_before(name: str, then: Any, now: Any) -> str:
     return f"{name} was {json.dumps(then)}"
 
 
-def _may_change(key: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+def _may_change(key: str, then: Mapping[str, Any], now: Mapping[str, Any], state: TrainState) -> bool:
     """Return whether a run may go on with another value of a setting than the one that it was stored with."""
     if key == "steps":  # once a run rectifies, more steps of the phase before would start that phase again
         return bool(now["steps"] > then["steps"] and not (then.get("rectify_steps") and then["step"] >= then["steps"]))
-    if key == "dataset":  # it may have moved, where its values are noted
-        return CHECKSUM in then
+    if key == "dataset":  # it may have moved, where the checksum tells that it is the same one; it leaves pictures out
+        pictures = any(map(is_image, state.policy.config.observation_shapes.values()))
+        return CHECKSUM in then and then[CHECKSUM] == now[CHECKSUM] and not pictures
     return key in MAY_CHANGE
 
 

@@ -60,7 +60,7 @@ def import_checkpoint(
     print(_described(imported, policy, source))
     if env:
         with closing(make_env(**env)) as made:
-            check_spaces(imported.config, made, keys)
+            check_spaces(imported.config, made, keys, family=env["name"])
     if reference is not None:
         ours = dict(zip(read.config.observation_shapes, imported.config.observation_shapes, strict=True))
         _verify(compare(policy, reference, keys=ours, execution_horizon=imported.execution_horizon), source)

@@ -159,7 +159,7 @@ def _measured(loaded: Checkpoint, dataset: Demonstrations) -> _Measured:
 
 def _check_same_data(loaded: Checkpoint, dataset: Demonstrations) -> None:
     """Reject demonstrations that are not those of a policy's training."""
-    training, now = loaded.training, as_json(data_facts(dataset, loaded.policy.config.observation_shapes))
+    training, now = loaded.training, as_json(data_facts(dataset))
     noted, counts = (training["episodes"], training["transitions"]), (dataset.num_episodes, len(dataset.actions))
     then = {name: training.get(name, value) for name, value in now.items()}  # earlier versions do not note these
     differing = [name for name in now if then[name] != now[name] and (name != CHECKSUM or noted == counts)]

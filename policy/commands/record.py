@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,19 +124,12 @@ def record_in(
 
 
 def facts_of(
-    dataset: Demonstrations,
-    observed: Iterable[str],
-    *,
-    seed: int,
-    rate: float | None,
-    tasks: Any,
-    augment: Augment | None,
+    dataset: Demonstrations, *, seed: int, rate: float | None, tasks: Any, augment: Augment | None
 ) -> dict[str, Any]:
     """Return what every checkpoint notes of its demonstrations.
 
     Args:
         dataset: the demonstrations.
-        observed: keys of what the policy observes.
         seed: of the run.
         rate: control steps a second, if known.
         tasks: names of tasks, or whatever a simulator calls so.
@@ -147,7 +140,7 @@ def facts_of(
         "dataset": [*dataset.joined_from] or dataset.source,
         "episodes": dataset.num_episodes,
         "transitions": len(dataset.actions),
-        **data_facts(dataset, observed),
+        **data_facts(dataset),
         "dataset.decode": "stream" if dataset.frames else "cache",  # the order of the windows depends on it
         "rate_hz": rate,
         "tasks": _names(tasks),
@@ -155,19 +148,18 @@ def facts_of(
     }
 
 
-def data_facts(dataset: Demonstrations, observed: Iterable[str]) -> dict[str, Any]:
+def data_facts(dataset: Demonstrations) -> dict[str, Any]:
     """Return what tells demonstrations from others that are as many and as long.
 
     Args:
         dataset: the demonstrations.
-        observed: keys of what the policy observes.
 
     Returns:
         The settings that chose what was read of the files, by the names that a user gives them, and a checksum.
     """
     return {
         **{f"dataset.{name}": value for name, value in dataset.read_with.items()},
-        CHECKSUM: dataset.checksum(observed),
+        CHECKSUM: dataset.checksum(),
     }
 
 

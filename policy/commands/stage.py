@@ -111,7 +111,7 @@ def set_stage(
     chosen = _common_env(loaded, env)
     with _probed(make_env, chosen, loaded[0], env_patience, env_vector=env_vector) as probe:
         for checkpoint in loaded:
-            check_spaces(checkpoint.policy.config, probe)
+            check_spaces(checkpoint.policy.config, probe, family=chosen["name"])
         given = _warnings(loaded, probe, control_rate)
         action_space, made_with = probe.action_space, provenance(probe, device)
     for warning in given:
@@ -134,9 +134,11 @@ def _common_env(loaded: Sequence[Checkpoint], env: dict[str, Any] | None) -> dic
     """The settings of the environment in which all of the checkpoints act."""
     chosen = [choose_env(checkpoint, env) for checkpoint in loaded]
     if other := next((number for number, settings in enumerate(chosen) if settings != chosen[0]), None):
+        first, second = chosen[0], chosen[other]
+        differing = sorted(key for key in first.keys() | second.keys() if first.get(key) != second.get(key))
         raise ValueError(
-            f"{loaded[0].path} acts in {chosen[0]}, {loaded[other].path} in {chosen[other]}: a sweep compares"
-            " policies in one environment"
+            f"{loaded[0].path} acts in {first}, {loaded[other].path} in {second}: a sweep compares policies in one"
+            f" environment, so give {' '.join(f'env.{key}=...' for key in differing if key != 'name') or 'env=...'}"
         )
     return chosen[0]
 

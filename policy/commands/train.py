@@ -168,7 +168,7 @@ def train_policy(
         facts={
             **({start.role: start.digest} if start else {}),
             **({"init_normalizers": init_normalizers} if init else {}),
-            **facts_of(dataset, config.observation_shapes, seed=seed, rate=rate, tasks=tasks, augment=augment),
+            **facts_of(dataset, seed=seed, rate=rate, tasks=tasks, augment=augment),
         },
     )
     play: Callable[..., list[EpisodeResult]] | None = None

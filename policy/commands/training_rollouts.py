@@ -49,7 +49,7 @@ def tried(
         ValueError: its observations or actions are not the policy's.
     """
     with helpers_ended(), watched(make_env, env_patience) as make, closing(make(**env)) as probe:
-        check_spaces(policy.config, probe)
+        check_spaces(policy.config, probe, family=env["name"])
         clipping = describe_clipping(policy, probe)
         mismatch = describe_mismatch(rate, stated_rate(probe.metadata.get("render_fps")))
         unfixed = unrepeatable(probe, ROLLOUT_SEED)[1] if rolls_out else ""

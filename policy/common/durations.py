@@ -51,4 +51,4 @@ def exact_text(seconds: float) -> str:
     ('150s', '30min', '2h', '0.5s')
     """
     unit = next((unit for unit in ("h", "min") if seconds % UNITS[unit] == 0), "s")
-    return f"{seconds / UNITS[unit]:g}{unit}"
+    return f"{seconds / UNITS[unit]:.15g}{unit}"

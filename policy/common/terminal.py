@@ -18,6 +18,11 @@ ODD = re.compile(rf"(?!\x1b\[A|\r){CONTROL.pattern}")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
+def uncoloured(text: str) -> str:
+    """Leave out the colours of a text for a terminal."""
+    return COLOUR.sub("", text)
+
+
 def printable(text: str) -> str:
     r"""Write control characters as Python does.
 
@@ -38,7 +43,7 @@ class _Printable:
         self._stream, self._pattern = stream, pattern
 
     def write(self, text: str) -> int:
-        return self._stream.write(self._pattern.sub(_code, COLOUR.sub("", text)))
+        return self._stream.write(self._pattern.sub(_code, uncoloured(text)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -120,12 +120,13 @@ class Demonstrations:
         """The shape of one observation under each key."""
         return {key: tuple(values.shape[1:]) for key, values in self.observations.items()}
 
-    def checksum(self, keys: Iterable[str]) -> str:
-        """Return the CRC-32 of the actions and of the vectors under some keys, in any order of the keys.
+    def checksum(self) -> str:
+        """Return the CRC-32 of the ends of the episodes, the actions and the vectors.
 
         Pictures are left out: they may be many, and may stay in their videos.
         """
-        arrays: list[Any] = [self.actions, *(self.observations[key] for key in sorted(keys))]
+        ends, aside = (np.asarray(numbers, np.int64)[:, None] for numbers in (self.episode_ends, self.held_out))
+        arrays: list[Any] = [ends, aside, self.actions, *(self.observations[key] for key in sorted(self.observations))]
         parts = [part for values in arrays if values.ndim == 2 for part in getattr(values, "parts", [values])]
         return f"{reduce(lambda crc, part: zlib.crc32(part.data, crc), parts, 0):08x}"
 

@@ -118,9 +118,10 @@ class Request:
         for name, key in pairs:
             found = next((k for k in (key, prefix + key, of_policy.get(key)) if k in options), None)
             if found is None and self.observation_keys is None:
+                others = sorted({*options} - {self.action_key or "action"})
                 raise ValueError(
                     f"there is no {key!r}: choose what to observe, dataset.observation_keys=[...]; there are"
-                    f" {', '.join(sorted(options)) or 'no other arrays'}"
+                    f" {', '.join(others) or 'no other arrays'}"
                 )
             if found is None:
                 raise unknown_name("observation key", key, options)

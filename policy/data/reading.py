@@ -33,7 +33,7 @@ from policy.data.frames import Frames, resized
 from policy.data.joining import check_alike, join
 
 # Increase it when the meaning of cached data changes, so that older entries are not found any more.
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 # Most processes that decode videos, unless the user asks for more.
 MAX_WORKERS = 8
 # The most that a user may ask for: thousands would take all memory of the machine before one of them decodes.
@@ -148,9 +148,10 @@ def _found(format: str, paths: Sequence[Path]) -> list[Path]:
 
 
 def _format_hint(format: str, files: Collection[str]) -> str:
-    if FORMATS[format].looks(files):
+    asked = FORMATS[format]
+    if asked.looks is None or asked.looks(files):
         return ""
-    others = [name for name, other in FORMATS.items() if other.looks(files)]
+    others = [name for name, other in FORMATS.items() if other.looks and other.looks(files)]
     return f"; its files look like those of dataset={others[0]}" if others else ""
 
 

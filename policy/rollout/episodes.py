@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from policy.common.device import torch_threads
 from policy.common.files import json_text, write_text
+from policy.common.next_line import hydra_text
 from policy.common.observations import Observation, describe_keys, fitting_keys, is_image, plain_key
 from policy.control.receding_horizon import RecedingHorizonController
 from policy.model.config import PolicyConfig
@@ -68,13 +69,16 @@ class Running(_Tally):
     controller: RecedingHorizonController
 
 
-def check_spaces(config: PolicyConfig, env: Env, names: Mapping[str, str] | None = None) -> None:
+def check_spaces(
+    config: PolicyConfig, env: Env, names: Mapping[str, str] | None = None, *, family: str | None = None
+) -> None:
     """Reject an environment whose spaces do not fit the policy.
 
     Args:
         config: the policy's configuration.
         env: the environment.
         names: the name in its source of each observation that was renamed, if the policy is being imported.
+        family: the `name` of the environment's settings; that of `gym` takes settings of its observations.
 
     Raises:
         ValueError: a key or shape differs; the message names both sides, and the choice and keys that would fit.
@@ -84,7 +88,7 @@ def check_spaces(config: PolicyConfig, env: Env, names: Mapping[str, str] | None
     if shapes != wanted:
         raise ValueError(
             f"the environment's observations {_describe(shapes)} do not fit the policy's {_describe(wanted)}:"
-            f" choose the env= that the demonstrations came from{_what_fits(wanted, env, names or {})}"
+            f" choose the env= that the demonstrations came from{_what_fits(wanted, env, names or {}, family)}"
         )
     if env.action_space.shape != (config.action_dim,):
         raise ValueError(
@@ -103,9 +107,11 @@ def describe_clipping(policy: DiffusionPolicy, env: Env) -> str | None:
     normalizer, space = policy.action_normalizer, env.action_space
     if not isinstance(normalizer, Normalizer) or not isinstance(space, gymnasium.spaces.Box):
         return None
-    low, high = (normalizer.unnormalize(torch.full_like(normalizer.center, end)).cpu().numpy() for end in (-1, 1))
-    span = np.where(np.isfinite(space.high - space.low), space.high - space.low, high - low)
-    outside = np.maximum(space.low - low, high - space.high) > BEYOND * span
+    learned = (normalizer.unnormalize(torch.full_like(normalizer.center, end)).cpu().numpy() for end in (-1, 1))
+    # In float32 the distance of two finite bounds may be infinite.
+    low, high, least, most = (values.astype(np.float64) for values in (*learned, space.low, space.high))
+    span = np.where(np.isfinite(most - least), most - least, high - low)
+    outside = np.maximum(least - low, high - most) > BEYOND * span
     if not outside.any():
         return None
     parts = [
@@ -135,7 +141,7 @@ def _shapes(space: gymnasium.Space[Any]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(part.shape or ()) for key, part in spaces.items()}
 
 
-def _what_fits(wanted: Mapping[str, tuple[int, ...]], env: Env, names: Mapping[str, str]) -> str:
+def _what_fits(wanted: Mapping[str, tuple[int, ...]], env: Env, names: Mapping[str, str], family: str | None) -> str:
     """Say under which names an environment fits, or with which of the observations that its setting offers."""
     offered = {"it fits": env.observation_space}
     for value, space in getattr(env.unwrapped, "observation_spaces", {}).items():
@@ -149,15 +155,18 @@ def _what_fits(wanted: Mapping[str, tuple[int, ...]], env: Env, names: Mapping[s
             )
             return f"; {fits}{renamed if any(ours != theirs for ours, theirs in keys.items()) else ''}"
     shapes = _shapes(env.observation_space)
-    if wanted.items() <= shapes.items():
-        return f"; env=gym fits with env.observation_keys=[{','.join(sorted(wanted))}]"
     if shapes.items() <= wanted.items():
-        return f"; a policy that was trained with dataset.observation_keys=[{','.join(sorted(shapes))}] fits"
-    if shapes.keys() == wanted.keys():
-        pairs = [(shapes[key], wanted[key]) for key in wanted if shapes[key] != wanted[key]]
-        sides = {side for _, wish in pairs for side in wish[:2]}
-        if len(sides) == 1 and all(is_image(own) and own[2:] == wish[2:] for own, wish in pairs):
-            return f"; env=gym fits with env.image_size={sides.pop()}"
+        fewer = shlex.quote(f"dataset.observation_keys={hydra_text(sorted(shapes))}")
+        return f"; a policy that was trained with {fewer} fits"
+    if family != "gym":
+        return ""
+    if wanted.items() <= shapes.items():
+        return f"; it fits with {shlex.quote(f'env.observation_keys={hydra_text(sorted(wanted))}')}"
+    sides = {side for shape in wanted.values() if is_image(shape) for side in shape[:2]}
+    if len(sides) == 1 and shapes.keys() == wanted.keys():
+        (side,) = sides
+        resized = {key: (side, side, shape[2]) if is_image(shape) else shape for key, shape in shapes.items()}
+        return f"; it fits with env.image_size={side}" if resized == wanted else ""
     return ""
 
 

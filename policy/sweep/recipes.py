@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 from policy.checkpoint import Checkpoint
+from policy.checkpoint.reading import CHECKSUM
 from policy.common.arguments import dotted
 from policy.rollout.ledger import cell_id
 from policy.statistics.recipes import recipe_interval
@@ -86,9 +87,9 @@ def check_same_recipe(recipe: Sequence[Checkpoint], given: Collection[str] = ())
         ValueError: a setting or an observation differs, two have the same weights, or two the same training seed.
     """
     first, *others = recipe
-    settings = _settings(first, given)
     for other in others:
-        own = _settings(other, given)
+        left_out = {*given, *_not_comparable(first.training, other.training)}
+        settings, own = _settings(first, left_out), _settings(other, left_out)
         for name in [*settings, *(own.keys() - settings.keys())]:
             if settings.get(name) != own.get(name):
                 raise ValueError(
@@ -104,6 +105,12 @@ def check_same_recipe(recipe: Sequence[Checkpoint], given: Collection[str] = ())
                 f"{one.path} and {other.path} have the same {same}: a recipe takes one checkpoint for each training"
                 " seed (ddim-train --multirun seed=0,1,2)"
             )
+
+
+def _not_comparable(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
+    """What a version before noted of its demonstrations and another did not; and where they were, if they are alike."""
+    unknown = {name for name in one.keys() ^ other.keys() if name.startswith("dataset.")}
+    return unknown | ({"dataset"} if CHECKSUM in one and one[CHECKSUM] == other.get(CHECKSUM) else set())
 
 
 def recipe_axes(cells: Sequence[SweepCell]) -> Row:
@@ -184,13 +191,13 @@ def scope_of(rows: Sequence[Row]) -> str:
     return f"{over}: they hold for another training seed too."
 
 
-def _settings(checkpoint: Checkpoint, given: Collection[str]) -> dict[str, Any]:
-    """The settings with which a checkpoint was made, nested ones by their dotted name, without those that are given."""
-    trained = {name: value for name, value in checkpoint.training.items() if name not in FREE}
+def _settings(checkpoint: Checkpoint, left_out: Collection[str]) -> dict[str, Any]:
+    """The settings with which a checkpoint was made, nested ones by their dotted name, without some of them."""
+    trained = {name: value for name, value in checkpoint.training.items() if name not in {*FREE, *left_out}}
     policy = dataclasses.asdict(checkpoint.policy.config)
     rollouts = {"execution_horizon": checkpoint.execution_horizon, "sampler": dataclasses.asdict(checkpoint.sampler)}
     settings = dotted({**policy, **trained, **rollouts})
-    return {name: value for name, value in settings.items() if name not in given}
+    return {name: value for name, value in settings.items() if name not in left_out}
 
 
 def _written(recipes: Sequence[Sequence[Path]]) -> str:

@@ -37,7 +37,7 @@ from policy.statistics.intervals import wilson_interval
 from policy.statistics.recipes import recipe_interval
 from policy.sweep.comparison import Comparison
 from policy.sweep.controls import against_controls
-from policy.sweep.grid import repeats_of_ddim
+from policy.sweep.grid import repeats
 from policy.sweep.recipes import scope_of
 from scripts.bench.arguments import given_settings, listed
 from scripts.bench.finished import FINISHED, finished_rows, write_rows
@@ -269,7 +269,7 @@ def _own_steps(request: Request, solver: str) -> list[int]:
 
 def _same_cells(request: Request) -> list[str]:
     """Say which solvers have no cell of their own at which numbers of steps."""
-    return repeats_of_ddim(request.ddim_steps, request.solvers if DEFAULT_OBJECTIVE in request.objectives else ())
+    return repeats(request.ddim_steps, request.solvers if DEFAULT_OBJECTIVE in request.objectives else (), ())
 
 
 def _collect(request: Request, units: Sequence[Unit]) -> None:

@@ -201,8 +201,12 @@ def test_demonstrations_may_have_moved_if_their_values_are_noted(demonstrations,
     seal(saved)
     moved = {**RECORD, **noted, "dataset": "/two/demos"}
     assert resume_training(saved, new_run(demonstrations).state, moved)["dataset"] == "/one/demos"
-    with pytest.raises(ValueError, match=r"\(training: the demonstrations held other values\): to go on"):
+    with pytest.raises(
+        ValueError, match=r'\(training: dataset was "/one/demos", the demonstrations held other values\)'
+    ):
         resume_training(saved, new_run(demonstrations).state, {**moved, "dataset.checksum": "0badcaff"})
+    with pytest.raises(ValueError, match=r"\(training: the demonstrations held other values\): to go on"):
+        resume_training(saved, new_run(demonstrations).state, {**RECORD, **noted, "dataset.checksum": "0badcaff"})
     edit(saved, lambda config: config["training"].pop("dataset.checksum"))  # an earlier version's
     seal(saved)
     with pytest.raises(ValueError, match=r'\(training: dataset was "/one/demos"\)'):

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -305,7 +306,7 @@ BAD_INPUT = {
     "empty sweep": (["sweep", CHECKPOINT, "ddim_steps=[]"], ["ddim_steps is empty"]),
     "fractional step": (["sweep", CHECKPOINT, "ddim_steps=[1.5]"], ["ddim_steps", "1.5"]),
     "eta": (["rollout", CHECKPOINT, "sampler.eta=2"], ["eta must lie within 0", "2"]),
-    "spacing": (["rollout", CHECKPOINT, "sampler.spacing=even"], ["trailing, leading, linspace", "even"]),
+    "spacing": (["rollout", CHECKPOINT, "sampler.spacing=even"], ["leading, linspace, trailing", "even"]),
     "execution horizon": (["rollout", CHECKPOINT, "execution_horizon=9"], ["1..8", "9"]),
     "no episodes": (["rollout", CHECKPOINT, "episodes=0"], ["episodes must be 1 or more"]),
     "no environments": (["rollout", CHECKPOINT, "num_envs=0"], ["num_envs must be 1 or more"]),
@@ -430,6 +431,7 @@ def test_bad_input_is_refused_in_one_sentence_before_any_work(
 
 
 def doubled(observations):
+    warnings.warn("\x1b[33mtwice\x1b[0m", stacklevel=2)  # as Gymnasium writes them
     return {key: 2 * values for key, values in observations.items()}
 
 
@@ -447,7 +449,8 @@ def test_other_numbers_of_the_same_episodes_are_other_data(planar_run, run_comma
         (transformed, f"{values}, dataset.transform was null"),
     ):
         err = run_command("train", "experiment=planar", *same, *data, check=2).stderr
-        assert f"was trained with other settings (training: {were}): to go on" in err
+        assert f"{were}): to go on" in err
+        assert ("warning: twice\n" in err) == (data == transformed)
         err = run_command("inspect_data", f"checkpoint={planar_run}/checkpoint", *data, check=2).stderr
         assert f"{values})" in err or f"{values}, dataset.transform was null" in err
         assert "was trained on other data (" in err

@@ -5,7 +5,7 @@ import sys
 import pytest
 from tqdm import tqdm
 
-from policy.common.terminal import printable, printable_output
+from policy.common.terminal import printable, printable_output, uncoloured
 
 
 @pytest.mark.parametrize("plain", ["a\tb\n", "Größe 部屋", "100 %"])
@@ -33,4 +33,5 @@ def test_nothing_that_is_printed_controls_the_terminal(capsys):
     assert done.out == "name\\x1b[2J\\x1b[A\\r\n"
     assert done.err.startswith("error\\x1b]0;title\\x07\n")
     assert done.err.splitlines()[1] == "WARN: outside"
+    assert uncoloured("\x1b[1;33mWARN\x1b[0m \x1b[2J") == "WARN \x1b[2J"
     assert "\x1b" not in done.err.replace("\x1b[A", "")  # which moves a progress bar, as \\r does

@@ -140,7 +140,7 @@ def test_keys_may_be_nested(tmp_path, zarr_format):
     path = write_replay(tmp_path / "r.zarr.zip", arrays, zarr_format)
     found = read(path, observation_keys={"pose": "obs/pose", "top.image": "obs/camera/img"})
     assert found.observation_shapes == {"pose": (5,), "top.image": (4, 4, 3)}
-    with pytest.raises(ValueError, match=r"key 'obs/pos' \(did you mean .*allowed: obs/camera/img, obs/pose$"):
+    with pytest.raises(ValueError, match=r"key 'obs/pos' \(did you mean .*allowed: action, obs/camera/img, obs/pose$"):
         read(path, observation_keys=["obs/pos"])
 
 

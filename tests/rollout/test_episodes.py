@@ -323,20 +323,27 @@ def test_fitting_spaces_are_accepted():
             r"env\.observation=two fits under other names: 'keys=\{a: a, b: box\}' of ddim-import",
         ),
         ({"observation_shapes": {"a": (7,)}}, Several(), r"demonstrations came from$"),
-        ({"observation_shapes": {"a": (3,)}}, Dictionary(), r"; env=gym fits with env\.observation_keys=\[a\]$"),
+        ({"observation_shapes": {"a": (3,)}}, Dictionary(), r"; it fits with 'env\.observation_keys=\[a\]'$"),
         (
             {"observation_shapes": {"state": (3,), "goal": (2,)}},
             Counter(),
-            r"; a policy that was trained with dataset\.observation_keys=\[state\] fits$",
+            r"; a policy that was trained with 'dataset\.observation_keys=\[state\]' fits$",
         ),
-        ({"observation_shapes": {"image": (96, 96, 3)}}, Camera(), r"; env=gym fits with env\.image_size=96$"),
+        ({"observation_shapes": {"image": (96, 96, 3)}}, Camera(), r"; it fits with env\.image_size=96$"),
+        ({"observation_shapes": {"image": (96, 96, 1)}}, Camera(), r"demonstrations came from$"),
         ({"observation_shapes": {"image": (96, 48, 3)}}, Camera(), r"demonstrations came from$"),
         ({"action_dim": 3}, Counter(), r"actions have shape \(2,\), the policy's \(3,\): choose the env="),
     ],
 )
 def test_spaces_that_do_not_fit_are_refused_naming_both_sides(change, env, message):
     with pytest.raises(ValueError, match=message):
-        check_spaces(dataclasses.replace(CONFIG, **change), env)
+        check_spaces(dataclasses.replace(CONFIG, **change), env, family="gym")
+
+
+def test_settings_that_only_gym_has_are_not_advised_elsewhere():
+    for shapes, env in (({"a": (3,)}, Dictionary()), ({"image": (96, 96, 3)}, Camera())):
+        with pytest.raises(ValueError, match=r"came from$"):
+            check_spaces(dataclasses.replace(CONFIG, observation_shapes=shapes), env, family="pusht")
 
 
 def test_demonstrated_actions_that_an_environment_cuts_off_are_named():
@@ -355,6 +362,8 @@ def test_demonstrated_actions_that_an_environment_cuts_off_are_named():
     assert describe_clipping(policy, free) is None
     free.action_space = gymnasium.spaces.Box(np.float32([-np.inf, 0]), np.float32([1, 4]), (2,), np.float32)
     assert "action[0] from -9e+09 to 9e+09, allowed -inf to 1; action[1] from 5 to 5" in describe_clipping(policy, free)
+    free.action_space = gymnasium.spaces.Box(-3e38, 3e38, (2,), np.float32)  # 6e38 is beyond float32
+    assert describe_clipping(policy, free) is None
 
 
 def test_the_mapping_that_fits_names_the_observations_of_the_source():

@@ -74,6 +74,15 @@ def test_checkpoints_of_one_recipe_differ_in_their_training_seed_only():
     with pytest.raises(ValueError, match=r"sampler.eta is 0.0 in runs/a and 0.5 in runs/b"):
         check_same_recipe([one, other], {"sampler.clip"})
     check_same_recipe([one, other], {"sampler.eta"})
+    data = {"dataset": "/one/demos", "dataset.checksum": "0badcafe", "dataset.decode": "cache"}
+    moved = {**data, "dataset": "/two/demos"}
+    check_same_recipe([trained("a", 0, **data), trained("b", 1, **moved)])
+    check_same_recipe([trained("a", 0, dataset="/one/demos"), trained("b", 1, **data)])  # a is an earlier version's
+    for changed in ({**moved, "dataset.checksum": "0badcaff"}, {**data, "dataset.decode": "stream"}):
+        with pytest.raises(ValueError, match=r"seed only: dataset[.\w]* is"):
+            check_same_recipe([trained("a", 0, **data), trained("b", 1, **changed)])
+    with pytest.raises(ValueError, match="dataset is /one/demos in runs/a and /two/demos in runs/b"):
+        check_same_recipe([trained("a", 0, dataset="/one/demos"), trained("b", 1, **moved)])
     with pytest.raises(ValueError, match=r"have the same training seed 0: .* --multirun"):
         check_same_recipe([one, trained("b", 0)])
     with pytest.raises(ValueError, match="have the same weights"):

@@ -20,11 +20,11 @@ class Format:
             the user's request.
         find: Maps `dataset.path` to the dataset's file or folder. A format whose datasets have names besides paths
             replaces it.
-        looks: Tells by the names of its files whether a dataset may be of this format, for messages.
+        looks: Tells by the names of its files whether a dataset may be of this format, for messages; None says nothing.
         has_videos: whether frames may be in videos, which `dataset.decode` is for.
     """
 
     open: Callable[[Path, Mapping[str, Path], Request], EpisodeReader]
     find: Callable[[Path], Path] = Path.expanduser
-    looks: Callable[[Collection[str]], bool] = lambda names: False
+    looks: Callable[[Collection[str]], bool] | None = None
     has_videos: bool = False

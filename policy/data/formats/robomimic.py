@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,12 @@ def open_robomimic(path: Path, files: Mapping[str, Path], request: Request) -> E
         raise
 
 
-FORMAT = Format(
-    open=open_robomimic, looks=lambda names: len(names) == 1 and all(name.endswith((".hdf5", ".h5")) for name in names)
-)
+def _looks(names: Collection[str]) -> bool:
+    """A single HDF5 file, but for the one inside a Minari dataset."""
+    return len(names) == 1 and all(name.endswith((".hdf5", ".h5")) and name != "main_data.hdf5" for name in names)
+
+
+FORMAT = Format(open=open_robomimic, looks=_looks)
 
 
 def _demos(file: HDF5File) -> list[str]:

@@ -91,7 +91,7 @@ def open_zarr_replay(path: Path, files: Mapping[str, Path], request: Request) ->
         store = _Store(path, files, stack)
         available = store.arrays("data")
         action_key = request.action(available, "action")
-        keys = request.observations([key for key in available if key != action_key], ["state"])
+        keys = request.observations(available, ["state"])
         arrays = {key: _Rows(store, f"data/{key}", request.budget) for key in (*keys.values(), action_key)}
         _check_constants([arrays[key] for key in keys.values()], arrays[action_key])
         bounds = _read_bounds(store, arrays.values(), request.budget)

@@ -54,11 +54,11 @@ SUMMARY = ("episodes", "successes", "success_rate", "success_low", "success_high
 def main() -> None:
     """Run the benchmark."""
     given = given_settings(sys.argv[1:], "demonstrations")
-    tasks = listed(given.get("tasks", ",".join(TASKS)))
+    tasks = list(dict.fromkeys(listed(given.get("tasks", ",".join(TASKS)))))
     texts = listed(given["counts"]) if "counts" in given else list(map(str, COUNTS))
     if not all(text.isdecimal() and int(text) for text in texts):
         sys.exit(f"counts={given['counts']} must be numbers of demonstrations, such as counts=[100,200]")
-    counts = list(map(int, texts))
+    counts = list(dict.fromkeys(map(int, texts)))
     check_tasks(tasks)
     print(machine("gymnasium"))
     began = time.perf_counter()

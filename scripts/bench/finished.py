@@ -33,7 +33,8 @@ def kept_folder(
         kept: the other overrides of the runs whose rows are kept.
     """
     changes = {setting: value for setting, value in given.items() if setting not in choices}
-    return FINISHED.joinpath(name, *file_name(changes)) if changes in kept else None
+    # In the order of `kept`, whatever that of the command line is: the rows are in one folder.
+    return next((FINISHED.joinpath(name, *file_name(own)) for own in kept if own == changes), None)
 
 
 def finished_rows(folder: Path | None, name: str) -> list[Row]:

@@ -64,7 +64,7 @@ OWN = ("tasks", "seeds", "episodes", "demonstrations")
 # Overrides that choose among tasks, or look at a training without changing it.
 CHOICES = ("tasks", "train.rollout_every", "train.rollout_episodes")
 # Overrides that do not make a run another training of the preset.
-SAME = (*CHOICES, "seeds", "episodes", "dataset.path")
+SAME = ("tasks", "train.rollout_every", "seeds", "episodes", "dataset.path")
 # By preset, the overrides besides `CHOICES` of the runs whose rows are kept.
 KEPT: dict[str, list[Mapping[str, str]]] = {
     "metaworld": [{"demonstrations": "10"}],
@@ -166,12 +166,12 @@ def _promised(preset: str) -> dict[int, Row]:
 
 
 def variant(overrides: Mapping[str, str]) -> list[str]:
-    """The overrides that change the preset's training, as names of files; empty for the preset itself.
+    """The overrides that change the preset's training, as names of files, sorted; empty for the preset itself.
 
     >>> variant({"dataset.path": "data/pusht.zarr.zip", "episodes": "20", "denoiser": "unet", "env.id": "a/B-v0"})
     ['denoiser-unet', 'env.id-a-B-v0']
     """
-    return file_name({name: value for name, value in overrides.items() if name not in SAME})
+    return file_name({name: value for name, value in sorted(overrides.items()) if name not in SAME})
 
 
 def rows_folder(preset: str, overrides: Mapping[str, str]) -> Path | None:
@@ -181,6 +181,8 @@ def rows_folder(preset: str, overrides: Mapping[str, str]) -> Path | None:
 
 def _units(preset: str, overrides: dict[str, str], ddim_steps: Sequence[int]) -> list[Unit]:
     own = {name: overrides[name] for name in OWN if name in overrides}
+    if useless := own.keys() & ({"seeds"} if preset in SCRIPTED else {"tasks", "demonstrations"}):
+        sys.exit(f"{preset} has no {', '.join(sorted(useless))}: leave {'it' if len(useless) == 1 else 'them'} out")
     training = [f"{name}={value}" for name, value in overrides.items() if name not in OWN]
     folder, collected = (FOLDER.joinpath(preset, *variant(given)) for given in (overrides, own))
     common: dict[str, Any] = {"training": training, "ddim_steps": ddim_steps}
@@ -224,7 +226,7 @@ def _tasks(preset: str) -> Sequence[str]:
 
 def _named(names: Sequence[str]) -> list[str]:
     """The tasks that the user names, singly or by their difficulty."""
-    return [task for name in names for task in DIFFICULTIES.get(name, (name,))]
+    return list(dict.fromkeys(task for name in names for task in DIFFICULTIES.get(name, (name,))))
 
 
 def _check_tasks(tasks: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -95,6 +96,7 @@ def _windows(data: Demonstrations) -> Windows:
 
 
 def _pixel_rows(path: Path, folder: Path) -> Iterator[Row]:
+    shutil.rmtree(folder / "cache", ignore_errors=True)  # of an earlier run
     before = _size(folder / "cache")
     began = time.perf_counter()
     data = _opened(path, folder)

@@ -213,6 +213,14 @@ def test_rows_are_kept_of_the_same_training_alone():
     assert quality.rows_folder("metaworld_mt50", {"train.steps": "5"}) is None
 
 
+def test_what_a_preset_has_not_is_refused_and_what_is_named_twice_is_trained_once():
+    for preset, own in (("pusht_state", "demonstrations"), ("pusht_state", "tasks"), ("metaworld", "seeds")):
+        with pytest.raises(SystemExit, match=f"{preset} has no {own}: leave it out"):
+            quality._units(preset, {own: "1"}, [8])
+    units = quality._units("metaworld", {"tasks": "[shelf-place-v3,very_hard]"}, [8])
+    assert len(units) == len({unit.name for unit in units}) > 1
+
+
 def test_the_mean_of_a_difficulty_is_that_of_its_tasks():
     def task(name, successes, **also):
         return row(successes / 100) | {"training": name, "successes": successes, **also}
@@ -384,6 +392,9 @@ def test_rows_of_the_curve_are_kept_for_the_preset_in_either_precision():
     assert demonstrations.rows_folder({**given, "train.precision": "bfloat16"}) == folder / "train.precision-bfloat16"
     assert demonstrations.rows_folder({**given, "train.steps": "50"}) is None
     assert demonstrations.rows_folder({"episodes": "50"}) is None
+    turned = [{"train.precision": "bfloat16", "seed": "1"}, {"seed": "1", "train.precision": "bfloat16"}]
+    assert len({demonstrations.rows_folder(changes) for changes in turned}) == 1
+    assert len({tuple(quality.variant(changes)) for changes in turned}) == 1
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ class CellVerdict:
             "worse" (the cell is shown to be worse) or "open" (neither is shown).
         hardest: index of the cell against which it is hardest to show that this one is not worse.
         loss: observed success rate of that cell minus that of this one, on the episodes that both ran.
-        allowed_loss: about the greatest `loss` at which the cell would have become "not worse" with all episodes.
+        allowed_loss: see `greatest_loss`.
     """
 
     verdict: Verdict
@@ -156,8 +156,7 @@ def recommend(
     alpha, episodes, costs = 1 - confidence, solved.shape[1], ranks(cost, len(solved))
     pairs = compare_pairs(wins, episodes, margin)
     levels = levels_in_force(adjust(pairs.not_worse, costs), costs, alpha)
-    allowed = allowed_loss(pairs, margin, levels, episodes)
-    return advise(pairs, allowed, costs, margin=margin, alpha=alpha, confidence=confidence, episodes=episodes)
+    return advise(pairs, levels, costs, margin=margin, alpha=alpha, confidence=confidence, episodes=episodes)
 
 
 def compare_pairs(wins: Array, episodes: int, margin: float) -> Pairs:
@@ -207,13 +206,13 @@ def shown_worse(pairs: Pairs, alpha: float) -> Array:
 
 
 def advise(
-    pairs: Pairs, allowed: Array, costs: Array, *, margin: float, alpha: float, confidence: float, episodes: int
+    pairs: Pairs, levels: Array, costs: Array, *, margin: float, alpha: float, confidence: float, episodes: int
 ) -> Recommendation:
     """Turn the tests of all pairs into a recommendation.
 
     Args:
         pairs: (K, K) each.
-        allowed: (K, K), see `allowed_loss`.
+        levels: (K, K), with which the p-values of the last look are compared.
         costs: see `ranks`.
         margin: in (0, 1).
         alpha: level of all verdicts "not worse" together.
@@ -226,13 +225,15 @@ def advise(
     by_cost = sorted(range(len(costs)), key=lambda i: (costs[i], -strength[i]))
     best = max(by_cost, key=lambda i: strength[i])  # of several, the first and hence the cheapest
     p_values, worse = adjust(pairs.not_worse, costs).max(1), shown_worse(pairs, alpha)
-    hardest = np.where(own, -np.inf, -pairs.differences - allowed).argmax(1)
+    short = np.where(own, -np.inf, -pairs.differences - allowed_loss(pairs, margin, levels, episodes))
+    hardest = short.argmax(1)
+    share = (pairs.wins + pairs.wins.T) / pairs.episodes
     verdicts = tuple(
         CellVerdict(
             verdict="not worse" if p_values[i] <= alpha else "worse" if worse[i] else "open",
             hardest=int(j),
             loss=float(-pairs.differences[i, j]),
-            allowed_loss=float(allowed[i, j]),
+            allowed_loss=greatest_loss(float(share[i, j]), margin, float(levels[i, j]), episodes),
         )
         for i, j in enumerate(hardest)
     )
@@ -242,7 +243,7 @@ def advise(
         cell=cell,
         best=best,
         cheapest=by_cost[0],
-        undecided=min(open_cells, key=lambda i: verdicts[i].loss - verdicts[i].allowed_loss, default=None),
+        undecided=min(open_cells, key=lambda i: short[i].max(), default=None),
         margin=margin,
         confidence=confidence,
         episodes=episodes,
@@ -297,11 +298,31 @@ def allowed_loss(pairs: Pairs, margin: float, level: ArrayLike, episodes: int) -
     """(..., K, K) about the greatest loss of success rate that `non_inferiority_test` still rejects at `level`.
 
     This is the normal approximation of Nam (1997, Biometrics 53, 1422-1430), for the rate of discordant episodes that
-    was observed so far and this number of episodes, rounded down to a whole number of episodes.
+    was observed so far and this number of episodes. It ranks cells and looks ahead; `greatest_loss` is exact.
     """
     deviation = null_deviation(pairs.discordant, margin)
-    loss = margin + ndtri(np.asarray(level)) * deviation / math.sqrt(episodes)
-    return np.floor(loss * episodes + 1e-9) / episodes
+    return margin + ndtri(np.asarray(level)) * deviation / math.sqrt(episodes)
+
+
+def greatest_loss(discordant: float, margin: float, level: float, episodes: int) -> float:
+    """The greatest loss of success rate that `non_inferiority_test` rejects at a level, of a whole number of episodes.
+
+    Args:
+        discordant: the share of episodes that exactly one of both cells solves; a greater loss or lead needs more.
+        margin: in (0, 1).
+        level: of the test.
+        episodes: the number of all episodes.
+
+    Returns:
+        The loss, in [-1, 1]; less than -1 if none is rejected.
+    """
+    losses = np.arange(math.ceil(margin * episodes), -episodes - 1, -1)
+    different = np.maximum(round(discordant * episodes), np.abs(losses))
+    different += (different - losses) % 2
+    losses, different = losses[different <= episodes], different[different <= episodes]
+    p_values = non_inferiority_test((different - losses) // 2, (different + losses) // 2, episodes, margin)
+    rejected = np.flatnonzero(p_values <= level)
+    return float(losses[rejected[0]] if len(rejected) else -episodes - 1) / episodes
 
 
 def ranks(cost: Sequence[float], cells: int) -> Array:

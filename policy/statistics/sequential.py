@@ -235,7 +235,8 @@ def _needed(plan: Plan, pairs: Pairs, costs: Array) -> Array:
     undecided, levels = adjusted > plan.alpha, levels_in_force(adjusted, costs, plan.alpha)
     won = ~undecided.any(-1)
     cheapest = np.where(won, costs, len(costs)).min(-1, keepdims=True)
-    futile = (undecided & (_power(pairs, plan, levels) < FUTILE)).any(-1)
+    hopeless = (_power(pairs, plan, levels) < FUTILE) & ~_accepted_at_last(pairs, plan, levels)
+    futile = (undecided & hopeless).any(-1)
     candidate = (costs < cheapest) & ~futile & ~shown_worse(pairs, plan.alpha)
     order = np.where(candidate, costs, len(costs))
     first = candidate & (np.arange(len(costs)) == order.argmin(-1)[..., None])
@@ -251,24 +252,44 @@ def _power(pairs: Pairs, plan: Plan, levels: Array) -> Array:
 
     The true difference is taken to be `PERSISTS` times the observed one.
     """
-    last = plan.looks[-1]
-    left = last - pairs.episodes
-    expected = pairs.differences * (pairs.episodes + PERSISTS * left)
-    ahead = expected + last * _allowed(pairs, plan, levels)
+    last, left = plan.looks[-1], plan.looks[-1] - pairs.episodes
+    allowed = allowed_loss(pairs, plan.margin, _levels_of_last(plan, levels), last)
+    ahead = _expected(pairs, plan) + last * allowed
     return np.where(left > 0, ndtr(ahead / np.sqrt(np.maximum(left, 1) * pairs.discordant)), 0)
 
 
-def _allowed(pairs: Pairs, plan: Plan, levels: Array) -> Array:
-    """`allowed_loss` at the last look."""
-    last = len(plan.looks) - 1
-    return allowed_loss(pairs, plan.margin, nominal_levels(plan.looks, last, levels), plan.looks[last])
+def _accepted_at_last(pairs: Pairs, plan: Plan, levels: Array) -> Array:
+    """(..., K, K) bool, whether the last look shows cell i not worse than cell j if all goes as `_power` expects.
+
+    That is the exact test, with as many discordant episodes as were observed: where there were none, the approximation
+    of `_power`, which takes there to be some, is far too careful.
+    """
+    last = plan.looks[-1]
+    difference = np.rint(_expected(pairs, plan))
+    different = np.rint((pairs.wins + np.swapaxes(pairs.wins, -1, -2)) / pairs.episodes * last)
+    different = np.maximum(different, np.abs(difference))
+    different += (different - difference) % 2
+    fits = (different <= last) & (pairs.episodes < last)
+    wins = np.where(fits, (different + difference) / 2, 0)
+    accepted = compare_pairs(wins, last, plan.margin).not_worse <= _levels_of_last(plan, levels)
+    return np.asarray(fits & accepted)
+
+
+def _expected(pairs: Pairs, plan: Plan) -> Array:
+    """(..., K, K) by how many episodes more cell i is expected to solve than cell j up to the last look."""
+    return pairs.differences * (pairs.episodes + PERSISTS * (plan.looks[-1] - pairs.episodes))
+
+
+def _levels_of_last(plan: Plan, levels: Array) -> Array:
+    """`nominal_levels` at the last look."""
+    return nominal_levels(plan.looks, len(plan.looks) - 1, levels)
 
 
 def _advise(plan: Plan, state: State, costs: Array) -> Recommendation:
     levels = levels_in_force(adjust(state.pairs.not_worse, costs), costs, plan.alpha)
     return advise(
         state.pairs,
-        _allowed(state.pairs, plan, levels),
+        _levels_of_last(plan, levels),
         costs,
         margin=plan.margin,
         alpha=plan.alpha,

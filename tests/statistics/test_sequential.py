@@ -164,6 +164,18 @@ def test_a_cell_that_stopped_catches_up_when_it_is_needed_again():
     assert seen[-1].recommendation.cells[0].verdict == "worse"
 
 
+@pytest.mark.parametrize(
+    ("looks", "rates", "cost"),
+    [((100, 200), (0.1, 0.5, 1, 0.1, 0.5, 1), (1, 2, 8, 1, 2, 8)), ((100, 200), (0.2, 0.9, 1, 1), (1, 2, 4, 8))],
+)
+def test_cells_that_solve_everything_go_on_as_long_as_the_last_look_would_accept_them(looks, rates, cost):
+    """They never differ; the approximation of the power takes it that they do, and gave up."""
+    success = outcomes(rates, looks[-1], 0)
+    end = sweep(Plan(looks=looks, margin=0.05, alpha=0.0475), success, cost)[-1]
+    assert end.recommendation.cell == 2
+    assert recommend(success, cost, margin=0.05).cell == 2
+
+
 def test_of_equal_costs_the_more_successful_is_recommended_then_the_first():
     plan = Plan(looks=(300, 600), margin=0.1, alpha=0.045)
     success = outcomes([0.9], 600, 1)

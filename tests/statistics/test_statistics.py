@@ -495,7 +495,7 @@ def test_few_episodes_give_no_recommendation_even_of_the_best_seen():
     assert (answer.cell, answer.best, answer.undecided) == (None, 0, 0)
     assert describe(answer, NAMES) == (
         "no cell is shown to be not worse than the best by 5 points (95 % sure); a is 10.0 points above b, and would"
-        " have to be at least about 20.0 points above it (10 episodes)"
+        " have to be at least about 30.0 points above it (10 episodes)"
     )
 
 
@@ -519,7 +519,7 @@ def test_a_cheaper_cell_that_is_still_open_is_mentioned():
 
 @pytest.mark.parametrize("discordant", [0, 10, 40, 100])
 @pytest.mark.parametrize("margin", [0.05, 0.2])
-def test_the_allowed_loss_is_about_where_a_cell_becomes_not_worse(discordant, margin):
+def test_the_allowed_loss_is_where_a_cell_becomes_not_worse(discordant, margin):
     def of(loss):
         first, second = np.ones((2, 400), dtype=bool)
         first[: (discordant + loss) // 2] = False
@@ -529,9 +529,9 @@ def test_the_allowed_loss_is_about_where_a_cell_becomes_not_worse(discordant, ma
     losses = range(-discordant, discordant + 1, 2)
     most = max((loss for loss in losses if of(loss).verdict == "not worse"), default=None)
     if most is None:
-        assert of(-discordant).allowed_loss * 400 < -discordant + 2
-    elif most < discordant:
-        assert of(most).allowed_loss * 400 == pytest.approx(most, abs=4)
+        assert of(-discordant).allowed_loss * 400 < -discordant
+    elif most < discordant:  # one more or less has another number of discordant episodes
+        assert of(most).allowed_loss * 400 == pytest.approx(most, abs=1.01)
 
 
 def test_one_cell_has_nothing_to_be_worse_than():

@@ -194,7 +194,7 @@ def swept(planar_run, run_command, made_once):
     """The folder of a sweep of four cells, with what the command printed in `out.txt`."""
 
     def sweep(folder):
-        settings = ["ddim_steps=[1,4]", "sampler.eta=[0.0,1.0]", "episodes=8", "videos=2", f"output_dir={folder}"]
+        settings = ["ddim_steps=[2,4]", "sampler.eta=[0.0,1.0]", "episodes=8", "videos=2", f"output_dir={folder}"]
         done = run_command("sweep", f"checkpoint={planar_run}/checkpoint", *settings)
         (folder / "out.txt").write_text(done.stdout)
 
@@ -271,7 +271,7 @@ def test_a_browser_shows_the_report_on_a_screen_and_on_a_phone_light_and_dark(
 
 
 def test_cells_that_ran_apart_are_merged_into_the_same_sweep(swept, planar_run, run_command, plain_reports, tmp_path):
-    for steps in (1, 4):
+    for steps in (2, 4):
         run_command(
             "sweep",
             f"checkpoint={planar_run}/checkpoint",
@@ -281,12 +281,12 @@ def test_cells_that_ran_apart_are_merged_into_the_same_sweep(swept, planar_run, 
             "videos=0",
             f"output_dir={tmp_path}/{steps}",
         )
-    out = run_command("sweep", f"merge=[{tmp_path}/1,{tmp_path}/4]", f"output_dir={tmp_path}/all").stdout
+    out = run_command("sweep", f"merge=[{tmp_path}/2,{tmp_path}/4]", f"output_dir={tmp_path}/all").stdout
     assert "| ddim_steps |" in out
     whole = episodes_of(swept)
     assert episodes_of(tmp_path / "all") == whole
     assert len(whole) == 32
-    twice = run_command("sweep", f"merge=[{tmp_path}/1,{tmp_path}/1]", f"output_dir={tmp_path}/x", check=2).stderr
+    twice = run_command("sweep", f"merge=[{tmp_path}/2,{tmp_path}/2]", f"output_dir={tmp_path}/x", check=2).stderr
     assert "repeats the cell" in twice
     other = run_command("sweep", f"merge=[{tmp_path}/none]", f"output_dir={tmp_path}/x", check=2).stderr
     assert "holds no finished sweep" in other

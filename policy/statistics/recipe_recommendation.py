@@ -47,6 +47,11 @@ class RecipeVerdict:
     half_width: float
     seeds_share: float
 
+    @property
+    def least(self) -> float:
+        """The lower end of the interval of the difference."""
+        return self.difference - self.half_width
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeRecommendation:
@@ -55,7 +60,8 @@ class RecipeRecommendation:
     Attributes:
         cell: index of the recommended cell; None if no cell is shown to be not worse than the best.
         best: index of the cell with the highest observed success rate (of several, the cheapest).
-        undecided: index of the cheapest cell whose verdict is "open"; None if none is cheaper than `cell`.
+        undecided: index of the cell that came nearest to being shown, of those whose verdict is "open" and that are
+            cheaper than `cell`; None if there is none.
         margin: the difference of success rates from which a cell counts as worse.
         confidence: of all verdicts "not worse" together.
         cells: one verdict per cell.
@@ -146,7 +152,9 @@ def recommend_recipes(
     return RecipeRecommendation(
         cell=cell,
         best=best,
-        undecided=next((i for i in cheaper if verdicts[i].verdict == "open"), None),
+        undecided=max(
+            (i for i in cheaper if verdicts[i].verdict == "open"), key=lambda i: verdicts[i].least, default=None
+        ),
         margin=margin,
         confidence=confidence,
         cells=verdicts,

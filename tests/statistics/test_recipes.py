@@ -134,10 +134,10 @@ def test_three_seeds_of_wide_spread_leave_it_undecided():
     first, second = outcomes([0.8, 0.9, 0.85]), outcomes([0.82, 0.91, 0.85], seed=1)
     advice = recommend_recipes([first, second], [0, 1], cost=[1, 2])
     assert advice.cell is None
-    assert advice.undecided == 0
+    assert advice.undecided == 1
     words = describe_recipes(advice, ["a", "b"])
     assert words.startswith("no cell is shown to be not worse")
-    assert "a is undecided: -1.0 points from b, give or take " in words
+    assert "b is undecided: +1.0 points from a, give or take " in words
     assert "more training seeds would narrow it most" in words
 
 

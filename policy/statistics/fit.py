@@ -36,6 +36,7 @@ NEAR_THE_MIDDLE = 0.2
 
 # The errors by which a training is judged, on each kind of episodes.
 HELD_OUT, TRAINING = "val/averaged_chunk_error", "train/averaged_chunk_error"
+RATE = "train/learning_rate"
 # What comes before the name of each number of which a chunk corrects an error, in a run's history.
 CORRECTED = "recovery/"
 
@@ -237,9 +238,12 @@ def _too_short(measured: Sequence[Mapping[str, float]]) -> str:
 
 
 def _halfway(measured: Sequence[Mapping[str, float]]) -> float | None:
-    """The held-out error about halfway through the run; None where it was not measured."""
+    """The held-out error about halfway through the run; None where it was not measured.
+
+    Where a learning rate has come down to 0, as at the end of a run that then went on, the error is that of an end.
+    """
     end = measured[-1]["step"]
-    known = [entry for entry in measured if HELD_OUT in entry]
+    known = [entry for entry in measured if HELD_OUT in entry and (entry["step"] == end or entry.get(RATE, 1) > 0)]
     middle = min(known, key=lambda entry: abs(entry["step"] - end / 2))
     return middle[HELD_OUT] if abs(middle["step"] - end / 2) <= NEAR_THE_MIDDLE * end else None
 

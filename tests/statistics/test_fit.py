@@ -133,3 +133,12 @@ def test_an_entry_that_lacks_figures_is_no_error(missing):
     lacking = {name: value for name, value in whole.items() if name != missing}
     of_neighbours = missing == "fit/neighbour_ratio_high"
     assert conclude([{**whole, "step": 500}, lacking]).kind == ("limited" if of_neighbours else "undecided")
+
+
+def test_the_end_of_a_run_that_went_on_is_not_its_middle():
+    """There the learning rate has come down to 0, and with it the error."""
+    early, late = (entry(errors(0.5), errors(0.48, seed=1), errors(0.6, seed=2), step=step) for step in (600, 1000))
+    assert conclude([{**early, "train/learning_rate": 5e-4}, late]).kind == "limited"
+    ended = conclude([{**early, "train/learning_rate": 0.0}, {**late, "train/learning_rate": 0.0}])
+    assert ended.kind == "undecided"
+    assert "perhaps under-trained" in ended.sentence

@@ -38,7 +38,8 @@ from policy.common.registry import Registry
 from policy.diffusion.coefficients import SOLVERS
 from policy.diffusion.objective import DEFAULT_OBJECTIVE
 from policy.diffusion.sampler import Sampler
-from policy.model.config import PolicyConfig, config_from_json, config_to_json
+from policy.model.config import PolicyConfig, config_from_json
+from policy.model.defaults import with_defaults
 from policy.model.denoisers import DENOISERS
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.model.encoders import ENCODERS
@@ -245,26 +246,7 @@ def resume_training(
         ValueError: the checkpoint is missing, damaged, or of another configuration.
     """
     opened = open_folder(folder)
-    was, path = opened.config, opened.path
-    with refusing(path / CONFIG):
-        # Policy settings that are newer than the checkpoint had the values that are now their defaults.
-        before = {
-            "policy": config_to_json(_policy_config(opened, was["policy"])),
-            "training": {**SETTINGS_OF_BEFORE, **was["training"]},
-            "rollouts": {"execution_horizon": was["execution_horizon"], "sampler": was.get("sampler", {})},
-        }
-        changes: dict[str, Any] = {}
-        now = {"policy": config_to_json(state.policy.config), "training": dict(training), "rollouts": rollouts}
-        for part in before:
-            then, after = as_json(before[part]), as_json(now[part])
-            differ = {key: then[key] for key in sorted(then.keys() & after.keys()) if then[key] != after[key]}
-            changes |= differ
-            if refused := [key for key in differ if not _may_change(key, then, after, state)]:
-                were = ", ".join(describe_before(key, then[key], after[key]) for key in refused)
-                raise ValueError(
-                    f"{path} was trained with other settings ({part}: {were}): to go on, give the same settings; to"
-                    " start anew, choose another output_dir="
-                )
+    path, changes = opened.path, _changed(opened, state, training, rollouts)
     files = {name: opened.verify(name)[0] for name in (WEIGHTS, TRAINING_WEIGHTS, TRAINING_RECORD)}
     averaged, tensors = read_tensors(files[WEIGHTS]), read_tensors(files[TRAINING_WEIGHTS])
     record = read_json(files[TRAINING_RECORD])
@@ -283,6 +265,33 @@ def resume_training(
             restore_record(state, record)
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): use another checkpoint") from error
+    return changes
+
+
+def _changed(
+    opened: Folder, state: TrainState, training: Mapping[str, Any], rollouts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the settings that differ from those that a run was stored with, and refuse those that may not."""
+    was, path = opened.config, opened.path
+    changes: dict[str, Any] = {}
+    with refusing(path / CONFIG):
+        # Policy settings that are newer than the checkpoint had the values that are now their defaults.
+        before = {
+            "policy": with_defaults(_policy_config(opened, was["policy"])),
+            "training": {**SETTINGS_OF_BEFORE, **was["training"]},
+            "rollouts": {"execution_horizon": was["execution_horizon"], "sampler": was.get("sampler", {})},
+        }
+        now = {"policy": with_defaults(state.policy.config), "training": dict(training), "rollouts": rollouts}
+        for part in before:
+            then, after = as_json(before[part]), as_json(now[part])
+            differ = {key: then[key] for key in sorted(then.keys() & after.keys()) if then[key] != after[key]}
+            changes |= differ
+            if refused := [key for key in differ if not _may_change(key, then, after, state)]:
+                were = ", ".join(describe_before(key, then[key], after[key]) for key in refused)
+                raise ValueError(
+                    f"{path} was trained with other settings ({part}: {were}): to go on, give the same settings; to"
+                    " start anew, choose another output_dir="
+                )
     return changes
 
 

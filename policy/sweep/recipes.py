@@ -11,6 +11,7 @@ from typing import Any
 from policy.checkpoint import Checkpoint
 from policy.checkpoint.reading import CHECKSUM
 from policy.common.arguments import dotted
+from policy.model.defaults import with_defaults
 from policy.rollout.ledger import cell_id
 from policy.statistics.recipes import recipe_interval
 from policy.statistics.results import EpisodeResult, summarize
@@ -194,7 +195,7 @@ def scope_of(rows: Sequence[Row]) -> str:
 def _settings(checkpoint: Checkpoint, left_out: Collection[str]) -> dict[str, Any]:
     """The settings with which a checkpoint was made, nested ones by their dotted name, without some of them."""
     trained = {name: value for name, value in checkpoint.training.items() if name not in {*FREE, *left_out}}
-    policy = dataclasses.asdict(checkpoint.policy.config)
+    policy = with_defaults(checkpoint.policy.config)
     rollouts = {"execution_horizon": checkpoint.execution_horizon, "sampler": dataclasses.asdict(checkpoint.sampler)}
     settings = dotted({**policy, **trained, **rollouts})
     return {name: value for name, value in settings.items() if name not in left_out}

@@ -8,12 +8,9 @@ from typing import Any
 
 from policy.common.arguments import unknown_name
 from policy.common.files import as_json
-from policy.common.signatures import declaration_of
 from policy.data.demonstrations import Demonstrations
-from policy.diffusion.schedule import make_schedule
-from policy.model.config import DataShapes, PolicyConfig, PolicySettings, config_to_json
-from policy.model.denoisers import DENOISERS
-from policy.model.encoders import ENCODERS
+from policy.model.config import DataShapes, PolicyConfig, PolicySettings
+from policy.model.defaults import with_defaults
 
 # Settings of the loss: no weight depends on them, so that a run may start from a checkpoint with others.
 OF_THE_LOSS = {"auxiliary_weight", "loss_weighting", "min_snr_gamma"}
@@ -167,18 +164,8 @@ def _shapes(dataset: Demonstrations, auxiliary: Sequence[str]) -> DataShapes:
 
 def _refuse_others(given: Mapping[str, Any], trained: PolicyConfig, source: object, why: str) -> None:
     """Refuse settings that differ from a trained policy's; what the policy does not store has its default."""
-    stored = config_to_json(trained)
-    for name, registry in (("encoder", ENCODERS), ("denoiser", DENOISERS)):
-        stored[name] = {**_defaults(registry.declared(stored[name]["name"])), **stored[name]}
-    stored["schedule"] = {**_defaults(make_schedule), **stored["schedule"]}
-    # As JSON, which has no tuples: defaults are such, and users give lists.
-    for name, value, trained_value in _differences(as_json(dict(given)), as_json(stored)):
+    for name, value, trained_value in _differences(as_json(dict(given)), with_defaults(trained)):
         raise ValueError(f"{name}={value} differs from the {trained_value} of {source}, {why}: leave it out")
-
-
-def _defaults(target: Any) -> dict[str, Any]:
-    parameters = declaration_of(target).signature.parameters
-    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
 
 def _differences(

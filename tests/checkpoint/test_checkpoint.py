@@ -188,6 +188,15 @@ def test_resuming_with_other_settings_is_refused(demonstrations, saved):
         resume_training(saved, new_run(demonstrations, other).state, RECORD)
 
 
+def test_a_default_may_be_written_out(demonstrations, saved):
+    stated = {"encoder": {**CONFIG.encoder, "skip": True}, "schedule": {**CONFIG.schedule, "zero_terminal_snr": False}}
+    same = new_run(demonstrations, dataclasses.replace(CONFIG, **stated))
+    assert resume_training(saved, same.state, RECORD) == {}
+    other = new_run(demonstrations, dataclasses.replace(CONFIG, encoder={**CONFIG.encoder, "skip": False}))
+    with pytest.raises(ValueError, match=r"\(policy: encoder\.skip was true\)"):
+        resume_training(saved, other.state, RECORD)
+
+
 def test_a_setting_that_is_not_finite_is_the_same_after_it_was_stored(run, demonstrations, tmp_path):
     """JSON has no infinity: it is stored as null."""
     noted = {**RECORD, "learning_rate": float("inf")}

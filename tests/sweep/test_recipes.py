@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 import pytest
 import torch
 
-from policy import Sampler
+from policy import DiffusionPolicy, Sampler
 from policy.checkpoint import save_checkpoint
 from policy.commands.looks import fast_cells, in_earlier_order
 from policy.rollout.ledger import Ledger
@@ -74,6 +74,9 @@ def test_checkpoints_of_one_recipe_differ_in_their_training_seed_only():
     with pytest.raises(ValueError, match=r"sampler.eta is 0.0 in runs/a and 0.5 in runs/b"):
         check_same_recipe([one, other], {"sampler.clip"})
     check_same_recipe([one, other], {"sampler.eta"})
+    config = one.policy.config
+    stated = dataclasses.replace(config, denoiser={**config.denoiser, "dropout": 0.0})  # the default, written out
+    check_same_recipe([one, dataclasses.replace(trained("b", 1), policy=DiffusionPolicy(stated))])
     data = {"dataset": "/one/demos", "dataset.checksum": "0badcafe", "dataset.decode": "cache"}
     moved = {**data, "dataset": "/two/demos"}
     check_same_recipe([trained("a", 0, **data), trained("b", 1, **moved)])
@@ -95,7 +98,7 @@ def test_observation_shapes_that_differ_are_named():
     one, other = trained("a", 0), trained("b", 1)
     config = dataclasses.replace(other.policy.config, observation_shapes={"state": (5,)})
     policy = type(other.policy)(config)
-    with pytest.raises(ValueError, match=r"observation_shapes.state is \(4,\) in runs/a and \(5,\) in runs/b"):
+    with pytest.raises(ValueError, match=r"observation_shapes.state is \[4\] in runs/a and \[5\] in runs/b"):
         check_same_recipe([one, dataclasses.replace(other, policy=policy)])
 
 

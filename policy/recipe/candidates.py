@@ -127,8 +127,8 @@ def candidates_for(
             found.append(candidate)
         else:
             kept = dict.fromkeys(itertools.chain(*keeping.values()))
-            reason = f"you keep {', '.join(kept)}" if kept else "with your settings"
-            fallen[name] = f"{reason}, so that it is the same as {same.name}"
+            reason = f"you keep {', '.join(kept)}, so that it is" if kept else "with your settings it is"
+            fallen[name] = f"{reason} the same as {same.name}"
     return found, fallen
 
 

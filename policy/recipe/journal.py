@@ -56,6 +56,7 @@ class Journal:
         episode_seconds: what an episode of a rollout costs; None without an environment.
         rungs: what was measured on each rung that was begun.
         chosen: name of the recipe that was chosen; empty before.
+        steps: of a whole training, for which the learning rate was planned; 0 in a search of an earlier version.
     """
 
     recipes: dict[str, dict[str, Any]]
@@ -66,6 +67,7 @@ class Journal:
     episode_seconds: float | None = None
     rungs: list[dict[str, Measured]] = field(default_factory=lambda: [{}])
     chosen: str = ""
+    steps: int = 0
 
     def save(self, folder: Path) -> None:
         """Write the journal into the folder of the search."""

@@ -161,6 +161,12 @@ def _journal_of(candidates: Sequence[Candidate], fallen: Mapping[str, str], fold
             f"{folder / JOURNAL} is a search among other recipes ({', '.join(journal.recipes)}){why}: give the same"
             " settings to go on, or another output_dir="
         )
+    steps = candidates[0].train.steps
+    if journal and not journal.chosen and journal.steps not in (0, steps):
+        raise ValueError(
+            f"{folder / JOURNAL} is a search that was begun for train.steps={journal.steps}; got {steps}: give the same"
+            " until a recipe is chosen, or another output_dir="
+        )
     return journal
 
 
@@ -225,6 +231,7 @@ class _Search:
             spent=self.spent,
             episode_seconds=episode_seconds,
             rungs=[failed],
+            steps=train_steps,
         )
         journal.save(self.folder)
         return journal

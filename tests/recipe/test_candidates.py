@@ -66,7 +66,7 @@ def test_a_setting_that_the_chosen_part_does_not_have_is_left_out():
 )
 def test_the_noise_is_hidden_only_from_networks_that_can_do_without_it(given, train):
     found, fallen = chosen(policy={**POLICY, **given}, train=TrainSettings(**train))
-    assert fallen == {"estimate": "with your settings, so that it is the same as corrective"}
+    assert fallen == {"estimate": "with your settings it is the same as corrective"}
     for candidate in found.values():
         DiffusionPolicy(PolicyConfig(observation_shapes={"state": (3,)}, action_dim=2, **candidate.policy))
     assert chosen()[0]["estimate"].policy["sigma_data"] == 0.5

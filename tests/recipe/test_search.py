@@ -31,7 +31,7 @@ def made(episodes=12, length=6):
     return Demonstrations(observations={"state": states}, actions=-states[:, :2], episode_ends=ends)
 
 
-def candidates(learning_rates):
+def candidates(learning_rates, steps=TRAIN.steps):
     """Recipes of the same small network; one with a tiny learning rate learns nothing."""
     denoiser = {"name": "modulated_mlp", "hidden_size": 8, "num_layers": 1}
     return [
@@ -39,7 +39,7 @@ def candidates(learning_rates):
             name=name,
             changes={"train.learning_rate": rate},
             policy={**SMALL, "denoiser": denoiser},
-            train=dataclasses.replace(TRAIN, learning_rate=rate),
+            train=dataclasses.replace(TRAIN, learning_rate=rate, steps=steps),
         )
         for name, rate in learning_rates.items()
     ]
@@ -90,10 +90,10 @@ def start(tmp_path):
         save = partial(save_checkpoint, folder / "checkpoint", env=None, execution_horizon=8, training=training)
         return Trial(run=run, save=save)
 
-    def call(play=None, stop_at=None, rates=RATES, budget="1h"):
+    def call(play=None, stop_at=None, rates=RATES, budget="1h", steps=TRAIN.steps):
         opened.clear()
         return search(
-            candidates(rates),
+            candidates(rates, steps),
             {},
             folder=tmp_path,
             settings=RecipeSettings(budget=budget),
@@ -138,10 +138,13 @@ def test_an_interrupted_search_goes_on_and_ends_as_an_uninterrupted_one(start, t
     with pytest.raises(KeyboardInterrupt):
         start(stop_at=5)  # three were timed, and one was measured
     assert [len(rung) for rung in rungs(tmp_path)] == [1]
+    with pytest.raises(ValueError, match=r"begun for train\.steps=32; got 40: give the same until"):
+        start(steps=40)  # half of it would have another learning rate
     assert start().name == "good"
     assert start.opened == ["good", "slow", "good", "slow"]
     assert rungs(tmp_path) == whole
     assert start().name == "good"
+    assert start(steps=40).name == "good"  # the chosen one may go on for longer
     assert start.opened == []
 
 

@@ -157,7 +157,9 @@ def train_policy(
     paired = True
     if env and world.first:
         rolls_out = bool(train.rollout_every or recipe)
-        found, paired = tried(make_env, env, env_patience, run.state.policy, rate, rolls_out=rolls_out)
+        names = dataset.read_with.get("observation_keys")
+        names = names if isinstance(names, Mapping) else {}
+        found, paired = tried(make_env, env, env_patience, run.state.policy, rate, names, rolls_out=rolls_out)
         tasks = tasks or found
 
     record_of = partial(

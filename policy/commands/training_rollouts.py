@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from policy.common.control_rate import describe_mismatch, stated_rate
 from policy.diffusion.sampler import Sampler
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout.cells import Cell, controllers_of
-from policy.rollout.episodes import Controller, MakeEnv, check_spaces, describe_clipping, run_in_process
+from policy.rollout.episodes import TRAINED, Controller, MakeEnv, check_spaces, describe_clipping, run_in_process
 from policy.rollout.probe import unrepeatable
 from policy.rollout.video import record_videos
 from policy.rollout.watch import helpers_ended, watched
@@ -37,6 +37,7 @@ def tried(
     env_patience: float,
     policy: DiffusionPolicy,
     rate: float | None,
+    names: Mapping[str, str],
     *,
     rolls_out: bool,
 ) -> tuple[Any, bool]:
@@ -49,7 +50,7 @@ def tried(
         ValueError: its observations or actions are not the policy's.
     """
     with helpers_ended(), watched(make_env, env_patience) as make, closing(make(**env)) as probe:
-        check_spaces(policy.config, probe, family=env["name"])
+        check_spaces(policy.config, probe, names, setting_of_names=TRAINED, family=env["name"])
         clipping = describe_clipping(policy, probe)
         mismatch = describe_mismatch(rate, stated_rate(probe.metadata.get("render_fps")))
         unfixed = unrepeatable(probe, ROLLOUT_SEED)[1] if rolls_out else ""

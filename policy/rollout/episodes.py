@@ -32,6 +32,9 @@ BEYOND = 0.01
 # A message names so many dimensions at most.
 NAMED = 3
 
+# The settings that rename observations: of an imported policy, and of demonstrations.
+IMPORTED, TRAINED = "keys", "dataset.observation_keys"
+
 Env = gymnasium.Env[Any, Any]
 MakeEnv = Callable[..., Env]
 
@@ -70,14 +73,20 @@ class Running(_Tally):
 
 
 def check_spaces(
-    config: PolicyConfig, env: Env, names: Mapping[str, str] | None = None, *, family: str | None = None
+    config: PolicyConfig,
+    env: Env,
+    names: Mapping[str, str] | None = None,
+    *,
+    setting_of_names: str = IMPORTED,
+    family: str | None = None,
 ) -> None:
     """Reject an environment whose spaces do not fit the policy.
 
     Args:
         config: the policy's configuration.
         env: the environment.
-        names: the name in its source of each observation that was renamed, if the policy is being imported.
+        names: the name in its source of each observation that was renamed, if the policy is being imported or trained.
+        setting_of_names: the setting that renames them.
         family: the `name` of the environment's settings; that of `gym` takes settings of its observations.
 
     Raises:
@@ -86,9 +95,10 @@ def check_spaces(
     shapes = _shapes(env.observation_space)
     wanted = {key: tuple(shape) for key, shape in config.observation_shapes.items()}
     if shapes != wanted:
+        fits = _what_fits(wanted, env, names or {}, setting_of_names, family)
         raise ValueError(
             f"the environment's observations {_describe(shapes)} do not fit the policy's {_describe(wanted)}:"
-            f" choose the env= that the demonstrations came from{_what_fits(wanted, env, names or {}, family)}"
+            f" choose the env= that the demonstrations came from{fits}"
         )
     if env.action_space.shape != (config.action_dim,):
         raise ValueError(
@@ -141,23 +151,30 @@ def _shapes(space: gymnasium.Space[Any]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(part.shape or ()) for key, part in spaces.items()}
 
 
-def _what_fits(wanted: Mapping[str, tuple[int, ...]], env: Env, names: Mapping[str, str], family: str | None) -> str:
+def _what_fits(
+    wanted: Mapping[str, tuple[int, ...]],
+    env: Env,
+    names: Mapping[str, str],
+    setting_of_names: str,
+    family: str | None,
+) -> str:
     """Say under which names an environment fits, or with which of the observations that its setting offers."""
     offered = {"it fits": env.observation_space}
     for value, space in getattr(env.unwrapped, "observation_spaces", {}).items():
         offered[f"env.observation={value} fits"] = space
     for fits, space in offered.items():
         if keys := fitting_keys(wanted, _shapes(space)):
-            setting = f"keys={describe_keys({ours: names.get(theirs, theirs) for ours, theirs in keys.items()})}"
-            renamed = (
-                f" under other names: {shlex.quote(setting)} of ddim-import, or the same as dataset.observation_keys"
-                " of ddim-train"
-            )
-            return f"; {fits}{renamed if any(ours != theirs for ours, theirs in keys.items()) else ''}"
+            renamed = describe_keys({ours: names.get(theirs, theirs) for ours, theirs in keys.items()})
+            setting = f"{shlex.quote(f'{IMPORTED}={renamed}')} of ddim-import, or the same as {TRAINED} of ddim-train"
+            if setting_of_names == TRAINED:
+                setting = shlex.quote(f"{TRAINED}={renamed}")
+            other = any(ours != theirs for ours, theirs in keys.items())
+            return f"; {fits}{f' under other names: {setting}' if other else ''}"
     shapes = _shapes(env.observation_space)
     if shapes.items() <= wanted.items():
-        fewer = shlex.quote(f"dataset.observation_keys={hydra_text(sorted(shapes))}")
-        return f"; a policy that was trained with {fewer} fits"
+        own = {key: names.get(key, key) for key in sorted(shapes)}
+        fewer = hydra_text([*own]) if [*own] == [*own.values()] else describe_keys(own)
+        return f"; a policy that was trained with {shlex.quote(f'{TRAINED}={fewer}')} fits"
     if family != "gym":
         return ""
     if wanted.items() <= shapes.items():

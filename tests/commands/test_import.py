@@ -32,7 +32,7 @@ def test_only_an_earlier_import_is_replaced(tmp_path, capsys):
 
 
 def test_the_next_line_samples_as_the_imported_policy_does(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("policy.commands.import_checkpoint.check_spaces", lambda *given: None)
+    monkeypatch.setattr("policy.commands.import_checkpoint.check_spaces", lambda *_, **__: None)
     import_checkpoint(lambda **_: io.StringIO(), source=str(TINY), env={"name": "tiny"}, output_dir=tmp_path)
     line = capsys.readouterr().out.splitlines()[-1]
     assert "env=tiny ddim_steps=[1,2,4,8,16,100] sampler.spacing=leading sampler.eta=1" in line.replace("'", "")

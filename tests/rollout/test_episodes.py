@@ -340,6 +340,17 @@ def test_spaces_that_do_not_fit_are_refused_naming_both_sides(change, env, messa
         check_spaces(dataclasses.replace(CONFIG, **change), env, family="gym")
 
 
+def test_a_training_is_told_the_setting_of_its_own_data():
+    """With the renaming that it has already."""
+    config = dataclasses.replace(CONFIG, observation_shapes={"pos": (3,)})
+    told = r"other names: 'dataset\.observation_keys=\{state: agent_xy\}'$"
+    with pytest.raises(ValueError, match=told):
+        check_spaces(config, Counter(), {"pos": "agent_xy"}, setting_of_names="dataset.observation_keys")
+    config = dataclasses.replace(CONFIG, observation_shapes={"state": (3,), "goal": (2,)})
+    with pytest.raises(ValueError, match=r"'dataset\.observation_keys=\{state: agent_xy\}' fits$"):
+        check_spaces(config, Counter(), {"state": "agent_xy", "goal": "g"})
+
+
 def test_settings_that_only_gym_has_are_not_advised_elsewhere():
     for shapes, env in (({"a": (3,)}, Dictionary()), ({"image": (96, 96, 3)}, Camera())):
         with pytest.raises(ValueError, match=r"came from$"):

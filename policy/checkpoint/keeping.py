@@ -79,7 +79,9 @@ def describe_best(checkpoint: Path, state: TrainState, rollout_episodes: int) ->
     """
     found = best_entry(checkpoint, state.history)
     if found is None:
-        return "best saved: not known, because no checkpoint was saved right after a rollout or a validation"
+        nothing = not any("val/loss" in entry for entry in state.history)
+        why = ": train.val_fraction holds out episodes for validations" if nothing else ""
+        return f"best saved: not known, because no checkpoint was saved right after a rollout or a validation{why}"
     best, step = checkpoint.with_name(KEPT) / BEST, int(found["step"])
     measure = measured(found, rollout_episodes)
     if step == state.step:

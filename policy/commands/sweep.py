@@ -342,7 +342,7 @@ def publish(
             differences=conclusion.differences,
             margin=conclusion.margin,
             clips=clips,
-            without_clips="No episodes were recorded: nothing can be drawn here, or videos=0.",
+            without_clips="No episodes were recorded: nothing can be drawn here, videos=0, or sweeps were merged.",
             settings=conclusion.settings,
             paired=conclusion.paired,
         )

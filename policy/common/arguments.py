@@ -116,7 +116,9 @@ def _check_type(name: str, hint: Any, value: Any) -> Any:
         checked = adapter.validate_python(value)
     except ValidationError as error:
         if error.errors()[0]["type"] in _NO_LIST and (items := _items(hint)) and not isinstance(value, (list, tuple)):
-            raise ValueError(f"{name} takes a list of {items}, as {name}=[A,B]; got {value!r}") from error
+            maps = any(typing.get_origin(part) is Mapping for part in typing.get_args(hint))
+            quoted = f", or in quotes a mapping, '{name}={{OURS: THEIRS}}'" if maps else ""
+            raise ValueError(f"{name} takes a list of {items}, as {name}=[A,B]{quoted}; got {value!r}") from error
         problem = error.errors()[0]["msg"]
         expected = getattr(hint, "__name__", str(hint)).replace("typing.", "").replace("collections.abc.", "")
         raise ValueError(f"{name} should be {expected}; got {value!r} ({problem[0].lower()}{problem[1:]})") from error

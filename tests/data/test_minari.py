@@ -732,7 +732,9 @@ def test_a_dataset_without_spaces_builds_no_environment(written, tmp_path, monke
 def test_the_name_of_the_environment_is_read_and_nothing_else_of_it(written, damage):
     spec = gymnasium.envs.registration.EnvSpec(id="Trap-v0", entry_point="trap:Env")
     rewrite(written, env_spec=spec.to_json())
-    assert read(written).metadata["env_name"] == "Trap-v0"
+    assert read(written).metadata["env_name"] == "trap:Trap-v0"
+    rewrite(written, env_spec=gymnasium.spec("Pendulum-v1").to_json())
+    assert read(written).metadata["env_name"] == "Pendulum-v1"
     rewrite(written, env_spec=damage)
     assert "env_name" not in read(written).metadata
 

@@ -55,12 +55,20 @@ def read_space(metadata: Mapping[str, Any], key: str) -> gymnasium.Space[Any]:
 
 
 def read_env_name(metadata: Mapping[str, Any]) -> str | None:
-    """The id of the Gymnasium environment that the dataset names, or None; the environment itself is not made."""
+    """The id of the Gymnasium environment that the dataset names, or None; nothing of it is imported.
+
+    An environment of another package than Gymnasium is named with the module that its entry point is in, as `env.id=`
+    takes it.
+    """
     try:
-        name = json.loads(metadata["env_spec"])["id"]
-    except (ValueError, TypeError, KeyError, IndexError, RecursionError):  # training does not need it
+        spec = json.loads(metadata["env_spec"])
+        name, module = spec["id"], str(spec.get("entry_point") or "").partition(":")[0]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):  # training does not need it
         return None
-    return name if isinstance(name, str) else None
+    if not isinstance(name, str):
+        return None
+    package = module.partition(".")[0]
+    return name if package in ("", "gymnasium") or ":" in name else f"{package}:{name}"
 
 
 def read_environment(metadata: Mapping[str, Any]) -> dict[str, Any] | None:

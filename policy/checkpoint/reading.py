@@ -282,16 +282,20 @@ def _changed(
             "rollouts": {"execution_horizon": was["execution_horizon"], "sampler": was.get("sampler", {})},
         }
         now = {"policy": with_defaults(state.policy.config), "training": dict(training), "rollouts": rollouts}
+        refused: dict[str, str] = {}
         for part in before:
             then, after = as_json(before[part]), as_json(now[part])
             differ = {key: then[key] for key in sorted(then.keys() & after.keys()) if then[key] != after[key]}
             changes |= differ
-            if refused := [key for key in differ if not _may_change(key, then, after, state)]:
-                were = ", ".join(describe_before(key, then[key], after[key]) for key in refused)
-                raise ValueError(
-                    f"{path} was trained with other settings ({part}: {were}): to go on, give the same settings; to"
-                    " start anew, choose another output_dir="
-                )
+            may_not = [key for key in differ if not _may_change(key, then, after, state)]
+            if may_not:
+                refused[part] = ", ".join(describe_before(key, then[key], after[key]) for key in may_not)
+        if refused:
+            were = "; ".join(f"{part}: {settings}" for part, settings in refused.items())
+            raise ValueError(
+                f"{path} was trained with other settings ({were}): to go on, give the same settings; to start anew,"
+                f" choose another output_dir=, with init={path} if it should begin with these weights"
+            )
     return changes
 
 

@@ -12,7 +12,7 @@ from policy.control.rates import planning_ahead_rate, waiting_rate
 from policy.control.real_time import Pace
 from policy.inference.backends import compile_sampler
 from policy.rollout.cells import Cell
-from policy.rollout.latency import measure_latency, timed_controller
+from policy.rollout.latency import Latency, measure_latency, timed_controller
 
 STEPS, ALMOST = 150, 1 - 1e-9
 OBSERVATION = np.zeros(3, np.float32)
@@ -148,3 +148,9 @@ def test_the_measured_rates_are_kept_with_a_network_that_sleeps():
                 pace()
                 robot.act(OBSERVATION)
             assert robot.timing.late_steps + robot.timing.missed_deadlines <= 1, (mode, rate)
+
+
+def test_a_step_that_does_not_plan_limits_a_robot_that_waits_too():
+    latency = Latency(median_ms=1, p99_ms=2, cpu_ms=1, step_p99_ms=4, quiet=1, threads=1)
+    rates = latency.rates(execution_horizon=8, action_horizon=8)
+    assert rates == {"waiting_rate_hz": 250, "planning_ahead_rate_hz": 250}

@@ -289,9 +289,9 @@ def describe(advice: Recommendation, names: Sequence[str]) -> str:
     cell = advice.cells[advice.undecided]
     compared = f"{text}; {names[advice.undecided]} is {_points(cell.loss)} {names[cell.hardest]}"
     if cell.allowed_loss <= -1:
-        return f"{compared}, and no lead would have been enough (episodes: {advice.episodes:,})"
+        return f"{compared}, and no lead would have been enough (episodes a cell: {advice.episodes:,})"
     limit = f"{'at most' if cell.allowed_loss >= 0 else 'at least'} about {_points(cell.allowed_loss)}"
-    return f"{compared}, and would have to be {limit} it ({advice.episodes:,} episodes)"
+    return f"{compared}, and would have to be {limit} it (with {advice.episodes:,} episodes a cell)"
 
 
 def allowed_loss(pairs: Pairs, margin: float, level: ArrayLike, episodes: int) -> Array:

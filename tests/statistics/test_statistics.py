@@ -495,7 +495,7 @@ def test_few_episodes_give_no_recommendation_even_of_the_best_seen():
     assert (answer.cell, answer.best, answer.undecided) == (None, 0, 0)
     assert describe(answer, NAMES) == (
         "no cell is shown to be not worse than the best by 5 points (95 % sure); a is 10.0 points above b, and would"
-        " have to be at least about 30.0 points above it (10 episodes)"
+        " have to be at least about 30.0 points above it (with 10 episodes a cell)"
     )
 
 
@@ -503,7 +503,7 @@ def test_a_lead_that_is_impossible_is_not_asked_for():
     few = recommend([[True], [False], [True]], cost=[1, 2, 3])
     assert min(cell.allowed_loss for cell in few.cells) < -1
     assert describe(few, ["a", "b", "c"]).endswith(
-        "; a is 0.0 points below c, and no lead would have been enough (episodes: 1)"
+        "; a is 0.0 points below c, and no lead would have been enough (episodes a cell: 1)"
     )
 
 

@@ -220,8 +220,8 @@ def _undecided(figures: str, episodes: int) -> Conclusion:
         )
     return Conclusion(
         kind="undecided",
-        sentence=f"too few held-out episodes ({episodes}) to tell over-fitting: {figures}; raise train.val_fraction,"
-        " which counts where the file of the dataset sets none aside",
+        sentence=f"too few held-out episodes ({episodes}) to tell over-fitting: {figures}; a new training with a"
+        " larger train.val_fraction can, where the file of the dataset sets none aside",
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from policy.common.arguments import did_you_mean, unknown_name
+from policy.common.arguments import check_choice, did_you_mean
 from policy.common.next_line import hydra_text
 from policy.common.signatures import Unread, declaration_of
 from scripts.settings import CONF, GROUPS, Task, options_of
@@ -135,8 +135,7 @@ def _group_help(task: Task, group: str) -> str:
 
 def _option_help(task: Task, group: str, option: str) -> str:
     """Describe an option of a group: its comment, what its file sets, and its settings."""
-    if option not in _options(group):
-        raise unknown_name(f"option of {group}", option, _options(group))
+    check_choice(f"option of {group}", option, _options(group))
     file = CONF / group / f"{option}.yaml"
     kept = [line for line in file.read_text().splitlines() if not line.startswith("#")] if file.exists() else []
     lines = [f"{group}={option}", f"  {_comment(group, option)}", *(f"    {line}" for line in kept if line.strip())]

@@ -39,20 +39,20 @@ def unknown_name(what: str, name: str, allowed: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {what} {name!r}{did_you_mean(name, options)}; allowed: {', '.join(options) or 'none'}")
 
 
-def check_choice(setting: str, value: object, allowed: Iterable[str]) -> None:
-    """Refuse a value of a setting that takes one of a few names.
+def check_choice(setting: str, value: object, allowed: Iterable[object]) -> None:
+    """Refuse a value of a setting that takes one of a few names or numbers.
 
     Args:
         setting: the setting, as the user writes it.
         value: its value.
-        allowed: the names.
+        allowed: those.
 
     Raises:
         ValueError: it is none of them; the message has the nearest one.
     """
     options = list(allowed)
     if value not in options:
-        raise unknown_name(setting, str(value), options)
+        raise unknown_name(setting, str(value), map(str, options))
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
@@ -100,8 +100,7 @@ def check_names(where: str, target: Target, names: Iterable[str]) -> None:
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     for name in names:
-        if name not in parameters:
-            raise unknown_name(f"setting of {where}", name, parameters)
+        check_choice(f"setting of {where}", name, parameters)
 
 
 def _check_type(name: str, hint: Any, value: Any) -> Any:
@@ -109,8 +108,8 @@ def _check_type(name: str, hint: Any, value: Any) -> Any:
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
         raise ValueError(f"{name} should be settings of {hint.__name__}; got {value!r}")  # type: ignore[union-attr]
-    if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
-        raise unknown_name(f"value of {name}", str(value), map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is typing.Literal:
+        check_choice(f"value of {name}", value, typing.get_args(hint))
     adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     try:
         checked = adapter.validate_python(value)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from policy.common.arguments import unknown_name
+from policy.common.arguments import check_choice, unknown_name
 from policy.common.observations import is_image
 from policy.data.budget import Budget
 from policy.data.frames import Frames
@@ -153,8 +153,7 @@ class Request:
                 f"there is no {key!r}: say which array holds the actions, dataset.action_key=NAME; there are"
                 f" {', '.join(sorted(options)) or 'no arrays'}"
             )
-        if key not in options:
-            raise unknown_name("action key", key, options)
+        check_choice("action key", key, options)
         return key
 
 

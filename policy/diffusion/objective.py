@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policy.common.arguments import unknown_name
+from policy.common.arguments import check_choice
 from policy.diffusion.coefficients import SOLVERS, TO_CLEAN, Solver
 from policy.diffusion.schedule import NoiseSchedule
 
@@ -208,8 +208,7 @@ def check_objective(objective: str) -> None:
     Raises:
         ValueError: an unknown name; the message gives the nearest one.
     """
-    if objective not in OBJECTIVES:
-        raise unknown_name("objective", objective, OBJECTIVES)
+    check_choice("objective", objective, OBJECTIVES)
 
 
 def check_of_diffusion(objective: str, **given: tuple[Any, Any]) -> None:

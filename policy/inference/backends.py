@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from policy.common.arguments import unknown_name
+from policy.common.arguments import check_choice
 from policy.common.observations import Observations, check_observations, is_image
 from policy.diffusion.ddim import Generators, randn_like
 from policy.diffusion.sampler import Course, Sampler
@@ -304,8 +304,7 @@ def check_backend(backend: str, weights: str) -> None:
         ValueError: an unknown name (the message gives the nearest one), or `int8` weights for a back end other than
             `onnx`.
     """
-    if backend not in (known := (DEFAULT_BACKEND, *BACKENDS)):
-        raise unknown_name("backend", backend, known)
+    check_choice("backend", backend, (DEFAULT_BACKEND, *BACKENDS))
     check_weights(weights, backend)
 
 
@@ -315,8 +314,7 @@ def check_weights(weights: str, backend: str = "onnx") -> None:
     Raises:
         ValueError: an unknown name, or `int8` weights for a back end other than `onnx`.
     """
-    if weights not in WEIGHTS:
-        raise unknown_name("weights", weights, WEIGHTS)
+    check_choice("weights", weights, WEIGHTS)
     if weights != DEFAULT_WEIGHTS and backend not in ("onnx", DEFAULT_BACKEND):
         raise ValueError(f"weights={weights} needs backend=onnx; got backend={backend}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from policy.common.arguments import unknown_name
+from policy.common.arguments import check_choice
 from policy.common.durations import seconds_of
 from policy.recipe.candidates import CANDIDATES
 
@@ -30,8 +30,7 @@ class RecipeSettings:
     def __post_init__(self) -> None:
         seconds_of("recipe.budget", self.budget)
         for name in self.candidates:
-            if name not in CANDIDATES:
-                raise unknown_name("recipe", name, CANDIDATES)
+            check_choice("recipe", name, CANDIDATES)
 
     @property
     def seconds(self) -> float:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from policy.common.arguments import unknown_name
+from policy.common.arguments import check_choice
 from policy.common.files import as_json
 from policy.data.demonstrations import Demonstrations
 from policy.model.config import DataShapes, PolicyConfig, PolicySettings
@@ -153,8 +153,7 @@ def fitting(dataset: Demonstrations, config: PolicyConfig, source: object, *, wi
 def _shapes(dataset: Demonstrations, auxiliary: Sequence[str]) -> DataShapes:
     shapes = dataset.observation_shapes
     for key in auxiliary:
-        if key not in shapes:
-            raise unknown_name("auxiliary observation", key, shapes)
+        check_choice("auxiliary observation", key, shapes)
     return DataShapes(
         observation_shapes={key: shape for key, shape in shapes.items() if key not in auxiliary},
         auxiliary_shapes={key: shapes[key] for key in auxiliary},

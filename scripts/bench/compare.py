@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from policy.common.arguments import unknown_name
+from policy.common.arguments import check_choice, unknown_name
 from policy.diffusion.coefficients import SOLVERS, takes_steps_of_ddim
 from policy.diffusion.objective import DEFAULT_OBJECTIVE, OBJECTIVES, check_objective
 from policy.statistics.intervals import wilson_interval
@@ -149,8 +149,7 @@ def requested(arguments: Sequence[str]) -> Request:
     for objective in objectives:
         check_objective(objective)
     for solver in solvers:
-        if solver not in SOLVERS:
-            raise unknown_name("solver of diffusion", solver, SOLVERS)
+        check_choice("solver of diffusion", solver, SOLVERS)
     demonstrations = {name: Path(given[name]).expanduser() for name in GIVEN if name in given}
     request = Request(
         tasks=[task_named(name) for name in _items("tasks", given)],

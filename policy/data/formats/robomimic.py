@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from policy.common.arguments import unknown_name
+from policy.common.arguments import check_choice
 from policy.data.episode import Episode, EpisodeReader, Request
 from policy.data.formats.format import Format
 from policy.data.formats.hdf5 import HDF5Error, HDF5File
@@ -127,8 +127,7 @@ def _number(demo: str) -> tuple[int, str]:
 def _subset(file: HDF5File, demos: Sequence[str], subset: str | None) -> tuple[list[str], list[str]]:
     masks = file.names("mask")
     if subset is not None:
-        if subset not in masks:
-            raise unknown_name("subset", subset, masks)
+        check_choice("subset", subset, masks)
         return _mask(file, demos, subset), []
     if not {"train", "valid"} <= set(masks):
         return list(demos), []

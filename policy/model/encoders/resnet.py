@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from policy.common.arguments import unknown_name
+from policy.common.arguments import check_choice
 from policy.common.observations import is_image
 from policy.model.encoders.image import GROUP_WIDTH, SpatialSoftmax
 from policy.model.encoders.parts import join_steps, order_of, to_size
@@ -340,7 +340,6 @@ class ResNetEncoder(nn.Module):
             camera.backbone.load_state_dict({key: weights[key] for key in wanted})
 
 
-def _check_choices(**settings: tuple[object, object]) -> None:
+def _check_choices(**settings: tuple[object, Iterable[object]]) -> None:
     for name, (value, choices) in settings.items():
-        if value not in choices:  # type: ignore[operator]
-            raise unknown_name(f"value of encoder.{name}", str(value), list(map(str, choices)))  # type: ignore[call-overload]
+        check_choice(f"value of encoder.{name}", value, choices)

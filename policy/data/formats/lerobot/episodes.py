@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from policy.common.arguments import unknown_name
+from policy.common.arguments import check_choice
 from policy.data.budget import Budget
 from policy.data.formats.lerobot.info import INFO, ONE_FILE_PER_EPISODE, Info, fill_template, is_count, parse_json
 from policy.data.formats.lerobot.tables import read_columns
@@ -147,8 +147,7 @@ def choose_episodes(
         ValueError: a split is unknown, unreadable or empty, or training and validation episodes overlap.
     """
     if subset is not None:
-        if subset not in splits:
-            raise unknown_name("split", subset, splits)
+        check_choice("split", subset, splits)
         return _members(splits, subset, numbers), []
     if "train" not in splits or len(splits) == 1:
         return list(numbers), []

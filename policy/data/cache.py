@@ -135,9 +135,8 @@ def write_cached(
             the folder cannot be written to.
     """
     try:
-        if (
-            open_cached(folder, source, files) is None
-        ):  # remove it now; later it may be the complete entry of another process
+        if open_cached(folder, source, files) is None:
+            # Now, because later it may be the complete entry of another process.
             shutil.rmtree(folder, ignore_errors=True)
         with building_in(folder.parent) as building:
             written = _write_arrays(building, episodes, source, skip_bad, budget)

@@ -127,7 +127,8 @@ class Demonstrations:
         """
         ends, aside = (np.asarray(numbers, np.int64)[:, None] for numbers in (self.episode_ends, self.held_out))
         arrays: list[Any] = [ends, aside, self.actions, *(self.observations[key] for key in sorted(self.observations))]
-        parts = [part for values in arrays if values.ndim == 2 for part in getattr(values, "parts", [values])]
+        vectors = [values for values in arrays if values.ndim == 2]
+        parts = [part for values in vectors for part in (values.parts if isinstance(values, JoinedArray) else [values])]
         return f"{reduce(lambda crc, part: zlib.crc32(part.data, crc), parts, 0):08x}"
 
 

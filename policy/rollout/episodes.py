@@ -165,9 +165,9 @@ def _what_fits(
     for fits, space in offered.items():
         if keys := fitting_keys(wanted, _shapes(space)):
             renamed = describe_keys({ours: names.get(theirs, theirs) for ours, theirs in keys.items()})
-            setting = f"{shlex.quote(f'{IMPORTED}={renamed}')} of ddim-import, or the same as {TRAINED} of ddim-train"
-            if setting_of_names == TRAINED:
-                setting = shlex.quote(f"{TRAINED}={renamed}")
+            setting = shlex.quote(f"{setting_of_names}={renamed}")
+            if setting_of_names == IMPORTED:
+                setting += f" of ddim-import, or the same as {TRAINED} of ddim-train"
             other = any(ours != theirs for ours, theirs in keys.items())
             return f"; {fits}{f' under other names: {setting}' if other else ''}"
     shapes = _shapes(env.observation_space)

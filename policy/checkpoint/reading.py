@@ -292,9 +292,10 @@ def _changed(
                 refused[part] = ", ".join(describe_before(key, then[key], after[key]) for key in may_not)
         if refused:
             were = "; ".join(f"{part}: {settings}" for part, settings in refused.items())
+            keeps = "" if "policy" in refused else f", with init={path} if it should begin with these weights"
             raise ValueError(
                 f"{path} was trained with other settings ({were}): to go on, give the same settings; to start anew,"
-                f" choose another output_dir=, with init={path} if it should begin with these weights"
+                f" choose another output_dir={keeps}"
             )
     return changes
 

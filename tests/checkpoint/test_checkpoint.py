@@ -181,11 +181,14 @@ def test_the_history_is_read_without_the_policy_and_a_checkpoint_that_cannot_res
 
 
 def test_resuming_with_other_settings_is_refused(demonstrations, saved):
-    with pytest.raises(ValueError, match=r"other settings \(training: seed was 3\)"):
+    with pytest.raises(ValueError, match=r"other settings \(training: seed was 3\).*, with init=.* these weights$"):
         resume_training(saved, new_run(demonstrations).state, {**RECORD, "seed": 4})
     other = dataclasses.replace(CONFIG, prediction_type="epsilon")
-    with pytest.raises(ValueError, match=r'other settings \(policy: prediction_type was "sample"\)'):
+    with pytest.raises(ValueError, match=r'other settings \(policy: prediction_type was "sample"\).*output_dir=$'):
         resume_training(saved, new_run(demonstrations, other).state, RECORD)
+    both = r'\(policy: prediction_type was "sample"; training: seed was 3\)'
+    with pytest.raises(ValueError, match=both):
+        resume_training(saved, new_run(demonstrations, other).state, {**RECORD, "seed": 4})
 
 
 def test_a_default_may_be_written_out(demonstrations, saved):

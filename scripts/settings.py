@@ -73,13 +73,13 @@ class Task:
     goes_with: Mapping[str, Sequence[str]] = field(default_factory=dict)
     excludes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def declaration(self) -> Declaration:
         """The function's declaration, read from its source."""
         return declaration_of(self.target)
 
-    @property
-    def parameters(self) -> dict[str, inspect.Parameter]:
+    @functools.cached_property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
         """The command's settings by name: the function's parameters, with the inlined ones spread out."""
         found: dict[str, inspect.Parameter] = {}
         for name, parameter in self.declaration.signature.parameters.items():

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 from policy.data.demonstrations import Demonstrations
+from scripts.settings import Task
 from tests.conftest import ENVIRONMENT, PROGRAMS, ROOT
 
 DOCS = ROOT / "docs"
+PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in DOCS.rglob("*.md"))]
+# Scripts by the console command that has another name.
+SCRIPTS = {"inspect": "inspect_data", "import": "import_checkpoint"}
 
 
 def blocks(page, language):
@@ -71,6 +75,39 @@ def test_the_commands_of_the_export_page_exist():
     assert (PROGRAMS / export[0]).exists()
     assert (ROOT / drive[1]).is_file()
     assert drive[2] in export[-1]
+
+
+def commands_of(text):
+    """The commands of this project in a page's blocks for the shell, with 0 for a variable of the shell."""
+    for block in re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if not re.search(r"\$[({]", line):
+                words = shlex.split(re.sub(r"\$\w+", "0", line), comments=True)
+                if command := re.match(r"\s*(?:ddim-(\w+)|python scripts/(\w+)\.py)\s", line):
+                    yield command[2] or SCRIPTS.get(command[1], command[1]), words[2 if command[2] else 1 :]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if list(commands_of((ROOT / page).read_text()))])
+def test_every_command_of_a_page_takes_its_settings(page, run_command, tmp_path, monkeypatch):
+    """Up to where data would be opened; what comes then is tested elsewhere."""
+    text = (ROOT / page).read_text()
+    for name, code in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        (tmp_path / name).write_text(code)
+        monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
+    monkeypatch.chdir(tmp_path)
+    run = []
+    monkeypatch.setattr(Task, "run", lambda task, settings: run.append(task.name))
+    for name, overrides in commands_of(text):
+        run.clear()
+        # A launcher for clusters would start processes.
+        run_command(name, *(override for override in overrides if not override.startswith("hydra")))
+        assert run, (name, overrides)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_make_target_of_a_page_exists(page):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert {*re.findall(r"(?:^|`)make ([\w-]+)", (ROOT / page).read_text(), flags=re.MULTILINE)} <= {*targets}
 
 
 def anchors(page):

@@ -73,21 +73,6 @@ def run_in(folder, command):
     return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
-def test_every_command_in_the_readme_exists_and_takes_its_settings():
-    commands = [
-        line
-        for language, code in BLOCKS
-        if language == "bash"
-        for line in code.splitlines()
-        if line.startswith("python scripts/")
-    ]
-    assert len(commands) >= 6
-    for line in commands:
-        script, *overrides = shlex.split(line)[1:]
-        assert (ROOT / script).is_file()
-        assert all(re.fullmatch(r"[a-z_.]+=.+", override) for override in overrides)
-
-
 @pytest.mark.parametrize("target", ["demo", "test", "setup", "help"])
 def test_make_targets_of_the_readme_exist(target):
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)

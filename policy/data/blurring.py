@@ -15,9 +15,11 @@ from policy.data.relations import MOVING
 VELOCITY, LATEST = 0.9, 2.0
 # An action that no number follows, because a hand lags or is blocked, drives the number whose changes, where it moves,
 # are most nearly that action times a constant, to this share at least, and others as near by this factor. A hand is
-# blocked in more than this share of the transitions in which the action acts, as an arm that lags is not, and moves in
-# so many of the first transitions, as what is carried does not.
-DRIVEN, AS_NEAR, BLOCKED, FIRST_MOVES = 0.3, 0.9, 0.5, 10
+# blocked in more than this share of the transitions in which the action acts, as an arm that lags is not.
+DRIVEN, AS_NEAR, BLOCKED = 0.3, 0.9, 0.5
+# It moves in so many of the first transitions, as what is carried does not. A hand that settles as the episode begins
+# changes there by a tenth of what is usual for it, what lies on a table by a fiftieth.
+FIRST_MOVES, FIRST_MOVING = 10, 0.05
 # Noise without correction, as a share of the standard deviation.
 BLUR_OF_VELOCITY, BLUR_OF_DRIVEN = 1.0, 0.3
 
@@ -87,8 +89,9 @@ def _driven(
     change: NDArray[np.float64], actions: NDArray[np.float64], early: NDArray[np.bool_], places: NDArray[np.int64]
 ) -> list[int]:
     """What the actions (N, A) drive, by the changes (N, D), of the numbers at the places."""
-    moving = np.abs(change) > MOVING * np.sqrt(np.square(change).mean(axis=0))
-    places = places[moving[early][:, places].sum(axis=0) >= FIRST_MOVES]
+    usual = np.sqrt(np.square(change).mean(axis=0))
+    moving, first = np.abs(change) > MOVING * usual, np.abs(change[early]) > FIRST_MOVING * usual
+    places = places[first[:, places].sum(axis=0) >= FIRST_MOVES]
     found: set[int] = set()
     for action in actions.T:
         acts = np.abs(action) > MOVING * np.sqrt(np.square(action).mean())

@@ -114,6 +114,21 @@ def test_velocities_and_what_an_action_drives_are_blurred(found):
     assert find_corrections(twice, np.arange(30), ["state"], action_horizon=8).blurred == blurred
 
 
+@pytest.mark.parametrize(("share", "is_hand"), [(0.09, True), (0.07, True), (0.02, False)])
+def test_a_hand_that_only_settles_as_an_episode_begins_is_one_all_the_same(share, is_hand):
+    """A thing on a table settles, too, by less of what is usual for it."""
+    seen = armed()
+    opening = seen.observations["state"][:, WIDTH].reshape(30, 60)
+    opening = np.where(np.arange(60) < 14, opening[:, 14:15], opening)
+    usual = np.sqrt(np.square(np.diff(opening)).mean())
+    opening[:, 0] -= share * usual
+    state = seen.observations["state"].copy()
+    state[:, WIDTH] = opening.reshape(-1)
+    seen = dataclasses.replace(seen, observations={"state": state})
+    blurred = find_corrections(seen, np.arange(30), ["state"], action_horizon=8).blurred
+    assert (WIDTH in [one.number for one in blurred]) is is_hand
+
+
 def test_a_goal_a_constant_and_how_far_a_goal_is_are_no_velocities():
     """A robot that goes straight to its goal moves in proportion to it, and to how far it still is."""
     rng = np.random.default_rng(0)

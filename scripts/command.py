@@ -185,9 +185,9 @@ def _run(config: DictConfig, task: Task, overrides: Sequence[str], job_folder: s
 
 def _remedy(error: OSError) -> str:
     """What helps against an error of the system, and what is left of the work."""
-    # HDF5 gives the system's number in its text only.
     if "No usable temporary directory" in str(error):
         return "set TMPDIR to a folder that you may write to, and give the same command again"
+    # HDF5 gives the system's number in its text only.
     full = error.errno in (errno.ENOSPC, errno.EDQUOT) or f"errno = {errno.ENOSPC}" in str(error)
     advice = "the disk is full: make room" if full else "mend this"
     return f"{advice} and give the same command again; finished work is on disk"

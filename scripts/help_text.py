@@ -69,7 +69,7 @@ def _topic_help(task: Task, topic: str) -> str:
     name, _, value = topic.lstrip("+~").partition("=")
     groups = [*task.groups, *(["experiment"] if task.name == "train" else [])]
     if name in groups:
-        return _option_help(task, name, value) if value in _options(name) or value else _group_help(task, name)
+        return _option_help(task, name, value) if value else _group_help(task, name)
     known = dict(every_setting(task))
     if name not in known:
         hint = did_you_mean(name, [*groups, *known])

@@ -147,9 +147,9 @@ def far(rung: Results) -> set[str]:
 
 
 def promising(rung: Results) -> list[str]:
-    """The recipes of a rung that may go on, from the best to the worst; with rollouts, those that are not far."""
+    """The measured recipes of a rung that may go on, best first; with rollouts, those that are not far."""
     dropped = far(rung) if has_rollouts(rung) else set()
-    return [name for name in ranked(rung) if name not in dropped and (rung[name].errors or not has_rollouts(rung))]
+    return [name for name in ranked(rung) if name not in dropped and rung[name].errors]
 
 
 def are_tied(rung: Results) -> bool:

@@ -83,10 +83,11 @@ def verdict(journal: Journal) -> str:
         )
         sentences.append(f"{at[0].upper()}{at[1:]}, {compared}.")
         sentences += _worth_little(journal, rung)
-    if len(rung) < journal.plan.rungs[number].candidates:
+    planned = journal.plan.rungs[number].candidates
+    unmeasured = 0 if number else len(journal.recipes) - len(rung)  # the rung holds those that were left out, too
+    if unmeasured:
         sentences.append(
-            f"The budget ended on the first rung: {len(rung)} of {journal.plan.rungs[number].candidates} recipes were"
-            " measured."
+            f"The budget ended on the first rung: {planned - unmeasured} of {planned} recipes were measured."
         )
     elif number < len(journal.plan.rungs) - 1:
         sentences.append("The budget ended before the rungs after it.")

@@ -264,6 +264,23 @@ def test_with_rollouts_only_an_error_that_is_far_off_drops_a_recipe():
     assert promising(without) == ["a", "b", "c"]
 
 
+def test_a_recipe_that_was_not_measured_does_not_go_on():
+    rung = {"a": Measured(errors=(1.0,) * 5), "b": Measured(errors=(2.0,) * 5), "c": Measured(failed="too slow")}
+    assert promising(rung) == ["a", "b"]
+
+
+def test_recipes_that_were_left_out_do_not_count_as_measured():
+    measured, slow = Measured(errors=(1.0, 2.0)), Measured(failed="too slow")
+    journal = dataclasses.replace(
+        journal_of(measured, slow),
+        recipes={name: {} for name in "abcd"},
+        plan=Plan(rungs=(Rung(candidates=3, steps=100),), episodes=0),
+    )
+    assert "The budget ended on the first rung: 1 of 3 recipes were measured." in verdict(journal)
+    whole = dataclasses.replace(journal, rungs=[{"a": measured, "b": slow, "c": measured, "d": measured}])
+    assert "were measured" not in verdict(whole)
+
+
 def test_the_verdict_says_how_little_a_choice_without_rollouts_is_worth():
     found = Measured(errors=(1.0, 2.0, 3.0)), Measured(errors=(1.1, 1.9, 3.2))
     assert "worth little; env=... lets rollouts decide" in verdict(journal_of(*found))

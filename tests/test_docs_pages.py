@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pytest
@@ -14,18 +15,27 @@ from scripts.settings import Task
 from tests.conftest import ENVIRONMENT, PROGRAMS, ROOT
 
 DOCS = ROOT / "docs"
-PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in DOCS.rglob("*.md"))]
-# Scripts by the console command that has another name.
-SCRIPTS = {"inspect": "inspect_data", "import": "import_checkpoint"}
+PAGES = ["../README.md", *sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))]
+# Modules of scripts/ by console command.
+SCRIPTS = {
+    command: re.fullmatch(r"scripts\.(\w+):main", target)[1]
+    for command, target in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"].items()
+}
 
 
 def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
+def write_modules(page, folder):
+    """Write a page's Python files, whose first lines name them, into a folder."""
+    for code in blocks(page, "python"):
+        if name := re.match(r"# (\w+\.py)\n", code):
+            (folder / name[1]).write_text(code)
+
+
 def test_the_transform_of_its_page_runs_word_by_word(run_command, tmp_path, monkeypatch):
-    for code in blocks("transform.md", "python"):
-        (tmp_path / re.match(r"# (\w+\.py)\n", code)[1]).write_text(code)
+    write_modules("transform.md", tmp_path)
     (commands,) = blocks("transform.md", "bash")
     record, inspect, train = (shlex.split(line) for line in commands.strip().splitlines())
     assert [line[0] for line in (record, inspect, train)] == ["python", "ddim-inspect", "ddim-train"]
@@ -77,27 +87,33 @@ def test_the_commands_of_the_export_page_exist():
     assert drive[2] in export[-1]
 
 
-def commands_of(text):
+def commands_of(page):
     """The commands of this project in a page's blocks for the shell, with 0 for a variable of the shell."""
-    for block in re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+    for block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             if not re.search(r"\$[({]", line):
-                words = shlex.split(re.sub(r"\$\w+", "0", line), comments=True)
-                if command := re.match(r"\s*(?:ddim-(\w+)|python scripts/(\w+)\.py)\s", line):
-                    yield command[2] or SCRIPTS.get(command[1], command[1]), words[2 if command[2] else 1 :]
+                program, *words = shlex.split(re.sub(r"\$\w+", "0", line), comments=True) or [""]
+                if program in SCRIPTS:
+                    yield SCRIPTS[program], words
+                elif program == "python" and (script := re.fullmatch(r"scripts/(\w+)\.py", words[0])):
+                    yield script[1], words[1:]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if list(commands_of((ROOT / page).read_text()))])
+def test_commands_are_found_on_the_pages():
+    assert len(list(commands_of("../README.md"))) >= 6
+    assert sum(len(list(commands_of(page))) for page in PAGES) > 100
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if list(commands_of(page))])
 def test_every_command_of_a_page_takes_its_settings(page, run_command, tmp_path, monkeypatch):
     """Up to where data would be opened; what comes then is tested elsewhere."""
-    text = (ROOT / page).read_text()
-    for name, code in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
-        (tmp_path / name).write_text(code)
-        monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
+    write_modules(page, tmp_path)
+    for file in tmp_path.glob("*.py"):
+        monkeypatch.delitem(sys.modules, file.stem, raising=False)
     monkeypatch.chdir(tmp_path)
     run = []
     monkeypatch.setattr(Task, "run", lambda task, settings: run.append(task.name))
-    for name, overrides in commands_of(text):
+    for name, overrides in commands_of(page):
         run.clear()
         # A launcher for clusters would start processes.
         run_command(name, *(override for override in overrides if not override.startswith("hydra")))
@@ -107,7 +123,7 @@ def test_every_command_of_a_page_takes_its_settings(page, run_command, tmp_path,
 @pytest.mark.parametrize("page", PAGES)
 def test_every_make_target_of_a_page_exists(page):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    assert {*re.findall(r"(?:^|`)make ([\w-]+)", (ROOT / page).read_text(), flags=re.MULTILINE)} <= {*targets}
+    assert {*re.findall(r"(?:^|`)make ([\w-]+)", (DOCS / page).read_text(), flags=re.MULTILINE)} <= {*targets}
 
 
 def anchors(page):

@@ -53,7 +53,7 @@ class Journal:
         plan: the plan.
         paired: whether a seed fixes the episode of a rollout, whichever recipe plays it.
         spent: seconds of the budget that were spent.
-        episode_seconds: what an episode of a rollout costs; None without an environment.
+        episode_seconds: what an episode of a rollout costs; None without an environment that works.
         rungs: what was measured on each rung that was begun.
         chosen: name of the recipe that was chosen; empty before.
         steps: of a whole training, for which the learning rate was planned; 0 in a search of an earlier version.

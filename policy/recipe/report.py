@@ -131,7 +131,9 @@ def _worth_little(journal: Journal, rung: Results) -> list[str]:
     if has_rollouts(rung):
         return []
     better = (
-        "env=... lets rollouts decide" if journal.episode_seconds is None else "a larger recipe.budget has rollouts"
+        "rollouts decide better: give env=... with a simulator that works"
+        if journal.episode_seconds is None
+        else "a larger recipe.budget has rollouts"
     )
     return [
         "Success was not measured, and the error on held-out episodes ranks recipes poorly: it rules out recipes that"

@@ -241,13 +241,14 @@ class _Search:
         first = trial.run.state.step + UNTIMED_STEPS
         began = time.monotonic()
         self.train(candidate, trial, first, self.stop)
-        warm = time.monotonic()
+        warm, middle = time.monotonic(), trial.run.state.step
         self.train(candidate, trial, first + TIMED_STEPS, self.stop)
         trained = time.monotonic()
+        timed = max(1, trial.run.state.step - middle)  # fewer than asked for where the whole training is shorter
         self.errors(trial, TIMED_WINDOWS)
         windows = len(trial.run.validation)
         measuring = (time.monotonic() - trained) * min(WINDOWS, windows) / min(TIMED_WINDOWS, windows)
-        return Cost(step=(trained - warm) / TIMED_STEPS, rung=warm - began + measuring)
+        return Cost(step=(trained - warm) / timed, rung=warm - began + measuring)
 
     def failed(self, name: str, error: FloatingPointError) -> Measured:
         """The result of a recipe whose training failed."""
@@ -268,7 +269,7 @@ class _Search:
                 say(rung_table(len(journal.rungs) - 1, journal))
                 if said:
                     say(said)
-                if self.is_last(journal):
+                if self.is_last(journal) or not promising(journal.rungs[-1]):
                     break
                 journal.rungs.append({})
         self.choose(journal)
@@ -381,14 +382,13 @@ class _Search:
         Raises:
             ValueError: none was measured, or the training of each one failed.
         """
-        rung = journal.rungs[journal.decisive]
-        if not rung:
+        best = promising(journal.rungs[journal.decisive])
+        if not best and len(journal.rungs[0]) < len(journal.recipes):
             raise ValueError(
                 f"the budget ended before a single recipe was measured: the same command with output_dir={self.folder}"
                 f" and more than recipe.budget={exact_text(self.budget)} goes on"
             )
-        best = ranked(rung)[0]
-        if not rung[best].errors:
-            raise ValueError("the loss of every recipe is not finite: lower train.learning_rate")
-        journal.chosen, journal.spent = best, self.spent
+        if not best:
+            raise ValueError("the loss of every recipe that was tried is not finite: lower train.learning_rate")
+        journal.chosen, journal.spent = best[0], self.spent
         journal.save(self.folder)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import time
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -217,6 +219,37 @@ def test_a_budget_that_ends_before_anything_is_measured_is_a_sentence(start):
     assert start().name == "good"
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:recipe .* failed")
+def test_where_every_recipe_diverges_the_learning_rate_is_named_and_not_the_budget(start):
+    with pytest.raises(ValueError, match="every recipe that was tried is not finite: lower train.learning_rate"):
+        start(rates={"wild": 1e30, "wilder": 1e31})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:recipe wild failed")
+def test_where_the_budget_ended_and_a_recipe_diverged_the_budget_is_named(start):
+    rates = {"wild": 1e30, "good": 1e-2, "slow": 1e-4}
+    with pytest.raises(KeyboardInterrupt):
+        start(rates=rates, stop_at=4)
+    with pytest.raises(ValueError, match="before a single recipe was measured"):
+        start(rates=rates, budget="0.001s")
+
+
+def test_what_a_step_costs_is_timed_on_the_steps_that_a_short_training_has(start, tmp_path, monkeypatch):
+    clock, trained = [time.monotonic()], module.train
+
+    def a_second_per_step(run, *args, **settings):
+        before = run.state.step
+        trained(run, *args, **settings)
+        clock[0] += run.state.step - before
+
+    monkeypatch.setattr(module, "train", a_second_per_step)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    start(steps=2)  # of which the first is not timed
+    assert [cost.step for cost in read_journal(tmp_path).costs.values()] == pytest.approx([1.0, 1.0, 1.0])
+
+
 def test_a_damaged_journal_is_refused(start, tmp_path):
     (tmp_path / JOURNAL).write_text("{")
     with pytest.raises(ValueError, match=r"recipe\.json is damaged"):
@@ -283,7 +316,7 @@ def test_recipes_that_were_left_out_do_not_count_as_measured():
 
 def test_the_verdict_says_how_little_a_choice_without_rollouts_is_worth():
     found = Measured(errors=(1.0, 2.0, 3.0)), Measured(errors=(1.1, 1.9, 3.2))
-    assert "worth little; env=... lets rollouts decide" in verdict(journal_of(*found))
+    assert "worth little; rollouts decide better: give env=..." in verdict(journal_of(*found))
     assert "worth little; a larger recipe.budget has rollouts" in verdict(journal_of(*found, episode_seconds=9.0))
 
 

@@ -165,4 +165,4 @@ def _check_option(override: Override) -> None:
         return
     value: Any = override.value()
     if not all(isinstance(name, str) for name in (value if isinstance(value, list) else [value])):
-        raise unknown_name(f"option of {group}", str(value), GROUPS[group])
+        raise unknown_name(f"option of {group}", hydra_text(value), GROUPS[group])

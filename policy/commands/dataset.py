@@ -49,7 +49,7 @@ class RecordSettings:
             )
         check_absent(self.folder, SETTING)
         check_writable(self.folder, SETTING)
-        own = (output_dir or Path("outputs/rollout")).expanduser()  # by default a new folder inside
+        own = output_dir or Path("outputs/rollout")  # by default a new folder inside
         if self.folder.resolve() in (own.resolve(), *own.resolve().parents):
             raise ValueError(
                 f"{SETTING}={self.folder} would hold the rollout's own output_dir={own}: choose a folder of its own, or"
@@ -73,7 +73,7 @@ def record_settings(record: Path | None, successes: bool, output_dir: Path | Non
                 "record_successes=true chooses among the episodes of record=DIR: add that, or leave it out"
             )
         return None
-    settings = RecordSettings(folder=record.expanduser(), successes=successes)
+    settings = RecordSettings(folder=record, successes=successes)
     settings.check(output_dir)
     return settings
 
@@ -121,9 +121,7 @@ def recorded_as(
 
 def _check_recorded(settings: RecordSettings, unfinished: Path, stage: Stage, cell: str, ledger: Ledger) -> None:
     """Refuse a rollout that ran, in part, without being recorded: what was not kept cannot be had again."""
-    missing = {*ledger.missing(cell, stage.seeds)}
-    finished = ledger.results(cell, [seed for seed in stage.seeds if seed not in missing])
-    wanted = [one.seed for one in finished if settings.wants(one)]
+    wanted = [one.seed for one in ledger.present(cell, stage.seeds) if settings.wants(one)]
     lost = [seed for seed in wanted if not episode_file(unfinished, seed).is_file()]
     if lost:
         raise ValueError(

@@ -52,7 +52,7 @@ def import_checkpoint(
         ParityError: an output of the imported policy differs from `verify`.
     """
     if output_dir:
-        _check_replaceable(output_dir.expanduser() / CHECKPOINT)
+        _check_replaceable(output_dir / CHECKPOINT)
     reference = None if verify is None else read_reference(verify)
     read = read_source(source, average=average)
     imported = with_keys(read, keys or {})

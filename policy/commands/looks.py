@@ -139,9 +139,9 @@ def run_looks(
     num_envs: int,
     on_env_error: OnEnvError,
     *,
-    workers: int | None = None,
-    mix: bool = False,
-    after_each: Callable[[], None] = lambda: None,
+    workers: int | None,
+    mix: bool,
+    after_each: Callable[[], None],
 ) -> tuple[LookPlan, list[str]]:
     """Run what the plan of looks still needs; a plan that has come to its end runs nothing.
 

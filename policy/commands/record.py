@@ -24,7 +24,7 @@ MAX_TASKS = 100
 
 def newest_in(folder: Path) -> Path:
     """Where a run keeps its newest checkpoint."""
-    return folder.expanduser() / CHECKPOINT
+    return folder / CHECKPOINT
 
 
 @dataclass(frozen=True, kw_only=True)

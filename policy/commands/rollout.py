@@ -125,25 +125,26 @@ def roll_out(
     (loaded,) = stage.checkpoints
     policy = loaded.policy
     chosen = loaded.sampler_with(sampler.keywords)
-    recorded = _cell_of(stage, policy.settled(chosen), controller, execution_horizon, backend, weights)
+    sweep_cell = _cell_of(stage, policy.settled(chosen), controller, execution_horizon, backend, weights)
     if not 0 <= video <= episodes:
         raise ValueError(f"video must be within 0..{episodes} (the episodes); got {video}")
-    (recorded,) = with_backends([recorded], output_dir and output_dir.expanduser() / LEDGER)
-    cell = recorded.cell
+    (sweep_cell,) = with_backends([sweep_cell], output_dir and output_dir / LEDGER)
+    cell = sweep_cell.cell
     program = program_of(policy, cell)  # invalid settings raise here, before any work
     driver = None if control_rate is None else _real_time_controller(policy, cell, program, control_rate, stage)
     folder = output_folder(output_dir, "rollout")
-    with _ledger(folder, recorded, resumes=driver is None) as ledger:
-        missing = bool(ledger.missing(cell_id(recorded.settings), stage.seeds))
-        mixed = [] if driver else settle_provenance(stage, [recorded], ledger, missing=missing, mix=mix)
+    with _ledger(folder, sweep_cell, resumes=driver is None) as ledger:
+        missing = bool(ledger.missing(cell_id(sweep_cell.settings), stage.seeds))
+        mixed = [] if driver else settle_provenance(stage, [sweep_cell], ledger, missing=missing, mix=mix)
         tracking = tracker(folder=folder, config={"checkpoint": str(checkpoint), "env": stage.env})
         if driver is None:
-            with recorded_as(dataset, stage, recorded.settings, ledger) as recording:
-                (results,) = run_missing(recording, [recorded], ledger, num_envs, on_env_error, title="rollout")
+            with recorded_as(dataset, stage, sweep_cell.settings, ledger) as recording_stage:
+                (results,) = run_missing(recording_stage, [sweep_cell], ledger, num_envs, on_env_error, title="rollout")
         else:
             results = _against_the_clock(driver, stage, folder, on_env_error)
         unpaired = ledger.unpaired
-        made_with = [stage.made_with] if driver else ledger.made_with([cell_id(recorded.settings)], stage.seeds)
+        made_with = [stage.made_with] if driver else ledger.made_with([cell_id(sweep_cell.settings)], stage.seeds)
+        file = write_episodes(results, folder)  # by which another rollout knows that this folder is taken
     (latency,) = measure_latency([timed_controller(policy, cell, program)])
     summary = {
         **cell.sampler.record(),
@@ -161,16 +162,13 @@ def roll_out(
         f"one plan: {summary['latency_ms_median']:.1f} ms with {cell.sampler.ddim_steps} ddim_steps"
         f" (median, batch {controller.candidates}, one thread{', on a busy machine' * latency.busy})"
     )
-    print(f"episodes: {write_episodes(results, folder)}")
+    print(f"episodes: {file}")
     said = [*stage.warnings, *mixed, *filter(None, [unpaired]), *broken]
-    document = {
-        **{"env": stage.env, "checkpoint": str(checkpoint), **summary},
-        **{"warnings": said, "made_with": made_with},
-    }
-    write_text(folder / SUMMARY, json_text(document, indent=1))
+    facts = {"env": stage.env, "checkpoint": str(checkpoint)}
+    write_text(folder / SUMMARY, json_text({**facts, **summary, "warnings": said, "made_with": made_with}, indent=1))
     if video:
         (simulated,) = controllers_of([policy], [cell], stage.action_space)
-        _record(simulated, stage, stage.seeds[:video], folder)
+        _film(simulated, stage, stage.seeds[:video], folder)
     # A later start leaves fewer timesteps, maybe fewer than a sweep visits by default, and so does a short schedule.
     limits = chosen.given.keys() & {"ddim_steps", "start", "warm_start"}
     limited = limits or policy.schedule.num_steps < MOST_STEPS_OF_A_SWEEP
@@ -215,10 +213,9 @@ def _ledger(folder: Path, cell: SweepCell, *, resumes: bool) -> Ledger:
     Raises:
         ValueError: the folder holds another rollout.
     """
-    before = (folder / EPISODES_FILE).exists()
     ledger = Ledger(folder / LEDGER)
-    known = ledger.finished()
-    if known - {cell_id(cell.settings)} or (before and not (resumes and known)):
+    known, written = ledger.finished(), (folder / EPISODES_FILE).exists()
+    if known - {cell_id(cell.settings)} or (written and not (resumes and known)):
         ledger.close()
         raise ValueError(
             f"{folder} holds another rollout, which would be overwritten: choose another output_dir=, or remove"
@@ -269,7 +266,7 @@ def _against_the_clock(
     return results
 
 
-def _record(controller: RecedingHorizonController, stage: Stage, seeds: Sequence[int], folder: Path) -> None:
+def _film(controller: RecedingHorizonController, stage: Stage, seeds: Sequence[int], folder: Path) -> None:
     """Repeat episodes and record them."""
 
     def file_of(number: int, result: EpisodeResult) -> Path:

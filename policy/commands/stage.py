@@ -16,7 +16,7 @@ from tqdm import tqdm
 from policy.checkpoint import Checkpoint, choose_env, load_checkpoint
 from policy.common.control_rate import describe_mismatch, stated_rate
 from policy.common.device import check_device
-from policy.common.errors import WorkerError
+from policy.common.errors import WorkerError, reason_of
 from policy.common.output import episode_seeds
 from policy.common.plugins import loaded_plugins
 from policy.common.progress import progress, say
@@ -226,7 +226,7 @@ def warn_unpaired(ledger: Ledger) -> None:
 
 
 @contextmanager
-def rollout_pool(stage: Stage, ledger: Ledger, num_envs: int, *, workers: int | None = None) -> Iterator[Pool]:
+def rollout_pool(stage: Stage, ledger: Ledger, num_envs: int, *, workers: int | None) -> Iterator[Pool]:
     """Start the processes, and find out whether a seed fixes the episode; if it does not, the ledger notes that.
 
     Args:
@@ -343,7 +343,7 @@ def filmed(
         with helpers_ended(), watched(stage.make_env, stage.env_patience) as make_env:
             yield from record_videos(make_env, takes, file_of)
     except Exception as error:  # an environment need not know how to draw, and the results are there
-        say(f"no video: {error}")
+        say(f"no video: {reason_of(error)}")
 
 
 def stop_if_broken(result: EpisodeResult, on_env_error: OnEnvError) -> None:

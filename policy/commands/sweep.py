@@ -20,7 +20,7 @@ from policy.commands.stage import (
     filmed,
     set_stage,
 )
-from policy.common.errors import SaveError
+from policy.common.errors import SaveError, reason_of
 from policy.common.output import output_folder
 from policy.diffusion.sampler import Sampler
 from policy.inference.backends import DEFAULT_BACKEND, DEFAULT_WEIGHTS
@@ -287,14 +287,9 @@ def _rows(
 
 def _refresh(page: LivePage, groups: Sequence[Sequence[SweepCell]], ledger: Ledger, seeds: range) -> None:
     """Show the episodes that the ledger holds."""
-
-    def finished(cell: str) -> list[EpisodeResult]:
-        missing = {*ledger.missing(cell, seeds)}
-        return ledger.results(cell, [seed for seed in seeds if seed not in missing])
-
     page.refresh(
         groups,
-        lambda: [[finished(cell) for cell in ids_of(group)] for group in groups],
+        lambda: [[ledger.present(cell, seeds) for cell in ids_of(group)] for group in groups],
         sum(map(len, groups)) * len(seeds),
     )
 
@@ -310,8 +305,8 @@ def publish(
         run: the tracked run; receives the table, its plot and the videos.
         record: records episodes of the cells with the given indices; called after the tables are written.
     """
-    rows, advice = conclusion.rows, conclusion.advice
-    files = write_files(folder, rows, conclusion.episodes, conclusion.summary)
+    swept, rows, advice = conclusion.swept, conclusion.rows, conclusion.advice
+    files = write_files(folder, rows, swept.episodes, conclusion.summary)
     print(format_table(rows))
     if together := shared(rows):
         print(f"every cell: {together}")
@@ -325,15 +320,15 @@ def publish(
         plot_rows(
             rows,
             pictures,
-            title=conclusion.title,
-            paired=conclusion.paired,
+            title=title_of(swept.env),
+            paired=swept.paired,
             margin=conclusion.margin,
             chosen=advice.cell,
         )
         write_report(
             report,
             rows,
-            title=conclusion.title,
+            title=title_of(swept.env),
             answer=conclusion.answer,
             facts=conclusion.facts,
             comparisons=[*(compared["sentence"] for compared in conclusion.between), conclusion.scope],
@@ -344,12 +339,13 @@ def publish(
             clips=clips,
             without_clips="No episodes were recorded: nothing can be drawn here, videos=0, or sweeps were merged.",
             settings=conclusion.settings,
-            paired=conclusion.paired,
+            paired=swept.paired,
         )
     except Exception as error:  # whatever a drawing library stumbles over, the tables are there
         tables = ", ".join(map(str, files))
         raise SaveError(
-            f"no pictures and no report ({error}): the tables are whole ({tables}), and the same command draws again"
+            f"no pictures and no report ({reason_of(error)}): the tables are whole ({tables}), and the same"
+            " command draws again"
         ) from error
     finally:
         run.log_table("sweep", rows, pictures[0] if pictures[0].exists() else None, [clip.file for clip in clips])

@@ -14,7 +14,7 @@ import numpy as np
 from policy.checkpoint import best_entry, describe_best, is_checkpoint, measured, next_use
 from policy.commands.record import Record, facts_of, record_in
 from policy.commands.training_recipe import best_recipe
-from policy.commands.training_rollouts import ROLLOUT_SEED, Rollout, film_episodes, played, rolled_out, tried
+from policy.commands.training_rollouts import ROLLOUT_SEED, film_episodes, played, rolled_out, tried
 from policy.commands.training_start import (
     Start,
     configured,
@@ -47,10 +47,10 @@ from policy.statistics.fit import conclude
 from policy.statistics.results import EpisodeResult
 from policy.tracking.tracker import MetricsLog, NoTracker, OpenRun, SentToAll
 from policy.tracking.training_page import PAGE, VIDEOS, TrainingFacts, training_page
+from policy.training import loop
 from policy.training.by_heart import describe_by_heart, known_by_heart
 from policy.training.errors import ErrorMeter
 from policy.training.exchanged_things import describe_exchanged
-from policy.training.loop import train
 from policy.training.preparation import Run, prepare_run
 from policy.training.recovery import RecoveryMeter, describe_recoveries
 from policy.training.settings import TrainSettings
@@ -228,7 +228,7 @@ def _follow(run: Run, record: Record, settings: TrainSettings, seed: int, world:
     """
     record.restore(run.state)
     with _checkpoint_named(record.folder), stop_on_signal() as should_stop:
-        train(
+        loop.train(
             run,
             settings,
             seed=seed,
@@ -296,7 +296,7 @@ def _describe(run: Run, env: dict[str, Any] | None, start: Start | None, train: 
         print(f"{reason}, so there are no rollouts while training: env=... adds them{named}")
 
 
-def _measure(dataset: Demonstrations, sampler: Sampler, run: Run) -> Rollout | None:
+def _measure(dataset: Demonstrations, sampler: Sampler, run: Run) -> loop.Measure | None:
     """What measures the errors of the policy's chunks and what they correct; None where the actions are not its own."""
     if dataset.actions.shape[1] != run.state.policy.config.action_dim:
         return None
@@ -314,8 +314,8 @@ def _train(
     seed: int,
     tracking: MetricsLog,
     record: Record,
-    rollout: Rollout | None,
-    measure: Rollout | None,
+    rollout: loop.Measure | None,
+    measure: loop.Measure | None,
     world: World,
 ) -> None:
     """Train until the end or a signal, and print the speed and the skipped steps."""
@@ -327,7 +327,7 @@ def _train(
             with should_stop.at_once():  # the state was saved before
                 return rollout(policy)
 
-        train(
+        loop.train(
             run,
             settings,
             seed=seed,

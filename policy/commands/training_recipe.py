@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from policy.commands.record import Record
-from policy.commands.training_rollouts import ROLLOUT_SEED, Rollout
+from policy.commands.training_rollouts import ROLLOUT_SEED
 from policy.common.interrupt import stop_on_signal
 from policy.common.locks import only_process
 from policy.diffusion.sampler import Sampler
 from policy.recipe.candidates import Allowed, Candidate, candidates_for
 from policy.recipe.search import Play, Trial, search
 from policy.recipe.settings import RecipeSettings
+from policy.training.loop import Measure
 from policy.training.preparation import Run
 from policy.training.settings import TrainSettings
 
@@ -29,7 +30,7 @@ def best_recipe(
     seed: int,
     prepare: Callable[[Candidate], Run],
     record_of: Callable[[Path, TrainSettings], Record],
-    measure_of: Callable[[Run], Rollout | None],
+    measure_of: Callable[[Run], Measure | None],
     play: Play | None,
     paired: bool,
 ) -> Candidate:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from policy.common.control_rate import describe_mismatch, stated_rate
+from policy.common.errors import reason_of
 from policy.diffusion.sampler import Sampler
 from policy.model.diffusion_policy import DiffusionPolicy
 from policy.rollout.cells import Cell, controllers_of
@@ -27,8 +28,6 @@ ROLLOUT_SEED = 50_000
 
 # Records episodes of the policy that a controller drives.
 Film = Callable[[MakeEnv, Controller], None]
-# Runs a short rollout of the averaged policy, or measures the errors of its chunks, and returns the metrics.
-Rollout = Callable[[DiffusionPolicy], dict[str, float]]
 
 
 def tried(
@@ -104,4 +103,4 @@ def film_episodes(
             folder.mkdir(exist_ok=True)
             deque(record_videos(make_env, [(controller, seed) for seed in seeds], file_of), maxlen=0)
     except Exception as error:  # an environment need not know how to draw
-        warnings.warn(f"no videos of this run ({error}): videos=0 leaves them out", stacklevel=2)
+        warnings.warn(f"no videos of this run ({reason_of(error)}): videos=0 leaves them out", stacklevel=2)

@@ -69,7 +69,7 @@ def check_start(
             " brings those of a checkpoint: leave one of them out"
         )
     if recipe and output_dir:
-        check_folder(output_dir.expanduser())
+        check_folder(output_dir)
     _check_ways(train, init, teacher)
     if init_normalizers == "refit":
         _check_refit(train, init)

@@ -24,7 +24,7 @@ def output_folder(output_dir: Path | None, command: str) -> Path:
     Raises:
         ValueError: the folder cannot be created, or nothing can be written there.
     """
-    folder = (output_dir or Path("outputs") / command / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")).expanduser()
+    folder = output_dir or Path("outputs") / command / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     check_writable(folder)
     try:
         if output_dir is None:

@@ -44,9 +44,8 @@ def check_data(dataset: Demonstrations, train: TrainSettings, seed: int) -> None
             (" by the file", "dataset.subset=..., which sets none aside, and ") if dataset.held_out else ("", "")
         )
         raise ValueError(
-            f"recipe=auto compares recipes on held-out episodes, and of {count} episodes {held_out or 'none'}"
-            f" {'is' if held_out < 2 else 'are'} held out{by_file}:"
-            f" give {subset}train.val_fraction={max(0.1, 2 / count):.2g}"
+            f"recipe=auto compares recipes on held-out episodes, and of {count} episodes {held_out or 'none'} is held"
+            f" out{by_file}: give {subset}train.val_fraction={max(0.1, 2 / count):.2g}"
         )
 
 

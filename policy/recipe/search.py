@@ -16,6 +16,7 @@ from policy.checkpoint import is_checkpoint
 from policy.checkpoint.files import CHECKPOINT
 from policy.checkpoint.keeping import copy_checkpoint
 from policy.common.durations import duration_text, exact_text
+from policy.common.errors import reason_of
 from policy.common.files import write_text
 from policy.common.interrupt import StopRequest
 from policy.common.progress import progress, say
@@ -24,13 +25,13 @@ from policy.model.diffusion_policy import DiffusionPolicy
 from policy.recipe.candidates import CANDIDATES, Candidate
 from policy.recipe.error import WINDOWS, held_out_errors
 from policy.recipe.halving import Cost, plan_fastest, plan_last_rung
-from policy.recipe.journal import JOURNAL, Journal, Measured, are_tied, promising, ranked, read_journal
+from policy.recipe.journal import JOURNAL, Journal, Measured, are_tied, promising, read_journal
 from policy.recipe.report import changes_text, plan_text, report_text, rung_table, shared_text, verdict
 from policy.recipe.settings import RecipeSettings
 from policy.statistics.results import EpisodeResult, describe_broken
 from policy.tracking.tracker import NoTracker
 from policy.training.errors import action_deviation
-from policy.training.loop import train
+from policy.training.loop import Measure, train
 from policy.training.preparation import Run
 from policy.training.state import TrainState
 
@@ -56,7 +57,7 @@ class Trial:
 
     run: Run
     save: Callable[[TrainState], None]
-    measure: Callable[[DiffusionPolicy], dict[str, float]] | None = None
+    measure: Measure | None = None
 
 
 # Opens the training run of a recipe in a folder.
@@ -370,7 +371,7 @@ class _Search:
             with self.stop.at_once():
                 results = self.play(trial.run.state.ema, range(self.first_seed, self.first_seed + episodes))
         except Exception as error:
-            warnings.warn(f"a rollout did not finish, and the held-out error decides: {error}", stacklevel=2)
+            warnings.warn(f"a rollout did not finish, and the held-out error decides: {reason_of(error)}", stacklevel=2)
             return []
         for sentence in describe_broken(results):
             warnings.warn(sentence, stacklevel=2)

@@ -230,6 +230,11 @@ class Recorded:
         """The seeds for which the cell has no result yet."""
         return [seed for seed in seeds if seed not in self._results.get(cell, {})]
 
+    def present(self, cell: str, seeds: Iterable[int]) -> list[EpisodeResult]:
+        """The results that the cell has for these seeds, in their order."""
+        found = self._results.get(cell, {})
+        return [found[seed][0] for seed in seeds if seed in found]
+
     def results(self, cell: str, seeds: Sequence[int]) -> list[EpisodeResult]:
         """The cell's results in the order of the seeds.
 
@@ -238,7 +243,7 @@ class Recorded:
         """
         if gaps := self.missing(cell, seeds):
             raise ValueError(f"{self.path}: cell {cell} lacks {len(gaps)} episodes, the first with seed {gaps[0]}")
-        return [self._results[cell][seed][0] for seed in seeds]
+        return self.present(cell, seeds)
 
 
 class Ledger(Recorded):

@@ -71,77 +71,60 @@ class Conclusion:
     """The results of a sweep, as they are written and shown.
 
     Attributes:
-        title: the environment, in words.
+        swept: the cells and their results.
         rows: one per cell, with its difference to the best cell and its verdict.
-        episodes: one row per episode, of all cells.
-        env: settings of the environment.
-        plan: see `Swept`.
-        alpha: see `Swept`.
         margin: see `recommend`.
         advice: the recommendation; it has no cell where none reaches the margin, see `below_margin`.
         answer: the recommendation in a sentence, with its figures.
-        given: warnings that were given before the run, in sentences.
-        found: those that its results give.
-        paired: see `Swept`.
-        left_out: see `Swept`.
+        found: warnings that the results give, in sentences; those of `swept` were given before the run.
         between: comparisons between checkpoints, see `between_checkpoints` and `against_controls`.
-        made_with: see `Swept`.
     """
 
-    title: str
+    swept: Swept
     rows: list[Row]
-    episodes: list[Row]
-    env: dict[str, Any]
-    plan: LookPlan | None
-    alpha: float
     margin: float
     advice: Advice
     answer: str
-    given: list[str]
     found: list[str]
-    paired: bool
-    left_out: str
     between: list[Row]
-    made_with: list[Provenance]
 
     @property
     def warnings(self) -> list[str]:
         """What a reader must know besides, in sentences."""
-        return [*self.given, *self.found]
+        return [*self.swept.warnings, *self.found]
 
     @property
     def scope(self) -> str:
         """What the intervals hold, and what they leave out."""
         early = " They are computed as if the number of episodes had been fixed beforehand; the recommendation is not."
-        return scope_of(self.rows) + (early if self.plan and self.plan.adaptive else "")
+        return scope_of(self.rows) + (early if self.swept.plan and self.swept.plan.adaptive else "")
 
     @property
     def summary(self) -> Row:
         """What `sweep.json` holds beside the cells and the episodes; what does not apply is left out."""
+        swept = self.swept
         optional = {
-            "plan": dataclasses.asdict(self.plan) if self.plan else None,
+            "plan": dataclasses.asdict(swept.plan) if swept.plan else None,
             "between_checkpoints": self.between,
             "warnings": self.warnings,
-            "left_out": self.left_out,
+            "left_out": swept.left_out,
             "what_to_try": self.what_to_try,
         }
         return {
-            **{
-                "env": self.env,
-                "margin": self.margin,
-                "alpha": self.alpha,
-                "answer": self.answer,
-                "intervals": self.scope,
-            },
-            "made_with": self.made_with,
+            "env": swept.env,
+            "margin": self.margin,
+            "alpha": swept.alpha,
+            "answer": self.answer,
+            "intervals": self.scope,
+            "made_with": swept.made_with,
             **{name: value for name, value in optional.items() if value},
-            **({} if self.paired else {"paired": False}),
+            **({} if swept.paired else {"paired": False}),
         }
 
     @property
     def facts(self) -> dict[str, str]:
         """How sure the recommendation is and what would change it, in sentences; see `facts_of`."""
-        return facts_of(self.rows, self.advice, paired=self.paired)
+        return facts_of(self.rows, self.advice, paired=self.swept.paired)
 
     @property
     def what_to_try(self) -> str:
@@ -164,16 +147,16 @@ class Conclusion:
     @property
     def settings(self) -> dict[str, Any]:
         """Further facts about the sweep that a reader needs, by name."""
-        seeds = [row["seed"] for row in self.episodes]
+        seeds = [result.seed for found in self.swept.results for result in found]
         return {
-            "environment": self.env,
+            "environment": self.swept.env,
             "checkpoints": ", ".join(dict.fromkeys(row["checkpoint"] for row in self.rows)),
             "back end": ", ".join(dict.fromkeys(row["backend"] for row in self.rows if "backend" in row)),
             "threads of a plan": ", ".join(dict.fromkeys(str(row.get("latency_threads") or 1) for row in self.rows)),
             **({"every cell": together} if (together := shared(self.rows)) else {}),
             "seeds": f"{min(seeds)} to {max(seeds)}",
             "margin": self.margin,
-            **({"run with": run_with} if (run_with := describe_provenance(self.made_with)) else {}),
+            **({"run with": run_with} if (run_with := describe_provenance(self.swept.made_with)) else {}),
         }
 
 
@@ -202,31 +185,25 @@ def conclude(swept: Swept, margin: float) -> Conclusion:
     if below_margin(rows, margin):  # the plan knows nothing of this: its episodes have decided what was asked
         advice = dataclasses.replace(advice, cell=None)
     return Conclusion(
-        title=title_of(swept.env),
+        swept=swept,
         rows=[
             {**row, **to_best, "not_worse": verdict}
             for row, to_best, verdict in zip(rows, differences, [cell.verdict for cell in advice.cells], strict=True)
         ],
-        episodes=swept.episodes,
-        env=swept.env,
-        plan=swept.plan,
-        alpha=swept.alpha,
         margin=margin,
         advice=advice,
         answer=" ".join(filter(None, [answer_of(rows, advice), saving, swept.left_out])),
-        left_out=swept.left_out,
-        given=swept.warnings,
         found=describe_broken([result for found in swept.results for result in found]),
-        paired=swept.paired,
         between=[
             *between_checkpoints(rows, success, paired=swept.paired),
             *against_controls(
-                *(rows, compared.by_seed, margin),
+                rows,
+                compared.by_seed,
+                margin,
                 paired=swept.paired,
                 looks=len(swept.plan.looks) if swept.plan else 1,
             ),
         ],
-        made_with=swept.made_with,
     )
 
 

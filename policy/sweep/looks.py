@@ -200,9 +200,8 @@ def leading_results(plan: LookPlan, ledger: Ledger) -> list[list[EpisodeResult]]
     """The results of each cell up to its first episode that is missing."""
     found = []
     for cell in plan.cells:
-        missing = set(ledger.missing(cell, plan.seeds))
-        count = next((number for number, seed in enumerate(plan.seeds) if seed in missing), len(plan.seeds))
-        found.append(ledger.results(cell, plan.seeds[:count]))
+        missing = ledger.missing(cell, plan.seeds)
+        found.append(ledger.present(cell, plan.seeds[: plan.seeds.index(missing[0]) if missing else None]))
     return found
 
 
@@ -287,6 +286,8 @@ def describe_saving(plan: LookPlan, results: Sequence[Sequence[EpisodeResult]], 
     ran, most = sum(map(len, results)), len(plan.cells) * plan.looks[-1]
     if not plan.adaptive:
         return ""
-    if decided or ran == most:
-        return f"{ran:,} of at most {most:,} episodes decided this." if decided else ""
+    if decided:
+        return f"{ran:,} of at most {most:,} episodes decided this."
+    if ran == most:
+        return ""
     return f"The sweep ended after {ran:,} of at most {most:,} episodes, as the rest would hardly have decided it."

@@ -154,11 +154,13 @@ def figures_of(results: Sequence[Sequence[EpisodeResult]]) -> Row:
         return figures
     success_low, success_high = recipe_interval([[result.success for result in found] for found in results])
     score_low, score_high = recipe_interval([[result.score for result in found] for found in results])
-    intervals = {
-        **{"success_low": success_low, "success_high": success_high},
-        **{"score_low": score_low, "score_high": score_high},
+    return {
+        **figures,
+        "success_low": success_low,
+        "success_high": success_high,
+        "score_low": score_low,
+        "score_high": score_high,
     }
-    return {**figures, **intervals}
 
 
 def name_of(folders: Sequence[PurePath]) -> str:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from policy.common.errors import reason_of
 from policy.common.observations import Batch
 from policy.common.progress import progress, say
 from policy.common.seeding import derive_generator, derive_seed
@@ -45,6 +46,8 @@ SHOWN = {
 MEASURE_EVERY = 1_000
 # Training fails after this many skipped steps in a row, because the weights have then diverged.
 MOST_SKIPPED_IN_A_ROW = 100
+# Measures a policy, by a short rollout or the errors of its chunks, and returns metrics by name.
+Measure = Callable[[DiffusionPolicy], dict[str, float]]
 
 
 @dataclass
@@ -54,8 +57,8 @@ class _Trainer:
     run: Run
     settings: TrainSettings
     _: KW_ONLY
-    rollout: Callable[[DiffusionPolicy], dict[str, float]] | None
-    measure: Callable[[DiffusionPolicy], dict[str, float]] | None
+    rollout: Measure | None
+    measure: Measure | None
     should_stop: Callable[[], bool]
     tracker: MetricsLog
     save: Callable[[TrainState], None]
@@ -171,7 +174,9 @@ class _Trainer:
             return False
         except Exception as error:  # whatever a simulator does, training goes on
             step = self.run.state.step
-            warnings.warn(f"the rollout at step {step} did not finish, training goes on: {error}", stacklevel=2)
+            warnings.warn(
+                f"the rollout at step {step} did not finish, training goes on: {reason_of(error)}", stacklevel=2
+            )
         recorded = self.recorded()
         self.tracker.log(recorded, self.run.state.step)
         self.save_now()
@@ -216,8 +221,8 @@ def train(
     seed: int,
     tracker: MetricsLog,
     save: Callable[[TrainState], None],
-    rollout: Callable[[DiffusionPolicy], dict[str, float]] | None = None,
-    measure: Callable[[DiffusionPolicy], dict[str, float]] | None = None,
+    rollout: Measure | None = None,
+    measure: Measure | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     until: int | None = None,
     world: World = ALONE,

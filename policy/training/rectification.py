@@ -172,4 +172,4 @@ def pair_timesteps(num_steps: int, rows: int, generator: torch.Generator) -> Ten
     timesteps = torch.randint(num_steps, (rows, TIMESTEPS_A_PAIR), generator=generator)
     timesteps[:, 0] = num_steps - 1
     timesteps[:, 1] = num_steps - 1 - (num_steps * torch.rand(rows, generator=generator) ** 2).long()
-    return timesteps.clamp(min=0)
+    return timesteps

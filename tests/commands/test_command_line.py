@@ -152,6 +152,10 @@ def test_a_misspelt_word_is_answered_with_the_nearest(command, arguments, neares
     assert f"did you mean {nearest}" in run_command(command, *arguments, check=2).stderr
 
 
+def test_an_option_is_named_as_it_was_typed(run_command):
+    assert "unknown option of env 'null'; allowed: " in run_command("train", "env=null", check=2).stderr
+
+
 @pytest.mark.parametrize(
     ("command", "topic", "said"),
     [

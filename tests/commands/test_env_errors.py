@@ -241,6 +241,19 @@ def test_a_finished_rollout_is_not_overwritten_by_another(other, run_command, tm
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+def test_the_episodes_are_written_while_the_folder_is_locked(run_command, tmp_path, monkeypatch):
+    """Otherwise another rollout could begin there before `episodes.json` tells it that the folder is taken."""
+    closed = []
+
+    def close(ledger, close=Ledger.close):
+        closed.append((tmp_path / "episodes.json").exists())
+        close(ledger)
+
+    monkeypatch.setattr(Ledger, "close", close)
+    run_command("rollout", "checkpoint=ck", *ENV, "episodes=1", "num_envs=1", *FAST, f"output_dir={tmp_path}")
+    assert closed == [True]
+
+
 def test_two_rollouts_in_one_folder_are_refused_and_without_a_folder_each_gets_its_own(run_command, tmp_path):
     settings = ("checkpoint=ck", *ENV, "episodes=1", "num_envs=1", *FAST)
     with Ledger(tmp_path / "rollout.jsonl"):

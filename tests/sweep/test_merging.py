@@ -20,7 +20,7 @@ def document(tmp_path):
     swept = swept_of(row(1, 0.5), row(2, 1.0), outcomes=[[True, False] * 4, [True] * 8])
     rows = [{**row, **figures_of([found])} for row, found in zip(swept.rows, swept.results, strict=True)]
     concluded = conclude(dataclasses.replace(swept, rows=rows), 0.05)
-    write_files(tmp_path, concluded.rows, concluded.episodes, concluded.summary)
+    write_files(tmp_path, concluded.rows, concluded.swept.episodes, concluded.summary)
     return json.loads((tmp_path / "sweep.json").read_text())
 
 

@@ -154,7 +154,7 @@ def test_cells_are_compared_as_recipes_and_merged_again(tmp_path):
     assert "single, training_seeds 1" not in between["sentence"]
     assert "over 200 episodes" in between["sentence"]
     assert "training seeds" in format_table(concluded.rows).splitlines()[0]
-    episodes = concluded.episodes
+    episodes = concluded.swept.episodes
     assert [episodes[n]["checkpoint"] for n in (0, 200, 400, 1200)] == ["0", "1", "2", ""]
     write_files(tmp_path, concluded.rows, episodes, {"env": swept.env})
     facts = facts_of(concluded.rows, concluded.advice)
@@ -189,10 +189,10 @@ def test_a_later_plan_has_less_left_to_be_wrong():
 def test_a_merge_has_no_more_left_to_be_wrong_than_the_sweeps_that_it_merges(tmp_path):
     swept = dataclasses.replace(swept_recipes(), plan=SPENT, alpha=SPENT.alpha)
     concluded = conclude(swept, 0.05)
-    write_files(tmp_path, concluded.rows, concluded.episodes, concluded.summary)
+    write_files(tmp_path, concluded.rows, concluded.swept.episodes, concluded.summary)
     merged = conclude(read_swept([tmp_path]), 0.05)
     assert merged.advice.cell is concluded.advice.cell is None
-    write_files(tmp_path, merged.rows, merged.episodes, merged.summary)
+    write_files(tmp_path, merged.rows, merged.swept.episodes, merged.summary)
     assert read_swept([tmp_path]).alpha == SPENT.alpha  # also of a merge of merges
 
 

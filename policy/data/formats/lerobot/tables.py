@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from policy.common.errors import reason_of
 from policy.data.budget import Budget
 from policy.data.formats.parquet import check_row_groups
 
@@ -175,5 +176,4 @@ def _readable(name: str, advice: str = "") -> Iterator[None]:
     except pa.ArrowNotImplementedError as error:  # a codec that this build of pyarrow lacks
         raise ValueError(f"{name} needs a part of pyarrow that is not installed ({error!s:.200})") from error
     except (pa.ArrowException, OSError, KeyError, TypeError, OverflowError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{name} is damaged ({reason:.200}){advice}") from error
+        raise ValueError(f"{name} is damaged ({reason_of(error):.200}){advice}") from error

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import minari
 
+from policy.common.errors import reason_of
+
 DATASET_ID = re.compile(r"[\w-]+(/[\w-]+)*-v\d+")
 # Seconds to wait for the hub's answer.
 REACH_SECONDS = 10
@@ -47,10 +49,9 @@ def _download(dataset_id: str, root: Path, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # otherwise half a dataset would be found the next time
         if not isinstance(error, Exception):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{dataset_id} is not a folder, is not under Minari's local root {root}, and could not be downloaded"
-            f" ({reason}): correct dataset.path, or connect to the network, or copy the dataset to {folder}"
+            f" ({reason_of(error)}): correct dataset.path, or connect to the network, or copy the dataset to {folder}"
         ) from error
 
 

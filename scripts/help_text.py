@@ -51,7 +51,7 @@ class _Meaning:
 def _command_help(task: Task, example: str) -> str:
     """Describe a command: a summary, an example, all settings with their defaults, and the groups."""
     summary = task.declaration.doc.split("\n\n")[0]
-    groups = [*task.groups, *(["experiment"] if task.name == "train" else [])]
+    groups = _groups(task)
     lines = [summary, "", f"Example:\n  {example}", "", "Settings (NAME=VALUE):"]
     lines += [_line(name, p) for name, p in task.parameters.items() if name not in groups]
     lines += [line for group in task.groups for line in _lines_of(group)]
@@ -67,7 +67,7 @@ def _command_help(task: Task, example: str) -> str:
 
 def _topic_help(task: Task, topic: str) -> str:
     name, _, value = topic.lstrip("+~").partition("=")
-    groups = [*task.groups, *(["experiment"] if task.name == "train" else [])]
+    groups = _groups(task)
     if name in groups:
         return _option_help(task, name, value) if value else _group_help(task, name)
     known = dict(every_setting(task))
@@ -75,6 +75,11 @@ def _topic_help(task: Task, topic: str) -> str:
         hint = did_you_mean(name, [*groups, *known])
         raise ValueError(f"{task.name} has no setting or group {name!r}{hint}: ddim-{task.name} --help lists them")
     return "\n\n".join(_setting_help(task, name, meaning) for meaning in known[name])
+
+
+def _groups(task: Task) -> list[str]:
+    """The groups of a command, the presets among them where it has them."""
+    return [*task.groups, *(["experiment"] if task.name == "train" else [])]
 
 
 def _options(group: str) -> list[str]:

@@ -172,7 +172,7 @@ def plan_fastest(
     times = {name: max(1.0, costs[name].step / max(costs[first].step, 1e-9)) for name in others}
     by_speed = [first, *sorted(others, key=lambda name: round(math.log2(times[name])))]
     least = min(2, len(costs))
-    found, refused = [], None
+    found, refused = [], ValueError()
     for count in range(len(costs), least - 1, -1):
         names = by_speed[:count]
         try:
@@ -182,7 +182,7 @@ def plan_fastest(
         else:
             found.append((plan, [name for name in costs if name in names]))
     if not found:
-        raise refused or ValueError("there is no recipe to plan for")
+        raise refused
     played = [(plan, names) for plan, names in found if plan.episodes and len(names) >= len(costs) / 2]
     return (played or found)[0]
 

@@ -129,6 +129,34 @@ def test_a_hand_that_only_settles_as_an_episode_begins_is_one_all_the_same(share
     assert (WIDTH in [one.number for one in blurred]) is is_hand
 
 
+def test_what_an_action_moves_now_and_then_without_showing_its_direction_is_not_blurred_in_place_of_the_hand():
+    """A button that is pressed goes exactly as the hand does, and its place tells nothing of where the hand goes."""
+    rng, seen = np.random.default_rng(0), armed()
+    pressed = np.where(rng.random((30, 60)) < 0.1, 0.4 * seen.actions[:, 2].reshape(30, 60), 0)
+    button = rng.uniform(-1, 1, (30, 1)) + np.cumsum(np.roll(pressed, 1, axis=1), axis=1)
+    state = np.column_stack([seen.observations["state"], button.reshape(-1)]).astype(np.float32)
+    seen = dataclasses.replace(seen, observations={"state": state})
+    blurred = find_corrections(seen, np.arange(30), ["state"], action_horizon=8).blurred
+    assert [one.number for one in blurred] == [*VELOCITIES, WIDTH]
+
+
+@pytest.mark.parametrize(("end", "follows"), [(2, True), (1.2, True), (0.4, False)])
+def test_a_joint_follows_its_action_although_it_is_now_and_then_at_an_end_of_its_range(end, follows):
+    seen = arm(gains=(0.6, 1.5))
+    moved = 2 * seen.actions[:, 2].reshape(30, 60)
+    wrist = np.zeros((30, 60))
+    for step in range(1, 60):
+        wrist[:, step] = np.clip(wrist[:, step - 1] + moved[:, step - 1], -end, end)
+    stays = (np.diff(wrist) == 0).mean()
+    assert 0.05 < stays < 0.25 if follows else stays > 0.4
+    state = np.column_stack([seen.observations["state"], wrist.reshape(-1)]).astype(np.float32)
+    seen = dataclasses.replace(seen, observations={"state": state})
+    found = find_corrections(seen, np.arange(30), ["state"], action_horizon=8)
+    gains = {one.number: one.gain for one in found.followed}
+    assert gains.get(WIDTH) == (pytest.approx(2, rel=0.01) if follows else None)
+    assert (WIDTH in [one.number for one in found.blurred]) is not follows
+
+
 def test_a_goal_a_constant_and_how_far_a_goal_is_are_no_velocities():
     """A robot that goes straight to its goal moves in proportion to it, and to how far it still is."""
     rng = np.random.default_rng(0)

@@ -153,7 +153,7 @@ def test_a_joint_follows_its_action_although_it_is_now_and_then_at_an_end_of_its
     seen = dataclasses.replace(seen, observations={"state": state})
     found = find_corrections(seen, np.arange(30), ["state"], action_horizon=8)
     gains = {one.number: one.gain for one in found.followed}
-    assert gains.get(WIDTH) == (pytest.approx(2, rel=0.01) if follows else None)
+    assert gains.get(WIDTH) == (pytest.approx(2, rel=0.02) if follows else None)
     assert (WIDTH in [one.number for one in found.blurred]) is not follows
 
 

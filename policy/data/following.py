@@ -12,10 +12,11 @@ from policy.data.relations import MOVING
 FOLLOWS = 0.9
 # Transitions in which something interferes, such as the end of a joint's range or a contact, are left out of that.
 INTERFERED = 0.05
-# Where a number stays although its action is larger than usual, a joint is at an end of its range. These transitions
-# are left out before, if they are at most this share of those with a larger action. In OCBench's tasks the wrist stays
-# in up to a third of them, a hand that closes on things in two thirds or more.
-AT_THE_END = 0.5
+# Where a number stays although its action is larger than usual, a joint or a hand is at an end of its range. These
+# transitions are left out before, if they are at most this share of those with a larger action. In OCBench's tasks the
+# wrist stays in up to a third of them, a hand that presses with its fingers closed in two thirds to three quarters, and
+# one that closes on things in nine tenths.
+AT_THE_END = 0.8
 # Numbers that are looked at for each action: those that change most like it.
 LIKELY = 5
 # What follows the action does so in the first part of each episode, too, to this share.

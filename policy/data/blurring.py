@@ -114,11 +114,14 @@ def _driven(
 
 
 def _tells(values: NDArray[np.float64], forward: NDArray[np.bool_]) -> bool:
-    """Whether values (N,) tell which of them are of forward actions: the area under the curve is far from a half."""
+    """Whether values (N,) tell which are of forward actions: the area under the curve is far from a half.
+
+    Of actions in one direction alone, as of a hand that closes once, there is nothing to tell: True.
+    """
     from scipy.stats import mannwhitneyu
 
     there, back = values[forward], values[~forward]
     if not (len(there) and len(back)):
-        return False
+        return True
     area = float(mannwhitneyu(there, back).statistic) / (len(there) * len(back))
     return max(area, 1 - area) >= TELLS

@@ -129,6 +129,20 @@ def test_a_hand_that_only_settles_as_an_episode_begins_is_one_all_the_same(share
     assert (WIDTH in [one.number for one in blurred]) is is_hand
 
 
+def test_a_hand_that_only_ever_closes_is_blurred():
+    """As with OCBench's switches: there is no other direction to tell it from."""
+    seen = armed()
+    actions = seen.actions.copy()
+    actions[:, 2] = np.where(np.arange(60) < 12, 0.15, 0.01)[None].repeat(30, 0).reshape(-1)
+    lagging = actions[:, 2].reshape(30, 60) * np.random.default_rng(0).uniform(0, 4, (30, 60))
+    opening = np.minimum(np.cumsum(lagging, axis=1), 1.5)
+    state = seen.observations["state"].copy()
+    state[:, WIDTH] = opening.reshape(-1)
+    closing = dataclasses.replace(seen, observations={"state": state}, actions=actions)
+    found = find_corrections(closing, np.arange(30), ["state"], action_horizon=8)
+    assert WIDTH in {*(one.number for one in found.blurred)}
+
+
 def test_what_an_action_moves_now_and_then_without_showing_its_direction_is_not_blurred_in_place_of_the_hand():
     """A button that is pressed goes exactly as the hand does, and its place tells nothing of where the hand goes."""
     rng, seen = np.random.default_rng(0), armed()

@@ -343,7 +343,7 @@ def _read(unread: list[Outcome], state: TrainState, training: Windows, settings:
 
 
 def _loss_metrics(state: TrainState, settings: TrainSettings) -> dict[str, float]:
-    """Metrics of the training steps since the last log entry."""
+    """Metrics of the training steps since the last log entry, and the learning rate of the next step."""
     metrics = {"train/learning_rate": learning_rate(state.step, settings)}
     if state.recent:
         metrics["train/loss"] = fmean(state.recent)

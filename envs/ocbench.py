@@ -237,7 +237,8 @@ def _chosen(task: str) -> str:
         reason = "needs a GPU"
     else:
         reason = "is not one of its lite tasks" if "-lite-" not in task else "is not known"
-    near = ", ".join(difflib.get_close_matches(task, tasks, n=3, cutoff=0.0))
+    alike = [name for name in tasks if name.startswith("visual-") == task.startswith("visual-")]
+    near = ", ".join(difflib.get_close_matches(task, alike, n=3, cutoff=0.0))
     raise ValueError(f"The OCBench task {task!r} {reason}; choose a lite one on the CPU, such as {near}.")
 
 

@@ -29,6 +29,7 @@ from policy.inspection.picture import plot_episodes
 from policy.inspection.text import format_inspection
 from policy.model.config import PolicySettings
 from policy.statistics.fit import TRAINING, conclude
+from policy.training.action_weights import spread_matters
 from policy.training.by_heart import describe_by_heart, known_by_heart
 from policy.training.errors import ErrorMeter, Measurement
 from policy.training.preparation import split_windows
@@ -108,7 +109,13 @@ def _inspect_checkpoint(folder: Path, dataset: Demonstrations | None, output_dir
         history = [*history, {"step": loaded.training.get("step", 0), **measured.metrics()}]
     if conclusion := conclude(history):
         print(f"{'errors':<12} {conclusion.sentence}")
-    if recovered := describe_recoveries(loaded.training, history, loaded.policy.config.auxiliary_shapes):
+    recovered = describe_recoveries(
+        loaded.training,
+        history,
+        loaded.policy.config.auxiliary_shapes,
+        weights_differ=measured.weights_differ if measured else True,
+    )
+    if recovered:
         print(f"{'':<12} {recovered}")
     if measured and measured.by_heart:
         print(f"{'':<12} {describe_by_heart(measured.by_heart, loaded.policy.config)}")
@@ -118,11 +125,12 @@ def _inspect_checkpoint(folder: Path, dataset: Demonstrations | None, output_dir
 
 
 class _Measured(NamedTuple):
-    """What is measured of a policy: see `Measurement`, `Recoveries` and `known_by_heart`."""
+    """What is measured of a policy: see `Measurement`, `Recoveries`, `known_by_heart` and `spread_matters`."""
 
     errors: Measurement
     recoveries: Recoveries
     by_heart: list[int]
+    weights_differ: bool
 
     def metrics(self) -> dict[str, float]:
         """Return the errors and what a chunk corrects as entries of a run's history."""
@@ -154,6 +162,7 @@ def _measured(loaded: Checkpoint, dataset: Demonstrations) -> _Measured:
         ErrorMeter(*split, loaded.sampler).measure(loaded.policy),
         RecoveryMeter(config, split[0], loaded.sampler).measure(loaded.policy),
         known_by_heart(loaded.policy, *split, loaded.sampler),
+        spread_matters(split[0], loaded.policy.action_normalizer),
     )
 
 

@@ -48,6 +48,7 @@ from policy.statistics.results import EpisodeResult
 from policy.tracking.tracker import MetricsLog, NoTracker, OpenRun, SentToAll
 from policy.tracking.training_page import PAGE, VIDEOS, TrainingFacts, training_page
 from policy.training import loop
+from policy.training.action_weights import spread_matters
 from policy.training.by_heart import describe_by_heart, known_by_heart
 from policy.training.errors import ErrorMeter
 from policy.training.exchanged_things import describe_exchanged
@@ -255,7 +256,13 @@ def _say_end(
     print(describe_best(record.folder, run.state, settings.rollout_episodes))
     if conclusion := conclude(run.state.history):
         print(conclusion.sentence)
-    if recovered := describe_recoveries(record.training, run.state.history, run.state.policy.config.auxiliary_shapes):
+    recovered = describe_recoveries(
+        record.training,
+        run.state.history,
+        run.state.policy.config.auxiliary_shapes,
+        weights_differ=spread_matters(run.training, run.state.policy.action_normalizer),
+    )
+    if recovered:
         print(recovered)
     if by_heart := known_by_heart(run.state.ema, run.training, run.validation, sampler):
         print(describe_by_heart(by_heart, run.state.ema.config))

@@ -183,7 +183,7 @@ def _check_numbers(name: str, value: Any) -> None:
         for part in value:
             _check_numbers(name, part)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number; got {value}")
+        raise ValueError(f"{name} must be finite; got {value}")
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must be a whole number of 64 bits; got {value}")
 

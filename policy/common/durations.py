@@ -27,7 +27,8 @@ def seconds_of(name: str, value: object) -> float:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h)", str(value).strip(), re.ASCII)
     if found is None or not float(found[1]):
-        raise ValueError(f"{name} takes a time above 0 with its unit, such as 45s, 30min or 2h; got {value!r}")
+        got = f"{value:g}" if isinstance(value, float) else repr(value)
+        raise ValueError(f"{name} takes a time above 0 with its unit, such as 45s, 30min or 2h; got {got}")
     return float(found[1]) * UNITS[found[2]]
 
 

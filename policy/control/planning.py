@@ -102,6 +102,11 @@ def _sampled(program: SamplerProgram, requests: Sequence[PlanRequest], plan_batc
     if lasts:
         before = {"previous": np.stack([last.chunk for last in lasts]), "keep": np.stack([last.keep for last in lasts])}
     sampled: NDArray[np.float32] = program.sample_actions(observations, generator=generators, **before).cpu().numpy()
+    if not np.isfinite(sampled).all():  # with finite weights, too, if these are absurd
+        raise ValueError(
+            "the policy's actions are not finite, because its training diverged: train again with a lower"
+            " train.learning_rate"
+        )
     drawn = sampled.reshape(len(requests), -1, *sampled.shape[1:])
     return [
         chunks[0] if request.last is None else closest(chunks, request.last, program.action_scale)

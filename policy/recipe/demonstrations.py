@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -14,6 +15,7 @@ from policy.data.demonstrations import Demonstrations
 from policy.data.relations import Relations, find_relations, state_vectors
 from policy.data.windows import split_episodes
 from policy.recipe.candidates import Allowed, Policy
+from policy.statistics.fit import FEWEST_EPISODES
 from policy.training.settings import TrainSettings
 
 # Fewer episodes than this are too few to hold some out.
@@ -43,9 +45,10 @@ def check_data(dataset: Demonstrations, train: TrainSettings, seed: int) -> None
         by_file, subset = (
             (" by the file", "dataset.subset=..., which sets none aside, and ") if dataset.held_out else ("", "")
         )
+        enough = max(0.1, math.ceil(100 * FEWEST_EPISODES / count) / 100)
         raise ValueError(
             f"recipe=auto compares recipes on held-out episodes, and of {count} episodes {held_out or 'none'} is held"
-            f" out{by_file}: give {subset}train.val_fraction={max(0.1, 2 / count):.2g}"
+            f" out{by_file}: give {subset}train.val_fraction={enough:.2g}"
         )
 
 

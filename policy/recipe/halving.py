@@ -133,8 +133,7 @@ def plan_halving(costs: Sequence[Cost], budget: float, spent: float, steps: int,
     else:
         raise ValueError(
             f"recipe.budget={exact_text(budget)} is too small for {len(costs)} recipes, which need"
-            f" {duration_text(spent + needed / SHARE)} on this machine: raise it, or choose fewer with"
-            " recipe.candidates="
+            f" {duration_text(spent + needed / SHARE)} on this machine: raise it"
         )
     longest = max(least, steps // 2 ** (len(sizes) - 1))
     first = least
@@ -182,7 +181,8 @@ def plan_fastest(
         else:
             found.append((plan, [name for name in costs if name in names]))
     if not found:
-        raise refused
+        timed = f", or name two of these {len(costs)} in recipe.candidates=, so that the others are not timed"
+        raise ValueError(f"{refused}{timed if len(costs) > 2 else ''}") from refused
     played = [(plan, names) for plan, names in found if plan.episodes and len(names) >= len(costs) / 2]
     return (played or found)[0]
 

@@ -23,6 +23,9 @@ from policy.statistics.intervals import wilson_interval
 from policy.statistics.simultaneous import compare_with_best
 from policy.training.settings import TrainSettings
 
+# A rung of fewer steps than this hardly leaves the weights that a training begins with.
+FEW_STEPS = 20
+
 
 def changes_text(changes: Mapping[str, Any]) -> str:
     """A recipe's settings as they are given on a command line."""
@@ -45,7 +48,9 @@ def plan_text(journal: Journal, train: TrainSettings) -> str:
     tried = [cost for name, cost in journal.costs.items() if name not in journal.rungs[0]]
     rest = duration_text(steps_left * max((cost.step for cost in tried), default=0.0))
     after = f", and trained to the end in up to about {rest} more" if steps_left else ""
-    return f"the plan: {rungs} of {train.steps:,}; of the last {last.candidates}, one is chosen {by}{after}"
+    short = journal.plan.rungs[0].steps < FEW_STEPS
+    little = "; so short a first rung tells little of a recipe: raise train.steps" if short else ""
+    return f"the plan: {rungs} of {train.steps:,}; of the last {last.candidates}, one is chosen {by}{after}{little}"
 
 
 def rung_table(number: int, journal: Journal) -> str:

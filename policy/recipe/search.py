@@ -151,8 +151,8 @@ def _journal_of(candidates: Sequence[Candidate], fallen: Mapping[str, str], fold
         print(f"recipe {name} is not tried: {reason}")
     if len(candidates) < 2:
         raise ValueError(
-            f"recipe=auto has {len(candidates)} recipe to try and nothing to compare it with: keep fewer settings, or"
-            " leave recipe= out"
+            f"recipe=auto has {len(candidates)} recipe to try and nothing to compare it with: name two or more in"
+            " recipe.candidates=, keep fewer settings, or leave recipe= out"
         )
     journal = read_journal(folder)
     if journal and journal.recipes != {candidate.name: dict(candidate.changes) for candidate in candidates}:
@@ -217,6 +217,12 @@ class _Search:
                 costs[name], failed[name] = Cost(step=0.0, rung=0.0), self.failed(name, error)
             if episode_seconds is None and self.play:
                 episode_seconds = self.time_episodes(trial)
+            if self.over and len(costs) < len(self.by_name):
+                raise ValueError(
+                    f"recipe.budget={exact_text(self.budget)} is too small: {len(costs)} of {len(self.by_name)} recipes"
+                    f" have been timed, which took {duration_text(self.spent)}: raise it, or name fewer in"
+                    " recipe.candidates="
+                )
         train_steps = next(iter(self.by_name.values())).train.steps
         trained = {name: cost for name, cost in costs.items() if name not in failed}
         plan, planned = plan_fastest(trained or costs, self.budget, self.spent, train_steps, episode_seconds)

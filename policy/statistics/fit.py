@@ -221,7 +221,8 @@ def _undecided(figures: str, episodes: int) -> Conclusion:
     return Conclusion(
         kind="undecided",
         sentence=f"too few held-out episodes ({episodes}) to tell over-fitting: {figures}; a new training with a"
-        " larger train.val_fraction can, where the file of the dataset sets none aside",
+        f" larger train.val_fraction, for {FEWEST_EPISODES if episodes < FEWEST_EPISODES else MOST_EPISODES} of them,"
+        " can, where the file of the dataset sets none aside",
     )
 
 

@@ -42,3 +42,11 @@ def weights_by_spread(training: Windows, normalizer: Normalizer | AffineNormaliz
     normalized = deviation / scale
     weights = (USUAL_DEVIATION / normalized).square().clamp(1.0, HEAVIEST)
     return torch.where(normalized > 0, weights, 1.0)
+
+
+def spread_matters(training: Windows, normalizer: Normalizer | AffineNormalizer) -> bool:
+    """Whether `weights_by_spread` differ from equal weights; not where the demonstrations have other actions."""
+    try:
+        return bool((weights_by_spread(training, normalizer) > 1).any())
+    except ValueError:
+        return False

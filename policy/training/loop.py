@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
@@ -46,6 +46,8 @@ SHOWN = {
 MEASURE_EVERY = 1_000
 # Training fails after this many skipped steps in a row, because the weights have then diverged.
 MOST_SKIPPED_IN_A_ROW = 100
+# An error or a warning names so many episodes.
+MOST_EPISODES_NAMED = 8
 # Measures a policy, by a short rollout or the errors of its chunks, and returns metrics by name.
 Measure = Callable[[DiffusionPolicy], dict[str, float]]
 
@@ -251,8 +253,8 @@ def train(
     Raises:
         ValueError: the processes cannot share the batches equally, or differ in their data or their step.
         RuntimeError: another process ended before its time.
-        FloatingPointError: a loss or gradient is not finite and `on_bad_loss` is `stop`, or a hundred steps in a row
-            have such a loss or gradient, or the weights are not finite. The state is then not saved.
+        FloatingPointError: a loss or gradient is not finite and `on_bad_loss` is `stop`, or a hundred steps in a row,
+            or half of all, have such a loss or gradient, or the weights are not finite. The state is then not saved.
     """
     trainer = _Trainer(
         run,
@@ -332,14 +334,21 @@ def _read(unread: list[Outcome], state: TrainState, training: Windows, settings:
         episodes = training.episodes_of(windows)
         what = (
             f"step {step} has the loss {loss} and a gradient of norm {norm},"
-            f" on a batch of the episodes {', '.join(map(str, episodes))}"
+            f" on a batch of the episodes {_first_of(episodes)}"
         )
         if settings.on_bad_loss == "stop":
             raise FloatingPointError(f"{what}: lower train.learning_rate, or leave it out with train.on_bad_loss=skip")
         warnings.warn(f"{what}: skipped", stacklevel=2)
         state.skipped.append(step)
-        if state.skipped[-MOST_SKIPPED_IN_A_ROW:] == [*range(step - MOST_SKIPPED_IN_A_ROW + 1, step + 1)]:
-            raise FloatingPointError(f"{what}, like {MOST_SKIPPED_IN_A_ROW - 1} before it: lower train.learning_rate")
+        most = min(MOST_SKIPPED_IN_A_ROW, max(2, settings.all_steps // 2))
+        if state.skipped[-most:] == [*range(step - most + 1, step + 1)]:
+            raise FloatingPointError(f"{what}, like {most - 1} before it: lower train.learning_rate")
+
+
+def _first_of(episodes: Sequence[int]) -> str:
+    """The numbers of some episodes, the first ones if there are many."""
+    shown = ", ".join(map(str, episodes[:MOST_EPISODES_NAMED]))
+    return shown if len(episodes) <= MOST_EPISODES_NAMED else f"{shown}, ... ({len(episodes)} in all)"
 
 
 def _loss_metrics(state: TrainState, settings: TrainSettings) -> dict[str, float]:

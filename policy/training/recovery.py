@@ -211,7 +211,11 @@ def recoveries_in(history: Sequence[Mapping[str, float]]) -> Recoveries:
 
 
 def describe_recoveries(
-    training: Mapping[str, Any], history: Sequence[Mapping[str, float]], privileged: Collection[str] = ()
+    training: Mapping[str, Any],
+    history: Sequence[Mapping[str, float]],
+    privileged: Collection[str] = (),
+    *,
+    weights_differ: bool = True,
 ) -> str:
     """Say what a chunk corrects and whether it follows its own speed, and what to do about it.
 
@@ -221,6 +225,7 @@ def describe_recoveries(
             rollout solved nearly every episode, and a longer training only where they say that it is neither
             over-fitted nor under-trained.
         privileged: keys of the policy's privileged observations, which corrective noise may not be beside.
+        weights_differ: whether `train.action_weights=spread` would change a weight, see `spread_matters`.
 
     Returns:
         The sentence; empty where nothing was measured.
@@ -242,7 +247,8 @@ def describe_recoveries(
             f"in {round(100 * stalls)}% of the windows in which it moves, seen at half of its speed, the robot would go"
             " less than half as far: where it is slowed down, it may stop or turn back"
         )
-    wanted = {**(NOISE if not privileged and (hardly or stalls >= STALLS) else {}), **(WEIGHTS if hardly else {})}
+    noise = NOISE if not privileged and (hardly or stalls >= STALLS) else {}
+    wanted = {**noise, **(WEIGHTS if hardly and weights_differ else {})}
     usual = {name: getattr(TrainSettings, name) for name in wanted}
     advised = [f"train.{name}={value}" for name, value in wanted.items() if {**usual, **training}[name] == usual[name]]
     if hardly and not advised and stalls < STALLS and _longer_may_help(training, history):

@@ -584,6 +584,17 @@ def test_an_observation_that_does_not_fit_is_refused_by_name_at_any_step(observa
         controller.act(observation)
 
 
+def test_actions_that_are_not_finite_are_those_of_a_training_that_diverged():
+    policy = real_policy("modulated_mlp")
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.mul_(1e30)
+    controller = controller_of(policy, execution_horizon=1)
+    controller.reset(seed=0)
+    with pytest.raises(ValueError, match=r"actions are not finite, because its training diverged: train again with a"):
+        controller.act(vector(1))
+
+
 def test_a_refused_observation_leaves_no_trace():
     policy = real_policy("modulated_mlp")
 

@@ -133,7 +133,7 @@ def test_the_time_limit_is_the_tasks_own_or_the_users():
         ({"task": "block-lite-single-task1"}, r"needs a GPU; choose .* such as block-cpu-lite-single-task1, "),
         ({"task": "visual-hanoi-single-task2"}, r"needs a GPU; .* visual-hanoi-cpu-lite-single-task2"),
         ({"task": "chamber-cpu-easy-task1"}, r"is not one of its lite tasks.* chamber-cpu-lite-easy-task1"),
-        ({"task": "blok"}, r"'blok' is not known; choose .* block-cpu-lite"),
+        ({"task": "blok"}, r"'blok' is not known; choose a lite one on the CPU, such as block-cpu-lite"),
         ({"p_mistake": 1.5}, r"p_mistake=1.5 is out of range; it is a probability"),
         ({"image_size": 0}, r"image_size=0 is out of range"),
     ],

@@ -21,7 +21,7 @@ def test_too_few_demonstrations_and_too_few_held_out_are_refused():
     with pytest.raises(ValueError, match="never change: leave recipe= out"):
         check_data(still, TRAIN, 0)
     few = dataclasses.replace(TRAIN, val_fraction=0.0)
-    with pytest.raises(ValueError, match=r"of 12 episodes none is held out: give train.val_fraction=0.17"):
+    with pytest.raises(ValueError, match=r"of 12 episodes none is held out: give train.val_fraction=0.34"):
         check_data(twelve, few, 0)
     by_file = dataclasses.replace(twelve, held_out=[3])
     with pytest.raises(

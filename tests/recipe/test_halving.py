@@ -92,8 +92,12 @@ def test_the_slowest_recipes_are_left_out_of_a_budget_that_is_too_small_for_all(
     costs = {"given": Cost(step=0.5, rung=0.0), "slow": Cost(step=5.0, rung=0.0), "fast": Cost(step=0.01, rung=0.0)}
     tried = {seconds: plan_fastest(costs, seconds, 0, 160, None)[1] for seconds in (1000, 20)}
     assert tried == {1000: ["given", "slow", "fast"], 20: ["given", "fast"]}
-    with pytest.raises(ValueError, match="too small for 2 recipes"):
+    with pytest.raises(
+        ValueError, match=r"too small for 2 recipes.*: raise it, or name two of these 3 in recipe\.cand"
+    ):
         plan_fastest(costs, 1, 0, 160, None)
+    with pytest.raises(ValueError, match=r"too small for 2 recipes.*: raise it$"):
+        plan_fastest({name: costs[name] for name in ("given", "fast")}, 1, 0, 160, None)
     plan, names = plan_fastest(costs, 150, 0, 160, 3.0)  # all three fit without rollouts
     assert (names, plan.episodes >= LEAST_EPISODES) == (["given", "fast"], True)
     alike = {name: Cost(step=step, rung=0.0) for name, step in [("given", 0.15), ("first", 0.17), ("second", 0.14)]}

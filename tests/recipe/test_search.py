@@ -197,7 +197,9 @@ def test_another_search_in_the_same_folder_is_refused(start):
     start()
     with pytest.raises(ValueError, match=r"a search among other recipes \(idle, good, slow\)"):
         start(rates={"idle": 1e-9, "good": 1e-2})
-    with pytest.raises(ValueError, match="1 recipe to try and nothing to compare it with"):
+    with pytest.raises(
+        ValueError, match=r"1 recipe to try and nothing to compare it with: name two or more in recipe\.candidates="
+    ):
         start(rates={"good": 1e-2})
 
 
@@ -248,6 +250,19 @@ def test_what_a_step_costs_is_timed_on_the_steps_that_a_short_training_has(start
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     start(steps=2)  # of which the first is not timed
     assert [cost.step for cost in read_journal(tmp_path).costs.values()] == pytest.approx([1.0, 1.0, 1.0])
+
+
+def test_timing_ends_with_the_budget(start):
+    with pytest.raises(
+        ValueError, match=r"too small: 1 of 3 recipes have been timed, which took \d+s: raise it, or name"
+    ):
+        start(budget="0.001s")
+    assert start.opened == ["idle"]
+
+
+def test_a_plan_of_a_few_steps_says_how_little_it_tells(start, capsys):
+    start(steps=2)
+    assert "so short a first rung tells little of a recipe: raise train.steps" in capsys.readouterr().out
 
 
 def test_a_damaged_journal_is_refused(start, tmp_path):

@@ -115,6 +115,19 @@ def test_a_skipped_step_changes_neither_weights_nor_the_optimisers_memory(
     assert all(v.isfinite().all() for v in after[7].values())
 
 
+def test_a_run_whose_second_half_is_skipped_ends_with_an_error_and_saves_nothing(demonstrations):
+    """As at an absurd learning rate, after which no batch has a finite loss."""
+    settings = dataclasses.replace(SETTINGS, on_bad_loss="skip", steps=8, save_every=100)
+    run, saves = prepared(demonstrations, settings), []
+    damage_loss(run, {5, 6, 7, 8}, math.nan)
+    with (
+        pytest.warns(UserWarning, match="skipped"),
+        pytest.raises(FloatingPointError, match=r"^step 8 .*, like 3 before it: lower train\.learning_rate"),
+    ):
+        go(run, settings, save=lambda state: saves.append(state.step))
+    assert saves == []
+
+
 def test_a_skipped_step_is_the_step_of_a_run_that_never_took_it(demonstrations):
     """Against a loop that leaves the optimiser's step out by hand."""
     settings = dataclasses.replace(SETTINGS, on_bad_loss="skip")

@@ -8,6 +8,7 @@ import torch
 
 from policy.common.seeding import derive_generator
 from policy.model.diffusion_policy import DiffusionPolicy
+from policy.training.action_weights import spread_matters
 from policy.training.preparation import prepare_run
 from policy.training.settings import TrainSettings
 from tests.data.test_corrections import arm
@@ -59,6 +60,22 @@ def _only(policy, place, batch, timestep, noise):
     errors = policy.squared_errors(batch, policy.embed(batch["observations"]), timestep, noise)
     policy.action_weights = torch.ones(4)
     return errors
+
+
+def test_weights_matter_where_a_number_of_the_action_spreads_less_than_usual(demonstrations):
+    run = prepared(demonstrations, "equal")
+    assert spread_matters(run.training, run.state.policy.action_normalizer)
+    even = np.repeat(demonstrations.actions[:, :1], 4, axis=1)
+    run = prepared(dataclasses.replace(demonstrations, actions=even), "equal")
+    assert not spread_matters(run.training, run.state.policy.action_normalizer)
+    narrow = prepare_run(
+        dataclasses.replace(CONFIG, action_dim=1),
+        dataclasses.replace(demonstrations, actions=even[:, :1]),
+        TrainSettings(steps=3, val_fraction=0),
+        seed=0,
+        device="cpu",
+    )
+    assert not spread_matters(run.training, narrow.state.policy.action_normalizer)  # of another policy
 
 
 def test_another_name_of_weights_is_refused():

@@ -103,6 +103,9 @@ def test_what_is_hardly_corrected_for_all_settings_asks_for_a_longer_training(tr
     settings = {"steps": 12000, "corrective_noise": 0.3, "action_weights": "spread"}
     assert describe_recoveries(settings, history).endswith(f"it hardly corrects state[5]{advised}")
     assert describe_recoveries({**settings, "corrective_noise": 0.0}, history).endswith("corrective_noise=0.3")
+    assert describe_recoveries({**settings, "action_weights": "equal"}, history).endswith("action_weights=spread")
+    alike = describe_recoveries({**settings, "action_weights": "equal"}, history, weights_differ=False)
+    assert alike.endswith(f"it hardly corrects state[5]{advised}")
     good = [*history[:1], {**history[1], "recovery/state[5]": 0.9}]
     assert describe_recoveries(settings, good).endswith("90%")
     twice = [{**entry, "step": 2 * entry["step"]} for entry in history]

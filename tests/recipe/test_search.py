@@ -181,7 +181,7 @@ def test_a_simulator_that_fails_leaves_the_choice_to_the_error(start):
     def play(policy, seeds):
         raise RuntimeError("broken")
 
-    with pytest.warns(UserWarning, match="the held-out error decides: broken"):
+    with pytest.warns(UserWarning, match="the held-out error decides: RuntimeError: broken"):
         assert start(play).name == "good"
 
 

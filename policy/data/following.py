@@ -15,7 +15,7 @@ INTERFERED = 0.05
 # Where a number stays although its action is larger than usual, a joint or a hand is at an end of its range. These
 # transitions are left out before, if they are at most this share of those with a larger action. In OCBench's tasks the
 # wrist stays in up to a third of them, a hand that presses with its fingers closed in two thirds to three quarters, and
-# one that closes on things in nine tenths.
+# one that closes on things in 86 % and more, whose changes are not the action times a constant besides.
 AT_THE_END = 0.8
 # Numbers that are looked at for each action: those that change most like it.
 LIKELY = 5

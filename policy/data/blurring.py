@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from policy.data.following import moves, proportional
+from policy.data.following import proportional
+from policy.data.relations import moves
 
 # A number is the velocity of one that follows an action if it is that one's latest change times a constant, to this
 # share, and tells it better by this factor than the change to come, which a goal or a distance to it tells as well.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from policy.data.relations import MOVING
+from policy.data.relations import moves
 
 # A number of the observation follows a number of the action if its changes are that number times a constant, to this
 # share of their variance.
@@ -63,11 +63,6 @@ def _following(
     gain, share = proportional(cause[kept], effect[kept])
     follows = share >= FOLLOWS and proportional(cause[first], effect[first])[1] >= FOLLOWS_EARLY
     return (gain, share) if follows else (0.0, 0.0)
-
-
-def moves(values: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Where changes (N, ...), or actions, are more than `MOVING` of their root mean square, in each column."""
-    return np.abs(values) > MOVING * np.sqrt(np.square(values).mean(axis=0))
 
 
 def proportional(cause: NDArray[np.float64], effect: NDArray[np.float64]) -> tuple[float, float]:

@@ -183,12 +183,19 @@ def thinned(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     return rows[:: max(1, -(-len(rows) // most))]
 
 
+def moves(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Where changes (N, ...), or actions, are more than `MOVING` of their root mean square, in each column."""
+    return np.abs(values) > MOVING * np.sqrt(np.square(values).mean(axis=0))
+
+
 def _move_together(changes: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Return (D, D) whether two numbers mostly change by the same amount where both change; changes are (N, D)."""
-    usual = np.sqrt(np.square(changes).mean(axis=0)) if len(changes) else np.zeros(changes.shape[1])
-    moving = np.abs(changes) > MOVING * usual
-    alike = np.zeros((len(usual), len(usual)), dtype=np.bool_)
-    for i in range(len(usual)):
+    count = changes.shape[1]
+    alike = np.zeros((count, count), dtype=np.bool_)
+    if not len(changes):
+        return alike
+    moving = moves(changes)
+    for i in range(count):
         rows = moving[:, i]
         mine, others = changes[rows, i, None], changes[rows]
         both = moving[rows]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from policy.common.listing import first_of
 from policy.common.markdown import markdown_table
 from policy.common.observations import is_image
 from policy.inspection.figures import EpisodeFigures, Inspection, KeyFigures, Range, WindowTimes
@@ -49,7 +50,9 @@ def _format_summary(inspection: Inspection) -> str:
         "episodes": f"{episodes.count} with {episodes.transitions} transitions"
         + (f", made of {episodes.originals} by relabelling" if episodes.originals < episodes.count else ""),
         "lengths": lengths,
-        "held out": f"{_few(episodes.held_out)}, set aside by the file" if episodes.held_out else "none by the file",
+        "held out": f"{first_of(episodes.held_out, LISTED)}, set aside by the file"
+        if episodes.held_out
+        else "none by the file",
         "identical": _format_identical(episodes),
         "idle": "no action has a previous one"
         if episodes.idle_share is None
@@ -126,7 +129,8 @@ def _format_constants(keys: Sequence[KeyFigures]) -> str:
             unit = "channels" if is_image(figures.shape) else "dimensions"
             if found:
                 lines.append(
-                    f"{kind}: {len(found)} of {len(figures.dimensions)} {unit} of {figures.key}: {_few(found)}"
+                    f"{kind}: {len(found)} of {len(figures.dimensions)} {unit} of {figures.key}:"
+                    f" {first_of(found, LISTED)}"
                 )
     if not lines:
         return "constant: no dimension"
@@ -219,8 +223,3 @@ def seconds(value: float) -> str:
 
 def _some(names: Sequence[str]) -> list[str]:
     return [*names[:LISTED], *(["..."] if len(names) > LISTED else [])]
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more

@@ -171,18 +171,18 @@ def plan_fastest(
     times = {name: max(1.0, costs[name].step / max(costs[first].step, 1e-9)) for name in others}
     by_speed = [first, *sorted(others, key=lambda name: round(math.log2(times[name])))]
     least = min(2, len(costs))
-    found, refused = [], ValueError()
+    found, refused = [], ""
     for count in range(len(costs), least - 1, -1):
         names = by_speed[:count]
         try:
             plan = plan_halving([costs[name] for name in names], budget, spent, steps, episode_seconds)
         except ValueError as error:
-            refused = error
+            refused = str(error)
         else:
             found.append((plan, [name for name in costs if name in names]))
     if not found:
         timed = f", or name two of these {len(costs)} in recipe.candidates=, so that the others are not timed"
-        raise ValueError(f"{refused}{timed if len(costs) > 2 else ''}") from refused
+        raise ValueError(refused + (timed if len(costs) > 2 else ""))
     played = [(plan, names) for plan, names in found if plan.episodes and len(names) >= len(costs) / 2]
     return (played or found)[0]
 

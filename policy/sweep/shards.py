@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from policy.common.files import as_json, json_text, write_text
+from policy.common.listing import first_of
 from policy.diffusion.sampler import LATER_SETTINGS
 from policy.rollout.ledger import SHARD_LINE, Ledger, Recorded, Settings
 from policy.rollout.provenance import Provenance, accept_mixture
@@ -318,7 +319,7 @@ def _lacking(sweep: Sequence[FinishedShard], other: Sequence[FinishedShard]) -> 
     """Say which shards a sweep lacks, and how it differs from another one, as it does where a setting was mistaken."""
     first, there = sweep[0], {one.shard.number for one in sweep}
     lacking = [f"{number}/{first.shard.of}" for number in range(1, first.shard.of + 1) if number not in there]
-    named = ", ".join(lacking[:NAMED]) + (f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else "")
+    named = first_of(lacking, NAMED)
     said = (
         f"merge= lacks shard{'s' * (len(lacking) > 1)} {named} of the sweep that {first.folder} is shard"
         f" {first.shard} of: name {'their folders' if len(lacking) > 1 else 'its folder'} too"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from policy.common.errors import reason_of
+from policy.common.listing import first_of
 from policy.common.observations import Batch
 from policy.common.progress import progress, say
 from policy.common.seeding import derive_generator, derive_seed
@@ -334,7 +335,7 @@ def _read(unread: list[Outcome], state: TrainState, training: Windows, settings:
         episodes = training.episodes_of(windows)
         what = (
             f"step {step} has the loss {loss} and a gradient of norm {norm},"
-            f" on a batch of the episodes {_first_of(episodes)}"
+            f" on a batch of the episodes {first_of(episodes, MOST_EPISODES_NAMED)}"
         )
         if settings.on_bad_loss == "stop":
             raise FloatingPointError(f"{what}: lower train.learning_rate, or leave it out with train.on_bad_loss=skip")
@@ -343,12 +344,6 @@ def _read(unread: list[Outcome], state: TrainState, training: Windows, settings:
         most = min(MOST_SKIPPED_IN_A_ROW, max(2, settings.all_steps // 2))
         if state.skipped[-most:] == [*range(step - most + 1, step + 1)]:
             raise FloatingPointError(f"{what}, like {most - 1} before it: lower train.learning_rate")
-
-
-def _first_of(episodes: Sequence[int]) -> str:
-    """The numbers of some episodes, the first ones if there are many."""
-    shown = ", ".join(map(str, episodes[:MOST_EPISODES_NAMED]))
-    return shown if len(episodes) <= MOST_EPISODES_NAMED else f"{shown}, ... ({len(episodes)} in all)"
 
 
 def _loss_metrics(state: TrainState, settings: TrainSettings) -> dict[str, float]:

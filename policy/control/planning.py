@@ -146,11 +146,13 @@ def checked_observation(config: PolicyConfig, observation: Observation) -> ByKey
         Copies of the arrays: the caller may reuse its buffers, and the history must not change with them.
 
     Raises:
-        ValueError: missing or unknown keys, a wrong shape, or a value that is NaN or infinite.
+        ValueError: missing or unknown keys, a wrong shape, or a value that is no number, NaN or infinite.
     """
     by_key = {key: np.array(value) for key, value in as_dict(observation).items()}
     check_observations(by_key, config.observation_shapes)
     for key, value in by_key.items():
+        if value.dtype.kind not in "biuf":
+            raise ValueError(f"observation {key!r} must hold numbers; got an array of {value.dtype}")
         if not np.isfinite(value).all():
             where = np.argwhere(~np.isfinite(value))[0].tolist()
             raise ValueError(

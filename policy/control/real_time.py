@@ -6,8 +6,9 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -220,7 +221,8 @@ class RealTimeController:
 
         Raises:
             ValueError: `reset` was not called, or the observation does not fit the policy, is not finite or is too old.
-                The controller is then unchanged.
+                The controller is then unchanged. Or the actions of the plan that was due are not finite: the next call
+                begins it again.
         """
         now = self._clock()
         if self._seed is None:
@@ -261,8 +263,10 @@ class RealTimeController:
 
     def _take_plan(self) -> None:
         if self._coming is not None and self._coming.done():
-            self._timeline.deliver(self._coming.result(), self._timeline.step - self._begun_at)
-            self._coming = None
+            coming, self._coming = self._coming, None
+            with self._cancelling():
+                chunk = coming.result()
+            self._timeline.deliver(chunk, self._timeline.step - self._begun_at)
 
     def _begin_plan(self) -> None:
         expected, timeline = self.delay_steps, self._timeline
@@ -272,9 +276,20 @@ class RealTimeController:
         wait = timeline.is_first or self._settings.mode == "synchronous"
         request = request_of(self._seed, self._history, timeline, self._sampler, expected)
         if wait:
-            timeline.deliver(self._planned(request))
+            with self._cancelling():
+                chunk = self._planned(request)
+            timeline.deliver(chunk)
         else:
             self._begun_at, self._coming = timeline.step, self._thread.submit(self._planned, request)
+
+    @contextmanager
+    def _cancelling(self) -> Iterator[None]:
+        """If a plan fails, forget it, so that the next control step begins it again."""
+        try:
+            yield
+        except BaseException:
+            self._timeline.cancel()
+            raise
 
     def _planned(self, request: PlanRequest) -> NDArray[np.float32]:
         begin = self._clock()

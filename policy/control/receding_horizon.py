@@ -102,7 +102,7 @@ class RecedingHorizonController:
 
         Raises:
             ValueError: `reset` was not called, or the observation does not fit the policy or is not finite. The
-                controller is then unchanged.
+                controller is then unchanged. Or the policy's actions are not finite: the next call plans again.
         """
         return self.act_many({0: observation})[0]
 
@@ -116,7 +116,7 @@ class RecedingHorizonController:
             (action_dim,) action of each slot.
 
         Raises:
-            ValueError: see `act`. All slots are then unchanged.
+            ValueError: see `act`, for all slots.
         """
         histories = {slot: self._episode(slot).history for slot in observations}
         checked = {slot: checked_observation(self.policy.config, seen) for slot, seen in observations.items()}
@@ -145,11 +145,21 @@ class RecedingHorizonController:
         return episode.timeline.due(self.settings.delay_steps)
 
     def plan(self, slots: Iterable[Hashable]) -> None:
-        """Sample a chunk for each of the slots that needs a new plan."""
+        """Sample a chunk for each of the slots that needs a new plan.
+
+        Raises:
+            ValueError: the policy's actions are not finite; the plans are then due again.
+        """
         delay = self.settings.delay_steps
         waiting = [e for e in (self._episodes[slot] for slot in slots) if e.timeline.due(delay)]
         requests = [request_of(e.seed, e.history, e.timeline, self.sampler, delay) for e in waiting]
-        for episode, chunk in zip(waiting, self._plans(requests), strict=True):
+        try:
+            chunks = self._plans(requests)
+        except BaseException:
+            for episode in waiting:
+                episode.timeline.cancel()
+            raise
+        for episode, chunk in zip(waiting, chunks, strict=True):
             episode.timeline.deliver(chunk, delay)
 
     def next_action(self, slot: Hashable = 0) -> NDArray[np.float32]:

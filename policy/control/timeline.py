@@ -212,6 +212,11 @@ class Timeline:
             keep = kept(overlap, delay_steps, self.action_horizon)
         return LastPlan(chunk=self._current.chunk[ahead], keep=keep, overlap=overlap)
 
+    def cancel(self) -> None:
+        """Forget the plan that was started by `begin`, because it failed: the same one is due again."""
+        self._begun = None
+        self.plans -= 1
+
     def deliver(self, chunk: Chunk, delay_steps: int = 0) -> None:
         """Accept the plan that was started by `begin`.
 

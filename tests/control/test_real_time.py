@@ -196,16 +196,33 @@ def test_an_observation_that_is_too_old_is_refused_and_leaves_no_trace(policy):
         assert np.array_equal(controller.act(vector(1)), second)
 
 
-def test_an_error_in_the_thread_comes_out_at_the_next_action(policy):
+def test_an_error_in_the_thread_comes_out_at_the_next_action_and_the_plan_is_begun_again(policy):
     program = SlowProgram(policy)
     with controller_of(policy, program=program, execution_horizon=1) as controller:
         controller.reset(0)
         controller.act(vector(0))
-        program.sample_actions = lambda *given, **named: 1 / 0
+        sound, program.sample_actions = program.sample_actions, lambda *given, **named: 1 / 0
         controller.act(vector(1))
         settle(controller)
         with pytest.raises(ZeroDivisionError):
             controller.act(vector(2))
+        program.sample_actions = sound
+        controller.act(vector(3))
+        settle(controller)
+        controller.act(vector(4))
+        assert len(controller.timing.plan_ms) == 2
+
+
+def test_a_synchronous_plan_that_failed_is_made_again(policy):
+    program = SlowProgram(policy)
+    with controller_of(policy, "synchronous", program) as controller:
+        controller.reset(0)
+        sound, program.sample_actions = program.sample_actions, lambda *given, **named: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            controller.act(vector(0))
+        program.sample_actions = sound
+        controller.act(vector(1))
+        assert (len(controller.timing.plan_ms), controller.late_steps()) == (1, 0)
 
 
 def test_actions_are_clipped(policy):

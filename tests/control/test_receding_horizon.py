@@ -573,6 +573,8 @@ def test_acting_without_reset_is_refused_and_changes_nothing():
         (np.zeros((1, 3), np.float32), r"'state'.*shape"),
         (np.array([0, np.nan, 0], np.float32), r"'state' must hold finite numbers; got nan at \[1\]"),
         (np.array([0, 0, -np.inf], np.float32), r"'state' must hold finite numbers; got -inf at \[2\]"),
+        (np.array([0, None, 0]), r"'state' must hold numbers; got an array of object"),
+        (np.array([0, 0, 1j]), r"'state' must hold numbers; got an array of complex128"),
     ],
 )
 def test_an_observation_that_does_not_fit_is_refused_by_name_at_any_step(observation, message, later):
@@ -593,6 +595,31 @@ def test_actions_that_are_not_finite_are_those_of_a_training_that_diverged():
     controller.reset(seed=0)
     with pytest.raises(ValueError, match=r"actions are not finite, because its training diverged: train again with a"):
         controller.act(vector(1))
+
+
+def test_a_plan_that_failed_is_made_again_at_the_next_control_step():
+    numbers = []
+
+    def plans(requests):
+        if not requests:
+            return []
+        numbers.append(requests[0].number)
+        if len(numbers) in (1, 3):
+            raise ValueError("not finite")
+        return [np.full((8, 2), numbers[-1] + 1.0, np.float32)]
+
+    controller = controller_of(real_policy("modulated_mlp"), execution_horizon=2, plans=plans)
+    controller.reset(seed=0)
+    taken = []
+    for failing in (True, False, False, True, False):
+        if failing:
+            with pytest.raises(ValueError, match="not finite"):
+                controller.act(vector(0))
+        else:
+            taken.append(controller.act(vector(0))[0])
+    assert numbers == [0, 0, 1, 1]
+    assert taken == [1, 1, 2]
+    assert controller.late_steps() == 0
 
 
 def test_a_refused_observation_leaves_no_trace():

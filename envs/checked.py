@@ -51,14 +51,21 @@ class CheckedEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
                 limit: that of its ``spec``, or its attribute ``max_episode_steps``.
 
         Raises:
-            ValueError: If a space is not one that policies take, or no time limit is known.
+            ValueError: If a space is not one that policies take, no time limit is known, or the environment's own one
+                is shorter than the given one.
         """
         self._make, self._name = make, name
         env = self._made()
         check_plain_spaces(name, env)
-        limit = time_limit(env) if max_episode_steps is None else max_episode_steps
+        own = time_limit(env)
+        limit = own if max_episode_steps is None else max_episode_steps
         if limit is None:
             raise no_time_limit(name)
+        if own is not None and limit > own:
+            raise ValueError(
+                f"{name} ends an episode after {own} control steps, and max_episode_steps={limit} does not change that:"
+                f" give {own} or fewer, or leave it out"
+            )
         super().__init__(env)
         self.max_episode_steps = limit
         # Looked up once: a control step should cost as little as possible.
@@ -209,7 +216,9 @@ class CheckedEnv(gymnasium.Wrapper[Any, NDArray[np.float32], Any, Any]):
             self._success_known = True
             return as_bool(self._name, "info['is_success']", info["is_success"])
         if over and not self._success_known:
-            raise missing_success(self._name, ("is_success",), self._keys)
+            raise missing_success(
+                self._name, ("is_success",), self._keys, "The environment's step() must put it into info."
+            )
         return False
 
     def _score(self, info: dict[str, Any], default: float) -> float:
@@ -327,19 +336,19 @@ def as_bool(name: str, what: str, value: Any) -> bool:
     return bool(number)
 
 
-def missing_success(name: str, wanted: Iterable[str], keys: Iterable[str]) -> EnvContractError:
+def missing_success(name: str, wanted: Iterable[str], keys: Iterable[str], remedy: str) -> EnvContractError:
     """Return the error for a key of success that an episode never had in its infos.
 
     Args:
         name: The environment's name in messages.
         wanted: The key, or the keys one of which should have been there.
         keys: The keys that were there.
+        remedy: What to do.
     """
     wanted, keys = list(wanted), sorted(map(str, keys))
     there = f"it has {', '.join(keys)}.{nearest(wanted[0], keys)}" if keys else "it is empty."
     return EnvContractError(
-        f"{name}: {' or '.join(map(repr, wanted))} was in no info of a whole episode; {there}"
-        " env.success=info:KEY chooses a key, env.success=termination or 'env.success=\"return>=NUMBER\"' need none"
+        f"{name}: {' or '.join(map(repr, wanted))} was in no info of a whole episode; {there} {remedy}"
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -87,6 +88,7 @@ def make_vector(name: str, *, worlds: int, **kwargs: Any) -> VectorWorlds:
         )
     family: VectorFamily = _load(VECTOR_FAMILIES[choose("environment", name, VECTOR_FAMILIES)])
     _check_options(name, family, kwargs, filled={"worlds"})
+    _check_numbers(kwargs)
     return family(worlds=worlds, **kwargs)
 
 
@@ -100,7 +102,8 @@ def make(
             (``observation=``), ``"planar"``, ``"gym"`` (``id=``, ``kwargs=``, ``observation_keys=``, ``success=``), or
             a family of `register_family`.
         render_mode: ``None`` or ``"rgb_array"``.
-        max_episode_steps: Control steps after which an episode is truncated, by default the environment's own limit.
+        max_episode_steps: Control steps after which an episode is truncated, by default the environment's own limit;
+            only families that have this option themselves, as ``"gym"`` and ``"ocbench"``, take a longer one.
         **kwargs: Options of that family; its class or function describes them.
 
     Returns:
@@ -110,7 +113,7 @@ def make(
     Raises:
         MissingExtraError: If its simulator, or a system library, is not installed.
         ValueError: If a name, an option or a task is unknown (the message names the nearest one), or the environment
-            has no time limit and none was given.
+            has no time limit and none was given, or ends before the one that was given.
     """
     from envs.checked import CheckedEnv
 
@@ -118,8 +121,7 @@ def make(
     if render_mode not in (None, "rgb_array"):
         raise ValueError(f"Unknown render_mode {render_mode!r}. Allowed: None, 'rgb_array'.")
     _check_options(name, family, kwargs, filled={"render_mode"}, common={"max_episode_steps"})
-    if max_episode_steps is not None and (type(max_episode_steps) is not int or max_episode_steps < 1):
-        raise ValueError(f"max_episode_steps must be a whole number, 1 or more; got {max_episode_steps!r}.")
+    _check_numbers({**kwargs, "max_episode_steps": max_episode_steps})
     if "max_episode_steps" in inspect.signature(family).parameters:  # the simulator's own limit may be longer too
         kwargs["max_episode_steps"] = max_episode_steps
     title = str(kwargs.get("id", name))
@@ -146,6 +148,17 @@ def _check_options(
     required = {option for option, one in named.items() if one.default is one.empty}
     if missing := sorted(required - {*given, *filled, *common}):
         raise ValueError(f"The environment {name!r} needs the option {missing[0]!r}.")
+
+
+def _check_numbers(given: Mapping[str, Any]) -> None:
+    """Refuse a time limit that is no whole number, and a limit, a size or a rate that is not above 0."""
+    limit = given.get("max_episode_steps")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise ValueError(f"max_episode_steps must be a whole number, 1 or more; got {limit!r}.")
+    for option in ("image_size", "control_hz"):
+        value = given.get(option)
+        if isinstance(value, int | float) and not 0 < value < math.inf:
+            raise ValueError(f"{option} must be above 0; got {value!r}.")
 
 
 def make_expert(name: str, env: gymnasium.Env[Any, Any], seed: int) -> Expert:

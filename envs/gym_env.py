@@ -245,7 +245,12 @@ def _outcome_from_info(state: EpisodeState, keys: tuple[str, ...]) -> Outcome:
         said = " and ".join(f"{key}={value}" for key, value in found.items())
         raise EnvContractError(f"{state.name}: info has {said}: choose one, with env.success=info:KEY")
     if (state.terminated or state.truncated) and not state.keys & set(keys):
-        raise missing_success(state.name, keys, state.keys)
+        raise missing_success(
+            state.name,
+            keys,
+            state.keys,
+            "env.success=info:KEY chooses a key, env.success=termination or 'env.success=\"return>=NUMBER\"' need none",
+        )
     is_success = any(found.values())
     return Outcome(is_success, float(is_success))
 

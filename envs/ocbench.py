@@ -61,8 +61,6 @@ class OCBenchEnv(gymnasium.Env[Any, NDArray[np.float32]]):
             MissingExtraError: If OCBench, or a system library that it needs, is not installed.
             ValueError: If the task does not exist or needs a GPU, or a number is out of range.
         """
-        if image_size < 1:
-            raise ValueError(f"image_size={image_size} is out of range; it must be at least 1.")
         if not 0.0 <= p_mistake <= 1.0:
             raise ValueError(f"p_mistake={p_mistake} is out of range; it is a probability, from 0 to 1.")
         self.task = _chosen(task)

@@ -54,7 +54,7 @@ def fast_renderer(model: Any, image_size: int) -> Any:
     With them, software rendering is ten times slower.
 
     Args:
-        model: The ``mujoco.MjModel`` to draw; its antialiasing is switched off.
+        model: The ``mujoco.MjModel`` to draw; its antialiasing is switched off, and its buffer made large enough.
         image_size: Height and width of a frame, in pixels.
 
     Returns:
@@ -70,6 +70,9 @@ def fast_renderer(model: Any, image_size: int) -> Any:
     ):
         setattr(owner, name, getattr(owner, name, None))
     model.vis.quality.offsamples = 0
+    # MuJoCo draws into a buffer of the size that the model states, 640 x 480 by default.
+    for side in ("offwidth", "offheight"):
+        setattr(model.vis.global_, side, max(getattr(model.vis.global_, side), image_size))
     renderer = mujoco.Renderer(model, image_size, image_size)
     for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
         renderer.scene.flags[flag] = False

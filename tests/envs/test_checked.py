@@ -145,7 +145,10 @@ def test_ctrl_c_goes_through():
             {"info": {"sucess": True}},
             "'is_success' was in no info of a whole episode; it has sucess. Did you mean 'suc",
         ),
-        ({"info": {}}, "'is_success' was in no info of a whole episode; it is empty"),
+        (
+            {"info": {}},
+            "'is_success' was in no info of a whole episode; it is empty. The environment's step() must put it into",
+        ),
     ],
 )
 def test_what_gymnasium_has_no_place_for_is_refused_in_one_sentence(told, said):

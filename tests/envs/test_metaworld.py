@@ -205,6 +205,18 @@ def test_a_failing_graphics_stack_ends_in_one_line_with_the_remedy():
         raise KeyError("ball")
 
 
+def test_a_frame_may_be_larger_than_mujocos_own_buffer():
+    env = envs.make("metaworld", task="reach-v3", render_mode="rgb_array", image_size=800)
+    env.reset(seed=0)
+    try:
+        frame = env.render()
+    except envs.RenderingUnavailableError as error:
+        assert "framebuffer" not in str(error)  # noqa: PT017
+        pytest.skip(str(error))
+    assert frame.shape == (800, 800, 3)
+    env.close()
+
+
 @pytest.mark.parametrize("camera", ["corner", "corner2"])
 def test_frames_are_upright(camera):
     env = envs.make("metaworld", task="reach-v3", render_mode="rgb_array", camera=camera, image_size=128)

@@ -135,7 +135,7 @@ def test_the_time_limit_is_the_tasks_own_or_the_users():
         ({"task": "chamber-cpu-easy-task1"}, r"is not one of its lite tasks.* chamber-cpu-lite-easy-task1"),
         ({"task": "blok"}, r"'blok' is not known; choose a lite one on the CPU, such as block-cpu-lite"),
         ({"p_mistake": 1.5}, r"p_mistake=1.5 is out of range; it is a probability"),
-        ({"image_size": 0}, r"image_size=0 is out of range"),
+        ({"image_size": 0}, r"image_size must be above 0; got 0"),
     ],
 )
 def test_what_it_has_not_is_refused_in_one_sentence(options, sentence):

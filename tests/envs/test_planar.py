@@ -110,6 +110,10 @@ def test_rendering_without_a_render_mode_says_what_to_do():
         env.render()
 
 
+def pendulum(**options):
+    envs.make_vector("gym", worlds=2, id="Pendulum-v1", success="termination", **options)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -122,6 +126,13 @@ def test_rendering_without_a_render_mode_says_what_to_do():
         (lambda: envs.make("gym"), ["needs the option 'id'"]),
         (lambda: envs.make_vector("gym", worlds=2), ["needs the option 'id'"]),
         (lambda: envs.make_vector("gym", worlds=2, idd="Ant-v5"), ["'idd'", "Did you mean 'id'?"]),
+        (lambda: envs.make("planar", max_episode_steps=81), ["ends an episode after 80", "give 80 or fewer"]),
+        (lambda: envs.make("planar", image_size=0), ["image_size must be above 0; got 0"]),
+        (lambda: pendulum(control_hz=-5.0), ["control_hz must be above 0; got -5.0"]),
+        (lambda: pendulum(control_hz=0.0), ["control_hz must be above 0; got 0.0"]),
+        (lambda: pendulum(max_episode_steps=-1), ["max_episode_steps must be a whole number, 1 or more; got -1"]),
+        (lambda: pendulum(max_episode_steps=True), ["max_episode_steps must be a whole number, 1 or more; got True"]),
+        (lambda: pendulum(max_episode_steps=0), ["max_episode_steps must be a whole number, 1 or more; got 0"]),
     ],
 )
 def test_a_wrong_name_or_option_is_answered_with_the_right_one(call, words):

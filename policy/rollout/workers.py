@@ -281,13 +281,15 @@ class RolloutPool:
         """The messages that have come from the processes; a process sends nothing more after a fault."""
         ready = wait([worker.connection for worker in self._workers], timeout=1.0)
         for worker in list(self._workers):
-            if worker.connection in ready:
+            is_alive = worker.process.is_alive()
+            # The last words of a process that ended while the messages before were dealt with.
+            if worker.connection in ready or (not is_alive and worker.connection.poll()):
                 try:
                     yield worker, worker.connection.recv()
                 except (EOFError, OSError):
                     worker.process.join(1)
                     yield worker, Fault(_end_of(worker))
-            elif not worker.process.is_alive():  # what its simulator started may hold the connection open
+            elif not is_alive:  # what its simulator started may hold the connection open
                 yield worker, Fault(_end_of(worker))
             elif reason := worker.late(self._patience):
                 yield worker, Fault(reason)

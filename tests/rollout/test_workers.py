@@ -15,6 +15,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -33,6 +34,7 @@ from policy.rollout.cells import PLAN_BATCH, Cell, controllers_of, program_of
 from policy.rollout.central import CentralPlanner, PlansDue, without_weights
 from policy.rollout.episodes import run_in_process
 from policy.rollout.handover import ALIGNMENT
+from policy.rollout.process import Fault
 from policy.rollout.workers import RolloutPool
 from tests.conftest import ENVIRONMENT, PLANAR_CONFIG, ROOT
 from tests.rollout.short import ShortPlanar
@@ -535,6 +537,30 @@ def test_a_killed_process_whose_helper_holds_the_pipe_is_replaced(policies, alon
         assert undisturbed(results) == alone
         assert len(set(map(is_running, before))) == 2  # the helper of the one that was killed has ended
     assert all_end(helpers(tmp_path))
+
+
+def test_the_last_words_of_a_process_that_ended_meanwhile_are_heard(monkeypatch):
+    """It sends them and ends while the caller deals with the message of another one."""
+    last, context = Fault("the simulator's words", refused=True), multiprocessing.get_context("fork")
+
+    def started(target):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=target, args=(theirs,), daemon=True)
+        process.start()
+        return SimpleNamespace(connection=ours, process=process, late=lambda patience: "")
+
+    first = started(lambda connection: (connection.send("first"), time.sleep(60)))
+    second = started(lambda connection: None)
+    second.process.join()
+    sender, second.connection = context.Pipe()
+    pool = SimpleNamespace(_workers=[first, second], _patience=60.0)
+    monkeypatch.setattr(workers, "wait", lambda connections, timeout: connections[:1])
+    messages = RolloutPool._messages(pool)
+    assert next(messages)[1] == "first"
+    sender.send(last)
+    assert next(messages)[1] == last
+    first.process.kill()
+    first.process.join()
 
 
 @reads_proc

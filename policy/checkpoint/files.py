@@ -82,7 +82,10 @@ def open_folder(folder: Path, root: Path | None = None) -> Folder:
         ValueError: there is no checkpoint, it is damaged, or this version does not read its schema.
     """
     # A run killed between the two renames of `replacing` leaves its last good checkpoint under this name.
-    path = folder if folder.exists() or not _beside(folder, "old").exists() else _beside(folder, "old")
+    try:
+        path = folder if folder.exists() or not _beside(folder, "old").exists() else _beside(folder, "old")
+    except PermissionError as error:
+        raise ValueError(f"{folder} cannot be read ({error.strerror}): choose another checkpoint") from error
     if path.is_file():
         raise ValueError(f"{path} is a file, and a checkpoint is a folder: {OF_ANOTHER_PROJECT} source={path}")
     if not os.path.lexists(path / CONFIG):

@@ -67,6 +67,7 @@ def model_card(policy: DiffusionPolicy, evaluation: Path | None, license: str | 
         rollouts=_rollouts(policy),
         training=_training(origin.training if origin else {}),
         evaluation=_evaluation(rows),
+        latency=_latency(rows),
     )
     return ModelCard(content)
 
@@ -151,8 +152,20 @@ def _training(training: Figures) -> str:
 
 def _evaluation(rows: Sequence[Figures]) -> str:
     """Table of an evaluation's rows; empty without any."""
-    heads = ("ddim_steps", "success", "95 % interval", "episodes", "mean score", "latency of a chunk (median)")
+    heads = ("ddim_steps", "success", "95 % interval", "episodes", "mean score", "latency (median)")
     return markdown_table(heads, [_cells(row) for row in rows]) if rows else ""
+
+
+def _latency(rows: Sequence[Figures]) -> str:
+    """What the latencies are of; empty if none was measured."""
+    measured = [row for row in rows if "latency_ms_median" in row]
+    if not measured:
+        return ""
+    threads = " or ".join(map(str, sorted({row.get("latency_threads") or 1 for row in measured})))
+    busy = (
+        "; some were measured on a busy machine, and are too long" if any(row.get("busy") for row in measured) else ""
+    )
+    return f" Latencies are of a whole control step of one robot that plans, with {threads} thread(s){busy}."
 
 
 def _cells(row: Figures) -> tuple[str, ...]:

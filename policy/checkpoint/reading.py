@@ -7,11 +7,11 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -45,6 +45,8 @@ from policy.model.diffusion_policy import DiffusionPolicy
 from policy.model.encoders import ENCODERS
 from policy.model.storage import Origin
 from policy.training.state import TrainState, restore_optimizer, restore_record
+
+T = TypeVar("T")
 
 # Limit of the only size of a policy that the shapes of its weights do not show.
 MAX_NUM_STEPS = 100_000
@@ -140,17 +142,22 @@ def load_checkpoint(folder: Path | str, device: str = "cpu", *, root: Path | Non
         ValueError: there is no checkpoint, it is damaged, it was written by a newer version, or it needs a plugin
             that is not loaded.
     """
+    return _read_whole(folder, lambda path: _load(path, device, root))
+
+
+def _read_whole(folder: Path | str, read: Callable[[Path], T]) -> T:
+    """Read from a checkpoint; if a training replaces it meanwhile, read from the new one, from its beginning."""
     path = at_home("checkpoint", folder)
     for _ in range(MOST_READINGS):
         before = _identity(path)
         try:
-            loaded = _load(path, device, root)
+            found = read(path)
         except ValueError:
             if _identity(path) == before:
                 raise
         else:
             if _identity(path) == before:
-                return loaded
+                return found
     raise ValueError(f"{path} is replaced faster than it can be read: try again")
 
 
@@ -197,7 +204,7 @@ def digest_of(folder: Path) -> str:
     Raises:
         ValueError: there is no checkpoint, or it is damaged.
     """
-    return open_folder(folder.expanduser()).verify(WEIGHTS)[1][:16]
+    return _read_whole(folder, lambda path: open_folder(path).verify(WEIGHTS)[1][:16])
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
@@ -206,7 +213,11 @@ def read_history(folder: Path) -> list[dict[str, float]]:
     Raises:
         ValueError: there is no checkpoint, or it is damaged.
     """
-    opened = open_folder(folder.expanduser())
+    return _read_whole(folder, _history)
+
+
+def _history(folder: Path) -> list[dict[str, float]]:
+    opened = open_folder(folder)
     if not os.path.lexists(opened.path / TRAINING_RECORD):
         return []
     file = opened.verify(TRAINING_RECORD)[0]

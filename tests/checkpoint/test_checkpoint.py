@@ -1,6 +1,7 @@
 """Checkpoints: nothing is lost, nothing damaged is taken for whole, nothing in them is executed."""
 
 import dataclasses
+import errno
 import json
 import pickle
 import shutil
@@ -18,6 +19,7 @@ from policy.checkpoint import (
     choose_env,
     describe_best,
     describe_checkpoint,
+    digest_of,
     files,
     is_checkpoint,
     keep_checkpoint,
@@ -620,3 +622,13 @@ def test_a_description_says_what_the_network_sees_of_the_noisy_chunk(demonstrati
     loaded = load_checkpoint(save(tmp_path / "checkpoint", run))
     assert describe_checkpoint(loaded)["policy"].endswith("predicts sample, from an estimate for sigma_data 0.5")
     assert torch.equal(loaded.policy.schedule.input_scales, run.state.policy.schedule.input_scales)
+
+
+@pytest.mark.parametrize("read", [load_checkpoint, digest_of, read_history])
+def test_a_folder_that_may_not_be_entered_is_a_sentence(tmp_path, monkeypatch, read):
+    def exists(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", exists)
+    with pytest.raises(ValueError, match=r"run cannot be read \(Permission denied\): choose another checkpoint"):
+        read(tmp_path / "run")

@@ -97,7 +97,7 @@ def test_a_policy_of_which_nothing_is_known_has_a_card(policy):
 def test_an_imported_policy_says_where_it_comes_from(policy):
     training = {"imported": {"project": "LeRobot", "source": "diffusion_*pusht"}}
     policy.origin = Origin(env=None, execution_horizon=8, training=training)
-    assert "| imported | LeRobot: diffusion_\\*pusht |" in model_card(policy, None, None).text
+    assert "| imported | LeRobot: diffusion\\_\\*pusht |" in model_card(policy, None, None).text
 
 
 def test_everything_that_is_known_stands_on_the_card_as_it_is(policy, tmp_path):
@@ -116,14 +116,31 @@ def test_everything_that_is_known_stands_on_the_card_as_it_is(policy, tmp_path):
         env="&lt;planar> &amp; {{ env }}",
         rollouts=", with `execution_horizon=5 sampler.clip=null sampler.noise_scale=0.6`, which it records",
         training="|  | value |\n| --- | --- |\n| init | 0f3a |\n| dataset | reach-v0 |\n| step | 7 |\n| seed | 1 |",
-        evaluation="| ddim_steps | success | 95 % interval | episodes | mean score | latency of a chunk (median) |\n"
+        evaluation="| ddim_steps | success | 95 % interval | episodes | mean score | latency (median) |\n"
         "| --- | --- | --- | --- | --- | --- |\n"
         "| 1 | 95.0% | 91.0% to 97.3% | 200 | 0.970 | 0.4 ms |\n\n"
-        "Episodes from seeds that training never saw; Wilson intervals; one thread, batch 1.",
+        "Episodes from seeds that training never saw. Latencies are of a whole control step of one robot that plans,"
+        " with 1 thread(s).",
     )
     assert card.data.license == "mit"
     assert card.data.model_name == f"diffusion policy for {env}"
     assert card.data.eval_results[0].metric_value == 0.95
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            [{**ROW, "latency_threads": 2, "busy": True}, {**ROW, "latency_threads": 1}],
+            "never saw. Latencies are of a whole control step of one robot that plans, with 1 or 2 thread(s); some were"
+            " measured on a busy machine, and are too long.\n",
+        ),
+        ([{name: value for name, value in ROW.items() if name != "latency_ms_median"}], "never saw.\n"),
+    ],
+)
+def test_the_card_says_what_its_latencies_are_of(policy, tmp_path, rows, said):
+    (tmp_path / "sweep.json").write_text(json.dumps({"cells": rows}))
+    assert said in str(model_card(policy, tmp_path / "sweep.json", None)) + "\n"
 
 
 def test_nothing_in_a_name_is_obeyed_by_markdown_or_yaml():

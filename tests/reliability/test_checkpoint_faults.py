@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from policy import DiffusionPolicy, Sampler, TrainSettings, load_checkpoint, save_checkpoint
-from policy.checkpoint import SaveError, keep_checkpoint, keeping, resume_training
-from policy.checkpoint.files import SCHEMA_VERSION
+from policy.checkpoint import SaveError, digest_of, keep_checkpoint, keeping, read_history, resume_training
+from policy.checkpoint.files import SCHEMA_VERSION, Folder
 from policy.checkpoint.keeping import rank
 from policy.checkpoint.reading import SETTINGS_OF_BEFORE
 from policy.data.demonstrations import Demonstrations
@@ -291,6 +291,26 @@ def test_a_checkpoint_may_be_replaced_while_it_is_read(tmp_path):
     for found in loaded:  # weights and record are of one save
         step = found.training["step"]
         assert step == 0 or next(found.policy.parameters()).flatten()[0] == step
+
+
+@pytest.mark.parametrize("read", [load_checkpoint, digest_of, read_history])
+def test_what_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch, read):
+    folder, newer = save(tmp_path / "checkpoint", stepped_state()), stepped_state()
+    with torch.no_grad():
+        next(newer.ema.parameters()).fill_(1.0)
+    save(tmp_path / "newer", newer)
+    verify = Folder.verify
+
+    def verify_and_replace(self, name):
+        found = verify(self, name)
+        if (tmp_path / "newer").exists():
+            folder.rename(tmp_path / "old")
+            (tmp_path / "newer").rename(folder)
+        return found
+
+    monkeypatch.setattr(Folder, "verify", verify_and_replace)
+    read(folder)
+    assert not (tmp_path / "newer").exists()
 
 
 @pytest.fixture

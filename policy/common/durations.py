@@ -39,7 +39,7 @@ def duration_text(seconds: float) -> str:
     ('89s', '2min', '25min', '2.3h')
     """
     if seconds < 90:
-        return f"{max(0, math.ceil(seconds))}s"
+        return f"{max(1, math.ceil(seconds))}s"
     if seconds < 7200:
         return f"{math.ceil(seconds / 60)}min"
     return f"{math.ceil(seconds / 360) / 10:g}h"

@@ -20,7 +20,7 @@ def check_free(folder: Path) -> None:
     Raises:
         ValueError: another process works in the folder.
     """
-    if (path := folder / LOCK).is_file():
+    if os.path.isfile(path := folder / LOCK):
         file, ours = _locked(path, "r+")
         with file:
             if not ours:

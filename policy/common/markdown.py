@@ -35,11 +35,12 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, align
 def markdown_text(text: str) -> str:
     r"""Write a text so that Markdown shows it as it stands: no link, picture, emphasis or HTML comes of it.
 
-    >>> print(markdown_text("[a](b) <i>"))
-    \[a\](b) &lt;i>
+    >>> print(markdown_text("[a](b) <i> _c_ https://d"))
+    \[a\](b) &lt;i> \_c\_ https:&#47;/d
     """
     line = " ".join(printable(text).split())
-    return re.sub(r"([\\`*\[\]])", r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;"))
+    line = re.sub(r"([\\`*_~\[\]])", r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;"))
+    return re.sub(r"(?<=:)/|(?<=www)\.|@", lambda found: f"&#{ord(found[0])};", line)  # no bare address
 
 
 def markdown_code(text: str) -> str:

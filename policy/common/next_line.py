@@ -50,6 +50,8 @@ def program(name: str) -> str:
 def hydra_text(value: Any) -> str:
     """Return a value as Hydra's grammar writes it: `[1,2]`, `{a:true}`, `null`, and text in quotes where it needs them.
 
+    Keys stand as they are, because the grammar knows none in quotes.
+
     Args:
         value: text, a path, a number, a bool, None, or a list or dict of these.
 
@@ -57,7 +59,7 @@ def hydra_text(value: Any) -> str:
         The text behind `NAME=`.
     """
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{hydra_text(key)}:{hydra_text(part)}" for key, part in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{hydra_text(part)}" for key, part in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(hydra_text, value)) + "]"
     if value is None or isinstance(value, bool):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 from datetime import datetime
 from pathlib import Path
@@ -45,12 +46,14 @@ def check_writable(folder: Path, setting: str = "output_dir") -> None:
     Raises:
         ValueError: it is a file, no files can be made in it, or its disk is full.
     """
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         with TemporaryFile(dir=there) as trial:  # without a name: nobody sees it, and a kill leaves nothing
             trial.write(bytes(TRIAL_BYTES))
             trial.flush()
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise  # which commands say in a short sentence
         raise ValueError(
             f"cannot write to {setting}={folder} ({error.strerror}): choose another, or make room"
         ) from error

@@ -137,7 +137,7 @@ def linear_scale(low: float, high: float, *, name: str = "") -> Scale:
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
     numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     # Adding zero makes -0.0 zero.
-    ticks = [(step * number, f"{round(step * number, 12) + 0.0:,.6g}") for number in numbers]
+    ticks = [(step * number, _tick_text(round(step * number, 12) + 0.0)) for number in numbers]
     return Scale(low=low, high=high, ticks=ticks, name=name)
 
 
@@ -156,7 +156,16 @@ def log_scale(values: Iterable[float], *, name: str = "", ticks: Sequence[float]
         ticks = [factor * 10.0**decade for decade in decades for factor in factors]
         inside = [tick for tick in ticks if low <= tick <= high]
         ticks = inside if len(inside) > 1 else [float(f"{value:.3g}") for value in sorted({min(shown), max(shown)})]
-    return Scale(low=low, high=high, ticks=[(tick, f"{tick:g}") for tick in ticks], log=True, name=name)
+    return Scale(low=low, high=high, ticks=[(tick, _tick_text(tick)) for tick in ticks], log=True, name=name)
+
+
+def _tick_text(value: float) -> str:
+    """A tick's number, of up to six digits, or whole: never 1e+06.
+
+    >>> _tick_text(0.05), _tick_text(2_500.0), _tick_text(1_250_000.0)
+    ('0.05', '2,500', '1,250,000')
+    """
+    return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:,.6g}"
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:

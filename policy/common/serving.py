@@ -108,6 +108,11 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(content, {"Content-Type": mimetypes.guess_type(file)[0] or "application/octet-stream"})
 
+    def handle(self) -> None:
+        """Answer a browser; one that leaves before the end is no error of the command."""
+        with suppress(ConnectionError):
+            super().handle()
+
     def _send_page(self, content: bytes, version: str) -> None:
         """Send the page with its script, or only say that the browser has this version."""
         self.server.asked = time.monotonic()

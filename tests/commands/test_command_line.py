@@ -71,6 +71,12 @@ def test_values_are_written_as_hydra_reads_them(value):
     assert read(f"x={hydra_text(value)}") == value
 
 
+@pytest.mark.parametrize("key", ["state", "agent pos", "a/b.c-d"])
+def test_a_mapping_is_written_as_hydra_reads_it(key):
+    value = {key: ["a, b", None], "x": {"y": "1"}}
+    assert read(f"x={hydra_text(value)}") == value
+
+
 @pytest.mark.parametrize("name", [name for name in ODD_NAMES if name != "${x}"])
 def test_a_path_is_taken_as_it_stands(name):
     assert read(hydra_override(f"output_dir={name}", task_of("rollout"))) == name

@@ -1,12 +1,13 @@
 """Tables that a Markdown reader takes for tables, and whose columns line up in a terminal."""
 
+import html
 import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy.common.markdown import markdown_table
+from policy.common.markdown import markdown_table, markdown_text
 
 HEADS, ROWS = ("steps", "to"), [("1", "9%"), ("16", "100%")]
 
@@ -78,3 +79,13 @@ def test_a_row_that_does_not_fit_the_heads_is_an_error(row, align):
 def test_an_alignment_that_does_not_fit_the_heads_is_an_error(align):
     with pytest.raises(ValueError, match=rf"align must be l or r for each of 2 columns, or empty; got '{align}'"):
         markdown_table(HEADS, ROWS, align=align)
+
+
+@pytest.mark.parametrize(
+    "text", ["_a_ __b__ ~~c~~", "*a* `b` \\", "[a](http://b) ![c](d)", "www.evil.example a@b.example", "<b>&lt;"]
+)
+def test_a_text_is_shown_as_it_stands(text):
+    written = markdown_text(text)
+    assert not re.search(r"://|www\.|@", written)  # of which GitHub's Markdown makes links
+    parser = pytest.importorskip("markdown_it").MarkdownIt().enable("strikethrough")
+    assert parser.render(written) == f"<p>{html.escape(text)}</p>\n"

@@ -3,6 +3,7 @@
 import http.client
 import re
 import shutil
+import socket
 import subprocess
 import threading
 from urllib.parse import urlsplit
@@ -37,6 +38,18 @@ def ask(address, path="/", method="GET", **headers):
     content = answer.read()
     connection.close()
     return answer, content
+
+
+def test_a_browser_that_leaves_before_the_end_leaves_no_traceback(page, capfd):
+    page.write_text(PAGE.format("x" * 20_000_000, ""))
+    with serving(page) as address:
+        where = urlsplit(address)
+        with socket.create_connection((where.hostname, where.port)) as browser:
+            browser.sendall(f"GET / HTTP/1.1\r\nHost: {where.netloc}\r\n\r\n".encode())
+            browser.recv(100)
+        page.write_text(PAGE.format("short", ""))
+        assert ask(address)[0].status == 200
+    assert capfd.readouterr().err == ""
 
 
 def test_the_page_is_served_with_the_script_that_the_file_does_not_have(page):

@@ -284,6 +284,9 @@ def _describe(run: Run, env: dict[str, Any] | None, start: Start | None, train: 
         f"{len(run.training)} training windows from {len(episodes)} episodes{made}"
         f" ({len(run.validation.episodes)} held out), {run.state.policy.num_parameters / 1e6:.2f} M parameters"
     )
+    if train.steps:
+        passes = train.steps * train.batch_size / len(run.training)
+        print(f"{train.steps:,} steps are {passes:,.{0 if passes >= 10 else 1}f} passes over these windows")
     on_cpu = run.state.policy.device.type == "cpu"
     if run.state.step == 0 and train.precision == "float32" and on_cpu and has_bfloat16_products():
         print(

@@ -66,7 +66,10 @@ def test_training_leaves_a_self_contained_checkpoint_and_an_offline_run(planar_r
     assert {"val/loss", "rollout/success_rate"} <= history[-1].keys()
     assert list((planar_run / "wandb").glob("offline-run-*/*.wandb"))
     out = (planar_run / "train.txt").read_text()
-    assert "training windows from 38 episodes (2 held out)" in out
+    windows = re.search(r"^(\d+) training windows from 38 episodes \(2 held out\)", out, re.MULTILINE)
+    assert windows
+    passes = 300 * 64 / int(windows[1])
+    assert f"300 steps are {passes:,.{0 if passes >= 10 else 1}f} passes over these windows" in out
     success = f"rollout success {history[-1]['rollout/success_rate']:.0%} (of 2 episodes)"
     assert re.search(rf"^step 300: loss 0\.\d+, validation loss 0\.\d+, {re.escape(success)}$", out, re.MULTILINE)
     assert f"best saved: step 300, the last, {success}" in out

@@ -109,11 +109,12 @@ def _row_bytes(shapes: Mapping[str, Sequence[int]], number: int) -> int:
 def readable(size: int) -> str:
     """Write a number of bytes for people.
 
-    >>> readable(1536), readable(3 * 2**40)
-    ('1.5 KiB', '3 TiB')
+    >>> readable(1536), readable(1023 * 2**20), readable(3 * 2**40)
+    ('1.5 KiB', '1023 MiB', '3 TiB')
     """
     power = min(max(size.bit_length() - 1, 0) // 10, 6)
-    return f"{size / 2 ** (10 * power):.3g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB', 'EiB')[power]}"
+    number = size / 2 ** (10 * power)
+    return f"{number:{'.0f' if number >= 1000 else '.3g'}} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB', 'EiB')[power]}"
 
 
 def free_memory() -> int:

@@ -96,6 +96,7 @@ FORGED = (8).to_bytes(4, "little")  # what a gzip stream says of its size, in it
         ("zlib", zlib.compress(bytes(2**27))),
         ("gzip", gzip.compress(bytes(2**27))[:-4] + FORGED),
         ("gzip", gzip.compress(b"a") + gzip.compress(bytes(2**27))[:-4] + FORGED),
+        ("gzip", gzip.compress(b"") + bytes(3) + gzip.compress(bytes(2**27))[:-4] + FORGED),
         ("bz2", bz2.compress(bytes(2**27))),
         ("lzma", lzma.compress(bytes(2**27), preset=0)),
     ],

@@ -245,6 +245,12 @@ def test_contacts_in_a_few_transitions_do_not_hide_what_follows():
     assert (0, 0) in [(one.number, one.action) for one in found.followed]
 
 
+def test_episodes_of_one_transition_are_refused_in_the_usual_sentence(demonstrations):
+    short = dataclasses.replace(demonstrations, episode_ends=np.arange(1, 1 + len(demonstrations.actions)))
+    with pytest.raises(ValueError, match="there are none in these demonstrations"):
+        find_corrections(short, np.arange(30), ["state"], action_horizon=8)
+
+
 def test_a_number_follows_one_action_where_two_are_alike(demonstrations):
     first = demonstrations.actions[:, :1]
     noisy = first + np.random.default_rng(0).normal(0, 0.02, first.shape).astype(np.float32)

@@ -99,7 +99,7 @@ def test_attempts_that_the_simulator_broke_off_are_no_demonstrations():
                 raise RuntimeError("cold")
             return super().reset(seed=seed, options=options)
 
-    env = CheckedEnv(Breaking, "breaking", 100)
+    env = CheckedEnv(Breaking, "breaking")
     recorded = envs.collect_episodes(env, make_planar_expert, episodes=3, seed=0)
     assert [episode.seed for episode in recorded] == [0, 4, 6]
 

@@ -75,10 +75,14 @@ class _Deflated:
         self._stream, self._left = zlib.decompressobj(wbits=47), file.read()  # 47: whichever header it has
 
     def read(self, size: int) -> bytes:
-        piece = self._stream.decompress(self._left, size)
-        self._left = self._stream.unconsumed_tail
-        if self._stream.eof and self._stream.unused_data:  # gzip may hold several streams, one after the other
-            self._left, self._stream = self._stream.unused_data, zlib.decompressobj(wbits=47)
+        """Up to `size` bytes; none at the end alone: a stream may hold nothing, and another one follow it."""
+        piece = b""
+        while self._left and not piece:
+            piece = self._stream.decompress(self._left, size)
+            self._left = self._stream.unconsumed_tail
+            # gzip may hold several streams, one after the other, with zeros between them.
+            if self._stream.eof and (following := self._stream.unused_data.lstrip(b"\0")):
+                self._left, self._stream = following, zlib.decompressobj(wbits=47)
         return piece
 
     def __enter__(self) -> _Deflated:

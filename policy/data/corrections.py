@@ -113,14 +113,12 @@ def find_corrections(
         return numbers_at(vectors.values(), where)
 
     seen = thinned(rows, MOST_ROWS)
-    if not len(seen):  # of episodes of one transition
-        raise ValueError(_NOTHING_FOLLOWS)
     now, change = taken(seen), taken(seen + 1) - taken(seen)
     episode = np.searchsorted(demonstrations.episode_ends, seen, side="right")
     first, last = demonstrations.episode_starts[episode], demonstrations.episode_ends[episode] - 1
     early = seen - first <= EARLY * (last - first)
     actions = demonstrations.actions[seen].astype(np.float64)
-    followed = find_followed(change, actions, early)
+    followed = find_followed(change, actions, early) if len(seen) else []  # of episodes of one transition
     if not followed:
         raise ValueError(_NOTHING_FOLLOWS)
     places = [number for number, *_ in followed]

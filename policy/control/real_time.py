@@ -6,9 +6,8 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from policy.common.observations import Observation
 from policy.control.planning import History, PlanRequest, checked_observation, sample_plans
 from policy.control.receding_horizon import clipped, program_for, request_of
-from policy.control.timeline import EXECUTION_HORIZON, ControllerSettings, Timeline
+from policy.control.timeline import EXECUTION_HORIZON, ControllerSettings, Timeline, cancelling
 from policy.diffusion.sampler import Sampler
 from policy.inference.backends import SamplerProgram
 from policy.model.diffusion_policy import DiffusionPolicy, zero_observations
@@ -264,7 +263,7 @@ class RealTimeController:
     def _take_plan(self) -> None:
         if self._coming is not None and self._coming.done():
             coming, self._coming = self._coming, None
-            with self._cancelling():
+            with cancelling(self._timeline):
                 chunk = coming.result()
             self._timeline.deliver(chunk, self._timeline.step - self._begun_at)
 
@@ -276,20 +275,11 @@ class RealTimeController:
         wait = timeline.is_first or self._settings.mode == "synchronous"
         request = request_of(self._seed, self._history, timeline, self._sampler, expected)
         if wait:
-            with self._cancelling():
+            with cancelling(timeline):
                 chunk = self._planned(request)
             timeline.deliver(chunk)
         else:
             self._begun_at, self._coming = timeline.step, self._thread.submit(self._planned, request)
-
-    @contextmanager
-    def _cancelling(self) -> Iterator[None]:
-        """If a plan fails, forget it, so that the next control step begins it again."""
-        try:
-            yield
-        except BaseException:
-            self._timeline.cancel()
-            raise
 
     def _planned(self, request: PlanRequest) -> NDArray[np.float32]:
         begin = self._clock()

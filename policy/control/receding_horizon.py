@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from policy.common.observations import Observation
 from policy.control.planning import History, PlanRequest, Plans, checked_observation, sample_plans
-from policy.control.timeline import EXECUTION_HORIZON, ControllerSettings, Timeline
+from policy.control.timeline import EXECUTION_HORIZON, ControllerSettings, Timeline, cancelling
 from policy.diffusion.sampler import Sampler
 from policy.inference.backends import SamplerProgram, compile_sampler
 from policy.model.diffusion_policy import DiffusionPolicy
@@ -153,12 +153,8 @@ class RecedingHorizonController:
         delay = self.settings.delay_steps
         waiting = [e for e in (self._episodes[slot] for slot in slots) if e.timeline.due(delay)]
         requests = [request_of(e.seed, e.history, e.timeline, self.sampler, delay) for e in waiting]
-        try:
+        with cancelling(*(episode.timeline for episode in waiting)):
             chunks = self._plans(requests)
-        except BaseException:
-            for episode in waiting:
-                episode.timeline.cancel()
-            raise
         for episode, chunk in zip(waiting, chunks, strict=True):
             episode.timeline.deliver(chunk, delay)
 

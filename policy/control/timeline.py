@@ -13,6 +13,8 @@ A synchronous robot stands still at the dots and then executes the new plan from
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -253,6 +255,17 @@ class Timeline:
         usable = self.execution_horizon if self.settings.mode == "synchronous" else self.action_horizon
         place = self.step - self._current.first_step
         return self._current.chunk[place] if place < usable else None
+
+
+@contextmanager
+def cancelling(*timelines: Timeline) -> Iterator[None]:
+    """If the plans that these episodes have begun fail, cancel them."""
+    try:
+        yield
+    except BaseException:
+        for timeline in timelines:
+            timeline.cancel()
+        raise
 
 
 def kept(overlap: int, committed: int, action_horizon: int) -> NDArray[np.float32]:

@@ -24,7 +24,8 @@ from policy.checkpoint.description import describe_checkpoint, next_use
 from policy.checkpoint.environment import choose_env, merge_env, only_of_the_user
 from policy.checkpoint.files import SCHEMA_VERSION, is_checkpoint
 from policy.checkpoint.keeping import best_entry, describe_best, keep_checkpoint, measured
-from policy.checkpoint.reading import Checkpoint, digest_of, load_checkpoint, read_history, resume_training
+from policy.checkpoint.reading import Checkpoint, digest_of, load_checkpoint, read_history
+from policy.checkpoint.resuming import resume_training
 from policy.checkpoint.writing import save_checkpoint
 from policy.common.errors import SaveError
 

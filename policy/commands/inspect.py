@@ -16,7 +16,7 @@ from policy.checkpoint import (
     next_use,
     read_history,
 )
-from policy.checkpoint.reading import CHECKSUM, describe_before
+from policy.checkpoint.resuming import CHECKSUM, describe_before
 from policy.commands.record import data_facts
 from policy.common.files import as_json, json_text, write_text
 from policy.common.output import output_folder

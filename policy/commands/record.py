@@ -9,7 +9,7 @@ from typing import Any
 
 from policy.checkpoint import is_checkpoint, keep_checkpoint, resume_training, save_checkpoint
 from policy.checkpoint.files import CHECKPOINT
-from policy.checkpoint.reading import CHECKSUM
+from policy.checkpoint.resuming import CHECKSUM
 from policy.common.files import json_text, write_text
 from policy.data.demonstrations import Augment, Demonstrations
 from policy.diffusion.sampler import Sampler

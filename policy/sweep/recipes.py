@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from policy.checkpoint import Checkpoint
-from policy.checkpoint.reading import CHECKSUM
+from policy.checkpoint.resuming import CHECKSUM
 from policy.common.arguments import dotted
 from policy.model.defaults import with_defaults
 from policy.rollout.ledger import cell_id

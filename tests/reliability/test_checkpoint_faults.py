@@ -20,7 +20,7 @@ from policy import DiffusionPolicy, Sampler, TrainSettings, load_checkpoint, sav
 from policy.checkpoint import SaveError, digest_of, keep_checkpoint, keeping, read_history, resume_training
 from policy.checkpoint.files import SCHEMA_VERSION, Folder
 from policy.checkpoint.keeping import rank
-from policy.checkpoint.reading import SETTINGS_OF_BEFORE
+from policy.checkpoint.resuming import SETTINGS_OF_BEFORE
 from policy.data.demonstrations import Demonstrations
 from policy.training.preparation import prepare_run
 from tests.conftest import ENVIRONMENT, ROOT, randomize, small_config
